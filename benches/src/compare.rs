@@ -1,0 +1,3 @@
+//! `compare`: kmem beside its peers.
+
+fn main() {}

@@ -1,0 +1,3 @@
+//! The `kmem` command.
+
+fn main() {}

@@ -1,0 +1,2 @@
+//! Object caches and kmalloc with per-CPU arrays, safe in interrupts.
+#![no_std]

@@ -1,0 +1,2 @@
+//! Kernel virtual mappings: vmalloc, ioremap, kmap, fixmap, kernel stacks.
+#![no_std]
