@@ -1,0 +1,183 @@
+//! GDT, TSS, IDT, and the road of an exception: stub (boot.s) -> [`trap`] -> the scenario's page-fault
+//! handler, or a report and the end.
+//!
+//! Each gate runs on an interrupt stack of its own. A gate must therefore not be re-entered on the same
+//! stack: a page fault inside the page-fault handler is reported and ends the run.
+
+use core::arch::asm;
+use core::cell::UnsafeCell;
+use core::mem::size_of;
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+
+use crate::{console, println};
+
+const VECTORS: usize = 22;
+const STUB_BYTES: usize = 16;
+const STACK_BYTES: usize = 16384;
+const BREAKPOINT: u64 = 3;
+const PAGE_FAULT: u64 = 14;
+
+/// Registers at an exception, as the stub pushed them (last pushed first) and as the CPU did.
+#[repr(C)]
+pub struct TrapFrame {
+    registers: [u64; 15],
+    vector: u64,
+    /// The CPU's error code, or 0.
+    pub error: u64,
+    /// The interrupted instruction.
+    pub rip: u64,
+    cs: u64,
+    rflags: u64,
+    /// The interrupted stack pointer.
+    pub rsp: u64,
+    ss: u64,
+}
+
+/// Handles a page fault at a linear address with the CPU's error code; true when the access may be retried.
+pub type PageFaultHandler = fn(address: u64, error: u64) -> bool;
+
+/// The handler's address; 0 while there is none.
+static HANDLER: AtomicUsize = AtomicUsize::new(0);
+static IN_PAGE_FAULT: AtomicBool = AtomicBool::new(false);
+/// Breakpoints taken so far: `boot` counts them.
+pub static BREAKPOINTS: AtomicU64 = AtomicU64::new(0);
+
+/// Installs the page-fault handler.
+pub fn on_page_fault(handler: PageFaultHandler) {
+    HANDLER.store(handler as usize, Ordering::Release);
+}
+
+#[unsafe(no_mangle)]
+extern "C" fn trap(frame: &mut TrapFrame) {
+    match frame.vector {
+        BREAKPOINT => {
+            BREAKPOINTS.fetch_add(1, Ordering::Relaxed);
+            return;
+        }
+        PAGE_FAULT => {
+            let address: u64;
+            // SAFETY: reading CR2 has no side effect.
+            unsafe { asm!("mov {}, cr2", out(reg) address, options(nomem, nostack)) };
+            let handler = HANDLER.load(Ordering::Acquire);
+            if handler != 0 && !IN_PAGE_FAULT.swap(true, Ordering::Relaxed) {
+                // SAFETY: only `on_page_fault` stores there, and it stores such a function.
+                let handler: PageFaultHandler = unsafe { core::mem::transmute(handler) };
+                let handled = handler(address, frame.error);
+                IN_PAGE_FAULT.store(false, Ordering::Relaxed);
+                if handled {
+                    return;
+                }
+            }
+            console::force();
+            println!(
+                "unhandled page fault at {address:#x}, error {:#x}, rip {:#x}",
+                frame.error, frame.rip
+            );
+        }
+        vector => {
+            console::force();
+            println!(
+                "exception {vector}, error {:#x}, rip {:#x}, rsp {:#x}",
+                frame.error, frame.rip, frame.rsp
+            );
+        }
+    }
+    console::exit(false)
+}
+
+#[repr(C, align(16))]
+struct Stack(UnsafeCell<[u8; STACK_BYTES]>);
+// SAFETY: only the CPU writes to it, through the TSS.
+unsafe impl Sync for Stack {}
+
+/// Interrupt stacks: 0 for the page fault, 1 for the double fault and NMI, 2 for the rest.
+static STACKS: [Stack; 3] = [const { Stack(UnsafeCell::new([0; STACK_BYTES])) }; 3];
+
+/// Processor manual volume 3, section 9.7 (64-bit TSS).
+#[repr(C, packed(4))]
+struct Tss {
+    reserved0: u32,
+    rsp: [u64; 3],
+    reserved1: u64,
+    ist: [u64; 7],
+    reserved2: u64,
+    reserved3: u16,
+    io_map: u16,
+}
+
+#[repr(C, align(16))]
+#[derive(Clone, Copy)]
+struct Gate([u64; 2]);
+
+#[repr(C, align(16))]
+struct Tables {
+    gdt: [u64; 4],
+    idt: [Gate; VECTORS],
+    tss: Tss,
+}
+
+struct Shared(UnsafeCell<Tables>);
+// SAFETY: written once by the first CPU in `install`, before it loads them.
+unsafe impl Sync for Shared {}
+static TABLES: Shared = Shared(UnsafeCell::new(Tables {
+    gdt: [0; 4],
+    idt: [Gate([0; 2]); VECTORS],
+    tss: Tss {
+        reserved0: 0,
+        rsp: [0; 3],
+        reserved1: 0,
+        ist: [0; 7],
+        reserved2: 0,
+        reserved3: 0,
+        io_map: size_of::<Tss>() as u16,
+    },
+}));
+
+#[repr(C, packed)]
+struct Pointer {
+    limit: u16,
+    base: u64,
+}
+
+/// Builds and loads GDT, TSS and IDT on the first CPU.
+///
+/// # Safety
+/// Called once, by the first CPU, with interrupts off.
+pub unsafe fn install() {
+    unsafe extern "C" {
+        static trap_stubs: [u8; VECTORS * STUB_BYTES];
+    }
+    // SAFETY: called once, so that no other reference exists.
+    let tables = unsafe { &mut *TABLES.0.get() };
+    for (slot, stack) in STACKS.iter().enumerate() {
+        tables.tss.ist[slot] = stack.0.get() as u64 + STACK_BYTES as u64;
+    }
+    let (tss, limit) = (&raw const tables.tss as u64, size_of::<Tss>() as u64 - 1);
+    tables.gdt[1] = 0x00af_9b00_0000_ffff; // 0x08: 64-bit code, as in boot.s
+    tables.gdt[2] = limit | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56; // 0x10: TSS
+    tables.gdt[3] = tss >> 32;
+    for vector in 0..VECTORS {
+        let stub = &raw const trap_stubs as u64 + (vector * STUB_BYTES) as u64;
+        let ist = match vector {
+            14 => 1,
+            2 | 8 => 2,
+            _ => 3,
+        };
+        let low =
+            stub & 0xffff | 0x08 << 16 | ist << 32 | 0x8e00 << 32 | (stub >> 16 & 0xffff) << 48;
+        tables.idt[vector] = Gate([low, stub >> 32]);
+    }
+    let gdt = Pointer {
+        limit: (size_of_val(&tables.gdt) - 1) as u16,
+        base: tables.gdt.as_ptr() as u64,
+    };
+    let idt = Pointer {
+        limit: (size_of_val(&tables.idt) - 1) as u16,
+        base: tables.idt.as_ptr() as u64,
+    };
+    // SAFETY: the tables are complete, static, and give code the selector it runs with.
+    unsafe {
+        asm!("lgdt [{}]", "lidt [{}]", "ltr {:x}", in(reg) &gdt, in(reg) &idt, in(reg) 0x10u64,
+            options(nostack));
+    }
+}

@@ -1,0 +1,228 @@
+//! The steps of the gate, in the order in which they run: cheap ones first.
+
+use std::path::Path;
+
+use crate::gate::Gate;
+use crate::sh::Stop;
+use crate::{golden, qemu, tools, workspace};
+
+/// One named check.
+pub struct Step {
+    /// Its name, for `--only` and `--skip`.
+    pub name: &'static str,
+    /// What it proves, in a few words.
+    pub what: &'static str,
+    /// Runs it; the text is for the summary.
+    pub run: fn(&mut Gate) -> Result<String, Stop>,
+}
+
+/// Folders with a workspace of their own.
+const OTHER_WORKSPACES: [&str; 2] = ["crates/demo-kernel", "fuzz"];
+
+/// Every step.
+pub const STEPS: &[Step] = &[
+    step("fmt", "rustfmt changes nothing", fmt),
+    step("clippy", "no warning in any target", clippy),
+    step("test", "cargo test --workspace", test),
+    step("doc", "rustdoc has no warning", doc),
+    step("book", "the book builds", book),
+    step("features", "each combination of features builds", features),
+    step(
+        "golden",
+        "the public API is as docs/api has it",
+        golden_files,
+    ),
+    step(
+        "package",
+        "each published crate packages and builds from its package",
+        package,
+    ),
+    step("fuzz", "each fuzz target runs for a while", fuzz),
+    step(
+        "qemu",
+        "the demo kernel's scenarios in QEMU",
+        qemu_scenarios,
+    ),
+];
+
+const fn step(
+    name: &'static str,
+    what: &'static str,
+    run: fn(&mut Gate) -> Result<String, Stop>,
+) -> Step {
+    Step { name, what, run }
+}
+
+fn fmt(gate: &mut Gate) -> Result<String, Stop> {
+    let mut command = gate.shell.cargo(["fmt", "--all", "--check"]);
+    gate.shell.run(&mut command)?;
+    for folder in OTHER_WORKSPACES {
+        if folder == "fuzz" && fuzz_targets(gate.shell.root()).is_empty() {
+            continue; // cargo takes no package without a target
+        }
+        let mut command = gate.shell.cargo(["fmt", "--check"]);
+        command.current_dir(gate.shell.root().join(folder));
+        gate.shell.run(&mut command)?;
+    }
+    Ok(String::new())
+}
+
+/// The names of the fuzz targets, sorted.
+fn fuzz_targets(root: &Path) -> Vec<String> {
+    let files = std::fs::read_dir(root.join("fuzz/fuzz_targets"))
+        .into_iter()
+        .flatten()
+        .flatten();
+    let mut names: Vec<String> = files
+        .filter_map(|file| Some(file.file_name().to_str()?.strip_suffix(".rs")?.to_owned()))
+        .collect();
+    names.sort();
+    names
+}
+
+fn clippy(gate: &mut Gate) -> Result<String, Stop> {
+    let mut command = gate.shell.cargo([
+        "clippy",
+        "--workspace",
+        "--all-targets",
+        "--",
+        "-D",
+        "warnings",
+    ]);
+    gate.shell.run(&mut command)?;
+    let mut command = gate.shell.cargo(["clippy", "--", "-D", "warnings"]);
+    command.current_dir(gate.shell.root().join("crates/demo-kernel"));
+    gate.shell.run(&mut command)?;
+    Ok(String::new())
+}
+
+fn test(gate: &mut Gate) -> Result<String, Stop> {
+    let mut command = gate.shell.cargo(["test", "--workspace"]);
+    gate.shell.run(&mut command)?;
+    let text = gate.shell.text();
+    let passed: u32 = text
+        .lines()
+        .filter_map(|line| {
+            line.strip_prefix("test result: ok. ")?
+                .split(' ')
+                .next()?
+                .parse::<u32>()
+                .ok()
+        })
+        .sum();
+    Ok(format!("{passed} tests"))
+}
+
+fn doc(gate: &mut Gate) -> Result<String, Stop> {
+    let mut command = gate.shell.cargo(["doc", "--workspace", "--no-deps"]);
+    command.env("RUSTDOCFLAGS", "-D warnings");
+    gate.shell.run(&mut command)?;
+    Ok(String::new())
+}
+
+fn book(gate: &mut Gate) -> Result<String, Stop> {
+    let mdbook = tools::MDBOOK.path(&mut gate.shell)?;
+    let mut command = gate.shell.command(mdbook);
+    command
+        .args(["build", "docs", "--dest-dir"])
+        .arg(gate.shell.root().join("target/book"));
+    gate.shell.run(&mut command)?;
+    Ok(String::new())
+}
+
+/// Every subset of the features of a crate with up to four; none, all, and each alone and left out of a crate with
+/// more.
+fn features(gate: &mut Gate) -> Result<String, Stop> {
+    let mut built = 0;
+    for package in workspace::published(&mut gate.shell)? {
+        for set in feature_sets(&package.features) {
+            let mut command =
+                gate.shell
+                    .cargo(["check", "-p", &package.name, "--no-default-features"]);
+            if !set.is_empty() {
+                command.arg("--features").arg(set.join(","));
+            }
+            gate.shell.run(&mut command)?;
+            built += 1;
+        }
+    }
+    Ok(format!("{built} combinations"))
+}
+
+fn feature_sets(features: &[String]) -> Vec<Vec<&str>> {
+    let n = features.len();
+    let all: u64 = (1 << n) - 1;
+    let masks: Vec<u64> = if n <= 4 {
+        (0..=all).collect()
+    } else {
+        let one = |i: usize| 1 << i;
+        [0, all]
+            .into_iter()
+            .chain((0..n).map(one))
+            .chain((0..n).map(|i| all & !one(i)))
+            .collect()
+    };
+    let chosen = |mask: u64| {
+        features
+            .iter()
+            .enumerate()
+            .filter(move |(i, _)| mask >> i & 1 == 1)
+    };
+    masks
+        .into_iter()
+        .map(|mask| chosen(mask).map(|(_, name)| name.as_str()).collect())
+        .collect()
+}
+
+fn golden_files(gate: &mut Gate) -> Result<String, Stop> {
+    golden::check(&mut gate.shell, false, &[]).map(|crates| format!("{crates} crates"))
+}
+
+/// One command for all: cargo lays a registry of the packages themselves under the build of each, so that crates
+/// which depend on each other need not be published for it.
+fn package(gate: &mut Gate) -> Result<String, Stop> {
+    let packages = workspace::published(&mut gate.shell)?;
+    let mut command = gate.shell.cargo([
+        "package",
+        "--allow-dirty",
+        "--target-dir",
+        "target/package-check",
+    ]);
+    for package in &packages {
+        command.args(["-p", &package.name]);
+    }
+    gate.shell.run(&mut command)?;
+    Ok(format!("{} packages", packages.len()))
+}
+
+fn fuzz(gate: &mut Gate) -> Result<String, Stop> {
+    let targets = fuzz_targets(gate.shell.root());
+    if targets.is_empty() {
+        return Err(Stop::Missing("there is no fuzz target yet".into()));
+    }
+    tools::nightly(&mut gate.shell)?;
+    let program = tools::FUZZ.path(&mut gate.shell)?;
+    for target in &targets {
+        let mut command = gate.shell.command(&program);
+        command
+            .env("RUSTUP_TOOLCHAIN", "nightly")
+            .args(["fuzz", "run", target, "--"]);
+        command.arg(format!("-max_total_time={}", gate.fuzz_seconds));
+        command.args(["-print_final_stats=1", "-timeout=20", "-rss_limit_mb=4096"]);
+        gate.shell.run(&mut command)?;
+    }
+    Ok(format!(
+        "{} for {} s each",
+        targets.join(" "),
+        gate.fuzz_seconds
+    ))
+}
+
+fn qemu_scenarios(gate: &mut Gate) -> Result<String, Stop> {
+    qemu::all(&mut gate.shell, false)?;
+    Ok(format!(
+        "{} scenarios, {} that must fail",
+        qemu::SCENARIOS.len(),
+        qemu::BROKEN.len()
+    ))
+}

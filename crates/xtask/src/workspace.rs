@@ -1,0 +1,48 @@
+//! What `cargo metadata` says about the workspace.
+
+use serde_json::Value;
+
+use crate::sh::{Shell, Stop, fail};
+
+/// A package of the workspace.
+pub struct Package {
+    /// Its name.
+    pub name: String,
+    /// Its features, without `default`.
+    pub features: Vec<String>,
+}
+
+/// The packages that are published, sorted by name.
+///
+/// # Errors
+/// When cargo cannot read the workspace.
+pub fn published(shell: &mut Shell) -> Result<Vec<Package>, Stop> {
+    let mut command = shell.cargo(["metadata", "--format-version", "1", "--no-deps"]);
+    let output = command.output()?;
+    if !output.status.success() {
+        return fail(String::from_utf8_lossy(&output.stderr));
+    }
+    let Ok(metadata) = serde_json::from_slice::<Value>(&output.stdout) else {
+        return fail("cargo metadata is not JSON");
+    };
+    let mut packages = Vec::new();
+    for package in metadata["packages"].as_array().into_iter().flatten() {
+        if package["publish"]
+            .as_array()
+            .is_some_and(|registries| registries.is_empty())
+        {
+            continue;
+        }
+        let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+        let features = package["features"].as_object().into_iter().flatten();
+        packages.push(Package {
+            name: text(&package["name"]),
+            features: features
+                .map(|(name, _)| name.clone())
+                .filter(|name| name != "default")
+                .collect(),
+        });
+    }
+    packages.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(packages)
+}
