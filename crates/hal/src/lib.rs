@@ -1,2 +1,39 @@
-//! What a kernel implements and what the kmem crates share: addresses, frames, traits, sync facade.
+#![doc = include_str!("../README.md")]
 #![no_std]
+
+mod addr;
+mod cpu;
+mod frame;
+mod frame_table;
+mod grace;
+mod io;
+pub mod lock;
+mod mmu;
+mod object;
+mod owned;
+mod page;
+mod physmap;
+mod platform;
+mod source;
+pub mod sync;
+
+pub use addr::{Canonical, PAGE_SHIFT, PAGE_SIZE, PhysAddr, VirtAddr};
+pub use cpu::{Cpu, CpuCall, CpuCallError, CpuId, CpuSet, NoCpuCall, PerCpu, Pinned, SingleCpu};
+pub use frame::{Blocks, Frame, FrameRange, Order};
+pub use frame_table::{FrameSlot, FrameTable, FrameTag, SECTION_FRAMES, Section, SlotFlags};
+pub use grace::{Deferred, Grace, SingleGrace, SingleGuard};
+pub use io::{BlockDevice, IoError, IoState, IoTicket, PageProvider};
+pub use lock::{IrqSafe, Lock, LockGuard, RawLock, RawSleepLock, SleepLock, Spin, Wait};
+pub use mmu::{
+    Access, Asid, Completion, FaultCode, FlushRequest, FlushScope, Mmu, PageFault, Root,
+};
+pub use object::{FixedPool, LargeSource, NoLarge, ObjectAlloc, Reserve};
+pub use owned::{DeviceFrame, FrameHandle, OwnedFrame};
+pub use page::{Page, PageRange};
+pub use physmap::{OffsetMap, PhysMap};
+pub use platform::{Clock, NoClock, NoRng, NoTrace, Rng, Trace, TraceEvent, UserAccess, UserFault};
+pub use source::{
+    AllocError, Context, FrameRequest, FrameSink, FrameSource, Migrate, MigrateError, Mobility,
+    NoPressure, NodeId, NodePolicy, Pressure, PressureLevel, Shrink,
+};
+pub use sync::CachePadded;

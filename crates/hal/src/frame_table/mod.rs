@@ -1,0 +1,226 @@
+//! One slot per frame: the `mem_map`.
+//!
+//! A slot says what a frame is and keeps the words its owner needs. It is 32 bytes, half of Linux's `struct page`, and
+//! its first word is common to all owners; decision record 001 has the layout bit by bit.
+//!
+//! ```text
+//!  word 0   63         32 31      16 15    8 7     0
+//!           [   count    ][  flags  ][ order ][ tag  ]     all zero = free
+//!  word 1   owner    what the frame belongs to: a cache, an anonymous or file object, a table's owner list
+//!  word 2   index    where in it: a page offset, a table's level and live count, free bits of a slab
+//!  word 3   links    next and previous frame of a list, 32 bits each, as `number + 1` (0 = none)
+//!
+//!  frame number ── >> 15 ──> Section ──> 32768 slots of 32 bytes (1 MiB of slots for 128 MiB of memory)
+//! ```
+//!
+//! Invariants
+//! - `I1`: a slot whose word 0 is zero belongs to a free frame, and its other words mean nothing.
+//! - `I2`: `tag` changes only between `Free` and an owner's tag, by whoever owns the frame.
+//! - `I3`: a section's slots are zeroed once, before any reference to one of them exists.
+//! - `I4`: links reach 2^32 - 1 frames (16 TiB); frames above have slots but cannot be on lists.
+//!
+//! Costs: a lookup is one shift, one load of the section word, one add. Zeroing a section takes a 1 MiB memset at its
+//! first use, so that booting a terabyte does not.
+//!
+//! Buddy does not need the table. Tables that are not needed cost nothing.
+
+mod slot;
+
+use core::fmt;
+use core::ptr;
+
+pub use slot::{FrameSlot, FrameTag, SlotFlags};
+
+use crate::frame::{Frame, FrameRange};
+use crate::sync::{AtomicPtr, AtomicUsize, Ordering, spin_loop};
+
+/// Frames in a section: 128 MiB.
+pub const SECTION_FRAMES: u64 = 1 << 15;
+
+/// The directory entry of 128 MiB of frames: where its slots are, and whether they are zeroed yet.
+///
+/// Low two bits of the word: 0 absent, 1 carved and not zeroed, 2 being zeroed, 3 ready.
+#[derive(Debug)]
+#[repr(transparent)]
+pub struct Section {
+    word: AtomicUsize,
+}
+
+const STATE: usize = 3;
+const ABSENT: usize = 0;
+const CARVED: usize = 1;
+const ZEROING: usize = 2;
+const READY: usize = 3;
+
+impl Section {
+    crate::const_new! {
+        /// A section without slots: a hole, or memory that the table does not cover.
+        pub fn absent() -> Self {
+            Self { word: AtomicUsize::new(ABSENT) }
+        }
+    }
+
+    /// Gives the section slots that are constructed already. All of them say "free".
+    ///
+    /// # Panics
+    ///
+    /// If there are not exactly [`SECTION_FRAMES`] slots.
+    pub fn set_ready(&self, slots: &'static [FrameSlot]) {
+        assert_eq!(
+            slots.len() as u64,
+            SECTION_FRAMES,
+            "a section has 32768 slots"
+        );
+        self.word.store(
+            slots.as_ptr().expose_provenance() | READY,
+            Ordering::Release,
+        );
+    }
+
+    /// Gives the section memory for its slots, which is zeroed at the first use.
+    ///
+    /// # Safety
+    ///
+    /// `memory` is valid for reads and writes of [`FrameTable::SECTION_BYTES`] bytes for ever, aligned to 32 bytes, and
+    /// used for nothing else.
+    #[cfg(not(loom))]
+    pub unsafe fn set_memory(&self, memory: ptr::NonNull<u8>) {
+        self.word.store(
+            memory.as_ptr().expose_provenance() | CARVED,
+            Ordering::Release,
+        );
+    }
+
+    fn slots(&self) -> Option<*const FrameSlot> {
+        let word = self.word.load(Ordering::Acquire);
+        if word & STATE == READY {
+            return Some(ptr::with_exposed_provenance(word & !STATE));
+        }
+        self.first_use(word)
+    }
+
+    #[cold]
+    fn first_use(&self, mut word: usize) -> Option<*const FrameSlot> {
+        loop {
+            match word & STATE {
+                ABSENT => return None,
+                READY => return Some(ptr::with_exposed_provenance(word & !STATE)),
+                CARVED => {
+                    let zeroing = word & !STATE | ZEROING;
+                    match self.word.compare_exchange(
+                        word,
+                        zeroing,
+                        Ordering::Acquire,
+                        Ordering::Acquire,
+                    ) {
+                        Ok(_) => {
+                            let memory: *mut FrameSlot =
+                                ptr::with_exposed_provenance_mut(word & !STATE);
+                            // SAFETY: `set_memory` promised the memory; only the winner of the exchange gets here,
+                            // and nobody has a reference yet (`I3`). All-zero is a valid slot (`I1`).
+                            unsafe { memory.write_bytes(0, SECTION_FRAMES as usize) };
+                            self.word.store(word & !STATE | READY, Ordering::Release);
+                            return Some(memory);
+                        }
+                        Err(found) => word = found,
+                    }
+                }
+                // Another CPU zeroes a mebibyte: some tens of microseconds, once. An interrupt on the zeroing CPU
+                // must not wait for what it interrupted; boot code therefore touches a section before interrupts use it.
+                _ => {
+                    spin_loop();
+                    word = self.word.load(Ordering::Acquire);
+                }
+            }
+        }
+    }
+}
+
+/// The slots of all frames, by section.
+///
+/// Const-constructible and empty until [`init`](Self::init).
+pub struct FrameTable {
+    directory: AtomicPtr<Section>,
+    sections: AtomicUsize,
+}
+
+impl FrameTable {
+    /// Bytes of slots for one section.
+    pub const SECTION_BYTES: usize = SECTION_FRAMES as usize * size_of::<FrameSlot>();
+
+    crate::const_new! {
+        /// A table that covers no frame yet.
+        pub fn new() -> Self {
+            Self { directory: AtomicPtr::new(ptr::null_mut()), sections: AtomicUsize::new(0) }
+        }
+    }
+
+    /// Sections needed to cover frames up to and including `last`.
+    #[must_use]
+    pub const fn sections_for(last: Frame) -> u64 {
+        last.number() / SECTION_FRAMES + 1
+    }
+
+    /// Gives the table its directory: entry `i` covers frames from `i * SECTION_FRAMES`.
+    ///
+    /// Called once, at boot.
+    pub fn init(&self, directory: &'static [Section]) {
+        self.directory
+            .store(directory.as_ptr().cast_mut(), Ordering::Relaxed);
+        self.sections.store(directory.len(), Ordering::Release);
+    }
+
+    /// The directory, to fill in more sections when memory is added.
+    #[must_use]
+    pub fn directory(&self) -> &[Section] {
+        let sections = self.sections.load(Ordering::Acquire);
+        if sections == 0 {
+            return &[];
+        }
+        let directory = self.directory.load(Ordering::Relaxed);
+        // SAFETY: both words came from one `&'static [Section]` in `init`; the acquire load orders them.
+        unsafe { core::slice::from_raw_parts(directory, sections) }
+    }
+
+    /// The slot of `frame`; `None` where the table does not cover it.
+    #[doc(alias = "pfn_to_page")]
+    #[inline]
+    #[must_use]
+    pub fn slot(&self, frame: Frame) -> Option<&FrameSlot> {
+        let section = usize::try_from(frame.number() / SECTION_FRAMES).ok()?;
+        let slots = self.directory().get(section)?.slots()?;
+        // SAFETY: a ready section has SECTION_FRAMES constructed slots that live for ever (`I3`).
+        Some(unsafe { &*slots.add((frame.number() % SECTION_FRAMES) as usize) })
+    }
+
+    /// Whether every frame of `range` has a slot.
+    #[must_use]
+    pub fn covers(&self, range: FrameRange) -> bool {
+        let Some(last) = range.last() else {
+            return true;
+        };
+        let first = range.first().number() / SECTION_FRAMES;
+        (first..=last.number() / SECTION_FRAMES).all(|section| {
+            usize::try_from(section)
+                .ok()
+                .and_then(|section| self.directory().get(section))
+                .is_some_and(|section| section.word.load(Ordering::Acquire) & STATE != ABSENT)
+        })
+    }
+}
+
+impl Default for FrameTable {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+impl fmt::Debug for FrameTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "FrameTable({} sections)",
+            self.sections.load(Ordering::Relaxed)
+        )
+    }
+}

@@ -1,0 +1,267 @@
+//! The slot of one frame; layout in the [module](super) and decision record 001.
+
+use crate::frame::{Frame, Order};
+use crate::sync::{AtomicU64, Ordering};
+
+/// What a frame is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[repr(u8)]
+#[non_exhaustive]
+pub enum FrameTag {
+    /// Nobody's.
+    Free = 0,
+    /// Firmware, kernel image, metadata: never allocated.
+    Reserved = 1,
+    /// Kernel memory of no particular kind.
+    Kernel = 2,
+    /// Objects of a slab cache.
+    Slab = 3,
+    /// A page table.
+    Table = 4,
+    /// Anonymous user memory.
+    Anon = 5,
+    /// A page of a file, or of shared memory.
+    File = 6,
+    /// A large kmalloc: whole pages.
+    Large = 7,
+    /// Mapped by vmalloc.
+    Vmalloc = 8,
+    /// A tail frame of a larger block: its head holds the state.
+    Tail = 9,
+}
+
+impl FrameTag {
+    const fn from_bits(bits: u8) -> Self {
+        match bits {
+            0 => Self::Free,
+            2 => Self::Kernel,
+            3 => Self::Slab,
+            4 => Self::Table,
+            5 => Self::Anon,
+            6 => Self::File,
+            7 => Self::Large,
+            8 => Self::Vmalloc,
+            9 => Self::Tail,
+            _ => Self::Reserved,
+        }
+    }
+}
+
+bitflags::bitflags! {
+    /// Bits 16..32 of word 0. The lowest eight have one meaning for all owners; the others are the owner's.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+    pub struct SlotFlags: u16 {
+        /// A lock bit: [`FrameSlot::try_lock`].
+        const LOCKED = 1 << 0;
+        /// Written to since it was last clean.
+        const DIRTY = 1 << 1;
+        /// Used since the bit was last cleared.
+        const REFERENCED = 1 << 2;
+        /// The content is that of its file or swap slot.
+        const UP_TO_DATE = 1 << 3;
+        /// On its way to or from a device.
+        const WRITEBACK = 1 << 4;
+        /// Belongs to exactly one address space (Linux's `PageAnonExclusive`).
+        const EXCLUSIVE = 1 << 5;
+        /// Detached from its structure: a walker that arrives here must start again.
+        const STRAY = 1 << 6;
+        /// Pinned for a device.
+        const PINNED = 1 << 7;
+        /// The owner's.
+        const OWNER_0 = 1 << 8;
+        /// The owner's.
+        const OWNER_1 = 1 << 9;
+        /// The owner's.
+        const OWNER_2 = 1 << 10;
+        /// The owner's.
+        const OWNER_3 = 1 << 11;
+    }
+}
+
+const COUNT_SHIFT: u32 = 32;
+const COUNT_ONE: u64 = 1 << COUNT_SHIFT;
+const FLAGS_SHIFT: u32 = 16;
+const ORDER_SHIFT: u32 = 8;
+
+/// What kmem knows of one frame: 32 bytes.
+#[doc(alias = "struct page")]
+#[derive(Debug)]
+#[repr(C, align(32))]
+pub struct FrameSlot {
+    state: AtomicU64,
+    owner: AtomicU64,
+    index: AtomicU64,
+    links: AtomicU64,
+}
+
+#[cfg(not(any(loom, shuttle)))]
+const _: () = assert!(size_of::<FrameSlot>() == 32);
+
+impl FrameSlot {
+    crate::const_new! {
+        /// The slot of a free frame.
+        pub fn new() -> Self {
+            Self {
+                state: AtomicU64::new(0),
+                owner: AtomicU64::new(0),
+                index: AtomicU64::new(0),
+                links: AtomicU64::new(0),
+            }
+        }
+    }
+
+    /// What the frame is.
+    #[must_use]
+    pub fn tag(&self) -> FrameTag {
+        FrameTag::from_bits(self.state.load(Ordering::Acquire) as u8)
+    }
+
+    /// The order of the block whose head this frame is.
+    #[must_use]
+    pub fn order(&self) -> Order {
+        let bits = (self.state.load(Ordering::Acquire) >> ORDER_SHIFT) as u8;
+        Order::new(bits).unwrap_or(Order::ZERO)
+    }
+
+    /// Takes the slot of a frame that the caller owns: tag, order, no flags, count 0, words zero.
+    pub fn claim(&self, tag: FrameTag, order: Order) {
+        self.owner.store(0, Ordering::Relaxed);
+        self.index.store(0, Ordering::Relaxed);
+        self.links.store(0, Ordering::Relaxed);
+        let state = u64::from(order.get()) << ORDER_SHIFT | tag as u64;
+        self.state.store(state, Ordering::Release);
+    }
+
+    /// Makes the slot say "free" again.
+    pub fn release(&self) {
+        self.state.store(0, Ordering::Release);
+    }
+
+    /// The flags.
+    #[must_use]
+    pub fn flags(&self) -> SlotFlags {
+        SlotFlags::from_bits_retain((self.state.load(Ordering::Acquire) >> FLAGS_SHIFT) as u16)
+    }
+
+    /// Sets flags; gives those that were set before.
+    pub fn set_flags(&self, flags: SlotFlags) -> SlotFlags {
+        let bits = u64::from(flags.bits()) << FLAGS_SHIFT;
+        let before = self.state.fetch_or(bits, Ordering::AcqRel);
+        SlotFlags::from_bits_retain((before >> FLAGS_SHIFT) as u16)
+    }
+
+    /// Clears flags; gives those that were set before.
+    pub fn clear_flags(&self, flags: SlotFlags) -> SlotFlags {
+        let bits = u64::from(flags.bits()) << FLAGS_SHIFT;
+        let before = self.state.fetch_and(!bits, Ordering::AcqRel);
+        SlotFlags::from_bits_retain((before >> FLAGS_SHIFT) as u16)
+    }
+
+    /// Takes the lock bit if it is free now.
+    #[doc(alias = "trylock_page")]
+    pub fn try_lock(&self) -> bool {
+        !self
+            .set_flags(SlotFlags::LOCKED)
+            .contains(SlotFlags::LOCKED)
+    }
+
+    /// Lets the lock bit go.
+    #[doc(alias = "unlock_page")]
+    pub fn unlock(&self) {
+        self.clear_flags(SlotFlags::LOCKED);
+    }
+
+    /// The reference count.
+    #[doc(alias = "page_ref_count")]
+    #[must_use]
+    pub fn count(&self) -> u32 {
+        (self.state.load(Ordering::Acquire) >> COUNT_SHIFT) as u32
+    }
+
+    /// Adds `n` references; gives the count before.
+    ///
+    /// # Errors
+    ///
+    /// The count, unchanged, where the sum would pass 2^32 - 1: a count that wraps frees memory in use.
+    #[doc(alias = "get_page")]
+    pub fn add_count(&self, n: u32) -> Result<u32, u32> {
+        let step = |state: u64| state.checked_add(u64::from(n) << COUNT_SHIFT);
+        self.state
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, step)
+            .map(|before| (before >> COUNT_SHIFT) as u32)
+            .map_err(|found| (found >> COUNT_SHIFT) as u32)
+    }
+
+    /// Takes `n` references away; gives the count after.
+    ///
+    /// # Errors
+    ///
+    /// The count, unchanged, where it is below `n`: a reference was given back that nobody held.
+    #[doc(alias = "put_page")]
+    pub fn sub_count(&self, n: u32) -> Result<u32, u32> {
+        let bits = u64::from(n) * COUNT_ONE;
+        self.state
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, |state| {
+                state.checked_sub(bits)
+            })
+            .map(|before| (before >> COUNT_SHIFT) as u32 - n)
+            .map_err(|found| (found >> COUNT_SHIFT) as u32)
+    }
+
+    /// The owner word: what the frame belongs to.
+    #[must_use]
+    pub fn owner(&self) -> &AtomicU64 {
+        &self.owner
+    }
+
+    /// The index word: where in its owner.
+    #[must_use]
+    pub fn index(&self) -> &AtomicU64 {
+        &self.index
+    }
+
+    /// The word of links, for owners that use it for something else.
+    #[must_use]
+    pub fn links(&self) -> &AtomicU64 {
+        &self.links
+    }
+
+    /// The frame after this one on its list.
+    #[must_use]
+    pub fn next(&self) -> Option<Frame> {
+        link(self.links.load(Ordering::Relaxed) as u32)
+    }
+
+    /// The frame before this one on its list.
+    #[must_use]
+    pub fn previous(&self) -> Option<Frame> {
+        link((self.links.load(Ordering::Relaxed) >> 32) as u32)
+    }
+
+    /// Sets both links. Whoever holds the list's lock calls this.
+    ///
+    /// Frames at 2^32 - 1 and above cannot be linked and become "none".
+    pub fn set_links(&self, next: Option<Frame>, previous: Option<Frame>) {
+        self.links.store(
+            u64::from(unlink(previous)) << 32 | u64::from(unlink(next)),
+            Ordering::Relaxed,
+        );
+    }
+}
+
+impl Default for FrameSlot {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+fn link(bits: u32) -> Option<Frame> {
+    bits.checked_sub(1)
+        .and_then(|number| Frame::new(u64::from(number)))
+}
+
+fn unlink(frame: Option<Frame>) -> u32 {
+    frame
+        .and_then(|frame| u32::try_from(frame.number() + 1).ok())
+        .unwrap_or(0)
+}

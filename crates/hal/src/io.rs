@@ -1,0 +1,117 @@
+//! Pages of files and blocks of devices: what the page cache and swap read and write.
+//!
+//! Both interfaces are split into submit and complete, so that a fault that needs I/O holds no lock while it waits:
+//! the fault path submits, keeps a ticket, and comes back. A device that answers at once says so at submission.
+
+use core::fmt;
+
+use crate::frame::Frame;
+
+/// I/O that was submitted and is not done.
+#[must_use = "a ticket says when the I/O is done"]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct IoTicket(pub u64);
+
+/// How I/O stands.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum IoState {
+    /// Finished well.
+    Done,
+    /// On its way: ask again with the ticket.
+    Pending(IoTicket),
+}
+
+/// Why I/O failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum IoError {
+    /// Beyond the end of the file or device.
+    OutOfRange,
+    /// The device failed.
+    Device,
+    /// The object cannot be written.
+    ReadOnly,
+    /// No such ticket.
+    UnknownTicket,
+}
+
+impl fmt::Display for IoError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::OutOfRange => "beyond the end of the file or device",
+            Self::Device => "the device failed",
+            Self::ReadOnly => "the object cannot be written",
+            Self::UnknownTicket => "no such I/O is on its way",
+        })
+    }
+}
+
+impl core::error::Error for IoError {}
+
+/// The pages of a file, by index.
+///
+/// # Safety
+///
+/// - `W1`: from submission of a read until it is done, only the provider writes to the frame.
+/// - `W2`: a read that is done has written all 4096 bytes; those past the end of the file are zero.
+/// - `W3`: a write that is done has taken the bytes as they were at some instant since its submission.
+pub unsafe trait PageProvider {
+    /// The size of the file in bytes.
+    #[doc(alias = "i_size_read")]
+    fn size(&self) -> u64;
+
+    /// Starts reading page `index` into `frame`.
+    ///
+    /// # Errors
+    ///
+    /// [`IoError`]; nothing was started.
+    #[doc(alias = "readpage")]
+    #[doc(alias = "read_folio")]
+    fn read(&self, index: u64, frame: Frame) -> Result<IoState, IoError>;
+
+    /// Starts writing `frame` to page `index`.
+    ///
+    /// # Errors
+    ///
+    /// [`IoError`]; nothing was started.
+    #[doc(alias = "writepage")]
+    fn write(&self, index: u64, frame: Frame) -> Result<IoState, IoError>;
+
+    /// How the I/O of a ticket stands; a ticket is forgotten once it is `Done` or failed.
+    ///
+    /// # Errors
+    ///
+    /// [`IoError`] where the I/O failed.
+    fn poll(&self, ticket: IoTicket) -> Result<IoState, IoError>;
+}
+
+/// A device of 4 KiB blocks: swap.
+///
+/// # Safety
+///
+/// As [`PageProvider`]'s `W1` to `W3`, for blocks.
+pub unsafe trait BlockDevice {
+    /// Blocks of 4096 bytes.
+    fn blocks(&self) -> u64;
+
+    /// Starts reading block `block` into `frame`.
+    ///
+    /// # Errors
+    ///
+    /// [`IoError`]; nothing was started.
+    fn read(&self, block: u64, frame: Frame) -> Result<IoState, IoError>;
+
+    /// Starts writing `frame` to block `block`.
+    ///
+    /// # Errors
+    ///
+    /// [`IoError`]; nothing was started.
+    fn write(&self, block: u64, frame: Frame) -> Result<IoState, IoError>;
+
+    /// How the I/O of a ticket stands.
+    ///
+    /// # Errors
+    ///
+    /// [`IoError`] where the I/O failed.
+    fn poll(&self, ticket: IoTicket) -> Result<IoState, IoError>;
+}
