@@ -10,3 +10,4 @@ pub mod args;
 pub mod boot;
 pub mod embedded;
 pub mod input;
+pub mod replay;

@@ -46,8 +46,29 @@ macro_rules! errnos {
 }
 
 errnos! {
-    EPERM = 1, ENOENT = 2, EINTR = 4, EIO = 5, EBADF = 9, EAGAIN = 11, ENOMEM = 12, EACCES = 13, EFAULT = 14,
-    EBUSY = 16, EEXIST = 17, ENODEV = 19, EINVAL = 22, ETXTBSY = 26, ENOSYS = 38, EOVERFLOW = 75, EOPNOTSUPP = 95,
+    EPERM = 1,
+    ENOENT = 2,
+    ESRCH = 3,
+    EINTR = 4,
+    EIO = 5,
+    ENXIO = 6,
+    E2BIG = 7,
+    EBADF = 9,
+    EAGAIN = 11,
+    ENOMEM = 12,
+    EACCES = 13,
+    EFAULT = 14,
+    EBUSY = 16,
+    EEXIST = 17,
+    ENODEV = 19,
+    EINVAL = 22,
+    ENFILE = 23,
+    EMFILE = 24,
+    ETXTBSY = 26,
+    EROFS = 30,
+    ENOSYS = 38,
+    EOVERFLOW = 75,
+    EOPNOTSUPP = 95,
 }
 
 impl fmt::Display for Errno {

@@ -20,6 +20,7 @@ use super::InputError;
 use super::field::At;
 use super::lines::Source;
 use super::oracle::{Recorded, VmaLine, Words};
+use std::collections::VecDeque;
 
 /// One line of a trace; a checkpoint comes with its whole list.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -94,6 +95,8 @@ pub struct Reader {
     program: String,
     files: Vec<String>,
     ahead: Option<(usize, String)>,
+    /// Files that a list named; they come behind the list.
+    named: VecDeque<(usize, Event)>,
     started: bool,
     last_initial: u64,
     ended: bool,
@@ -123,6 +126,7 @@ impl Reader {
             program,
             files: Vec::new(),
             ahead: None,
+            named: VecDeque::new(),
             started: false,
             last_initial: 0,
             ended: false,
@@ -139,6 +143,9 @@ impl Reader {
     /// # Errors
     /// Whatever is wrong with the line; a file that ends early.
     pub fn next_event(&mut self) -> Result<Option<(usize, Event)>, InputError> {
+        if let Some(event) = self.named.pop_front() {
+            return Ok(Some(event));
+        }
         let Some((line, text)) = self.take_line()? else {
             if !self.source.terminated() {
                 return Err(self.source.error(
@@ -169,22 +176,7 @@ impl Reader {
     fn event(&mut self, at: At<'_>, text: &str) -> Result<Event, InputError> {
         let mut w = Words::of(text);
         Ok(match w.word(at, "call")? {
-            "#" => {
-                w.word(at, "file")?;
-                let id = w.word(at, "id")?.to_string();
-                if !id.starts_with('f') || id.len() < 2 || self.files.contains(&id) {
-                    return Err(at.error("id", &id, "is not fN, or was named before"));
-                }
-                let rest: Vec<&str> = core::iter::from_fn(|| w.word(at, "name").ok()).collect();
-                if rest.is_empty() {
-                    return Err(at.error("name", "", "the file has no name"));
-                }
-                self.files.push(id.clone());
-                Event::File {
-                    id,
-                    name: rest.join(" "),
-                }
-            }
+            "#" => self.file_line(at, &mut w)?,
             "I" => {
                 let vma = VmaLine::parse(at, &mut w)?;
                 if self.started {
@@ -293,6 +285,23 @@ impl Reader {
         })
     }
 
+    fn file_line(&mut self, at: At<'_>, w: &mut Words<'_>) -> Result<Event, InputError> {
+        w.word(at, "file")?;
+        let id = w.word(at, "id")?.to_string();
+        if !id.starts_with('f') || id.len() < 2 || self.files.contains(&id) {
+            return Err(at.error("id", &id, "is not fN, or was named before"));
+        }
+        let rest: Vec<&str> = core::iter::from_fn(|| w.word(at, "name").ok()).collect();
+        if rest.is_empty() {
+            return Err(at.error("name", "", "the file has no name"));
+        }
+        self.files.push(id.clone());
+        Ok(Event::File {
+            id,
+            name: rest.join(" "),
+        })
+    }
+
     fn list(&mut self, opened: At<'_>) -> Result<Vec<VmaLine>, InputError> {
         let mut list: Vec<VmaLine> = Vec::new();
         while let Some((line, text)) = self.take_line()? {
@@ -301,9 +310,18 @@ impl Reader {
                 line,
             };
             let mut w = Words::of(&text);
-            if w.word(at, "call")? != "=" {
-                self.ahead = Some((line, text));
-                break;
+            match w.word(at, "call")? {
+                "=" => {}
+                // An object that no call named (shared anonymous memory) gets its name when a list shows it first.
+                "#" => {
+                    let event = self.file_line(at, &mut w)?;
+                    self.named.push_back((line, event));
+                    continue;
+                }
+                _ => {
+                    self.ahead = Some((line, text));
+                    break;
+                }
             }
             let vma = VmaLine::parse(at, &mut w)?;
             if list.last().is_some_and(|p| vma.start < p.end) {
@@ -379,6 +397,12 @@ mod tests {
     }
 
     #[test]
+    fn a_list_may_name_an_object_on_its_way() {
+        let e = all("E\n= 1000 2000 rw-p 0 -\n# file f0 zero\n= 3000 4000 rw-s 0 f0\n").unwrap();
+        assert!(matches!(&e[0], Event::Checkpoint { list, .. } if list.len() == 2));
+    }
+
+    #[test]
     fn broken_traces_are_errors() {
         for (body, what) in [
             ("", "no E line"),
@@ -399,6 +423,7 @@ mod tests {
             ("b 0 = ENOMEM\n", "hexadecimal"),
             ("# file g0 x\n", "not fN"),
             ("# file f0\n", "no name"),
+            ("C\n# file f0\n", "no name"),
             ("z\n", "none of I m u"),
         ] {
             let e = all(body).unwrap_err();
