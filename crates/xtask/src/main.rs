@@ -5,6 +5,7 @@
 
 mod gate;
 mod golden;
+mod image;
 mod qemu;
 mod sh;
 mod steps;
@@ -35,6 +36,8 @@ enum Command {
     Gate(gate::Options),
     /// Compares the public API of every published crate with its file in docs/api.
     Golden(golden::Options),
+    /// Links every library crate into an image without std and inspects its machine code.
+    NoStd(image::Options),
     /// Builds the demo kernel and boots it in QEMU; only the kernel's own success code counts.
     Qemu(qemu::Options),
 }
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
     match Cli::parse().command {
         Command::Gate(options) => gate::run(&root, &options),
         Command::Golden(options) => golden::main(&root, &options),
+        Command::NoStd(options) => image::main(&root, &options),
         Command::Qemu(options) => qemu::main(&root, &options),
     }
 }

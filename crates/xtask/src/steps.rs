@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::gate::Gate;
 use crate::sh::Stop;
-use crate::{golden, qemu, tools, workspace};
+use crate::{golden, image, qemu, tools, workspace};
 
 /// One named check.
 pub struct Step {
@@ -26,6 +26,11 @@ pub const STEPS: &[Step] = &[
     step("test", "cargo test --workspace", test),
     step("doc", "rustdoc has no warning", doc),
     step("book", "the book builds", book),
+    step(
+        "no-std",
+        "links without std; no vector registers; bounded stack",
+        |gate| image::gate(&mut gate.shell),
+    ),
     step("features", "each combination of features builds", features),
     step(
         "golden",
