@@ -6,6 +6,7 @@
 mod gate;
 mod golden;
 mod image;
+mod models;
 mod qemu;
 mod sh;
 mod steps;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::gate::Gate;
 use crate::sh::Stop;
-use crate::{golden, image, qemu, tools, workspace};
+use crate::{golden, image, models, qemu, tools, workspace};
 
 /// One named check.
 pub struct Step {
@@ -26,28 +26,16 @@ pub const STEPS: &[Step] = &[
     step("test", "cargo test --workspace", test),
     step("doc", "rustdoc has no warning", doc),
     step("book", "the book builds", book),
-    step(
-        "no-std",
-        "links without std; no vector registers; bounded stack",
-        |gate| image::gate(&mut gate.shell),
-    ),
-    step("features", "each combination of features builds", features),
-    step(
-        "golden",
-        "the public API is as docs/api has it",
-        golden_files,
-    ),
-    step(
-        "package",
-        "each published crate packages and builds from its package",
-        package,
-    ),
-    step("fuzz", "each fuzz target runs for a while", fuzz),
-    step(
-        "qemu",
-        "the demo kernel's scenarios in QEMU",
-        qemu_scenarios,
-    ),
+    step("no-std", "no std, vector registers, deep stack", no_std),
+    step("qemu", "the demo kernel in QEMU", qemu_scenarios),
+    step("features", "each set of features builds", features),
+    step("golden", "the public API is as in docs/api", golden_files),
+    step("package", "each package builds by itself", package),
+    step("counting", "counts of locked instructions", counting),
+    step("loom", "all interleavings of small models", loom),
+    step("shuttle", "random schedules of large models", shuttle),
+    step("asan", "the tests under AddressSanitizer", asan),
+    step("fuzz", "each fuzz target for a while", fuzz),
 ];
 
 const fn step(
@@ -104,17 +92,7 @@ fn clippy(gate: &mut Gate) -> Result<String, Stop> {
 fn test(gate: &mut Gate) -> Result<String, Stop> {
     let mut command = gate.shell.cargo(["test", "--workspace"]);
     gate.shell.run(&mut command)?;
-    let text = gate.shell.text();
-    let passed: u32 = text
-        .lines()
-        .filter_map(|line| {
-            line.strip_prefix("test result: ok. ")?
-                .split(' ')
-                .next()?
-                .parse::<u32>()
-                .ok()
-        })
-        .sum();
+    let passed = models::count_passed(&gate.shell.text());
     Ok(format!("{passed} tests"))
 }
 
@@ -133,6 +111,26 @@ fn book(gate: &mut Gate) -> Result<String, Stop> {
         .arg(gate.shell.root().join("target/book"));
     gate.shell.run(&mut command)?;
     Ok(String::new())
+}
+
+fn no_std(gate: &mut Gate) -> Result<String, Stop> {
+    image::gate(&mut gate.shell)
+}
+
+fn counting(gate: &mut Gate) -> Result<String, Stop> {
+    models::run(&mut gate.shell, &models::COUNTING)
+}
+
+fn loom(gate: &mut Gate) -> Result<String, Stop> {
+    models::run(&mut gate.shell, &models::LOOM)
+}
+
+fn shuttle(gate: &mut Gate) -> Result<String, Stop> {
+    models::run(&mut gate.shell, &models::SHUTTLE)
+}
+
+fn asan(gate: &mut Gate) -> Result<String, Stop> {
+    models::address_sanitizer(&mut gate.shell)
 }
 
 /// Every subset of the features of a crate with up to four; none, all, and each alone and left out of a crate with
