@@ -20,7 +20,10 @@ pub mod sync;
 pub use addr::{Canonical, PAGE_SHIFT, PAGE_SIZE, PhysAddr, VirtAddr};
 pub use cpu::{Cpu, CpuCall, CpuCallError, CpuId, CpuSet, NoCpuCall, PerCpu, Pinned, SingleCpu};
 pub use frame::{Blocks, Frame, FrameRange, Order};
-pub use frame_table::{FrameSlot, FrameTable, FrameTag, SECTION_FRAMES, Section, SlotFlags};
+pub use frame_table::{
+    CountError, FrameSlot, FrameTable, FrameTag, SECTION_FRAMES, Section, SlabSlot, SlotFlags,
+    SlotGuard, TableOwner, TableSlot, UserSlot,
+};
 pub use grace::{Deferred, Grace, SingleGrace, SingleGuard};
 pub use io::{BlockDevice, IoError, IoState, IoTicket, PageProvider};
 pub use lock::{IrqSafe, Lock, LockGuard, RawLock, RawSleepLock, SleepLock, Spin, Wait};

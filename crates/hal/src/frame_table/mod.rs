@@ -10,6 +10,8 @@
 //!  word 2   index    where in it: a page offset, a table's level and live count, free bits of a slab
 //!  word 3   links    next and previous frame of a list, 32 bits each, as `number + 1` (0 = none)
 //!
+//!  typed views: TableSlot, SlabSlot, UserSlot; a block's other frames say Tail and repeat its order
+//!
 //!  frame number ── >> 15 ──> Section ──> 32768 slots of 32 bytes (1 MiB of slots for 128 MiB of memory)
 //! ```
 //!
@@ -24,14 +26,20 @@
 //!
 //! Buddy does not need the table. Tables that are not needed cost nothing.
 
+mod slab;
 mod slot;
+mod table;
+mod user;
 
 use core::fmt;
 use core::ptr;
 
-pub use slot::{FrameSlot, FrameTag, SlotFlags};
+pub use slab::SlabSlot;
+pub use slot::{FrameSlot, FrameTag, SlotFlags, SlotGuard};
+pub use table::{TableOwner, TableSlot};
+pub use user::{CountError, UserSlot};
 
-use crate::frame::{Frame, FrameRange};
+use crate::frame::{Frame, FrameRange, Order};
 use crate::sync::{AtomicPtr, AtomicUsize, Ordering, spin_loop};
 
 /// Frames in a section: 128 MiB.
@@ -191,6 +199,51 @@ impl FrameTable {
         let slots = self.directory().get(section)?.slots()?;
         // SAFETY: a ready section has SECTION_FRAMES constructed slots that live for ever (`I3`).
         Some(unsafe { &*slots.add((frame.number() % SECTION_FRAMES) as usize) })
+    }
+
+    /// The slot of the block that `frame` is part of, and the block's first frame.
+    ///
+    /// Follows a [`FrameTag::Tail`] to its head; any other frame is its own head.
+    #[doc(alias = "compound_head")]
+    #[must_use]
+    pub fn head(&self, frame: Frame) -> Option<(Frame, &FrameSlot)> {
+        let slot = self.slot(frame)?;
+        if slot.tag() != FrameTag::Tail {
+            return Some((frame, slot));
+        }
+        let head = frame.align_down(slot.order());
+        Some((head, self.slot(head)?))
+    }
+
+    /// Makes the frames of a block that the caller owns, after the first, say "tail of a block of `order`".
+    ///
+    /// Called before the head is claimed, so that whoever sees the head finds the tails. `false`, and nothing is changed,
+    /// where the table does not cover the block.
+    #[doc(alias = "prep_compound_page")]
+    #[must_use]
+    pub fn claim_tails(&self, first: Frame, order: Order) -> bool {
+        self.each_tail(first, order, |slot| slot.claim(FrameTag::Tail, order))
+    }
+
+    /// Makes the frames of a block after the first say "free". `false` where the table does not cover the block.
+    #[doc(alias = "destroy_compound_page")]
+    pub fn release_tails(&self, first: Frame, order: Order) -> bool {
+        self.each_tail(first, order, FrameSlot::release)
+    }
+
+    fn each_tail(&self, first: Frame, order: Order, f: impl Fn(&FrameSlot)) -> bool {
+        let Some(block) = FrameRange::of_order(first, order) else {
+            return false;
+        };
+        if !self.covers(block) {
+            return false;
+        }
+        for frame in block.iter().skip(1) {
+            if let Some(slot) = self.slot(frame) {
+                f(slot);
+            }
+        }
+        true
     }
 
     /// Whether every frame of `range` has a slot.

@@ -1,7 +1,10 @@
 //! The slot of one frame; layout in the [module](super) and decision record 001.
 
+use super::slab::SlabSlot;
+use super::table::TableSlot;
+use super::user::{CountError, UserSlot};
 use crate::frame::{Frame, Order};
-use crate::sync::{AtomicU64, Ordering};
+use crate::sync::{AtomicU64, Ordering, spin_loop};
 
 /// What a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -26,7 +29,8 @@ pub enum FrameTag {
     Large = 7,
     /// Mapped by vmalloc.
     Vmalloc = 8,
-    /// A tail frame of a larger block: its head holds the state.
+    /// A tail frame of a larger block: its head holds the state. Its order is the block's, so that the head is
+    /// `frame.align_down(order)`.
     Tail = 9,
 }
 
@@ -125,11 +129,42 @@ impl FrameSlot {
 
     /// Takes the slot of a frame that the caller owns: tag, order, no flags, count 0, words zero.
     pub fn claim(&self, tag: FrameTag, order: Order) {
+        self.claim_with(tag, order, 0, |_| {});
+    }
+
+    /// As [`claim`](Self::claim), with a count, and with `words` writing words 1 to 3 before word 0 publishes them.
+    pub(super) fn claim_with(
+        &self,
+        tag: FrameTag,
+        order: Order,
+        count: u32,
+        words: impl FnOnce(&Self),
+    ) {
         self.owner.store(0, Ordering::Relaxed);
         self.index.store(0, Ordering::Relaxed);
         self.links.store(0, Ordering::Relaxed);
-        let state = u64::from(order.get()) << ORDER_SHIFT | tag as u64;
+        words(self);
+        let state =
+            u64::from(count) << COUNT_SHIFT | u64::from(order.get()) << ORDER_SHIFT | tag as u64;
         self.state.store(state, Ordering::Release);
+    }
+
+    /// The slot as that of a page table; `None` where the frame is something else.
+    #[must_use]
+    pub fn as_table(&self) -> Option<TableSlot<'_>> {
+        TableSlot::new(self)
+    }
+
+    /// The slot as that of a slab's first frame; `None` where the frame is something else.
+    #[must_use]
+    pub fn as_slab(&self) -> Option<SlabSlot<'_>> {
+        SlabSlot::new(self)
+    }
+
+    /// The slot as that of a user page or a page of a file; `None` where the frame is something else.
+    #[must_use]
+    pub fn as_user(&self) -> Option<UserSlot<'_>> {
+        UserSlot::new(self)
     }
 
     /// Makes the slot say "free" again.
@@ -171,6 +206,20 @@ impl FrameSlot {
         self.clear_flags(SlotFlags::LOCKED);
     }
 
+    /// Spins until the lock bit is free and takes it; lets go when the guard is dropped.
+    ///
+    /// Not for interrupts: the bit does not keep them out.
+    #[doc(alias = "lock_page")]
+    pub fn lock(&self) -> SlotGuard<'_> {
+        while !self.try_lock() {
+            // Reads until it looks free, so that waiters do not fight for the line.
+            while self.flags().contains(SlotFlags::LOCKED) {
+                spin_loop();
+            }
+        }
+        SlotGuard(self)
+    }
+
     /// The reference count.
     #[doc(alias = "page_ref_count")]
     #[must_use]
@@ -190,6 +239,41 @@ impl FrameSlot {
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, step)
             .map(|before| (before >> COUNT_SHIFT) as u32)
             .map_err(|found| (found >> COUNT_SHIFT) as u32)
+    }
+
+    /// Adds `n` references where there is one already; gives the count before.
+    ///
+    /// # Errors
+    ///
+    /// [`CountError::Underflow`] where the count is 0; [`CountError::Saturated`] where the sum would pass 2^32 - 1.
+    #[doc(alias = "get_page_unless_zero")]
+    pub fn try_add_count(&self, n: u32) -> Result<u32, CountError> {
+        let step = |state: u64| {
+            if state >> COUNT_SHIFT == 0 {
+                None
+            } else {
+                state.checked_add(u64::from(n) << COUNT_SHIFT)
+            }
+        };
+        match self
+            .state
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, step)
+        {
+            Ok(before) => Ok((before >> COUNT_SHIFT) as u32),
+            Err(found) if found >> COUNT_SHIFT == 0 => Err(CountError::Underflow),
+            Err(_) => Err(CountError::Saturated),
+        }
+    }
+
+    /// Replaces the upper half of word 0, whatever its owner keeps there.
+    pub(super) fn replace_count(&self, f: impl Fn(u32) -> u32) {
+        let step = |state: u64| {
+            let upper = f((state >> COUNT_SHIFT) as u32);
+            Some(state & (COUNT_ONE - 1) | u64::from(upper) << COUNT_SHIFT)
+        };
+        let _ = self
+            .state
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, step);
     }
 
     /// Takes `n` references away; gives the count after.
@@ -246,6 +330,17 @@ impl FrameSlot {
             u64::from(unlink(previous)) << 32 | u64::from(unlink(next)),
             Ordering::Relaxed,
         );
+    }
+}
+
+/// The lock bit of a slot, held; lets go when dropped.
+#[must_use = "the slot is unlocked when the guard is dropped"]
+#[derive(Debug)]
+pub struct SlotGuard<'a>(&'a FrameSlot);
+
+impl Drop for SlotGuard<'_> {
+    fn drop(&mut self) {
+        self.0.unlock();
     }
 }
 
