@@ -8,6 +8,9 @@
 
 pub mod args;
 pub mod boot;
+pub mod elf;
 pub mod embedded;
 pub mod input;
+pub mod output;
 pub mod replay;
+pub mod report;

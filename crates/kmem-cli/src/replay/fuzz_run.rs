@@ -161,7 +161,8 @@ impl<M: MmUnderTest> Run<M> {
                 to,
                 ref result,
             } => {
-                let flags = u32::from(may_move) * MREMAP_MAYMOVE | u32::from(fixed) * MREMAP_FIXED;
+                let flags =
+                    (u32::from(may_move) * MREMAP_MAYMOVE) | (u32::from(fixed) * MREMAP_FIXED);
                 same(result, &self.mm.mremap(addr, old, new, flags, to))
             }
             Call::Madvise {
