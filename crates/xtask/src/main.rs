@@ -3,6 +3,7 @@
 //! Everything that a continuous-integration machine or a contributor has to run is a subcommand here, so that
 //! no script holds a rule that the gate does not.
 
+mod book;
 mod gate;
 mod golden;
 mod image;

@@ -8,8 +8,9 @@
 //!
 //! A build that finds a file and runs no test from it is a failure: the tests were configured out.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
+use crate::book::files_with;
 use crate::sh::{Shell, Stop, fail};
 use crate::tools;
 use crate::workspace::{self, Package};
@@ -118,7 +119,7 @@ fn test_files(package: &Package, word: &str) -> Vec<String> {
 /// Whether a module below `folder` has tests of the kind: its file has the word in its path, or it declares a module
 /// of such a name, and somewhere in the file stands `#[test]`.
 fn has_module(folder: &Path, word: &str) -> bool {
-    rust_files(folder).iter().any(|path| {
+    files_with(folder, "rs").iter().any(|path| {
         let text = std::fs::read_to_string(path).unwrap_or_default();
         let inside = path
             .strip_prefix(folder)
@@ -135,21 +136,6 @@ fn has_module(folder: &Path, word: &str) -> bool {
         });
         text.contains("#[test]") && (inside || declared)
     })
-}
-
-fn rust_files(folder: &Path) -> Vec<PathBuf> {
-    let (mut files, mut todo) = (Vec::new(), vec![folder.to_owned()]);
-    while let Some(folder) = todo.pop() {
-        for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
-            let path = entry.path();
-            if path.is_dir() {
-                todo.push(path);
-            } else if path.extension().is_some_and(|extension| extension == "rs") {
-                files.push(path);
-            }
-        }
-    }
-    files
 }
 
 /// Runs the unit and integration tests of the library crates under AddressSanitizer.

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::gate::Gate;
 use crate::sh::Stop;
-use crate::{golden, image, models, qemu, tools, workspace};
+use crate::{book, golden, image, models, qemu, tools, workspace};
 
 /// One named check.
 pub struct Step {
@@ -104,13 +104,7 @@ fn doc(gate: &mut Gate) -> Result<String, Stop> {
 }
 
 fn book(gate: &mut Gate) -> Result<String, Stop> {
-    let mdbook = tools::MDBOOK.path(&mut gate.shell)?;
-    let mut command = gate.shell.command(mdbook);
-    command
-        .args(["build", "docs", "--dest-dir"])
-        .arg(gate.shell.root().join("target/book"));
-    gate.shell.run(&mut command)?;
-    Ok(String::new())
+    book::check(&mut gate.shell)
 }
 
 fn no_std(gate: &mut Gate) -> Result<String, Stop> {
