@@ -107,6 +107,15 @@ unsafe impl<T, A: ObjectAlloc<T>> ObjectAlloc<T> for &A {
     fn alloc_bulk(&self, out: &mut [MaybeUninit<NonNull<T>>]) -> usize {
         (**self).alloc_bulk(out)
     }
+    // Forwarded, so that the deferred call keeps the allocator's address and not that of this reference.
+    unsafe fn free_deferred<G: Grace>(
+        &self,
+        object: NonNull<T>,
+        grace: &G,
+    ) -> Result<(), NonNull<T>> {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { (**self).free_deferred(object, grace) }
+    }
 }
 
 /// Objects taken ahead of need: as long as some are left, [`take`](Self::take) cannot fail.

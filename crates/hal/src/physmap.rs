@@ -165,6 +165,14 @@ unsafe impl<M: PhysMap + ?Sized> PhysMap for &M {
         // SAFETY: the caller's promise is passed on.
         unsafe { (**self).words32(frame) }
     }
+    unsafe fn zero(&self, range: FrameRange) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { (**self).zero(range) }
+    }
+    unsafe fn copy(&self, from: Frame, to: Frame) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { (**self).copy(from, to) }
+    }
 }
 
 /// All of physical memory mapped at one offset, known at run time.
