@@ -1,1 +1,9 @@
-//! Reference models, operation enums, failure injection and a conformance suite for kmem and its users.
+#![doc = include_str!("../README.md")]
+
+pub mod arena;
+pub mod fail;
+pub mod objects;
+
+pub use arena::{Arena, ArenaSource};
+pub use fail::{FailPlan, Failing, FailingObjects, FailingSource, every_failure};
+pub use objects::HeapObjects;
