@@ -1,2 +1,9 @@
-//! Boot memory map, nodes, zones and a buddy page-frame allocator for any kernel.
+#![doc = include_str!("../README.md")]
 #![no_std]
+
+mod boot;
+
+pub use boot::{
+    BootList, BootMap, BootMapError, BootRegion, EarlyAllocator, EarlyError, RegionKind,
+    Reservation,
+};

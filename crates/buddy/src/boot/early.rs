@@ -1,0 +1,170 @@
+//! The early allocator: memory before there is an allocator (Linux's memblock).
+//!
+//! Gives pieces of what the boot map has free, from the top down, so that low memory stays for devices that need it. What it
+//! gives is a reservation of kind [`Early`](crate::Reservation::Early) in the map, and so the zones that are built
+//! from the map later know it as allocated. The allocator's own metadata is carved with it: sized by the memory that is
+//! usable, never by the highest address.
+//!
+//! Invariants
+//! - `I1`: a piece given is present memory, in reach of the [`PhysMap`], in no reservation, and is reserved when the call returns.
+//! - `I2`: memory from `alloc_slice` is initialised before a reference to it exists.
+
+use core::mem::size_of;
+
+use kmem_hal::{FrameRange, PAGE_SIZE, PhysAddr, PhysMap};
+
+use super::error::EarlyError;
+use super::map::BootMap;
+
+/// Carves memory out of a boot map.
+///
+/// # Examples
+///
+/// ```
+/// use kmem_buddy::{BootMap, EarlyAllocator, RegionKind};
+/// use kmem_hal::{OffsetMap, PhysAddr};
+///
+/// let mut map: BootMap = BootMap::new();
+/// map.push(PhysAddr::new(0), 1 << 20, RegionKind::Usable)?;
+/// // SAFETY: only addresses are computed here, and nothing is accessed.
+/// let memory = unsafe { OffsetMap::new(0, 256) };
+/// let mut early = EarlyAllocator::new(&mut map, &memory);
+/// assert_eq!(early.alloc(4096, 4096).unwrap(), PhysAddr::new(0xff000)); // from the top down
+/// # Ok::<(), kmem_buddy::BootMapError>(())
+/// ```
+#[doc(alias = "memblock_alloc")]
+#[derive(Debug)]
+pub struct EarlyAllocator<'a, M, const N: usize = 256> {
+    map: &'a mut BootMap<N>,
+    memory: &'a M,
+    limit: u64,
+}
+
+impl<'a, M: PhysMap, const N: usize> EarlyAllocator<'a, M, N> {
+    /// Allocates from what `map` has free inside the reach of `memory`.
+    #[must_use]
+    pub fn new(map: &'a mut BootMap<N>, memory: &'a M) -> Self {
+        Self {
+            map,
+            memory,
+            limit: u64::MAX,
+        }
+    }
+
+    /// Allocates below `limit` (bytes, exclusive) only.
+    #[must_use]
+    pub fn below(mut self, limit: PhysAddr) -> Self {
+        self.limit = limit.as_u64();
+        self
+    }
+
+    /// The map that is carved.
+    #[must_use]
+    pub fn map(&self) -> &BootMap<N> {
+        self.map
+    }
+
+    /// The map, to add regions or reservations between allocations.
+    pub fn map_mut(&mut self) -> &mut BootMap<N> {
+        self.map
+    }
+
+    /// Gives `bytes` bytes aligned to `align`, not zeroed, at the highest place.
+    ///
+    /// # Errors
+    ///
+    /// [`EarlyError`]; nothing has changed then.
+    #[doc(alias = "memblock_phys_alloc")]
+    pub fn alloc(&mut self, bytes: u64, align: u64) -> Result<PhysAddr, EarlyError> {
+        if bytes == 0 || !align.is_power_of_two() {
+            return Err(EarlyError::BadRequest { bytes, align });
+        }
+        let reach = self.memory.reach();
+        let low = reach.first().start().as_u64();
+        let high = self.limit.min(
+            reach
+                .last()
+                .map_or(low, |last| last.start().as_u64() | (PAGE_SIZE - 1))
+                .saturating_add(1),
+        );
+        let mut best = None;
+        self.map.for_each_gap(|start, end| {
+            let (start, end) = (start.max(low), end.min(high));
+            if let Some(at) = end.checked_sub(bytes).map(|at| at & !(align - 1))
+                && at >= start
+            {
+                best = Some(at);
+            }
+        });
+        let at = best.ok_or(EarlyError::NoSpace { bytes, limit: high })?;
+        self.map
+            .insert_early(at, at + bytes)
+            .map_err(|_| EarlyError::Full { capacity: N })?;
+        Ok(PhysAddr::new(at))
+    }
+
+    /// Gives `frames` whole frames aligned to `align` frames.
+    ///
+    /// # Errors
+    ///
+    /// [`EarlyError`].
+    pub fn alloc_frames(&mut self, frames: u64, align: u64) -> Result<FrameRange, EarlyError> {
+        let bytes = frames.checked_mul(PAGE_SIZE).ok_or(EarlyError::NoSpace {
+            bytes: u64::MAX,
+            limit: self.limit,
+        })?;
+        let at = self.alloc(bytes, align.saturating_mul(PAGE_SIZE))?;
+        Ok(FrameRange::inside(at, bytes))
+    }
+
+    /// Gives a slice of `count` values, each made by `make` from its index. It lives for ever.
+    ///
+    /// # Errors
+    ///
+    /// [`EarlyError`].
+    pub fn alloc_slice<T: 'static>(
+        &mut self,
+        count: usize,
+        mut make: impl FnMut(usize) -> T,
+    ) -> Result<&'static mut [T], EarlyError> {
+        let bytes = (size_of::<T>() as u64)
+            .checked_mul(count as u64)
+            .filter(|&bytes| isize::try_from(bytes).is_ok())
+            .ok_or(EarlyError::NoSpace {
+                bytes: u64::MAX,
+                limit: self.limit,
+            })?;
+        if bytes == 0 {
+            return Ok(&mut []);
+        }
+        let align = align_of::<T>() as u64;
+        let at = self.alloc(bytes, align.max(8))?;
+        let first = self.memory.to_ptr(at).cast::<T>();
+        for index in 0..count {
+            // SAFETY: I1: the memory is in reach, so by P1 valid for writes and contiguous, and nobody else's;
+            // `alloc` aligned it (pages are aligned in both spaces, P1).
+            unsafe { first.add(index).write(make(index)) };
+        }
+        // SAFETY: I2: all `count` values were just written; the reservation keeps the memory for ever.
+        Ok(unsafe { core::slice::from_raw_parts_mut(first, count) })
+    }
+
+    /// Takes back what `alloc` gave.
+    ///
+    /// Bytes that no early allocation holds are left as they are.
+    ///
+    /// # Errors
+    ///
+    /// [`EarlyError::Full`] where a piece would have to be cut in two and the list is full.
+    ///
+    /// # Safety
+    ///
+    /// Nobody uses the bytes any more, or will.
+    #[doc(alias = "memblock_phys_free")]
+    pub unsafe fn free(&mut self, base: PhysAddr, bytes: u64) -> Result<(), EarlyError> {
+        let start = base.as_u64();
+        self.map
+            .remove_early(start, start.saturating_add(bytes))
+            .map_err(|_| EarlyError::Full { capacity: N })
+    }
+}

@@ -1,0 +1,44 @@
+//! Real memory maps as boot maps.
+#![allow(dead_code)]
+
+use kmem_buddy::{BootMap, RegionKind};
+use kmem_hal::{NodeId, PhysAddr};
+
+pub const SUN: &str = include_str!("../data/sun-x4600-numa8.txt");
+pub const FIRECRACKER: &str = include_str!("../data/firecracker-24g.txt");
+pub const QEMU: &str = include_str!("../data/qemu-q35-64m.txt");
+pub const ASUS: &str = include_str!("../data/asus-p5p43-16g.txt");
+pub const DELL: &str = include_str!("../data/dell-t3600-efi.txt");
+
+fn span(line: &str) -> (u64, u64) {
+    let inside = line.split("[mem ").nth(1).unwrap();
+    let (range, _) = inside.split_once(']').unwrap();
+    let (first, last) = range.split_once('-').unwrap();
+    let number = |text: &str| u64::from_str_radix(text.trim_start_matches("0x"), 16).unwrap();
+    (number(first), number(last) - number(first) + 1)
+}
+
+/// The boot map that a file of `BIOS-e820:` and `SRAT:` lines describes.
+pub fn parse(text: &str) -> BootMap {
+    let mut map = BootMap::new();
+    for line in text.lines() {
+        if line.starts_with("BIOS-e820:") {
+            let (base, length) = span(line);
+            let kind = match line.split("] ").nth(1).unwrap().trim() {
+                "usable" => RegionKind::Usable,
+                "reserved" => RegionKind::Reserved,
+                "ACPI data" => RegionKind::AcpiData,
+                "ACPI NVS" => RegionKind::AcpiNvs,
+                "unusable" => RegionKind::Unusable,
+                other => RegionKind::Other(other.trim_start_matches("type ").parse().unwrap()),
+            };
+            map.push(PhysAddr::new(base), length, kind).unwrap();
+        } else if let Some(rest) = line.strip_prefix("SRAT: Node ") {
+            let node: u16 = rest.split(' ').next().unwrap().parse().unwrap();
+            let (base, length) = span(line);
+            map.assign_node(PhysAddr::new(base), length, NodeId::new(node))
+                .unwrap();
+        }
+    }
+    map
+}
