@@ -1,0 +1,572 @@
+//! The machine's state, and the path of one access through it.
+//!
+//! ```text
+//!  access --canonical?--> TLB hit? --rights? D?--> use --.
+//!             | #GP          | no / too little           |--> verify: frame freed since? tables still say so?
+//!                            v                           |        no: stale, and a violation if it was freed,
+//!                   walk cache hit? --> walk --> A, D ---'            foreign, or declared flushed
+//!                            |            | #PF
+//!                            `-- a failure from a cached position is tried again from the root
+//! ```
+//!
+//! Invariants
+//! - `I1` what the running program sees (bytes, faults, A and D bits) depends on registers, tables and caches alone; verification
+//!   reads and never writes.
+//! - `I2` an entry's origin is as old as the oldest cached thing it was made from, so that evidence cannot be laundered by
+//!   going from a stale walk cache into a fresh TLB entry.
+//! - `I3` all choices come from one seeded generator, in program order.
+
+use std::collections::VecDeque;
+use std::panic::Location;
+use std::sync::Arc;
+
+use crate::adversary::{Adversary, Stats};
+use crate::cpu::{CpuState, Fault};
+use crate::frames::{FrameEventKind, FrameState, Frames};
+use crate::memory::PhysMemory;
+use crate::rng::SeededRng;
+use crate::tlb::{GLOBAL, Origin, TlbEntry, WalkEntry};
+use crate::violation::{Violation, ViolationKind};
+use crate::walker::{
+    self, Access, AccessKind, MAX_LEVELS, Position, Rights, Stop, Touch, Translation, Walk,
+    WalkContext,
+};
+
+/// A range of linear addresses whose changes were declared complete.
+#[derive(Debug, Clone, Copy)]
+struct Settled {
+    root: Option<u64>,
+    first: u64,
+    last: u64,
+    step: u64,
+}
+
+const RECENT: usize = 16;
+const MOST_SETTLED: usize = 4096;
+pub(crate) const STORY_EVENTS: usize = 12;
+
+#[derive(Debug)]
+pub(crate) struct Core {
+    pub memory: Arc<PhysMemory>,
+    pub cpus: Vec<CpuState>,
+    pub frames: Frames,
+    pub adversary: Adversary,
+    pub rng: SeededRng,
+    pub stats: Stats,
+    pub step: u64,
+    /// A running hash of every access and its outcome: equal digests mean equal runs.
+    pub digest: u64,
+    /// Whether hits are compared with the tables.
+    pub verify: bool,
+    /// Linear ranges that may map free frames: a kernel's map of all memory.
+    pub exempt: Vec<(u64, u64)>,
+    /// Violations not yet handed over.
+    pub raised: Vec<Violation>,
+    settled: VecDeque<Settled>,
+    recent: [u64; RECENT],
+}
+
+impl Core {
+    pub(crate) fn new(
+        memory: Arc<PhysMemory>,
+        cpus: Vec<CpuState>,
+        frames: Frames,
+        seed: u64,
+    ) -> Self {
+        Self {
+            memory,
+            cpus,
+            frames,
+            adversary: Adversary::OFF,
+            rng: SeededRng::new(seed),
+            stats: Stats::default(),
+            step: 0,
+            digest: 0xcbf2_9ce4_8422_2325,
+            verify: true,
+            exempt: Vec::new(),
+            raised: Vec::new(),
+            settled: VecDeque::new(),
+            recent: [0; RECENT],
+        }
+    }
+
+    pub(crate) fn mix(&mut self, value: u64) {
+        self.digest = (self.digest ^ value)
+            .wrapping_mul(0x100_0000_01b3)
+            .rotate_left(17);
+    }
+
+    /// Translates one access of `cpu`: the physical address, or the fault it raises.
+    pub(crate) fn translate(
+        &mut self,
+        cpu: usize,
+        linear: u64,
+        access: Access,
+    ) -> Result<u64, Fault> {
+        self.step += 1;
+        self.stats.accesses += 1;
+        let outcome = self.translate_inner(cpu, linear, access);
+        match outcome {
+            Ok(physical) => self.mix(physical ^ (cpu as u64) << 56),
+            Err(fault) => {
+                self.stats.faults += 1;
+                let code = if let Fault::Page { code, .. } = fault {
+                    code
+                } else {
+                    u32::MAX
+                };
+                self.mix(linear ^ u64::from(code) << 32);
+            }
+        }
+        outcome
+    }
+
+    fn translate_inner(&mut self, cpu: usize, linear: u64, access: Access) -> Result<u64, Fault> {
+        let Some(context) = self.cpus[cpu].context() else {
+            return Ok(linear & 0xffff_ffff);
+        };
+        if !context.mode.is_canonical(linear) {
+            return Err(Fault::GeneralProtection { value: linear });
+        }
+        let linear = context.mode.wrap(linear);
+        if self.adversary != Adversary::OFF {
+            self.take_liberties(cpu, &context, linear);
+        }
+        let tag = self.cpus[cpu].pcid();
+        let (hits, count) = self.cpus[cpu].caches.hits(linear, tag);
+        if count > 0 {
+            let chosen = if count > 1 && self.rng.chance(self.adversary.any_hit) {
+                self.rng.below(count as u64) as usize
+            } else {
+                0
+            };
+            let hit = hits[chosen].expect("the first `count` are there");
+            let entry = *self.cpus[cpu].caches.entry(hit);
+            let judged = walker::check(
+                &context,
+                entry.translation.rights,
+                entry.translation.key,
+                access,
+            );
+            let sets_dirty = access.kind == AccessKind::Write && !entry.translation.dirty;
+            match judged {
+                Ok(()) if !sets_dirty => {
+                    self.stats.tlb_hits += 1;
+                    self.verify(cpu, &context, linear, access, &entry, "a TLB entry");
+                    return Ok(entry.translation.physical(linear));
+                }
+                Err(code) if self.rng.chance(self.adversary.stale_fault) => {
+                    if self.allowed_by_tables(&context, linear, access) {
+                        self.stats.stale_faults += 1;
+                    }
+                    return Err(self.cpus[cpu].page_fault(linear, code));
+                }
+                _ => {
+                    // Too little, or D still to be set: the processor looks at the tables again.
+                    for hit in hits.into_iter().flatten() {
+                        self.cpus[cpu].caches.drop_hit(hit);
+                    }
+                }
+            }
+        }
+        self.walk_and_fill(cpu, &context, linear, access)
+    }
+
+    fn allowed_by_tables(&self, context: &WalkContext, linear: u64, access: Access) -> bool {
+        let fresh = walker::walk(&self.memory, context, linear, None, Touch::Nothing);
+        fresh
+            .outcome
+            .is_ok_and(|now| walker::check(context, now.rights, now.key, access).is_ok())
+    }
+
+    fn walk_and_fill(
+        &mut self,
+        cpu: usize,
+        context: &WalkContext,
+        linear: u64,
+        access: Access,
+    ) -> Result<u64, Fault> {
+        let tag = self.cpus[cpu].pcid();
+        let mut start = self.cpus[cpu].caches.deepest(linear, tag).copied();
+        loop {
+            let walk = self.walk_once(cpu, context, linear, start.as_ref());
+            let judged = match walk.outcome {
+                Ok(found) => {
+                    walker::check(context, found.rights, found.key, access).map(|()| found)
+                }
+                Err(stop) => Err(walker::stop_code(context, stop, access)),
+            };
+            let found = match judged {
+                Ok(found) => found,
+                Err(code) => {
+                    if start.is_some() {
+                        // The tables may allow more than the cached position does.
+                        let early = self.rng.chance(self.adversary.stale_fault);
+                        if early && self.allowed_by_tables(context, linear, access) {
+                            self.stats.stale_faults += 1;
+                            return Err(self.cpus[cpu].page_fault(linear, code));
+                        }
+                        start = None;
+                        continue;
+                    }
+                    if let Err(Stop::NoMemory(table)) = walk.outcome {
+                        self.no_memory(cpu, linear, table, "page table");
+                    }
+                    return Err(self.cpus[cpu].page_fault(linear, code));
+                }
+            };
+            let write = access.kind == AccessKind::Write;
+            let leaf = *walk.steps().last().expect("a translation has a leaf");
+            if walker::touch_leaf(&self.memory, context.mode, leaf, write).is_none() {
+                continue;
+            }
+            let found = Translation {
+                dirty: found.dirty || write,
+                ..found
+            };
+            let entry = self.fill(cpu, context, linear, start.as_ref(), &walk, found);
+            if start.is_some() {
+                self.verify(
+                    cpu,
+                    context,
+                    linear,
+                    access,
+                    &entry,
+                    "a walk from a cached table",
+                );
+            } else {
+                self.check_fresh(cpu, linear, &entry);
+            }
+            return Ok(found.physical(linear));
+        }
+    }
+
+    /// One walk with the books kept, and the check of the cached table it starts from.
+    fn walk_once(
+        &mut self,
+        cpu: usize,
+        context: &WalkContext,
+        linear: u64,
+        start: Option<&WalkEntry>,
+    ) -> Walk {
+        self.stats.walks += 1;
+        if let Some(start) = start {
+            self.stats.short_walks += 1;
+            let table = start.position.table >> 12;
+            if self.frames.freed_since(table, start.origin.event) {
+                self.freed_walk_table(cpu, context, linear, start);
+            }
+        }
+        walker::walk(
+            &self.memory,
+            context,
+            linear,
+            start.map(|start| start.position),
+            Touch::UpperAccessed,
+        )
+    }
+
+    /// Caches a finished walk whose A bits are set: the translation and every table on the way.
+    fn fill(
+        &mut self,
+        cpu: usize,
+        context: &WalkContext,
+        linear: u64,
+        start: Option<&WalkEntry>,
+        walk: &Walk,
+        found: Translation,
+    ) -> TlbEntry {
+        let tag = self.cpus[cpu].pcid();
+        let event = self.frames.now();
+        // I2: as old as what it started from.
+        let mut origin = match start {
+            Some(start) => start.origin,
+            None => Origin {
+                root: context.root(),
+                step: self.step,
+                event,
+                tables: [0; MAX_LEVELS],
+                table_count: 0,
+            },
+        };
+        let mut rights = start.map_or(Rights::ALL, |start| start.position.rights);
+        for step in walk.steps() {
+            if let Some(address) = step.address {
+                origin.tables[usize::from(origin.table_count)] = address >> 12;
+                origin.table_count += 1;
+            }
+            if step.index == found.index {
+                break;
+            }
+            let level = &context.mode.levels[step.index];
+            if !level.accessed {
+                continue;
+            }
+            rights = rights.and(step.entry, context.mode.has_xd);
+            let table = context.mode.address(step.index, step.entry, false);
+            let position = Position {
+                index: step.index + 1,
+                table,
+                rights,
+            };
+            let shift = level.shift;
+            let cached = WalkEntry {
+                linear: linear >> shift << shift,
+                shift,
+                position,
+                tag,
+                origin,
+            };
+            self.cpus[cpu].caches.fill_walk(cached);
+            self.frames.note(
+                table >> 12,
+                FrameEventKind::FilledTable(linear),
+                self.step,
+                cpu,
+                None,
+            );
+        }
+        let mut piece = found;
+        if found.shift > 12 && self.rng.chance(self.adversary.fracture) {
+            self.stats.fractures += 1;
+            piece.page = found.physical(linear) & !0xfff;
+            piece.shift = 12;
+        }
+        let entry = TlbEntry {
+            linear: linear >> piece.shift << piece.shift,
+            translation: piece,
+            whole_shift: found.shift,
+            tag: if found.global { GLOBAL } else { tag },
+            origin,
+        };
+        self.cpus[cpu].caches.fill(entry);
+        self.frames.note(
+            found.physical(linear) >> 12,
+            FrameEventKind::Filled(linear),
+            self.step,
+            cpu,
+            None,
+        );
+        entry
+    }
+
+    /// Checks a translation that came straight from the tables: they must not lead to free frames.
+    fn check_fresh(&mut self, cpu: usize, linear: u64, entry: &TlbEntry) {
+        if let Some(&table) = entry
+            .origin
+            .tables()
+            .iter()
+            .find(|&&table| self.frames.state(table) == FrameState::Free)
+        {
+            let line = format!(
+                "CPU {cpu} walked to {linear:#x} through a table in frame {table:#x}, which is free"
+            );
+            self.raise(
+                ViolationKind::WalkedFreeTable,
+                cpu,
+                Some(linear),
+                Some(table),
+                vec![line],
+            );
+        }
+        let frame = entry.translation.physical(linear) >> 12;
+        if self.frames.state(frame) == FrameState::Free && !self.is_exempt(linear) {
+            let lines = vec![
+                format!(
+                    "CPU {cpu} used {linear:#x}, and the tables map it to frame {frame:#x}, which is free"
+                ),
+                self.tables_text(cpu, linear),
+            ];
+            self.raise(
+                ViolationKind::MappedFreeFrame,
+                cpu,
+                Some(linear),
+                Some(frame),
+                lines,
+            );
+        }
+    }
+
+    /// Checks a translation that came from a cache.
+    #[inline]
+    fn verify(
+        &mut self,
+        cpu: usize,
+        context: &WalkContext,
+        linear: u64,
+        access: Access,
+        entry: &TlbEntry,
+        source: &'static str,
+    ) {
+        let physical = entry.translation.physical(linear);
+        if self.frames.freed_since(physical >> 12, entry.origin.event) && !self.is_exempt(linear) {
+            self.stats.stale_hits += 1;
+            let fresh = walker::walk(&self.memory, context, linear, None, Touch::Nothing);
+            let mapped = fresh
+                .outcome
+                .is_ok_and(|now| now.physical(linear) == physical);
+            let kind = if mapped && self.frames.state(physical >> 12) == FrameState::Free {
+                ViolationKind::MappedFreeFrame
+            } else {
+                ViolationKind::FreedFrame
+            };
+            self.stale(kind, cpu, linear, Some(access), entry, source);
+            return;
+        }
+        if !self.verify {
+            return;
+        }
+        let fresh = walker::walk(&self.memory, context, linear, None, Touch::Nothing);
+        if let Ok(now) = fresh.outcome
+            && now.physical(linear) == physical
+            && walker::check(context, now.rights, now.key, access).is_ok()
+        {
+            if access.kind == AccessKind::Write && !now.dirty {
+                self.stats.stale_dirty += 1;
+                if self.settled_since(context.root(), linear, entry.origin.step) {
+                    self.stale(
+                        ViolationKind::Unflushed,
+                        cpu,
+                        linear,
+                        Some(access),
+                        entry,
+                        source,
+                    );
+                }
+            }
+            return;
+        }
+        self.stats.stale_hits += 1;
+        let kind = if entry.tag != GLOBAL && entry.origin.root != context.root() {
+            ViolationKind::ForeignSpace
+        } else if self.table_freed(&entry.origin) {
+            ViolationKind::FreedTable
+        } else if self.settled_since(context.root(), linear, entry.origin.step) {
+            ViolationKind::Unflushed
+        } else {
+            return;
+        };
+        self.stale(kind, cpu, linear, Some(access), entry, source);
+    }
+
+    pub(crate) fn table_freed(&self, origin: &Origin) -> bool {
+        origin
+            .tables()
+            .iter()
+            .any(|&table| self.frames.freed_since(table, origin.event))
+    }
+
+    pub(crate) fn is_exempt(&self, linear: u64) -> bool {
+        self.exempt
+            .iter()
+            .any(|&(first, last)| first <= linear && linear <= last)
+    }
+
+    fn settled_since(&self, root: u64, linear: u64, step: u64) -> bool {
+        self.settled.iter().any(|settled| {
+            settled.step >= step
+                && settled.root.is_none_or(|of| of == root)
+                && settled.first <= linear
+                && linear <= settled.last
+        })
+    }
+
+    /// Declares every change of these addresses up to step `as_of`, in the space of `root` (or in all), complete and flushed.
+    pub(crate) fn settle(&mut self, root: Option<u64>, first: u64, last: u64, as_of: u64) {
+        self.step += 1;
+        // A newer declaration replaces what it covers.
+        self.settled.retain(|old| {
+            !(first <= old.first
+                && old.last <= last
+                && old.step <= as_of
+                && (root.is_none() || root == old.root))
+        });
+        if self.settled.len() == MOST_SETTLED {
+            self.settled.pop_front();
+        }
+        self.settled.push_back(Settled {
+            root,
+            first,
+            last,
+            step: as_of,
+        });
+    }
+
+    /// What a processor may do on its own account before an access.
+    fn take_liberties(&mut self, cpu: usize, context: &WalkContext, linear: u64) {
+        let adversary = self.adversary;
+        let slot = self.step as usize % RECENT;
+        self.recent[slot] = linear;
+        if self.rng.chance(adversary.evict) {
+            let victim = self.rng.below(self.cpus[cpu].caches.len());
+            if self.cpus[cpu].caches.evict(victim) {
+                self.stats.evictions += 1;
+            }
+        }
+        if self.rng.chance(adversary.speculate) {
+            self.speculate(cpu, context);
+        }
+    }
+
+    /// Walks to an address that nobody asked for, and caches what is there (SDM 3A 4.10.2.3): A may be set, D never.
+    fn speculate(&mut self, cpu: usize, context: &WalkContext) {
+        let near = self.recent[self.rng.below(RECENT as u64) as usize];
+        let target = match self.rng.below(4) {
+            0 => self.rng.next() & 0x0000_7fff_ffff_f000,
+            1 => near,
+            _ => near
+                .wrapping_add(self.rng.below(16) << 12)
+                .wrapping_sub(8 << 12),
+        };
+        let linear = context.mode.wrap(target);
+        let tag = self.cpus[cpu].pcid();
+        let (_, present) = self.cpus[cpu].caches.hits(linear, tag);
+        if !context.mode.is_canonical(linear) || present > 0 {
+            return;
+        }
+        let start = self.cpus[cpu].caches.deepest(linear, tag).copied();
+        let walk = self.walk_once(cpu, context, linear, start.as_ref());
+        let Ok(found) = walk.outcome else { return };
+        let leaf = *walk.steps().last().expect("a translation has a leaf");
+        let early = leaf.entry & crate::manual::pte::A == 0;
+        if walker::touch_leaf(&self.memory, context.mode, leaf, false).is_none() {
+            return;
+        }
+        self.stats.early_accessed += u64::from(early);
+        self.stats.speculative_fills += 1;
+        let entry = self.fill(cpu, context, linear, start.as_ref(), &walk, found);
+        if start.is_none() {
+            self.check_fresh(cpu, linear, &entry);
+        }
+    }
+
+    /// Notes a change of owner of `count` frames.
+    pub(crate) fn note_owner(
+        &mut self,
+        first: u64,
+        count: u64,
+        kind: FrameEventKind,
+        cpu: usize,
+        by: &'static Location<'static>,
+    ) {
+        self.step += 1;
+        for frame in first..first.saturating_add(count) {
+            let wrong = match (kind, self.frames.state(frame)) {
+                (FrameEventKind::Allocated, FrameState::Allocated) => {
+                    "given out while it was in use"
+                }
+                (FrameEventKind::Freed, FrameState::Free) => "freed while it was free",
+                _ => "",
+            };
+            self.frames.note(frame, kind, self.step, cpu, Some(by));
+            if !wrong.is_empty() {
+                let line = format!(
+                    "frame {frame:#x} was {wrong}, by {}:{}",
+                    by.file(),
+                    by.line()
+                );
+                self.raise(ViolationKind::Ownership, cpu, None, Some(frame), vec![line]);
+            }
+        }
+    }
+}

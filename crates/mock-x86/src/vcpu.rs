@@ -1,0 +1,406 @@
+//! One virtual CPU as its program sees it: memory accesses, control registers, flush instructions.
+//!
+//! Every call is one instruction and, under a scheduler, one yield point. An access that crosses a page
+//! boundary translates both pages before it writes anything, as the processor does.
+
+use crate::cpu::{CpuState, Fault, Flush, Invpcid, Registers};
+use crate::engine::Core;
+use crate::machine::Machine;
+use crate::manual::rflags;
+use crate::sched;
+use crate::walker::{Access, AccessKind};
+
+/// A handle to a CPU with a privilege: [`Machine::cpu`] gives the kernel's, [`user`](Self::user) the program's.
+#[derive(Debug, Clone, Copy)]
+pub struct VirtualCpu<'m> {
+    machine: &'m Machine,
+    number: usize,
+    user: bool,
+    implicit: bool,
+}
+
+macro_rules! sized_access {
+    ($($read:ident $write:ident $type:ty),*) => {$(
+        /// Reads a value at a linear address, aligned or not.
+        ///
+        /// # Errors
+        ///
+        /// The fault it raises.
+        pub fn $read(&self, linear: u64) -> Result<$type, Fault> {
+            let mut bytes = [0; size_of::<$type>()];
+            self.read_small(linear, &mut bytes)?;
+            Ok(<$type>::from_le_bytes(bytes))
+        }
+
+        /// Writes a value at a linear address, aligned or not; nothing is written if it faults.
+        ///
+        /// # Errors
+        ///
+        /// The fault it raises.
+        pub fn $write(&self, linear: u64, value: $type) -> Result<(), Fault> {
+            self.write_small(linear, &value.to_le_bytes())
+        }
+    )*};
+}
+
+impl<'m> VirtualCpu<'m> {
+    pub(crate) fn new(machine: &'m Machine, number: usize) -> Self {
+        Self {
+            machine,
+            number,
+            user: false,
+            implicit: false,
+        }
+    }
+
+    /// Its number.
+    pub fn number(&self) -> usize {
+        self.number
+    }
+
+    /// The same CPU at CPL 3.
+    pub fn user(self) -> Self {
+        Self { user: true, ..self }
+    }
+
+    /// The same CPU making the processor's own accesses to system structures.
+    pub fn implicit(self) -> Self {
+        Self {
+            implicit: true,
+            ..self
+        }
+    }
+
+    fn access(&self, kind: AccessKind) -> Access {
+        Access {
+            kind,
+            user: self.user,
+            implicit: self.implicit,
+        }
+    }
+
+    /// Translates one access, with all its effects, and returns the physical address.
+    ///
+    /// # Errors
+    ///
+    /// The fault it raises.
+    pub fn translate(&self, linear: u64, kind: AccessKind) -> Result<u64, Fault> {
+        sched::yield_point(self.machine);
+        let access = self.access(kind);
+        self.machine
+            .with(|inner| inner.core.translate(self.number, linear, access))
+    }
+
+    /// Fetches an instruction byte.
+    ///
+    /// # Errors
+    ///
+    /// The fault it raises.
+    pub fn fetch(&self, linear: u64) -> Result<u8, Fault> {
+        let mut byte = [0];
+        self.chunks(
+            linear,
+            1,
+            AccessKind::Fetch,
+            |core, cpu, at, physical, _| {
+                core.read_memory(cpu, at, physical, &mut byte);
+            },
+        )
+        .map_err(|(_, fault)| fault)?;
+        Ok(byte[0])
+    }
+
+    sized_access!(read_u8 write_u8 u8, read_u16 write_u16 u16, read_u32 write_u32 u32, read_u64 write_u64 u64);
+
+    /// Compares and exchanges 8 aligned bytes; `Ok(Err(seen))` if they were not `old`.
+    ///
+    /// # Errors
+    ///
+    /// The fault it raises; `#GP` for an address that is not aligned to 8 (split locks are refused).
+    pub fn compare_exchange_u64(
+        &self,
+        linear: u64,
+        old: u64,
+        new: u64,
+    ) -> Result<Result<u64, u64>, Fault> {
+        if !linear.is_multiple_of(8) {
+            return Err(Fault::GeneralProtection { value: linear });
+        }
+        sched::yield_point(self.machine);
+        let access = self.access(AccessKind::Write);
+        self.machine.with(|inner| {
+            let physical = inner.core.translate(self.number, linear, access)?;
+            let seen = inner.core.memory.load(physical, 8).unwrap_or(u64::MAX);
+            if seen != old {
+                return Ok(Err(seen));
+            }
+            inner
+                .core
+                .write_memory(self.number, linear, physical, &new.to_le_bytes());
+            Ok(Ok(seen))
+        })
+    }
+
+    fn read_small(&self, linear: u64, into: &mut [u8]) -> Result<(), Fault> {
+        sched::yield_point(self.machine);
+        let access = self.access(AccessKind::Read);
+        self.machine.with(|inner| {
+            let core = &mut inner.core;
+            let first = first_part(linear, into.len());
+            let low = core.translate(self.number, linear, access)?;
+            if first == into.len() {
+                core.read_memory(self.number, linear, low, into);
+                return Ok(());
+            }
+            let next = linear.wrapping_add(first as u64);
+            let high = core.translate(self.number, next, access)?;
+            core.read_memory(self.number, linear, low, &mut into[..first]);
+            core.read_memory(self.number, next, high, &mut into[first..]);
+            Ok(())
+        })
+    }
+
+    fn write_small(&self, linear: u64, from: &[u8]) -> Result<(), Fault> {
+        sched::yield_point(self.machine);
+        let access = self.access(AccessKind::Write);
+        self.machine.with(|inner| {
+            let core = &mut inner.core;
+            let first = first_part(linear, from.len());
+            let low = core.translate(self.number, linear, access)?;
+            if first == from.len() {
+                core.write_memory(self.number, linear, low, from);
+                return Ok(());
+            }
+            let next = linear.wrapping_add(first as u64);
+            let high = core.translate(self.number, next, access)?;
+            core.write_memory(self.number, linear, low, &from[..first]);
+            core.write_memory(self.number, next, high, &from[first..]);
+            Ok(())
+        })
+    }
+
+    /// Reads bytes, page by page.
+    ///
+    /// # Errors
+    ///
+    /// How many bytes were read before the fault, and the fault.
+    pub fn read(&self, linear: u64, into: &mut [u8]) -> Result<(), (usize, Fault)> {
+        self.chunks(
+            linear,
+            into.len(),
+            AccessKind::Read,
+            |core, cpu, at, physical, range| {
+                core.read_memory(cpu, at, physical, &mut into[range]);
+            },
+        )
+    }
+
+    /// Writes bytes, page by page.
+    ///
+    /// # Errors
+    ///
+    /// How many bytes were written before the fault, and the fault.
+    pub fn write(&self, linear: u64, from: &[u8]) -> Result<(), (usize, Fault)> {
+        self.chunks(
+            linear,
+            from.len(),
+            AccessKind::Write,
+            |core, cpu, at, physical, range| {
+                core.write_memory(cpu, at, physical, &from[range]);
+            },
+        )
+    }
+
+    fn chunks(
+        &self,
+        linear: u64,
+        length: usize,
+        kind: AccessKind,
+        mut each: impl FnMut(&mut Core, usize, u64, u64, std::ops::Range<usize>),
+    ) -> Result<(), (usize, Fault)> {
+        let access = self.access(kind);
+        let mut done = 0;
+        while done < length {
+            sched::yield_point(self.machine);
+            let at = linear.wrapping_add(done as u64);
+            let part = first_part(at, length - done);
+            self.machine.with(|inner| {
+                let physical = inner
+                    .core
+                    .translate(self.number, at, access)
+                    .map_err(|fault| (done, fault))?;
+                each(
+                    &mut inner.core,
+                    self.number,
+                    at,
+                    physical,
+                    done..done + part,
+                );
+                Ok(())
+            })?;
+            done += part;
+        }
+        Ok(())
+    }
+
+    fn instruction<R>(
+        &self,
+        run: impl FnOnce(&mut CpuState, &crate::memory::PhysMemory, u64) -> R,
+    ) -> R {
+        sched::yield_point(self.machine);
+        self.machine.with(|inner| {
+            let core = &mut inner.core;
+            core.step += 1;
+            core.stats.flushes += 1;
+            let (step, memory) = (core.step, &core.memory);
+            run(&mut core.cpus[self.number], memory, step)
+        })
+    }
+
+    /// Its registers.
+    pub fn registers(&self) -> Registers {
+        self.machine.with(|inner| inner.core.cpus[self.number].regs)
+    }
+
+    /// `MOV CR3`.
+    ///
+    /// # Errors
+    ///
+    /// `#GP` for a value with reserved bits, or PDPTEs with reserved bits under PAE.
+    pub fn write_cr3(&self, value: u64) -> Result<(), Fault> {
+        self.instruction(|cpu, memory, step| cpu.write_cr3(memory, step, value))
+    }
+
+    /// `MOV CR4`.
+    ///
+    /// # Errors
+    ///
+    /// `#GP` for a value that the manual refuses.
+    pub fn write_cr4(&self, value: u64) -> Result<(), Fault> {
+        self.instruction(|cpu, memory, step| cpu.write_cr4(memory, step, value))
+    }
+
+    /// `MOV CR0`.
+    ///
+    /// # Errors
+    ///
+    /// `#GP` for a value that the manual refuses.
+    pub fn write_cr0(&self, value: u64) -> Result<(), Fault> {
+        self.instruction(|cpu, memory, step| cpu.write_cr0(memory, step, value))
+    }
+
+    /// `WRMSR` of IA32_EFER.
+    ///
+    /// # Errors
+    ///
+    /// `#GP` for a value that the manual refuses.
+    pub fn write_efer(&self, value: u64) -> Result<(), Fault> {
+        self.instruction(|cpu, _, _| cpu.write_efer(value))
+    }
+
+    /// `WRPKRU`.
+    pub fn write_pkru(&self, value: u32) {
+        self.instruction(|cpu, _, _| cpu.regs.pkru = value);
+    }
+
+    /// `INVLPG`.
+    pub fn invlpg(&self, linear: u64) {
+        self.instruction(|cpu, _, step| cpu.invlpg(step, linear));
+    }
+
+    /// `INVPCID`.
+    ///
+    /// # Errors
+    ///
+    /// `#UD` on a processor without it, `#GP` for an operand that the manual refuses.
+    pub fn invpcid(&self, kind: Invpcid) -> Result<(), Fault> {
+        self.instruction(|cpu, _, step| cpu.invpcid(step, kind))
+    }
+
+    fn set_flag(&self, flag: u64, on: bool) -> bool {
+        self.machine.with(|inner| {
+            let flags = &mut inner.core.cpus[self.number].regs.rflags;
+            let was = *flags & flag != 0;
+            *flags = if on { *flags | flag } else { *flags & !flag };
+            was
+        })
+    }
+
+    /// `STAC` (`true`) or `CLAC` (`false`); returns what AC was.
+    pub fn set_ac(&self, on: bool) -> bool {
+        self.set_flag(rflags::AC, on)
+    }
+
+    /// `STI` (`true`) or `CLI` (`false`); returns what IF was. While IF is 0 no interrupt is taken.
+    pub fn set_interrupts(&self, on: bool) -> bool {
+        let was = self.set_flag(rflags::IF, on);
+        if on && !was {
+            sched::yield_point(self.machine);
+        }
+        was
+    }
+
+    /// The last flush it did that dropped a 4 KiB translation of an address in a PCID, with its step (the last 64 are remembered).
+    pub fn last_flush(&self, linear: u64, pcid: u16) -> Option<(u64, Flush)> {
+        self.machine
+            .with(|inner| inner.core.cpus[self.number].last_flush(linear, pcid, 12))
+    }
+
+    /// How many entries its TLBs and walk caches hold.
+    pub fn cached_entries(&self) -> u64 {
+        self.machine
+            .with(|inner| inner.core.cpus[self.number].caches.len())
+    }
+
+    /// Whether its TLBs hold an entry that it could use for this address now.
+    pub fn holds(&self, linear: u64) -> bool {
+        self.machine.with(|inner| {
+            let cpu = &inner.core.cpus[self.number];
+            cpu.caches.hits(linear, cpu.pcid()).1 > 0
+        })
+    }
+}
+
+/// How many of `length` bytes at `linear` lie in its page.
+fn first_part(linear: u64, length: usize) -> usize {
+    length.min(4096 - (linear & 0xfff) as usize)
+}
+
+impl Core {
+    /// The bus: reads bytes inside one frame. Where nothing answers it reads ones, and that is a violation.
+    pub(crate) fn read_memory(&mut self, cpu: usize, linear: u64, physical: u64, into: &mut [u8]) {
+        let length = into.len() as u64;
+        let aligned = matches!(length, 1 | 2 | 4 | 8) && physical.is_multiple_of(length);
+        let answered = if aligned {
+            let value = self.memory.load(physical, length);
+            into.copy_from_slice(&value.unwrap_or(u64::MAX).to_le_bytes()[..into.len()]);
+            value.is_some()
+        } else {
+            let answered = self.memory.read(physical, into);
+            if !answered {
+                into.fill(0xff);
+            }
+            answered
+        };
+        if !answered {
+            self.no_memory(cpu, linear, physical, "page");
+        }
+    }
+
+    /// The bus: writes bytes inside one frame. Where nothing answers they are lost, and that is a violation.
+    pub(crate) fn write_memory(&mut self, cpu: usize, linear: u64, physical: u64, from: &[u8]) {
+        let length = from.len() as u64;
+        let aligned = matches!(length, 1 | 2 | 4 | 8) && physical.is_multiple_of(length);
+        let answered = if aligned {
+            let mut word = [0; 8];
+            word[..from.len()].copy_from_slice(from);
+            self.memory
+                .store(physical, length, u64::from_le_bytes(word))
+        } else {
+            self.memory.write(physical, from)
+        };
+        if !answered {
+            self.no_memory(cpu, linear, physical, "page");
+        }
+    }
+}
