@@ -8,6 +8,7 @@ mod gate;
 mod golden;
 mod image;
 mod models;
+mod oracle;
 mod qemu;
 mod sh;
 mod steps;
@@ -40,6 +41,8 @@ enum Command {
     Golden(golden::Options),
     /// Links every library crate into an image without std and inspects its machine code.
     NoStd(image::Options),
+    /// Replays the recorded runs of Linux and compares with the list of those that pass.
+    Oracle(oracle::Options),
     /// Builds the demo kernel and boots it in QEMU; only the kernel's own success code counts.
     Qemu(qemu::Options),
 }
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Command::Gate(options) => gate::run(&root, &options),
         Command::Golden(options) => golden::main(&root, &options),
         Command::NoStd(options) => image::main(&root, &options),
+        Command::Oracle(options) => oracle::main(&root, &options),
         Command::Qemu(options) => qemu::main(&root, &options),
     }
 }

@@ -154,6 +154,19 @@ impl Shell {
     /// # Errors
     /// As for [`run`](Self::run).
     pub fn output(&mut self, command: &mut Command) -> Result<String, Stop> {
+        let (status, text) = self.outcome(command)?;
+        if status.success() {
+            Ok(text)
+        } else {
+            fail(format!("{}: {status}", shown(command)))
+        }
+    }
+
+    /// Runs a command and gives its status and standard output, which the log gets too.
+    ///
+    /// # Errors
+    /// When it cannot be started.
+    pub fn outcome(&mut self, command: &mut Command) -> Result<(ExitStatus, String), Stop> {
         self.say(format_args!("$ {}", shown(command)));
         if let Some(log) = &self.log {
             command.stderr(log.try_clone()?);
@@ -172,11 +185,7 @@ impl Shell {
             log.seek(SeekFrom::End(0))?;
             log.write_all(text.as_bytes())?;
         }
-        if output.status.success() {
-            Ok(text)
-        } else {
-            fail(format!("{}: {}", shown(command), output.status))
-        }
+        Ok((output.status, text))
     }
 
     /// Everything the log holds; empty for a terminal.
@@ -199,6 +208,10 @@ fn shown(command: &Command) -> String {
     }
     line += &command.get_program().to_string_lossy();
     for argument in command.get_args() {
+        if line.len() > 400 {
+            line += " ...";
+            break;
+        }
         line += " ";
         line += &argument.to_string_lossy();
     }

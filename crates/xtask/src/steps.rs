@@ -3,8 +3,8 @@
 use std::path::Path;
 
 use crate::gate::Gate;
-use crate::sh::Stop;
-use crate::{book, golden, image, models, qemu, tools, workspace};
+use crate::sh::{Stop, fail};
+use crate::{book, golden, image, models, oracle, qemu, tools, workspace};
 
 /// One named check.
 pub struct Step {
@@ -28,6 +28,9 @@ pub const STEPS: &[Step] = &[
     step("book", "the book builds", book),
     step("no-std", "no std, vector registers, deep stack", no_std),
     step("qemu", "the demo kernel in QEMU", qemu_scenarios),
+    step("boot", "cargo run --release ends with 0", boot),
+    step("oracle", "recorded runs of Linux, replayed", oracle_runs),
+    step("compare", "the benches run, quickly", compare),
     step("features", "each set of features builds", features),
     step("golden", "the public API is as in docs/api", golden_files),
     step("package", "each package builds by itself", package),
@@ -109,6 +112,39 @@ fn book(gate: &mut Gate) -> Result<String, Stop> {
 
 fn no_std(gate: &mut Gate) -> Result<String, Stop> {
     image::gate(&mut gate.shell)
+}
+
+fn boot(gate: &mut Gate) -> Result<String, Stop> {
+    let mut command = gate.shell.cargo(["run", "--release"]);
+    gate.shell.run(&mut command)?;
+    Ok(String::new())
+}
+
+fn oracle_runs(gate: &mut Gate) -> Result<String, Stop> {
+    oracle::check(&mut gate.shell, false)
+}
+
+/// Times are not judged here: the step proves that every area still runs beside its peers.
+fn compare(gate: &mut Gate) -> Result<String, Stop> {
+    let json = gate.shell.root().join("target/compare.json");
+    let _ = std::fs::remove_file(&json);
+    let mut command = gate.shell.cargo([
+        "run",
+        "--release",
+        "-p",
+        "kmem-benches",
+        "--bin",
+        "compare",
+        "--",
+    ]);
+    command.args(["all", "--quick", "--json"]).arg(&json);
+    gate.shell.run(&mut command)?;
+    let text = std::fs::read_to_string(&json)?;
+    let rows = serde_json::from_str::<serde_json::Value>(&text).ok();
+    match rows.as_ref().and_then(|rows| rows.as_array()) {
+        Some(rows) if !rows.is_empty() => Ok(format!("{} figures", rows.len())),
+        _ => fail(format!("{} has no figures", json.display())),
+    }
 }
 
 fn counting(gate: &mut Gate) -> Result<String, Stop> {
