@@ -1,4 +1,4 @@
-# From PVH's entry to `kernel_main`, and the exception stubs.
+# From PVH's entry to `kernel_main`, the trampoline of further CPUs, and the exception stubs.
 #
 # PVH (the Xen HVM direct boot ABI) enters in 32-bit protected mode with flat segments, paging off, no
 # stack, and ebx = physical address of the start info.
@@ -42,6 +42,11 @@ pvh_entry:
     cmp ecx, 2048
     jne 3b
 
+    call enter_long_mode
+    lgdt [boot_gdt_pointer]
+    ljmp 0x08, offset boot64
+
+enter_long_mode:
     mov eax, cr4
     or eax, 0x6a0                   # PAE, PGE, OSFXSR, OSXMMEXCPT
     mov cr4, eax
@@ -55,8 +60,7 @@ pvh_entry:
     and eax, 0xfffffffb             # EM off: the prebuilt core uses SSE
     or eax, 0x80010003              # PG, WP (the kernel obeys read-only pages too), MP, PE
     mov cr0, eax
-    lgdt [boot_gdt_pointer]
-    ljmp 0x08, offset boot64
+    ret
 
 # ---------------------------------------------------------------- 64 bits
 .code64
@@ -79,9 +83,60 @@ boot_gdt:
     .quad 0
     .quad 0x00af9b000000ffff        # 0x08: 64-bit code
     .quad 0x00cf93000000ffff        # 0x10: data
+    .quad 0x00cf9b000000ffff        # 0x18: 32-bit code, for the trampoline
 boot_gdt_pointer:
-    .word 23
+    .word 31
     .quad boot_gdt
+
+# ---------------------------------------------------------------- further CPUs
+# Copied to physical 0x8000, where a SIPI with vector 8 starts a CPU in real mode. LLVM's Intel syntax takes no
+# difference of labels as an operand, so two instructions are given as bytes.
+.globl trampoline, trampoline_end
+.code16
+trampoline:
+    cli
+    cld
+    xor ax, ax
+    mov ds, ax
+    .byte 0x66, 0xbb                # mov ebx, imm32
+    .long 0x8000 + (trampoline_gdt - trampoline)
+    lgdt [ebx]
+    mov eax, cr0
+    or eax, 1
+    mov cr0, eax
+    .byte 0x66, 0xea                # ljmp ptr16:32
+    .long 0x8000 + (trampoline32 - trampoline)
+    .word 0x18
+.code32
+trampoline32:
+    mov ax, 0x10
+    mov ds, ax
+    mov es, ax
+    mov ss, ax
+    mov esp, 0x8ff0                 # the rest of the trampoline's own page
+    lea eax, [enter_long_mode]
+    call eax
+    ljmp 0x08, offset boot64_further
+.p2align 3
+trampoline_gdt:
+    .word 31
+    .long boot_gdt
+trampoline_end:
+
+.code64
+boot64_further:
+    xor eax, eax
+    mov ds, eax
+    mov es, eax
+    mov ss, eax
+    mov fs, eax
+    mov gs, eax
+    movabs rax, offset FURTHER_STACK
+    mov rsp, [rax]
+    xor ebp, ebp
+    movabs rax, offset further_main
+    call rax
+    ud2
 
 .section .boot.bss, "aw", @nobits
 .p2align 12
@@ -136,6 +191,7 @@ trap_stubs:                         # 16 bytes each
     stub 19, 0
     stub 20, 0
     stub 21, 1
+    stub 64, 0                      # slot 22: a call from another CPU (smp.rs)
     .p2align 4
 
 trap_common:

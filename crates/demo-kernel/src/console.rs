@@ -13,7 +13,7 @@ const DEBUG_EXIT: u16 = 0xf4;
 ///
 /// # Safety
 /// The device behind `port` must take `value` without harm to memory.
-unsafe fn outb(port: u16, value: u8) {
+pub unsafe fn outb(port: u16, value: u8) {
     // SAFETY: the caller's promise.
     unsafe { asm!("out dx, al", in("dx") port, in("al") value, options(nomem, nostack)) }
 }

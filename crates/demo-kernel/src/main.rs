@@ -7,6 +7,7 @@ mod mem;
 mod platform;
 mod pvh;
 mod scenarios;
+mod smp;
 mod traps;
 
 core::arch::global_asm!(include_str!("boot.s"));
@@ -15,7 +16,10 @@ core::arch::global_asm!(include_str!("boot.s"));
 #[unsafe(no_mangle)]
 extern "C" fn kernel_main(start_info: u64) -> ! {
     // SAFETY: first code on the first CPU, interrupts off.
-    unsafe { traps::install() };
+    unsafe {
+        platform::set_this_cpu(0);
+        traps::install(0);
+    }
     // SAFETY: memory is as the loader left it.
     let boot = unsafe { pvh::Boot::read(start_info) };
     // SAFETY: the stack, code and data in use stand in the image's map.

@@ -95,9 +95,19 @@ impl Boot {
 
     /// The word after `scenario=` on the command line.
     pub fn scenario(&self) -> &str {
+        self.word("scenario=").unwrap_or("boot")
+    }
+
+    /// The number after `cpus=` on the command line: how many the machine has.
+    pub fn cpus(&self) -> u32 {
+        self.word("cpus=")
+            .and_then(|number| number.parse().ok())
+            .unwrap_or(1)
+    }
+
+    fn word(&self, name: &str) -> Option<&str> {
         let line = core::str::from_utf8(&self.line[..self.line_length]).unwrap_or("");
         line.split_ascii_whitespace()
-            .find_map(|word| word.strip_prefix("scenario="))
-            .unwrap_or("boot")
+            .find_map(|word| word.strip_prefix(name))
     }
 }

@@ -3,7 +3,11 @@
 use core::arch::asm;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use crate::{platform, println, pvh::Boot, traps};
+use kmem_hal::CpuCall;
+
+use crate::platform::{self, Machine};
+use crate::pvh::Boot;
+use crate::{println, smp, traps};
 
 /// Runs the named scenario; false when there is none of that name or it failed.
 pub fn run(name: &str, boot: &Boot) -> bool {
@@ -11,6 +15,7 @@ pub fn run(name: &str, boot: &Boot) -> bool {
     match name {
         "boot" => hello(boot),
         "fault" => fault(),
+        "smp" => smp(boot),
         "fail" => false,
         "panic" => panic!("asked for"),
         "triple" => triple_fault(),
@@ -68,6 +73,28 @@ fn fault() -> bool {
     let [address, error] = [&SEEN[0], &SEEN[1]].map(|word| word.load(Ordering::Relaxed));
     println!("page fault at {address:#x}, error {error:#x}, read back {back:#x}");
     (address, error, back) == (0x5000, 0x2, 0xfeed)
+}
+
+/// Starts every CPU and calls functions on all of them, from all of them at once.
+fn smp(boot: &Boot) -> bool {
+    // SAFETY: once, on the first CPU.
+    let running = unsafe { smp::start(boot.cpus()) };
+    smp::expect(running, boot.cpus());
+    static COUNT: AtomicU64 = AtomicU64::new(0);
+    let all = smp::online();
+    for _ in 0..100 {
+        Machine
+            .run_on(&all, &|_| {
+                let inner = Machine.run_on(&all, &|_| {
+                    COUNT.fetch_add(1, Ordering::Relaxed);
+                });
+                assert!(inner.is_ok());
+            })
+            .expect("every CPU answers");
+    }
+    let count = COUNT.load(Ordering::Relaxed);
+    println!("{running} CPUs, {count} nested calls");
+    count == 100 * u64::from(running * running)
 }
 
 /// Resets the machine: with `-no-reboot` QEMU ends with status 0, which must not count as success.

@@ -7,11 +7,15 @@
 use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::mem::size_of;
-use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
+use crate::platform::MAX_CPUS;
 use crate::{console, println};
 
-const VECTORS: usize = 22;
+/// Exceptions that the processor defines.
+const EXCEPTIONS: usize = 22;
+/// The vector by which one CPU asks another to run a function.
+pub const CALL_VECTOR: u64 = 64;
 const STUB_BYTES: usize = 16;
 const STACK_BYTES: usize = 16384;
 const BREAKPOINT: u64 = 3;
@@ -38,7 +42,8 @@ pub type PageFaultHandler = fn(address: u64, error: u64) -> bool;
 
 /// The handler's address; 0 while there is none.
 static HANDLER: AtomicUsize = AtomicUsize::new(0);
-static IN_PAGE_FAULT: AtomicBool = AtomicBool::new(false);
+/// CPUs that are in the page-fault handler, a bit each.
+static IN_PAGE_FAULT: AtomicU64 = AtomicU64::new(0);
 /// Breakpoints taken so far: `boot` counts them.
 pub static BREAKPOINTS: AtomicU64 = AtomicU64::new(0);
 
@@ -54,16 +59,21 @@ extern "C" fn trap(frame: &mut TrapFrame) {
             BREAKPOINTS.fetch_add(1, Ordering::Relaxed);
             return;
         }
+        CALL_VECTOR => {
+            crate::smp::on_call_interrupt();
+            return;
+        }
         PAGE_FAULT => {
             let address: u64;
             // SAFETY: reading CR2 has no side effect.
             unsafe { asm!("mov {}, cr2", out(reg) address, options(nomem, nostack)) };
             let handler = HANDLER.load(Ordering::Acquire);
-            if handler != 0 && !IN_PAGE_FAULT.swap(true, Ordering::Relaxed) {
+            let this = 1 << crate::platform::this_cpu().get();
+            if handler != 0 && IN_PAGE_FAULT.fetch_or(this, Ordering::Relaxed) & this == 0 {
                 // SAFETY: only `on_page_fault` stores there, and it stores such a function.
                 let handler: PageFaultHandler = unsafe { core::mem::transmute(handler) };
                 let handled = handler(address, frame.error);
-                IN_PAGE_FAULT.store(false, Ordering::Relaxed);
+                IN_PAGE_FAULT.fetch_and(!this, Ordering::Relaxed);
                 if handled {
                     return;
                 }
@@ -86,12 +96,7 @@ extern "C" fn trap(frame: &mut TrapFrame) {
 }
 
 #[repr(C, align(16))]
-struct Stack(UnsafeCell<[u8; STACK_BYTES]>);
-// SAFETY: only the CPU writes to it, through the TSS.
-unsafe impl Sync for Stack {}
-
-/// Interrupt stacks: 0 for the page fault, 1 for the double fault and NMI, 2 for the rest.
-static STACKS: [Stack; 3] = [const { Stack(UnsafeCell::new([0; STACK_BYTES])) }; 3];
+struct Stack([u8; STACK_BYTES]);
 
 /// Processor manual volume 3, section 9.7 (64-bit TSS).
 #[repr(C, packed(4))]
@@ -112,26 +117,31 @@ struct Gate([u64; 2]);
 #[repr(C, align(16))]
 struct Tables {
     gdt: [u64; 4],
-    idt: [Gate; VECTORS],
+    idt: [Gate; CALL_VECTOR as usize + 1],
     tss: Tss,
+    /// 0 for the page fault, 1 for double fault and NMI, 2 for the rest.
+    stacks: [Stack; 3],
 }
 
-struct Shared(UnsafeCell<Tables>);
-// SAFETY: written once by the first CPU in `install`, before it loads them.
-unsafe impl Sync for Shared {}
-static TABLES: Shared = Shared(UnsafeCell::new(Tables {
-    gdt: [0; 4],
-    idt: [Gate([0; 2]); VECTORS],
-    tss: Tss {
-        reserved0: 0,
-        rsp: [0; 3],
-        reserved1: 0,
-        ist: [0; 7],
-        reserved2: 0,
-        reserved3: 0,
-        io_map: size_of::<Tss>() as u16,
-    },
-}));
+struct PerCpu(UnsafeCell<Tables>);
+// SAFETY: element `i` is written once, by CPU `i` in `install`, before it loads it.
+unsafe impl Sync for PerCpu {}
+static TABLES: [PerCpu; MAX_CPUS] = [const {
+    PerCpu(UnsafeCell::new(Tables {
+        gdt: [0; 4],
+        idt: [Gate([0; 2]); CALL_VECTOR as usize + 1],
+        tss: Tss {
+            reserved0: 0,
+            rsp: [0; 3],
+            reserved1: 0,
+            ist: [0; 7],
+            reserved2: 0,
+            reserved3: 0,
+            io_map: size_of::<Tss>() as u16,
+        },
+        stacks: [const { Stack([0; STACK_BYTES]) }; 3],
+    }))
+}; MAX_CPUS];
 
 #[repr(C, packed)]
 struct Pointer {
@@ -139,32 +149,33 @@ struct Pointer {
     base: u64,
 }
 
-/// Builds and loads GDT, TSS and IDT on the first CPU.
+/// Builds and loads GDT, TSS and IDT of one CPU.
 ///
 /// # Safety
-/// Called once, by the first CPU, with interrupts off.
-pub unsafe fn install() {
+/// Called once on each CPU, with its own number and interrupts off.
+pub unsafe fn install(cpu: usize) {
     unsafe extern "C" {
-        static trap_stubs: [u8; VECTORS * STUB_BYTES];
+        static trap_stubs: [u8; (EXCEPTIONS + 1) * STUB_BYTES];
     }
-    // SAFETY: called once, so that no other reference exists.
-    let tables = unsafe { &mut *TABLES.0.get() };
-    for (slot, stack) in STACKS.iter().enumerate() {
-        tables.tss.ist[slot] = stack.0.get() as u64 + STACK_BYTES as u64;
+    // SAFETY: called once a CPU, so that no other reference to the element exists.
+    let tables = unsafe { &mut *TABLES[cpu].0.get() };
+    for slot in 0..tables.stacks.len() {
+        tables.tss.ist[slot] = tables.stacks[slot].0.as_ptr_range().end as u64;
     }
     let (tss, limit) = (&raw const tables.tss as u64, size_of::<Tss>() as u64 - 1);
     tables.gdt[1] = 0x00af_9b00_0000_ffff; // 0x08: 64-bit code, as in boot.s
     tables.gdt[2] = limit | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56; // 0x10: TSS
     tables.gdt[3] = tss >> 32;
-    for vector in 0..VECTORS {
-        let stub = &raw const trap_stubs as u64 + (vector * STUB_BYTES) as u64;
-        let ist = match vector {
-            14 => 1,
-            2 | 8 => 2,
-            _ => 3,
+    for slot in 0..=EXCEPTIONS {
+        let stub = &raw const trap_stubs as u64 + (slot * STUB_BYTES) as u64;
+        let (vector, stack) = match slot {
+            14 => (14, 1),
+            2 | 8 => (slot, 2),
+            EXCEPTIONS => (CALL_VECTOR as usize, 3),
+            _ => (slot, 3),
         };
         let low =
-            stub & 0xffff | 0x08 << 16 | ist << 32 | 0x8e00 << 32 | (stub >> 16 & 0xffff) << 48;
+            stub & 0xffff | 0x08 << 16 | stack << 32 | 0x8e00 << 32 | (stub >> 16 & 0xffff) << 48;
         tables.idt[vector] = Gate([low, stub >> 32]);
     }
     let gdt = Pointer {

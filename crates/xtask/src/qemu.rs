@@ -18,8 +18,13 @@ const SUCCESS: i32 = 33;
 const LIMIT: &str = "30";
 
 /// Scenarios that must pass, with the number of CPUs and the memory they run on.
-pub const SCENARIOS: &[(&str, u32, &str)] =
-    &[("boot", 1, "64M"), ("boot", 1, "6G"), ("fault", 1, "64M")];
+pub const SCENARIOS: &[(&str, u32, &str)] = &[
+    ("boot", 1, "64M"),
+    ("boot", 1, "6G"),
+    ("fault", 1, "64M"),
+    ("smp", 1, "64M"),
+    ("smp", 4, "64M"),
+];
 /// Scenarios that must not pass: they prove that the runner can tell.
 pub const BROKEN: &[&str] = &["fail", "panic", "triple", "no-such-scenario"];
 
@@ -116,7 +121,7 @@ fn boot(
     ]);
     command.args(["-m", memory, "-smp", &smp.to_string()]);
     command.arg("-kernel").arg(image.join("demo-kernel"));
-    command.args(["-append", &format!("scenario={scenario}")]);
+    command.args(["-append", &format!("scenario={scenario} cpus={smp}")]);
     command.args([
         "-display",
         "none",
