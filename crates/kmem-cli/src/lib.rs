@@ -14,3 +14,4 @@ pub mod input;
 pub mod output;
 pub mod replay;
 pub mod report;
+pub mod top;

@@ -1,5 +1,9 @@
 //! `kmem boot`: the main job, stage by stage.
 
+pub mod exec;
+pub mod forks;
+pub mod recount;
+
 use crate::args::Boot;
 use crate::embedded;
 use crate::input::{InputError, lines::Source, map};

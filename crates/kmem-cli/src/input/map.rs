@@ -446,10 +446,9 @@ fn check_nodes(map: &mut MemoryMap) -> Result<(), InputError> {
             .sum();
         if covered < end - base {
             map.remarks.push(format!(
-                "{} bytes of the usable range {base:#x}-{:#x} belong to no node; node {} takes them",
+                "{} bytes of the usable range {base:#x}-{:#x} belong to no node; node 0 takes them",
                 end - base - covered,
-                end - 1,
-                map.node_numbers()[0]
+                end - 1
             ));
         }
     }
@@ -555,7 +554,7 @@ mod tests {
                 .unwrap();
         assert_eq!(m.node_numbers(), [1]);
         assert!(
-            m.remarks[0].contains("node 1 takes them"),
+            m.remarks[0].contains("node 0 takes them"),
             "{:?}",
             m.remarks
         );

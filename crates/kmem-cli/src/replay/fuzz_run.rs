@@ -12,9 +12,9 @@
 use super::Outcome;
 use super::compare::{Names, difference, line_of};
 use super::mm::{
-    Access, Backing, FileHandle, FileSpec, MADV_DOFORK, MADV_DONTFORK, MADV_DONTNEED, MAP_32BIT,
-    MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_PRIVATE, MAP_SHARED, MREMAP_FIXED,
-    MREMAP_MAYMOVE, MmUnderTest, VmaSeen, Whose,
+    Access, Backing, Content, FileHandle, FileSpec, MADV_DOFORK, MADV_DONTFORK, MADV_DONTNEED,
+    MAP_32BIT, MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_PRIVATE, MAP_SHARED,
+    MREMAP_FIXED, MREMAP_MAYMOVE, MmUnderTest, VmaSeen, Whose,
 };
 use crate::input::InputError;
 use crate::input::fuzz::{Advice, Call, FileArg, Heading, MapLetters, Reader};
@@ -84,7 +84,7 @@ impl<M: MmUnderTest> Run<M> {
                 inode: n.into(),
                 writable: true,
                 pages: heading.pages.into(),
-                pattern: Some(n),
+                content: Content::Pattern(n),
             };
             writable.push(mm.open(&spec)?);
             spec.writable = false;
@@ -95,7 +95,7 @@ impl<M: MmUnderTest> Run<M> {
             inode: heading.files.into(),
             writable: true,
             pages: 0,
-            pattern: None,
+            content: Content::Zeros,
         };
         let fill = Backing::File(mm.open(&fill)?);
         for (start, end) in [(LOWEST, heading.low), (heading.high, TASK_SIZE)] {

@@ -11,6 +11,8 @@
 
 use crate::input::oracle::{Errno, Perms, Recorded};
 
+use std::sync::Arc;
+
 pub use crate::input::fuzz::Access;
 
 /// PROT_READ.
@@ -53,8 +55,42 @@ pub struct FileSpec {
     pub writable: bool,
     /// The length in pages.
     pub pages: u64,
-    /// The number whose bits `f11e << 48 | number << 32 | page` stand at the start of each page, or `None` for zeros.
-    pub pattern: Option<u32>,
+    /// What stands in it.
+    pub content: Content,
+}
+
+/// The content of a file.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Content {
+    /// Zeros.
+    Zeros,
+    /// `f11e << 48 | number << 32 | page` in the first 8 bytes of each page, zeros behind them.
+    Pattern(u32),
+    /// These bytes, and zeros up to the end of the last page.
+    Bytes(Arc<[u8]>),
+}
+
+impl Content {
+    /// Fills `page` with what stands in page `index`.
+    pub fn fill(&self, index: u64, page: &mut [u8]) {
+        page.fill(0);
+        match self {
+            Self::Zeros => {}
+            Self::Pattern(number) => {
+                let word = (0xf11e << 48) | (u64::from(*number) << 32) | index;
+                page[..8].copy_from_slice(&word.to_le_bytes());
+            }
+            Self::Bytes(bytes) => {
+                let start = usize::try_from(index)
+                    .ok()
+                    .and_then(|i| i.checked_mul(page.len()));
+                if let Some(rest) = start.and_then(|s| bytes.get(s..)) {
+                    let n = rest.len().min(page.len());
+                    page[..n].copy_from_slice(&rest[..n]);
+                }
+            }
+        }
+    }
 }
 
 /// An open file of a manager, shared by all forks of a run.
@@ -158,17 +194,56 @@ pub trait MmUnderTest: Sized {
     /// If the range is taken or the manager cannot hold it.
     fn special(&mut self, name: &str, start: u64, end: u64, perms: Perms) -> Result<(), Errno>;
 
-    /// Loads 8 bytes through the MMU, faulting pages in.
+    /// Loads 8 bytes, aligned to 8, through the MMU, faulting pages in.
     ///
     /// # Errors
     /// The signal that the program would get.
     fn load(&mut self, addr: u64) -> Result<u64, Access>;
 
-    /// Stores 8 bytes through the MMU, faulting pages in.
+    /// Stores 8 bytes, aligned to 8, through the MMU, faulting pages in.
     ///
     /// # Errors
     /// The signal that the program would get.
     fn store(&mut self, addr: u64, value: u64) -> Result<(), Access>;
+
+    /// Loads bytes from any address, faulting pages in.
+    ///
+    /// # Errors
+    /// The signal that the program would get.
+    fn read(&mut self, addr: u64, into: &mut [u8]) -> Result<(), Access> {
+        let mut done = 0;
+        while done < into.len() {
+            let at = addr + done as u64;
+            let word = self.load(at & !7)?.to_le_bytes();
+            let skip = (at & 7) as usize;
+            let n = (8 - skip).min(into.len() - done);
+            into[done..done + n].copy_from_slice(&word[skip..skip + n]);
+            done += n;
+        }
+        Ok(())
+    }
+
+    /// Stores bytes at any address, faulting pages in.
+    ///
+    /// # Errors
+    /// The signal that the program would get; what lies before the bad page has been written.
+    fn write(&mut self, addr: u64, from: &[u8]) -> Result<(), Access> {
+        let mut done = 0;
+        while done < from.len() {
+            let at = addr + done as u64;
+            let skip = (at & 7) as usize;
+            let n = (8 - skip).min(from.len() - done);
+            let mut word = if n == 8 {
+                [0; 8]
+            } else {
+                self.load(at & !7)?.to_le_bytes()
+            };
+            word[skip..skip + n].copy_from_slice(&from[done..done + n]);
+            self.store(at & !7, u64::from_le_bytes(word))?;
+            done += n;
+        }
+        Ok(())
+    }
 
     /// Copies the address space.
     ///

@@ -19,6 +19,8 @@ pub mod trace_run;
 
 #[cfg(test)]
 mod echo;
+#[cfg(test)]
+pub mod flat;
 
 use crate::input::{InputError, field::At, fuzz, lines::Source, oracle, trace};
 use core::fmt;

@@ -19,8 +19,8 @@
 use super::Outcome;
 use super::compare::{Names, difference, line_of};
 use super::mm::{
-    Backing, FileHandle, FileSpec, MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE, MAP_PRIVATE,
-    MAP_SHARED, MREMAP_FIXED, MREMAP_MAYMOVE, MmUnderTest, PROT_WRITE, VmaSeen, Whose,
+    Backing, Content, FileHandle, FileSpec, MAP_ANONYMOUS, MAP_FIXED, MAP_FIXED_NOREPLACE,
+    MAP_PRIVATE, MAP_SHARED, MREMAP_FIXED, MREMAP_MAYMOVE, MmUnderTest, PROT_WRITE, VmaSeen, Whose,
 };
 use crate::input::InputError;
 use crate::input::oracle::{Errno, Recorded, VmaLine, show};
@@ -152,7 +152,7 @@ impl<M: MmUnderTest> TraceRun<M> {
                     inode: self.files.len() as u64,
                     writable: true,
                     pages: FILE_PAGES,
-                    pattern: None,
+                    content: Content::Zeros,
                 };
                 let handle = self
                     .mm
