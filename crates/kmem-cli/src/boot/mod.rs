@@ -2,6 +2,7 @@
 
 pub mod exec;
 pub mod forks;
+pub mod machine;
 pub mod recount;
 
 use crate::args::Boot;

@@ -66,7 +66,7 @@ pub fn zones(map: &MemoryMap) -> Vec<ZoneCount> {
 }
 
 /// Returns the node of an address, and where the answer may change.
-fn node_of(map: &MemoryMap, address: u64) -> (u32, u64) {
+pub(super) fn node_of(map: &MemoryMap, address: u64) -> (u32, u64) {
     if let Some(range) = map
         .nodes
         .iter()
