@@ -4,6 +4,7 @@
 //! no script holds a rule that the gate does not.
 
 mod book;
+mod counts;
 mod gate;
 mod golden;
 mod image;
@@ -41,6 +42,8 @@ enum Command {
     Golden(golden::Options),
     /// Links every library crate into an image without std and inspects its machine code.
     NoStd(image::Options),
+    /// Counts instructions with callgrind and compares with the committed figures.
+    Counts(counts::Options),
     /// Replays the recorded runs of Linux and compares with the list of those that pass.
     Oracle(oracle::Options),
     /// Builds the demo kernel and boots it in QEMU; only the kernel's own success code counts.
@@ -54,6 +57,7 @@ fn main() -> ExitCode {
         Command::Golden(options) => golden::main(&root, &options),
         Command::NoStd(options) => image::main(&root, &options),
         Command::Oracle(options) => oracle::main(&root, &options),
+        Command::Counts(options) => counts::main(&root, &options),
         Command::Qemu(options) => qemu::main(&root, &options),
     }
 }

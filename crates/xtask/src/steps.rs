@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::gate::Gate;
 use crate::sh::{Stop, fail};
-use crate::{book, golden, image, models, oracle, qemu, tools, workspace};
+use crate::{book, counts, golden, image, models, oracle, qemu, tools, workspace};
 
 /// One named check.
 pub struct Step {
@@ -30,6 +30,11 @@ pub const STEPS: &[Step] = &[
     step("qemu", "the demo kernel in QEMU", qemu_scenarios),
     step("boot", "cargo run --release ends with 0", boot),
     step("oracle", "recorded runs of Linux, replayed", oracle_runs),
+    step(
+        "counts",
+        "instruction counts, by callgrind",
+        instruction_counts,
+    ),
     step("compare", "the benches run, quickly", compare),
     step("features", "each set of features builds", features),
     step("golden", "the public API is as in docs/api", golden_files),
@@ -122,6 +127,10 @@ fn boot(gate: &mut Gate) -> Result<String, Stop> {
 
 fn oracle_runs(gate: &mut Gate) -> Result<String, Stop> {
     oracle::check(&mut gate.shell, false)
+}
+
+fn instruction_counts(gate: &mut Gate) -> Result<String, Stop> {
+    counts::check(&mut gate.shell, false)
 }
 
 /// Times are not judged here: the step proves that every area still runs beside its peers.
