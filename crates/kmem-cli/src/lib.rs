@@ -15,3 +15,15 @@ pub mod output;
 pub mod replay;
 pub mod report;
 pub mod top;
+pub mod world;
+
+/// How a command ended, as the exit status says it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Status {
+    /// Everything ran and held.
+    Held = 0,
+    /// kmem is wrong somewhere.
+    Broken = 1,
+    /// The input is unusable.
+    Unusable = 2,
+}

@@ -12,6 +12,7 @@
 //! - I2: nothing is skipped silently: what the manager does not support is a failure, and what the recording's own rules
 //!   leave out is listed in [`trace_run`].
 
+pub mod command;
 pub mod compare;
 pub mod fuzz_run;
 pub mod mm;

@@ -1,0 +1,115 @@
+//! The command itself: which files, what is printed, which status.
+//!
+//! One line a file on stdout, `PASS name calls=N` or `FAIL name line=N expected=.. got=..`, and at the end `N passed, M failed`.
+//! A file that cannot be read or is malformed gives one line on stderr instead; the others are replayed all the same.
+
+use super::mm::MmUnderTest;
+use super::{Outcome, Report, replay, short_name};
+use crate::Status;
+use crate::embedded::{FUZZ, TRACES};
+use crate::input::InputError;
+use crate::input::lines::Source;
+use std::io::Write;
+
+/// Opens the files that were named, or all embedded runs if none was.
+pub fn sources(files: &[String]) -> Vec<(String, Result<Source, InputError>)> {
+    if files.is_empty() {
+        return TRACES
+            .iter()
+            .chain(FUZZ)
+            .map(|e| (e.name.to_string(), e.open()))
+            .collect();
+    }
+    files.iter().map(|f| (f.clone(), Source::open(f))).collect()
+}
+
+/// Replays all of them; `make` builds an empty manager for each, `out` and `err` are stdout and stderr.
+pub fn run<M: MmUnderTest>(
+    sources: Vec<(String, Result<Source, InputError>)>,
+    mut make: impl FnMut() -> M,
+    out: &mut dyn Write,
+    err: &mut dyn Write,
+) -> Status {
+    let (mut passed, mut failed, mut unusable) = (0, 0, false);
+    for (name, source) in sources {
+        match source.and_then(|s| replay(s, &mut make)) {
+            Ok(outcome) => {
+                let good = matches!(outcome, Outcome::Pass { .. });
+                passed += usize::from(good);
+                failed += usize::from(!good);
+                // A closed pipe ends the output and not the verdict.
+                let _ = writeln!(
+                    out,
+                    "{}",
+                    Report {
+                        name: short_name(&name),
+                        outcome: &outcome
+                    }
+                );
+            }
+            Err(bad) => {
+                unusable = true;
+                let _ = writeln!(err, "{bad}");
+            }
+        }
+    }
+    let _ = writeln!(out, "{passed} passed, {failed} failed");
+    if unusable {
+        Status::Unusable
+    } else if failed > 0 {
+        Status::Broken
+    } else {
+        Status::Held
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::replay::echo::Echo;
+
+    const GOOD: &str =
+        "# vmatrace 1 prog x linux 6\nI 1000 2000 r-xp 0 -\nE\n= 1000 2000 r-xp 0 -\n";
+
+    fn run_all(texts: &[(&str, &str)]) -> (Status, String, String) {
+        let (mut out, mut err) = (Vec::new(), Vec::new());
+        let sources = texts
+            .iter()
+            .map(|(n, t)| (format!("/some/where/{n}"), Ok(Source::text(n, t))))
+            .collect();
+        let status = run(
+            sources,
+            || Echo::trace(Source::text("x", GOOD)),
+            &mut out,
+            &mut err,
+        );
+        (
+            status,
+            String::from_utf8(out).unwrap(),
+            String::from_utf8(err).unwrap(),
+        )
+    }
+
+    #[test]
+    fn the_last_line_counts_and_the_status_follows() {
+        assert_eq!(
+            run_all(&[("a", GOOD)]),
+            (
+                Status::Held,
+                "PASS a calls=0\n1 passed, 0 failed\n".into(),
+                String::new()
+            )
+        );
+        let wrong = GOOD.replace("= 1000 2000 r-xp", "= 1000 2000 rw-p");
+        let (status, out, _) = run_all(&[("a", GOOD), ("b", &wrong)]);
+        assert_eq!(status, Status::Broken);
+        assert_eq!(
+            out,
+            "PASS a calls=0\nFAIL b line=3 expected=1000-2000:rw-p:0:- got=1000-2000:r-xp:0:-\n1 passed, 1 failed\n"
+        );
+        let (status, out, err) = run_all(&[("bad", "hello\n"), ("a", GOOD)]);
+        assert_eq!(status, Status::Unusable);
+        assert_eq!(out, "PASS a calls=0\n1 passed, 0 failed\n");
+        assert_eq!(err.lines().count(), 1);
+    }
+}

@@ -1,0 +1,3 @@
+//! The machine and the memory manager on it, put together once and used by all commands.
+
+pub mod provider;
