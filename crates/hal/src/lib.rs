@@ -24,7 +24,10 @@ pub use frame_table::{
     CountError, FrameSlot, FrameTable, FrameTag, SECTION_FRAMES, Section, SlabSlot, SlotFlags,
     SlotGuard, TableOwner, TableSlot, UserSlot,
 };
-pub use grace::{Deferred, Grace, SingleGrace, SingleGuard};
+#[cfg(loom)]
+#[doc(hidden)]
+pub use grace::Plant;
+pub use grace::{Deferred, EpochArea, EpochGrace, EpochGuard, Grace, SingleGrace, SingleGuard};
 pub use io::{BlockDevice, IoError, IoState, IoTicket, PageProvider};
 pub use lock::{IrqSafe, Lock, LockGuard, RawLock, RawSleepLock, SleepLock, Spin, Wait};
 pub use mmu::{

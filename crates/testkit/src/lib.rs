@@ -2,6 +2,8 @@
 
 pub mod arena;
 pub mod fail;
+#[cfg(any(loom, shuttle))]
+pub mod model;
 pub mod objects;
 
 pub use arena::{Arena, ArenaSource};

@@ -12,10 +12,14 @@
 //!
 //! Source: McKenney and Slingwine, "Read-Copy Update", PDCS 1998; Fraser, "Practical lock-freedom", 2004 (epochs).
 
+mod epoch;
 mod single;
 
 use core::ptr::NonNull;
 
+#[cfg(loom)]
+pub use epoch::Plant;
+pub use epoch::{EpochArea, EpochGrace, EpochGuard};
 pub use single::{SingleGrace, SingleGuard};
 
 /// A call that waits for a grace period: what to reclaim, and how.

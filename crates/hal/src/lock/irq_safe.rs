@@ -114,5 +114,8 @@ mod hardware {
         InterruptState { restore: false }
     }
 
-    pub fn restore(_state: InterruptState) {}
+    pub fn restore(state: InterruptState) {
+        // `disable` never asks for it here.
+        debug_assert!(!state.restore);
+    }
 }

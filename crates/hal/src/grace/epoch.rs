@@ -1,0 +1,499 @@
+//! Grace periods on several CPUs, by epochs.
+//!
+//! There is one global epoch, and a word per CPU that says whether a reader is active there and in which epoch it began.
+//! The epoch may advance from `e` to `e + 1` when every active reader began in `e`. A call deferred in epoch `e` is
+//! made once the epoch is `e + 2`.
+//!
+//! ```text
+//!   global            e               e+1              e+2
+//!   reader A   ────[ e ]──────┐        │                │
+//!   reader B          │  [ e ]└──┐  [e+1]───┐           │
+//!   writer     unlink X, defer (tag e)      │           run(X)
+//!                     └── A, B gone ──┘└─ nobody from e ┘
+//! ```
+//!
+//! Why two steps: a reader that can still see X announced an epoch of at most `e`, because its fence came before the
+//! writer's, and the writer read `e` after its own. The step from `e + 1` to `e + 2` scans every word after a fence of its
+//! own and finds each such reader gone.
+//!
+//! Invariants
+//! - `I1`: while a CPU's `depth` is not 0 and `fenced` is set, its word says "active", and a full fence lies between the
+//!   store of the word and every load of the reader.
+//! - `I2`: `depth` is the number of guards alive on the CPU; a nested context leaves all three words as a guard that
+//!   was never there would, so it may interrupt a reader between any two instructions.
+//! - `I3`: tags in a queue ascend, so the front is the oldest.
+//! - `I4`: a call is made outside every lock, once, by whoever took it out of its queue.
+//! - `I5`: a CPU that has no area yet counts its readers in `strays`, and the epoch stands still while there are any.
+//!
+//! # What a reader pays
+//!
+//! The outermost `read` of a CPU is a load of the global epoch, one store to its own word, **one full fence** (an `MFENCE`
+//! or a locked instruction on x86, 5 to 10 ns), and two plain stores; dropping it is three stores and no fence. A nested
+//! one is a load, a test and a store. The fence cannot be left out: the processor may hold the store in its store buffer while
+//! it already executes the reader's loads (x86 reorders exactly this pair, Intel SDM volume 3A 9.2.3.4), and then a writer's
+//! scan finds the CPU idle while it reads. Readers of different CPUs write to no common line.
+//!
+//! A scan costs one load per CPU, and every CPU's word is a line that its owner writes: `poll` and `synchronize` are for
+//! slow paths. Memory: one [`EpochArea`] per CPU, about 1.2 KiB with the default queue of 32 calls.
+//!
+//! # Context
+//!
+//! `read` anywhere, NMIs included. `defer` and `poll` where the lock `L` may be taken: with [`IrqSafe`] also in interrupts, not
+//! in NMIs. `synchronize` waits for readers: not in interrupts and not under a guard.
+//!
+//! Source: Fraser, "Practical lock-freedom", 2004, 5.2.3; for the fence, McKenney, "Is Parallel Programming Hard", 9.5.
+
+use core::fmt;
+use core::marker::PhantomData;
+use core::ptr;
+
+use super::{Deferred, Grace};
+use crate::cpu::{Cpu, Pinned};
+use crate::lock::{IrqSafe, Lock, RawLock};
+use crate::sync::{
+    AtomicPtr, AtomicU64, AtomicUsize, CachePadded, LocalBool, LocalU32, Ordering, compiler_fence,
+    fence, spin_loop,
+};
+
+/// What a CPU tells the others about its readers.
+#[derive(Debug)]
+struct Announcement {
+    /// 0: nobody reads. Otherwise `epoch << 1 | 1`.
+    word: AtomicU64,
+    depth: LocalU32,
+    fenced: LocalBool,
+}
+
+const ACTIVE: u64 = 1;
+
+impl Announcement {
+    crate::const_new! {
+        fn new() -> Self {
+            Self {
+                word: AtomicU64::new(0),
+                depth: LocalU32::new(0),
+                fenced: LocalBool::new(false),
+            }
+        }
+    }
+
+    /// Begins a section on the own CPU. The order of the lines is what `I2` rests on.
+    #[inline]
+    fn enter(&self, global: &AtomicU64, plant: Plant) {
+        self.depth.set(self.depth.get() + 1);
+        compiler_fence(Ordering::SeqCst);
+        if !self.fenced.get() {
+            let epoch = global.load(Ordering::Relaxed);
+            self.word.store(epoch << 1 | ACTIVE, Ordering::Relaxed);
+            // Announced before anything is read (I1). See "What a reader pays".
+            if plant != Plant::NoReaderFence {
+                fence(Ordering::SeqCst);
+            }
+            self.fenced.set(true);
+        }
+        compiler_fence(Ordering::SeqCst);
+    }
+
+    /// Ends a section on the own CPU.
+    #[inline]
+    fn leave(&self) {
+        compiler_fence(Ordering::SeqCst);
+        let depth = self.depth.get() - 1;
+        self.depth.set(depth);
+        if depth == 0 {
+            compiler_fence(Ordering::SeqCst);
+            self.fenced.set(false);
+            compiler_fence(Ordering::SeqCst);
+            // Release: what was read happens before whatever the grace period allows (G3).
+            self.word.store(0, Ordering::Release);
+        }
+    }
+
+    /// Whether a reader here began in another epoch than `epoch`.
+    fn blocks(&self, epoch: u64) -> bool {
+        let word = self.word.load(Ordering::Acquire);
+        word != 0 && word >> 1 != epoch
+    }
+}
+
+/// Calls that wait, oldest first, each with the epoch of its `defer`.
+#[derive(Debug)]
+struct Queue<const Q: usize> {
+    calls: [Option<(u64, Deferred)>; Q],
+    front: usize,
+    len: usize,
+}
+
+impl<const Q: usize> Queue<Q> {
+    const fn new() -> Self {
+        Self {
+            calls: [None; Q],
+            front: 0,
+            len: 0,
+        }
+    }
+
+    fn push(&mut self, tag: u64, call: Deferred) -> bool {
+        if self.len == Q {
+            return false;
+        }
+        self.calls[(self.front + self.len) % Q] = Some((tag, call));
+        self.len += 1;
+        true
+    }
+
+    /// The oldest call, if its tag is at most `tag`.
+    fn pop(&mut self, tag: u64) -> Option<Deferred> {
+        let place = self.calls.get_mut(self.front)?;
+        match *place {
+            Some((found, call)) if found <= tag => {
+                *place = None;
+                self.front = (self.front + 1) % Q;
+                self.len -= 1;
+                Some(call)
+            }
+            _ => None,
+        }
+    }
+}
+
+/// What [`EpochGrace`] keeps for one CPU: its announcement and up to `Q` deferred calls.
+#[derive(Debug)]
+pub struct EpochArea<L = IrqSafe, const Q: usize = 32> {
+    announcement: CachePadded<Announcement>,
+    queue: Lock<Queue<Q>, L>,
+    /// Calls queued, as a hint that needs no lock.
+    queued: AtomicUsize,
+}
+
+impl<L: RawLock, const Q: usize> EpochArea<L, Q> {
+    crate::const_new! {
+        /// The area of a CPU on which nobody reads.
+        pub fn new() -> Self {
+            Self {
+                announcement: CachePadded::new(Announcement::new()),
+                queue: Lock::new(Queue::new()),
+                queued: AtomicUsize::new(0),
+            }
+        }
+    }
+}
+
+impl<L: RawLock, const Q: usize> Default for EpochArea<L, Q> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// [`Grace`] for several CPUs, by per-CPU epochs.
+///
+/// Const-constructible. Works before [`init`](Self::init), with a counter that all CPUs share; `init` gives each CPU an area of
+/// its own. `'m` is how long the areas live: `'static` in a kernel.
+///
+/// # Examples
+///
+/// ```
+/// use kmem_hal::{CachePadded, EpochArea, EpochGrace, Grace, SingleCpu, lock::Spin};
+///
+/// static AREAS: [CachePadded<EpochArea<Spin>>; 1] = [CachePadded::new(EpochArea::new())];
+/// // SAFETY: one thread runs this example.
+/// static GRACE: EpochGrace<'static, SingleCpu, Spin> = EpochGrace::new(unsafe { SingleCpu::new() });
+///
+/// GRACE.init(&AREAS);
+/// {
+///     let _reading = GRACE.read();
+///     // Lock-free readers look at shared structures here.
+/// }
+/// GRACE.synchronize(); // whoever read before is done
+/// assert_eq!(GRACE.pending(), 0);
+/// ```
+#[doc(alias = "rcu")]
+#[doc(alias = "ebr")]
+pub struct EpochGrace<'m, C, L = IrqSafe, const Q: usize = 32> {
+    cpu: C,
+    epoch: CachePadded<AtomicU64>,
+    /// Readers on CPUs that have no area (`I5`).
+    strays: AtomicUsize,
+    /// Calls taken out of a queue and not finished yet.
+    running: AtomicUsize,
+    areas: AtomicPtr<CachePadded<EpochArea<L, Q>>>,
+    count: AtomicUsize,
+    /// The queue of CPUs that have no area.
+    shared: EpochArea<L, Q>,
+    #[cfg(loom)]
+    plant: Plant,
+    _areas: PhantomData<&'m EpochArea<L, Q>>,
+}
+
+/// A bug to plant, so that the models can show that they would find it. Other builds have none.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Plant {
+    /// No bug.
+    Nothing,
+    /// A reader announces itself without a fence.
+    NoReaderFence,
+    /// The epoch moves on without a fence before the scan.
+    NoScannerFence,
+    /// One step of the epoch is taken for a grace period.
+    OneStep,
+}
+
+impl<'m, C: Cpu, L: RawLock, const Q: usize> EpochGrace<'m, C, L, Q> {
+    const NOT_EMPTY: () = assert!(Q > 0, "a queue of deferred calls holds at least one");
+
+    crate::const_new! {
+        /// Grace periods for the CPUs of `cpu`, none of which has an area yet.
+        pub fn new(cpu: C) -> Self {
+            #[allow(clippy::let_unit_value)]
+            let () = Self::NOT_EMPTY;
+            Self {
+                cpu,
+                epoch: CachePadded::new(AtomicU64::new(2)),
+                strays: AtomicUsize::new(0),
+                running: AtomicUsize::new(0),
+                areas: AtomicPtr::new(ptr::null_mut()),
+                count: AtomicUsize::new(0),
+                shared: EpochArea::new(),
+                #[cfg(loom)]
+                plant: Plant::Nothing,
+                _areas: PhantomData,
+            }
+        }
+    }
+
+    /// The same with a bug.
+    #[cfg(loom)]
+    #[doc(hidden)]
+    pub fn with_bug(cpu: C, plant: Plant) -> Self {
+        Self {
+            plant,
+            ..Self::new(cpu)
+        }
+    }
+
+    #[cfg(loom)]
+    fn plant(&self) -> Plant {
+        self.plant
+    }
+
+    #[cfg(not(loom))]
+    #[inline(always)]
+    fn plant(&self) -> Plant {
+        Plant::Nothing
+    }
+
+    /// Gives the CPUs `0..areas.len()` an area each. Only the first call has an effect.
+    ///
+    /// CPUs beyond the end go on without one: correct, slower, and they delay each other.
+    pub fn init(&self, areas: &'m [CachePadded<EpochArea<L, Q>>]) {
+        let first = areas.as_ptr().cast_mut();
+        let given = self.areas.compare_exchange(
+            ptr::null_mut(),
+            first,
+            Ordering::Relaxed,
+            Ordering::Relaxed,
+        );
+        if given.is_ok() {
+            self.count.store(areas.len(), Ordering::Release);
+        }
+    }
+
+    /// The CPUs that the value serves.
+    pub const fn cpu(&self) -> &C {
+        &self.cpu
+    }
+
+    fn areas(&self) -> &[CachePadded<EpochArea<L, Q>>] {
+        let count = self.count.load(Ordering::Acquire);
+        if count == 0 {
+            return &[];
+        }
+        let first = self.areas.load(Ordering::Relaxed);
+        // SAFETY: both words come from one slice of lifetime 'm in `init`; the acquire load orders them.
+        unsafe { core::slice::from_raw_parts(first, count) }
+    }
+
+    /// Moves the epoch on if nobody prevents it; gives the epoch seen last.
+    fn try_advance(&self) -> u64 {
+        let epoch = self.epoch.load(Ordering::Acquire);
+        // Every reader that began before the writer's fence is visible to the loads below.
+        if self.plant() != Plant::NoScannerFence {
+            fence(Ordering::SeqCst);
+        }
+        let blocked = self.strays.load(Ordering::Acquire) != 0
+            || self
+                .areas()
+                .iter()
+                .any(|area| area.announcement.blocks(epoch));
+        if blocked {
+            return epoch;
+        }
+        match self
+            .epoch
+            .compare_exchange(epoch, epoch + 1, Ordering::AcqRel, Ordering::Acquire)
+        {
+            Ok(_) => epoch + 1,
+            Err(found) => found,
+        }
+    }
+
+    /// Makes the calls of one queue whose tag is at most `tag`.
+    fn drain(&self, area: &EpochArea<L, Q>, tag: u64) -> usize {
+        let mut made = 0;
+        while area.queued.load(Ordering::Acquire) != 0 {
+            let call = {
+                let mut queue = area.queue.lock();
+                let call = queue.pop(tag);
+                if call.is_some() {
+                    // Seen by whoever sees the queue without the call: `synchronize` waits for it.
+                    self.running.fetch_add(1, Ordering::Relaxed);
+                    area.queued.store(queue.len, Ordering::Release);
+                }
+                call
+            };
+            let Some(call) = call else { break };
+            // SAFETY: the tag says that the epoch moved twice since the call was deferred: a grace period. It was taken
+            // out of the queue under the lock, so nobody else makes it (`I4`).
+            unsafe { call.run() };
+            self.running.fetch_sub(1, Ordering::Release);
+            made += 1;
+        }
+        made
+    }
+
+    fn drain_all(&self, epoch: u64) -> usize {
+        let steps = if self.plant() == Plant::OneStep { 1 } else { 2 };
+        let Some(tag) = epoch.checked_sub(steps) else {
+            return 0;
+        };
+        self.areas()
+            .iter()
+            .map(|area| self.drain(area, tag))
+            .sum::<usize>()
+            + self.drain(&self.shared, tag)
+    }
+}
+
+impl<C: fmt::Debug, L, const Q: usize> fmt::Debug for EpochGrace<'_, C, L, Q> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "EpochGrace(epoch {}, {} areas)",
+            self.epoch.load(Ordering::Relaxed),
+            self.count.load(Ordering::Relaxed)
+        )
+    }
+}
+
+// SAFETY: G1, G2: a call is made, and `synchronize` returns, after two steps of the epoch, and the module's comment
+// says why no guard survives both; G3: a guard's release store is acquired by the scan that passes it, and the
+// exchange of the epoch hands that on; G4: `read` writes the CPU's own area only (a shared counter where there is none).
+unsafe impl<'m, C: Cpu, L: RawLock, const Q: usize> Grace for EpochGrace<'m, C, L, Q> {
+    type Guard<'a>
+        = EpochGuard<'a, C>
+    where
+        Self: 'a;
+
+    #[inline]
+    fn read(&self) -> EpochGuard<'_, C> {
+        let pin = self.cpu.pin();
+        let section = match self.areas().get(pin.id().index()) {
+            Some(area) => {
+                area.announcement.enter(&self.epoch, self.plant());
+                Section::Own(&area.announcement)
+            }
+            None => {
+                self.strays.fetch_add(1, Ordering::SeqCst);
+                fence(Ordering::SeqCst);
+                Section::Stray(&self.strays)
+            }
+        };
+        EpochGuard { section, _pin: pin }
+    }
+
+    fn defer(&self, call: Deferred) -> Result<(), Deferred> {
+        let pin = self.cpu.pin();
+        let areas = self.areas();
+        let area = areas
+            .get(pin.id().index())
+            .map_or(&self.shared, |area| &**area);
+        let mut queue = area.queue.lock();
+        // The unlinking comes before the epoch is read.
+        fence(Ordering::SeqCst);
+        let tag = self.epoch.load(Ordering::Relaxed);
+        if !queue.push(tag, call) {
+            return Err(call);
+        }
+        area.queued.store(queue.len, Ordering::Release);
+        Ok(())
+    }
+
+    fn poll(&self) -> usize {
+        if self.pending() == 0 {
+            return 0;
+        }
+        self.try_advance();
+        let epoch = self.try_advance();
+        self.drain_all(epoch)
+    }
+
+    fn synchronize(&self) {
+        fence(Ordering::SeqCst);
+        let steps = if self.plant() == Plant::OneStep { 1 } else { 2 };
+        let target = self.epoch.load(Ordering::Relaxed) + steps;
+        let mut epoch = self.try_advance();
+        while epoch < target {
+            let next = self.try_advance();
+            if next == epoch {
+                spin_loop();
+            }
+            epoch = next;
+        }
+        self.drain_all(epoch);
+        // Calls that another CPU took out of a queue may still run.
+        while self.running.load(Ordering::Acquire) != 0 {
+            spin_loop();
+        }
+    }
+
+    fn pending(&self) -> usize {
+        self.areas()
+            .iter()
+            .map(|area| area.queued.load(Ordering::Acquire))
+            .sum::<usize>()
+            + self.shared.queued.load(Ordering::Acquire)
+    }
+}
+
+#[derive(Debug)]
+enum Section<'a> {
+    Own(&'a Announcement),
+    Stray(&'a AtomicUsize),
+}
+
+/// A read section of an [`EpochGrace`]; keeps its reader on the CPU.
+#[must_use = "the section ends when the guard is dropped"]
+pub struct EpochGuard<'a, C: Cpu + 'a> {
+    section: Section<'a>,
+    // Dropped after the section has ended.
+    _pin: Pinned<'a, C>,
+}
+
+impl<'a, C: Cpu + 'a> fmt::Debug for EpochGuard<'a, C> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("EpochGuard")
+    }
+}
+
+impl<'a, C: Cpu + 'a> Drop for EpochGuard<'a, C> {
+    #[inline]
+    fn drop(&mut self) {
+        match self.section {
+            Section::Own(announcement) => announcement.leave(),
+            Section::Stray(strays) => {
+                strays.fetch_sub(1, Ordering::Release);
+            }
+        }
+    }
+}
