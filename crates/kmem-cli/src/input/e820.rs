@@ -65,6 +65,31 @@ pub fn parse(at: At<'_>, line: &str) -> Result<Option<Entry>, InputError> {
     }))
 }
 
+/// Reads a line by which Linux took memory out of its own copy of the map, as (first, last) address.
+///
+/// ```text
+/// e820: update [mem 0x00000000-0x00000fff] usable ==> reserved
+/// e820: remove [mem 0x000a0000-0x000fffff] usable
+/// ```
+/// Lines that leave the range usable, or that cannot be read, are `None`: they are Linux's remarks and no part of the map.
+pub fn edit(line: &str) -> Option<(u64, u64)> {
+    let (_, rest) = line
+        .split_once("e820: update [mem ")
+        .or_else(|| line.split_once("e820: remove [mem "))?;
+    let (range, what) = rest.split_once(']')?;
+    let (first, last) = range.split_once('-')?;
+    let hex = |t: &str| u64::from_str_radix(t.trim().trim_start_matches("0x"), 16).ok();
+    let takes = match what.split_once("==>") {
+        Some((from, to)) => from.trim() == "usable" && to.trim() != "usable",
+        None => what.trim() == "usable",
+    };
+    if takes {
+        Some((hex(first)?, hex(last)?))
+    } else {
+        None
+    }
+}
+
 /// Turns an inclusive range into base and length.
 ///
 /// # Errors
@@ -171,6 +196,27 @@ mod tests {
             Ok(None)
         );
         assert_eq!(one("BIOS-provided physical RAM map:"), Ok(None));
+    }
+
+    #[test]
+    fn edits_of_linux_are_told_from_its_remarks() {
+        assert_eq!(
+            edit("[0.0] e820: update [mem 0x00000000-0x00000fff] usable ==> reserved"),
+            Some((0, 0xfff))
+        );
+        assert_eq!(
+            edit("e820: remove [mem 0x000a0000-0x000fffff] usable"),
+            Some((0xa0000, 0xfffff))
+        );
+        assert_eq!(
+            edit("e820: update [mem 0xac787018-0xac7ac057] usable ==> usable"),
+            None
+        );
+        assert_eq!(edit("BIOS-e820: [mem 0x1000-0x1fff] usable"), None);
+        assert_eq!(
+            edit("e820: update [mem nonsense] usable ==> reserved"),
+            None
+        );
     }
 
     #[test]

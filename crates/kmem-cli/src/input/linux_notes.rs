@@ -76,6 +76,23 @@ impl LinuxNotes {
             if let (Some(node), Ok(pages)) = (self.node, pages.parse()) {
                 self.total(node, pages);
             }
+        } else if let [
+            "On",
+            "node",
+            _,
+            "zone",
+            "DMA:",
+            pages,
+            "pages",
+            "in",
+            "unavailable",
+            ..,
+        ] = words[..]
+        {
+            // Of higher zones Linux counts holes only where they share a section with memory.
+            if let Ok(pages) = pages.parse() {
+                self.hole("DMA", pages);
+            }
         } else if let [zone, "zone:", pages, "pages,", "LIFO", ..] = words[..] {
             if let (Some(node), Ok(pages), true) = (self.node, pages.parse(), ZONES.contains(&zone))
             {
@@ -101,6 +118,13 @@ impl LinuxNotes {
     fn zone(&mut self, node: u32, zone: &str, pages: u64) {
         if !self.present.iter().any(|p| p.0 == node && p.1 == zone) {
             self.present.push((node, zone.into(), pages));
+        }
+    }
+
+    fn hole(&mut self, zone: &str, pages: u64) {
+        match self.unavailable.iter_mut().find(|u| u.0 == zone) {
+            Some(known) => known.1 = known.1.saturating_add(pages),
+            None => self.unavailable.push((zone.into(), pages)),
         }
     }
 
@@ -210,6 +234,9 @@ mod tests {
             "[    0.015]   DMA zone: 64 pages used for memmap",
             "[    0.015]   DMA zone: 3998 pages, LIFO batch:0",
             "[    0.015]   DMA32 zone: 12256 pages, LIFO batch:3",
+            "[    0.015] On node 0, zone DMA: 1 pages in unavailable ranges",
+            "[    0.015] On node 0, zone DMA: 97 pages in unavailable ranges",
+            "[    0.015] On node 0, zone DMA32: 8224 pages in unavailable ranges",
         ] {
             n.log_line(line);
         }

@@ -13,7 +13,8 @@
 //! - I5: at least one byte is usable.
 //! - I6: if the list is printed more than once (several boots in one log), the first complete one counts: the longest,
 //!   and of equals the first. A list begins anew where its first range comes again, or at Linux's heading for the list.
-//!   Lines such as `e820: update` and `e820: remove`, by which Linux edits its own copy, are no part of the firmware's map.
+//!   Lines such as `e820: update` and `e820: remove`, by which Linux edits its own copy, are no part of the firmware's map;
+//!   but where they take usable memory away (page 0 apart), Linux's page counts are those of another map and are dropped.
 //!
 //! What Linux printed about its own zones for the same map is kept in [`LinuxNotes`]: an oracle to hold kmem's zones to.
 
@@ -280,6 +281,7 @@ fn refuse_cut_end(
 fn read_e820(name: &str, lines: &[(usize, String)]) -> Result<MemoryMap, InputError> {
     let mut map = bare(name, Format::E820);
     // Lists of entries and of node ranges, one pair per printing of the firmware's map (I6).
+    let mut edits = Vec::new();
     let mut lists: Vec<(Vec<Entry>, Vec<NodeRange>)> = vec![(Vec::new(), Vec::new())];
     for (number, line) in lines {
         let at = At {
@@ -310,6 +312,8 @@ fn read_e820(name: &str, lines: &[(usize, String)]) -> Result<MemoryMap, InputEr
             }
         } else if let Some(range) = srat::parse(at, line)? {
             list.1.push(range);
+        } else if let Some((first, last)) = e820::edit(line) {
+            edits.push((*number, first, last));
         } else if line.contains("BIOS-provided physical RAM map") && !list.0.is_empty() {
             lists.push((Vec::new(), Vec::new()));
         } else {
@@ -336,6 +340,18 @@ fn read_e820(name: &str, lines: &[(usize, String)]) -> Result<MemoryMap, InputEr
     };
     map.nodes = core::mem::take(&mut lists[nodes].1);
     map.entries = core::mem::take(&mut lists[chosen].0);
+    let usable = map.usable();
+    let taking = edits.iter().find(|(_, first, last)| {
+        usable
+            .iter()
+            .any(|(base, end)| (*first).max(*base).max(0x1000) <= (*last).min(end - 1))
+    });
+    if let (Some((line, first, last)), false) = (taking, map.linux.is_empty()) {
+        map.remarks.push(format!(
+            "line {line}: Linux took {first:#x}-{last:#x} out of its copy of the map: its page counts are not compared"
+        ));
+        map.linux = LinuxNotes::default();
+    }
     Ok(map)
 }
 
@@ -545,6 +561,17 @@ mod tests {
             let e = of(text).unwrap_err();
             assert!(e.contains(what), "{text:?}: {e}");
         }
+    }
+
+    #[test]
+    fn page_counts_of_another_map_are_not_compared() {
+        let text = "BIOS-e820: [mem 0x0-0x3ffffff] usable\ne820: update [mem 0x0-0xfff] usable ==> reserved\n\
+                    On node 0 totalpages: 16383\n";
+        assert_eq!(of(text).unwrap().linux.totals, [(0, 16383)]);
+        let edited = of(&text.replace("[mem 0x0-0xfff]", "[mem 0x2000000-0x3ffffff]")).unwrap();
+        assert!(edited.linux.is_empty());
+        assert!(edited.remarks[0].contains("not compared"));
+        assert_eq!(edited.usable_bytes(), 64 << 20);
     }
 
     #[test]
