@@ -10,6 +10,7 @@ mod golden;
 mod image;
 mod models;
 mod oracle;
+mod package;
 mod qemu;
 mod sh;
 mod steps;

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::gate::Gate;
 use crate::sh::{Stop, fail};
-use crate::{book, counts, golden, image, models, oracle, qemu, tools, workspace};
+use crate::{book, counts, golden, image, models, oracle, package, qemu, tools, workspace};
 
 /// One named check.
 pub struct Step {
@@ -38,7 +38,7 @@ pub const STEPS: &[Step] = &[
     step("compare", "the benches run, quickly", compare),
     step("features", "each set of features builds", features),
     step("golden", "the public API is as in docs/api", golden_files),
-    step("package", "each package builds by itself", package),
+    step("package", "each package builds by itself", packages),
     step("counting", "counts of locked instructions", counting),
     step("loom", "all interleavings of small models", loom),
     step("shuttle", "random schedules of large models", shuttle),
@@ -220,21 +220,8 @@ fn golden_files(gate: &mut Gate) -> Result<String, Stop> {
     golden::check(&mut gate.shell, false, &[]).map(|crates| format!("{crates} crates"))
 }
 
-/// One command for all: cargo lays a registry of the packages themselves under the build of each, so that crates
-/// which depend on each other need not be published for it.
-fn package(gate: &mut Gate) -> Result<String, Stop> {
-    let packages = workspace::published(&mut gate.shell)?;
-    let mut command = gate.shell.cargo([
-        "package",
-        "--allow-dirty",
-        "--target-dir",
-        "target/package-check",
-    ]);
-    for package in &packages {
-        command.args(["-p", &package.name]);
-    }
-    gate.shell.run(&mut command)?;
-    Ok(format!("{} packages", packages.len()))
+fn packages(gate: &mut Gate) -> Result<String, Stop> {
+    package::check(&mut gate.shell)
 }
 
 fn fuzz(gate: &mut Gate) -> Result<String, Stop> {
