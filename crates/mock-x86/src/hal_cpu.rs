@@ -57,7 +57,7 @@ pub(crate) fn cpu_id(number: usize) -> CpuId {
     CpuId::new(number as u32)
 }
 
-// SAFETY: R1: `Machine::run_on` returns after every CPU of the set has run the closure to its end, each as itself; R2: the checks come
+// SAFETY: R1: `Machine::call_on` returns after every CPU of the set has run the closure to its end, each as itself; R2: the checks come
 // before any call; R3: one host thread runs them all.
 unsafe impl CpuCall for Machine {
     fn run_on(&self, cpus: &CpuSet, f: &(dyn Fn(CpuId) + Sync)) -> Result<(), CpuCallError> {
@@ -70,7 +70,7 @@ unsafe impl CpuCall for Machine {
             .map(CpuId::index)
             .filter(|&cpu| cpu < self.cpu_count())
             .collect();
-        Machine::run_on(self, &numbers, &|cpu| f(cpu_id(cpu)));
+        self.call_on(&numbers, &|cpu| f(cpu_id(cpu)));
         Ok(())
     }
 }

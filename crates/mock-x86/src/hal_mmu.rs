@@ -83,12 +83,12 @@ unsafe impl Mmu for Machine {
             .map(CpuId::index)
             .filter(|&cpu| cpu < self.cpu_count() && cpu != me)
             .collect();
-        Completion::new(Machine::shootdown(self, &numbers, request.into()))
+        Completion::new(self.send_flush(&numbers, request.into()))
     }
 
     fn complete(&self, completion: Completion) {
         sched::yield_point(self);
-        Machine::complete(self, completion.ticket());
+        self.wait_for(completion.ticket());
     }
 
     fn asid_count(&self) -> u16 {

@@ -2,11 +2,11 @@
 //!
 //! ```text
 //!  CPU 0: send ----> queue of CPU 1 --(CPU 1's next yield point with IF = 1, or later by seed)--> flush, answer
-//!         complete <--------------------------------- all answered ---------------------------------------'
+//!         wait_for <--------------------------------- all answered ---------------------------------------'
 //! ```
 //!
 //! A CPU that runs no task is idle: it takes its interrupts while somebody waits for them. Without a scheduler every CPU but
-//! the caller's is idle, so delivery happens as late as it possibly can: inside of `complete`.
+//! the caller's is idle, so delivery happens as late as it possibly can: inside of `wait_for`.
 //!
 //! Invariants
 //! - `I1` an interrupt is taken only with IF = 1, and runs with IF = 0.
@@ -228,12 +228,12 @@ impl Machine {
         self.with(|inner| inner.flush(cpu, work));
     }
 
-    /// Sends a flush to other CPUs and returns a ticket for [`complete`](Self::complete); 0 if `cpus` is empty.
+    /// Sends a flush to other CPUs and returns a ticket for [`wait_for`](Self::wait_for); 0 if `cpus` is empty.
     ///
     /// # Panics
     ///
     /// If a CPU does not exist.
-    pub fn shootdown(&self, cpus: &[usize], work: FlushWork) -> u64 {
+    pub fn send_flush(&self, cpus: &[usize], work: FlushWork) -> u64 {
         sched::yield_point(self);
         if cpus.is_empty() {
             return 0;
@@ -246,7 +246,7 @@ impl Machine {
     /// # Panics
     ///
     /// With a story if it would wait for ever: a CPU of the ticket has interrupts off and cannot go on.
-    pub fn complete(&self, ticket: u64) {
+    pub fn wait_for(&self, ticket: u64) {
         loop {
             let waiting = self.with(|inner| inner.interrupts.unanswered(ticket).to_vec());
             if waiting.is_empty() {
@@ -276,14 +276,14 @@ impl Machine {
     ///
     /// # Panics
     ///
-    /// As [`complete`](Self::complete).
-    pub fn run_on(&self, cpus: &[usize], call: &(dyn Fn(usize) + Sync)) {
+    /// As [`wait_for`](Self::wait_for).
+    pub fn call_on(&self, cpus: &[usize], call: &(dyn Fn(usize) + Sync)) {
         sched::yield_point(self);
         let me = self.current_cpu();
         let others: Vec<usize> = cpus.iter().copied().filter(|&cpu| cpu != me).collect();
         let raw: *const (dyn Fn(usize) + Sync) = call;
         // SAFETY: only the lifetime changes; I2: the closure is called only while its ticket is open, and this function does
-        // not return, nor unwind past `complete`, before the ticket is closed or withdrawn (the guard below).
+        // not return, nor unwind past `wait_for`, before the ticket is closed or withdrawn (the guard below).
         let raw: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(raw) };
         let ticket = self.with(|inner| inner.send(&others, Work::Call(RawCall(raw))));
         let withdraw = Withdraw {
@@ -293,7 +293,7 @@ impl Machine {
         if cpus.contains(&me) {
             call(me);
         }
-        self.complete(ticket);
+        self.wait_for(ticket);
         drop(withdraw);
     }
 
@@ -329,7 +329,7 @@ impl Machine {
                 None => return,
                 Some(None) => {}
                 Some(Some((ticket, call))) => {
-                    // SAFETY: I2: the ticket is open, so the caller of `run_on` still waits and the closure lives.
+                    // SAFETY: I2: the ticket is open, so the caller of `call_on` still waits and the closure lives.
                     sched::on_cpu(self, cpu, || unsafe { (*call.0)(cpu) });
                     self.with(|inner| {
                         inner.core.cpus[cpu].regs.rflags |= rflags::IF;

@@ -94,7 +94,12 @@ impl PhysMemory {
     #[inline]
     pub fn to_ptr(&self, address: u64) -> *mut u8 {
         assert!(self.is_backed(address, 1), "{}", self.nothing_at(address));
-        // I1: the arena has `end` bytes and the address is below.
+        self.pointer(address)
+    }
+
+    /// The host address of backed memory (I1: the arena has `end` bytes and the address is below).
+    #[inline]
+    fn pointer(&self, address: u64) -> *mut u8 {
         self.arena.base().wrapping_add(address as usize)
     }
 
@@ -127,7 +132,7 @@ impl PhysMemory {
             address.is_multiple_of(bytes),
             "a load of {bytes} bytes at {address:#x} is not aligned"
         );
-        let pointer = self.to_ptr(address);
+        let pointer = self.pointer(address);
         // SAFETY: I1: backed and aligned, checked above; I2.
         unsafe {
             Some(match bytes {
@@ -157,7 +162,7 @@ impl PhysMemory {
             address.is_multiple_of(bytes),
             "a store of {bytes} bytes at {address:#x} is not aligned"
         );
-        let pointer = self.to_ptr(address);
+        let pointer = self.pointer(address);
         // SAFETY: I1: backed and aligned, checked above; I2.
         unsafe {
             match bytes {
@@ -183,7 +188,7 @@ impl PhysMemory {
             self.is_backed(address, bytes) && address.is_multiple_of(bytes),
             "no entry at {address:#x}"
         );
-        let pointer = self.to_ptr(address);
+        let pointer = self.pointer(address);
         // SAFETY: I1: backed and aligned, checked above; I2.
         unsafe {
             match bytes {
@@ -206,7 +211,7 @@ impl PhysMemory {
         // SAFETY: I1: backed, checked above; the buffer is the caller's own. A racing writer on another host thread
         // is a program that races on the machine too.
         unsafe {
-            std::ptr::copy_nonoverlapping(self.to_ptr(address), into.as_mut_ptr(), into.len())
+            std::ptr::copy_nonoverlapping(self.pointer(address), into.as_mut_ptr(), into.len())
         };
         true
     }
@@ -217,7 +222,7 @@ impl PhysMemory {
             return false;
         }
         // SAFETY: as in `read`.
-        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.to_ptr(address), from.len()) };
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), self.pointer(address), from.len()) };
         true
     }
 
