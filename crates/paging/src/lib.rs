@@ -1,2 +1,24 @@
-//! Page tables of every x86 mode, cursors over them, and a flush protocol that types enforce.
+#![doc = include_str!("../README.md")]
 #![no_std]
+
+mod attributes;
+mod cache;
+mod cursor;
+mod dump;
+mod env;
+mod error;
+mod fork;
+pub mod format;
+mod gather;
+mod node;
+mod table;
+
+pub use attributes::{Attributes, Leaf, MemoryType, Payload, Rights, Soft, SoftBit};
+pub use cache::{TableCache, TableReserve};
+pub use cursor::{Cleared, Cursor, Divisible, Harvest, Harvested, MapStopped, Replaced, Run};
+pub use dump::Dump;
+pub use env::{Env, Parts};
+pub use error::{ChangeError, ForkError, HugeError, MapError, MoveError, RangeError, TableError};
+pub use fork::{ForkItem, ForkStep};
+pub use gather::{FLUSH_CEILING, Gather};
+pub use table::{Entry, PageTable};

@@ -1,0 +1,221 @@
+//! Splitting huge leaves into tables of smaller ones, and merging them back.
+//!
+//! Splitting keeps every translation as it is: the new table says the same, entry by entry, with the accessed and
+//! dirty bits of the huge leaf. Merging takes the entry away first, drops its translations everywhere, and only then puts
+//! the huge leaf there, so that no accessed or dirty bit is lost and no CPU sees both sizes.
+//!
+//! Does not handle: a CPU that may see both sizes of one page at once while a split is not flushed yet. Intel allows it
+//! (SDM volume 3A, 4.10.2.3) where both say the same; AMD family 10h erratum 383 does not.
+
+use kmem_hal::{AllocError, DeviceFrame, Frame, FrameHandle, Order, OwnedFrame, Page, PageRange};
+
+use super::Cursor;
+use crate::attributes::{Attributes, Rights};
+use crate::env::Env;
+use crate::error::HugeError;
+use crate::format::{Format, Kind, leaf_level, level};
+use crate::gather::{Gather, Stale};
+use crate::node::Node;
+use crate::table::{Entry, decode, index_at};
+
+/// A handle whose block may be cut into smaller ones of the same kind, and put together again.
+///
+/// # Safety
+///
+/// - `D1`: the numbers that `into_entry` gave for a block may be turned by `from_entry` into handles of its parts, one
+///   for each, as if the block had been mapped part by part; and the other way round.
+pub unsafe trait Divisible: FrameHandle {}
+
+// SAFETY: D1: owning a block is owning its halves (`OwnedFrame::split`).
+unsafe impl Divisible for OwnedFrame {}
+// SAFETY: D1: nothing is owned.
+unsafe impl Divisible for DeviceFrame {}
+
+impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
+    /// Splits the huge leaf that covers `page` into leaves of the next smaller size. Translations stay as they are.
+    ///
+    /// # Errors
+    ///
+    /// [`HugeError`]; nothing changed.
+    #[doc(alias = "split_huge_pmd")]
+    pub fn split<const N: usize>(
+        &mut self,
+        page: Page,
+        gather: &mut Gather<'_, F, E, H, N>,
+    ) -> Result<(), HugeError> {
+        if !self.range.contains(page) {
+            return Err(HugeError::OutOfRange);
+        }
+        if !gather.belongs_to(self.table) {
+            return Err(HugeError::ForeignGather);
+        }
+        let node = self.seek(page, 1);
+        let word = node.load(index_at::<F>(page.number(), node.level));
+        if node.level == 1 || node.kind(word) != Kind::Leaf {
+            return Err(HugeError::NotPossible);
+        }
+        self.split_held(page, gather).map_err(HugeError::Memory)
+    }
+
+    /// Splits the leaf of `page` in the held table, which is above level 1.
+    pub(super) fn split_held<const N: usize>(
+        &mut self,
+        page: Page,
+        gather: &mut Gather<'_, F, E, H, N>,
+    ) -> Result<(), AllocError> {
+        let node = self.seek(page, 1);
+        let index = index_at::<F>(page.number(), node.level);
+        let mut word = node.load(index);
+        if node.level == 1 || node.kind(word) != Kind::Leaf {
+            return Ok(());
+        }
+        let table = self.make_table(node.level - 1)?;
+        let entries = level::<F>(table.level).entries();
+        let part = level::<F>(table.level).order();
+        gather.announce();
+        let leaf = loop {
+            let Entry::Leaf(leaf) = decode::<F>(page, node.level, word) else {
+                unreachable!("checked above, and the table is locked")
+            };
+            for entry in 0..entries {
+                let frame = Frame::from_number(leaf.frame.number() + entry as u64 * part.frames());
+                table.store(entry, F::leaf(table.level, frame, &leaf.attributes));
+            }
+            match node.change(index, word, F::table(node.level, table.frame)) {
+                Ok(()) => break leaf,
+                Err(found) => word = found,
+            }
+        };
+        table.add_live(entries as u32);
+        let global = leaf.attributes.rights.contains(Rights::GLOBAL);
+        gather.note(Stale::leaf(leaf.range(), global));
+        self.table.count_table(table.frame, table.level);
+        Ok(())
+    }
+
+    /// Takes the frames for the tables that `range`'s two ends need, where they cut huge leaves.
+    #[inline]
+    pub(super) fn reserve_splits(&mut self, range: PageRange) -> Result<(), AllocError> {
+        let first = self.splits_at(range.first(), range.first().number());
+        let last = self.splits_at(range.last(), range.last().number().wrapping_add(1));
+        if first + last == 0 {
+            return Ok(());
+        }
+        self.reserve.fill::<F>(first + last)
+    }
+
+    /// How many tables it takes until `boundary` is between two leaves at `page`.
+    fn splits_at(&self, page: Page, boundary: u64) -> usize {
+        if let Some(node) = self.held
+            && node.level == 1
+            && page.number().wrapping_sub(self.span.0) < self.span.1
+        {
+            return 0;
+        }
+        let Entry::Leaf(leaf) = self.table.query(page) else {
+            return 0;
+        };
+        let levels = self.table.levels();
+        let Some(top) = leaf_level::<F>(levels, leaf.order) else {
+            return 0;
+        };
+        (2..=top)
+            .filter(|&number| boundary & (level::<F>(number).order().frames() - 1) != 0)
+            .count()
+    }
+
+    /// Puts one leaf of `order` where a full table of leaves of the next smaller size is, that map consecutive frames of
+    /// an aligned block with the same attributes (accessed and dirty bits are joined).
+    ///
+    /// While it runs the pages are absent for a moment: a fault there finds the table's lock taken, and the leaf after it.
+    ///
+    /// Context: may wait for other CPUs, under the table's locks.
+    ///
+    /// # Errors
+    ///
+    /// [`HugeError`]; nothing changed.
+    #[doc(alias = "collapse_huge_page")]
+    pub fn merge<const N: usize>(
+        &mut self,
+        page: Page,
+        order: Order,
+        gather: &mut Gather<'_, F, E, H, N>,
+    ) -> Result<(), HugeError> {
+        let target = leaf_level::<F>(self.table.levels(), order).ok_or(HugeError::NotPossible)?;
+        if target == 1 {
+            return Err(HugeError::NotPossible);
+        }
+        let last = page.number() | (order.frames() - 1);
+        if page.number() & (order.frames() - 1) != 0
+            || !self.range.contains(page)
+            || last > self.range.last().number()
+        {
+            return Err(HugeError::OutOfRange);
+        }
+        if !gather.belongs_to(self.table) {
+            return Err(HugeError::ForeignGather);
+        }
+        let node = self.seek(page, target);
+        let index = index_at::<F>(page.number(), node.level);
+        let word = node.load(index);
+        if node.level != target || node.kind(word) != Kind::Table {
+            return Err(HugeError::NotPossible);
+        }
+        let env = self.table.env();
+        // SAFETY: an entry of the held table points to an attached table, which stays attached while we have the lock.
+        let table: Node<'t, F> = unsafe { Node::new(env, F::table_frame(word), target - 1) };
+        table.lock();
+        let Some((frame, _)) = mergeable(&table, order) else {
+            table.unlock();
+            return Err(HugeError::NotPossible);
+        };
+        gather.announce();
+        // From here on no CPU can walk into the table; after the flush none has it cached, so the bits stand still.
+        node.store(index, 0);
+        let range = super::map::block(page, order);
+        let mut stale = Stale::leaf(range, true);
+        stale.local = true;
+        stale.stride = level::<F>(target - 1).order().frames();
+        self.table.flush(Some(stale), true, 1);
+        let attributes = mergeable(&table, order).map_or(Attributes::default(), |found| found.1);
+        for entry in 0..level::<F>(table.level).entries() {
+            table.store(entry, 0);
+        }
+        table.sub_live(level::<F>(table.level).entries() as u32);
+        table.set_stray();
+        node.store(index, F::leaf(target, frame, &attributes));
+        table.unlock();
+        self.table.discount_table(table.frame, table.level);
+        gather.push_table(&table);
+        Ok(())
+    }
+}
+
+/// The block and the joined attributes of a full table of leaves that could be one; the caller holds its lock.
+fn mergeable<F: Format>(table: &Node<'_, F>, order: Order) -> Option<(Frame, Attributes)> {
+    let level = level::<F>(table.level);
+    if table.live() != level.entries() as u32 {
+        return None;
+    }
+    let mut all: Option<(Frame, Attributes)> = None;
+    for entry in 0..level.entries() {
+        let Entry::Leaf(leaf) = decode::<F>(Page::ZERO, table.level, table.load(entry)) else {
+            return None;
+        };
+        let mut attributes = leaf.attributes;
+        let (frame, joined) = *all.get_or_insert((leaf.frame, attributes));
+        let expected = frame.checked_add(entry as u64 * level.order().frames())?;
+        attributes.accessed |= joined.accessed;
+        attributes.dirty |= joined.dirty;
+        let same = Attributes {
+            accessed: attributes.accessed,
+            dirty: attributes.dirty,
+            ..joined
+        };
+        if leaf.frame != expected || attributes != same {
+            return None;
+        }
+        all = Some((frame, attributes));
+    }
+    all.filter(|(frame, _)| frame.is_aligned(order))
+}

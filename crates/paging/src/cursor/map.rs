@@ -1,0 +1,398 @@
+//! Filling entries: map, map a range, replace, leave a payload.
+//!
+//! A hole that is filled needs no flush where the hardware does not cache absent entries, and where no earlier change of
+//! the table waits for its flush: the page may still be translated to what was there before (`G1` of the gather). In
+//! that case the fill flushes its own pages before it returns.
+//!
+//! Tables that are missing are built from the leaf up, in private, and appear by one store: a walker sees the hole or
+//! the finished branch.
+
+use kmem_hal::{Frame, FrameHandle, Order, Page, PageRange, Trace, TraceEvent};
+
+use super::Cursor;
+use crate::attributes::{Attributes, Leaf, Payload, Rights};
+use crate::env::Env;
+use crate::error::{ChangeError, MapError};
+use crate::format::{Format, Kind, leaf_level};
+use crate::gather::{Gather, Stale};
+use crate::node::Node;
+use crate::table::{Entry, decode, index_at};
+
+/// What [`Cursor::replace`] found.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Replaced<H> {
+    /// Nothing: the page was just mapped.
+    Nothing,
+    /// A payload.
+    Payload(Payload),
+    /// A leaf; its translations are gone from every CPU, so here is its handle.
+    Leaf(Leaf, H),
+}
+
+/// How far [`Cursor::map_range`] came, when it could not go on.
+#[derive(Debug, PartialEq, Eq)]
+pub struct MapStopped<H> {
+    /// Why.
+    pub error: MapError,
+    /// The first page that is not mapped. What is below was mapped.
+    pub at: Page,
+    /// The handle for that page.
+    pub handle: Option<H>,
+}
+
+impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
+    /// Maps the block of `handle` at `page`, as one leaf of the block's order.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`] with the handle; nothing changed.
+    #[doc(alias = "set_pte_at")]
+    #[doc(alias = "remap_pfn_range")]
+    pub fn map(
+        &mut self,
+        page: Page,
+        handle: H,
+        attributes: impl Into<Attributes>,
+    ) -> Result<(), (MapError, H)> {
+        let attributes = attributes.into();
+        let (frame, order) = handle.into_entry();
+        match self.map_raw(page, frame, order, &attributes) {
+            Ok(()) => {
+                self.settle(page, order, attributes.rights);
+                self.table
+                    .env()
+                    .trace()
+                    .event(TraceEvent::Mapped(block(page, order), frame));
+                Ok(())
+            }
+            // SAFETY: H2: the numbers came from `into_entry` above, and no entry got them.
+            Err(error) => Err((error, unsafe { H::from_entry(frame, order) })),
+        }
+    }
+
+    /// Maps `range` with the blocks that `next` gives, one after the other, each as one leaf.
+    ///
+    /// `next(page, pages)` gives the block for `page`, at which `pages` pages of the range are left; sizes may be mixed
+    /// as far as alignment allows. Tables are reserved before the first store, so that memory is not a reason to stop
+    /// half-way: `smallest` is the smallest order that `next` will give.
+    ///
+    /// # Errors
+    ///
+    /// [`MapStopped`]: where the reserve could not be had, at the first page; where `next` gave `None`, with
+    /// [`MapError::OutOfRange`]; where the page was occupied or a block did not fit.
+    pub fn map_range(
+        &mut self,
+        range: PageRange,
+        smallest: Order,
+        attributes: impl Into<Attributes>,
+        mut next: impl FnMut(Page, u64) -> Option<H>,
+    ) -> Result<(), MapStopped<H>> {
+        let attributes = attributes.into();
+        let stopped = |error, at, handle| Err(MapStopped { error, at, handle });
+        let mut page = range.first();
+        if !self.range.contains_range(range) {
+            return stopped(MapError::OutOfRange, page, None);
+        }
+        if let Err(error) = self.reserve(range, smallest) {
+            return stopped(MapError::Memory(error), page, None);
+        }
+        loop {
+            let left = range.last().number() - page.number() + 1;
+            let Some(handle) = next(page, left) else {
+                return stopped(MapError::OutOfRange, page, None);
+            };
+            let (frame, order) = handle.into_entry();
+            let mapped = if order.frames() > left {
+                Err(MapError::OutOfRange)
+            } else {
+                self.map_raw(page, frame, order, &attributes)
+            };
+            if let Err(error) = mapped {
+                // SAFETY: H2: the numbers came from `into_entry` above, and no entry got them.
+                let handle = unsafe { H::from_entry(frame, order) };
+                return stopped(error, page, Some(handle));
+            }
+            self.settle(page, order, attributes.rights);
+            self.table
+                .env()
+                .trace()
+                .event(TraceEvent::Mapped(block(page, order), frame));
+            if order.frames() == left {
+                return Ok(());
+            }
+            page = Page::from_number(page.number() + order.frames());
+        }
+    }
+
+    /// Puts the block of `handle` where a leaf of the same order, a payload or nothing is.
+    ///
+    /// An old leaf is cleared first and its translations are dropped on every CPU, then the new one appears: no CPU
+    /// reads the old frame after another has written to the new one. So the old handle comes back at once and needs no
+    /// gather.
+    ///
+    /// Context: may wait for other CPUs, under the table's lock.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`] with the handle; nothing changed. [`MapError::Occupied`] where a leaf of another order or a table
+    /// is there.
+    #[doc(alias = "ptep_clear_flush")]
+    pub fn replace(
+        &mut self,
+        page: Page,
+        handle: H,
+        attributes: impl Into<Attributes>,
+    ) -> Result<Replaced<H>, (MapError, H)> {
+        let attributes = attributes.into();
+        let (frame, order) = handle.into_entry();
+        let result = self.replace_raw(page, frame, order, &attributes);
+        match result {
+            Ok(before) => {
+                if !matches!(before, Replaced::Leaf(..)) {
+                    self.settle(page, order, attributes.rights);
+                }
+                self.table
+                    .env()
+                    .trace()
+                    .event(TraceEvent::Mapped(block(page, order), frame));
+                Ok(before)
+            }
+            // SAFETY: H2: the numbers came from `into_entry` above, and no entry got them.
+            Err(error) => Err((error, unsafe { H::from_entry(frame, order) })),
+        }
+    }
+
+    fn replace_raw(
+        &mut self,
+        page: Page,
+        frame: Frame,
+        order: Order,
+        attributes: &Attributes,
+    ) -> Result<Replaced<H>, MapError> {
+        let (target, word) = self.encode(page, frame, order, attributes)?;
+        let node = self.seek(page, target);
+        let index = index_at::<F>(page.number(), node.level);
+        let before = node.load(index);
+        if node.level != target || before == 0 {
+            return self.place(page, target, word).map(|()| Replaced::Nothing);
+        }
+        match decode::<F>(page, target, before) {
+            Entry::Payload(payload) => {
+                node.store(index, word);
+                Ok(Replaced::Payload(payload))
+            }
+            Entry::Leaf(_) => {
+                self.table.announce();
+                let before = node.take(index);
+                let leaf = match decode::<F>(page, target, before) {
+                    Entry::Leaf(leaf) => leaf,
+                    _ => unreachable!("a locked leaf became something else"),
+                };
+                let global = leaf.attributes.rights.contains(Rights::GLOBAL);
+                self.table
+                    .flush(Some(Stale::leaf(leaf.range(), global)), false, 1);
+                self.table.retract();
+                node.store(index, word);
+                // SAFETY: the entry is gone, and its translations were flushed.
+                let handle = unsafe { H::from_entry(leaf.frame, leaf.order) };
+                Ok(Replaced::Leaf(leaf, handle))
+            }
+            Entry::Empty => Err(MapError::Occupied),
+        }
+    }
+
+    /// Leaves `payload` at an empty page.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`]; nothing changed.
+    pub fn map_payload(&mut self, page: Page, payload: Payload) -> Result<(), MapError> {
+        if !self.range.contains(page) {
+            return Err(MapError::OutOfRange);
+        }
+        self.place(page, 1, F::payload(payload))
+    }
+
+    /// Leaves `payload` where a 4 KiB leaf, a payload or nothing is; gives what was there. The leaf's frame goes into
+    /// the gather.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError`]; nothing changed. A page inside a huge leaf is refused as [`ChangeError::Unencodable`]: split it
+    /// first.
+    #[doc(alias = "set_swap_pte")]
+    pub fn set_payload<const N: usize>(
+        &mut self,
+        page: Page,
+        payload: Payload,
+        gather: &mut Gather<'_, F, E, H, N>,
+    ) -> Result<Entry, ChangeError> {
+        if !self.range.contains(page) {
+            return Err(ChangeError::OutOfRange);
+        }
+        if !gather.belongs_to(self.table) {
+            return Err(ChangeError::ForeignGather);
+        }
+        let word = F::payload(payload);
+        let node = self.seek(page, 1);
+        let index = index_at::<F>(page.number(), node.level);
+        let before = node.load(index);
+        if before == 0 {
+            return match self.place(page, 1, word) {
+                Ok(()) => Ok(Entry::Empty),
+                Err(MapError::Memory(error)) => Err(ChangeError::Memory(error)),
+                Err(_) => Err(ChangeError::Unencodable { at: page }),
+            };
+        }
+        if node.level != 1 {
+            return Err(ChangeError::Unencodable { at: page });
+        }
+        if node.kind(before) == Kind::Payload {
+            node.store(index, word);
+            return Ok(decode::<F>(page, 1, before));
+        }
+        if gather.is_full() {
+            self.release();
+            return Err(ChangeError::Full { next: page });
+        }
+        gather.announce();
+        let mut before = before;
+        while let Err(found) = node.change(index, before, word) {
+            before = found;
+        }
+        let entry = decode::<F>(page, 1, before);
+        if let Entry::Leaf(leaf) = entry {
+            let global = leaf.attributes.rights.contains(Rights::GLOBAL);
+            gather.note(Stale::leaf(leaf.range(), global));
+            gather.push(leaf.frame, leaf.order);
+            self.table
+                .env()
+                .trace()
+                .event(TraceEvent::Unmapped(leaf.range()));
+        }
+        Ok(entry)
+    }
+
+    fn map_raw(
+        &mut self,
+        page: Page,
+        frame: Frame,
+        order: Order,
+        attributes: &Attributes,
+    ) -> Result<(), MapError> {
+        let (target, word) = self.encode(page, frame, order, attributes)?;
+        self.place(page, target, word)
+    }
+
+    /// The level and the word of a leaf, after every check that needs no table.
+    #[inline]
+    fn encode(
+        &self,
+        page: Page,
+        frame: Frame,
+        order: Order,
+        attributes: &Attributes,
+    ) -> Result<(usize, u64), MapError> {
+        let target = leaf_level::<F>(self.table.levels(), order).ok_or(MapError::BadOrder)?;
+        if page.number() & (order.frames() - 1) != 0 {
+            return Err(MapError::Misaligned);
+        }
+        if !self.range.contains(page)
+            || order.frames() - 1 > self.range.last().number() - page.number()
+        {
+            return Err(MapError::OutOfRange);
+        }
+        if !F::can_encode(target, frame, attributes) {
+            return Err(MapError::Unencodable);
+        }
+        Ok((target, F::leaf(target, frame, attributes)))
+    }
+
+    /// Puts `word` into the empty entry of `page` in a table of level `target`, with the tables that lead there.
+    #[inline]
+    pub(super) fn place(&mut self, page: Page, target: usize, word: u64) -> Result<(), MapError> {
+        let node = self.seek(page, target);
+        let index = index_at::<F>(page.number(), node.level);
+        if node.load(index) != 0 {
+            return Err(MapError::Occupied);
+        }
+        if node.level == target {
+            node.add_live(1);
+            node.store(index, word);
+            return Ok(());
+        }
+        self.grow(node, page, target, word)
+    }
+
+    /// As `place`, where `node` is above `target` and its entry for `page` is empty.
+    #[inline(never)]
+    fn grow(
+        &mut self,
+        node: Node<'t, F>,
+        page: Page,
+        target: usize,
+        word: u64,
+    ) -> Result<(), MapError> {
+        let mut made: [Option<Node<'t, F>>; crate::table::MAX_LEVELS] = Default::default();
+        for number in target..node.level {
+            match self.make_table(number) {
+                Ok(table) => made[number - 1] = Some(table),
+                Err(error) => {
+                    for table in made.into_iter().flatten() {
+                        self.unmake_table(table);
+                    }
+                    return Err(MapError::Memory(error));
+                }
+            }
+        }
+        let mut word = word;
+        let mut lowest = None;
+        for number in target..node.level {
+            let Some(table) = made[number - 1] else {
+                unreachable!("made above")
+            };
+            table.store(index_at::<F>(page.number(), number), word);
+            table.add_live(1);
+            self.path[number] = table.frame;
+            self.table.count_table(table.frame, number);
+            word = F::table(number + 1, table.frame);
+            if lowest.is_none() {
+                // Nobody knows the table yet, so the lock is free.
+                table.lock();
+                lowest = Some(table);
+            }
+        }
+        let index = index_at::<F>(page.number(), node.level);
+        node.add_live(1);
+        node.store(index, word);
+        if let Some(lowest) = lowest {
+            node.unlock();
+            self.hold(lowest, page);
+        }
+        Ok(())
+    }
+
+    /// Flushes a page that was just filled, where that is needed (see the [module](self)).
+    #[inline]
+    pub(super) fn settle(&mut self, page: Page, order: Order, rights: Rights) {
+        if F::CACHES_ABSENT || self.table.has_unflushed() {
+            self.settle_slowly(page, order, rights);
+        }
+    }
+
+    #[cold]
+    fn settle_slowly(&mut self, page: Page, order: Order, rights: Rights) {
+        self.release();
+        let mut stale = Stale::leaf(block(page, order), rights.contains(Rights::GLOBAL));
+        // What was there before may have been of any kind.
+        stale.global = true;
+        stale.local = true;
+        self.table.flush_now(stale);
+    }
+}
+
+/// The pages of a block that starts at `page`.
+pub(super) fn block(page: Page, order: Order) -> PageRange {
+    let last = Page::from_number(page.number() | (order.frames() - 1));
+    PageRange::new(page, last).unwrap_or(PageRange::single(page))
+}

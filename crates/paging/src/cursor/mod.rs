@@ -1,0 +1,306 @@
+//! The cursor: a position in a range of pages that keeps the table it is in, locked.
+//!
+//! ```text
+//!   range   [first ........................................ last]
+//!                        position ▲
+//!   path    root ── level 3 ── level 2 ── held (locked): the next page of the same table costs no walk
+//! ```
+//!
+//! Any number of cursors may work on one [`PageTable`] at once; cursors in different leaf tables never meet.
+//!
+//! Invariants
+//! - `U1`: `held`, if any, is attached, and its lock is this cursor's. So the tables above it are attached too: each has
+//!   a live entry.
+//! - `U2`: `path[l]` for the levels above the held one are the tables from the root to it.
+//! - `U3`: a walk runs inside a read section of the environment's `Grace`, and keeps nothing from it but a table that
+//!   it locked and found attached.
+//!
+//! Context: task context, interrupts on (`N4` in `node.rs`). A context that has a cursor with a held table must not open
+//! another one on the same pages; [`Cursor::release`] lets go. Lock-free queries are always possible.
+//!
+//! Does not handle: tables shared between spaces.
+
+mod change;
+mod huge;
+mod map;
+mod moving;
+mod run;
+mod unmap;
+
+use core::fmt;
+
+use kmem_hal::{AllocError, Frame, FrameHandle, Grace, Order, OwnedFrame, Page, PageRange};
+
+pub(crate) use change::update_entry;
+pub use change::{Harvest, Harvested};
+pub use huge::Divisible;
+pub use map::{MapStopped, Replaced};
+pub use run::Run;
+pub use unmap::Cleared;
+
+use crate::cache::{self, TableReserve};
+use crate::env::Env;
+use crate::format::{Format, Kind, level};
+use crate::node::Node;
+use crate::table::{Entry, MAX_LEVELS, PageTable, decode, index_at};
+
+/// A position in a range of a [`PageTable`]'s pages; see the [module](self).
+pub struct Cursor<'t, F: Format, E: Env, H: FrameHandle> {
+    table: &'t PageTable<F, E, H>,
+    range: PageRange,
+    /// The page that [`next_run`](Self::next_run) starts at; past the end when `None`.
+    position: Option<Page>,
+    held: Option<Node<'t, F>>,
+    /// The first page and the page count of what `held` covers.
+    span: (u64, u64),
+    path: [Frame; MAX_LEVELS + 1],
+    reserve: TableReserve<'t, E>,
+}
+
+impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
+    pub(crate) fn new(table: &'t PageTable<F, E, H>, range: PageRange) -> Self {
+        Self {
+            table,
+            range,
+            position: Some(range.first()),
+            held: None,
+            span: (0, 0),
+            path: [Frame::ZERO; MAX_LEVELS + 1],
+            reserve: TableReserve::empty(table.env()),
+        }
+    }
+
+    /// The table.
+    #[must_use]
+    pub fn table(&self) -> &'t PageTable<F, E, H> {
+        self.table
+    }
+
+    /// The pages that the cursor may touch.
+    #[must_use]
+    pub fn range(&self) -> PageRange {
+        self.range
+    }
+
+    /// Lets the held table go. The next operation takes it again.
+    pub fn release(&mut self) {
+        if let Some(node) = self.held.take() {
+            node.unlock();
+        }
+    }
+
+    /// Takes frames for the tables that mapping all of `range` with leaves of `order` still needs, so that this cannot
+    /// fail for want of memory; gives how many are in reserve. What is not used goes back when the cursor is dropped.
+    ///
+    /// Tables that others may empty meanwhile (those that reach beyond the range) count as missing.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`]; the frames taken so far stay in reserve.
+    pub fn reserve(&mut self, range: PageRange, order: Order) -> Result<usize, AllocError> {
+        let missing = self.missing_tables(range, order);
+        self.reserve.fill::<F>(missing)?;
+        Ok(self.reserve.length())
+    }
+
+    /// What is mapped at `page`, read under the table's lock.
+    #[must_use]
+    pub fn query(&mut self, page: Page) -> Entry {
+        if !self.range.contains(page) {
+            return Entry::Empty;
+        }
+        let node = self.seek(page, 1);
+        let word = node.load(index_at::<F>(page.number(), node.level));
+        decode::<F>(page, node.level, word)
+    }
+
+    /// Goes to the lowest table for `page` that exists and is not below level `target`; locks and holds it.
+    ///
+    /// The page's entry in the result is no table, unless the result's level is `target`.
+    #[inline]
+    fn seek(&mut self, page: Page, target: usize) -> Node<'t, F> {
+        if let Some(node) = self.held
+            && page.number().wrapping_sub(self.span.0) < self.span.1
+            && (node.level == target
+                || node.level > target
+                    && node.kind(node.load(index_at::<F>(page.number(), node.level)))
+                        != Kind::Table)
+        {
+            return node;
+        }
+        self.walk(page, target)
+    }
+
+    #[inline(never)]
+    fn walk(&mut self, page: Page, target: usize) -> Node<'t, F> {
+        self.release();
+        let env = self.table.env();
+        let _reading = env.grace().read();
+        'root: loop {
+            let mut node = self.table.root_node();
+            loop {
+                self.path[node.level] = node.frame;
+                let index = index_at::<F>(page.number(), node.level);
+                let mut word = node.load(index);
+                if node.level == target || node.kind(word) != Kind::Table {
+                    node.lock();
+                    if node.is_stray() {
+                        node.unlock();
+                        continue 'root;
+                    }
+                    word = node.load(index);
+                    if node.level == target || node.kind(word) != Kind::Table {
+                        self.hold(node, page);
+                        return node;
+                    }
+                    node.unlock();
+                }
+                // SAFETY: an entry that this read section found in an attached table, or in one that was attached when
+                // the section began, points to a table until the section ends (U3).
+                node = unsafe { Node::new(env, F::table_frame(word), node.level - 1) };
+            }
+        }
+    }
+
+    /// Makes a locked table the held one.
+    #[inline]
+    fn hold(&mut self, node: Node<'t, F>, page: Page) {
+        let level = level::<F>(node.level);
+        let pages = 1u64 << (level.shift + level.bits);
+        self.path[node.level] = node.frame;
+        self.span = (page.number() & !(pages - 1), pages);
+        self.held = Some(node);
+    }
+
+    /// A private, empty table of `level`, from the reserve or fresh.
+    fn make_table(&mut self, level: usize) -> Result<Node<'t, F>, AllocError> {
+        let env = self.table.env();
+        let frame = match self.reserve.take() {
+            Some(frame) => frame,
+            None => cache::take(env, F::TABLE_FRAME_LIMIT)?,
+        };
+        let (frame, _) = frame.into_raw();
+        // SAFETY: the frame is private, zero, in reach and has a slot (T1).
+        let node = unsafe { Node::<F>::new(env, frame, level) };
+        node.claim();
+        Ok(node)
+    }
+
+    /// Gives back a private, zero table.
+    fn unmake_table(&self, node: Node<'t, F>) {
+        // SAFETY: O1 to O3: it came from `make_table` and was never attached.
+        cache::give(self.table.env(), unsafe {
+            OwnedFrame::from_raw(node.frame, Order::ZERO)
+        });
+    }
+
+    /// How many tables mapping `range` with leaves of `order` may need at most.
+    fn missing_tables(&self, range: PageRange, order: Order) -> usize {
+        let env = self.table.env();
+        let levels = self.table.levels();
+        let target = crate::format::leaf_level::<F>(levels, order).unwrap_or(1);
+        let _reading = env.grace().read();
+        let mut missing = 0usize;
+        // Level by level from below: which tables of level `target`, `target + 1`, .. cover the range?
+        for number in target..levels {
+            let pages = 1u64 << (level::<F>(number).shift + level::<F>(number).bits);
+            let mut first = range.first().number() & !(pages - 1);
+            loop {
+                let end = first + (pages - 1);
+                let straddles = first < range.first().number() || end > range.last().number();
+                if straddles || !self.has_table(Page::from_number(first), number) {
+                    missing += 1;
+                }
+                if end >= range.last().number() {
+                    break;
+                }
+                first = end + 1;
+            }
+        }
+        missing
+    }
+
+    /// The lowest table for `page`, locked and held.
+    pub(crate) fn seek_lowest(&mut self, page: Page) -> Node<'t, F> {
+        self.seek(page, 1)
+    }
+
+    /// Takes `count` frames for tables into reserve.
+    pub(crate) fn fill_reserve(&mut self, count: usize) -> Result<(), AllocError> {
+        self.reserve.fill::<F>(count)
+    }
+
+    /// How many tables below the root the range has now.
+    pub(crate) fn tables_in_range(&self) -> usize {
+        let env = self.table.env();
+        let _reading = env.grace().read();
+        let mut count = 0;
+        let last = self.range.last().number();
+        let mut page = self.range.first().number();
+        // The lowest level whose table for `page` has been counted.
+        let mut counted = self.table.levels();
+        loop {
+            let mut node = self.table.root_node();
+            let mut shift = level::<F>(node.level).shift;
+            loop {
+                let word = node.load(index_at::<F>(page, node.level));
+                if node.level == 1 || node.kind(word) != Kind::Table {
+                    break;
+                }
+                if node.level - 1 < counted {
+                    count += 1;
+                }
+                // SAFETY: as in `walk`, inside the read section.
+                node = unsafe { Node::new(env, F::table_frame(word), node.level - 1) };
+                shift = level::<F>(node.level).shift;
+            }
+            // A leaf table has no tables below it, so go on behind it; else go on behind the entry.
+            if node.level == 1 {
+                shift += level::<F>(1).bits;
+            }
+            let end = page | ((1u64 << shift) - 1);
+            if end >= last {
+                return count;
+            }
+            page = end + 1;
+            // Tables whose span starts at `page` have not been counted, larger ones have.
+            counted = (1..=self.table.levels())
+                .find(|&number| {
+                    let level = level::<F>(number);
+                    page & ((1u64 << (level.shift + level.bits)) - 1) != 0
+                })
+                .unwrap_or(self.table.levels());
+        }
+    }
+
+    /// Whether a table of level `number` exists for `page`. Inside a read section.
+    fn has_table(&self, page: Page, number: usize) -> bool {
+        let env = self.table.env();
+        let mut node = self.table.root_node();
+        while node.level > number {
+            let word = node.load(index_at::<F>(page.number(), node.level));
+            if node.kind(word) != Kind::Table {
+                return false;
+            }
+            // SAFETY: as in `walk`; the caller is in a read section.
+            node = unsafe { Node::new(env, F::table_frame(word), node.level - 1) };
+        }
+        true
+    }
+}
+
+impl<F: Format, E: Env, H: FrameHandle> Drop for Cursor<'_, F, E, H> {
+    fn drop(&mut self) {
+        self.release();
+    }
+}
+
+impl<F: Format, E: Env, H: FrameHandle> fmt::Debug for Cursor<'_, F, E, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Cursor")
+            .field("range", &self.range)
+            .field("position", &self.position)
+            .field("holds", &self.held.map(|node| (node.frame, node.level)))
+            .finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,196 @@
+//! Moving a range to other pages of the same table (`mremap`).
+//!
+//! Leaves and payloads are taken out of the old pages and put, as they are, to the new ones; frames stay where they are.
+//! No frame is freed, but the old pages may still be translated until the gather is committed: until then every other
+//! commit on the table flushes everything (`G1`), so that a frame that is unmapped from its new page meanwhile is not
+//! freed while the old page still reaches it (Linux had this bug: CVE-2018-18281).
+//!
+//! Context: the caller keeps faults and other changes away from both ranges (the address space's write lock).
+
+use kmem_hal::{Order, Page, PageRange, Trace, TraceEvent};
+
+use super::{Cursor, Divisible};
+use crate::attributes::Rights;
+use crate::env::Env;
+use crate::error::MoveError;
+use crate::format::{Format, Kind, level};
+use crate::gather::{Gather, Stale};
+use crate::table::{Entry, PageTable, decode, index_at};
+
+/// Entries that are taken out of one table before they are put into another.
+const BATCH: usize = 32;
+
+impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
+    /// Moves what is mapped in `from` to as many pages from `to` on; gives how many pages had something.
+    ///
+    /// The target must be empty and must not overlap the source. Huge leaves are moved whole where both ends allow it and
+    /// split where not.
+    ///
+    /// # Errors
+    ///
+    /// [`MoveError`]; nothing changed, huge leaves that were split excepted.
+    #[doc(alias = "move_page_tables")]
+    pub fn move_range<const N: usize>(
+        &self,
+        from: PageRange,
+        to: Page,
+        gather: &mut Gather<'_, F, E, H, N>,
+    ) -> Result<u64, MoveError> {
+        let target = PageRange::with_count(to, from.count()).ok_or(MoveError::OutOfRange)?;
+        if target.overlaps(from) || self.check(from).is_err() || self.check(target).is_err() {
+            return Err(MoveError::OutOfRange);
+        }
+        if !gather.belongs_to(self) {
+            return Err(MoveError::ForeignGather);
+        }
+        let mut source = Cursor::new(self, from);
+        let mut sink = Cursor::new(self, target);
+        while let Some(run) = sink.next_run() {
+            if !matches!(run, super::Run::Absent(_)) {
+                return Err(MoveError::Occupied);
+            }
+        }
+        sink.release();
+        source.reserve_splits(from).map_err(MoveError::Memory)?;
+        sink.reserve(target, Order::ZERO)
+            .map_err(MoveError::Memory)?;
+        // Splits come first, so that the moving itself cannot fail.
+        source.split_for_move(target, gather)?;
+        let mut moved = 0;
+        let mut batch = [(0u64, 0usize, 0u64); BATCH];
+        let mut page = from.first().number();
+        loop {
+            let (length, next) = source.take_batch(page, &mut batch, gather);
+            source.release();
+            for &(first, number, word) in &batch[..length] {
+                let pages = level::<F>(number).order();
+                let page = Page::from_number(first - from.first().number() + to.number());
+                match sink.place(page, number, word) {
+                    Ok(()) => {}
+                    // The caller broke its promise, and somebody mapped something there meanwhile; what was moved so far
+                    // stays moved, this entry and the others go back.
+                    Err(_) => {
+                        sink.release();
+                        for &(first, number, word) in &batch[..length] {
+                            let back = Page::from_number(first);
+                            let _ = source.place(back, number, word);
+                        }
+                        return Err(MoveError::Occupied);
+                    }
+                }
+                moved += pages.frames();
+                if F::kind(number, word) == Kind::Leaf {
+                    self.env().trace().event(TraceEvent::Mapped(
+                        super::map::block(page, pages),
+                        F::leaf_frame(number, word),
+                    ));
+                }
+            }
+            sink.release();
+            match next {
+                Some(next) => page = next,
+                None => return Ok(moved),
+            }
+        }
+    }
+}
+
+impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
+    /// Splits every huge leaf that cannot be moved whole to `target`.
+    fn split_for_move<const N: usize>(
+        &mut self,
+        target: PageRange,
+        gather: &mut Gather<'_, F, E, H, N>,
+    ) -> Result<(), MoveError> {
+        let from = self.range;
+        let distance = target.first().number().wrapping_sub(from.first().number());
+        let mut page = from.first().number();
+        loop {
+            let Entry::Leaf(leaf) = self.query(Page::from_number(page)) else {
+                // Holes and payloads: go on behind this page's run.
+                self.move_to(Page::from_number(page));
+                let end = self
+                    .next_run()
+                    .map_or(from.last(), |run| run.range().last());
+                if end >= from.last() {
+                    self.release();
+                    return Ok(());
+                }
+                page = end.number() + 1;
+                continue;
+            };
+            let whole = from.contains_range(leaf.range());
+            if leaf.order > Order::ZERO && (!whole || distance & (leaf.order.frames() - 1) != 0) {
+                self.split_held(Page::from_number(page), gather)
+                    .map_err(MoveError::Memory)?;
+                continue;
+            }
+            if leaf.range().last() >= from.last() {
+                self.release();
+                return Ok(());
+            }
+            page = leaf.range().last().number() + 1;
+        }
+    }
+
+    /// Takes entries out of the table of `page`; gives how many, and where to go on.
+    fn take_batch<const N: usize>(
+        &mut self,
+        mut page: u64,
+        batch: &mut [(u64, usize, u64); BATCH],
+        gather: &mut Gather<'_, F, E, H, N>,
+    ) -> (usize, Option<u64>) {
+        let node = self.seek(Page::from_number(page), 1);
+        let covered = 1u64 << level::<F>(node.level).shift;
+        let entries = level::<F>(node.level).entries();
+        let last = self.range.last().number();
+        let mut index = index_at::<F>(page, node.level);
+        let mut length = 0;
+        let next = loop {
+            if length == BATCH {
+                break Some(page);
+            }
+            let first = page & !(covered - 1);
+            let word = node.load(index);
+            match node.kind(word) {
+                Kind::Empty => {}
+                Kind::Table => break Some(page),
+                Kind::Payload => {
+                    node.store(index, 0);
+                    node.sub_live(1);
+                    batch[length] = (first, node.level, word);
+                    length += 1;
+                }
+                Kind::Leaf => {
+                    gather.announce();
+                    let word = node.take(index);
+                    node.sub_live(1);
+                    if let Entry::Leaf(leaf) =
+                        decode::<F>(Page::from_number(first), node.level, word)
+                    {
+                        let global = leaf.attributes.rights.contains(Rights::GLOBAL);
+                        gather.note(Stale::leaf(leaf.range(), global));
+                        self.table
+                            .env()
+                            .trace()
+                            .event(TraceEvent::Unmapped(leaf.range()));
+                    }
+                    batch[length] = (first, node.level, word);
+                    length += 1;
+                }
+            }
+            if last - first < covered {
+                break None;
+            }
+            page = first + covered;
+            index += 1;
+            if index == entries {
+                break Some(page);
+            }
+        };
+        if node.live() == 0 && node.level < self.table.levels() {
+            self.prune(gather);
+        }
+        (length, next)
+    }
+}

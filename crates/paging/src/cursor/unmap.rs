@@ -1,0 +1,216 @@
+//! Clearing entries, and detaching the tables that this empties.
+//!
+//! An entry that is cleared goes into the gather with its pages; a table whose last entry was cleared is taken out of
+//! its parent at once, and so on upwards. Nobody scans for empty tables: each has a live count.
+//!
+//! ```text
+//!   held table, live 1 ── take ──> live 0 ── unlock ── lock parent ── lock table ── still 0? ── stray, parent entry 0
+//!                                                                                     no: somebody mapped: leave it
+//! ```
+
+use kmem_hal::{Grace, Page, PageRange, Trace, TraceEvent};
+
+use super::{Cursor, Divisible};
+use crate::attributes::{Leaf, Payload, Rights};
+use crate::env::Env;
+use crate::error::ChangeError;
+use crate::format::{Format, Kind, level};
+use crate::gather::{Gather, Stale};
+use crate::node::Node;
+use crate::table::{Entry, decode, index_at};
+
+/// What was cleared.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Cleared {
+    /// A leaf, with its last accessed and dirty bits. Its handle is in the gather.
+    Leaf(Leaf),
+    /// A payload; it is the caller's to release.
+    Payload(Page, Payload),
+}
+
+/// What the inner loop of a range operation came to.
+enum Step {
+    Done,
+    /// Go on with this page in another table.
+    Next(u64),
+    Full(u64),
+    /// A huge leaf that the range covers only in part: split it and look again.
+    Split(u64),
+}
+
+impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
+    /// Clears every leaf and payload in `range`; gives how many pages they covered.
+    ///
+    /// Payloads are lost; [`unmap_with`](Self::unmap_with) shows them.
+    ///
+    /// # Errors
+    ///
+    /// As [`unmap_with`](Self::unmap_with).
+    #[doc(alias = "zap_page_range")]
+    #[doc(alias = "unmap_page_range")]
+    pub fn unmap<const N: usize>(
+        &mut self,
+        range: PageRange,
+        gather: &mut Gather<'_, F, E, H, N>,
+    ) -> Result<u64, ChangeError> {
+        self.unmap_with(range, gather, |_| {})
+    }
+
+    /// Clears every leaf and payload in `range`, shows each to `visit`; gives how many pages they covered.
+    ///
+    /// Huge leaves that the range covers in part are split. `visit` runs under a table's lock: it must not use this
+    /// table's cursors.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Full`] where the gather has no room: commit it and call again from `next`.
+    /// [`ChangeError::Memory`] where a huge leaf cannot be split; nothing changed. The others change nothing.
+    pub fn unmap_with<const N: usize>(
+        &mut self,
+        range: PageRange,
+        gather: &mut Gather<'_, F, E, H, N>,
+        mut visit: impl FnMut(Cleared),
+    ) -> Result<u64, ChangeError> {
+        if !self.range.contains_range(range) {
+            return Err(ChangeError::OutOfRange);
+        }
+        if !gather.belongs_to(self.table) {
+            return Err(ChangeError::ForeignGather);
+        }
+        self.reserve_splits(range).map_err(ChangeError::Memory)?;
+        let mut pages = 0;
+        let mut page = range.first().number();
+        loop {
+            let node = self.seek(Page::from_number(page), 1);
+            let step = self.clear(&node, page, range, gather, &mut visit, &mut pages);
+            if let Step::Split(page) = step {
+                self.split_held(Page::from_number(page), gather)
+                    .map_err(ChangeError::Memory)?;
+            } else if node.live() == 0 && node.level < self.table.levels() {
+                self.prune(gather);
+            }
+            match step {
+                Step::Done => return Ok(pages),
+                Step::Next(next) | Step::Split(next) => page = next,
+                Step::Full(next) => {
+                    self.release();
+                    return Err(ChangeError::Full {
+                        next: Page::from_number(next),
+                    });
+                }
+            }
+        }
+    }
+
+    /// Clears the entries of the held table from `page` on.
+    #[inline]
+    fn clear<const N: usize>(
+        &self,
+        node: &Node<'t, F>,
+        mut page: u64,
+        range: PageRange,
+        gather: &mut Gather<'_, F, E, H, N>,
+        visit: &mut impl FnMut(Cleared),
+        pages: &mut u64,
+    ) -> Step {
+        let level = level::<F>(node.level);
+        let covered = 1u64 << level.shift;
+        let last = range.last().number();
+        let mut index = index_at::<F>(page, node.level);
+        loop {
+            let first = page & !(covered - 1);
+            let word = node.load(index);
+            match node.kind(word) {
+                Kind::Empty => {}
+                Kind::Table => return Step::Next(page),
+                Kind::Payload => {
+                    node.store(index, 0);
+                    node.sub_live(1);
+                    *pages += covered;
+                    visit(Cleared::Payload(
+                        Page::from_number(first),
+                        F::payload_of(word),
+                    ));
+                }
+                Kind::Leaf => {
+                    if first < range.first().number() || last - first < covered - 1 {
+                        return Step::Split(page);
+                    }
+                    if gather.is_full() {
+                        return Step::Full(page);
+                    }
+                    gather.announce();
+                    let word = node.take(index);
+                    node.sub_live(1);
+                    if let Entry::Leaf(leaf) =
+                        decode::<F>(Page::from_number(first), node.level, word)
+                    {
+                        let global = leaf.attributes.rights.contains(Rights::GLOBAL);
+                        gather.note(Stale::leaf(leaf.range(), global));
+                        gather.push(leaf.frame, leaf.order);
+                        *pages += covered;
+                        self.table
+                            .env()
+                            .trace()
+                            .event(TraceEvent::Unmapped(leaf.range()));
+                        visit(Cleared::Leaf(leaf));
+                    }
+                }
+            }
+            if last - first < covered {
+                return Step::Done;
+            }
+            page = first + covered;
+            index += 1;
+            if index == level.entries() {
+                return Step::Next(page);
+            }
+        }
+    }
+
+    /// Detaches the held table, which is empty, and every table above that this empties.
+    #[cold]
+    pub(super) fn prune<const N: usize>(&mut self, gather: &mut Gather<'_, F, E, H, N>) {
+        let Some(mut child) = self.held.take() else {
+            return;
+        };
+        let env = self.table.env();
+        let page = self.span.0;
+        // Begins while the held lock keeps the path attached (U1), so the tables of the path stay tables.
+        let _reading = env.grace().read();
+        child.unlock();
+        while child.level < self.table.levels() {
+            // SAFETY: a table of the path (U2), inside the read section.
+            let parent: Node<'t, F> =
+                unsafe { Node::new(env, self.path[child.level + 1], child.level + 1) };
+            parent.lock();
+            let index = index_at::<F>(page, parent.level);
+            let word = parent.load(index);
+            let attached = !parent.is_stray()
+                && parent.kind(word) == Kind::Table
+                && F::table_frame(word) == child.frame;
+            if !attached {
+                parent.unlock();
+                return;
+            }
+            child.lock();
+            if child.live() != 0 {
+                child.unlock();
+                parent.unlock();
+                return;
+            }
+            gather.announce();
+            child.set_stray();
+            parent.store(index, 0);
+            let left = parent.sub_live(1);
+            child.unlock();
+            self.table.discount_table(child.frame, child.level);
+            gather.push_table(&child);
+            parent.unlock();
+            if left != 0 {
+                return;
+            }
+            child = parent;
+        }
+    }
+}

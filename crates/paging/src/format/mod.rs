@@ -1,0 +1,170 @@
+//! Page-table formats: how entries are written, for one processor mode each.
+//!
+//! A format is a type with constants and pure functions on words. The logic of this crate is generic over it,
+//! so a walk over four levels compiles to the four loads that a hand-written one would do.
+//!
+//! Levels count from the leaves, as Linux's names do when levels are folded:
+//!
+//! | level | Linux | x86-64 | LA57 | PAE | two-level |
+//! |---|---|---|---|---|---|
+//! | 5 | PGD | - | PML5 | - | - |
+//! | 4 | P4D (PGD if folded) | PML4 | PML4 | - | - |
+//! | 3 | PUD | PDPT (1 GiB leaves) | same | PDPT (4 entries) | - |
+//! | 2 | PMD | PD (2 MiB leaves) | same | PD (2 MiB leaves) | PD (4 MiB leaves) |
+//! | 1 | PTE | PT | PT | PT | PT |
+//!
+//! Invariants that every format keeps (the contract of [`Format`])
+//! - `F1`: the word 0 is an empty entry at every level, and no other word is.
+//! - `F2`: [`Format::leaf`], [`Format::table`] and [`Format::payload`] give words of pairwise different
+//!   [`Kind`]s, and the reading functions invert them.
+//! - `F3`: a word whose kind is `Empty` or `Payload`, or a leaf whose rights grant no access, is not present to
+//!   the hardware.
+//! - `F4`: the hardware writes a word only where [`Format::is_settled`] is false for it, and then it only sets the
+//!   accessed bit, or the dirty bit of a writable leaf.
+//!
+//! Does not handle: two spaces of different formats that share tables.
+
+mod pae;
+mod two_level;
+mod word;
+mod x86;
+mod x86_64;
+
+pub use pae::X86Pae;
+pub use two_level::X86TwoLevel;
+pub use word::Word;
+pub use x86::X86_PAT;
+pub use x86_64::{X86_64, X86_64La57};
+
+use kmem_hal::{Canonical, Frame, Order};
+
+use crate::attributes::{Attributes, Payload};
+
+/// One level of a format.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Level {
+    /// log2 of the pages that one entry covers.
+    pub shift: u32,
+    /// log2 of the entries in a table.
+    pub bits: u32,
+    /// Whether an entry may be a leaf.
+    pub leaf: bool,
+}
+
+impl Level {
+    /// Entries in a table of this level.
+    #[must_use]
+    pub const fn entries(self) -> usize {
+        1 << self.bits
+    }
+
+    /// The order of a leaf of this level.
+    #[must_use]
+    pub const fn order(self) -> Order {
+        match Order::new(self.shift as u8) {
+            Some(order) => order,
+            None => Order::MAX,
+        }
+    }
+}
+
+/// What a word is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Nothing.
+    Empty,
+    /// No frame, but something of the owner's.
+    Payload,
+    /// A mapped block, accessible or not.
+    Leaf,
+    /// A table of the next lower level.
+    Table,
+}
+
+/// How one processor mode writes its page tables. Words travel as `u64` whatever their size in memory.
+///
+/// # Safety
+///
+/// The implementer promises `F1` to `F4` of the [module](self), and that the words mean to the hardware what the
+/// functions say.
+pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
+    /// The word in memory.
+    type Word: Word;
+    /// For people.
+    const NAME: &'static str;
+    /// The levels; index 0 is level 1, the leaf tables.
+    const LEVELS: &'static [Level];
+    /// The fewest levels that the format can be used with (the top ones are left away).
+    const MIN_LEVELS: usize;
+    /// Software bits in a leaf.
+    const SOFT_BITS: u32;
+    /// Bits of a [`Payload`].
+    const PAYLOAD_BITS: u32;
+    /// Leaves can name frames below this number.
+    const FRAME_LIMIT: u64;
+    /// Tables must lie in frames below this number.
+    const TABLE_FRAME_LIMIT: u64;
+    /// The root must lie in a frame below this number.
+    const ROOT_FRAME_LIMIT: u64;
+    /// Whether the hardware may remember that an entry was not present (RISC-V without Svvptc): then filling a
+    /// hole and raising a right need a flush too.
+    const CACHES_ABSENT: bool;
+    /// Whether the processor reads the top entries only when the root is loaded (PAE): then they are filled when the
+    /// table is made and never change.
+    const FIXED_TOP: bool;
+
+    /// Which addresses a table of `levels` levels translates.
+    fn canonical(levels: usize) -> Canonical;
+
+    /// Whether a leaf of `level` can say this of `frame`.
+    fn can_encode(level: usize, frame: Frame, attributes: &Attributes) -> bool;
+
+    /// A leaf in a table of `level`. Meaningful where [`can_encode`](Self::can_encode) holds.
+    fn leaf(level: usize, frame: Frame, attributes: &Attributes) -> u64;
+
+    /// An entry of a table of `level` that points to a table of `level - 1`. As permissive as can be: leaves decide.
+    fn table(level: usize, frame: Frame) -> u64;
+
+    /// A word that is not present and carries `payload`.
+    fn payload(payload: Payload) -> u64;
+
+    /// What a word in a table of `level` is.
+    fn kind(level: usize, word: u64) -> Kind;
+
+    /// The table that an entry of kind `Table` points to.
+    fn table_frame(word: u64) -> Frame;
+
+    /// The first frame of a leaf.
+    fn leaf_frame(level: usize, word: u64) -> Frame;
+
+    /// The attributes of a leaf.
+    fn attributes(level: usize, word: u64) -> Attributes;
+
+    /// The payload of an entry of kind `Payload`.
+    fn payload_of(word: u64) -> Payload;
+
+    /// Whether the hardware has nothing left to write into this word (`F4`), so that whoever holds the table's lock
+    /// may change it by a plain store.
+    fn is_settled(word: u64) -> bool;
+
+    /// What `attributes` become when they pass through a leaf of this format: rights widened to what it can express.
+    #[must_use]
+    fn expressible(level: usize, attributes: &Attributes) -> Attributes {
+        Self::attributes(level, Self::leaf(level, Frame::ZERO, attributes))
+    }
+}
+
+/// The level with this number, 1 for leaf tables.
+#[inline(always)]
+pub(crate) const fn level<F: Format>(number: usize) -> Level {
+    F::LEVELS[number - 1]
+}
+
+/// The level whose leaves have this order; `None` where there is none among the lowest `levels`.
+#[inline(always)]
+pub(crate) fn leaf_level<F: Format>(levels: usize, order: Order) -> Option<usize> {
+    (1..=levels).find(|&number| {
+        let level = level::<F>(number);
+        level.leaf && level.shift == u32::from(order.get())
+    })
+}

@@ -1,0 +1,238 @@
+//! The bits that all x86 modes share, and how a word that is not present is used.
+//!
+//! ```text
+//!   present leaf   63 62..59  58..52 51 ........... 12 11..9  8  7   6 5  4   3   2  1  0
+//!                  NX  pkey   soft   address           soft   G PAT  D A PCD PWT  U  W  1     level 1
+//!                                               12=PAT          PS=1                          above
+//!   no access      NX  pkey   soft   ~address          soft   G PAT  D A PCD PWT  0  1  0
+//!   payload        0 ....... payload ~payload               0 ................ 0  1  0  0
+//!                  60..... 52 = bits 40.. of the payload; 51..12 = its low 40 bits, inverted
+//! ```
+//!
+//! The address bits of words that are not present are inverted, so that a processor that speculates through such a
+//! word (L1TF) looks at addresses at the top of its physical space, where no memory is.
+//!
+//! Source: Intel SDM volume 3A, 4.3 to 4.6 and tables 4-5 to 4-20; L1TF: Linux Documentation/admin-guide/hw-vuln/l1tf.rst.
+
+use kmem_hal::Frame;
+
+use super::Kind;
+use crate::attributes::{Attributes, MemoryType, Payload, Rights, Soft};
+
+pub(super) const PRESENT: u64 = 1 << 0;
+pub(super) const WRITE: u64 = 1 << 1;
+pub(super) const USER: u64 = 1 << 2;
+const PWT: u64 = 1 << 3;
+const PCD: u64 = 1 << 4;
+const ACCESSED: u64 = 1 << 5;
+const DIRTY: u64 = 1 << 6;
+const PAGE_SIZE: u64 = 1 << 7;
+const PAT_SMALL: u64 = 1 << 7;
+const GLOBAL: u64 = 1 << 8;
+const SOFT_LOW_SHIFT: u32 = 9;
+const SOFT_LOW_BITS: u32 = 3;
+const PAT_LARGE: u64 = 1 << 12;
+const SOFT_HIGH_SHIFT: u32 = 52;
+const PKEY_SHIFT: u32 = 59;
+const NO_EXECUTE: u64 = 1 << 63;
+
+/// In a word that is not present: a leaf without access.
+const NO_ACCESS: u64 = 1 << 1;
+/// In a word that is not present: a payload.
+const PAYLOAD: u64 = 1 << 2;
+
+/// The value of the PAT register (MSR 0x277) under which all four memory types mean what they say.
+///
+/// It differs from the value after reset in entry 5 alone: write combining instead of write through. A kernel that
+/// leaves the register alone gets write through for write combining, which is correct and slower.
+#[doc(alias = "IA32_PAT")]
+pub const X86_PAT: u64 = 0x0007_0106_0007_0406;
+
+/// What differs between the modes.
+#[derive(Clone, Copy)]
+pub(super) struct Mode {
+    /// The address bits of a level-1 leaf and of an entry that points to a table.
+    pub address: u64,
+    /// Bits 52 and above mean something: NX.
+    pub no_execute: bool,
+    /// Software bits above bit 51, and protection keys.
+    pub high_soft_bits: u32,
+    /// Whether there are protection keys.
+    pub keys: bool,
+    /// log2 of the pages of a leaf, by level.
+    pub leaf_shift: [u32; 4],
+    /// Where the low part of a payload ends and where the high part starts and ends.
+    pub payload_low_bits: u32,
+    /// The lowest bit of the high part of a payload.
+    pub payload_high_shift: u32,
+    /// Bits of the high part.
+    pub payload_high_bits: u32,
+}
+
+impl Mode {
+    pub const fn soft_bits(self) -> u32 {
+        SOFT_LOW_BITS + self.high_soft_bits
+    }
+
+    pub const fn payload_bits(self) -> u32 {
+        self.payload_low_bits + self.payload_high_bits
+    }
+
+    /// The address bits of a leaf of `level`.
+    #[inline(always)]
+    const fn leaf_address(self, level: usize) -> u64 {
+        self.address & !((1 << (12 + self.leaf_shift[level])) - 1)
+    }
+
+    #[inline(always)]
+    pub fn can_encode(self, level: usize, frame: Frame, attributes: &Attributes) -> bool {
+        let address = frame.start().as_u64();
+        address & !self.leaf_address(level) == 0
+            && attributes.soft.bits() >> self.soft_bits() == 0
+            && (attributes.pkey == 0 || self.keys && attributes.pkey < 16)
+    }
+
+    #[inline(always)]
+    pub fn leaf(self, level: usize, frame: Frame, attributes: &Attributes) -> u64 {
+        let rights = attributes.rights;
+        let address = frame.start().as_u64() & self.leaf_address(level);
+        let mut word = Self::memory_type_bits(level, attributes.memory_type);
+        word |= (u64::from(attributes.soft.bits()) & 7) << SOFT_LOW_SHIFT;
+        if self.high_soft_bits > 0 {
+            let high = u64::from(attributes.soft.bits()) >> SOFT_LOW_BITS;
+            word |= (high & ((1 << self.high_soft_bits) - 1)) << SOFT_HIGH_SHIFT;
+        }
+        if self.keys {
+            word |= u64::from(attributes.pkey & 15) << PKEY_SHIFT;
+        }
+        if self.no_execute && !rights.contains(Rights::EXECUTE) {
+            word |= NO_EXECUTE;
+        }
+        if rights.contains(Rights::GLOBAL) {
+            word |= GLOBAL;
+        }
+        if attributes.accessed {
+            word |= ACCESSED;
+        }
+        if attributes.dirty {
+            word |= DIRTY;
+        }
+        if level > 1 {
+            word |= PAGE_SIZE;
+        }
+        if !rights.grants_access() {
+            return word | NO_ACCESS | (!address & self.leaf_address(level));
+        }
+        if rights.contains(Rights::WRITE) {
+            word |= WRITE;
+        }
+        if rights.contains(Rights::USER) {
+            word |= USER;
+        }
+        word | PRESENT | address
+    }
+
+    #[inline(always)]
+    fn memory_type_bits(level: usize, memory_type: MemoryType) -> u64 {
+        let pat = if level > 1 { PAT_LARGE } else { PAT_SMALL };
+        match memory_type {
+            MemoryType::WriteBack => 0,
+            MemoryType::WriteThrough => PWT,
+            MemoryType::Uncached => PCD | PWT,
+            MemoryType::WriteCombining => pat | PWT,
+        }
+    }
+
+    #[inline(always)]
+    pub fn kind(self, level: usize, word: u64) -> Kind {
+        if word & PRESENT != 0 {
+            if level == 1 || word & PAGE_SIZE != 0 {
+                Kind::Leaf
+            } else {
+                Kind::Table
+            }
+        } else if word == 0 {
+            Kind::Empty
+        } else if word & NO_ACCESS != 0 {
+            Kind::Leaf
+        } else {
+            Kind::Payload
+        }
+    }
+
+    #[inline(always)]
+    pub fn table_frame(self, word: u64) -> Frame {
+        Frame::from_number((word & self.address) >> 12)
+    }
+
+    #[inline(always)]
+    pub fn leaf_frame(self, level: usize, word: u64) -> Frame {
+        let address = if word & PRESENT != 0 { word } else { !word };
+        Frame::from_number((address & self.leaf_address(level)) >> 12)
+    }
+
+    #[inline(always)]
+    pub fn attributes(self, level: usize, word: u64) -> Attributes {
+        let mut rights = Rights::empty();
+        if word & PRESENT != 0 {
+            rights |= Rights::READ;
+            if word & WRITE != 0 {
+                rights |= Rights::WRITE;
+            }
+            if word & USER != 0 {
+                rights |= Rights::USER;
+            }
+            if !self.no_execute || word & NO_EXECUTE == 0 {
+                rights |= Rights::EXECUTE;
+            }
+        }
+        if word & GLOBAL != 0 {
+            rights |= Rights::GLOBAL;
+        }
+        let pat = if level > 1 { PAT_LARGE } else { PAT_SMALL };
+        let memory_type = match (word & pat != 0, word & PCD != 0, word & PWT != 0) {
+            (true, false, true) => MemoryType::WriteCombining,
+            (_, true, _) => MemoryType::Uncached,
+            (_, false, true) => MemoryType::WriteThrough,
+            (_, false, false) => MemoryType::WriteBack,
+        };
+        let mut soft = word >> SOFT_LOW_SHIFT & 7;
+        if self.high_soft_bits > 0 {
+            let high = word >> SOFT_HIGH_SHIFT & ((1 << self.high_soft_bits) - 1);
+            soft |= high << SOFT_LOW_BITS;
+        }
+        Attributes {
+            rights,
+            memory_type,
+            soft: Soft::from_bits(soft as u16),
+            pkey: if self.keys {
+                (word >> PKEY_SHIFT & 15) as u8
+            } else {
+                0
+            },
+            accessed: word & ACCESSED != 0,
+            dirty: word & DIRTY != 0,
+        }
+    }
+
+    #[inline(always)]
+    pub fn payload(self, payload: Payload) -> u64 {
+        let low = !payload.number() & ((1 << self.payload_low_bits) - 1);
+        let high = payload.number() >> self.payload_low_bits;
+        PAYLOAD | low << 12 | high << self.payload_high_shift
+    }
+
+    #[inline(always)]
+    pub fn payload_of(self, word: u64) -> Payload {
+        let low = !(word >> 12) & ((1 << self.payload_low_bits) - 1);
+        let high = word >> self.payload_high_shift & ((1 << self.payload_high_bits) - 1);
+        Payload::from_number(high << self.payload_low_bits | low)
+    }
+
+    /// Nothing is left to write where the word is not present, or where A is set and either D is set too or the page
+    /// cannot be written. (Supervisor writes with CR0.WP clear are excluded: kmem runs with WP set.)
+    #[inline(always)]
+    pub const fn is_settled(word: u64) -> bool {
+        word & PRESENT == 0 || word & ACCESSED != 0 && (word & DIRTY != 0 || word & WRITE == 0)
+    }
+}

@@ -1,0 +1,187 @@
+//! One table page: its words, and what its frame's slot says about it.
+//!
+//! ```text
+//!  slot.state   tag Table | LOCKED = the table's lock | STRAY = detached | count = entries that point to it
+//!  slot.index   63 .. 24 unused | 23 .. 16 level | 15 .. 0 live count
+//!  slot.links   the next table of a list (reserve, gather, cache), frame number + 1
+//! ```
+//!
+//! Invariants
+//! - `N1`: the words of an attached table change only under its lock (the hardware's accessed and dirty bits
+//!   excepted), and the live count only together with them: it is the number of words that are not zero, plus one for
+//!   each hold (a table that must stay though empty).
+//! - `N2`: a table is detached under its parent's lock and its own, when its live count is 0: so it holds 512 zeros. It
+//!   is stray from then on and never attached again before its frame has been through flush and grace period.
+//! - `N3`: locks are taken parent before child; nobody waits for a parent's lock while holding a child's.
+//! - `N4`: the lock is never taken in interrupts, nor with interrupts off.
+
+use kmem_hal::sync::{Ordering, spin_loop};
+use kmem_hal::{Frame, FrameSlot, FrameTag, Order, SlotFlags};
+
+use crate::env::Env;
+use crate::format::{Format, Kind, Word};
+
+type Entry<F> = <<F as Format>::Word as Word>::Atomic;
+
+/// One table page.
+pub(crate) struct Node<'t, F: Format> {
+    pub frame: Frame,
+    pub level: usize,
+    pub slot: &'t FrameSlot,
+    words: &'t [Entry<F>],
+}
+
+impl<F: Format> Clone for Node<'_, F> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<F: Format> Copy for Node<'_, F> {}
+
+const LIVE_MASK: u64 = 0xffff;
+const LEVEL_SHIFT: u32 = 16;
+
+impl<'t, F: Format> Node<'t, F> {
+    /// The table in `frame`.
+    ///
+    /// # Safety
+    ///
+    /// `frame` is a table of format `F` and `level` made by this crate in `env`, and stays one during `'t`: it is
+    /// attached and locked, or private, or a read section that began while it was attached goes on.
+    #[inline(always)]
+    pub unsafe fn new<E: Env>(env: &'t E, frame: Frame, level: usize) -> Self {
+        // SAFETY: tables lie in reach (`TableFrames::claim` checked), and while it is a table everybody, the MMU
+        // included, accesses it by atomics.
+        let words = unsafe { F::Word::words(env.map(), frame) };
+        // E2 makes the slot exist; `claim` checked it once for every table.
+        let slot = match env.slots().slot(frame) {
+            Some(slot) => slot,
+            None => unreachable!("a page table without a frame slot"),
+        };
+        Self {
+            frame,
+            level,
+            slot,
+            words,
+        }
+    }
+
+    /// Reads a word.
+    #[inline(always)]
+    pub fn load(&self, index: usize) -> u64 {
+        F::Word::load(&self.words[index])
+    }
+
+    /// Writes a word. The caller holds the lock, or the table is private.
+    #[inline(always)]
+    pub fn store(&self, index: usize, word: u64) {
+        F::Word::store(&self.words[index], word);
+    }
+
+    /// Takes a word out and leaves `0`. The caller holds the lock.
+    ///
+    /// A plain store does where the hardware has nothing to write into the word (`F4`).
+    #[inline(always)]
+    pub fn take(&self, index: usize) -> u64 {
+        let word = self.load(index);
+        if F::is_settled(word) {
+            self.store(index, 0);
+            word
+        } else {
+            F::Word::swap(&self.words[index], 0)
+        }
+    }
+
+    /// Changes a word from `old` to `new`; gives the word found where the hardware wrote meanwhile. The caller holds
+    /// the lock.
+    #[inline(always)]
+    pub fn change(&self, index: usize, old: u64, new: u64) -> Result<(), u64> {
+        if F::is_settled(old) {
+            // F4 and the lock: the word is still `old`.
+            self.store(index, new);
+            Ok(())
+        } else {
+            F::Word::compare_exchange(&self.words[index], old, new)
+        }
+    }
+
+    #[inline(always)]
+    pub fn kind(&self, word: u64) -> Kind {
+        F::kind(self.level, word)
+    }
+
+    #[inline]
+    pub fn lock(&self) {
+        while !self.slot.try_lock() {
+            while self.slot.flags().contains(SlotFlags::LOCKED) {
+                spin_loop();
+            }
+        }
+    }
+
+    #[inline]
+    pub fn unlock(&self) {
+        self.slot.unlock();
+    }
+
+    #[inline]
+    pub fn is_stray(&self) -> bool {
+        self.slot.flags().contains(SlotFlags::STRAY)
+    }
+
+    pub fn set_stray(&self) {
+        self.slot.set_flags(SlotFlags::STRAY);
+    }
+
+    /// Words that are not zero, and holds. The caller holds the lock, or wants an old value.
+    #[inline(always)]
+    pub fn live(&self) -> u32 {
+        (self.slot.index().load(Ordering::Relaxed) & LIVE_MASK) as u32
+    }
+
+    /// Adds to the live count. The caller holds the lock (`N1`).
+    #[inline(always)]
+    pub fn add_live(&self, n: u32) {
+        let index = self.slot.index();
+        index.store(
+            index.load(Ordering::Relaxed) + u64::from(n),
+            Ordering::Relaxed,
+        );
+    }
+
+    /// Takes from the live count; gives what is left. The caller holds the lock (`N1`).
+    #[inline(always)]
+    pub fn sub_live(&self, n: u32) -> u32 {
+        let index = self.slot.index();
+        let now = index.load(Ordering::Relaxed) - u64::from(n);
+        index.store(now, Ordering::Relaxed);
+        (now & LIVE_MASK) as u32
+    }
+
+    /// Makes the slot of a private, zero frame that of an empty table.
+    pub fn claim(&self) {
+        self.slot.claim(FrameTag::Table, Order::ZERO);
+        let _ = self.slot.add_count(1);
+        self.slot
+            .index()
+            .store((self.level as u64) << LEVEL_SHIFT, Ordering::Relaxed);
+    }
+
+    /// Puts another table behind this one.
+    pub fn set_next(&self, next: Option<Frame>) {
+        set_next(self.slot, next);
+    }
+}
+
+pub(crate) fn next(slot: &FrameSlot) -> Option<Frame> {
+    slot.links()
+        .load(Ordering::Relaxed)
+        .checked_sub(1)
+        .and_then(Frame::new)
+}
+
+pub(crate) fn set_next(slot: &FrameSlot, next: Option<Frame>) {
+    let link = next.map_or(0, |frame| frame.number() + 1);
+    slot.links().store(link, Ordering::Relaxed);
+}

@@ -1,0 +1,567 @@
+//! A page table: the root, what is counted for all of it, and how it is flushed.
+//!
+//! Invariants
+//! - `P1`: `root` is an attached table of the top level from `new` to `destroy`.
+//! - `P2`: every present entry of an attached table, the borrowed top entries excepted, stands for one handle of type
+//!   `H` or for one attached table.
+//! - `P3`: top entries from `borrowed_from` on are copies of another table's, which never change: the lender holds the
+//!   tables below them for ever.
+//! - `P4`: `unflushed` counts the gathers that are dirty (see `G1` in [`gather`](crate::Gather)).
+//!
+//! Locks: none of its own; one bit per table page (see `node.rs`).
+
+use core::fmt;
+use core::marker::PhantomData;
+
+use kmem_hal::lock::Lock;
+use kmem_hal::sync::{AtomicBool, AtomicUsize, Ordering};
+use kmem_hal::{
+    AllocError, Asid, Completion, Cpu, CpuSet, FlushRequest, FlushScope, Frame, FrameHandle, Grace,
+    Mmu, Order, OwnedFrame, Page, PageRange, Root, Trace, TraceEvent,
+};
+
+use crate::attributes::{Leaf, Payload};
+use crate::cache::{self, TableReserve};
+use crate::cursor::Cursor;
+use crate::env::Env;
+use crate::error::{RangeError, TableError};
+use crate::format::{Format, Kind, level};
+use crate::gather::{FLUSH_CEILING, Gather, Stale};
+use crate::node::Node;
+
+/// The most levels that any format has.
+pub(crate) const MAX_LEVELS: usize = 5;
+
+/// What one page's entry holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Entry {
+    /// Nothing.
+    Empty,
+    /// No frame, but something of the owner's.
+    Payload(Payload),
+    /// A leaf; it may cover more pages than the one asked for.
+    Leaf(Leaf),
+}
+
+impl Entry {
+    /// The leaf, if it is one.
+    #[must_use]
+    pub const fn leaf(self) -> Option<Leaf> {
+        match self {
+            Self::Leaf(leaf) => Some(leaf),
+            _ => None,
+        }
+    }
+}
+
+/// The page table of one address space, or of the kernel.
+///
+/// Dropping one leaks everything it maps; [`destroy`](Self::destroy) gives it back.
+#[doc(alias = "pgd")]
+pub struct PageTable<F: Format, E: Env, H: FrameHandle> {
+    env: E,
+    root: Frame,
+    levels: usize,
+    asid: Asid,
+    /// Top entries from here on belong to another table.
+    borrowed_from: usize,
+    /// Top entries from here on are lent to other tables.
+    lent_from: AtomicUsize,
+    unflushed: AtomicUsize,
+    tables: AtomicUsize,
+    exposed: AtomicBool,
+    // Handles go in and come out on any thread that has a reference.
+    handles: PhantomData<(F, Lock<H, ()>)>,
+}
+
+impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
+    /// Makes an empty table with as many levels as the format has.
+    ///
+    /// # Errors
+    ///
+    /// [`TableError::Memory`] where there is no frame for the root.
+    #[doc(alias = "pgd_alloc")]
+    pub fn new(env: E) -> Result<Self, TableError> {
+        Self::with_levels(env, F::LEVELS.len())
+    }
+
+    /// Makes an empty table of `levels` levels: for formats whose number of levels is known at run time.
+    ///
+    /// # Errors
+    ///
+    /// [`TableError`].
+    pub fn with_levels(env: E, levels: usize) -> Result<Self, TableError> {
+        if !(F::MIN_LEVELS..=F::LEVELS.len()).contains(&levels) {
+            return Err(TableError::BadLevels);
+        }
+        let table = Self {
+            root: Self::make(&env, levels, F::ROOT_FRAME_LIMIT).map_err(TableError::Memory)?,
+            env,
+            levels,
+            asid: Asid::ZERO,
+            borrowed_from: level::<F>(levels).entries(),
+            lent_from: AtomicUsize::new(usize::MAX),
+            unflushed: AtomicUsize::new(0),
+            tables: AtomicUsize::new(1),
+            exposed: AtomicBool::new(false),
+            handles: PhantomData,
+        };
+        if F::FIXED_TOP
+            && let Err(error) = table.hold_top_from(0)
+        {
+            table.destroy(|_, _| {}, |_, _| {});
+            return Err(TableError::Memory(error));
+        }
+        Ok(table)
+    }
+
+    /// Makes a table that shares the upper part of `kernel`, from page `from` to the top.
+    ///
+    /// What `kernel` maps there later is seen here as well. Pages from `from` on cannot be changed through the new
+    /// table. The lender must have called [`lend_from`](Self::lend_from) for that part.
+    ///
+    /// # Errors
+    ///
+    /// [`TableError`].
+    pub fn sharing(env: E, kernel: &Self, from: Page) -> Result<Self, TableError> {
+        let index = kernel.top_index(from);
+        if index < kernel.lent_from.load(Ordering::Acquire) {
+            return Err(TableError::CannotShare);
+        }
+        let table = Self {
+            root: Self::make(&env, kernel.levels, F::ROOT_FRAME_LIMIT)
+                .map_err(TableError::Memory)?,
+            env,
+            levels: kernel.levels,
+            asid: Asid::ZERO,
+            borrowed_from: index,
+            lent_from: AtomicUsize::new(usize::MAX),
+            unflushed: AtomicUsize::new(0),
+            tables: AtomicUsize::new(1),
+            exposed: AtomicBool::new(false),
+            handles: PhantomData,
+        };
+        {
+            let own = table.root_node();
+            let lender = kernel.root_node();
+            for index in index..level::<F>(kernel.levels).entries() {
+                own.store(index, lender.load(index));
+            }
+        }
+        if F::FIXED_TOP
+            && let Err(error) = table.hold_top_from(0)
+        {
+            table.destroy(|_, _| {}, |_, _| {});
+            return Err(TableError::Memory(error));
+        }
+        Ok(table)
+    }
+
+    /// Fills every top entry from the one of page `from` to the last with a table that stays for ever, so that other
+    /// tables can share them.
+    ///
+    /// A boot-time call for the kernel's table: the upper half of x86-64 takes 256 tables. A table that was lent from
+    /// cannot be destroyed.
+    ///
+    /// # Errors
+    ///
+    /// [`TableError::Memory`]; the tables made so far stay. [`TableError::CannotShare`] where the top entries can be
+    /// leaves, or belong to another table.
+    pub fn lend_from(&self, from: Page) -> Result<(), TableError> {
+        let index = self.top_index(from);
+        if level::<F>(self.levels).leaf || self.borrowed_from < level::<F>(self.levels).entries() {
+            return Err(TableError::CannotShare);
+        }
+        if !F::FIXED_TOP {
+            self.hold_top_from(index).map_err(TableError::Memory)?;
+        }
+        self.lent_from.fetch_min(index, Ordering::AcqRel);
+        Ok(())
+    }
+
+    fn top_index(&self, page: Page) -> usize {
+        index_at::<F>(page.number(), self.levels)
+    }
+
+    /// Makes a table below every own top entry from `first` on, with a hold that keeps it attached.
+    fn hold_top_from(&self, first: usize) -> Result<(), AllocError> {
+        let entries = level::<F>(self.levels).entries().min(self.borrowed_from);
+        for index in first..entries {
+            let frame = Self::make(&self.env, self.levels - 1, F::TABLE_FRAME_LIMIT)?;
+            let root = self.root_node();
+            root.lock();
+            let word = root.load(index);
+            let held = if root.kind(word) == Kind::Table {
+                // SAFETY: an entry of the locked root points to an attached table.
+                let node =
+                    unsafe { Node::<F>::new(&self.env, F::table_frame(word), self.levels - 1) };
+                node.lock();
+                node.add_live(1);
+                node.unlock();
+                false
+            } else {
+                // SAFETY: the table was made above and is private.
+                unsafe { Node::<F>::new(&self.env, frame, self.levels - 1) }.add_live(1);
+                root.store(index, F::table(self.levels, frame));
+                root.add_live(1);
+                true
+            };
+            root.unlock();
+            if held {
+                self.tables.fetch_add(1, Ordering::Relaxed);
+                self.env
+                    .trace()
+                    .event(TraceEvent::TableMade(frame, self.levels as u8 - 1));
+            } else {
+                // SAFETY: O1 to O3: made above, private, never attached.
+                cache::give(&self.env, unsafe {
+                    OwnedFrame::from_raw(frame, Order::ZERO)
+                });
+            }
+        }
+        Ok(())
+    }
+
+    /// Makes a private, empty table.
+    fn make(env: &E, level: usize, limit: u64) -> Result<Frame, AllocError> {
+        let (frame, _) = cache::take(env, limit)?.into_raw();
+        // SAFETY: the frame is private, zero, in reach and has a slot (T1).
+        let node = unsafe { Node::<F>::new(env, frame, level) };
+        node.claim();
+        Ok(frame)
+    }
+
+    /// What CR3 should hold.
+    #[must_use]
+    pub fn root(&self) -> Root {
+        self.exposed.store(true, Ordering::Relaxed);
+        self.root_quietly()
+    }
+
+    pub(crate) fn root_quietly(&self) -> Root {
+        Root {
+            frame: self.root,
+            asid: self.asid,
+        }
+    }
+
+    /// Gives the space the tag under which CPUs cache its translations. The caller flushed what the tag meant before.
+    pub fn set_asid(&mut self, asid: Asid) {
+        self.asid = asid;
+    }
+
+    /// The levels in use.
+    #[must_use]
+    pub fn levels(&self) -> usize {
+        self.levels
+    }
+
+    /// Table frames that belong to this table, the root included and borrowed ones excepted.
+    #[must_use]
+    pub fn table_count(&self) -> usize {
+        self.tables.load(Ordering::Relaxed)
+    }
+
+    /// The environment.
+    #[must_use]
+    pub fn env(&self) -> &E {
+        &self.env
+    }
+
+    /// A gather for changes to this table; `N` blocks fit in it.
+    pub fn gather<const N: usize>(&self) -> Gather<'_, F, E, H, N> {
+        Gather::new(self)
+    }
+
+    /// A reserve of `tables` frames for tables.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`] where there are not as many.
+    pub fn reserve(&self, tables: usize) -> Result<TableReserve<'_, E>, AllocError> {
+        let mut reserve = TableReserve::empty(&self.env);
+        reserve.fill::<F>(tables)?;
+        Ok(reserve)
+    }
+
+    /// A cursor over the pages of `range`.
+    ///
+    /// # Errors
+    ///
+    /// [`RangeError`] where the table does not translate all of the range, or does not own it.
+    pub fn cursor(&self, range: PageRange) -> Result<Cursor<'_, F, E, H>, RangeError> {
+        self.check(range)?;
+        Ok(Cursor::new(self, range))
+    }
+
+    pub(crate) fn check(&self, range: PageRange) -> Result<(), RangeError> {
+        let canonical = F::canonical(self.levels);
+        let first = range.start();
+        let inside = canonical.contains(first)
+            && canonical
+                .checked_add(first, (range.count() - 1) << kmem_hal::PAGE_SHIFT)
+                .is_some();
+        if !inside {
+            return Err(RangeError::NotCanonical);
+        }
+        if self.top_index(range.last()) >= self.borrowed_from {
+            return Err(RangeError::Borrowed);
+        }
+        Ok(())
+    }
+
+    /// What is mapped at `page`, without a lock: safe against a concurrent free of the tables on the way.
+    ///
+    /// The answer may be old by the time it is used; decide under a [`cursor`](Self::cursor).
+    ///
+    /// Context: any, interrupts included.
+    #[doc(alias = "follow_page")]
+    #[must_use]
+    pub fn query(&self, page: Page) -> Entry {
+        if !F::canonical(self.levels).contains(page.start()) {
+            return Entry::Empty;
+        }
+        let _reading = self.env.grace().read();
+        let mut frame = self.root;
+        let mut number = self.levels;
+        loop {
+            // SAFETY: the root is attached (P1), and a table that an entry pointed to during this read section stays a
+            // table until the section ends: it is freed only after a grace period.
+            let node = unsafe { Node::<F>::new(&self.env, frame, number) };
+            let word = node.load(index_at::<F>(page.number(), number));
+            match node.kind(word) {
+                Kind::Table => {
+                    frame = F::table_frame(word);
+                    number -= 1;
+                }
+                _ => return decode::<F>(page, number, word),
+            }
+        }
+    }
+
+    /// The part of one half of the space that is not borrowed.
+    pub(crate) fn own_part(&self, half: PageRange) -> Option<PageRange> {
+        let top = level::<F>(self.levels);
+        if self.borrowed_from >= top.entries() || self.top_index(half.last()) < self.borrowed_from {
+            return Some(half);
+        }
+        let base = half.first().number() & !((1u64 << (top.shift + top.bits)) - 1);
+        let end = base + ((self.borrowed_from as u64) << top.shift);
+        PageRange::new(half.first(), Page::new(end.checked_sub(1)?)?)
+    }
+
+    pub(crate) fn root_frame(&self) -> Frame {
+        self.root
+    }
+
+    pub(crate) fn root_node(&self) -> Node<'_, F> {
+        // SAFETY: P1.
+        unsafe { Node::new(&self.env, self.root, self.levels) }
+    }
+
+    pub(crate) fn count_table(&self, frame: Frame, level: usize) {
+        self.tables.fetch_add(1, Ordering::Relaxed);
+        self.env
+            .trace()
+            .event(TraceEvent::TableMade(frame, level as u8));
+    }
+
+    pub(crate) fn discount_table(&self, frame: Frame, level: usize) {
+        self.tables.fetch_sub(1, Ordering::Relaxed);
+        self.env
+            .trace()
+            .event(TraceEvent::TableFreed(frame, level as u8));
+    }
+
+    pub(crate) fn announce(&self) {
+        self.unflushed.fetch_add(1, Ordering::AcqRel);
+    }
+
+    pub(crate) fn retract(&self) {
+        self.unflushed.fetch_sub(1, Ordering::AcqRel);
+    }
+
+    /// Whether a change of this table has not been flushed yet, by this context or another.
+    #[inline]
+    pub(crate) fn has_unflushed(&self) -> bool {
+        self.unflushed.load(Ordering::Acquire) != 0
+    }
+
+    /// Whether translations of this table are in the caches of CPUs that run other spaces.
+    fn is_lent(&self) -> bool {
+        self.lent_from.load(Ordering::Acquire) != usize::MAX
+    }
+
+    /// Drops translations on every CPU that may hold them, and waits. `own` is how many of the unflushed gathers are the
+    /// caller's.
+    pub(crate) fn flush(&self, stale: Option<Stale>, tables_freed: bool, own: usize) {
+        let others = self.unflushed.load(Ordering::Acquire) > own;
+        let lent = self.is_lent();
+        let global = stale.is_some_and(|stale| stale.global);
+        // A lent table's translations sit under the tags of all spaces, where only a flush of everything reaches those
+        // that are not global, and paging-structure caches.
+        let everywhere = lent && (tables_freed || stale.is_none_or(|stale| stale.local));
+        let scope = match stale {
+            Some(Stale { range, stride, .. })
+                if !others && !everywhere && range.count().div_ceil(stride) <= FLUSH_CEILING =>
+            {
+                FlushScope::Pages { range, stride }
+            }
+            None if !tables_freed && !others => return,
+            _ if everywhere || global || lent || others => FlushScope::Everything,
+            _ => FlushScope::Space,
+        };
+        let request = FlushRequest {
+            root: self.root_quietly(),
+            scope,
+            global: global || lent,
+            tables_freed: tables_freed || others,
+        };
+        let mmu = self.env.mmu();
+        let pin = self.env.cpu().pin();
+        let mut cpus = if lent {
+            CpuSet::first(self.env.cpu().count())
+        } else {
+            mmu.active_cpus(request.root)
+        };
+        cpus.remove(mmu.this_cpu());
+        let sent = if cpus.is_empty() {
+            Completion::DONE
+        } else {
+            mmu.shootdown(&cpus, &request)
+        };
+        mmu.flush_local(&request);
+        mmu.complete(sent);
+        drop(pin);
+        self.env.trace().event(TraceEvent::Flushed(request));
+    }
+
+    /// Flushes the translations of a change that was made without a gather.
+    pub(crate) fn flush_now(&self, stale: Stale) {
+        self.flush(Some(stale), false, 0);
+    }
+
+    /// Takes everything down: every handle goes to `leaves`, every payload to `payloads`, every table back.
+    ///
+    /// Whoever loaded the root promised that the tables stay while it is loaded
+    /// ([`Mmu::load_root`](kmem_hal::Mmu::load_root)); so it is loaded nowhere.
+    ///
+    /// A table that was lent from is leaked instead: other tables point into it.
+    #[doc(alias = "exit_mmap")]
+    #[doc(alias = "free_pgtables")]
+    pub fn destroy(self, mut leaves: impl FnMut(Leaf, H), mut payloads: impl FnMut(Page, Payload)) {
+        if self.is_lent() {
+            return;
+        }
+        // Nobody loads the root any more, so what is dropped now does not come back.
+        if self.exposed.load(Ordering::Relaxed) {
+            self.flush(None, true, 0);
+        }
+        let mut node = self.root_node();
+        let mut indices = [0usize; MAX_LEVELS + 1];
+        let mut parents = [Frame::ZERO; MAX_LEVELS + 2];
+        let mut first = 0u64;
+        loop {
+            let number = node.level;
+            let entries = if number == self.levels {
+                level::<F>(number).entries().min(self.borrowed_from)
+            } else {
+                level::<F>(number).entries()
+            };
+            let shift = level::<F>(number).shift;
+            let mut below = None;
+            while indices[number] < entries {
+                let index = indices[number];
+                indices[number] += 1;
+                let word = node.load(index);
+                if word == 0 {
+                    continue;
+                }
+                node.store(index, 0);
+                let page = Page::containing(
+                    F::canonical(self.levels)
+                        .sign_extend(Page::from_number(first | (index as u64) << shift).start()),
+                );
+                match decode::<F>(page, number, word) {
+                    Entry::Leaf(leaf) => {
+                        // SAFETY: the entry is gone, and every translation was flushed above, after the root was
+                        // loaded for the last time.
+                        let handle = unsafe { H::from_entry(leaf.frame, leaf.order) };
+                        leaves(leaf, handle);
+                    }
+                    Entry::Payload(payload) => payloads(page, payload),
+                    Entry::Empty => {
+                        below = Some((F::table_frame(word), index));
+                        break;
+                    }
+                }
+            }
+            match below {
+                Some((frame, index)) => {
+                    parents[number] = node.frame;
+                    first |= (index as u64) << shift;
+                    indices[number - 1] = 0;
+                    // SAFETY: an entry of an attached table pointed to it, and this is the only user left.
+                    node = unsafe { Node::new(&self.env, frame, number - 1) };
+                }
+                None => {
+                    for index in entries..level::<F>(number).entries() {
+                        if number == self.levels {
+                            node.store(index, 0);
+                        }
+                    }
+                    self.discount_table(node.frame, number);
+                    // SAFETY: O1: nothing points to the table any more, and no reader has a reference to `self`; O3: as
+                    // above. It holds zeros.
+                    cache::give(&self.env, unsafe {
+                        OwnedFrame::from_raw(node.frame, Order::ZERO)
+                    });
+                    if number == self.levels {
+                        return;
+                    }
+                    let shift = level::<F>(number + 1).shift;
+                    first &= !((1u64 << (shift + level::<F>(number + 1).bits)) - 1);
+                    // SAFETY: the parent is given back only after this child.
+                    node = unsafe { Node::new(&self.env, parents[number + 1], number + 1) };
+                }
+            }
+        }
+    }
+}
+
+/// The index of a page in a table of level `number`.
+#[inline(always)]
+pub(crate) fn index_at<F: Format>(page: u64, number: usize) -> usize {
+    let level = level::<F>(number);
+    (page >> level.shift) as usize & (level.entries() - 1)
+}
+
+/// What the word of `page` in a table of level `number` says; a table is nothing.
+#[inline]
+pub(crate) fn decode<F: Format>(page: Page, number: usize, word: u64) -> Entry {
+    match F::kind(number, word) {
+        Kind::Empty | Kind::Table => Entry::Empty,
+        Kind::Payload => Entry::Payload(F::payload_of(word)),
+        Kind::Leaf => {
+            let level = level::<F>(number);
+            Entry::Leaf(Leaf {
+                page: Page::from_number(page.number() & !((1 << level.shift) - 1)),
+                frame: F::leaf_frame(number, word),
+                order: level.order(),
+                attributes: F::attributes(number, word),
+            })
+        }
+    }
+}
+
+impl<F: Format, E: Env, H: FrameHandle> fmt::Debug for PageTable<F, E, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "PageTable({}, root {}, {} tables)",
+            F::NAME,
+            self.root,
+            self.table_count()
+        )
+    }
+}

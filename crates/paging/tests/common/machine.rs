@@ -1,0 +1,186 @@
+// A small machine for tests: an arena as memory, frames that are counted, an MMU that writes down what it is asked.
+use std::alloc::{Layout, alloc_zeroed};
+use std::sync::Mutex;
+
+use kmem_hal::{
+    AllocError, FlushRequest, Frame, FrameRange, FrameRequest, FrameSink, FrameSlot, FrameSource,
+    FrameTable, Mmu, Order, OwnedFrame, PhysAddr, PhysMap, Root, SECTION_FRAMES, Section,
+    SingleCpu, SingleGrace,
+};
+use kmem_paging::Parts;
+
+/// Memory of `frames` frames that starts at physical address 0.
+pub struct Arena {
+    base: *mut u8,
+    frames: u64,
+}
+
+unsafe impl Send for Arena {}
+unsafe impl Sync for Arena {}
+
+unsafe impl PhysMap for Arena {
+    fn reach(&self) -> FrameRange {
+        FrameRange::from_numbers(0, self.frames).unwrap()
+    }
+    fn to_ptr(&self, address: PhysAddr) -> *mut u8 {
+        self.base.wrapping_add(address.as_u64() as usize)
+    }
+    fn to_phys(&self, pointer: *const u8) -> PhysAddr {
+        PhysAddr::new(pointer as u64 - self.base as u64)
+    }
+}
+
+/// Frames of the arena, with a count, a limit that fails on purpose, and a check of double frees.
+pub struct Frames {
+    state: Mutex<State>,
+    map: &'static Arena,
+}
+
+struct State {
+    free: Vec<u64>,
+    out: std::collections::BTreeSet<u64>,
+    /// Allocations until the next one fails.
+    fuse: Option<usize>,
+    calls: usize,
+}
+
+impl Frames {
+    /// Frames given out and not freed.
+    #[allow(dead_code)]
+    pub fn out(&self) -> usize {
+        self.state.lock().unwrap().out.len()
+    }
+    /// Allocations asked for.
+    #[allow(dead_code)]
+    pub fn calls(&self) -> usize {
+        self.state.lock().unwrap().calls
+    }
+    /// Makes every allocation after `count` more fail; `None` makes all succeed.
+    #[allow(dead_code)]
+    pub fn set_fuse(&self, count: Option<usize>) {
+        self.state.lock().unwrap().fuse = count;
+    }
+}
+
+unsafe impl FrameSource for Frames {
+    fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
+        let mut state = self.state.lock().unwrap();
+        state.calls += 1;
+        if let Some(left) = &mut state.fuse {
+            if *left == 0 {
+                return Err(AllocError::OutOfMemory);
+            }
+            *left -= 1;
+        }
+        assert_eq!(request.order, Order::ZERO);
+        let limit = request.max_address.as_u64() >> 12;
+        let at = state
+            .free
+            .iter()
+            .rposition(|&frame| frame <= limit)
+            .ok_or(AllocError::OutOfMemory)?;
+        let number = state.free.remove(at);
+        state.out.insert(number);
+        let frame = unsafe { OwnedFrame::from_raw(Frame::new(number).unwrap(), Order::ZERO) };
+        let byte = if request.zeroed { 0 } else { 0xcc };
+        unsafe {
+            self.map
+                .to_ptr(frame.first().start())
+                .write_bytes(byte, 4096)
+        };
+        Ok(frame)
+    }
+}
+
+impl FrameSink for Frames {
+    fn free(&self, frame: OwnedFrame) {
+        let mut state = self.state.lock().unwrap();
+        for number in frame.range().iter() {
+            assert!(state.out.remove(&number.number()), "{number:?} freed twice");
+            state.free.push(number.number());
+        }
+    }
+}
+
+/// Writes down what it is asked to flush.
+#[derive(Default)]
+pub struct Flushes(pub Mutex<Vec<FlushRequest>>);
+
+unsafe impl Mmu for Flushes {
+    unsafe fn load_root(&self, _root: Root, _keep: bool) {}
+    fn flush_local(&self, request: &FlushRequest) {
+        self.0.lock().unwrap().push(*request);
+    }
+}
+
+pub type TestEnv =
+    Parts<'static, &'static Arena, &'static Frames, &'static Flushes, SingleGrace, SingleCpu>;
+
+pub struct Machine {
+    #[allow(dead_code)]
+    pub map: &'static Arena,
+    pub frames: &'static Frames,
+    pub flushes: &'static Flushes,
+    env: &'static TestEnv,
+}
+
+fn leak<T>(value: T) -> &'static T {
+    Box::leak(Box::new(value))
+}
+
+impl Machine {
+    /// A machine of `count` frames; it is never taken down.
+    pub fn new(count: u64) -> Self {
+        let layout = Layout::from_size_align(count as usize * 4096, 4096).unwrap();
+        let map = leak(Arena {
+            base: unsafe { alloc_zeroed(layout) },
+            frames: count,
+        });
+        let frames = leak(Frames {
+            state: Mutex::new(State {
+                free: (1..count).rev().collect(),
+                out: Default::default(),
+                fuse: None,
+                calls: 0,
+            }),
+            map,
+        });
+        let sections: Vec<Section> = (0..count.div_ceil(SECTION_FRAMES))
+            .map(|_| {
+                let section = Section::absent();
+                let slots: Vec<FrameSlot> = (0..SECTION_FRAMES).map(|_| FrameSlot::new()).collect();
+                section.set_ready(Box::leak(slots.into_boxed_slice()));
+                section
+            })
+            .collect();
+        let slots = leak(FrameTable::new());
+        slots.init(Box::leak(sections.into_boxed_slice()));
+        let flushes = leak(Flushes::default());
+        // One thread uses a machine.
+        let env = unsafe {
+            Parts::new(
+                map,
+                frames,
+                flushes,
+                SingleGrace::new(),
+                SingleCpu::new(),
+                slots,
+            )
+        };
+        Self {
+            map,
+            frames,
+            flushes,
+            env: leak(env),
+        }
+    }
+
+    pub fn env(&self) -> &'static TestEnv {
+        self.env
+    }
+
+    #[allow(dead_code)]
+    pub fn frames(&self) -> &'static Frames {
+        self.frames
+    }
+}
