@@ -15,9 +15,12 @@ pub struct Arena {
     frames: u64,
 }
 
+// SAFETY: the memory is plain bytes, reached by atomics or by the owner of a frame.
 unsafe impl Send for Arena {}
+// SAFETY: as above.
 unsafe impl Sync for Arena {}
 
+// SAFETY: P1 to P5: one allocation of `frames` frames, never freed, at a fixed offset.
 unsafe impl PhysMap for Arena {
     fn reach(&self) -> FrameRange {
         FrameRange::from_numbers(0, self.frames).unwrap()
@@ -62,6 +65,7 @@ impl Frames {
     }
 }
 
+// SAFETY: F1: a number is in `free` or in `out`, never in both; F2: checked below; F3: nothing changes on failure.
 unsafe impl FrameSource for Frames {
     fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
         let mut state = self.state.lock().unwrap();
@@ -81,8 +85,10 @@ unsafe impl FrameSource for Frames {
             .ok_or(AllocError::OutOfMemory)?;
         let number = state.free.remove(at);
         state.out.insert(number);
+        // SAFETY: O1, O3: the number was free; O2: order 0.
         let frame = unsafe { OwnedFrame::from_raw(Frame::new(number).unwrap(), Order::ZERO) };
         let byte = if request.zeroed { 0 } else { 0xcc };
+        // SAFETY: the frame is ours and in the arena.
         unsafe {
             self.map
                 .to_ptr(frame.first().start())
@@ -106,6 +112,7 @@ impl FrameSink for Frames {
 #[derive(Default)]
 pub struct Flushes(pub Mutex<Vec<FlushRequest>>);
 
+// SAFETY: M1 to M4: no CPU walks these tables.
 unsafe impl Mmu for Flushes {
     unsafe fn load_root(&self, _root: Root, _keep: bool) {}
     fn flush_local(&self, request: &FlushRequest) {
@@ -133,6 +140,7 @@ impl Machine {
     pub fn new(count: u64) -> Self {
         let layout = Layout::from_size_align(count as usize * 4096, 4096).unwrap();
         let map = leak(Arena {
+            // SAFETY: the layout is not empty.
             base: unsafe { alloc_zeroed(layout) },
             frames: count,
         });
@@ -156,7 +164,7 @@ impl Machine {
         let slots = leak(FrameTable::new());
         slots.init(Box::leak(sections.into_boxed_slice()));
         let flushes = leak(Flushes::default());
-        // One thread uses a machine.
+        // SAFETY: E2, E3: the only frame table, and no MMU walks; one thread uses a machine.
         let env = unsafe {
             Parts::new(
                 map,
