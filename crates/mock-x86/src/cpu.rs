@@ -14,7 +14,7 @@
 //! | `MOV CR3`, bit 63 = 1 | nothing |
 //! | `MOV CR4` | PGE changed, PCIDE 1 to 0: everything; PAE changed, SMEP 0 to 1: everything of the current PCID |
 //! | `MOV CR0` | PG 1 to 0: everything |
-//! | page fault | page of the address in the current PCID; the walk-cache entries used for it |
+//! | page fault | page of the address in the current PCID, its global entries; the walk-cache entries used for it |
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -512,7 +512,7 @@ impl CpuState {
     pub(crate) fn page_fault(&mut self, linear: u64, code: u32) -> Fault {
         self.regs.cr2 = linear;
         let pcid = self.pcid();
-        self.caches.invalidate_address(linear, pcid);
+        self.caches.page_fault(linear, pcid);
         Fault::Page {
             address: linear,
             code,

@@ -20,6 +20,7 @@ mod memory_map;
 mod mode;
 mod rng;
 mod sched;
+mod sleep_lock;
 mod slots;
 mod story;
 mod tlb;
@@ -42,6 +43,7 @@ pub use memory_map::{FRAME_BYTES, MemoryKind, MemoryMap, MemoryMapError, MemoryR
 pub use mode::{LEGACY32, LONG4, LONG5, Level, Mode, PAE, ReservedInputs};
 pub use rng::SeededRng;
 pub use sched::{Run, Scheduler};
+pub use sleep_lock::MachineSleepLock;
 pub use vcpu::VirtualCpu;
 pub use violation::{OnViolation, Violation, ViolationKind};
 pub use walker::{Access, AccessKind};

@@ -163,6 +163,12 @@ pub struct Machine {
     inner: Mutex<Inner>,
 }
 
+/// Host threads may share a machine.
+const _: () = {
+    const fn shared<T: Send + Sync>() {}
+    shared::<Machine>();
+};
+
 impl Machine {
     /// Starts to put a machine together.
     pub fn builder() -> MachineBuilder {

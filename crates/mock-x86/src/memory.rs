@@ -243,9 +243,9 @@ mod tests {
     use crate::memory_map::{MemoryKind, MemoryRange};
 
     #[test]
-    fn a_machine_of_256_gib_costs_what_it_touches() {
-        let memory = PhysMemory::new(MemoryMap::pc(256 << 30)).unwrap();
-        let high = (256 << 30) + (512 << 20);
+    fn a_machine_of_64_gib_costs_what_it_touches() {
+        let memory = PhysMemory::new(MemoryMap::pc(64 << 30)).unwrap();
+        let high = (64 << 30) + (512 << 20);
         assert!(memory.store(high, 8, 0x1122_3344_5566_7788));
         assert_eq!(memory.load(high + 4, 4), Some(0x1122_3344));
         assert_eq!(memory.load(high - 8, 8), Some(0));

@@ -197,8 +197,14 @@ impl Caches {
         self.walks.retain(|_, entry| entry.tag != tag);
     }
 
-    /// INVPCID type 0, and what a page fault drops: the page under this tag, global entries kept, and the walk-cache entries that
-    /// would be used for it.
+    /// A page fault: as INVPCID type 0, and global entries too, since the manual promises that the fault does not come again
+    /// from the same stale entry.
+    pub(crate) fn page_fault(&mut self, linear: u64, tag: u16) {
+        self.invalidate_address(linear, tag);
+        self.drop_page(linear, GLOBAL);
+    }
+
+    /// INVPCID type 0: the page under this tag, global entries kept, and the walk-cache entries that would be used for it.
     pub(crate) fn invalidate_address(&mut self, linear: u64, tag: u16) {
         self.drop_page(linear, tag);
         for (index, shift) in self

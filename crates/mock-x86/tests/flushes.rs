@@ -217,30 +217,32 @@ fn a_page_fault_drops_what_caused_it() {
 
 #[test]
 fn a_raised_permission_may_fault_once_and_only_once() {
-    let adversary = Adversary {
-        stale_fault: 1024,
-        ..Adversary::OFF
-    };
-    let machine = builder().adversary(adversary).build().unwrap();
-    let mut tables = Tables::new(&machine, 0x20_0000);
-    let one = tables.map(ONE, 0x80_0000, 12, P);
-    tables.load(0);
-    let cpu = machine.cpu(0);
-    cpu.read_u8(ONE).unwrap();
-    tables.set(one, tables.get(one) | RW);
-    assert_eq!(
-        cpu.write_u8(ONE, 1),
-        Err(Fault::Page {
-            address: ONE,
-            code: 3
-        })
-    );
-    assert_eq!(machine.stats().stale_faults, 1);
-    assert_eq!(
-        cpu.write_u8(ONE, 1),
-        Ok(()),
-        "the fault itself dropped the entry"
-    );
+    for global in [0, G] {
+        let adversary = Adversary {
+            stale_fault: 1024,
+            ..Adversary::OFF
+        };
+        let machine = builder().adversary(adversary).build().unwrap();
+        let mut tables = Tables::new(&machine, 0x20_0000);
+        let one = tables.map(ONE, 0x80_0000, 12, P | global);
+        tables.load(0);
+        let cpu = machine.cpu(0);
+        cpu.read_u8(ONE).unwrap();
+        tables.set(one, tables.get(one) | RW);
+        assert_eq!(
+            cpu.write_u8(ONE, 1),
+            Err(Fault::Page {
+                address: ONE,
+                code: 3
+            })
+        );
+        assert_eq!(machine.stats().stale_faults, 1);
+        assert_eq!(
+            cpu.write_u8(ONE, 1),
+            Ok(()),
+            "the fault itself dropped the entry"
+        );
+    }
 }
 
 #[test]

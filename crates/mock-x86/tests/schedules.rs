@@ -6,9 +6,10 @@ use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{P, RW, Tables, US, builder};
-use kmem_hal::{Cpu, CpuCall, CpuCallError, CpuSet, Lock, RawLock};
+use kmem_hal::{Cpu, CpuCall, CpuCallError, CpuSet, Lock, RawLock, RawSleepLock, SleepLock, Wait};
 use kmem_mock_x86::{
-    Adversary, FlushWhat, FlushWork, Machine, MachineLock, Scheduler, ViolationKind,
+    Adversary, FlushWhat, FlushWork, Machine, MachineLock, MachineSleepLock, Scheduler,
+    ViolationKind,
 };
 
 const VA: u64 = 0x40_0000;
@@ -272,6 +273,57 @@ fn a_machine_lock_excludes_under_every_schedule() {
     let state = free.lock();
     // SAFETY: taken in the line above.
     unsafe { free.unlock(state) };
+}
+
+#[test]
+fn a_sleep_lock_is_shared_by_readers_and_kept_from_them_by_a_writer() {
+    for seed in 0..10 {
+        let lock: SleepLock<(u64, u64), MachineSleepLock> = SleepLock::new((0, 0));
+        let most = Cell::new(0u32);
+        let readers = Cell::new(0u32);
+        let machine = Machine::pc(4 << 20, 4);
+        let mut scheduler = Scheduler::new(&machine, seed);
+        let (m, lock, most, readers) = (&machine, &lock, &most, &readers);
+        for cpu in 0..4 {
+            scheduler.spawn(cpu, move || {
+                for _ in 0..20 {
+                    if cpu == 0 {
+                        let mut pair = lock.write();
+                        pair.0 += 1;
+                        m.yield_now();
+                        pair.1 += 1;
+                    } else {
+                        let pair = lock.read();
+                        readers.set(readers.get() + 1);
+                        most.set(most.get().max(readers.get()));
+                        m.yield_now();
+                        assert_eq!(pair.0, pair.1);
+                        readers.set(readers.get() - 1);
+                    }
+                    m.yield_now();
+                }
+            });
+        }
+        scheduler.run();
+        assert_eq!(*lock.read(), (20, 20));
+        assert!(most.get() > 1, "readers share");
+    }
+}
+
+#[test]
+fn waiting_for_a_condition_lets_the_others_make_it_true() {
+    let machine = Machine::pc(4 << 20, 2);
+    let ready = Cell::new(false);
+    let mut scheduler = Scheduler::new(&machine, 2);
+    let (m, ready) = (&machine, &ready);
+    let waits = MachineSleepLock::INIT;
+    scheduler.spawn(0, move || waits.wait_until(1, &|| ready.get()));
+    scheduler.spawn(1, move || {
+        m.yield_now();
+        ready.set(true);
+    });
+    scheduler.run();
+    assert!(ready.get());
 }
 
 #[test]
