@@ -1,0 +1,337 @@
+//! The page fault, as one state machine.
+//!
+//! ```text
+//!   address ── a user address? ── no ──> KernelFault
+//!      │ yes
+//!   in a VMA? ── no ── below a stack, within its limit? ── no ──> SIGSEGV (MAPERR)
+//!      │ yes                  └─ yes: grow it
+//!   does the VMA allow the access? ── no ──> SIGSEGV (ACCERR)
+//!      │ yes
+//!   present? ── yes ── write to a page that is not writable?
+//!      │                 │ shared: mark dirty, make writable
+//!      │                 │ private, ours alone: make writable (reuse)
+//!      │                 │ private, others' too: copy, map the copy (copy on write)
+//!      │                 └ no: another CPU was faster, or a stale TLB entry: flush it (spurious)
+//!      no
+//!      ├ anonymous, read:  map the zero page          write: map a fresh page of zeros
+//!      ├ file, read or shared: map the object's page  (NeedIo: come back when it is there; beyond the end: SIGBUS)
+//!      └ file, private, write: copy the object's page, map the copy
+//! ```
+//!
+//! Nothing waits inside: a page that must be read gives [`Outcome::NeedIo`], which holds no lock; the access is made again
+//! later and starts from the top.
+//!
+//! Invariants
+//! - `I1`: whatever is installed grants at most what the VMA grants (`I1` of the space).
+//! - `I2`: a writable leaf of a private VMA maps an anonymous page that has this one mapping only.
+//! - `I3`: accessed is set at installation, and dirty for a write: saves the processor two writes.
+//!
+//! Source: Linux `mm/memory.c` (`handle_mm_fault` and below), `arch/x86/mm/fault.c`; Bovet and Cesati, figure 9-4.
+
+use kmem_hal::{
+    Access, FaultCode, Frame, FrameTag, IoTicket, Page, PageFault, PageRange, SlotFlags, VirtAddr,
+};
+use kmem_paging::{Attributes, Leaf, Rights};
+
+use crate::env::Env;
+use crate::errno::Errno;
+use crate::flags::VmFlags;
+use crate::merge::may_share_anon;
+use crate::object::{FileRef, ObjectPage};
+use crate::space::{AddressSpace, State};
+use crate::tables::rights;
+use crate::vma::{AnonLink, Vma};
+
+/// Why a program gets a signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Signal {
+    /// `SIGSEGV` with `SEGV_MAPERR`: nothing is mapped there.
+    MapError,
+    /// `SIGSEGV` with `SEGV_ACCERR`: the mapping does not allow it.
+    AccessError,
+    /// `SIGBUS` with `BUS_ADRERR`: beyond the end of the file.
+    BusError,
+}
+
+/// What became of a fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use = "a fault that is not handled needs an answer"]
+pub enum Outcome {
+    /// Make the access again.
+    Handled,
+    /// A page is on its way; make the access again when the I/O is done.
+    NeedIo(IoTicket),
+    /// Tell the program.
+    Signal {
+        /// Which signal.
+        signal: Signal,
+        /// The address that was accessed.
+        address: VirtAddr,
+    },
+    /// The kernel itself accessed what is not mapped.
+    KernelFault,
+    /// No memory for the page: reclaim, choose a victim, or try again.
+    OutOfMemory,
+}
+
+/// A fault that ends before a page is installed.
+enum Stop {
+    Outcome(Outcome),
+    Errno(Errno),
+}
+
+impl From<Errno> for Stop {
+    fn from(errno: Errno) -> Self {
+        Self::Errno(errno)
+    }
+}
+
+impl<'m, E: Env> AddressSpace<'m, E> {
+    /// Handles a page fault of this space.
+    ///
+    /// Context: the faulting task's, interrupts on; may allocate; takes the space's lock.
+    #[doc(alias = "do_user_addr_fault")]
+    #[doc(alias = "handle_mm_fault")]
+    pub fn fault(&self, fault: &PageFault) -> Outcome {
+        if fault.address.as_u64() >= self.layout().task_size {
+            return match fault.code.contains(FaultCode::USER) {
+                true => Outcome::Signal {
+                    signal: Signal::MapError,
+                    address: fault.address,
+                },
+                false => Outcome::KernelFault,
+            };
+        }
+        let mut state = self.lock();
+        match self.fault_locked(&mut state, fault.address, fault.code.access()) {
+            Ok(()) => Outcome::Handled,
+            Err(Stop::Outcome(outcome)) => outcome,
+            Err(Stop::Errno(Errno::ENOMEM)) => Outcome::OutOfMemory,
+            Err(Stop::Errno(_)) => Outcome::Signal {
+                signal: Signal::BusError,
+                address: fault.address,
+            },
+        }
+    }
+
+    fn fault_locked(
+        &self,
+        state: &mut State<'m, E>,
+        address: VirtAddr,
+        access: Access,
+    ) -> Result<(), Stop> {
+        let page = Page::containing(address);
+        let signal = |signal| Err(Stop::Outcome(Outcome::Signal { signal, address }));
+        let Some(vma) = self.vma_or_stack(state, page)? else {
+            return signal(Signal::MapError);
+        };
+        if !allows(vma.flags, access) {
+            return signal(Signal::AccessError);
+        }
+        let write = access == Access::Write;
+        match self.leaf(page) {
+            Some(leaf) => self.present(state, &vma, page, leaf, access),
+            None if write && !vma.is_shared() => {
+                // A program that writes to its own copy owns pages from now on, even if this one cannot be had.
+                self.prepare_anon(state, page);
+                self.absent(&vma, page, address, true)
+            }
+            None => self.absent(&vma, page, address, write),
+        }
+    }
+
+    /// The VMA of a page, grown down to it where it is a stack and may.
+    fn vma_or_stack(&self, state: &mut State<'m, E>, page: Page) -> Result<Option<Vma>, Stop> {
+        let Some(vma) = state.vmas.at_or_after(page) else {
+            return Ok(None);
+        };
+        if vma.range.contains(page) {
+            return Ok(Some(vma));
+        }
+        if !vma.flags.contains(VmFlags::GROWSDOWN) {
+            return Ok(None);
+        }
+        let size =
+            (vma.range.last().number() - page.number() + 1).saturating_mul(kmem_hal::PAGE_SIZE);
+        let guard = crate::layout::STACK_GUARD_PAGES;
+        let below = state.vmas.before(page);
+        let blocked = below.is_some_and(|below| {
+            !below.flags.contains(VmFlags::GROWSDOWN)
+                && below.range.last().number() + guard >= page.number()
+        });
+        let added = vma.range.first().number() - page.number();
+        if size > state.limits.stack || blocked || !self.may_expand(state, added, vma.flags) {
+            return Ok(None);
+        }
+        let Some(grown) = PageRange::new(page, vma.range.last()) else {
+            return Ok(None);
+        };
+        state.vmas.edit()?.grow_down(vma.range.first(), grown);
+        Ok(state.vmas.get(page))
+    }
+
+    /// Something is mapped and the access still faulted.
+    fn present(
+        &self,
+        state: &mut State<'m, E>,
+        vma: &Vma,
+        page: Page,
+        leaf: Leaf,
+        access: Access,
+    ) -> Result<(), Stop> {
+        let granted = rights(vma.flags);
+        if access != Access::Write || leaf.is_writable() {
+            // The entry allows it (a stale translation), or the mapping was given more rights since.
+            let mut now = granted;
+            now.set(Rights::WRITE, leaf.is_writable());
+            self.raise(page, leaf.attributes.rights(now).accessed());
+            return Ok(());
+        }
+        let attributes = leaf.attributes.rights(granted).accessed().dirty();
+        if vma.is_shared() {
+            self.mm().slot(leaf.frame).set_flags(SlotFlags::DIRTY);
+            self.raise(page, attributes);
+            return Ok(());
+        }
+        self.prepare_anon(state, page);
+        if self.is_ours_alone(leaf.frame) {
+            self.raise(page, attributes);
+            return Ok(());
+        }
+        let source = (leaf.frame != self.mm().zero_page()).then_some(leaf.frame);
+        let copy = self.mm().new_anonymous(page.number(), source)?;
+        let mapping = self.mm().map_new(copy)?;
+        self.exchange(page, mapping, Attributes::new(granted).accessed().dirty())?;
+        Ok(())
+    }
+
+    /// Whether an anonymous page has one mapping and nobody else who looks at it (`I2`).
+    #[doc(alias = "wp_can_reuse_anon_folio")]
+    fn is_ours_alone(&self, frame: Frame) -> bool {
+        let page = self.mm().user(frame);
+        page.slot().tag() == FrameTag::Anon && page.mappings() == 1 && page.references() == 1
+    }
+
+    /// Nothing is mapped.
+    fn absent(&self, vma: &Vma, page: Page, address: VirtAddr, write: bool) -> Result<(), Stop> {
+        let granted = rights(vma.flags);
+        let mut attributes = Attributes::new(granted).accessed();
+        let mapping = match vma.file {
+            None if write => {
+                attributes.dirty = true;
+                self.mm()
+                    .map_new(self.mm().new_anonymous(page.number(), None)?)?
+            }
+            None => {
+                attributes = attributes.write_protected();
+                self.mm().map_page(self.mm().zero_page())?
+            }
+            Some(file) => {
+                let source = self.object_frame(file, vma.object_page(page), address)?;
+                if vma.is_shared() {
+                    let shared_memory = self.mm().object_info(file).is_shared_memory;
+                    if write || shared_memory {
+                        self.mm().slot(source).set_flags(SlotFlags::DIRTY);
+                        attributes.dirty = write;
+                    } else {
+                        // The first write must be seen, so that it reaches the file.
+                        attributes = attributes.write_protected();
+                    }
+                    self.mm().map_page(source)?
+                } else if write {
+                    attributes.dirty = true;
+                    self.mm()
+                        .map_new(self.mm().new_anonymous(page.number(), Some(source))?)?
+                } else {
+                    attributes = attributes.write_protected();
+                    self.mm().map_page(source)?
+                }
+            }
+        };
+        self.install(page, mapping, attributes)?;
+        Ok(())
+    }
+
+    fn object_frame(&self, file: FileRef, index: u64, address: VirtAddr) -> Result<Frame, Stop> {
+        match self.mm().object_page(file, index)? {
+            ObjectPage::Ready(frame) => Ok(frame),
+            ObjectPage::NeedIo(ticket) => Err(Stop::Outcome(Outcome::NeedIo(ticket))),
+            ObjectPage::Beyond => Err(Stop::Outcome(Outcome::Signal {
+                signal: Signal::BusError,
+                address,
+            })),
+        }
+    }
+
+    /// Gives a private VMA a reverse map before its first anonymous page: a neighbour's where Linux takes it.
+    #[doc(alias = "anon_vma_prepare")]
+    fn prepare_anon(&self, state: &mut State<'m, E>, page: Page) {
+        let Some(vma) = state.vmas.get(page) else {
+            return;
+        };
+        if vma.anon.is_some() || vma.is_shared() {
+            return;
+        }
+        let next = vma
+            .range
+            .last()
+            .checked_add(1)
+            .and_then(|next| state.vmas.get(next));
+        let previous = vma
+            .range
+            .first()
+            .checked_sub(1)
+            .and_then(|previous| state.vmas.get(previous));
+        let usable = |other: Option<Vma>, fits: fn(&Vma, &Vma) -> bool| {
+            other
+                .filter(|other| fits(&vma, other))
+                .and_then(|other| other.anon)
+                .filter(|anon| anon.singular)
+        };
+        let shared = usable(next, may_share_anon)
+            .or_else(|| usable(previous, |vma, previous| may_share_anon(previous, vma)));
+        let anon = shared.unwrap_or_else(|| AnonLink {
+            id: self.mm().next_anon_id(),
+            singular: true,
+        });
+        state.vmas.update(page, |vma| vma.anon = Some(anon));
+    }
+
+    /// Notes that a private VMA holds anonymous pages, as a recorded run of a program says.
+    ///
+    /// The same bookkeeping as a first write fault, without a page.
+    pub fn note_written(&self, address: VirtAddr) {
+        let mut state = self.lock();
+        self.prepare_anon(&mut state, Page::containing(address));
+    }
+
+    /// Faults a page in as an access would, retrying while I/O is on its way.
+    pub(crate) fn bring_in(&self, address: VirtAddr, write: bool) -> Result<(), Errno> {
+        let page = Page::containing(address);
+        loop {
+            if let Some(leaf) = self.leaf(page)
+                && leaf.attributes.rights.grants_access()
+                && (!write || leaf.is_writable())
+            {
+                return Ok(());
+            }
+            let mut code = FaultCode::USER;
+            code.set(FaultCode::WRITE, write);
+            match self.fault(&PageFault { address, code }) {
+                Outcome::Handled => {}
+                Outcome::NeedIo(_) => kmem_hal::sync::spin_loop(),
+                Outcome::OutOfMemory => return Err(Errno::ENOMEM),
+                Outcome::Signal { .. } | Outcome::KernelFault => return Err(Errno::EFAULT),
+            }
+        }
+    }
+}
+
+/// Whether a mapping allows an access: any right at all allows reading on x86.
+fn allows(flags: VmFlags, access: Access) -> bool {
+    match access {
+        Access::Read => flags.intersects(VmFlags::ACCESS),
+        Access::Write => flags.contains(VmFlags::WRITE),
+        Access::Execute => flags.contains(VmFlags::EXEC),
+    }
+}

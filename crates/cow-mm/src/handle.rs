@@ -1,0 +1,45 @@
+//! What the trees hold: one word, a VMA's address or a frame's number.
+
+use core::ptr::NonNull;
+
+use kmem_hal::Frame;
+use kmem_vma_tree::Value;
+
+use crate::vma::Vma;
+
+/// A word in a tree. Which of the two it is the tree's owner knows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(transparent)]
+pub struct Handle(u64);
+
+impl Handle {
+    /// A VMA's address.
+    pub(crate) fn of_vma(vma: NonNull<Vma>) -> Self {
+        Self(vma.as_ptr().expose_provenance() as u64)
+    }
+
+    /// The VMA that the word is the address of.
+    pub(crate) fn vma(self) -> Option<NonNull<Vma>> {
+        NonNull::new(core::ptr::with_exposed_provenance_mut(self.0 as usize))
+    }
+
+    /// A frame's number.
+    pub(crate) fn of_frame(frame: Frame) -> Self {
+        Self(frame.number())
+    }
+
+    /// The frame that the word is the number of.
+    pub(crate) fn frame(self) -> Frame {
+        Frame::from_number(self.0)
+    }
+}
+
+impl Value for Handle {
+    fn to_word(self) -> u64 {
+        self.0
+    }
+
+    fn from_word(word: u64) -> Self {
+        Self(word)
+    }
+}

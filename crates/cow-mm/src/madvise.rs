@@ -1,0 +1,244 @@
+//! madvise, mlock, msync, mincore: advice and upkeep over ranges.
+//!
+//! Each walks the mappings of a range in order. A hole is remembered, the rest is done, and the call answers ENOMEM.
+//!
+//! Source: madvise(2), mlock(2), msync(2), mincore(2); Linux `mm/madvise.c`, `mm/mlock.c`, `mm/msync.c`.
+
+use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
+
+use crate::env::Env;
+use crate::errno::Errno;
+use crate::flags::{Advice, VmFlags};
+use crate::space::{AddressSpace, State};
+use crate::vma::Vma;
+
+impl<'m, E: Env> AddressSpace<'m, E> {
+    /// Tells the kernel how a range will be used.
+    ///
+    /// [`Advice::missing_effect`] says which advice is accepted without its full effect.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EINVAL`] for an unaligned address, a length that wraps, or advice that the mapping cannot take;
+    /// [`Errno::ENOMEM`] where there was a hole: the advice was applied to the rest.
+    #[doc(alias = "do_madvise")]
+    pub fn madvise(&self, address: u64, length: u64, advice: Advice) -> Result<(), Errno> {
+        let Some(range) = self.advised_range(address, length)? else {
+            return Ok(());
+        };
+        match advice {
+            Advice::PopulateRead => {
+                return self.populate(address, range.count() * PAGE_SIZE, false);
+            }
+            Advice::PopulateWrite => {
+                return self.populate(address, range.count() * PAGE_SIZE, true);
+            }
+            _ => {}
+        }
+        let mut state = self.lock();
+        self.for_each_part(&mut state, range, |state, vma, part| {
+            self.advise_part(state, vma, part, advice)
+        })
+    }
+
+    fn advise_part(
+        &self,
+        state: &mut State<'m, E>,
+        vma: &Vma,
+        part: PageRange,
+        advice: Advice,
+    ) -> Result<(), Errno> {
+        let special = vma.flags.intersects(VmFlags::SPECIAL);
+        let (on, off) = match advice {
+            Advice::DontNeed | Advice::Free => {
+                if vma.flags.intersects(VmFlags::LOCKED | VmFlags::PFNMAP)
+                    || (advice == Advice::Free && !vma.is_anonymous())
+                {
+                    return Err(Errno::EINVAL);
+                }
+                self.zap(part);
+                return Ok(());
+            }
+            Advice::Cold | Advice::PageOut => {
+                let refused = vma.flags.intersects(VmFlags::LOCKED | VmFlags::PFNMAP);
+                return if refused { Err(Errno::EINVAL) } else { Ok(()) };
+            }
+            Advice::WillNeed | Advice::PopulateRead | Advice::PopulateWrite => return Ok(()),
+            Advice::Normal => (VmFlags::empty(), VmFlags::SEQ_READ | VmFlags::RAND_READ),
+            Advice::Random => (VmFlags::RAND_READ, VmFlags::SEQ_READ),
+            Advice::Sequential => (VmFlags::SEQ_READ, VmFlags::RAND_READ),
+            Advice::DontFork => (VmFlags::DONTCOPY, VmFlags::empty()),
+            Advice::DoFork if vma.flags.contains(VmFlags::PFNMAP) => return Err(Errno::EINVAL),
+            Advice::DoFork => (VmFlags::empty(), VmFlags::DONTCOPY),
+            Advice::WipeOnFork if !vma.is_anonymous() || vma.is_shared() => {
+                return Err(Errno::EINVAL);
+            }
+            Advice::WipeOnFork => (VmFlags::WIPEONFORK, VmFlags::empty()),
+            Advice::KeepOnFork => (VmFlags::empty(), VmFlags::WIPEONFORK),
+            Advice::DontDump => (VmFlags::DONTDUMP, VmFlags::empty()),
+            Advice::DoDump if special => return Err(Errno::EINVAL),
+            Advice::DoDump => (VmFlags::empty(), VmFlags::DONTDUMP),
+            Advice::Mergeable => (VmFlags::MERGEABLE, VmFlags::empty()),
+            Advice::Unmergeable => (VmFlags::empty(), VmFlags::MERGEABLE),
+            Advice::HugePage => (VmFlags::HUGEPAGE, VmFlags::NOHUGEPAGE),
+            Advice::NoHugePage => (VmFlags::NOHUGEPAGE, VmFlags::HUGEPAGE),
+        };
+        self.set_flags(state, vma, part, on, off)
+    }
+
+    fn set_flags(
+        &self,
+        state: &mut State<'m, E>,
+        vma: &Vma,
+        part: PageRange,
+        on: VmFlags,
+        off: VmFlags,
+    ) -> Result<(), Errno> {
+        let flags = (vma.flags | on).difference(off);
+        if flags != vma.flags {
+            state.vmas.edit()?.modify(part, |new| new.flags = flags);
+        }
+        Ok(())
+    }
+
+    /// Calls `f` with each mapping's part of the range; holes make the whole answer ENOMEM in the end.
+    fn for_each_part(
+        &self,
+        state: &mut State<'m, E>,
+        range: PageRange,
+        mut f: impl FnMut(&mut State<'m, E>, &Vma, PageRange) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        let mut at = range.first();
+        let mut hole = false;
+        while let Some(vma) = state
+            .vmas
+            .at_or_after(at)
+            .filter(|vma| vma.range.first() <= range.last())
+        {
+            hole |= vma.range.first() > at;
+            let first = at.max(vma.range.first());
+            let last = vma.range.last().min(range.last());
+            let Some(part) = PageRange::new(first, last) else {
+                break;
+            };
+            f(state, &vma, part)?;
+            match last.checked_add(1) {
+                Some(next) if next <= range.last() => at = next,
+                _ => return if hole { Err(Errno::ENOMEM) } else { Ok(()) },
+            }
+        }
+        Err(Errno::ENOMEM)
+    }
+
+    /// Keeps a range in memory, and brings it in.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EINVAL`] for a length that wraps; [`Errno::EAGAIN`] beyond the limit; [`Errno::ENOMEM`] where there was a
+    /// hole or no memory.
+    pub fn mlock(&self, address: u64, length: u64) -> Result<(), Errno> {
+        let start = address & !(PAGE_SIZE - 1);
+        let length = length.checked_add(address - start).ok_or(Errno::EINVAL)?;
+        let Some(range) = self.advised_range(start, length)? else {
+            return Ok(());
+        };
+        {
+            let mut state = self.lock();
+            if !self.may_lock(&state, range.count()) {
+                return Err(Errno::EAGAIN);
+            }
+            self.for_each_part(&mut state, range, |state, vma, part| {
+                self.set_flags(state, vma, part, VmFlags::LOCKED, VmFlags::empty())
+            })?;
+        }
+        self.populate(start, length, false)
+    }
+
+    /// Lets a range go that `mlock` keeps.
+    ///
+    /// # Errors
+    ///
+    /// As [`mlock`](Self::mlock).
+    pub fn munlock(&self, address: u64, length: u64) -> Result<(), Errno> {
+        let start = address & !(PAGE_SIZE - 1);
+        let length = length.checked_add(address - start).ok_or(Errno::EINVAL)?;
+        let Some(range) = self.advised_range(start, length)? else {
+            return Ok(());
+        };
+        let mut state = self.lock();
+        self.for_each_part(&mut state, range, |state, vma, part| {
+            self.set_flags(state, vma, part, VmFlags::empty(), VmFlags::LOCKED)
+        })
+    }
+
+    /// Writes the dirty pages of shared file mappings in a range to their files (`MS_SYNC`).
+    ///
+    /// When it answers `Ok`, the provider holds the bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EINVAL`] for an unaligned address; [`Errno::ENOMEM`] where there was a hole (the rest is written);
+    /// [`Errno::EIO`] where the provider failed.
+    pub fn msync(&self, address: u64, length: u64) -> Result<(), Errno> {
+        let Some(range) = self.advised_range(address, length)? else {
+            return Ok(());
+        };
+        let mut state = self.lock();
+        self.for_each_part(&mut state, range, |_, vma, part| {
+            let Some(file) = vma.file.filter(|_| vma.is_shared()) else {
+                return Ok(());
+            };
+            let first = Page::new(vma.object_page(part.first())).ok_or(Errno::EINVAL)?;
+            let indices = PageRange::with_count(first, part.count()).ok_or(Errno::EINVAL)?;
+            self.mm().write_back(file, indices)
+        })
+    }
+
+    /// Says which pages of a range are in memory: one byte per page, bit 0.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EINVAL`] for an unaligned address; [`Errno::ENOMEM`] where a page is not mapped;
+    /// [`Errno::EFAULT`] where `vector` is shorter than the range has pages.
+    pub fn mincore(&self, address: u64, length: u64, vector: &mut [u8]) -> Result<(), Errno> {
+        let Some(range) = self.advised_range(address, length)? else {
+            return Ok(());
+        };
+        if (vector.len() as u64) < range.count() {
+            return Err(Errno::EFAULT);
+        }
+        let mut state = self.lock();
+        self.for_each_part(&mut state, range, |_, _, part| {
+            for page in part.iter() {
+                let index = (page.number() - range.first().number()) as usize;
+                vector[index] = u8::from(self.leaf(page).is_some());
+            }
+            Ok(())
+        })
+    }
+
+    /// Faults a range in ahead of use.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`] where a page is not mapped or no memory is left; [`Errno::EFAULT`] where a page cannot be
+    /// brought in; [`Errno::EINVAL`] where a page may not be accessed so.
+    pub(crate) fn populate(&self, address: u64, length: u64, write: bool) -> Result<(), Errno> {
+        let Some(range) = self.advised_range(address, length)? else {
+            return Ok(());
+        };
+        for page in range.iter() {
+            let vma = self.vma_at(page.start()).ok_or(Errno::ENOMEM)?;
+            let wanted = if write {
+                VmFlags::WRITE
+            } else {
+                VmFlags::ACCESS
+            };
+            if !vma.flags.intersects(wanted) {
+                return Err(Errno::EINVAL);
+            }
+            self.bring_in(VirtAddr::new(page.start().as_u64()), write)?;
+        }
+        Ok(())
+    }
+}

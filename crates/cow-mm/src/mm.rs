@@ -1,0 +1,223 @@
+//! What all address spaces of a kernel share: the environment, the zero page, and pages' lives.
+//!
+//! ```text
+//!   new_page ── 1 reference (the maker's) ── map: +1 mapping ── ... ── last mapping gone, 0 references ── free_page
+//! ```
+//!
+//! Invariants
+//! - `I1`: a [`PageRef`] stands for one mapping counted in the frame's slot.
+//! - `I2`: the zero page always has a reference of the `Mm`'s own, so no mapping's end frees it.
+
+use kmem_hal::sync::{AtomicU32, AtomicU64, Ordering};
+use kmem_hal::{
+    Frame, FrameHandle, FrameRange, FrameRequest, FrameSink, FrameSlot, FrameSource, FrameTag,
+    Order, OwnedFrame, PhysMap, UserSlot,
+};
+use kmem_paging::Env as PagingEnv;
+
+use crate::env::Env;
+use crate::errno::Errno;
+
+/// What every address space of a kernel shares.
+#[derive(Debug)]
+pub struct Mm<'m, E: Env> {
+    env: &'m E,
+    zero: Frame,
+    numbers: AtomicU32,
+    anon_ids: AtomicU64,
+}
+
+/// One mapping of a page: what a leaf of a user table stands for (`I1`).
+#[derive(Debug, PartialEq, Eq)]
+#[must_use = "a dropped mapping keeps its page for ever; give it to Mm::put"]
+pub struct PageRef {
+    frame: Frame,
+}
+
+impl PageRef {
+    /// The page.
+    #[must_use]
+    pub const fn frame(&self) -> Frame {
+        self.frame
+    }
+}
+
+// SAFETY: H1, H2: the mapping's count passes through the numbers; single frames are naturally aligned.
+unsafe impl FrameHandle for PageRef {
+    fn into_entry(self) -> (Frame, Order) {
+        (self.frame, Order::ZERO)
+    }
+
+    unsafe fn from_entry(first: Frame, _order: Order) -> Self {
+        Self { frame: first }
+    }
+}
+
+// SAFETY: D1: a mapping is always of a single frame, so there is nothing to divide.
+unsafe impl kmem_paging::Divisible for PageRef {}
+
+impl<'m, E: Env> Mm<'m, E> {
+    /// Prepares to make address spaces: takes one frame for the zero page.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`].
+    pub fn new(env: &'m E) -> Result<Self, Errno> {
+        let mm = Self {
+            env,
+            zero: Frame::ZERO,
+            numbers: AtomicU32::new(1),
+            anon_ids: AtomicU64::new(1),
+        };
+        let zero = mm.new_page(FrameTag::File, 0, 0, &FrameRequest::ONE.zeroed())?;
+        Ok(Self { zero, ..mm })
+    }
+
+    /// Gives the zero page back. Every address space and object must be gone.
+    pub fn finish(self) {
+        self.put_reference(self.zero);
+    }
+
+    /// The environment.
+    #[must_use]
+    pub fn env(&self) -> &'m E {
+        self.env
+    }
+
+    /// The page of zeros that first reads map.
+    #[doc(alias = "ZERO_PAGE")]
+    #[must_use]
+    pub fn zero_page(&self) -> Frame {
+        self.zero
+    }
+
+    pub(crate) fn next_number(&self) -> u32 {
+        self.numbers.fetch_add(1, Ordering::Relaxed)
+    }
+
+    pub(crate) fn next_anon_id(&self) -> core::num::NonZeroU64 {
+        let id = self.anon_ids.fetch_add(1, Ordering::Relaxed);
+        core::num::NonZeroU64::new(id).unwrap_or(core::num::NonZeroU64::MIN)
+    }
+
+    pub(crate) fn slot(&self, frame: Frame) -> &'m FrameSlot {
+        match self.env.paging().slots().slot(frame) {
+            Some(slot) => slot,
+            None => unreachable!("E2: a frame of the source without a slot"),
+        }
+    }
+
+    /// A page of its own with one reference, the caller's.
+    pub(crate) fn new_page(
+        &self,
+        tag: FrameTag,
+        object: u32,
+        index: u64,
+        request: &FrameRequest,
+    ) -> Result<Frame, Errno> {
+        let owned = self.env.paging().frames().alloc(request)?;
+        let (frame, order) = owned.into_raw();
+        match UserSlot::claim(
+            self.slot(frame),
+            tag,
+            order,
+            object,
+            index & ((1 << 52) - 1),
+        ) {
+            Some(_) => Ok(frame),
+            None => unreachable!("user pages are anonymous or of a file"),
+        }
+    }
+
+    /// An anonymous page of zeros, or a copy of `source`; the reference is the caller's.
+    pub(crate) fn new_anonymous(&self, index: u64, source: Option<Frame>) -> Result<Frame, Errno> {
+        let request = FrameRequest::ONE.movable();
+        let request = if source.is_none() {
+            request.zeroed()
+        } else {
+            request
+        };
+        let frame = self.new_page(FrameTag::Anon, 0, index, &request)?;
+        if let Some(source) = source {
+            // SAFETY: the caller keeps `source` referenced; `frame` is new and nobody else's; E2: both are in reach.
+            unsafe { self.env.paging().map().copy(source, frame) };
+        }
+        Ok(frame)
+    }
+
+    /// A mapping of a page on which the caller holds a reference or the lock that keeps it mapped.
+    pub(crate) fn map_page(&self, frame: Frame) -> Result<PageRef, Errno> {
+        let page = self.user(frame);
+        page.add_mapping().map_err(|_| Errno::ENOMEM)?;
+        Ok(PageRef { frame })
+    }
+
+    /// Turns the caller's reference of a new page into its first mapping.
+    pub(crate) fn map_new(&self, frame: Frame) -> Result<PageRef, Errno> {
+        let mapping = self.map_page(frame);
+        self.put_reference(frame);
+        mapping
+    }
+
+    /// Ends a mapping whose translation has been flushed everywhere.
+    pub(crate) fn put(&self, mapping: PageRef) {
+        let frame = mapping.frame;
+        if self.user(frame).sub_mapping() == Ok((0, 0)) {
+            self.free_page(frame, Order::ZERO);
+        }
+    }
+
+    pub(crate) fn user(&self, frame: Frame) -> UserSlot<'m> {
+        match self.slot(frame).as_user() {
+            Some(page) => page,
+            None => unreachable!("I1: a mapped frame is a user page"),
+        }
+    }
+
+    pub(crate) fn free_page(&self, frame: Frame, order: Order) {
+        self.slot(frame).release();
+        // SAFETY: O1: the last reference is gone; O2: the frame was allocated with this order; O3: the last mapping
+        // was flushed before it was given to `put`.
+        let owned = unsafe { OwnedFrame::from_raw(frame, order) };
+        self.env.paging().frames().free(owned);
+    }
+
+    /// Reads the bytes of a frame that the caller keeps referenced.
+    pub(crate) fn read_frame(&self, frame: Frame, offset: usize, to: &mut [u8]) {
+        let (start, length) = clip(offset, to.len());
+        let pointer = self.env.paging().map().to_ptr(frame.start());
+        // SAFETY: E2 and P1: the frame's bytes are valid; `clip` keeps to the page.
+        unsafe {
+            core::ptr::copy_nonoverlapping(pointer.add(start).cast_const(), to.as_mut_ptr(), length)
+        }
+    }
+
+    /// Writes the bytes of a frame that the caller keeps referenced and may write.
+    pub(crate) fn write_frame(&self, frame: Frame, offset: usize, from: &[u8]) {
+        let (start, length) = clip(offset, from.len());
+        let pointer = self.env.paging().map().to_ptr(frame.start());
+        // SAFETY: as in `read_frame`, and the caller may write.
+        unsafe { core::ptr::copy_nonoverlapping(from.as_ptr(), pointer.add(start), length) }
+    }
+
+    /// Fills part of a frame with zeros.
+    pub(crate) fn zero_frame(&self, frame: Frame, offset: usize, length: usize) {
+        let (start, length) = clip(offset, length);
+        let pointer = self.env.paging().map().to_ptr(frame.start());
+        // SAFETY: as in `write_frame`.
+        unsafe { pointer.add(start).write_bytes(0, length) }
+    }
+
+    /// The frames that all spaces may be told to use: what the map reaches.
+    #[must_use]
+    pub fn reach(&self) -> FrameRange {
+        self.env.paging().map().reach()
+    }
+}
+
+const fn clip(offset: usize, length: usize) -> (usize, usize) {
+    let page = kmem_hal::PAGE_SIZE as usize;
+    let start = if offset < page { offset } else { page };
+    let room = page - start;
+    (start, if length < room { length } else { room })
+}

@@ -1,0 +1,307 @@
+//! mmap: a new mapping.
+//!
+//! ```text
+//!  arguments ── checks in Linux's order ── place ── clear what is there (FIXED) ── account ── merge or insert
+//! ```
+//!
+//! The order of the checks is visible: a call that is wrong in two ways answers the first of Linux's errors. Nothing is
+//! changed before the last check passes and all memory for the change is in hand.
+//!
+//! Source: mmap(2); Linux `mm/mmap.c` (`do_mmap`), `mm/vma.c` (`mmap_region`).
+
+use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
+
+use crate::env::Env;
+use crate::errno::Errno;
+use crate::flags::{MapFlags, Prot, VmFlags};
+use crate::layout::MAX_MAP_COUNT;
+use crate::merge::Candidate;
+use crate::object::FileRef;
+use crate::place::Placement;
+use crate::space::{AddressSpace, State};
+use crate::vma::Label;
+
+/// The arguments of an mmap call.
+#[derive(Clone, Copy, Debug)]
+pub struct MapRequest {
+    /// The hint, or with `FIXED` the address.
+    pub address: u64,
+    /// Bytes.
+    pub length: u64,
+    /// What the mapping may be used for.
+    pub prot: Prot,
+    /// How it is made.
+    pub flags: MapFlags,
+    /// The file; ignored with `ANONYMOUS`.
+    pub file: Option<OpenFile>,
+    /// Offset in the file, in bytes.
+    pub offset: u64,
+}
+
+/// An open file as mmap sees it: which, and what its mode allows.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OpenFile {
+    /// The file and the open.
+    pub file: FileRef,
+    /// Opened for reading.
+    pub readable: bool,
+    /// Opened for writing.
+    pub writable: bool,
+}
+
+impl MapRequest {
+    /// Private memory without a file, placed by the kernel.
+    #[must_use]
+    pub const fn anonymous(length: u64, prot: Prot) -> Self {
+        let flags = MapFlags::PRIVATE.union(MapFlags::ANONYMOUS);
+        Self {
+            address: 0,
+            length,
+            prot,
+            flags,
+            file: None,
+            offset: 0,
+        }
+    }
+
+    /// The same, exactly at `address`.
+    #[must_use]
+    pub const fn at(mut self, address: u64) -> Self {
+        self.address = address;
+        self.flags = self.flags.union(MapFlags::FIXED);
+        self
+    }
+}
+
+/// A request after its checks.
+struct Checked {
+    range: PageRange,
+    flags: VmFlags,
+    offset: u64,
+    file: Option<FileRef>,
+    shared_anonymous: bool,
+}
+
+impl<'m, E: Env> AddressSpace<'m, E> {
+    /// Maps memory or a file; gives the address of its first byte.
+    ///
+    /// # Errors
+    ///
+    /// Those of mmap(2), checked in Linux's order; nothing is changed then.
+    ///
+    /// # Examples
+    ///
+    /// See the crate's front page.
+    #[doc(alias = "do_mmap")]
+    pub fn mmap(&self, request: &MapRequest) -> Result<VirtAddr, Errno> {
+        let mut state = self.lock();
+        let checked = self.check_mmap(&state, request)?;
+        let start = checked.range.start();
+        self.map_checked(&mut state, checked)?;
+        drop(state);
+        if request
+            .flags
+            .intersects(MapFlags::POPULATE | MapFlags::LOCKED)
+        {
+            // As in Linux, a page that cannot be populated now is no error of mmap.
+            let _ = self.populate(
+                start.as_u64(),
+                request.length,
+                request.prot.contains(Prot::WRITE),
+            );
+        }
+        Ok(start)
+    }
+
+    fn check_mmap(&self, state: &State<'m, E>, request: &MapRequest) -> Result<Checked, Errno> {
+        if !request.offset.is_multiple_of(PAGE_SIZE) {
+            return Err(Errno::EINVAL);
+        }
+        let anonymous = request.flags.contains(MapFlags::ANONYMOUS);
+        let file = if anonymous {
+            None
+        } else {
+            Some(request.file.ok_or(Errno::EBADF)?)
+        };
+        if request.flags.contains(MapFlags::HUGETLB) || request.length == 0 {
+            return Err(Errno::EINVAL);
+        }
+        let pages = request.length.div_ceil(PAGE_SIZE);
+        let offset = request.offset / PAGE_SIZE;
+        if request.length > u64::MAX - (PAGE_SIZE - 1) {
+            return Err(Errno::ENOMEM);
+        }
+        if offset
+            .checked_add(pages)
+            .is_none_or(|end| end > u64::MAX / PAGE_SIZE + 1)
+        {
+            return Err(Errno::EOVERFLOW);
+        }
+        if state.vmas.len() > MAX_MAP_COUNT {
+            return Err(Errno::ENOMEM);
+        }
+        let range = self.place_request(state, request, pages)?;
+        if request.flags.contains(MapFlags::LOCKED) && !self.may_lock(state, pages) {
+            return Err(Errno::EAGAIN);
+        }
+        let (flags, offset) = self.mmap_flags(request, file, range, offset)?;
+        if !self.may_expand(state, pages, flags) {
+            return Err(Errno::ENOMEM);
+        }
+        Ok(Checked {
+            range,
+            flags,
+            offset,
+            file: file.map(|open| open.file),
+            shared_anonymous: anonymous && flags.contains(VmFlags::SHARED),
+        })
+    }
+
+    fn place_request(
+        &self,
+        state: &State<'m, E>,
+        request: &MapRequest,
+        pages: u64,
+    ) -> Result<PageRange, Errno> {
+        let task_pages = self.layout().task_size / PAGE_SIZE;
+        if pages > task_pages {
+            return Err(Errno::ENOMEM);
+        }
+        let fixed = request
+            .flags
+            .intersects(MapFlags::FIXED | MapFlags::FIXED_NOREPLACE);
+        if !fixed {
+            let huge_align = request.flags.contains(MapFlags::ANONYMOUS)
+                && request.flags.map_type() == MapFlags::PRIVATE.bits();
+            let placement = Placement {
+                hint: request.address,
+                pages,
+                low: request.flags.contains(MapFlags::MAP_32BIT),
+                huge_align,
+                guard_below: guard_pages(request.flags),
+            };
+            return state.place(self.layout(), &placement).ok_or(Errno::ENOMEM);
+        }
+        if request.address > self.layout().task_size - pages * PAGE_SIZE {
+            return Err(Errno::ENOMEM);
+        }
+        let first = Page::starting_at(VirtAddr::new(request.address)).ok_or(Errno::EINVAL)?;
+        let range = PageRange::with_count(first, pages).ok_or(Errno::ENOMEM)?;
+        if first < self.layout().search.first() && first.number() < 16 {
+            return Err(Errno::EPERM);
+        }
+        if request.flags.contains(MapFlags::FIXED_NOREPLACE) && !state.vmas.is_free(range) {
+            return Err(Errno::EEXIST);
+        }
+        Ok(range)
+    }
+
+    /// The VMA's flags and offset, or why the file's mode or the type forbids them.
+    fn mmap_flags(
+        &self,
+        request: &MapRequest,
+        file: Option<OpenFile>,
+        range: PageRange,
+        offset: u64,
+    ) -> Result<(VmFlags, u64), Errno> {
+        let may = VmFlags::MAYREAD | VmFlags::MAYWRITE | VmFlags::MAYEXEC;
+        let mut flags = VmFlags::from_prot(request.prot) | may;
+        let mut offset = offset;
+        let growsdown = request.flags.contains(MapFlags::GROWSDOWN);
+        match (request.flags.map_type(), file) {
+            (1 | MapFlags::SHARED_VALIDATE, Some(open)) => {
+                if request.prot.contains(Prot::WRITE) && !open.writable {
+                    return Err(Errno::EACCES);
+                }
+                flags |= VmFlags::SHARED | VmFlags::MAYSHARE;
+                if !open.writable {
+                    flags -= VmFlags::MAYWRITE | VmFlags::SHARED;
+                }
+                if !open.readable {
+                    return Err(Errno::EACCES);
+                }
+                if growsdown {
+                    return Err(Errno::EINVAL);
+                }
+            }
+            (2, Some(open)) => {
+                if !open.readable {
+                    return Err(Errno::EACCES);
+                }
+                if growsdown {
+                    return Err(Errno::EINVAL);
+                }
+            }
+            (1, None) => {
+                if growsdown {
+                    return Err(Errno::EINVAL);
+                }
+                flags |= VmFlags::SHARED | VmFlags::MAYSHARE;
+                offset = 0;
+            }
+            (2, None) => offset = range.first().number(),
+            _ => return Err(Errno::EINVAL),
+        }
+        if growsdown {
+            flags |= VmFlags::GROWSDOWN;
+        }
+        if request.flags.contains(MapFlags::LOCKED) {
+            flags |= VmFlags::LOCKED;
+        }
+        if request.flags.contains(MapFlags::NORESERVE) {
+            flags |= VmFlags::NORESERVE;
+        }
+        if request.flags.contains(MapFlags::STACK) {
+            flags |= VmFlags::NOHUGEPAGE;
+        }
+        if is_accounted(flags) {
+            flags |= VmFlags::ACCOUNT;
+        }
+        Ok((flags, offset))
+    }
+
+    fn map_checked(&self, state: &mut State<'m, E>, checked: Checked) -> Result<(), Errno> {
+        let made = if checked.shared_anonymous {
+            Some(self.mm().new_shared(checked.range.count())?)
+        } else {
+            None
+        };
+        let outcome = state.vmas.edit().map(|mut edit| {
+            edit.clear(checked.range);
+            let file = checked.file.or(made);
+            let (flags, offset) = (checked.flags, checked.offset);
+            edit.add(
+                checked.range,
+                Candidate {
+                    flags,
+                    offset,
+                    file,
+                    anon: None,
+                    label: Label::None,
+                },
+                true,
+            );
+        });
+        if let Some(file) = made {
+            // The VMA holds a reference of its own; this was the call's.
+            self.mm().put_object(file);
+        }
+        outcome?;
+        self.zap(checked.range);
+        Ok(())
+    }
+}
+
+/// Private writable memory without NORESERVE counts against the commit limit (`accountable_mapping`).
+pub(crate) fn is_accounted(flags: VmFlags) -> bool {
+    let relevant = flags & (VmFlags::NORESERVE | VmFlags::SHARED | VmFlags::WRITE);
+    relevant == VmFlags::WRITE
+}
+
+fn guard_pages(flags: MapFlags) -> u64 {
+    if flags.contains(MapFlags::GROWSDOWN) {
+        crate::layout::STACK_GUARD_PAGES
+    } else {
+        0
+    }
+}

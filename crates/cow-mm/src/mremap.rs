@@ -1,0 +1,291 @@
+//! mremap: a mapping shrinks, grows, or moves.
+//!
+//! ```text
+//!   new < old   unmap the tail
+//!   new = old   nothing, unless it must move
+//!   new > old   room behind? grow in place. MAYMOVE? move. else ENOMEM
+//!   FIXED       unmap the target first (it stays unmapped if the rest fails), then move, mapping by mapping
+//! ```
+//!
+//! Source: mremap(2); Linux 6.17 and later `mm/mremap.c` (several VMAs can be moved at once).
+
+use kmem_hal::{PAGE_SIZE, PageRange};
+
+use crate::env::Env;
+use crate::errno::Errno;
+use crate::flags::{RemapFlags, VmFlags};
+use crate::layout::MAX_MAP_COUNT;
+use crate::merge::Candidate;
+use crate::place::Placement;
+use crate::space::{AddressSpace, State};
+use crate::vma::Vma;
+
+/// The arguments of an mremap call after its checks; lengths in whole pages, as bytes.
+#[derive(Clone, Copy)]
+struct Remap {
+    address: u64,
+    old: u64,
+    new: u64,
+    target: Option<u64>,
+    flags: RemapFlags,
+}
+
+impl<'m, E: Env> AddressSpace<'m, E> {
+    /// Changes a mapping's length, and moves it where it must or may; gives its address.
+    ///
+    /// `new_address` counts only with `FIXED` or `DONTUNMAP`. With `FIXED`, what is at the target is unmapped even if the
+    /// call fails later, as in Linux (docs/spec/partial-effects.md).
+    ///
+    /// # Errors
+    ///
+    /// Those of mremap(2), checked in Linux's order.
+    #[doc(alias = "do_mremap")]
+    pub fn mremap(
+        &self,
+        address: u64,
+        old_length: u64,
+        new_length: u64,
+        flags: RemapFlags,
+        new_address: u64,
+    ) -> Result<u64, Errno> {
+        let align = |length: u64| length.checked_next_multiple_of(PAGE_SIZE).unwrap_or(0);
+        let fixed = flags.intersects(RemapFlags::FIXED | RemapFlags::DONTUNMAP);
+        let remap = Remap {
+            address,
+            old: align(old_length),
+            new: align(new_length),
+            target: (flags.contains(RemapFlags::FIXED)
+                || flags.contains(RemapFlags::DONTUNMAP) && new_address != 0)
+                .then_some(new_address),
+            flags,
+        };
+        let mut state = self.lock();
+        self.check_remap(&state, &remap, fixed, new_address)?;
+        if fixed {
+            return self.remap_to(&mut state, &remap);
+        }
+        let vma = self.remapped_vma(&state, &remap)?;
+        if remap.new < remap.old {
+            self.munmap_locked(&mut state, address + remap.new, remap.old - remap.new)?;
+            return Ok(address);
+        }
+        if remap.new == remap.old {
+            return Ok(address);
+        }
+        self.grow(&mut state, &vma, &remap)
+    }
+
+    fn check_remap(
+        &self,
+        state: &State<'m, E>,
+        remap: &Remap,
+        fixed: bool,
+        new_address: u64,
+    ) -> Result<(), Errno> {
+        let task_size = self.layout().task_size;
+        if remap.flags.bits() & !RemapFlags::all().bits() != 0
+            || !remap.address.is_multiple_of(PAGE_SIZE)
+            || remap.new == 0
+            || remap.new > task_size
+        {
+            return Err(Errno::EINVAL);
+        }
+        if !fixed {
+            return Ok(());
+        }
+        let (from, to) = (remap.address, new_address);
+        let overlaps = to < from.saturating_add(remap.old) && from < to.saturating_add(remap.new);
+        if new_address > task_size - remap.new
+            || !new_address.is_multiple_of(PAGE_SIZE)
+            || !remap.flags.contains(RemapFlags::MAYMOVE)
+            || remap.flags.contains(RemapFlags::DONTUNMAP) && remap.old != remap.new
+            || overlaps
+        {
+            return Err(Errno::EINVAL);
+        }
+        if state.vmas.len() + 2 >= MAX_MAP_COUNT - 3 {
+            return Err(Errno::ENOMEM);
+        }
+        Ok(())
+    }
+
+    /// The one mapping that a call without `FIXED` is about (`check_prep_vma`).
+    fn remapped_vma(&self, state: &State<'m, E>, remap: &Remap) -> Result<Vma, Errno> {
+        let page = kmem_hal::Page::containing(kmem_hal::VirtAddr::new(remap.address));
+        let vma = state.vmas.get(page).ok_or(Errno::EFAULT)?;
+        if remap.old == 0 && !vma.flags.intersects(VmFlags::SHARED | VmFlags::MAYSHARE) {
+            return Err(Errno::EINVAL);
+        }
+        if remap.flags.contains(RemapFlags::DONTUNMAP) && vma.flags.intersects(VmFlags::SPECIAL) {
+            return Err(Errno::EINVAL);
+        }
+        if remap.new <= remap.old {
+            return Ok(vma);
+        }
+        let room = vma.range.last().start().as_u64() + PAGE_SIZE - remap.address;
+        if remap.old > room {
+            return Err(Errno::EFAULT);
+        }
+        if vma.flags.intersects(VmFlags::SPECIAL) {
+            return Err(Errno::EFAULT);
+        }
+        let pages = (remap.new - remap.old) / PAGE_SIZE;
+        if vma.flags.contains(VmFlags::LOCKED) && !self.may_lock(state, pages) {
+            return Err(Errno::EAGAIN);
+        }
+        if !self.may_expand(state, pages, vma.flags) {
+            return Err(Errno::ENOMEM);
+        }
+        Ok(vma)
+    }
+
+    /// Grows in place where the mapping ends at the old length and there is room behind it; else moves.
+    fn grow(&self, state: &mut State<'m, E>, vma: &Vma, remap: &Remap) -> Result<u64, Errno> {
+        let end = vma.range.last().start().as_u64() + PAGE_SIZE;
+        let added = remap.new - remap.old;
+        let behind = self.user_range(end, added / PAGE_SIZE);
+        let fits = |range: &PageRange| {
+            end.checked_add(added)
+                .is_some_and(|end| end <= self.layout().task_size)
+                && range.last() <= self.layout().search.last()
+                && state.vmas.is_free(*range)
+        };
+        if remap.address + remap.old == end
+            && remap.old > 0
+            && let Some(range) = behind.filter(fits)
+        {
+            let mut tail = Candidate::from(vma);
+            tail.offset = vma.object_page(vma.range.last()) + 1;
+            state.vmas.edit()?.add(range, tail, true);
+            return Ok(remap.address);
+        }
+        if !remap.flags.contains(RemapFlags::MAYMOVE) {
+            return Err(Errno::ENOMEM);
+        }
+        let pages = remap.new / PAGE_SIZE;
+        let placement = Placement {
+            hint: 0,
+            pages,
+            low: false,
+            huge_align: vma.is_anonymous(),
+            guard_below: vma.guard_below(),
+        };
+        let target = state
+            .place(self.layout(), &placement)
+            .ok_or(Errno::ENOMEM)?;
+        self.move_part(state, vma, remap.address, remap.old, target, false)?;
+        Ok(target.start().as_u64())
+    }
+
+    /// Moves to an address that the caller names (or, for `DONTUNMAP` without one, that is chosen).
+    fn remap_to(&self, state: &mut State<'m, E>, remap: &Remap) -> Result<u64, Errno> {
+        let keep = remap.flags.contains(RemapFlags::DONTUNMAP);
+        let Some(target) = remap.target else {
+            let vma = self.remapped_vma(state, remap)?;
+            let placement = Placement {
+                hint: 0,
+                pages: remap.new / PAGE_SIZE,
+                low: false,
+                huge_align: vma.is_anonymous(),
+                guard_below: vma.guard_below(),
+            };
+            let range = state
+                .place(self.layout(), &placement)
+                .ok_or(Errno::ENOMEM)?;
+            self.move_part(state, &vma, remap.address, remap.old, range, keep)?;
+            return Ok(range.start().as_u64());
+        };
+        // Several mappings can be moved at once, as long as none changes its length.
+        let several = remap.old == remap.new;
+        let page = |address: u64| kmem_hal::Page::containing(kmem_hal::VirtAddr::new(address));
+        let first = match several {
+            true => state
+                .vmas
+                .at_or_after(page(remap.address))
+                .filter(|vma| vma.range.first().start().as_u64() < remap.address + remap.old)
+                .ok_or(Errno::EFAULT)?,
+            false => self.remapped_vma(state, remap)?,
+        };
+        if first.range.first() > page(remap.address) {
+            return Err(Errno::EFAULT);
+        }
+        self.munmap_locked(state, target, remap.new)?;
+        if remap.new < remap.old {
+            self.munmap_locked(state, remap.address + remap.new, remap.old - remap.new)?;
+        }
+        if !several {
+            let vma = self.remapped_vma(
+                state,
+                &Remap {
+                    old: remap.old.min(remap.new),
+                    ..*remap
+                },
+            )?;
+            let range = self
+                .user_range(target, remap.new / PAGE_SIZE)
+                .ok_or(Errno::EINVAL)?;
+            self.move_part(
+                state,
+                &vma,
+                remap.address,
+                remap.old.min(remap.new),
+                range,
+                keep,
+            )?;
+            return Ok(target);
+        }
+        let mut at = remap.address;
+        let end = remap.address + remap.old;
+        while let Some(vma) = state
+            .vmas
+            .at_or_after(page(at))
+            .filter(|vma| vma.range.first().start().as_u64() < end)
+        {
+            let from = at.max(vma.range.first().start().as_u64());
+            let until = end.min(vma.range.last().start().as_u64() + PAGE_SIZE);
+            let range = self
+                .user_range(target + (from - remap.address), (until - from) / PAGE_SIZE)
+                .ok_or(Errno::EINVAL)?;
+            self.move_part(state, &vma, from, until - from, range, keep)?;
+            at = until;
+            if at >= end {
+                break;
+            }
+        }
+        Ok(target)
+    }
+
+    /// Moves `old` bytes at `address` of a mapping to the free range `target`, which may be longer.
+    #[doc(alias = "move_vma")]
+    fn move_part(
+        &self,
+        state: &mut State<'m, E>,
+        vma: &Vma,
+        address: u64,
+        old: u64,
+        target: PageRange,
+        keep: bool,
+    ) -> Result<(), Errno> {
+        let from = self.user_range(address, old / PAGE_SIZE);
+        let first = kmem_hal::Page::containing(kmem_hal::VirtAddr::new(address));
+        let mut new = Candidate {
+            offset: vma.object_page(first),
+            ..Candidate::from(vma)
+        };
+        if vma.is_anonymous() && vma.anon.is_none() {
+            // Memory that was never written may forget where it was made, and so merge at its new place.
+            new.offset = target.first().number();
+        }
+        let mut edit = state.vmas.edit()?;
+        if let Some(from) = from {
+            let moved = PageRange::with_count(target.first(), from.count()).ok_or(Errno::EINVAL)?;
+            self.move_leaves(from, moved)?;
+        }
+        edit.add(target, new, true);
+        if let Some(from) = from.filter(|_| !keep) {
+            // The pages are at the target already; this takes the mapping itself away.
+            edit.clear(from);
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,160 @@
+//! munmap and mprotect: ranges go, ranges change.
+//!
+//! Source: munmap(2), mprotect(2); Linux `mm/vma.c` (`do_vmi_munmap`), `mm/mprotect.c` (`do_mprotect_pkey`,
+//! `mprotect_fixup`).
+
+use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
+
+use crate::env::Env;
+use crate::errno::Errno;
+use crate::flags::{Prot, VmFlags};
+use crate::layout::MAX_MAP_COUNT;
+use crate::mmap::is_accounted;
+use crate::space::{AddressSpace, State};
+use crate::vma::Vma;
+
+impl<'m, E: Env> AddressSpace<'m, E> {
+    /// Unmaps whole pages; holes are fine.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EINVAL`] for an unaligned address, no length, or a range beyond the user addresses;
+    /// [`Errno::ENOMEM`] where a split would pass the limit on mappings or finds no memory. Nothing changes then.
+    #[doc(alias = "do_munmap")]
+    pub fn munmap(&self, address: u64, length: u64) -> Result<(), Errno> {
+        let mut state = self.lock();
+        self.munmap_locked(&mut state, address, length)
+    }
+
+    pub(crate) fn munmap_locked(
+        &self,
+        state: &mut State<'m, E>,
+        address: u64,
+        length: u64,
+    ) -> Result<(), Errno> {
+        let range = self.checked_range(address, length)?;
+        self.unmap_range(state, range)
+    }
+
+    /// The pages of a range of bytes in user space (`EINVAL` where there are none).
+    fn checked_range(&self, address: u64, length: u64) -> Result<PageRange, Errno> {
+        let task_size = self.layout().task_size;
+        if address > task_size || length > task_size - address {
+            return Err(Errno::EINVAL);
+        }
+        self.user_range(address, length.div_ceil(PAGE_SIZE))
+            .ok_or(Errno::EINVAL)
+    }
+
+    pub(crate) fn unmap_range(
+        &self,
+        state: &mut State<'m, E>,
+        range: PageRange,
+    ) -> Result<(), Errno> {
+        let Some(first) = state.vmas.at_or_after(range.first()) else {
+            return Ok(());
+        };
+        if first.range.first() > range.last() {
+            return Ok(());
+        }
+        // Cutting the middle out of one mapping makes two.
+        let makes_one_more =
+            first.range.first() < range.first() && first.range.last() > range.last();
+        if makes_one_more && state.vmas.len() >= MAX_MAP_COUNT {
+            return Err(Errno::ENOMEM);
+        }
+        state.vmas.edit()?.clear(range);
+        self.zap(range);
+        Ok(())
+    }
+
+    /// Changes what whole pages may be used for.
+    ///
+    /// Where a later part of the range fails, the parts before it stay changed, as in Linux
+    /// (docs/spec/partial-effects.md).
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EINVAL`] for an unaligned address; [`Errno::ENOMEM`] where a page is not mapped, or no memory is left;
+    /// [`Errno::EACCES`] where the file's mode forbids it.
+    #[doc(alias = "do_mprotect_pkey")]
+    pub fn mprotect(&self, address: u64, length: u64, prot: Prot) -> Result<(), Errno> {
+        if !address.is_multiple_of(PAGE_SIZE) {
+            return Err(Errno::EINVAL);
+        }
+        if length == 0 {
+            return Ok(());
+        }
+        let pages = length.div_ceil(PAGE_SIZE);
+        let range = self.user_range(address, pages).ok_or(Errno::ENOMEM)?;
+        let mut state = self.lock();
+        let mut at = range.first();
+        loop {
+            let vma = state.vmas.get(at).ok_or(Errno::ENOMEM)?;
+            let last = vma.range.last().min(range.last());
+            let part = PageRange::new(at, last).ok_or(Errno::EINVAL)?;
+            self.protect_part(&mut state, &vma, part, prot)?;
+            match last.checked_add(1) {
+                Some(next) if next <= range.last() => at = next,
+                _ => return Ok(()),
+            }
+        }
+    }
+
+    fn protect_part(
+        &self,
+        state: &mut State<'m, E>,
+        vma: &Vma,
+        part: PageRange,
+        prot: Prot,
+    ) -> Result<(), Errno> {
+        let mut flags = vma.flags.difference(VmFlags::ACCESS) | VmFlags::from_prot(prot);
+        if !may_have(vma.flags, prot) {
+            return Err(Errno::EACCES);
+        }
+        if flags == vma.flags {
+            return Ok(());
+        }
+        if flags.contains(VmFlags::WRITE) {
+            let counted = VmFlags::ACCOUNT | VmFlags::WRITE | VmFlags::SHARED | VmFlags::NORESERVE;
+            if !vma.flags.intersects(counted) {
+                if !self.may_expand(state, part.count(), flags) {
+                    return Err(Errno::ENOMEM);
+                }
+                debug_assert!(is_accounted(flags));
+                flags |= VmFlags::ACCOUNT;
+            }
+        } else if vma.flags.contains(VmFlags::ACCOUNT) && vma.is_anonymous() && vma.anon.is_none() {
+            flags -= VmFlags::ACCOUNT;
+        }
+        state.vmas.edit()?.modify(part, |new| new.flags = flags);
+        self.restrict(part, flags);
+        Ok(())
+    }
+
+    /// The part of `[address, address + length)` that a call over several mappings works on.
+    pub(crate) fn advised_range(
+        &self,
+        address: u64,
+        length: u64,
+    ) -> Result<Option<PageRange>, Errno> {
+        let first = Page::starting_at(VirtAddr::new(address)).ok_or(Errno::EINVAL)?;
+        if length == 0 {
+            return Ok(None);
+        }
+        let bytes = length
+            .checked_next_multiple_of(PAGE_SIZE)
+            .ok_or(Errno::EINVAL)?;
+        address.checked_add(bytes).ok_or(Errno::EINVAL)?;
+        PageRange::with_count(first, bytes / PAGE_SIZE)
+            .map(Some)
+            .ok_or(Errno::EINVAL)
+    }
+}
+
+/// Whether the mapping may be given these rights at all (`VM_MAY*`).
+fn may_have(flags: VmFlags, prot: Prot) -> bool {
+    (!prot.contains(Prot::READ) || flags.contains(VmFlags::MAYREAD))
+        && (!prot.contains(Prot::WRITE) || flags.contains(VmFlags::MAYWRITE))
+        && (!prot.contains(Prot::EXEC) || flags.contains(VmFlags::MAYEXEC))
+}

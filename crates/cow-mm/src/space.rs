@@ -1,0 +1,317 @@
+//! One address space: `mm_struct`.
+//!
+//! ```text
+//!   AddressSpace ── lock ── State { vmas, brk, limits }          what the program was promised
+//!        └──────── tables ── leaves ── frames                    what is there
+//! ```
+//!
+//! Calls change the VMAs under the space's lock, with all memory for the change in hand, and then the tables. Faults
+//! bring in pages one by one. A page-table entry never grants more than its VMA does.
+//!
+//! Invariants
+//! - `I1`: every leaf of the tables lies in a VMA, and its rights are at most the VMA's.
+//! - `I2`: a leaf that may be written in a private VMA maps an anonymous page with one mapping.
+//! - `I3`: every counter equals a recount from the VMAs and leaves ([`AddressSpace::recount`]).
+
+use core::fmt;
+
+use kmem_hal::lock::SleepWriteGuard;
+use kmem_hal::{PAGE_SIZE, Page, PageRange, Root, SleepLock, VirtAddr};
+use kmem_paging::PageTable;
+
+use crate::env::Env;
+use crate::errno::Errno;
+use crate::flags::VmFlags;
+use crate::layout::Layout;
+use crate::mm::{Mm, PageRef};
+use crate::vma::Vma;
+use crate::vma_set::VmaSet;
+
+/// Limits that a process sets on itself: `setrlimit`. Bytes; `u64::MAX` is no limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// All mappings together (`RLIMIT_AS`).
+    pub address_space: u64,
+    /// Private writable memory (`RLIMIT_DATA`).
+    pub data: u64,
+    /// The stack (`RLIMIT_STACK`).
+    pub stack: u64,
+    /// Locked memory (`RLIMIT_MEMLOCK`).
+    pub locked: u64,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            address_space: u64::MAX,
+            data: u64::MAX,
+            stack: 8 << 20,
+            locked: u64::MAX,
+        }
+    }
+}
+
+/// The heap of brk: `[start, end)`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Brk {
+    /// Where the heap begins (`start_brk`).
+    pub start: u64,
+    /// The break (`brk`).
+    pub end: u64,
+}
+
+/// What the lock of a space guards.
+pub struct State<'m, E: Env> {
+    pub(crate) vmas: VmaSet<'m, E>,
+    pub(crate) brk: Brk,
+    pub(crate) limits: Limits,
+}
+
+/// A process's memory: mappings, page tables, heap and stack.
+///
+/// Calls take `&self` and lock what they need; none may be made in interrupts.
+#[doc(alias = "mm_struct")]
+pub struct AddressSpace<'m, E: Env> {
+    mm: &'m Mm<'m, E>,
+    layout: Layout,
+    /// `None` only while the space is dropped.
+    tables: Option<PageTable<E::Format, &'m E::Paging, PageRef>>,
+    state: SleepLock<State<'m, E>, E::Lock>,
+}
+
+/// Pages of a space, by kind: recounted, not remembered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Usage {
+    /// VMAs (`map_count`).
+    pub mappings: u64,
+    /// Pages in VMAs (`total_vm`).
+    pub total: u64,
+    /// Pages in locked VMAs (`locked_vm`).
+    pub locked: u64,
+    /// Pages in private writable VMAs other than stacks (`data_vm`).
+    pub data: u64,
+    /// Pages in stacks (`stack_vm`).
+    pub stack: u64,
+    /// Present pages of anonymous memory (`MM_ANONPAGES`).
+    #[doc(alias = "RssAnon")]
+    pub rss_anon: u64,
+    /// Present pages of files (`MM_FILEPAGES`).
+    #[doc(alias = "RssFile")]
+    pub rss_file: u64,
+    /// Present pages of shared memory (`MM_SHMEMPAGES`).
+    #[doc(alias = "RssShmem")]
+    pub rss_shmem: u64,
+    /// Frames used as page tables.
+    #[doc(alias = "VmPTE")]
+    pub tables: u64,
+}
+
+impl<'m, E: Env> AddressSpace<'m, E> {
+    /// Makes an empty space.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`].
+    #[doc(alias = "mm_alloc")]
+    pub fn new(mm: &'m Mm<'m, E>, layout: Layout) -> Result<Self, Errno> {
+        let tables = PageTable::new(mm.env().paging()).map_err(|_| Errno::ENOMEM)?;
+        let state = State {
+            vmas: VmaSet::new(mm),
+            brk: Brk::default(),
+            limits: Limits::default(),
+        };
+        Ok(Self {
+            mm,
+            layout,
+            tables: Some(tables),
+            state: SleepLock::new(state),
+        })
+    }
+
+    /// What all spaces share.
+    #[must_use]
+    pub fn mm(&self) -> &'m Mm<'m, E> {
+        self.mm
+    }
+
+    /// Where things go.
+    #[must_use]
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// What the MMU loads to run in this space.
+    #[must_use]
+    pub fn root(&self) -> Root {
+        self.tables().root()
+    }
+
+    /// The page tables, to be looked at.
+    #[must_use]
+    pub fn tables(&self) -> &PageTable<E::Format, &'m E::Paging, PageRef> {
+        match &self.tables {
+            Some(tables) => tables,
+            None => unreachable!("a space that is being dropped is used"),
+        }
+    }
+
+    pub(crate) fn lock(&self) -> SleepWriteGuard<'_, State<'m, E>, E::Lock> {
+        self.state.write()
+    }
+
+    /// Sets the limits of the process.
+    #[doc(alias = "setrlimit")]
+    pub fn set_limits(&self, limits: Limits) {
+        self.lock().limits = limits;
+    }
+
+    /// The limits of the process.
+    #[must_use]
+    pub fn limits(&self) -> Limits {
+        self.state.read().limits
+    }
+
+    /// The heap.
+    #[must_use]
+    pub fn heap(&self) -> Brk {
+        self.state.read().brk
+    }
+
+    /// The mapping that covers an address.
+    #[doc(alias = "vma_lookup")]
+    #[must_use]
+    pub fn vma_at(&self, address: VirtAddr) -> Option<Vma> {
+        self.state.read().vmas.get(Page::containing(address))
+    }
+
+    /// The first mapping that ends above an address.
+    #[must_use]
+    pub fn find_vma(&self, address: VirtAddr) -> Option<Vma> {
+        self.state
+            .read()
+            .vmas
+            .at_or_after(Page::containing(address))
+    }
+
+    /// Visits the mappings in order of address; stops where `visit` says `false`.
+    pub fn for_each_vma(&self, mut visit: impl FnMut(&Vma) -> bool) {
+        let state = self.state.read();
+        for vma in state.vmas.iter() {
+            if !visit(&vma) {
+                break;
+            }
+        }
+    }
+
+    /// How many mappings there are.
+    #[must_use]
+    pub fn map_count(&self) -> usize {
+        self.state.read().vmas.len()
+    }
+
+    /// Counts everything from scratch: walks every VMA and every leaf.
+    #[must_use]
+    pub fn recount(&self) -> Usage {
+        let state = self.state.read();
+        let mut usage = Usage {
+            tables: self.tables().table_count() as u64,
+            ..Usage::default()
+        };
+        for vma in state.vmas.iter() {
+            let pages = vma.range.count();
+            usage.mappings += 1;
+            usage.total += pages;
+            if vma.flags.contains(VmFlags::LOCKED) {
+                usage.locked += pages;
+            }
+            if vma.flags.contains(VmFlags::GROWSDOWN) {
+                usage.stack += pages;
+            } else if vma.flags.contains(VmFlags::WRITE) && !vma.is_shared() {
+                usage.data += pages;
+            }
+            let shared_memory = vma
+                .file
+                .is_some_and(|file| self.mm.object_info(file).is_shared_memory);
+            self.for_each_leaf(vma.range, |leaf| {
+                if leaf.frame == self.mm.zero_page() {
+                    return;
+                }
+                match self.mm.slot(leaf.frame).tag() {
+                    kmem_hal::FrameTag::Anon => usage.rss_anon += 1,
+                    _ if shared_memory => usage.rss_shmem += 1,
+                    _ => usage.rss_file += 1,
+                }
+            });
+        }
+        usage
+    }
+
+    pub(crate) fn may_expand(&self, state: &State<'m, E>, pages: u64, flags: VmFlags) -> bool {
+        let limit = |bytes: u64| bytes / PAGE_SIZE;
+        let limits = &state.limits;
+        if limits.address_space == u64::MAX && limits.data == u64::MAX {
+            return true;
+        }
+        let (mut total, mut data) = (0, 0);
+        for vma in state.vmas.iter() {
+            total += vma.range.count();
+            if is_data(vma.flags) {
+                data += vma.range.count();
+            }
+        }
+        total + pages <= limit(limits.address_space)
+            && (!is_data(flags) || data + pages <= limit(limits.data))
+    }
+
+    pub(crate) fn may_lock(&self, state: &State<'m, E>, pages: u64) -> bool {
+        if state.limits.locked == u64::MAX {
+            return true;
+        }
+        let locked: u64 = state
+            .vmas
+            .iter()
+            .filter(|vma| vma.flags.contains(VmFlags::LOCKED))
+            .map(|vma| vma.range.count())
+            .sum();
+        locked + pages <= state.limits.locked / PAGE_SIZE
+    }
+
+    /// Ends every mapping and gives everything back. The root must not be loaded anywhere any more.
+    ///
+    /// Dropping the space does the same.
+    #[doc(alias = "exit_mmap")]
+    pub fn exit(self) {
+        drop(self);
+    }
+
+    pub(crate) fn user_range(&self, start: u64, pages: u64) -> Option<PageRange> {
+        let first = Page::starting_at(VirtAddr::new(start))?;
+        PageRange::with_count(first, pages)
+    }
+}
+
+fn is_data(flags: VmFlags) -> bool {
+    let kind = VmFlags::WRITE | VmFlags::SHARED | VmFlags::GROWSDOWN;
+    flags & kind == VmFlags::WRITE
+}
+
+impl<E: Env> Drop for AddressSpace<'_, E> {
+    fn drop(&mut self) {
+        let mm = self.mm;
+        if let Some(tables) = self.tables.take() {
+            tables.destroy(|_, page| mm.put(page), |_, _| {});
+        }
+        self.state.get_mut().vmas.clear();
+    }
+}
+
+impl<E: Env> fmt::Debug for AddressSpace<'_, E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "AddressSpace({:?}, {} mappings)",
+            self.root(),
+            self.map_count()
+        )
+    }
+}

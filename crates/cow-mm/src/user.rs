@@ -1,0 +1,81 @@
+//! The kernel's own accesses to a space's memory, whether or not it is loaded.
+//!
+//! Each page is brought in by the fault path with the rights that the program has, and then accessed through the
+//! kernel's map of physical memory: what ptrace, exec and copies to another space need. A kernel that runs in the
+//! space itself copies through the MMU with [`UserAccess`](kmem_hal::UserAccess) instead.
+
+use kmem_hal::{PAGE_SIZE, Page, UserFault, VirtAddr};
+
+use crate::env::Env;
+use crate::space::AddressSpace;
+
+impl<E: Env> AddressSpace<'_, E> {
+    /// Reads the program's memory.
+    ///
+    /// # Errors
+    ///
+    /// [`UserFault`] at the first byte that the program could not read itself.
+    #[doc(alias = "access_process_vm")]
+    pub fn read_memory(&self, from: VirtAddr, to: &mut [u8]) -> Result<(), UserFault> {
+        let length = to.len();
+        self.each_page(from, length, false, |mm, frame, offset, done, length| {
+            mm.read_frame(frame, offset, &mut to[done..done + length]);
+        })
+    }
+
+    /// Writes the program's memory, copying on write where the program's own write would.
+    ///
+    /// # Errors
+    ///
+    /// [`UserFault`] at the first byte that the program could not write itself.
+    pub fn write_memory(&self, to: VirtAddr, from: &[u8]) -> Result<(), UserFault> {
+        self.each_page(to, from.len(), true, |mm, frame, offset, done, length| {
+            mm.write_frame(frame, offset, &from[done..done + length]);
+        })
+    }
+
+    /// Fills the program's memory with zeros.
+    ///
+    /// # Errors
+    ///
+    /// As [`write_memory`](Self::write_memory).
+    #[doc(alias = "clear_user")]
+    pub fn zero_memory(&self, to: VirtAddr, length: usize) -> Result<(), UserFault> {
+        self.each_page(to, length, true, |mm, frame, offset, _, length| {
+            mm.zero_frame(frame, offset, length)
+        })
+    }
+
+    fn each_page(
+        &self,
+        start: VirtAddr,
+        length: usize,
+        write: bool,
+        mut access: impl FnMut(&crate::mm::Mm<'_, E>, kmem_hal::Frame, usize, usize, usize),
+    ) -> Result<(), UserFault> {
+        let mut done = 0;
+        while done < length {
+            let fault = UserFault {
+                address: start,
+                copied: done,
+            };
+            let address = start.checked_add(done as u64).ok_or(fault)?;
+            let fault = UserFault { address, ..fault };
+            self.bring_in(address, write).map_err(|_| fault)?;
+            // The lock keeps the page mapped while its bytes are touched. Between the fault and the lock a fork may have
+            // shared the page again, or an unmapping taken it: then start over, with the intent to write unchanged
+            // (losing it here was CVE-2016-5195).
+            let _state = self.lock();
+            let page = Page::containing(address);
+            let ready = self.leaf(page).filter(|leaf| !write || leaf.is_writable());
+            let Some(frame) = ready.and_then(|leaf| leaf.frame_of(page)) else {
+                continue;
+            };
+            let offset = address.page_offset() as usize;
+            let part = (length - done).min(PAGE_SIZE as usize - offset);
+            access(self.mm(), frame, offset, done, part);
+            done += part;
+        }
+        Ok(())
+    }
+}

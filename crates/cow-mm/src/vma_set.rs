@@ -1,0 +1,436 @@
+//! The VMAs of one space, by address: the tree and the memory of what it points to.
+//!
+//! Readers get copies of VMAs. Changes go through an [`Edit`], which takes the memory for a call's worst case first, so
+//! that no step of a call can fail after the first one.
+//!
+//! Invariants
+//! - `I1`: every handle in the tree is the address of a VMA that this set allocated and has not freed.
+//! - `I2`: the tree holds a VMA under exactly the VMA's own range.
+//! - `I3`: each VMA with a file holds one reference of its object.
+
+use core::ptr::NonNull;
+
+use kmem_hal::{ObjectAlloc, Page, PageRange, Reserve};
+use kmem_vma_tree::{Entry, GapRequest, RangeTree, Reserved};
+
+use crate::env::Env;
+use crate::errno::Errno;
+use crate::handle::Handle;
+use crate::merge::{Candidate, joins};
+use crate::mm::Mm;
+use crate::vma::Vma;
+
+/// VMAs that an edit may need: two splits and a new one.
+const STOCK: usize = 3;
+/// Stores that an edit may need: two splits, an erasure, and a merge on both sides.
+const STORES: usize = 8;
+
+pub(crate) struct VmaSet<'m, E: Env> {
+    mm: &'m Mm<'m, E>,
+    tree: RangeTree<Handle, &'m E::Nodes>,
+}
+
+// SAFETY: the handles are the set's own (`I1`); the allocators and the `Mm` are shared by contract.
+unsafe impl<E: Env> Send for VmaSet<'_, E> {}
+// SAFETY: as above; shared access only reads.
+unsafe impl<E: Env> Sync for VmaSet<'_, E> {}
+
+/// A VMA in the set, to be changed.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(crate) struct VmaId(NonNull<Vma>);
+
+/// A VMA with its place in the set.
+type Found = (VmaId, Vma);
+
+fn read(handle: Handle) -> Option<Found> {
+    let pointer = handle.vma()?;
+    // SAFETY: `I1`: the VMA is alive, and it changes only through an exclusive borrow of the set.
+    Some((VmaId(pointer), unsafe { *pointer.as_ptr() }))
+}
+
+fn value(entry: Option<Entry<Handle>>) -> Option<Vma> {
+    read(entry?.value).map(|(_, vma)| vma)
+}
+
+impl<'m, E: Env> VmaSet<'m, E> {
+    pub fn new(mm: &'m Mm<'m, E>) -> Self {
+        Self {
+            mm,
+            tree: RangeTree::new_in(mm.env().nodes()),
+        }
+    }
+
+    /// How many VMAs there are (`map_count`).
+    pub fn len(&self) -> usize {
+        self.tree.len()
+    }
+
+    /// The VMA that covers `page`.
+    pub fn get(&self, page: Page) -> Option<Vma> {
+        value(self.tree.get(page))
+    }
+
+    /// The first VMA that ends at or after `page` (`find_vma`).
+    pub fn at_or_after(&self, page: Page) -> Option<Vma> {
+        value(self.tree.first_at_or_after(page))
+    }
+
+    /// The last VMA that ends before `page`, or covers none from it on.
+    pub fn before(&self, page: Page) -> Option<Vma> {
+        value(self.tree.last_before(page))
+    }
+
+    /// Whether no VMA touches the range.
+    pub fn is_free(&self, range: PageRange) -> bool {
+        self.at_or_after(range.first())
+            .is_none_or(|vma| vma.range.first() > range.last())
+    }
+
+    /// The VMAs, ascending.
+    pub fn iter(&self) -> impl Iterator<Item = Vma> + '_ {
+        self.tree.iter().filter_map(|entry| value(Some(entry)))
+    }
+
+    /// The highest or lowest free place, keeping the guard gap below stacks.
+    pub fn find_gap(&self, request: &GapRequest, top_down: bool, guard: u64) -> Option<PageRange> {
+        let mut usable = |gap: &kmem_vma_tree::Gap<Handle>| {
+            let above = value(gap.above).map_or(0, |vma| vma.guard_below());
+            let last = gap.range.last().checked_sub(above)?;
+            let first = gap.range.first().checked_add(guard)?;
+            PageRange::new(first, last)
+        };
+        if top_down {
+            self.tree.find_gap_down_with(request, &mut usable)
+        } else {
+            self.tree.find_gap_up_with(request, &mut usable)
+        }
+    }
+
+    /// Takes the memory that a call's changes may need.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`]; nothing has changed.
+    pub fn edit(&mut self) -> Result<Edit<'_, 'm, E>, Errno> {
+        let stock = Reserve::new(self.mm.env().vmas(), STOCK)?;
+        let tree = self.tree.reserve(STORES)?;
+        Ok(Edit {
+            mm: self.mm,
+            tree,
+            stock,
+        })
+    }
+
+    /// Removes every VMA. Needs no memory.
+    pub fn clear(&mut self) {
+        let mm = self.mm;
+        let _ = self
+            .tree
+            .store(PageRange::ALL, None, &mut |entry| discard(mm, entry.value));
+    }
+
+    /// Changes what a VMA says of itself apart from its range. Needs no memory.
+    pub fn update(&mut self, page: Page, change: impl FnOnce(&mut Vma)) {
+        if let Some((id, vma)) = self.tree.get(page).and_then(|entry| read(entry.value)) {
+            let mut changed = vma;
+            change(&mut changed);
+            changed.range = vma.range;
+            // SAFETY: `I1`, and the set is borrowed exclusively.
+            unsafe { id.0.as_ptr().write(changed) };
+        }
+    }
+}
+
+impl<E: Env> Drop for VmaSet<'_, E> {
+    fn drop(&mut self) {
+        self.clear();
+    }
+}
+
+fn discard<E: Env>(mm: &Mm<'_, E>, handle: Handle) {
+    if let Some((id, vma)) = read(handle) {
+        // SAFETY: the tree has let the handle go, so nobody reaches the VMA (`I1`); it needs no drop.
+        unsafe { mm.env().vmas().free(id.0) };
+        if let Some(file) = vma.file {
+            mm.put_object(file);
+        }
+    }
+}
+
+/// Changes to a set that cannot fail.
+pub(crate) struct Edit<'t, 'm, E: Env> {
+    mm: &'m Mm<'m, E>,
+    tree: Reserved<'t, Handle, &'m E::Nodes>,
+    stock: Reserve<'m, Vma, E::Vmas, STOCK>,
+}
+
+impl<E: Env> Edit<'_, '_, E> {
+    fn find(&self, page: Page) -> Option<Found> {
+        read(self.tree.get(page)?.value)
+    }
+
+    fn put(&mut self, range: PageRange, id: Option<VmaId>) {
+        let mm = self.mm;
+        let kept = id.map(|id| Handle::of_vma(id.0));
+        self.tree.store(range, kept, &mut |entry| {
+            // A piece of the VMA itself, or of one that another call of the edit cut, is no VMA that ends.
+            let ends = read(entry.value).is_some_and(|(_, vma)| vma.range == entry.range);
+            if kept != Some(entry.value) && ends {
+                discard(mm, entry.value);
+            }
+        });
+    }
+
+    fn write(id: VmaId, vma: Vma) {
+        // SAFETY: `I1`, and the set is borrowed exclusively by the edit.
+        unsafe { id.0.as_ptr().write(vma) };
+    }
+
+    /// Adds a VMA where nothing is.
+    pub fn insert(&mut self, vma: Vma) {
+        let Some(memory) = self.stock.take() else {
+            unreachable!("an edit makes at most {STOCK} VMAs")
+        };
+        let id = VmaId(memory);
+        Self::write(id, vma);
+        if let Some(file) = vma.file {
+            self.mm.get_object(file);
+        }
+        self.put(vma.range, Some(id));
+    }
+
+    /// Cuts the VMA that covers `page` so that one begins there.
+    pub fn split(&mut self, page: Page) {
+        let Some((id, vma)) = self.find(page) else {
+            return;
+        };
+        let Some(last_below) = page
+            .checked_sub(1)
+            .filter(|below| vma.range.contains(*below))
+        else {
+            return;
+        };
+        let (Some(below), Some(above)) = (
+            PageRange::new(vma.range.first(), last_below),
+            PageRange::new(page, vma.range.last()),
+        ) else {
+            return;
+        };
+        Self::write(id, vma.part(below));
+        self.insert(vma.part(above));
+    }
+
+    /// Removes everything in the range, cutting what sticks out.
+    pub fn clear(&mut self, range: PageRange) {
+        self.split(range.first());
+        if let Some(after) = range.last().checked_add(1) {
+            self.split(after);
+        }
+        self.put(range, None);
+    }
+
+    /// Gives a VMA another range and, with it, other contents; the range may only take free pages.
+    fn reshape(&mut self, id: VmaId, old: PageRange, vma: Vma) {
+        Self::write(id, vma);
+        for gone in difference(old, vma.range).into_iter().flatten() {
+            self.put(gone, None);
+        }
+        self.put(vma.range, Some(id));
+    }
+
+    /// Lets the VMA at `page` begin lower: a stack grew. The pages below it are free.
+    pub fn grow_down(&mut self, page: Page, range: PageRange) {
+        if let Some((id, vma)) = self.find(page) {
+            let added = vma.range.first().number() - range.first().number();
+            self.reshape(
+                id,
+                vma.range,
+                Vma {
+                    range,
+                    offset: vma.offset.wrapping_sub(added),
+                    ..vma
+                },
+            );
+        }
+    }
+
+    fn neighbours(&self, range: PageRange) -> (Option<Found>, Option<Found>) {
+        let previous = range
+            .first()
+            .checked_sub(1)
+            .and_then(|page| self.find(page));
+        let next = range.last().checked_add(1).and_then(|page| self.find(page));
+        (previous, next)
+    }
+
+    /// Adds a range where nothing is, merged with its neighbours as Linux merges; `right` allows the one after.
+    #[doc(alias = "vma_merge_new_range")]
+    pub fn add(&mut self, range: PageRange, new: Candidate, right: bool) {
+        let (previous, next) = self.neighbours(range);
+        let next = next.filter(|_| right);
+        let joins = joins(
+            &new,
+            range.count(),
+            previous.as_ref().map(|p| &p.1),
+            next.as_ref().map(|n| &n.1),
+        );
+        match (
+            previous.filter(|_| joins.left),
+            next.filter(|_| joins.right),
+        ) {
+            (Some((id, p)), Some((_, n))) => {
+                self.put(n.range, None);
+                let anon = p.anon.or(new.anon).or(n.anon);
+                self.reshape(
+                    id,
+                    p.range,
+                    Vma {
+                        range: p.range.hull(n.range),
+                        anon,
+                        ..p
+                    },
+                );
+            }
+            (Some((id, p)), None) => {
+                let anon = p.anon.or(new.anon);
+                self.reshape(
+                    id,
+                    p.range,
+                    Vma {
+                        range: p.range.hull(range),
+                        anon,
+                        ..p
+                    },
+                );
+            }
+            (None, Some((id, n))) => {
+                let anon = n.anon.or(new.anon);
+                self.reshape(
+                    id,
+                    n.range,
+                    Vma {
+                        range: range.hull(n.range),
+                        offset: new.offset,
+                        anon,
+                        ..n
+                    },
+                );
+            }
+            (None, None) => self.insert(Vma {
+                range,
+                flags: new.flags,
+                offset: new.offset,
+                file: new.file,
+                anon: new.anon,
+                label: new.label,
+            }),
+        }
+    }
+
+    /// Gives a part of one VMA other flags, merged with the VMA's neighbours or cut out of it as Linux does.
+    ///
+    /// `range` lies in one VMA.
+    #[doc(alias = "vma_modify_flags")]
+    pub fn modify(&mut self, range: PageRange, change: impl FnOnce(&mut Candidate)) {
+        let Some((id, vma)) = self.find(range.first()) else {
+            return;
+        };
+        let mut new = Candidate::from(&vma.part(range));
+        change(&mut new);
+        let (previous, next) = self.neighbours(range);
+        let previous = previous.filter(|(other, _)| *other != id);
+        let next = next.filter(|(other, _)| *other != id);
+        let joins = joins(
+            &new,
+            range.count(),
+            previous.as_ref().map(|p| &p.1),
+            next.as_ref().map(|n| &n.1),
+        );
+        match (
+            previous.filter(|_| joins.left),
+            next.filter(|_| joins.right),
+        ) {
+            (Some((into, p)), Some((_, n))) => {
+                self.put(vma.range, None);
+                self.put(n.range, None);
+                let anon = p.anon.or(n.anon).or(vma.anon);
+                self.reshape(
+                    into,
+                    p.range,
+                    Vma {
+                        range: p.range.hull(n.range),
+                        anon,
+                        ..p
+                    },
+                );
+            }
+            (Some((into, p)), None) => {
+                self.give_away(id, vma, range);
+                let anon = p.anon.or(vma.anon);
+                self.reshape(
+                    into,
+                    p.range,
+                    Vma {
+                        range: p.range.hull(range),
+                        anon,
+                        ..p
+                    },
+                );
+            }
+            (None, Some((into, n))) => {
+                self.give_away(id, vma, range);
+                let anon = n.anon.or(vma.anon);
+                let offset = n.offset.wrapping_sub(range.count());
+                self.reshape(
+                    into,
+                    n.range,
+                    Vma {
+                        range: range.hull(n.range),
+                        offset,
+                        anon,
+                        ..n
+                    },
+                );
+            }
+            (None, None) => {
+                self.split(range.first());
+                if let Some(after) = range.last().checked_add(1) {
+                    self.split(after);
+                }
+                if let Some((id, vma)) = self.find(range.first()) {
+                    Self::write(
+                        id,
+                        Vma {
+                            flags: new.flags,
+                            label: new.label,
+                            ..vma
+                        },
+                    );
+                }
+            }
+        }
+    }
+
+    /// Takes an end of a VMA, or all of it, away from it.
+    fn give_away(&mut self, id: VmaId, vma: Vma, range: PageRange) {
+        match difference(vma.range, range) {
+            [None, None] => self.put(vma.range, None),
+            [Some(rest), _] | [_, Some(rest)] => self.reshape(id, vma.range, vma.part(rest)),
+        }
+    }
+}
+
+/// The parts of `of` below and above `without`.
+fn difference(of: PageRange, without: PageRange) -> [Option<PageRange>; 2] {
+    let below = without
+        .first()
+        .checked_sub(1)
+        .and_then(|last| PageRange::new(of.first(), last.min(of.last())))
+        .filter(|_| of.first() < without.first());
+    let above = without
+        .last()
+        .checked_add(1)
+        .and_then(|first| PageRange::new(first.max(of.first()), of.last()))
+        .filter(|_| of.last() > without.last());
+    [below, above]
+}
