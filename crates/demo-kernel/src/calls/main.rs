@@ -9,6 +9,7 @@
 mod mem;
 
 mod hal;
+mod paging;
 
 /// Defines `call_NAME` functions and keeps them in the image.
 macro_rules! calls {

@@ -99,8 +99,11 @@ fn check(shell: &mut Shell, options: &Options) -> Result<String, Stop> {
     shell.say(format_args!("{:>7}  public call", "bytes"));
     for depth in &depths {
         let mut note = String::new();
-        if depth.indirect > 0 {
-            note += &format!("  (+ what {} indirect calls need)", depth.indirect);
+        if !depth.indirect.is_empty() {
+            note += &format!(
+                "  (+ what {} calls through pointers need)",
+                depth.indirect.len()
+            );
         }
         if depth.panics {
             note += "  (a panic is compiled in)";
@@ -109,6 +112,13 @@ fn check(shell: &mut Shell, options: &Options) -> Result<String, Stop> {
         if options.paths {
             for step in &depth.path {
                 shell.say(format_args!("           {step}"));
+            }
+        }
+        if options.paths {
+            for function in &depth.indirect {
+                shell.say(format_args!(
+                    "           calls through a pointer: {function}"
+                ));
             }
         }
         if let Some(cycle) = &depth.cycle {

@@ -17,8 +17,8 @@ pub struct Depth {
     pub entry: String,
     /// Bytes below the caller's rsp, the return address not counted.
     pub bytes: u64,
-    /// Calls through pointers on any path.
-    pub indirect: usize,
+    /// Functions on any path that call through a pointer.
+    pub indirect: Vec<String>,
     /// Whether some path ends in a panic of core.
     pub panics: bool,
     /// A function that is reached from itself.
@@ -268,16 +268,18 @@ impl Search<'_> {
         bytes
     }
 
-    /// Calls through pointers under an entry, and whether a panic is reached.
-    fn reached(&self, program: &Program, entry: usize) -> (usize, bool) {
-        let (mut seen, mut todo, mut indirect) = (HashSet::new(), vec![entry], 0);
+    /// Functions under an entry that call through pointers, and whether a panic is reached.
+    fn reached(&self, program: &Program, entry: usize) -> (Vec<String>, bool) {
+        let (mut seen, mut todo, mut indirect) = (HashSet::new(), vec![entry], Vec::new());
         let mut panics = false;
         while let Some(index) = todo.pop() {
             if seen.insert(index) {
                 panics |= program.functions[index]
                     .name
                     .starts_with("core::panicking::");
-                indirect += self.frames[index].indirect;
+                if self.frames[index].indirect > 0 {
+                    indirect.push(program.functions[index].name.clone());
+                }
                 todo.extend(self.frames[index].calls.iter().map(|call| call.0));
             }
         }
