@@ -214,7 +214,10 @@ unsafe impl<T: Send, const N: usize> Sync for FixedPool<T, N> {}
 unsafe impl<T: Send, const N: usize> Send for FixedPool<T, N> {}
 
 impl<T, const N: usize> FixedPool<T, N> {
-    const FITS: () = assert!(N <= 64 * 64, "a FixedPool holds at most 4096 objects");
+    const FITS: () = {
+        assert!(N <= 64 * 64, "a FixedPool holds at most 4096 objects");
+        assert!(size_of::<T>() > 0, "objects of no size need no pool");
+    };
 
     /// A pool with every object free.
     #[cfg(not(loom))]
@@ -248,7 +251,8 @@ impl<T, const N: usize> FixedPool<T, N> {
     }
 
     fn base(&self) -> *mut T {
-        self.objects.with_mut(|objects| objects.cast::<T>())
+        // Only the address is taken here; the bytes are their owner's (`I1`).
+        self.objects.with(|objects| objects.cast_mut().cast::<T>())
     }
 }
 
@@ -295,12 +299,8 @@ unsafe impl<T, const N: usize> ObjectAlloc<T> for FixedPool<T, N> {
     }
 
     unsafe fn free(&self, object: NonNull<T>) {
-        let index = if size_of::<T>() == 0 {
-            0
-        } else {
-            // SAFETY: by contract the object came from this array.
-            unsafe { object.as_ptr().offset_from_unsigned(self.base()) }
-        };
+        // SAFETY: by contract the object came from this array; FITS rules out types of no size.
+        let index = unsafe { object.as_ptr().offset_from_unsigned(self.base()) };
         self.used[index / 64].fetch_and(!(1 << (index % 64)), Ordering::Release);
     }
 }

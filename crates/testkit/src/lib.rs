@@ -2,10 +2,14 @@
 
 pub mod arena;
 pub mod fail;
+#[cfg(all(kmem_counting, not(any(loom, shuttle))))]
+pub mod interrupt;
 #[cfg(any(loom, shuttle))]
 pub mod model;
 pub mod objects;
+pub mod slots;
 
 pub use arena::{Arena, ArenaSource};
 pub use fail::{FailPlan, Failing, FailingObjects, FailingSource, every_failure};
 pub use objects::HeapObjects;
+pub use slots::SlotArena;

@@ -43,7 +43,11 @@ use crate::frame::{Frame, FrameRange, Order};
 use crate::sync::{AtomicPtr, AtomicUsize, Ordering, spin_loop};
 
 /// Frames in a section: 128 MiB.
+#[cfg(not(loom))]
 pub const SECTION_FRAMES: u64 = 1 << 15;
+/// Frames in a section: 16 KiB, since a model constructs every slot.
+#[cfg(loom)]
+pub const SECTION_FRAMES: u64 = 4;
 
 /// The directory entry of 128 MiB of frames: where its slots are, and whether they are zeroed yet.
 ///
@@ -77,7 +81,7 @@ impl Section {
         assert_eq!(
             slots.len() as u64,
             SECTION_FRAMES,
-            "a section has 32768 slots"
+            "a section has SECTION_FRAMES slots"
         );
         self.word.store(
             slots.as_ptr().expose_provenance() | READY,
@@ -90,8 +94,7 @@ impl Section {
     /// # Safety
     ///
     /// `memory` is valid for reads and writes of [`FrameTable::SECTION_BYTES`] bytes for ever, aligned to 32 bytes, and
-    /// used for nothing else.
-    #[cfg(not(loom))]
+    /// used for nothing else. Under loom it is an array of constructed slots, whatever they say.
     pub unsafe fn set_memory(&self, memory: ptr::NonNull<u8>) {
         self.word.store(
             memory.as_ptr().expose_provenance() | CARVED,
@@ -125,8 +128,8 @@ impl Section {
                             let memory: *mut FrameSlot =
                                 ptr::with_exposed_provenance_mut(word & !STATE);
                             // SAFETY: `set_memory` promised the memory; only the winner of the exchange gets here,
-                            // and nobody has a reference yet (`I3`). All-zero is a valid slot (`I1`).
-                            unsafe { memory.write_bytes(0, SECTION_FRAMES as usize) };
+                            // and nobody has a reference yet (`I3`).
+                            unsafe { clear(memory) };
                             self.word.store(word & !STATE | READY, Ordering::Release);
                             return Some(memory);
                         }
@@ -141,6 +144,30 @@ impl Section {
                 }
             }
         }
+    }
+}
+
+/// Makes a section's slots free.
+///
+/// # Safety
+///
+/// `memory` holds a section's slots, to which nobody has a reference.
+#[cfg(not(loom))]
+unsafe fn clear(memory: *mut FrameSlot) {
+    // SAFETY: by contract. All-zero is a valid slot (`I1`).
+    unsafe { memory.write_bytes(0, SECTION_FRAMES as usize) }
+}
+
+/// Makes a section's slots free.
+///
+/// # Safety
+///
+/// `memory` holds a section's constructed slots.
+#[cfg(loom)]
+unsafe fn clear(memory: *mut FrameSlot) {
+    for index in 0..SECTION_FRAMES as usize {
+        // SAFETY: by contract.
+        unsafe { &*memory.add(index) }.clear();
     }
 }
 

@@ -98,7 +98,7 @@ pub struct FrameSlot {
     links: AtomicU64,
 }
 
-#[cfg(not(any(loom, shuttle)))]
+#[cfg(not(loom))]
 const _: () = assert!(size_of::<FrameSlot>() == 32);
 
 impl FrameSlot {
@@ -165,6 +165,14 @@ impl FrameSlot {
     #[must_use]
     pub fn as_user(&self) -> Option<UserSlot<'_>> {
         UserSlot::new(self)
+    }
+
+    /// Zeroes all words one by one, each with the weakest order: a memset, as loom sees it.
+    #[cfg(loom)]
+    pub(super) fn clear(&self) {
+        for word in [&self.state, &self.owner, &self.index, &self.links] {
+            word.store(0, Ordering::Relaxed);
+        }
     }
 
     /// Makes the slot say "free" again.

@@ -1,7 +1,8 @@
 //! A plain spin lock: for code that no interrupt enters, and for hosts.
 //!
-//! The default build uses the `spin` crate; the model builds use a few lines over the facade, so that loom and
-//! shuttle see the lock's atomics and the counting backend counts them.
+//! The default build uses the `spin` crate; shuttle and the counting backend a few lines over the facade, so that they see
+//! the lock's atomics. Under loom it is loom's mutex: a thread that spins gives loom nothing but endless paths, while
+//! a thread that is blocked gives it none.
 
 use super::RawLock;
 
@@ -10,8 +11,13 @@ use super::RawLock;
 pub struct Spin {
     #[cfg(not(any(loom, shuttle, kmem_counting)))]
     inner: spin::mutex::SpinMutex<()>,
-    #[cfg(any(loom, shuttle, kmem_counting))]
+    #[cfg(all(any(shuttle, kmem_counting), not(loom)))]
     held: crate::sync::AtomicBool,
+    #[cfg(loom)]
+    inner: loom::sync::Mutex<()>,
+    /// The guard of whoever holds `inner`, which borrows it.
+    #[cfg(loom)]
+    guard: core::cell::UnsafeCell<Option<loom::sync::MutexGuard<'static, ()>>>,
 }
 
 #[cfg(not(any(loom, shuttle, kmem_counting)))]
@@ -40,25 +46,17 @@ unsafe impl RawLock for Spin {
     }
 }
 
-#[cfg(any(loom, shuttle, kmem_counting))]
+#[cfg(all(any(shuttle, kmem_counting), not(loom)))]
 use crate::sync::{AtomicBool, Ordering, spin_loop};
 
-#[cfg(any(loom, shuttle, kmem_counting))]
+#[cfg(all(any(shuttle, kmem_counting), not(loom)))]
 // SAFETY: K1: only the exchange false -> true takes the lock; K2: acquire pairs with the release in `unlock`.
 unsafe impl RawLock for Spin {
     type State = ();
 
-    #[cfg(not(loom))]
     const INIT: Self = Self {
         held: AtomicBool::new(false),
     };
-
-    #[cfg(loom)]
-    fn init() -> Self {
-        Self {
-            held: AtomicBool::new(false),
-        }
-    }
 
     fn lock(&self) {
         while self.try_lock().is_none() {
@@ -75,5 +73,51 @@ unsafe impl RawLock for Spin {
 
     unsafe fn unlock(&self, _state: ()) {
         self.held.store(false, Ordering::Release);
+    }
+}
+
+// SAFETY: `guard` is touched by the holder of `inner` only.
+#[cfg(loom)]
+unsafe impl Sync for Spin {}
+// SAFETY: loom runs all threads of a model on one thread of the host.
+#[cfg(loom)]
+unsafe impl Send for Spin {}
+
+#[cfg(loom)]
+impl Spin {
+    fn keep(&self, guard: loom::sync::MutexGuard<'_, ()>) {
+        // SAFETY: only the lifetime changes; `unlock` drops the guard before the mutex dies.
+        let guard: loom::sync::MutexGuard<'static, ()> = unsafe { core::mem::transmute(guard) };
+        // SAFETY: the caller holds `inner`.
+        unsafe { *self.guard.get() = Some(guard) };
+    }
+}
+
+#[cfg(loom)]
+// SAFETY: K1, K2: loom's mutex; K3 as in the other builds.
+unsafe impl RawLock for Spin {
+    type State = ();
+
+    fn init() -> Self {
+        Self {
+            inner: loom::sync::Mutex::new(()),
+            guard: core::cell::UnsafeCell::new(None),
+        }
+    }
+
+    fn lock(&self) {
+        match self.inner.lock() {
+            Ok(guard) => self.keep(guard),
+            Err(_) => unreachable!("loom ends the model at a panic"),
+        }
+    }
+
+    fn try_lock(&self) -> Option<()> {
+        self.inner.try_lock().ok().map(|guard| self.keep(guard))
+    }
+
+    unsafe fn unlock(&self, _state: ()) {
+        // SAFETY: the caller holds `inner`. Taken out before it is dropped: the next holder may run at once.
+        drop(unsafe { (*self.guard.get()).take() });
     }
 }

@@ -1,9 +1,14 @@
-//! The counting backend: `core`'s atomics plus a count per thread.
+//! The counting backend: `core`'s atomics plus a count per thread, and interrupts between any two of them.
 //!
 //! Counts what a processor pays for on shared lines: read-modify-writes (locked instructions on
 //! x86; `swap` too, since XCHG with memory always locks), plain stores to shared words, and
 //! sequentially consistent fences and stores (a store of that order is an XCHG on x86).
 //! Loads are not counted: a line that nobody writes is read from the own cache.
+//!
+//! Every operation of the facade, counted or not, local words included, is also a *step*, and [`with_interrupt`] runs a
+//! function at a chosen step: the interrupt that arrives between two instructions. A test that does so for step 1, 2, 3, ...
+//! until nothing fires has interrupted a call everywhere, which is how contract `C2` of [`Cpu`](crate::Cpu) is put to the
+//! test in code that runs with interrupts on.
 
 extern crate std;
 
@@ -11,8 +16,10 @@ use core::cell::Cell;
 use core::sync::atomic::Ordering;
 
 pub use super::cell::UnsafeCell;
+pub use super::wrapped::{
+    AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicU64, AtomicUsize,
+};
 pub use core::hint::spin_loop;
-pub use core::sync::atomic::compiler_fence;
 
 /// What one thread did to shared lines since [`reset_counts`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -38,16 +45,96 @@ pub fn reset_counts() {
     COUNTS.set(Counts::default());
 }
 
-fn locked() {
+std::thread_local! {
+    static INTERRUPT: Cell<Option<Interrupt>> = const { Cell::new(None) };
+}
+
+#[derive(Clone, Copy)]
+struct Interrupt {
+    /// Steps left before it fires.
+    after: u64,
+    handler: *mut (dyn FnMut() + 'static),
+}
+
+/// One operation of the facade: an interrupt may come before it.
+#[inline]
+pub(super) fn step() {
+    let Some(mut interrupt) = INTERRUPT.take() else {
+        return;
+    };
+    if interrupt.after > 1 {
+        interrupt.after -= 1;
+        INTERRUPT.set(Some(interrupt));
+        return;
+    }
+    // SAFETY: `with_interrupt` keeps the handler alive until it takes the interrupt away, and it is run once.
+    unsafe { (*interrupt.handler)() }
+}
+
+/// Runs `body`, and runs `interrupt` on the same thread just before the `at`-th operation (the first is 1) that `body` makes
+/// through the facade. Gives what `body` gave, and whether it came to that.
+///
+/// The handler is not interrupted itself.
+///
+/// # Examples
+///
+/// ```
+/// use kmem_hal::sync::{LocalU64, with_interrupt};
+///
+/// let word = LocalU64::new(0);
+/// // An interrupt between the load and the store loses its own update: invariant L1 of local words.
+/// let ((), fired) = with_interrupt(2, &mut || word.set(word.get() + 10), || word.set(word.get() + 1));
+/// assert!(fired);
+/// assert_eq!(word.get(), 1);
+/// ```
+pub fn with_interrupt<R>(
+    at: u64,
+    interrupt: &mut dyn FnMut(),
+    body: impl FnOnce() -> R,
+) -> (R, bool) {
+    struct Disarm(Option<Interrupt>);
+    impl Drop for Disarm {
+        fn drop(&mut self) {
+            INTERRUPT.set(self.0.take());
+        }
+    }
+    let mut fired = false;
+    let mut handler = || {
+        fired = true;
+        interrupt();
+    };
+    let handler: *mut (dyn FnMut() + '_) = &mut handler;
+    // SAFETY: only the lifetime changes; `Disarm` takes the pointer away before the handler dies, panics included.
+    let handler: *mut (dyn FnMut() + 'static) = unsafe { core::mem::transmute(handler) };
+    let armed = Interrupt {
+        after: at.max(1),
+        handler,
+    };
+    let disarm = Disarm(INTERRUPT.replace(Some(armed)));
+    let result = body();
+    drop(disarm);
+    (result, fired)
+}
+
+/// Before a read-modify-write.
+pub(super) fn locked() {
+    step();
     let mut now = COUNTS.get();
     now.locked += 1;
     COUNTS.set(now);
 }
 
-fn stored(order: Ordering) {
+/// Before a load.
+pub(super) fn loaded() {
+    step();
+}
+
+/// Before a store.
+pub(super) fn stored(order: Ordering) {
     if order == Ordering::SeqCst {
         return locked();
     }
+    step();
     let mut now = COUNTS.get();
     now.stores += 1;
     COUNTS.set(now);
@@ -57,119 +144,14 @@ fn stored(order: Ordering) {
 pub fn fence(order: Ordering) {
     if order == Ordering::SeqCst {
         locked();
+    } else {
+        step();
     }
     core::sync::atomic::fence(order);
 }
 
-macro_rules! counted {
-    ($name:ident, $inner:ty, $value:ty $(, $param:ident)?) => {
-        /// A counted atomic with the interface of `core`'s.
-        #[derive(Debug, Default)]
-        #[repr(transparent)]
-        pub struct $name$(<$param>)?($inner);
-
-        impl$(<$param>)? $name$(<$param>)? {
-            /// Wraps `value`.
-            pub const fn new(value: $value) -> Self {
-                Self(<$inner>::new(value))
-            }
-
-            /// Reads the value; not counted.
-            pub fn load(&self, order: Ordering) -> $value {
-                self.0.load(order)
-            }
-
-            /// Writes the value.
-            pub fn store(&self, value: $value, order: Ordering) {
-                stored(order);
-                self.0.store(value, order);
-            }
-
-            /// Exchanges the value.
-            pub fn swap(&self, value: $value, order: Ordering) -> $value {
-                locked();
-                self.0.swap(value, order)
-            }
-
-            /// Writes `new` where the value is `current`.
-            ///
-            /// # Errors
-            ///
-            /// The value found, where it was another.
-            pub fn compare_exchange(
-                &self,
-                current: $value,
-                new: $value,
-                success: Ordering,
-                failure: Ordering,
-            ) -> Result<$value, $value> {
-                locked();
-                self.0.compare_exchange(current, new, success, failure)
-            }
-
-            /// Like `compare_exchange`, and may fail for no reason.
-            ///
-            /// # Errors
-            ///
-            /// The value found.
-            pub fn compare_exchange_weak(
-                &self,
-                current: $value,
-                new: $value,
-                success: Ordering,
-                failure: Ordering,
-            ) -> Result<$value, $value> {
-                locked();
-                self.0.compare_exchange_weak(current, new, success, failure)
-            }
-
-            /// Applies `f` by compare-and-exchange until it holds.
-            ///
-            /// # Errors
-            ///
-            /// The value found, where `f` declined it.
-            pub fn fetch_update(
-                &self,
-                set: Ordering,
-                fetch: Ordering,
-                mut f: impl FnMut($value) -> Option<$value>,
-            ) -> Result<$value, $value> {
-                let mut previous = self.load(fetch);
-                while let Some(next) = f(previous) {
-                    match self.compare_exchange_weak(previous, next, set, fetch) {
-                        Ok(found) => return Ok(found),
-                        Err(found) => previous = found,
-                    }
-                }
-                Err(previous)
-            }
-        }
-    };
+/// A compiler fence: free, and a step.
+pub fn compiler_fence(order: Ordering) {
+    step();
+    core::sync::atomic::compiler_fence(order);
 }
-
-macro_rules! arithmetic {
-    ($name:ident, $value:ty: $($method:ident)*) => {
-        impl $name {$(
-            /// The locked read-modify-write of this name; gives the value before.
-            pub fn $method(&self, value: $value, order: Ordering) -> $value {
-                locked();
-                self.0.$method(value, order)
-            }
-        )*}
-    };
-}
-
-counted!(AtomicBool, core::sync::atomic::AtomicBool, bool);
-counted!(AtomicU8, core::sync::atomic::AtomicU8, u8);
-counted!(AtomicU16, core::sync::atomic::AtomicU16, u16);
-counted!(AtomicU32, core::sync::atomic::AtomicU32, u32);
-counted!(AtomicU64, core::sync::atomic::AtomicU64, u64);
-counted!(AtomicUsize, core::sync::atomic::AtomicUsize, usize);
-counted!(AtomicPtr, core::sync::atomic::AtomicPtr<T>, *mut T, T);
-
-arithmetic!(AtomicBool, bool: fetch_and fetch_or fetch_xor);
-arithmetic!(AtomicU8, u8: fetch_add fetch_sub fetch_and fetch_or fetch_xor fetch_max fetch_min);
-arithmetic!(AtomicU16, u16: fetch_add fetch_sub fetch_and fetch_or fetch_xor fetch_max fetch_min);
-arithmetic!(AtomicU32, u32: fetch_add fetch_sub fetch_and fetch_or fetch_xor fetch_max fetch_min);
-arithmetic!(AtomicU64, u64: fetch_add fetch_sub fetch_and fetch_or fetch_xor fetch_max fetch_min);
-arithmetic!(AtomicUsize, usize: fetch_add fetch_sub fetch_and fetch_or fetch_xor fetch_max fetch_min);

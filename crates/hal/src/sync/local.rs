@@ -28,12 +28,14 @@ macro_rules! local {
             /// Reads the value: a plain load.
             #[inline(always)]
             pub fn get(&self) -> $value {
+                step();
                 self.0.load(Ordering::Relaxed)
             }
 
             /// Writes the value: a plain store.
             #[inline(always)]
             pub fn set(&self, value: $value) {
+                step();
                 self.0.store(value, Ordering::Relaxed);
             }
         }
@@ -46,7 +48,14 @@ macro_rules! local {
     };
 }
 
-// Under the counting backend local words are `core`'s: their stores stay on lines of their own CPU.
+// Under the counting backend local words are `core`'s: their stores stay on lines of their own CPU. But each is a step at
+// which an interrupt may come.
+#[cfg(all(kmem_counting, not(any(loom, shuttle))))]
+use super::backend::step;
+#[cfg(not(all(kmem_counting, not(any(loom, shuttle)))))]
+#[inline(always)]
+fn step() {}
+
 #[cfg(not(all(kmem_counting, not(any(loom, shuttle)))))]
 use super::backend as backing;
 #[cfg(all(kmem_counting, not(any(loom, shuttle))))]
@@ -93,12 +102,14 @@ impl<T> LocalPtr<T> {
     /// Reads the pointer: a plain load.
     #[inline(always)]
     pub fn get(&self) -> *mut T {
+        step();
         self.0.load(Ordering::Relaxed)
     }
 
     /// Writes the pointer: a plain store.
     #[inline(always)]
     pub fn set(&self, pointer: *mut T) {
+        step();
         self.0.store(pointer, Ordering::Relaxed);
     }
 }

@@ -6,8 +6,8 @@
 //! |---|---|---|
 //! | default | `core`'s | kernels, hosts: no cost, same code |
 //! | `--cfg loom` | loom's | every interleaving and every allowed reordering of a small model |
-//! | `--cfg shuttle` | shuttle's | random schedules of models too large for loom |
-//! | `--cfg kmem_counting` | `core`'s and a count | locked instructions and stores to shared lines, asserted in tests |
+//! | `--cfg shuttle` | `core`'s and a scheduling point | random schedules of models too large for loom |
+//! | `--cfg kmem_counting` | `core`'s and a count | locked instructions and stores to shared lines, asserted in tests; an interrupt at any step (`with_interrupt`) |
 //!
 //! Two families of words, because their costs differ by twenty:
 //! - **shared** words (`AtomicU64`, ...): other CPUs write them. A read-modify-write is a locked
@@ -45,11 +45,13 @@ mod counting;
 #[cfg(all(kmem_counting, not(any(loom, shuttle))))]
 use counting as backend;
 #[cfg(all(kmem_counting, not(any(loom, shuttle))))]
-pub use counting::{Counts, counts, reset_counts};
+pub use counting::{Counts, counts, reset_counts, with_interrupt};
 
 #[cfg(not(loom))]
 mod cell;
 mod local;
+#[cfg(all(any(shuttle, kmem_counting), not(loom)))]
+mod wrapped;
 
 pub use backend::{
     AtomicBool, AtomicPtr, AtomicU8, AtomicU16, AtomicU32, AtomicU64, AtomicUsize, UnsafeCell,
