@@ -1,9 +1,27 @@
 #![doc = include_str!("../README.md")]
 #![no_std]
 
+mod alloc;
 mod boot;
+mod buddy;
+mod config;
+mod cpu_cache;
+mod cpus;
+mod error;
+mod free;
+mod range;
+mod state;
+mod view;
+mod watermark;
+mod zone;
 
 pub use boot::{
     BootList, BootMap, BootMapError, BootRegion, EarlyAllocator, EarlyError, RegionKind,
     Reservation,
 };
+pub use buddy::Buddy;
+pub use config::Config;
+pub use error::{FreeError, InitError, Misuse, PlaceError};
+pub use range::OwnedRange;
+pub use view::{BuddyInfo, MemInfo, PageTypeInfo, Recount, ZoneFree, ZoneInfo};
+pub use zone::kind::{MigrateType, ZoneKind, ZoneLimits};

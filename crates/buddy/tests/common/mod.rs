@@ -1,6 +1,8 @@
 //! Real memory maps as boot maps.
 #![allow(dead_code)]
 
+pub mod window;
+
 use kmem_buddy::{BootMap, RegionKind};
 use kmem_hal::{NodeId, PhysAddr};
 

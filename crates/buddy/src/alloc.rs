@@ -1,0 +1,464 @@
+//! Allocation: from the CPU's array, else from the zones in order, else after a drain, else refused honestly.
+//!
+//! ```text
+//!   hit in the array of the first allowed zone                     no locked instruction
+//!   1. zones above the low watermark                               one lock for half an array
+//!   2. zones above the min watermark           reclaim is told: Low
+//!   3. the same after all CPUs' caches were emptied                reclaim is told: Min
+//!   4. the same again as long as reclaim frees something           reclaim is asked: Refusing
+//!   5. OutOfMemory, or OutOfMemoryHere where some CPU's cache could not be asked
+//! ```
+
+use core::ops::ControlFlow;
+
+use kmem_hal::{
+    AllocError, Context, Cpu, CpuCall, Frame, FrameRange, FrameRequest, FrameSource, Mobility,
+    NodeId, NodePolicy, Order, OwnedFrame, PhysMap, Pinned, Pressure, PressureLevel, RawLock,
+};
+
+use crate::buddy::Buddy;
+use crate::cpu_cache::{Arrays, CpuArea, MAX_BATCH, class_of, stack_of};
+use crate::cpus::Drained;
+use crate::state::{State, frame_limit};
+use crate::zone::bits::TOP;
+use crate::zone::core::Core;
+use crate::zone::kind::{MigrateType, ZoneKind};
+use crate::zone::{Mark, Zone};
+
+/// How often reclaim may say that it freed something before a request is refused all the same.
+const RETRIES: u32 = 16;
+/// Blocks that a batch call moves between two looks at the caller.
+const CHUNK: usize = 32;
+
+/// A request in the zones' own terms.
+#[derive(Clone, Copy)]
+pub(crate) struct Wanted {
+    pub order: usize,
+    pub align: usize,
+    /// Exclusive frame number.
+    pub limit: u64,
+    pub migrate: MigrateType,
+    pub highest: ZoneKind,
+    pub movable: bool,
+    pub reserve: bool,
+    pub atomic: bool,
+    pub strict: Option<NodeId>,
+}
+
+impl Wanted {
+    pub fn new(request: &FrameRequest) -> Self {
+        Self {
+            order: request.order.index(),
+            align: request.alignment.index().max(request.order.index()),
+            limit: frame_limit(request.max_address),
+            migrate: MigrateType::of(request.mobility),
+            highest: ZoneKind::highest_for(request.mobility),
+            movable: request.mobility == Mobility::Movable,
+            reserve: request.reserve,
+            atomic: request.context == Context::Atomic,
+            strict: match request.node {
+                NodePolicy::Strict(node) => Some(node),
+                _ => None,
+            },
+        }
+    }
+
+    /// Whether the zone may serve the request at all.
+    #[inline]
+    pub fn admits<L: RawLock + 'static>(&self, zone: &Zone<L>) -> bool {
+        zone.kind <= self.highest
+            && zone.start < self.limit
+            && self.strict.is_none_or(|node| zone.node == node)
+    }
+
+    /// How many frames the zone can spare for it at a level.
+    fn spare<L: RawLock + 'static>(&self, zone: &Zone<L>, level: Mark) -> u64 {
+        if self.reserve && level == Mark::Min {
+            let lent = if self.movable { 0 } else { zone.free_cma() };
+            return zone.free().saturating_sub(lent);
+        }
+        let mark = zone.mark(level);
+        let mark = if level == Mark::Min && self.atomic {
+            mark / 2
+        } else {
+            mark
+        };
+        zone.spare(mark, self.highest, self.movable)
+    }
+
+    /// Takes up to `out.len()` blocks from a zone's bits.
+    fn take(&self, core: &mut Core, out: &mut [u64]) -> usize {
+        if self.align > self.order {
+            return self.take_aligned(core, out);
+        }
+        let mut given = core.take_batch(self.order, self.migrate, self.limit, out);
+        if given == 0
+            && let Some(found) = core.find_fallback(self.order, self.migrate, self.limit)
+            && let Some(first) = core.take(&found, self.order)
+        {
+            out[0] = first;
+            given = 1;
+            if core.type_of(found.block) == self.migrate {
+                given += core.take_batch(self.order, self.migrate, self.limit, &mut out[1..]);
+            }
+        }
+        given
+    }
+
+    /// One block whose alignment is beyond its order.
+    fn take_aligned(&self, core: &mut Core, out: &mut [u64]) -> usize {
+        let large = (self.align <= TOP)
+            .then(|| {
+                core.find(self.align, self.migrate, self.limit)
+                    .or_else(|| core.find_fallback(self.align, self.migrate, self.limit))
+            })
+            .flatten();
+        if let Some(found) = large
+            && let Some(first) = core.take(&found, self.order)
+        {
+            out[0] = first;
+            return 1;
+        }
+        let frames = 1 << self.order;
+        let Some(first) = core.find_range(frames, 1 << self.align, self.limit, self.movable) else {
+            return 0;
+        };
+        core.mark_found(first, frames);
+        out[0] = first;
+        1
+    }
+}
+
+/// What one look at the zones brought.
+pub(crate) enum Attempt {
+    /// So many blocks.
+    Got(usize),
+    /// Nothing; a nested call that had to leave its CPU's arrays alone says `true`.
+    Nothing(bool),
+    /// A nested call met a lock that only the interrupted code can let go.
+    Busy,
+}
+
+impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M, C, L, K, P> {
+    /// The node whose list serves the request.
+    #[inline]
+    fn node_for(&self, state: &State<L>, area: Option<&CpuArea>, node: NodePolicy) -> usize {
+        let local = area.map_or(0, |area| area.node.get() as usize);
+        let wanted = match node {
+            NodePolicy::Local => local,
+            NodePolicy::Preferred(node) | NodePolicy::Strict(node) => node.index(),
+            NodePolicy::Interleave => area.map_or(0, |area| {
+                let next = area.interleave.get();
+                area.interleave.set(next.wrapping_add(1));
+                next as usize % state.nodes
+            }),
+        };
+        if wanted < state.nodes { wanted } else { local }
+    }
+
+    /// The common case: the newest entry of the CPU's array for the first zone that may serve the request.
+    #[inline(always)]
+    fn hit(&self, state: &State<L>, request: &FrameRequest, pin: &Pinned<'_, C>) -> Option<u64> {
+        let order = request.order.index();
+        let class = class_of(order)?;
+        let area = state.area(pin.id())?;
+        if request.alignment > request.order || !matches!(request.node, NodePolicy::Local) {
+            return None;
+        }
+        let highest = ZoneKind::highest_for(request.mobility);
+        let limit = frame_limit(request.max_address);
+        let list = state.list(area.node.get() as usize);
+        let index = *list.iter().find(|&&index| {
+            state
+                .zones
+                .get(usize::from(index))
+                .is_some_and(|zone| zone.kind <= highest && zone.start < limit)
+        })?;
+        let zone = state.zones.get(usize::from(index))?;
+        let stack = stack_of(class, MigrateType::of(request.mobility));
+        let arrays = area.enter()?;
+        let cache = arrays.zone(usize::from(index))?;
+        if zone.end() > limit && zone.start + u64::from(cache.peek(stack)?) + (1 << order) > limit {
+            return None;
+        }
+        Some(zone.start + u64::from(cache.pop(stack)?))
+    }
+
+    /// Looks at all zones once, at one watermark, and fills `out` as far as it goes.
+    fn attempt(
+        &self,
+        state: &State<L>,
+        request: &FrameRequest,
+        level: Mark,
+        out: &mut [u64],
+    ) -> Attempt {
+        let wanted = Wanted::new(request);
+        let pin = self.cpu.pin();
+        let area = state.area(pin.id());
+        let arrays = area.and_then(CpuArea::enter);
+        let node = self.node_for(state, area, request.node);
+        let mut busy = false;
+        for &index in state.list(node) {
+            let index = usize::from(index);
+            let Some(zone) = state.zones.get(index) else {
+                continue;
+            };
+            if !wanted.admits(zone) {
+                continue;
+            }
+            match self.fill_from(area, arrays.as_ref(), zone, index, &wanted, level, out) {
+                Some(0) => {}
+                Some(given) => {
+                    drop(arrays);
+                    self.settle(state, area);
+                    return Attempt::Got(given);
+                }
+                None => busy = true,
+            }
+        }
+        let nested = area.is_some() && arrays.is_none();
+        drop(arrays);
+        self.settle(state, area);
+        if busy {
+            Attempt::Busy
+        } else {
+            Attempt::Nothing(nested)
+        }
+    }
+
+    /// Fills `out` from one zone and its array; `None` where the lock could not be had.
+    #[allow(clippy::too_many_arguments)]
+    fn fill_from(
+        &self,
+        area: Option<&CpuArea>,
+        arrays: Option<&Arrays<'_>>,
+        zone: &Zone<L>,
+        index: usize,
+        wanted: &Wanted,
+        level: Mark,
+        out: &mut [u64],
+    ) -> Option<usize> {
+        let class = class_of(wanted.order).filter(|_| wanted.align == wanted.order);
+        let cache = arrays.and_then(|arrays| arrays.zone(index));
+        let array = class.zip(cache);
+        let mut given = 0;
+        if let Some((class, cache)) = array {
+            let stack = stack_of(class, wanted.migrate);
+            while given < out.len()
+                && let Some(entry) = cache.peek(stack)
+                && zone.start + u64::from(entry) + (1 << wanted.order) <= wanted.limit
+            {
+                cache.pop(stack);
+                out[given] = zone.start + u64::from(entry);
+                given += 1;
+            }
+        }
+        let missing = out.len() - given;
+        let spare = wanted.spare(zone, level) >> wanted.order;
+        if missing == 0 || spare == 0 {
+            return Some(given);
+        }
+        // Half an array more than what is missing, as far as the watermark lets.
+        let mut extra = 0;
+        if let Some((class, cache)) = array {
+            let limit = zone.limits[class].load(kmem_hal::sync::Ordering::Relaxed);
+            cache.set_limit(stack_of(class, wanted.migrate), limit);
+            if wanted.limit >= zone.end() {
+                extra = limit as usize / 2;
+            }
+        }
+        let mut taken = [0; MAX_BATCH];
+        let most = (missing + extra)
+            .min(MAX_BATCH)
+            .min(usize::try_from(spare).unwrap_or(MAX_BATCH));
+        let count = self.locked(area, zone, |core| wanted.take(core, &mut taken[..most]));
+        let Some(count) = count else {
+            return if given > 0 { Some(given) } else { None };
+        };
+        let direct = count.min(missing);
+        out[given..given + direct].copy_from_slice(&taken[..direct]);
+        given += direct;
+        if let Some((class, cache)) = array {
+            let stack = stack_of(class, wanted.migrate);
+            for &first in taken[direct..count].iter().rev() {
+                // Room was made: the limit is at least half an array above what is left.
+                let kept = cache.push(stack, (first - zone.start) as u32);
+                debug_assert!(kept, "a refill overflows its array");
+            }
+        }
+        Some(given)
+    }
+
+    /// Fills `out` with at least one block or says why not: everything beyond a hit.
+    #[cold]
+    fn alloc_slow(
+        &self,
+        state: &State<L>,
+        request: &FrameRequest,
+        out: &mut [u64],
+    ) -> Result<usize, AllocError> {
+        let node = match request.node {
+            NodePolicy::Strict(node) | NodePolicy::Preferred(node) => node,
+            _ => NodeId::ZERO,
+        };
+        let mut nested = false;
+        let mut look = |level| match self.attempt(state, request, level, out) {
+            Attempt::Got(count) => ControlFlow::Break(Ok(count)),
+            Attempt::Busy => ControlFlow::Break(Err(AllocError::Busy)),
+            Attempt::Nothing(inner) => {
+                nested |= inner;
+                ControlFlow::Continue(())
+            }
+        };
+        if let ControlFlow::Break(result) = look(Mark::Low) {
+            return result;
+        }
+        let wanted = Wanted::new(request);
+        if !state.zones.iter().any(|zone| wanted.admits(zone)) {
+            return Err(AllocError::Unsatisfiable);
+        }
+        self.pressure.pressure(node, PressureLevel::Low, request);
+        if let ControlFlow::Break(result) = look(Mark::Min) {
+            return result;
+        }
+        self.pressure.pressure(node, PressureLevel::Min, request);
+        let mut retries = 0;
+        loop {
+            let drained = self.drain();
+            if let ControlFlow::Break(result) = look(Mark::Min) {
+                return result;
+            }
+            // Only a caller that may wait may ask for reclaim; a caller that is part of reclaim must not.
+            let may_reclaim = request.context >= Context::NoIo && retries < RETRIES;
+            if may_reclaim
+                && self
+                    .pressure
+                    .pressure(node, PressureLevel::Refusing, request)
+            {
+                retries += 1;
+                continue;
+            }
+            return Err(match drained {
+                Drained::All => AllocError::OutOfMemory,
+                Drained::Here => AllocError::OutOfMemoryHere,
+            });
+        }
+    }
+
+    /// Makes the value for a block that was just taken, zeroed if asked.
+    #[inline]
+    fn finish(&self, request: &FrameRequest, first: u64) -> Result<OwnedFrame, AllocError> {
+        // SAFETY: O1: the zone's bits, an array's entry, gave the block to this call alone; O2: runs are naturally
+        // aligned in segments; O3: frames come back to the allocator as `OwnedFrame`s, which no TLB translates to.
+        let frame = unsafe { OwnedFrame::from_raw(Frame::from_number(first), request.order) };
+        if request.zeroed && !self.zero(frame.range()) {
+            kmem_hal::FrameSink::free(self, frame);
+            return Err(AllocError::Busy);
+        }
+        Ok(frame)
+    }
+
+    /// Fills frames that this call owns with zeros; `false` where no temporary mapping was to be had.
+    pub(crate) fn zero(&self, range: FrameRange) -> bool {
+        if self.memory.reach().contains_range(range) {
+            // SAFETY: the caller owns the frames, and they are in reach.
+            unsafe { self.memory.zero(range) };
+            return true;
+        }
+        range.iter().all(|frame| {
+            let Some(pointer) = self.memory.map_temporary(frame) else {
+                return false;
+            };
+            // SAFETY: P5: the mapping is this call's and covers a frame that the caller owns.
+            unsafe {
+                pointer
+                    .as_ptr()
+                    .write_bytes(0, kmem_hal::PAGE_SIZE as usize);
+                self.memory.unmap_temporary(pointer);
+            }
+            true
+        })
+    }
+
+    /// A block above the top order: a range that is as long as it is aligned.
+    #[cold]
+    fn alloc_huge(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
+        let order = request.order;
+        if order > Order::HUGE_1G && order.frames() > Frame::LIMIT / 2 {
+            return Err(AllocError::Unsatisfiable);
+        }
+        let align = request.alignment.max(order);
+        let range = self.take_range(order.frames(), align, request)?;
+        self.finish(request, range.first().number())
+    }
+}
+
+// SAFETY: F1: a block's bits are set while it is free, and cleared under the lock when it is taken, so that no two calls get
+// it; segments are memory that firmware calls usable. F2: limits, alignment and zones are checked where runs are found,
+// zeroing in `finish`. F3: a refused call moved blocks between caches and zones at most.
+unsafe impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> FrameSource
+    for Buddy<M, C, L, K, P>
+{
+    #[inline]
+    fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
+        let state = self.state().ok_or(AllocError::NotInitialised)?;
+        let hit = {
+            let pin = self.cpu.pin();
+            self.hit(state, request, &pin)
+        };
+        if let Some(first) = hit {
+            return self.finish(request, first);
+        }
+        if request.order.index() > TOP {
+            return self.alloc_huge(request);
+        }
+        let mut out = [0];
+        self.alloc_slow(state, request, &mut out)?;
+        self.finish(request, out[0])
+    }
+
+    fn alloc_batch(
+        &self,
+        request: &FrameRequest,
+        count: usize,
+        give: &mut dyn FnMut(OwnedFrame),
+    ) -> Result<usize, AllocError> {
+        let state = self.state().ok_or(AllocError::NotInitialised)?;
+        let mut given = 0;
+        while given < count {
+            if request.order.index() > TOP {
+                match self.alloc_huge(request) {
+                    Ok(frame) => give(frame),
+                    Err(error) if given == 0 => return Err(error),
+                    Err(_) => break,
+                }
+                given += 1;
+                continue;
+            }
+            let mut out = [0; CHUNK];
+            let some = &mut out[..(count - given).min(CHUNK)];
+            let got = match self.attempt(state, request, Mark::Low, some) {
+                Attempt::Got(got) => got,
+                _ => match self.alloc_slow(state, request, some) {
+                    Ok(got) => got,
+                    Err(error) if given == 0 => return Err(error),
+                    Err(_) => break,
+                },
+            };
+            for (at, &first) in out[..got].iter().enumerate() {
+                match self.finish(request, first) {
+                    Ok(frame) => give(frame),
+                    Err(error) => {
+                        // No mapping for zeroing: what was taken and not given goes back.
+                        for &first in &out[at + 1..got] {
+                            self.give_back(first, request.order);
+                        }
+                        return if given == 0 { Err(error) } else { Ok(given) };
+                    }
+                }
+                given += 1;
+            }
+        }
+        Ok(given)
+    }
+}

@@ -1,0 +1,179 @@
+//! CPUs: their areas come and go, and their arrays are emptied on demand.
+
+use core::ptr::NonNull;
+
+use kmem_hal::sync::{AtomicBool, Ordering};
+use kmem_hal::{
+    AllocError, Cpu, CpuCall, CpuId, CpuSet, FrameRequest, FrameSource, NodePolicy, Order, PhysMap,
+    Pressure, RawLock,
+};
+
+use crate::buddy::Buddy;
+use crate::cpu_cache::{CpuArea, ZoneCache};
+use crate::state::{self, State};
+
+/// Whose arrays are empty now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Drained {
+    /// Those of all CPUs.
+    All,
+    /// Not all: a CPU could not be called, or was interrupted in its arrays.
+    Here,
+}
+
+impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M, C, L, K, P> {
+    /// Empties the arrays of the CPU that the caller is pinned to; `false` where they are in use below the caller.
+    fn drain_area(&self, state: &State<L>, area: &CpuArea) -> bool {
+        let Some(arrays) = area.enter() else {
+            return false;
+        };
+        let mut all = true;
+        for (index, zone) in state.zones.iter().enumerate() {
+            let Some(cache) = arrays.zone(index) else {
+                continue;
+            };
+            for (stack, order) in ZoneCache::stacks() {
+                let count = cache.count(stack) as usize;
+                if count > 0 {
+                    all &= self.flush(state, area, zone, cache, (stack, order), count);
+                }
+            }
+        }
+        drop(arrays);
+        self.settle(state, Some(area));
+        all
+    }
+
+    /// Empties this CPU's arrays into the zones; `false` where the caller interrupted their user.
+    pub fn drain_local(&self) -> bool {
+        let Some(state) = self.state() else {
+            return true;
+        };
+        let pin = self.cpu.pin();
+        state
+            .area(pin.id())
+            .is_none_or(|area| self.drain_area(state, area))
+    }
+
+    /// Empties the arrays of all CPUs, as far as they can be called.
+    #[doc(alias = "drain_all_pages")]
+    pub fn drain_all(&self) -> bool {
+        self.drain() == Drained::All
+    }
+
+    pub(crate) fn drain(&self) -> Drained {
+        let Some(state) = self.state() else {
+            return Drained::All;
+        };
+        let here = self.drain_local();
+        let mut others = CpuSet::EMPTY;
+        let me = self.cpu.pin().id();
+        for cpu in 0..state.cpus.len() as u32 {
+            let cpu = CpuId::new(cpu);
+            if cpu != me && state.area(cpu).is_some() {
+                others.insert(cpu);
+            }
+        }
+        if others.is_empty() {
+            return if here { Drained::All } else { Drained::Here };
+        }
+        let incomplete = AtomicBool::new(false);
+        let empty = |cpu: CpuId| {
+            // R1: this CPU is pinned while the closure runs, so the area is its own.
+            let done = state
+                .area(cpu)
+                .is_none_or(|area| self.drain_area(state, area));
+            if !done {
+                incomplete.store(true, Ordering::Release);
+            }
+        };
+        // SAFETY of sharing: see `Shared`.
+        let empty = Shared(empty);
+        let called = self.call.run_on(&others, &|cpu| empty.run(cpu));
+        if called.is_ok() && here && !incomplete.load(Ordering::Acquire) {
+            Drained::All
+        } else {
+            Drained::Here
+        }
+    }
+
+    /// Gives a CPU that comes online its arrays.
+    ///
+    /// Until then it may use the allocator all the same, straight from the zones.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`] where there is no memory for them; [`AllocError::Unsatisfiable`] for a CPU number beyond `Cpu::count`.
+    pub fn cpu_online(&self, cpu: CpuId) -> Result<(), AllocError> {
+        let state = self.state().ok_or(AllocError::NotInitialised)?;
+        let slot = state
+            .cpus
+            .get(cpu.index())
+            .ok_or(AllocError::Unsatisfiable)?;
+        if !slot.load(Ordering::Acquire).is_null() {
+            return Ok(());
+        }
+        let node = (state.cpu_node)(cpu);
+        let order = Order::for_bytes(state::area_room(state.zones.len()))
+            .ok_or(AllocError::Unsatisfiable)?;
+        let request = FrameRequest::new(order).node(NodePolicy::Preferred(node));
+        let frames = self.alloc(&request)?;
+        let memory = NonNull::new(self.memory.to_ptr(frames.first().start()));
+        let area = memory.filter(|_| self.memory.reach().contains_range(frames.range()));
+        // SAFETY: the frames are this call's, in reach, and never freed once the area is published.
+        let area = area.and_then(|memory| unsafe {
+            state::build_area(memory, order.bytes() as usize, node, state.zones.len())
+        });
+        let published = area.is_some_and(|area| {
+            slot.compare_exchange(
+                core::ptr::null_mut(),
+                area.as_ptr(),
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            )
+            .is_ok()
+        });
+        if !published {
+            // Somebody else was faster, or the frames are out of reach: either way they are still only ours.
+            kmem_hal::FrameSink::free(self, frames);
+            return if area.is_some() {
+                Ok(())
+            } else {
+                Err(AllocError::OutOfMemory)
+            };
+        }
+        // The area lives for ever: `frames` is not freed.
+        let _kept = frames.into_raw();
+        Ok(())
+    }
+
+    /// Empties the arrays of a CPU that has gone offline; it keeps them for its return.
+    ///
+    /// # Safety
+    ///
+    /// The CPU is offline: nobody is pinned to it until [`cpu_online`](Self::cpu_online) was called for it again, and what it
+    /// wrote is visible to the caller.
+    pub unsafe fn cpu_offline(&self, cpu: CpuId) -> bool {
+        let Some(state) = self.state() else {
+            return true;
+        };
+        // Pinned, so that an interrupt of this CPU cannot take the other's place half-way.
+        let _pin = self.cpu.pin();
+        state
+            .area(cpu)
+            .is_none_or(|area| self.drain_area(state, area))
+    }
+}
+
+/// Carries a closure to other CPUs.
+struct Shared<F>(F);
+
+impl<F: Fn(CpuId)> Shared<F> {
+    fn run(&self, cpu: CpuId) {
+        (self.0)(cpu);
+    }
+}
+
+// SAFETY: the closure borrows the allocator and its state only. Both are made to be used by all CPUs at once; what is not
+// behind locks and atomics is reached through the running CPU's own area (C2, R1).
+unsafe impl<F> Sync for Shared<F> {}

@@ -1,0 +1,325 @@
+//! Freeing: into the CPU's array, which gives its older half back to the zone when it is full.
+//!
+//! What is wrong with a block is found as early as it costs nothing: a foreign or misaligned one at the call, since the
+//! segment must be found anyway; a double free or a wrong order when the block's bits are set. A wrong block is never
+//! reused: [`Buddy::misuse`] tells.
+
+use kmem_hal::sync::Ordering;
+use kmem_hal::{Cpu, CpuCall, Frame, FrameSink, Order, OwnedFrame, PhysMap, Pressure, RawLock};
+
+use crate::buddy::{Buddy, needs_no_reach};
+use crate::cpu_cache::{CACHED_TYPES, CLASS_ORDERS, CpuArea, MAX_BATCH, ZoneCache, class_of};
+use crate::error::FreeError;
+use crate::state::State;
+use crate::zone::Zone;
+use crate::zone::bits::TOP;
+use crate::zone::core::GiveError;
+use crate::zone::kind::UNMANAGED;
+use crate::zone::segment::{self, Segment};
+
+const CHUNK: usize = 32;
+
+impl From<GiveError> for FreeError {
+    fn from(error: GiveError) -> Self {
+        match error {
+            GiveError::Free => Self::DoubleFree,
+            GiveError::PartlyFree => Self::WrongOrder,
+        }
+    }
+}
+
+impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
+    /// The segment of a frame; the last one used is tried first.
+    #[inline(always)]
+    pub(crate) fn segment<'s>(
+        &self,
+        state: &'s State<L>,
+        area: Option<&CpuArea>,
+        first: u64,
+    ) -> Option<&'s Segment> {
+        if let Some(area) = area {
+            let last = state.segments.get(area.last_segment.get() as usize);
+            if let Some(last) = last
+                && last.contains(first, 1)
+            {
+                return Some(last);
+            }
+        }
+        let found = segment::find(state.segments, first)?;
+        if let Some(area) = area {
+            let index = (core::ptr::from_ref(found).addr() - state.segments.as_ptr().addr())
+                / size_of::<Segment>();
+            area.last_segment.set(index as u32);
+        }
+        Some(found)
+    }
+
+    /// Gives blocks that nested calls left behind to their zones, once the lock is free again.
+    #[inline]
+    pub(crate) fn settle(&self, state: &State<L>, area: Option<&CpuArea>) {
+        let Some(area) = area else { return };
+        while area.has_pending() && !area.is_holding() {
+            area.take_pending(|first, order| {
+                if let Err(error) = self.give_direct(state, Some(area), first, order) {
+                    self.note_misuse(state, error, first, order);
+                }
+            });
+        }
+    }
+
+    /// Gives a block to its zone at once.
+    #[cold]
+    pub(crate) fn give_direct(
+        &self,
+        state: &State<L>,
+        area: Option<&CpuArea>,
+        first: u64,
+        order: usize,
+    ) -> Result<(), FreeError> {
+        let segment = self.segment(state, area, first).ok_or(FreeError::Foreign)?;
+        if !segment.contains(first, 1 << order) {
+            return Err(FreeError::Foreign);
+        }
+        let zone = &state.zones[segment.zone as usize];
+        let flags = zone.types[segment.block_of(first)].load(Ordering::Relaxed);
+        if flags & UNMANAGED != 0 && !self.is_managed(state, area, zone, first, 1 << order) {
+            return Err(FreeError::Foreign);
+        }
+        let given = self.locked(area, zone, |core| {
+            if order <= TOP {
+                return core.give(segment, first, order);
+            }
+            let end = first + (1 << order);
+            if !core.is_uniform(segment, first, end, false) {
+                return Err(GiveError::PartlyFree);
+            }
+            core.mark_range(segment, first, end, true);
+            Ok(())
+        });
+        match given {
+            Some(result) => Ok(result?),
+            None => {
+                // A nested call that must not wait: the interrupted call takes the block along.
+                let left = area.is_some_and(|area| area.leave_pending(first, order));
+                if !left {
+                    state.lost.fetch_add(1 << order, Ordering::Relaxed);
+                }
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether the frames are the allocator's: in reach and not reserved.
+    fn is_managed(
+        &self,
+        state: &State<L>,
+        area: Option<&CpuArea>,
+        zone: &Zone<L>,
+        first: u64,
+        count: u64,
+    ) -> bool {
+        let judge = |reserved: &crate::state::Reserved| {
+            let reached = needs_no_reach(zone.kind)
+                || kmem_hal::FrameRange::from_numbers(first, first + count)
+                    .is_some_and(|range| reserved.reach.contains_range(range));
+            reached && !reserved.touches(first, first + count)
+        };
+        if area.is_some_and(CpuArea::is_holding) {
+            // Nested: where the list is being changed, believe the caller rather than wait.
+            return state
+                .reserved
+                .try_lock()
+                .is_none_or(|reserved| judge(&reserved));
+        }
+        if let Some(area) = area {
+            area.set_holding(true);
+        }
+        let result = judge(&state.reserved.lock());
+        if let Some(area) = area {
+            area.set_holding(false);
+        }
+        result
+    }
+
+    /// Gives the oldest `count` blocks of an array (its number and order) back to the zone; `false` where the lock could not be had.
+    pub(crate) fn flush(
+        &self,
+        state: &State<L>,
+        area: &CpuArea,
+        zone: &Zone<L>,
+        cache: &ZoneCache,
+        (stack, order): (usize, usize),
+        count: usize,
+    ) -> bool {
+        let mut wrong: Option<(GiveError, u64)> = None;
+        let mut more = 0;
+        let done = self.locked(Some(area), zone, |core| {
+            let mut left = count.min(cache.count(stack) as usize);
+            while left > 0 {
+                let mut entries = [0; MAX_BATCH];
+                let some = &mut entries[..left.min(MAX_BATCH)];
+                cache.take_oldest(stack, some);
+                left -= some.len();
+                let mut last: Option<&Segment> = None;
+                for &mut entry in some {
+                    let first = zone.start + u64::from(entry);
+                    let segment = match last {
+                        Some(segment) if segment.contains(first, 1) => segment,
+                        _ => match segment::find(zone.segments, first) {
+                            Some(segment) => segment,
+                            None => continue,
+                        },
+                    };
+                    last = Some(segment);
+                    if let Err(error) = core.give(segment, first, order) {
+                        wrong = Some((error, first));
+                        more += 1;
+                    }
+                }
+            }
+        });
+        if let Some((error, first)) = wrong {
+            self.note_misuse(state, error.into(), first, order);
+            state.misuse_count.fetch_add(more - 1, Ordering::Relaxed);
+        }
+        done.is_some()
+    }
+
+    /// Gives a block of any order back, from wherever it was.
+    #[inline]
+    fn put(
+        &self,
+        state: &State<L>,
+        area: Option<&CpuArea>,
+        first: u64,
+        order: usize,
+    ) -> Result<(), FreeError> {
+        if first & ((1 << order) - 1) != 0 {
+            return Err(FreeError::Misaligned);
+        }
+        if let Some(area) = area
+            && let Some(class) = class_of(order)
+        {
+            let segment = self
+                .segment(state, Some(area), first)
+                .ok_or(FreeError::Foreign)?;
+            if !segment.contains(first, 1 << order) {
+                return Err(FreeError::Foreign);
+            }
+            let index = segment.zone as usize;
+            let zone = state.zones.get(index).ok_or(FreeError::Foreign)?;
+            let migrate = zone
+                .types
+                .get(segment.block_of(first))
+                .map_or(u8::MAX, |byte| byte.load(Ordering::Relaxed));
+            if usize::from(migrate) < CACHED_TYPES
+                && let Some(arrays) = area.enter()
+                && let Some(cache) = arrays.zone(index)
+            {
+                let stack = class * CACHED_TYPES + usize::from(migrate);
+                let entry = (first - zone.start) as u32;
+                if cache.push(stack, entry) {
+                    return Ok(());
+                }
+                if self.make_room(state, area, zone, cache, (class, stack))
+                    && cache.push(stack, entry)
+                {
+                    drop(arrays);
+                    self.settle(state, Some(area));
+                    return Ok(());
+                }
+            }
+        }
+        let result = self.give_direct(state, area, first, order);
+        self.settle(state, area);
+        result
+    }
+
+    /// Empties half of a full array; `false` where nothing can be cached now.
+    #[cold]
+    fn make_room(
+        &self,
+        state: &State<L>,
+        area: &CpuArea,
+        zone: &Zone<L>,
+        cache: &ZoneCache,
+        (class, stack): (usize, usize),
+    ) -> bool {
+        let limit = zone.limits[class].load(Ordering::Relaxed);
+        let count = cache.count(stack);
+        cache.set_limit(stack, limit);
+        if limit == 0 {
+            return false;
+        }
+        // A limit that was never set, or has grown, has room already.
+        let half = (limit / 2).max(1) as usize;
+        count < limit || self.flush(state, area, zone, cache, (stack, CLASS_ORDERS[class]), half)
+    }
+}
+
+impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M, C, L, K, P> {
+    /// Frees one block, or says what is wrong with it.
+    ///
+    /// # Errors
+    ///
+    /// [`FreeError`] with the block. What is found only when a CPU's cache is flushed is told by [`misuse`](Self::misuse).
+    pub fn try_free(&self, frame: OwnedFrame) -> Result<(), (FreeError, OwnedFrame)> {
+        let Some(state) = self.state() else {
+            return Err((FreeError::NotInitialised, frame));
+        };
+        let pin = self.cpu.pin();
+        let area = state.area(pin.id());
+        self.put(state, area, frame.first().number(), frame.order().index())
+            .map_err(|error| (error, frame))
+    }
+
+    /// Gives back a block that this crate took and did not hand out.
+    pub(crate) fn give_back(&self, first: u64, order: Order) {
+        // SAFETY: the block was taken by this call and given to nobody.
+        self.free(unsafe { OwnedFrame::from_raw(Frame::from_number(first), order) });
+    }
+}
+
+impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> FrameSink
+    for Buddy<M, C, L, K, P>
+{
+    #[inline]
+    fn free(&self, frame: OwnedFrame) {
+        let (first, order) = frame.into_raw();
+        let Some(state) = self.state() else { return };
+        let pin = self.cpu.pin();
+        let area = state.area(pin.id());
+        if let Err(error) = self.put(state, area, first.number(), order.index()) {
+            self.note_misuse(state, error, first.number(), order.index());
+        }
+    }
+
+    fn free_batch(&self, next: &mut dyn FnMut() -> Option<OwnedFrame>) {
+        let Some(state) = self.state() else {
+            while next().is_some() {}
+            return;
+        };
+        let mut done = false;
+        while !done {
+            // `next` is the caller's code: it runs outside the pin.
+            let mut blocks = [(0, 0); CHUNK];
+            let mut count = 0;
+            while count < CHUNK {
+                let Some(frame) = next() else {
+                    done = true;
+                    break;
+                };
+                let (first, order) = frame.into_raw();
+                blocks[count] = (first.number(), order.index());
+                count += 1;
+            }
+            let pin = self.cpu.pin();
+            let area = state.area(pin.id());
+            for &(first, order) in &blocks[..count] {
+                if let Err(error) = self.put(state, area, first, order) {
+                    self.note_misuse(state, error, first, order);
+                }
+            }
+        }
+    }
+}

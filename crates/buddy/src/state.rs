@@ -1,0 +1,544 @@
+//! What `init` carves: zones, tables to find them, CPU areas. Immutable from then on, apart from what has locks or atomics.
+//!
+//! ```text
+//!   boot map --> plan: how many zones, segments, blocks, and so bytes --> one piece from the early allocator --> build
+//! ```
+//!
+//! One piece, so that there is one place where memory can run out, before anything has changed. Its size follows the
+//! memory that is present, never the highest address: 0.15 bytes a frame and some KiB per CPU and zone.
+
+use core::ptr::NonNull;
+use core::sync::atomic::Ordering;
+
+use kmem_hal::sync::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, CachePadded};
+use kmem_hal::{CpuId, Frame, FrameRange, Lock, NodeId, PAGE_SIZE, PhysAddr, PhysMap, RawLock};
+
+use crate::boot::{BootMap, EarlyAllocator, Reservation};
+use crate::config::Config;
+use crate::cpu_cache::{CpuArea, ZoneCache};
+use crate::error::InitError;
+use crate::zone::Zone;
+use crate::zone::bitmap::Shape;
+use crate::zone::bits::WORDS;
+use crate::zone::core::Core;
+use crate::zone::kind::{MigrateType, ZoneKind};
+use crate::zone::segment::Segment;
+
+/// Pieces of the reserved list beyond those at boot: each release may cut one in two.
+const SPARE_RESERVED: usize = 32;
+
+/// A reserved run of frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ReservedRun {
+    pub first: u64,
+    pub end: u64,
+    pub why: Reservation,
+}
+
+/// The runs that are present and not the allocator's, sorted.
+pub(crate) struct Reserved {
+    runs: &'static mut [Option<ReservedRun>],
+    len: usize,
+    /// The frames that had been mapped when memory was last taken over.
+    pub reach: FrameRange,
+}
+
+impl Reserved {
+    pub fn iter(&self) -> impl Iterator<Item = ReservedRun> + '_ {
+        self.runs[..self.len].iter().filter_map(|run| *run)
+    }
+
+    /// Whether some frame of `first..end` is reserved.
+    pub fn touches(&self, first: u64, end: u64) -> bool {
+        self.iter().any(|run| run.first < end && first < run.end)
+    }
+
+    /// Adds a run at the end of the list, where it has room.
+    fn push(&mut self, run: ReservedRun) -> bool {
+        let Some(place) = self.runs.get_mut(self.len) else {
+            return false;
+        };
+        *place = Some(run);
+        self.len += 1;
+        true
+    }
+
+    /// Takes `first..end` off the run that wholly contains it; `false` where none does or there is no room.
+    pub fn remove(&mut self, first: u64, end: u64) -> bool {
+        let Some(at) = self.runs[..self.len]
+            .iter()
+            .position(|run| run.is_some_and(|run| run.first <= first && end <= run.end))
+        else {
+            return false;
+        };
+        let Some(run) = self.runs[at] else {
+            return false;
+        };
+        match (run.first < first, end < run.end) {
+            (false, false) => {
+                self.len -= 1;
+                self.runs[at] = self.runs[self.len];
+            }
+            (true, false) => self.runs[at] = Some(ReservedRun { end: first, ..run }),
+            (false, true) => self.runs[at] = Some(ReservedRun { first: end, ..run }),
+            (true, true) => {
+                if !self.push(ReservedRun { first: end, ..run }) {
+                    return false;
+                }
+                self.runs[at] = Some(ReservedRun { end: first, ..run });
+            }
+        }
+        true
+    }
+}
+
+/// Everything behind an initialised allocator.
+pub(crate) struct State<L: 'static> {
+    pub zones: &'static [Zone<L>],
+    /// All segments by address.
+    pub segments: &'static [Segment],
+    pub nodes: usize,
+    /// For each node the zones in the order in which they are asked, `zones.len()` entries each.
+    pub lists: &'static [u16],
+    /// Areas of the CPUs that are online; null otherwise.
+    pub cpus: &'static [AtomicPtr<CpuArea>],
+    pub cpu_node: fn(CpuId) -> NodeId,
+    pub reserved: Lock<Reserved, L>,
+    pub misuse_count: AtomicU64,
+    pub misuse_last: AtomicU64,
+    pub misuse_kind: AtomicU32,
+    /// Blocks that nested calls freed and that found no place to wait.
+    pub lost: AtomicU64,
+    pub metadata: FrameRange,
+    pub min_free_kib: Option<u64>,
+    pub reserve_ratio: [u32; 5],
+}
+
+impl<L: RawLock + 'static> State<L> {
+    /// The area of a CPU.
+    #[inline(always)]
+    pub fn area(&self, cpu: CpuId) -> Option<&CpuArea> {
+        let area = self.cpus.get(cpu.index())?.load(Ordering::Acquire);
+        // SAFETY: a non-null pointer came from a `&'static CpuArea` in `build` or `cpu_online`.
+        unsafe { area.as_ref() }
+    }
+
+    /// The zones that node `node` asks, in order.
+    #[inline]
+    pub fn list(&self, node: usize) -> &'static [u16] {
+        let count = self.zones.len();
+        self.lists
+            .get(node * count..(node + 1) * count)
+            .unwrap_or(&[])
+    }
+}
+
+/// Hands out parts of one piece of memory, each on lines of its own.
+struct Carver {
+    next: NonNull<u8>,
+    left: usize,
+}
+
+const LINE: usize = 64;
+
+/// Bytes that `count` values of `T` take in a carver.
+const fn room<T>(count: usize) -> u64 {
+    (size_of::<T>() as u64 * count as u64).next_multiple_of(LINE as u64)
+}
+
+impl Carver {
+    /// `count` values made by `make`. The plan has counted them, so that they fit.
+    fn slice<T: 'static>(
+        &mut self,
+        count: usize,
+        mut make: impl FnMut(usize) -> T,
+    ) -> &'static mut [T] {
+        const { assert!(align_of::<T>() <= LINE) };
+        let bytes = room::<T>(count) as usize;
+        if bytes == 0 || bytes > self.left {
+            debug_assert!(bytes == 0, "the plan and the build disagree");
+            return &mut [];
+        }
+        let first = self.next.cast::<T>();
+        for index in 0..count {
+            // SAFETY: the carver owns `left` bytes from `next`, aligned to a line, and `bytes` fit.
+            unsafe { first.add(index).write(make(index)) };
+        }
+        // SAFETY: as above: `bytes` is at most `left`.
+        self.next = unsafe { self.next.add(bytes) };
+        self.left -= bytes;
+        // SAFETY: `count` values were just written; the memory is the allocator's for ever and nobody else's.
+        unsafe { core::slice::from_raw_parts_mut(first.as_ptr(), count) }
+    }
+}
+
+/// One zone as planned.
+#[derive(Clone, Copy)]
+struct ZonePlan {
+    node: NodeId,
+    kind: ZoneKind,
+    span: (u64, u64),
+    present: u64,
+    segments: usize,
+    blocks: usize,
+}
+
+/// Calls `give(node, kind, first, end)` for each run of present frames of one zone, ascending.
+fn for_each_run<const N: usize>(
+    map: &BootMap<N>,
+    config: &Config,
+    mut give: impl FnMut(NodeId, ZoneKind, u64, u64),
+) {
+    for (node, range) in map.present_by_node() {
+        let mut rest = range;
+        while !rest.is_empty() {
+            let (kind, end) = config.limits.kind_of(rest.first());
+            let (head, tail) = rest.split_at(end);
+            give(node, kind, head.first().number(), head.end_number());
+            rest = tail;
+        }
+    }
+}
+
+/// The plan of the zone (`node`, `kind`); `None` where it has no memory.
+///
+/// The spanned range is the node's, clamped to the zone's, as in Linux mm/mm_init.c `zone_spanned_pages_in_node`.
+fn plan_zone<const N: usize>(
+    map: &BootMap<N>,
+    config: &Config,
+    node: NodeId,
+    kind: ZoneKind,
+) -> Option<ZonePlan> {
+    let mut plan = ZonePlan {
+        node,
+        kind,
+        span: (0, 0),
+        present: 0,
+        segments: 0,
+        blocks: 0,
+    };
+    let mut of_node: Option<(u64, u64)> = None;
+    for_each_run(map, config, |run_node, run_kind, first, end| {
+        if run_node == node {
+            of_node = Some((of_node.map_or(first, |span| span.0), end));
+            if run_kind == kind {
+                plan.present += end - first;
+                plan.segments += 1;
+                plan.blocks += Segment::blocks(first, end) as usize;
+            }
+        }
+    });
+    let (low, high) = config.limits.bounds(kind);
+    let (first, end) = of_node?;
+    plan.span = (first.max(low), end.min(high));
+    (plan.present > 0).then_some(plan)
+}
+
+/// Sizes, one after the other in the order in which `build` carves.
+struct Plan {
+    zones: usize,
+    segments: usize,
+    nodes: usize,
+    cpus: usize,
+    online: usize,
+    reserved: usize,
+    bytes: u64,
+}
+
+fn plan<const N: usize, L: RawLock + 'static>(
+    map: &BootMap<N>,
+    config: &Config,
+    cpus: u32,
+) -> Result<Plan, InitError> {
+    let nodes = map.node_count();
+    let mut plan = Plan {
+        zones: 0,
+        segments: 0,
+        nodes,
+        cpus: cpus as usize,
+        online: cpus.min(config.cpus) as usize,
+        // Each reserved piece may be cut by a hole or a zone's end once more than it is long.
+        reserved: map.reserved_runs() + SPARE_RESERVED,
+        bytes: 0,
+    };
+    for node in 0..nodes {
+        for kind in ZoneKind::ALL {
+            let Some(zone) = plan_zone(map, config, NodeId::new(node as u16), kind) else {
+                continue;
+            };
+            let frames = zone.span.1 - zone.span.0;
+            if frames > u64::from(u32::MAX) {
+                return Err(InitError::ZoneTooLarge { frames });
+            }
+            plan.zones += 1;
+            plan.segments += zone.segments;
+            plan.bytes += room::<Segment>(zone.segments)
+                + room::<u64>(zone.blocks * WORDS)
+                + room::<u64>(zone.blocks)
+                + room::<AtomicU8>(zone.blocks)
+                + room::<u64>(Core::hint_words(zone.blocks));
+        }
+    }
+    if plan.zones == 0 {
+        return Err(InitError::NoMemory);
+    }
+    if plan.zones > usize::from(u16::MAX) {
+        return Err(InitError::TooMany {
+            count: plan.zones as u64,
+        });
+    }
+    plan.bytes += room::<Zone<L>>(plan.zones)
+        + room::<Segment>(plan.segments)
+        + room::<u16>(nodes * plan.zones)
+        + room::<AtomicPtr<CpuArea>>(plan.cpus)
+        + room::<Option<ReservedRun>>(plan.reserved)
+        + room::<State<L>>(1)
+        + plan.online as u64 * area_room(plan.zones);
+    Ok(plan)
+}
+
+/// Bytes of one CPU's area.
+pub(crate) fn area_room(zones: usize) -> u64 {
+    room::<CachePadded<CpuArea>>(1) + room::<ZoneCache>(zones)
+}
+
+/// Carves a CPU's area out of `bytes` bytes at `memory`, at least [`area_room`] of them.
+///
+/// # Safety
+///
+/// The memory is aligned to a page, valid for ever, and nobody else's.
+pub(crate) unsafe fn build_area(
+    memory: NonNull<u8>,
+    bytes: usize,
+    node: NodeId,
+    zones: usize,
+) -> Option<NonNull<CpuArea>> {
+    let mut carver = Carver {
+        next: memory,
+        left: bytes,
+    };
+    carve_area(&mut carver, node, zones)
+}
+
+fn carve_area(carver: &mut Carver, node: NodeId, zones: usize) -> Option<NonNull<CpuArea>> {
+    let caches: &'static [ZoneCache] = carver.slice(zones, |_| ZoneCache::new());
+    let area = carver.slice(1, |_| {
+        CachePadded::new(CpuArea::new(u32::from(node.get()), caches))
+    });
+    area.first().map(|area| NonNull::from(&**area))
+}
+
+/// Carves and fills everything; the boot map has the memory as an early allocation afterwards.
+///
+/// # Errors
+///
+/// [`InitError`]; the boot map is as it was then.
+pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
+    map: &mut BootMap<N>,
+    memory: &M,
+    config: &Config,
+    cpus: u32,
+) -> Result<&'static State<L>, InitError> {
+    let plan = plan::<N, L>(map, config, cpus)?;
+    let bytes = plan.bytes.next_multiple_of(PAGE_SIZE);
+    let failed = |reason| InitError::Metadata { bytes, reason };
+    let piece = EarlyAllocator::new(map, memory)
+        .alloc(bytes, PAGE_SIZE)
+        .map_err(failed)?;
+    let next = NonNull::new(memory.to_ptr(piece)).ok_or(InitError::NoMemory)?;
+    let mut carver = Carver {
+        next,
+        left: bytes as usize,
+    };
+    let map = &*map;
+
+    let mut index = 0;
+    let mut specs = zone_plans(map, config, plan.nodes);
+    let zones: &'static [Zone<L>] = {
+        // The zones' own slice first, then what each of them holds; `slice` makes them one by one, so carve ahead.
+        let mut parts = Carver {
+            next: carver.next,
+            left: carver.left,
+        };
+        let zone_room = room::<Zone<L>>(plan.zones) as usize;
+        // SAFETY: the plan counted the zones' slice inside the piece.
+        parts.next = unsafe { parts.next.add(zone_room) };
+        parts.left -= zone_room;
+        let zones = carver.slice(plan.zones, |_| {
+            let spec = specs.next().unwrap_or(ZonePlan {
+                node: NodeId::ZERO,
+                kind: ZoneKind::Normal,
+                span: (0, 0),
+                present: 0,
+                segments: 0,
+                blocks: 0,
+            });
+            let zone = build_zone(map, config, &spec, index, &mut parts);
+            index += 1;
+            zone
+        });
+        carver = parts;
+        zones
+    };
+    drop(specs);
+
+    let segments = carver.slice(plan.segments, |_| Segment {
+        first: u64::MAX,
+        end: u64::MAX,
+        zone: 0,
+        block: 0,
+    });
+    let mut place = 0;
+    for zone in zones {
+        for segment in zone.segments {
+            if let Some(entry) = segments.get_mut(place) {
+                *entry = *segment;
+            }
+            place += 1;
+        }
+    }
+    segments.sort_unstable_by_key(|segment| segment.first);
+
+    let lists = carver.slice(plan.nodes * plan.zones, |_| 0u16);
+    for (node, list) in lists.chunks_mut(plan.zones).enumerate() {
+        for (at, entry) in list.iter_mut().enumerate() {
+            *entry = at as u16;
+        }
+        let here = NodeId::new(node as u16);
+        list.sort_unstable_by_key(|&index| {
+            let zone = &zones[usize::from(index)];
+            let away = zone.node != here;
+            // Own node, then by distance; nodes at equal distance in turn from here, so that they share the load.
+            let turn = (zone.node.index() + plan.nodes - node) % plan.nodes;
+            let distance = (config.distance)(here, zone.node);
+            (away, distance, turn, core::cmp::Reverse(zone.kind))
+        });
+    }
+
+    let areas: &'static [AtomicPtr<CpuArea>] =
+        carver.slice(plan.cpus, |_| AtomicPtr::new(core::ptr::null_mut()));
+    for (cpu, slot) in areas.iter().enumerate().take(plan.online) {
+        let node = (config.cpu_node)(CpuId::new(cpu as u32));
+        if let Some(area) = carve_area(&mut carver, node, plan.zones) {
+            slot.store(area.as_ptr(), Ordering::Release);
+        }
+    }
+
+    let mut reserved = Reserved {
+        runs: carver.slice(plan.reserved, |_| None),
+        len: 0,
+        reach: FrameRange::EMPTY,
+    };
+    map.for_each_reserved(|range, why| {
+        for (_, part) in cut(zones, range) {
+            reserved.push(ReservedRun {
+                first: part.first().number(),
+                end: part.end_number(),
+                why,
+            });
+        }
+    });
+
+    let state: &'static [State<L>] = {
+        let mut reserved = Some(reserved);
+        carver.slice(1, |_| State {
+            zones,
+            segments,
+            nodes: plan.nodes,
+            lists,
+            cpus: areas,
+            cpu_node: config.cpu_node,
+            reserved: Lock::new(reserved.take().unwrap_or(Reserved {
+                runs: &mut [],
+                len: 0,
+                reach: FrameRange::EMPTY,
+            })),
+            misuse_count: AtomicU64::new(0),
+            misuse_last: AtomicU64::new(0),
+            misuse_kind: AtomicU32::new(0),
+            lost: AtomicU64::new(0),
+            metadata: FrameRange::touching(piece, bytes),
+            min_free_kib: config.min_free_kib,
+            reserve_ratio: config.reserve_ratio,
+        })
+    };
+    state.first().ok_or(InitError::NoMemory)
+}
+
+/// The plans of all zones that have memory, by node and kind.
+fn zone_plans<'a, const N: usize>(
+    map: &'a BootMap<N>,
+    config: &'a Config,
+    nodes: usize,
+) -> impl Iterator<Item = ZonePlan> + 'a {
+    (0..nodes).flat_map(move |node| {
+        ZoneKind::ALL
+            .into_iter()
+            .filter_map(move |kind| plan_zone(map, config, NodeId::new(node as u16), kind))
+    })
+}
+
+fn build_zone<const N: usize, L: RawLock + 'static>(
+    map: &BootMap<N>,
+    config: &Config,
+    spec: &ZonePlan,
+    index: u32,
+    carver: &mut Carver,
+) -> Zone<L> {
+    let segments = carver.slice(spec.segments, |_| Segment {
+        first: u64::MAX,
+        end: u64::MAX,
+        zone: index,
+        block: 0,
+    });
+    let mut place = 0;
+    let mut block = 0;
+    for_each_run(map, config, |node, kind, first, end| {
+        if node == spec.node && kind == spec.kind {
+            if let Some(segment) = segments.get_mut(place) {
+                *segment = Segment {
+                    first,
+                    end,
+                    zone: index,
+                    block,
+                };
+            }
+            place += 1;
+            block += Segment::blocks(first, end) as u32;
+        }
+    });
+    let core = Core {
+        segments,
+        words: carver.slice(spec.blocks * WORDS, |_| 0),
+        summaries: carver.slice(spec.blocks, |_| 0),
+        types: carver.slice(spec.blocks, |_| AtomicU8::new(MigrateType::Movable as u8)),
+        hints: carver.slice(Core::hint_words(spec.blocks), |_| 0),
+        shape: Shape::new(spec.blocks),
+        free: 0,
+        free_cma: 0,
+    };
+    Zone::new(spec.node, spec.kind, spec.span, spec.present, core)
+}
+
+/// Cuts a range of frames into what lies in segments, with the zone's index.
+pub(crate) fn cut<L: RawLock + 'static>(
+    zones: &[Zone<L>],
+    range: FrameRange,
+) -> impl Iterator<Item = (&Segment, FrameRange)> {
+    zones
+        .iter()
+        .flat_map(|zone| zone.segments)
+        .filter_map(move |segment| {
+            let own = FrameRange::from_numbers(segment.first, segment.end)?;
+            let part = own.intersection(range);
+            (!part.is_empty()).then_some((segment, part))
+        })
+}
+
+/// The end of the frames that a request with this address limit may have.
+pub(crate) fn frame_limit(max_address: PhysAddr) -> u64 {
+    match max_address.checked_add(1) {
+        Some(end) => Frame::containing(end).number(),
+        None => Frame::LIMIT,
+    }
+}

@@ -1,0 +1,67 @@
+//! /proc/zoneinfo: sizes, watermarks, reserves and CPU caches of each zone.
+
+use core::fmt;
+
+use kmem_hal::{CpuId, RawLock};
+
+use super::figures;
+use crate::state::State;
+
+/// Everything about each zone, printed as Linux's /proc/zoneinfo prints it (mm/vmstat.c, `zoneinfo_show_print`).
+pub struct ZoneInfo<L: 'static> {
+    pub(super) state: Option<&'static State<L>>,
+}
+
+impl<L: RawLock> fmt::Display for ZoneInfo<L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Some(state) = self.state else {
+            return Ok(());
+        };
+        for (index, zone) in state.zones.iter().enumerate() {
+            let limit = zone.limits[0].load(kmem_hal::sync::Ordering::Relaxed);
+            let zone = figures(state, index, zone);
+            writeln!(f, "Node {}, zone {:>8}", zone.node, zone.kind)?;
+            writeln!(f, "  pages free     {}", zone.free)?;
+            writeln!(f, "        boost    0")?;
+            let [min, low, high] = zone.marks;
+            let lines = [
+                ("min", min),
+                ("low", low),
+                ("high", high),
+                ("spanned", zone.spanned),
+                ("present", zone.present),
+                ("managed", zone.managed),
+                ("cma", zone.cma),
+            ];
+            for (name, frames) in lines {
+                writeln!(f, "        {name:<8} {frames}")?;
+            }
+            write!(f, "        protection: (")?;
+            for (at, frames) in zone.protection.iter().enumerate() {
+                write!(f, "{}{frames}", if at == 0 { "" } else { ", " })?;
+            }
+            writeln!(f, ")")?;
+            writeln!(f, "      {:<12} {}", "nr_free_pages", zone.free)?;
+            writeln!(f, "  pagesets")?;
+            for cpu in 0..state.cpus.len() as u32 {
+                let Some(area) = state.area(CpuId::new(cpu)) else {
+                    continue;
+                };
+                let count = area.caches.get(index).map_or(0, |cache| cache.frames());
+                writeln!(f, "    cpu: {cpu}")?;
+                writeln!(f, "              count:    {count}")?;
+                writeln!(f, "              high:     {limit}")?;
+                writeln!(f, "              batch:    {}", limit / 2)?;
+            }
+            writeln!(f, "  node_unreclaimable:  0")?;
+            writeln!(f, "  start_pfn:           {}", zone.start)?;
+        }
+        Ok(())
+    }
+}
+
+impl<L: RawLock> fmt::Debug for ZoneInfo<L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}

@@ -1,0 +1,153 @@
+//! A bitmap with summaries above it: find the first set bit at or after a place in a few loads.
+//!
+//! ```text
+//!   level 2             [.......1]              one word for 262144 bits
+//!   level 1   [..1.....] ...                    bit i = word i of level 0 is not zero
+//!   level 0   [0][0][x][0] ...                  the bits
+//! ```
+//!
+//! Invariant `I1`: a bit of level n+1 is set exactly while its word of level n is not zero.
+//!
+//! Costs: `set` and `clear` touch one word, and one more per level where a word becomes or stops being zero; `next`
+//! climbs and descends: at most two loads a level. Bits: n * (1 + 1/64 + ..).
+
+/// At most 64^5 bits.
+const LEVELS: usize = 5;
+
+/// Where the levels of a bitmap of `bits` bits start in its words, and how many words it takes.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shape {
+    starts: [usize; LEVELS],
+    levels: usize,
+    words: usize,
+}
+
+impl Shape {
+    pub const fn new(bits: usize) -> Self {
+        let mut shape = Self {
+            starts: [0; LEVELS],
+            levels: 0,
+            words: 0,
+        };
+        let mut rest = bits;
+        while shape.levels < LEVELS {
+            shape.starts[shape.levels] = shape.words;
+            let words = rest.div_ceil(64);
+            let words = if words == 0 { 1 } else { words };
+            shape.words += words;
+            shape.levels += 1;
+            if words == 1 {
+                break;
+            }
+            rest = words;
+        }
+        shape
+    }
+
+    /// Words of all levels together.
+    pub const fn words(&self) -> usize {
+        self.words
+    }
+}
+
+/// Sets bit `at`.
+#[inline]
+pub(crate) fn set(words: &mut [u64], shape: &Shape, mut at: usize) {
+    for level in 0..shape.levels {
+        let word = &mut words[shape.starts[level] + at / 64];
+        let before = *word;
+        *word = before | 1 << (at % 64);
+        if before != 0 {
+            return;
+        }
+        at /= 64;
+    }
+}
+
+/// Clears bit `at`.
+#[inline]
+pub(crate) fn clear(words: &mut [u64], shape: &Shape, mut at: usize) {
+    for level in 0..shape.levels {
+        let word = &mut words[shape.starts[level] + at / 64];
+        *word &= !(1 << (at % 64));
+        if *word != 0 {
+            return;
+        }
+        at /= 64;
+    }
+}
+
+/// The first set bit at or after `from`.
+#[inline]
+pub(crate) fn next(words: &[u64], shape: &Shape, from: usize) -> Option<usize> {
+    let mut at = from;
+    let mut level = 0;
+    // Up, until a word has a set bit at or after the place.
+    let found = loop {
+        if level == shape.levels {
+            return None;
+        }
+        let index = shape.starts[level] + at / 64;
+        let end = shape
+            .starts
+            .get(level + 1)
+            .filter(|_| level + 1 < shape.levels);
+        if index >= end.copied().unwrap_or(shape.words) {
+            return None;
+        }
+        let rest = words[index] & (!0 << (at % 64));
+        if rest != 0 {
+            break (at & !63) + rest.trailing_zeros() as usize;
+        }
+        at = at / 64 + 1;
+        level += 1;
+    };
+    // Down, always to the lowest set bit.
+    let mut place = found;
+    while level > 0 {
+        level -= 1;
+        let word = words[shape.starts[level] + place];
+        place = place * 64 + word.trailing_zeros() as usize;
+    }
+    Some(place)
+}
+
+#[cfg(test)]
+mod tests {
+    extern crate std;
+    use std::collections::BTreeSet;
+    use std::vec;
+
+    use super::*;
+
+    #[test]
+    fn agrees_with_a_set() {
+        for bits in [1, 63, 64, 65, 4096, 4097, 300_000] {
+            let shape = Shape::new(bits);
+            let mut words = vec![0; shape.words()];
+            let mut model = BTreeSet::new();
+            let mut seed = 7u64;
+            for step in 0..4000 {
+                seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+                let at = (seed >> 33) as usize % bits;
+                if step % 3 == 0 {
+                    clear(&mut words, &shape, at);
+                    model.remove(&at);
+                } else {
+                    set(&mut words, &shape, at);
+                    model.insert(at);
+                }
+                let from = (seed >> 20) as usize % (bits + 70);
+                assert_eq!(
+                    next(&words, &shape, from),
+                    model.range(from..).next().copied(),
+                    "{bits} bits from {from}"
+                );
+            }
+            for at in model {
+                clear(&mut words, &shape, at);
+            }
+            assert!(words.iter().all(|&word| word == 0));
+        }
+    }
+}

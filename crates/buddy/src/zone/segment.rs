@@ -1,0 +1,84 @@
+//! Runs of present frames, and finding the one a frame is in.
+//!
+//! Invariants
+//! - `I1`: every frame of a segment is memory and belongs to the segment's zone; holes lie between segments.
+//! - `I2`: segments of a table are sorted and disjoint.
+//!
+//! So a block that is naturally aligned and free lies in one segment, whatever the zone's edges are, and metadata is
+//! sized by memory and not by the highest address.
+
+use super::bits::BLOCK_ORDER;
+
+/// A run of present frames of one zone.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Segment {
+    /// The first frame's number.
+    pub first: u64,
+    /// One past the last frame's number.
+    pub end: u64,
+    /// The zone's index in the state.
+    pub zone: u32,
+    /// The zone's index of the page block that holds `first`.
+    pub block: u32,
+}
+
+impl Segment {
+    /// How many page blocks the frames `first..end` touch.
+    pub const fn blocks(first: u64, end: u64) -> u64 {
+        ((end - 1) >> BLOCK_ORDER) - (first >> BLOCK_ORDER) + 1
+    }
+
+    /// One past the segment's last block index.
+    pub const fn block_end(&self) -> usize {
+        self.block as usize + Self::blocks(self.first, self.end) as usize
+    }
+
+    /// The index of the block that holds frame `number`, which is in the segment.
+    #[inline]
+    pub const fn block_of(&self, number: u64) -> usize {
+        self.block as usize + ((number >> BLOCK_ORDER) - (self.first >> BLOCK_ORDER)) as usize
+    }
+
+    /// The number of the first frame of block `block`, which may lie below the segment.
+    #[inline]
+    pub const fn base_of(&self, block: usize) -> u64 {
+        ((block - self.block as usize) as u64 + (self.first >> BLOCK_ORDER)) << BLOCK_ORDER
+    }
+
+    /// Whether `first..first + count` is inside.
+    #[inline]
+    pub const fn contains(&self, first: u64, count: u64) -> bool {
+        first >= self.first && first < self.end && count <= self.end - first
+    }
+
+    /// The other half of the order-10 block that `block` belongs to, where it has one here.
+    #[inline]
+    pub const fn pair_of(&self, block: usize) -> Option<usize> {
+        if (self.base_of(block) >> BLOCK_ORDER) & 1 == 0 {
+            if block + 1 < self.block_end() {
+                Some(block + 1)
+            } else {
+                None
+            }
+        } else if block > self.block as usize {
+            Some(block - 1)
+        } else {
+            None
+        }
+    }
+}
+
+/// The segment of a sorted table that holds frame `number`.
+#[inline]
+pub(crate) fn find(table: &[Segment], number: u64) -> Option<&Segment> {
+    let after = table.partition_point(|segment| segment.first <= number);
+    let segment = table.get(after.wrapping_sub(1))?;
+    (number < segment.end).then_some(segment)
+}
+
+/// The segment of a zone's table that has block index `block`.
+#[inline]
+pub(crate) fn of_block(table: &[Segment], block: usize) -> Option<&Segment> {
+    let after = table.partition_point(|segment| segment.block as usize <= block);
+    table.get(after.wrapping_sub(1))
+}
