@@ -51,6 +51,12 @@ pub unsafe trait Env {
     fn slots(&self) -> &FrameTable;
     /// Tables that were emptied and are known to be zero.
     fn cache(&self) -> &TableCache;
+
+    /// Called again and again while a table's lock is taken by somebody else.
+    #[inline]
+    fn relax(&self) {
+        kmem_hal::sync::spin_loop();
+    }
 }
 
 // SAFETY: a reference forwards to an environment that keeps the contract.
@@ -94,6 +100,10 @@ unsafe impl<E: Env + ?Sized> Env for &E {
     fn cache(&self) -> &TableCache {
         (**self).cache()
     }
+    #[inline]
+    fn relax(&self) {
+        (**self).relax();
+    }
 }
 
 /// An [`Env`] of separate parts: values, or references to them.
@@ -132,6 +142,13 @@ impl<'a, M, A, U, G, C> Parts<'a, M, A, U, G, C> {
 }
 
 impl<'a, M, A, U, G, C, T> Parts<'a, M, A, U, G, C, T> {
+    /// With room for `capacity` emptied tables; 0 keeps none.
+    #[must_use]
+    pub fn with_cache(mut self, capacity: usize) -> Self {
+        self.cache = TableCache::new(capacity);
+        self
+    }
+
     /// With a listener.
     pub fn with_trace<S>(self, trace: S) -> Parts<'a, M, A, U, G, C, S> {
         Parts {

@@ -1,10 +1,13 @@
 //! One table page: its words, and what its frame's slot says about it.
 //!
 //! ```text
-//!  slot.state   tag Table | LOCKED = the table's lock | STRAY = detached | count = entries that point to it
-//!  slot.index   63 .. 24 unused | 23 .. 16 level | 15 .. 0 live count
-//!  slot.links   the next table of a list (reserve, gather, cache), frame number + 1
+//!  word 0   tag Table | LOCKED = the table's lock | STRAY = detached | count = entries that point to it
+//!  word 1   the root of its space
+//!  word 2   pins | level | live count
+//!  word 3   the first page it covers; on a list (reserve, gather, cache) the next frame, number + 1
 //! ```
+//!
+//! The layout is that of decision record 001 (`kmem_hal::TableSlot`).
 //!
 //! Invariants
 //! - `N1`: the words of an attached table change only under its lock (the hardware's accessed and dirty bits
@@ -15,8 +18,8 @@
 //! - `N3`: locks are taken parent before child; nobody waits for a parent's lock while holding a child's.
 //! - `N4`: the lock is never taken in interrupts, nor with interrupts off.
 
-use kmem_hal::sync::{Ordering, spin_loop};
-use kmem_hal::{Frame, FrameSlot, FrameTag, Order, SlotFlags};
+use kmem_hal::sync::Ordering;
+use kmem_hal::{Frame, FrameSlot, Page, SlotFlags, TableOwner, TableSlot};
 
 use crate::env::Env;
 use crate::format::{Format, Kind, Word};
@@ -40,7 +43,6 @@ impl<F: Format> Clone for Node<'_, F> {
 impl<F: Format> Copy for Node<'_, F> {}
 
 const LIVE_MASK: u64 = 0xffff;
-const LEVEL_SHIFT: u32 = 16;
 
 impl<'t, F: Format> Node<'t, F> {
     /// The table in `frame`.
@@ -112,10 +114,10 @@ impl<'t, F: Format> Node<'t, F> {
     }
 
     #[inline]
-    pub fn lock(&self) {
+    pub fn lock<E: Env>(&self, env: &E) {
         while !self.slot.try_lock() {
             while self.slot.flags().contains(SlotFlags::LOCKED) {
-                spin_loop();
+                env.relax();
             }
         }
     }
@@ -130,6 +132,7 @@ impl<'t, F: Format> Node<'t, F> {
         self.slot.flags().contains(SlotFlags::STRAY)
     }
 
+    /// Notes that the table is detached. The caller holds the lock.
     pub fn set_stray(&self) {
         self.slot.set_flags(SlotFlags::STRAY);
     }
@@ -159,13 +162,9 @@ impl<'t, F: Format> Node<'t, F> {
         (now & LIVE_MASK) as u32
     }
 
-    /// Makes the slot of a private, zero frame that of an empty table.
-    pub fn claim(&self) {
-        self.slot.claim(FrameTag::Table, Order::ZERO);
-        let _ = self.slot.add_count(1);
-        self.slot
-            .index()
-            .store((self.level as u64) << LEVEL_SHIFT, Ordering::Relaxed);
+    /// Makes the slot of a private, zero frame that of an empty table of the space with this root, from `page` on.
+    pub fn claim(&self, page: Page, root: Frame) {
+        TableSlot::claim(self.slot, self.level as u8, page).set_owner(TableOwner::Space(root));
     }
 
     /// Puts another table behind this one.

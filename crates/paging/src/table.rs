@@ -95,7 +95,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             return Err(TableError::BadLevels);
         }
         let table = Self {
-            root: Self::make(&env, levels, F::ROOT_FRAME_LIMIT).map_err(TableError::Memory)?,
+            root: Self::make_root(&env, levels).map_err(TableError::Memory)?,
             env,
             levels,
             asid: Asid::ZERO,
@@ -129,8 +129,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             return Err(TableError::CannotShare);
         }
         let table = Self {
-            root: Self::make(&env, kernel.levels, F::ROOT_FRAME_LIMIT)
-                .map_err(TableError::Memory)?,
+            root: Self::make_root(&env, kernel.levels).map_err(TableError::Memory)?,
             env,
             levels: kernel.levels,
             asid: Asid::ZERO,
@@ -187,15 +186,18 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     fn hold_top_from(&self, first: usize) -> Result<(), AllocError> {
         let entries = level::<F>(self.levels).entries().min(self.borrowed_from);
         for index in first..entries {
-            let frame = Self::make(&self.env, self.levels - 1, F::TABLE_FRAME_LIMIT)?;
+            let (frame, _) = cache::take(&self.env, F::TABLE_FRAME_LIMIT)?.into_raw();
+            let page = Page::from_number((index as u64) << level::<F>(self.levels).shift);
+            // SAFETY: the frame is private, zero, in reach and has a slot (T1).
+            unsafe { Node::<F>::new(&self.env, frame, self.levels - 1) }.claim(page, self.root);
             let root = self.root_node();
-            root.lock();
+            root.lock(&self.env);
             let word = root.load(index);
             let held = if root.kind(word) == Kind::Table {
                 // SAFETY: an entry of the locked root points to an attached table.
                 let node =
                     unsafe { Node::<F>::new(&self.env, F::table_frame(word), self.levels - 1) };
-                node.lock();
+                node.lock(&self.env);
                 node.add_live(1);
                 node.unlock();
                 false
@@ -222,12 +224,11 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         Ok(())
     }
 
-    /// Makes a private, empty table.
-    fn make(env: &E, level: usize, limit: u64) -> Result<Frame, AllocError> {
-        let (frame, _) = cache::take(env, limit)?.into_raw();
+    /// Makes a private, empty root table.
+    fn make_root(env: &E, levels: usize) -> Result<Frame, AllocError> {
+        let (frame, _) = cache::take(env, F::ROOT_FRAME_LIMIT)?.into_raw();
         // SAFETY: the frame is private, zero, in reach and has a slot (T1).
-        let node = unsafe { Node::<F>::new(env, frame, level) };
-        node.claim();
+        unsafe { Node::<F>::new(env, frame, levels) }.claim(Page::ZERO, frame);
         Ok(frame)
     }
 

@@ -6,7 +6,7 @@
 //! |---|---|
 //! | a right is added, software bits | none: the processor walks again before it faults |
 //! | a right is taken away, memory type, key | yes |
-//! | dirty cleared on a writable page | yes: a CPU that remembers it as dirty would not set it again |
+//! | dirty cleared | yes: a CPU that remembers it as dirty would not set it again |
 //! | accessed cleared | none: ageing only gets less exact (Linux does the same) |
 //!
 //! The hardware may set accessed and dirty bits until the moment of the store, so the store is a compare-and-exchange
@@ -55,7 +55,7 @@ pub(crate) fn needs_flush<F: Format>(old: &Attributes, new: &Attributes) -> bool
     !lost.is_empty()
         || old.memory_type != new.memory_type
         || old.pkey != new.pkey
-        || old.dirty && !new.dirty && old.rights.contains(Rights::WRITE)
+        || old.dirty && !new.dirty
         || F::CACHES_ABSENT && old.rights != new.rights
 }
 

@@ -69,7 +69,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         if node.level == 1 || node.kind(word) != Kind::Leaf {
             return Ok(());
         }
-        let table = self.make_table(node.level - 1)?;
+        let table = self.make_table(node.level - 1, page)?;
         let entries = level::<F>(table.level).entries();
         let part = level::<F>(table.level).order();
         gather.announce();
@@ -164,7 +164,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         let env = self.table.env();
         // SAFETY: an entry of the held table points to an attached table, which stays attached while we have the lock.
         let table: Node<'t, F> = unsafe { Node::new(env, F::table_frame(word), target - 1) };
-        table.lock();
+        table.lock(env);
         let Some((frame, _)) = mergeable(&table, order) else {
             table.unlock();
             return Err(HugeError::NotPossible);

@@ -335,7 +335,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
     ) -> Result<(), MapError> {
         let mut made: [Option<Node<'t, F>>; crate::table::MAX_LEVELS] = Default::default();
         for number in target..node.level {
-            match self.make_table(number) {
+            match self.make_table(number, page) {
                 Ok(table) => made[number - 1] = Some(table),
                 Err(error) => {
                     for table in made.into_iter().flatten() {
@@ -358,7 +358,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             word = F::table(number + 1, table.frame);
             if lowest.is_none() {
                 // Nobody knows the table yet, so the lock is free.
-                table.lock();
+                table.lock(self.table.env());
                 lowest = Some(table);
             }
         }

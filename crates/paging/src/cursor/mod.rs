@@ -143,7 +143,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
                 let index = index_at::<F>(page.number(), node.level);
                 let mut word = node.load(index);
                 if node.level == target || node.kind(word) != Kind::Table {
-                    node.lock();
+                    node.lock(env);
                     if node.is_stray() {
                         node.unlock();
                         continue 'root;
@@ -172,8 +172,8 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         self.held = Some(node);
     }
 
-    /// A private, empty table of `level`, from the reserve or fresh.
-    fn make_table(&mut self, level: usize) -> Result<Node<'t, F>, AllocError> {
+    /// A private, empty table of `level` that will cover `page`, from the reserve or fresh.
+    fn make_table(&mut self, number: usize, page: Page) -> Result<Node<'t, F>, AllocError> {
         let env = self.table.env();
         let frame = match self.reserve.take() {
             Some(frame) => frame,
@@ -181,8 +181,10 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         };
         let (frame, _) = frame.into_raw();
         // SAFETY: the frame is private, zero, in reach and has a slot (T1).
-        let node = unsafe { Node::<F>::new(env, frame, level) };
-        node.claim();
+        let node = unsafe { Node::<F>::new(env, frame, number) };
+        let level = level::<F>(number);
+        let first = page.number() & !((1u64 << (level.shift + level.bits)) - 1);
+        node.claim(Page::from_number(first), self.table.root_frame());
         Ok(node)
     }
 

@@ -183,7 +183,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
             // SAFETY: a table of the path (U2), inside the read section.
             let parent: Node<'t, F> =
                 unsafe { Node::new(env, self.path[child.level + 1], child.level + 1) };
-            parent.lock();
+            parent.lock(env);
             let index = index_at::<F>(page, parent.level);
             let word = parent.load(index);
             let attached = !parent.is_stray()
@@ -193,7 +193,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 parent.unlock();
                 return;
             }
-            child.lock();
+            child.lock(env);
             if child.live() != 0 {
                 child.unlock();
                 parent.unlock();

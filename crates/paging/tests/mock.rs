@@ -1,0 +1,570 @@
+//! Tables made here, walked there: the mock machine's MMU, whose constants come from the manual, uses what this
+//! crate writes, with TLBs that forget nothing unless they are told to.
+//!
+//! A flat map says what every access must come to. Between any two commits the TLBs are looked through for
+//! translations that the tables no longer back: there must be none.
+
+#![cfg(not(loom))]
+
+#[path = "common/mock.rs"]
+mod mock;
+
+use std::collections::BTreeMap;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use kmem_hal::{
+    FrameHandle, FrameRequest, FrameSink, FrameSource, Mmu, Order, OwnedFrame, Page, PageRange,
+};
+use kmem_mock_x86::{AccessKind, Adversary, Machine, MemoryMap, Registers, SeededRng};
+use kmem_paging::format::{Format, X86_64, X86_64La57, X86Pae, X86TwoLevel};
+use kmem_paging::{
+    Attributes, Cleared, ForkItem, ForkStep, Harvest, PageTable, Replaced, Rights, TableCache,
+};
+use mock::{Fault, MockEnv};
+
+type Table<F> = PageTable<F, &'static MockEnv, OwnedFrame>;
+
+const FIRST_FRAME: u64 = 0x400;
+
+fn env(registers: Registers, cpus: usize, seed: u64, cache: usize) -> &'static MockEnv {
+    let machine = Machine::builder()
+        .memory(MemoryMap::pc(64 << 20))
+        .cpus(cpus)
+        .registers(registers)
+        .seed(seed)
+        .adversary(Adversary::FULL)
+        .build()
+        .unwrap();
+    MockEnv::new(machine, FIRST_FRAME, cache)
+}
+
+/// The 80386's way: CR0.PG, and the Pentium's PSE and PGE in CR4.
+fn legacy32() -> Registers {
+    Registers {
+        cr0: Registers::LONG.cr0,
+        cr4: 1 << 4 | 1 << 7,
+        ..Registers::PROTECTED
+    }
+}
+
+/// PAE: CR4.PAE without long mode, and NX switched on.
+fn pae() -> Registers {
+    Registers {
+        cr0: Registers::LONG.cr0,
+        cr4: 1 << 5 | 1 << 7,
+        efer: 1 << 11,
+        ..Registers::PROTECTED
+    }
+}
+
+fn la57() -> Registers {
+    Registers {
+        cr4: Registers::LONG.cr4 | 1 << 12,
+        ..Registers::LONG
+    }
+}
+
+/// What a page should be: the frame behind it, and the rights as the format can express them.
+type Model = BTreeMap<u64, (u64, Rights)>;
+
+/// A table with its model, loaded on some CPUs.
+struct World<F: Format> {
+    env: &'static MockEnv,
+    table: Table<F>,
+    model: Model,
+    rng: SeededRng,
+    /// Where the tests play: several leaf tables, far apart.
+    areas: Vec<u64>,
+}
+
+impl<F: Format> World<F> {
+    fn new(env: &'static MockEnv, seed: u64) -> Self {
+        let table = Table::<F>::new(env).unwrap();
+        for cpu in 0..env.machine.cpu_count() {
+            // SAFETY: the machine runs no code from these tables, and they are taken down after the last access.
+            env.machine
+                .on_cpu(cpu, || unsafe { env.mmu.load_root(table.root(), false) });
+        }
+        let top = F::canonical(table.levels()).lower_end().as_u64() >> 12;
+        Self {
+            env,
+            table,
+            model: Model::new(),
+            rng: SeededRng::new(seed),
+            areas: vec![0x400, 0x3f0, 0x2_0000, top - 700],
+        }
+    }
+
+    fn page(&mut self) -> u64 {
+        let area = self.areas[self.rng.below(self.areas.len() as u64) as usize];
+        area + self.rng.below(48)
+    }
+
+    fn rights(&mut self) -> Rights {
+        let choice = [
+            Rights::READ | Rights::USER,
+            Rights::USER_DATA,
+            Rights::USER_DATA,
+            Rights::USER_CODE,
+            Rights::KERNEL_DATA,
+            Rights::empty(),
+            Rights::all().difference(Rights::GLOBAL),
+        ];
+        choice[self.rng.below(choice.len() as u64) as usize]
+    }
+
+    fn expressed(rights: Rights) -> Rights {
+        F::expressible(1, &Attributes::new(rights)).rights
+    }
+
+    /// One access of one CPU, held against the model.
+    fn access(&mut self) {
+        let cpu = self.rng.below(self.env.machine.cpu_count() as u64) as usize;
+        let page = self.page();
+        let kind =
+            [AccessKind::Read, AccessKind::Write, AccessKind::Fetch][self.rng.below(3) as usize];
+        let user = self.rng.below(4) != 0;
+        self.check(cpu, page, kind, user);
+    }
+
+    fn check(&self, cpu: usize, page: u64, kind: AccessKind, user: bool) {
+        let expected = self.model.get(&page).and_then(|&(frame, rights)| {
+            let needed = match kind {
+                AccessKind::Read => Rights::READ,
+                AccessKind::Write => Rights::WRITE,
+                _ => Rights::EXECUTE,
+            };
+            let allowed = rights.contains(needed)
+                // SMEP and SMAP are off in these registers.
+                && (!user || rights.contains(Rights::USER));
+            allowed.then_some(frame)
+        });
+        let mut handle = self.env.machine.cpu(cpu);
+        if user {
+            handle = handle.user();
+        }
+        let linear = page << 12 | 0x123;
+        // A fault from an entry that was stricter once is allowed, several in a row as well.
+        let mut seen = handle.translate(linear, kind);
+        for _ in 0..20 {
+            if expected.is_none() || seen.is_ok() {
+                break;
+            }
+            seen = handle.translate(linear, kind);
+        }
+        match expected {
+            Some(frame) => assert_eq!(
+                seen.ok(),
+                Some(frame << 12 | 0x123),
+                "page {page:#x} {kind:?} user {user}: {}",
+                self.env.machine.explain(cpu, linear)
+            ),
+            None => assert!(
+                seen.is_err(),
+                "page {page:#x} {kind:?} user {user} should fault: {}",
+                self.env.machine.explain(cpu, linear)
+            ),
+        }
+    }
+
+    fn range(&self, first: u64, count: u64) -> PageRange {
+        PageRange::with_count(Page::new(first).unwrap(), count).unwrap()
+    }
+
+    fn alloc(&self) -> OwnedFrame {
+        self.env.pool.alloc(&FrameRequest::ONE).unwrap()
+    }
+
+    /// Maps one page, or refuses where the model says that there is one.
+    fn map(&mut self, page: u64, rights: Rights) {
+        let frame = self.alloc();
+        let number = frame.first().number();
+        let mut attributes = Attributes::new(rights);
+        if self.rng.below(2) == 0 {
+            attributes = attributes.accessed().dirty();
+        }
+        let result = self.table.cursor(self.range(page, 1)).unwrap().map(
+            Page::new(page).unwrap(),
+            frame,
+            attributes,
+        );
+        match result {
+            Ok(()) => {
+                let before = self.model.insert(page, (number, Self::expressed(rights)));
+                assert_eq!(before, None);
+            }
+            Err((_, frame)) => {
+                assert!(self.model.contains_key(&page));
+                self.env.pool.free(frame);
+            }
+        }
+    }
+
+    fn step(&mut self) {
+        let page = self.page();
+        let count = 1 + self.rng.below(12);
+        let range = self.range(page, count);
+        match self.rng.below(12) {
+            0..=4 => {
+                let rights = self.rights();
+                self.map(page, rights);
+            }
+            5 | 6 => {
+                let mut gather = self.table.gather::<16>();
+                let mut cursor = self.table.cursor(range).unwrap();
+                cursor.unmap(range, &mut gather).unwrap();
+                drop(cursor);
+                gather.commit_to(&self.env.pool);
+                drop(gather);
+                for page in page..page + count {
+                    self.model.remove(&page);
+                }
+            }
+            7 | 8 => {
+                let rights = self.rights();
+                let mut gather = self.table.gather::<1>();
+                let mut cursor = self.table.cursor(range).unwrap();
+                cursor.protect(range, rights, &mut gather).unwrap();
+                drop(cursor);
+                gather.commit(drop);
+                drop(gather);
+                for (_, entry) in self.model.range_mut(page..page + count) {
+                    entry.1 = Self::expressed(rights);
+                }
+            }
+            9 => {
+                let rights = self.rights();
+                let frame = self.alloc();
+                let number = frame.first().number();
+                let mut cursor = self.table.cursor(range).unwrap();
+                match cursor
+                    .replace(Page::new(page).unwrap(), frame, rights)
+                    .unwrap()
+                {
+                    Replaced::Leaf(leaf, old) => {
+                        assert_eq!(self.model[&page].0, leaf.frame.number());
+                        self.env.pool.free(old);
+                    }
+                    Replaced::Nothing => assert!(!self.model.contains_key(&page)),
+                    Replaced::Payload(_) => unreachable!(),
+                }
+                drop(cursor);
+                self.model.insert(page, (number, Self::expressed(rights)));
+            }
+            10 => {
+                let mut gather = self.table.gather::<1>();
+                let mut cursor = self.table.cursor(range).unwrap();
+                cursor
+                    .harvest(range, Harvest::all(), &mut gather, |_| {})
+                    .unwrap();
+                drop(cursor);
+                gather.commit(drop);
+            }
+            _ => {
+                // To another area, where that is empty.
+                let to = self.page();
+                let mut gather = self.table.gather::<1>();
+                let moved = self
+                    .table
+                    .move_range(range, Page::new(to).unwrap(), &mut gather);
+                gather.commit(drop);
+                drop(gather);
+                if moved.is_ok() {
+                    for offset in 0..count {
+                        if let Some(entry) = self.model.remove(&(page + offset)) {
+                            assert_eq!(self.model.insert(to + offset, entry), None);
+                        }
+                    }
+                }
+            }
+        }
+        let stale = self.env.machine.audit(0, u64::MAX);
+        assert!(stale.is_empty(), "{}", stale[0]);
+    }
+
+    fn finish(self) {
+        let Self {
+            env, table, model, ..
+        } = self;
+        let mut seen = Model::new();
+        // Off every CPU first, as `load_root` demands.
+        let other = Table::<F>::new(env).unwrap();
+        for cpu in 0..env.machine.cpu_count() {
+            // SAFETY: as in `new`.
+            env.machine
+                .on_cpu(cpu, || unsafe { env.mmu.load_root(other.root(), false) });
+        }
+        table.destroy(
+            |leaf, frame| {
+                seen.insert(
+                    leaf.page.number(),
+                    (leaf.frame.number(), leaf.attributes.rights),
+                );
+                env.pool.free(frame);
+            },
+            |_, _| {},
+        );
+        assert_eq!(seen, model);
+        other.destroy(|_, _| {}, |_, _| {});
+        TableCache::shrink(&env, usize::MAX);
+        assert_eq!(env.pool.in_use(), 0, "frames leaked");
+    }
+}
+
+fn agree<F: Format>(registers: Registers) {
+    for seed in 0..6 {
+        // Without a cache of tables, a table that is freed too early is a free frame that is walked.
+        let env = env(registers, 3, seed, if seed % 2 == 0 { 0 } else { 64 });
+        let mut world = World::<F>::new(env, seed);
+        for _ in 0..250 {
+            world.step();
+            for _ in 0..6 {
+                world.access();
+            }
+        }
+        assert!(env.machine.stats().tlb_hits > 0);
+        world.finish();
+    }
+}
+
+#[test]
+fn four_levels_agree_with_the_manual() {
+    agree::<X86_64>(Registers::LONG);
+}
+
+#[test]
+fn four_levels_with_tags_agree_with_the_manual() {
+    agree::<X86_64>(Registers::LONG_PCID);
+}
+
+#[test]
+fn five_levels_agree_with_the_manual() {
+    agree::<X86_64La57>(la57());
+}
+
+#[test]
+fn pae_agrees_with_the_manual() {
+    agree::<X86Pae>(pae());
+}
+
+#[test]
+fn two_levels_agree_with_the_manual() {
+    agree::<X86TwoLevel>(legacy32());
+}
+
+/// Runs the same steps with a planted fault; answers whether anybody noticed.
+fn is_caught(fault: Fault) -> bool {
+    (0..20).any(|seed| {
+        let env = env(Registers::LONG, 3, seed, 0);
+        env.mmu.fault.set(fault);
+        catch_unwind(AssertUnwindSafe(|| {
+            let mut world = World::<X86_64>::new(env, seed);
+            for _ in 0..200 {
+                world.step();
+                for _ in 0..6 {
+                    world.access();
+                }
+            }
+        }))
+        .is_err()
+    })
+}
+
+#[test]
+fn planted_flush_faults_are_caught() {
+    std::panic::set_hook(Box::new(|_| {}));
+    let missed: Vec<Fault> = [
+        Fault::NoLocalFlush,
+        Fault::NoShootdown,
+        Fault::ShortRange,
+        Fault::KeepsTables,
+    ]
+    .into_iter()
+    .filter(|&fault| !is_caught(fault))
+    .collect();
+    let _ = std::panic::take_hook();
+    assert!(missed.is_empty(), "nobody noticed {missed:?}");
+}
+
+#[test]
+fn a_frame_freed_before_its_flush_is_caught() {
+    let env = env(Registers::LONG, 2, 1, 64);
+    let mut world = World::<X86_64>::new(env, 1);
+    world.map(0x400, Rights::USER_DATA);
+    let frame = world.model[&0x400].0;
+    world.check(1, 0x400, AccessKind::Read, true);
+    let range = world.range(0x400, 1);
+    let mut gather = world.table.gather::<1>();
+    let mut cursor = world.table.cursor(range).unwrap();
+    cursor.unmap(range, &mut gather).unwrap();
+    drop(cursor);
+    // There is no way to say this without `unsafe`: no value for the frame exists before the commit.
+    // SAFETY: none: O3 is broken on purpose, and the machine must say so.
+    let early = unsafe { OwnedFrame::from_entry(kmem_hal::Frame::from_number(frame), Order::ZERO) };
+    env.pool.free(early);
+    let story = catch_unwind(AssertUnwindSafe(|| {
+        for _ in 0..50 {
+            let _ = env.machine.cpu(1).user().read_u64(0x40_0000);
+        }
+    }))
+    .unwrap_err();
+    let story = story.downcast_ref::<String>().unwrap();
+    assert!(story.contains("a freed frame was used"), "{story}");
+    std::mem::forget(gather);
+}
+
+#[test]
+fn a_fork_leaves_no_cpu_a_writable_translation() {
+    for seed in 0..10 {
+        let env = env(Registers::LONG, 3, seed, 64);
+        let mut world = World::<X86_64>::new(env, seed);
+        for page in 0x400..0x420 {
+            world.map(page, Rights::USER_DATA);
+        }
+        for cpu in 0..3 {
+            for page in 0x400..0x420 {
+                world.check(cpu, page, AccessKind::Write, true);
+            }
+        }
+        let child = Table::<X86_64>::new(env).unwrap();
+        let mut gather = world.table.gather::<1>();
+        let copied = world
+            .table
+            .fork_into(&child, world.range(0x400, 0x20), &mut gather, |item| {
+                let ForkItem::Leaf(leaf) = item else {
+                    return ForkStep::Stop;
+                };
+                assert!(leaf.attributes.dirty, "what a CPU wrote is dirty");
+                ForkStep::Leaf {
+                    handle: env.pool.alloc(&FrameRequest::ONE).unwrap(),
+                    child: leaf.attributes.write_protected(),
+                    parent: Some(leaf.attributes.write_protected()),
+                }
+            });
+        assert_eq!(copied.unwrap(), 0x20);
+        gather.commit(drop);
+        drop(gather);
+        for entry in world.model.values_mut() {
+            entry.1.remove(Rights::WRITE);
+        }
+        for cpu in 0..3 {
+            for page in 0x400..0x420 {
+                world.check(cpu, page, AccessKind::Write, true);
+                world.check(cpu, page, AccessKind::Read, true);
+            }
+        }
+        child.destroy(|_, frame| env.pool.free(frame), |_, _| {});
+        world.finish();
+    }
+}
+
+#[test]
+fn a_forgotten_gather_leaks_and_the_next_commit_flushes() {
+    let env = env(Registers::LONG, 2, 3, 64);
+    let mut world = World::<X86_64>::new(env, 3);
+    world.map(0x400, Rights::USER_DATA);
+    world.map(0x401, Rights::USER_DATA);
+    let leaked = world.model.remove(&0x400).unwrap().0;
+    for cpu in 0..2 {
+        let _ = env.machine.cpu(cpu).user().write_u64(0x40_0000, 1);
+        let _ = env.machine.cpu(cpu).user().write_u64(0x40_1000, 1);
+    }
+    let mut gather = world.table.gather::<1>();
+    let range = world.range(0x400, 1);
+    world
+        .table
+        .cursor(range)
+        .unwrap()
+        .unmap(range, &mut gather)
+        .unwrap();
+    std::mem::forget(gather);
+    assert!(
+        !env.machine.audit(0, u64::MAX).is_empty(),
+        "still cached somewhere"
+    );
+    // A page that is mapped there now must not be reached through the old translation.
+    world.map(0x400, Rights::USER_DATA);
+    for cpu in 0..2 {
+        world.check(cpu, 0x400, AccessKind::Write, true);
+    }
+    assert!(env.machine.audit(0, u64::MAX).is_empty());
+    // SAFETY: the test knows the number of the frame that it leaked, and it is flushed now.
+    let frame = unsafe { OwnedFrame::from_raw(kmem_hal::Frame::from_number(leaked), Order::ZERO) };
+    env.pool.free(frame);
+    world.finish();
+}
+
+#[test]
+fn huge_leaves_split_merge_and_agree() {
+    for seed in 0..8 {
+        let env = env(Registers::LONG, 2, seed, 64);
+        let table = Table::<X86_64>::new(env).unwrap();
+        for cpu in 0..2 {
+            // SAFETY: as in `World::new`.
+            env.machine
+                .on_cpu(cpu, || unsafe { env.mmu.load_root(table.root(), false) });
+        }
+        let first = 0x4_0000u64;
+        let page = Page::new(first).unwrap();
+        let all = PageRange::with_count(page, 512).unwrap();
+        let block = env.pool.alloc(&FrameRequest::new(Order::HUGE_2M)).unwrap();
+        let base = block.first().number();
+        let mut cursor = table.cursor(all).unwrap();
+        cursor.map(page, block, Rights::USER_DATA).unwrap();
+        let reads = |expected: &dyn Fn(u64) -> Option<u64>| {
+            for cpu in 0..2 {
+                for offset in [0, 1, 17, 255, 256, 511] {
+                    let linear = (first + offset) << 12;
+                    let mut seen = env
+                        .machine
+                        .cpu(cpu)
+                        .user()
+                        .translate(linear, AccessKind::Write);
+                    for _ in 0..20 {
+                        if seen.is_ok() || expected(offset).is_none() {
+                            break;
+                        }
+                        seen = env
+                            .machine
+                            .cpu(cpu)
+                            .user()
+                            .translate(linear, AccessKind::Write);
+                    }
+                    assert_eq!(seen.ok(), expected(offset).map(|frame| frame << 12));
+                }
+            }
+        };
+        reads(&|offset| Some(base + offset));
+        let mut gather = table.gather::<4>();
+        cursor.split(page, &mut gather).unwrap();
+        reads(&|offset| Some(base + offset));
+        gather.commit(drop);
+        reads(&|offset| Some(base + offset));
+        let leaf = cursor.query(page).leaf().unwrap();
+        assert_eq!(leaf.order, Order::ZERO);
+        cursor.merge(page, Order::HUGE_2M, &mut gather).unwrap();
+        gather.commit(drop);
+        reads(&|offset| Some(base + offset));
+        let leaf = cursor.query(page).leaf().unwrap();
+        assert_eq!((leaf.order, leaf.frame.number()), (Order::HUGE_2M, base));
+        assert!(leaf.attributes.dirty, "no dirty bit is lost by merging");
+        // Unmapping a part splits it again.
+        let hole = PageRange::with_count(Page::new(first + 17).unwrap(), 1).unwrap();
+        let mut seen = 0;
+        cursor
+            .unmap_with(hole, &mut gather, |cleared| {
+                assert!(matches!(cleared, Cleared::Leaf(leaf) if leaf.frame.number() == base + 17));
+                seen += 1;
+            })
+            .unwrap();
+        assert_eq!(seen, 1);
+        drop(cursor);
+        gather.commit_to(&env.pool);
+        reads(&|offset| (offset != 17).then_some(base + offset));
+        assert!(env.machine.audit(0, u64::MAX).is_empty());
+        drop(gather);
+        table.destroy(|_, frame| env.pool.free(frame), |_, _| {});
+        TableCache::shrink(&env, usize::MAX);
+        assert_eq!(env.pool.in_use(), 0);
+    }
+}
