@@ -8,8 +8,10 @@
 #[path = "../mem.rs"]
 mod mem;
 
+mod cow_mm;
 mod hal;
 mod paging;
+mod vma_tree;
 
 /// Defines `call_NAME` functions and keeps them in the image.
 macro_rules! calls {

@@ -46,7 +46,7 @@ unsafe impl Mmu for NoMmu {
     }
 }
 
-type Machine = Parts<'static, &'static OffsetMap, Frames, NoMmu, SingleGrace, SingleCpu>;
+pub type Machine = Parts<'static, &'static OffsetMap, Frames, NoMmu, SingleGrace, SingleCpu>;
 type Table = PageTable<X86_64, &'static Machine, OwnedFrame>;
 type At<'t> = Cursor<'t, X86_64, &'static Machine, OwnedFrame>;
 type Pending<'t> = Gather<'t, X86_64, &'static Machine, OwnedFrame, 32>;
