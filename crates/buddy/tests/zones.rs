@@ -151,7 +151,7 @@ fn classic_split_gives_highmem_to_movable_only() {
         buddy
             .alloc(&FrameRequest::ONE.below(PhysAddr::new(1 << 12)))
             .unwrap_err(),
-        AllocError::OutOfMemory
+        AllocError::Unsatisfiable
     );
     assert_eq!(
         buddy
