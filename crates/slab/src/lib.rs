@@ -1,2 +1,47 @@
-//! Object caches and kmalloc with per-CPU arrays, safe in interrupts.
+#![doc = include_str!("../README.md")]
 #![no_std]
+
+mod array;
+mod block;
+mod bulk;
+mod cache;
+mod class;
+mod cpu;
+mod depot;
+mod fast;
+mod geometry;
+mod head;
+mod info;
+mod kmalloc;
+mod meta;
+mod misuse;
+mod pages;
+mod platform;
+mod raw;
+mod reuse;
+mod shrink;
+mod slab;
+mod slab_box;
+mod slow;
+mod system;
+mod teardown;
+
+pub use cache::{Cache, Leaked};
+pub use class::{CLASSES, LARGEST_CLASS, class_of, class_size};
+pub use geometry::Geometry;
+pub use info::{CacheInfo, SlabInfo, SlabTotals};
+pub use kmalloc::Flags;
+pub use misuse::Misuse;
+pub use platform::{Parts, Platform};
+pub use reuse::{ReuseCache, Reused};
+pub use slab_box::{Full, SlabBox};
+pub use system::{InitError, SlabSystem};
+
+#[cfg(any(loom, shuttle))]
+#[doc(hidden)]
+pub mod model {
+    //! What the loom and shuttle models take apart.
+    pub use crate::array::{Array, ArrayStack};
+    pub use crate::depot::Depot;
+    pub use crate::slab::{Pending, Slab};
+}

@@ -1,0 +1,141 @@
+//! Arrays of object pointers (Bonwick's magazines, Linux's sheaves), and stacks of them.
+//!
+//! ```text
+//!   [ next | n | cap ][ slot 0 ][ slot 1 ] ... [ slot cap-1 ]
+//! ```
+//!
+//! An array has one owner at a time: a CPU's head, or the depot. It changes hands whole, by pointer.
+//!
+//! Invariants
+//! - `I1`: slots `0..n` hold objects that belong to the array; the others mean nothing.
+//! - `I2`: while a CPU's head has the array loaded, the head keeps the count, and `n` is stale.
+//! - `I3`: only the owner touches an array: a CPU under its busy flag, the depot under its lock.
+
+use core::ptr::{self, NonNull};
+
+use kmem_hal::sync::{LocalPtr, LocalU32};
+
+/// The most slots an array can have: flushing keeps a mask of one word.
+pub const MAX_SLOTS: usize = 64;
+
+/// The head of an array; the slots follow it.
+#[derive(Debug)]
+#[repr(C, align(16))]
+pub struct Array {
+    next: LocalPtr<Array>,
+    n: LocalU32,
+    cap: LocalU32,
+}
+
+impl Array {
+    /// Bytes of an array with `slots` slots.
+    pub const fn bytes(slots: usize) -> usize {
+        size_of::<Self>() + slots * size_of::<*mut u8>()
+    }
+
+    /// Makes an empty array in `memory`.
+    ///
+    /// # Safety
+    ///
+    /// `memory` is valid for `bytes(slots)` bytes, aligned to 16, and belongs to the caller.
+    pub unsafe fn construct(memory: NonNull<u8>, slots: usize) -> NonNull<Self> {
+        debug_assert!(slots <= MAX_SLOTS);
+        let array = memory.cast::<Self>();
+        // SAFETY: the memory is valid for the header by contract.
+        unsafe {
+            array.write(Self {
+                next: LocalPtr::new(ptr::null_mut()),
+                n: LocalU32::new(0),
+                cap: LocalU32::new(slots as u32),
+            });
+        }
+        array
+    }
+
+    /// The first slot.
+    ///
+    /// # Safety
+    ///
+    /// `array` was made by [`construct`](Self::construct) and its memory still belongs to it.
+    #[inline(always)]
+    pub unsafe fn slots(array: *mut Self) -> *mut *mut u8 {
+        // SAFETY: the slots follow the header in the same memory.
+        unsafe { array.add(1).cast() }
+    }
+
+    /// How many objects it held when it last changed hands (`I2`).
+    pub fn len(&self) -> usize {
+        self.n.get() as usize
+    }
+
+    /// Notes how many objects it holds.
+    pub fn set_len(&self, n: usize) {
+        self.n.set(n as u32);
+    }
+
+    /// How many slots it has.
+    pub fn capacity(&self) -> usize {
+        self.cap.get() as usize
+    }
+}
+
+/// A stack of arrays, kept under the depot's lock.
+#[derive(Debug)]
+pub struct ArrayStack {
+    top: *mut Array,
+    count: u32,
+}
+
+impl ArrayStack {
+    /// An empty stack.
+    pub const fn new() -> Self {
+        Self {
+            top: ptr::null_mut(),
+            count: 0,
+        }
+    }
+
+    /// Arrays on the stack.
+    pub const fn len(&self) -> usize {
+        self.count as usize
+    }
+
+    /// Puts an array on top.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the array and gives it to the stack (`I3`).
+    pub unsafe fn push(&mut self, array: NonNull<Array>) {
+        // SAFETY: the caller owns the array.
+        unsafe { array.as_ref() }.next.set(self.top);
+        self.top = array.as_ptr();
+        self.count += 1;
+    }
+
+    /// Takes the top array.
+    pub fn pop(&mut self) -> Option<NonNull<Array>> {
+        let array = NonNull::new(self.top)?;
+        // SAFETY: the stack owns the arrays on it.
+        self.top = unsafe { array.as_ref() }.next.get();
+        self.count -= 1;
+        Some(array)
+    }
+
+    /// Objects in all arrays of the stack.
+    pub fn objects(&self) -> usize {
+        let mut sum = 0;
+        let mut at = self.top;
+        // SAFETY: the stack owns the arrays on it.
+        while let Some(array) = unsafe { at.as_ref() } {
+            sum += array.len();
+            at = array.next.get();
+        }
+        sum
+    }
+}
+
+impl Default for ArrayStack {
+    fn default() -> Self {
+        Self::new()
+    }
+}

@@ -1,0 +1,387 @@
+//! Typed caches: memory for objects of one type.
+//!
+//! A cache is const-constructible in a `static` or a field and joins its system at its first use. It may be moved: what the
+//! system knows of it lies in a frame.
+//!
+//! Invariants
+//! - `I1`: `raw` is null until the cache has joined, and never changes afterwards.
+//! - `I2`: every object that the cache gives is memory for a `T`, aligned, from a slab of its own.
+
+use core::fmt;
+use core::marker::PhantomData;
+use core::mem::MaybeUninit;
+use core::ptr::{self, NonNull};
+
+use kmem_hal::sync::{AtomicPtr, Ordering};
+use kmem_hal::{AllocError, Cpu, ObjectAlloc, Reserve};
+
+use crate::geometry::Geometry;
+use crate::info::CacheInfo;
+use crate::kmalloc::Flags;
+use crate::platform::Platform;
+use crate::raw::{Hooks, RawCache, Setup};
+use crate::slab_box::{Full, SlabBox};
+use crate::system::SlabSystem;
+
+/// A cache of objects of type `T`.
+///
+/// `STABLE` caches keep their slabs until they are destroyed, so that lock-free readers may look at freed objects and doubt what they
+/// read (`SLAB_TYPESAFE_BY_RCU`).
+///
+/// Dropping a cache whose objects are all back gives its memory back; with objects still out (leaked boxes, raw pointers) the
+/// memory stays, and the cache stays in `slabinfo`. [`destroy`](Self::destroy) says which of the two it was.
+#[doc(alias = "kmem_cache")]
+pub struct Cache<'s, T, P: Platform, const STABLE: bool = false> {
+    system: &'s SlabSystem<P>,
+    raw: AtomicPtr<RawCache<P::Lock>>,
+    name: &'static str,
+    pub(crate) hooks: Option<Hooks>,
+    _objects: PhantomData<fn(T) -> T>,
+}
+
+/// Objects were still out when a cache or a system was to be destroyed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Leaked {
+    /// The name of the cache, or of the first of several.
+    pub cache: &'static str,
+    /// How many objects are out.
+    pub objects: u64,
+}
+
+impl fmt::Display for Leaked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{} objects of {} are still in use",
+            self.objects, self.cache
+        )
+    }
+}
+
+impl core::error::Error for Leaked {}
+
+impl<'s, T, P: Platform> Cache<'s, T, P> {
+    kmem_hal::const_new! {
+        /// A cache of `system`, called `name` in `slabinfo`.
+        #[doc(alias = "kmem_cache_create")]
+        pub fn new(system: &'s SlabSystem<P>, name: &'static str) -> Self {
+            Self::with_hooks(system, name, None)
+        }
+    }
+}
+
+impl<'s, T, P: Platform> Cache<'s, T, P, true> {
+    kmem_hal::const_new! {
+        /// A cache whose memory stays memory for `T` until it is destroyed.
+        #[doc(alias = "SLAB_TYPESAFE_BY_RCU")]
+        pub fn new_stable(system: &'s SlabSystem<P>, name: &'static str) -> Self {
+            Self::with_hooks(system, name, None)
+        }
+    }
+}
+
+impl<'s, T, P: Platform, const STABLE: bool> Cache<'s, T, P, STABLE> {
+    const GEOMETRY: Geometry = {
+        assert!(
+            align_of::<T>() <= 4096,
+            "a cache serves alignments up to a page"
+        );
+        match Geometry::new(size_of::<T>(), align_of::<T>()) {
+            Some(geometry) => geometry,
+            None => panic!("a cache serves objects up to 4 MiB"),
+        }
+    };
+
+    kmem_hal::const_new! {
+        pub(crate) fn with_hooks(system: &'s SlabSystem<P>, name: &'static str, hooks: Option<Hooks>) -> Self {
+            const { let _ = Self::GEOMETRY; };
+            Self {
+                system,
+                raw: AtomicPtr::new(ptr::null_mut()),
+                name,
+                hooks,
+                _objects: PhantomData,
+            }
+        }
+    }
+
+    /// The cache's name.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// Joins the system now rather than at the first use; nothing where it has.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`]: before `init`, without memory, from a context that interrupted another join, or beyond 976 typed caches.
+    pub fn join(&self) -> Result<(), AllocError> {
+        self.raw().map(|_| ())
+    }
+
+    #[inline]
+    pub(crate) fn raw(&self) -> Result<&RawCache<P::Lock>, AllocError> {
+        // SAFETY: a joined cache's raw one lives until this one is dropped (I1).
+        match unsafe { self.raw.load(Ordering::Acquire).as_ref() } {
+            Some(raw) => Ok(raw),
+            None => self.join_now(),
+        }
+    }
+
+    #[cold]
+    fn join_now(&self) -> Result<&RawCache<P::Lock>, AllocError> {
+        let joined = self.system.join(Setup {
+            name: self.name,
+            geometry: Self::GEOMETRY,
+            stable: STABLE,
+            hooks: self.hooks,
+        })?;
+        let won = self.raw.compare_exchange(
+            ptr::null_mut(),
+            joined.as_ptr(),
+            Ordering::AcqRel,
+            Ordering::Acquire,
+        );
+        match won {
+            // SAFETY: joined, and lives until this cache is dropped.
+            Ok(_) => Ok(unsafe { joined.as_ref() }),
+            Err(other) => {
+                // Another context joined meanwhile. On Busy the unused one stays in the registry: empty, and freed at teardown.
+                // SAFETY: nobody but the registry knows the new one, and it never had a slab.
+                let _ = unsafe { self.system.leave(joined) };
+                // SAFETY: as above.
+                unsafe { other.as_ref() }.ok_or(AllocError::Busy)
+            }
+        }
+    }
+
+    /// Memory for one object, uninitialised.
+    #[inline]
+    pub(crate) fn alloc_memory(&self, flags: Flags) -> Result<NonNull<T>, AllocError> {
+        if size_of::<T>() == 0 {
+            return Ok(NonNull::dangling());
+        }
+        let raw = self.raw()?;
+        // SAFETY: the row of a cache of this system.
+        match unsafe { self.system.pop_local(raw.row, raw.column) } {
+            Some(object) => Ok(object.cast()),
+            None => self
+                .system
+                .alloc_slow(raw, &flags.request())
+                .map(NonNull::cast),
+        }
+    }
+
+    /// Takes the memory of one object back.
+    ///
+    /// # Safety
+    ///
+    /// The memory came from this cache, its value is gone, and the caller gives it up.
+    #[inline]
+    pub(crate) unsafe fn free_memory(&self, object: NonNull<T>) {
+        if size_of::<T>() == 0 {
+            return;
+        }
+        // SAFETY: a cache that gave an object has joined (I1).
+        if let Some(raw) = unsafe { self.raw.load(Ordering::Acquire).as_ref() } {
+            // SAFETY: the caller's promise.
+            unsafe { self.system.free_object(raw, object.cast()) };
+        }
+    }
+
+    /// Puts `value` into an object of the cache.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`], which gives the value back.
+    #[doc(alias = "kmem_cache_alloc")]
+    #[inline]
+    pub fn alloc(&self, value: T) -> Result<SlabBox<'_, T, P, STABLE>, Full<T>> {
+        self.alloc_with(value, Flags::empty())
+    }
+
+    /// As [`alloc`](Self::alloc), in a context that `flags` describe.
+    ///
+    /// # Errors
+    ///
+    /// [`Full`], which gives the value back.
+    #[inline]
+    pub fn alloc_with(&self, value: T, flags: Flags) -> Result<SlabBox<'_, T, P, STABLE>, Full<T>> {
+        match self.alloc_memory(flags) {
+            Ok(object) => {
+                // SAFETY: memory for a `T` that belongs to this call (I2).
+                unsafe { object.write(value) };
+                // SAFETY: an initialised object of this cache that nobody else owns.
+                Ok(unsafe { SlabBox::from_raw(self, object) })
+            }
+            Err(error) => Err(Full { value, error }),
+        }
+    }
+
+    /// Builds a value in an object of the cache, without passing it through the stack: for large types.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`]; `build` is not called then.
+    pub fn alloc_in_place(
+        &self,
+        build: impl FnOnce(&mut MaybeUninit<T>) -> &mut T,
+    ) -> Result<SlabBox<'_, T, P, STABLE>, AllocError> {
+        let object = self.alloc_memory(Flags::empty())?;
+        // SAFETY: memory for a `T` that belongs to this call (I2).
+        let place = unsafe { object.cast::<MaybeUninit<T>>().as_mut() };
+        let built = ptr::from_mut(build(place));
+        debug_assert!(
+            ptr::eq(built, object.as_ptr()),
+            "the value was built elsewhere"
+        );
+        // SAFETY: `build` returned a reference with the lifetime of the place, so to an initialised value; where that is not in the
+        // place (only a leaked or static one could be), the assertion tells in debug builds and the value is moved here.
+        unsafe {
+            if !ptr::eq(built, object.as_ptr()) {
+                ptr::copy_nonoverlapping(built, object.as_ptr(), 1);
+            }
+            Ok(SlabBox::from_raw(self, object))
+        }
+    }
+
+    /// Takes `count` objects ahead of need (at most `N`): as long as some are left, [`Reserve::take`] cannot fail.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`]; nothing is held then.
+    #[doc(alias = "kmem_cache_prefill_sheaf")]
+    pub fn prefill<const N: usize>(
+        &self,
+        count: usize,
+    ) -> Result<Reserve<'_, T, Self, N>, AllocError> {
+        self.join()?;
+        Reserve::new(self, count)
+    }
+
+    /// The figures of the cache; `None` before its first use.
+    #[must_use]
+    pub fn info(&self) -> Option<CacheInfo> {
+        // SAFETY: a joined cache's raw one lives until this one is dropped (I1).
+        let raw = unsafe { self.raw.load(Ordering::Acquire).as_ref() }?;
+        Some(self.system.info_of(raw))
+    }
+
+    /// Gives empty slabs back; answers how many frames.
+    #[doc(alias = "kmem_cache_shrink")]
+    pub fn shrink(&self) -> u64 {
+        // SAFETY: a joined cache's raw one lives until this one is dropped (I1).
+        match unsafe { self.raw.load(Ordering::Acquire).as_ref() } {
+            Some(raw) => self.system.shrink_cache(raw),
+            None => 0,
+        }
+    }
+
+    /// Gives all memory of the cache back and leaves the system.
+    ///
+    /// # Errors
+    ///
+    /// [`Leaked`] where objects are still out: their memory stays theirs for ever, and the cache stays in `slabinfo`.
+    #[doc(alias = "kmem_cache_destroy")]
+    pub fn destroy(mut self) -> Result<(), Leaked> {
+        let result = self.dismantle();
+        core::mem::forget(self);
+        result
+    }
+
+    fn dismantle(&mut self) -> Result<(), Leaked> {
+        let Some(pointer) = NonNull::new(self.raw.swap(ptr::null_mut(), Ordering::Acquire)) else {
+            return Ok(());
+        };
+        // SAFETY: joined, and left only below.
+        let raw = unsafe { pointer.as_ref() };
+        // SAFETY: a cache exists, so the system is ready.
+        let platform = unsafe { self.system.platform_unchecked() };
+        let cpus = platform.cpu().count();
+        let here = platform.cpu().pin().id().get();
+        for cpu in (0..cpus).filter(|&cpu| cpu != here) {
+            // SAFETY: the cache is borrowed exclusively, so no other CPU is in a call on it, nor will be.
+            unsafe { self.system.drain_idle(raw, cpu) };
+        }
+        self.system.shrink_cache(raw);
+        let leaked = |raw: &RawCache<P::Lock>| Leaked {
+            cache: raw.setup.name,
+            objects: self.system.info_of(raw).active_objects,
+        };
+        self.system.retire_empty(raw);
+        if raw.slabs.load(Ordering::Relaxed) > 0 {
+            return Err(leaked(raw));
+        }
+        // SAFETY: the cache is borrowed exclusively and was drained above.
+        unsafe { self.system.drop_arrays(raw, cpus) };
+        // SAFETY: no slab, no array, no user but the registry.
+        match unsafe { self.system.leave(pointer) } {
+            Ok(()) => Ok(()),
+            // In a context that interrupted the registry: the empty cache stays there.
+            Err(_) => Ok(()),
+        }
+    }
+}
+
+impl<T, P: Platform, const STABLE: bool> Drop for Cache<'_, T, P, STABLE> {
+    fn drop(&mut self) {
+        // Leaked objects keep their memory; `slabinfo` shows them.
+        let _ = self.dismantle();
+    }
+}
+
+// SAFETY: B1: objects come from slabs of this cache, sized and aligned for `T` (I2), each out once (slab I1); B2: a refusal changes nothing
+// that can be seen; B3: slabs of a STABLE cache go back only when it is destroyed.
+unsafe impl<T, P: Platform, const STABLE: bool> ObjectAlloc<T> for Cache<'_, T, P, STABLE> {
+    const TYPE_STABLE: bool = STABLE;
+
+    #[inline]
+    fn alloc(&self) -> Result<NonNull<T>, AllocError> {
+        self.alloc_memory(Flags::empty())
+    }
+
+    #[inline]
+    unsafe fn free(&self, object: NonNull<T>) {
+        // SAFETY: the caller's promise.
+        unsafe { self.free_memory(object) }
+    }
+
+    fn alloc_bulk(&self, out: &mut [MaybeUninit<NonNull<T>>]) -> usize {
+        if size_of::<T>() == 0 {
+            for place in out.iter_mut() {
+                place.write(NonNull::dangling());
+            }
+            return out.len();
+        }
+        match self.raw() {
+            Ok(raw) => self.system.alloc_many(raw, out),
+            Err(_) => 0,
+        }
+    }
+}
+
+impl<T, P: Platform, const STABLE: bool> Cache<'_, T, P, STABLE> {
+    /// Takes back the memory of many objects at once.
+    ///
+    /// # Safety
+    ///
+    /// As [`ObjectAlloc::free`] for each of them.
+    #[doc(alias = "kmem_cache_free_bulk")]
+    pub unsafe fn free_bulk(&self, objects: &[NonNull<T>]) {
+        if size_of::<T>() == 0 {
+            return;
+        }
+        // SAFETY: a cache that gave objects has joined (I1).
+        if let Some(raw) = unsafe { self.raw.load(Ordering::Acquire).as_ref() } {
+            // SAFETY: the caller's promise.
+            unsafe { self.system.free_many(raw, objects) };
+        }
+    }
+}
+
+impl<T, P: Platform, const STABLE: bool> fmt::Debug for Cache<'_, T, P, STABLE> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Cache({}, {} bytes)", self.name, Self::GEOMETRY.size())
+    }
+}

@@ -1,0 +1,168 @@
+//! The depot of a cache: whole arrays, and the lists of slabs by fullness. All of it under one lock.
+//!
+//! ```text
+//!   full arrays   [64][64][64]      <- a CPU whose two arrays are full pushes one, takes an empty one
+//!   empty arrays  [ ][ ]            <- a CPU whose two arrays are empty pushes one, takes a full one
+//!   slabs         NEARLY_FULL  MORE_THAN_HALF  LESS_THAN_HALF  NEARLY_EMPTY  EMPTY        (full ones: no list)
+//! ```
+//!
+//! Refills take from the fullest slabs first, so that emptier ones drain and go back to the page source.
+//!
+//! Invariants
+//! - `I1`: a slab with a free bit is on the list of its fullness as of the last time the lock's holder looked, or on the
+//!   pending stack, or about to be put there by whoever set the bit.
+//! - `I2`: a slab with no free bit, seen under the lock, is on no list. No list of full slabs exists that a search could walk.
+//! - `I3`: dead descriptors are on `dead`, and on no other list.
+
+use core::ptr::{self, NonNull};
+
+use crate::array::ArrayStack;
+use crate::slab::{BURIED, RETIRED, Slab, UNLISTED};
+
+/// Lists by fullness; the last holds slabs with every object free.
+pub const BUCKETS: usize = 5;
+
+/// The list of slabs with every object free.
+pub const EMPTY: usize = BUCKETS - 1;
+
+/// What the depot's lock guards.
+#[derive(Debug)]
+pub struct Depot {
+    pub(crate) full: ArrayStack,
+    pub(crate) spare: ArrayStack,
+    lists: [*mut Slab; BUCKETS],
+    dead: *mut Slab,
+    /// Slabs on the `EMPTY` list.
+    pub(crate) empty: usize,
+    /// Arrays exchanged with CPUs, refills from slabs, flushes to slabs.
+    pub(crate) exchanges: u64,
+    pub(crate) refills: u64,
+}
+
+// SAFETY: the pointers are to descriptors and arrays that the depot owns; they may be used from any CPU under its lock.
+unsafe impl Send for Depot {}
+
+impl Depot {
+    /// A depot without arrays or slabs.
+    pub const fn new() -> Self {
+        Self {
+            full: ArrayStack::new(),
+            spare: ArrayStack::new(),
+            lists: [ptr::null_mut(); BUCKETS],
+            dead: ptr::null_mut(),
+            empty: 0,
+            exchanges: 0,
+            refills: 0,
+        }
+    }
+
+    /// Puts a live slab on the list that its free bits say (`I1`, `I2`). Nothing for a dead or retired one.
+    pub fn relist(&mut self, slab: &Slab) {
+        let objects = slab.objects();
+        if objects == 0 || slab.bucket.get() == RETIRED {
+            return;
+        }
+        let free = slab.free();
+        let bucket = if free == 0 {
+            UNLISTED
+        } else if free == objects {
+            EMPTY as u8
+        } else {
+            (free * EMPTY / objects) as u8
+        };
+        if bucket != slab.bucket.get() {
+            self.unlist(slab);
+            self.list(slab, bucket);
+        }
+    }
+
+    fn list(&mut self, slab: &Slab, bucket: u8) {
+        slab.bucket.set(bucket);
+        let Some(head) = self.lists.get_mut(usize::from(bucket)) else {
+            return;
+        };
+        let pointer = ptr::from_ref(slab).cast_mut();
+        slab.previous.set(ptr::null_mut());
+        slab.next.set(*head);
+        // SAFETY: descriptors on the lists live as long as the cache (slab I4).
+        if let Some(next) = unsafe { head.as_ref() } {
+            next.previous.set(pointer);
+        }
+        *head = pointer;
+        if usize::from(bucket) == EMPTY {
+            self.empty += 1;
+        }
+    }
+
+    fn unlist(&mut self, slab: &Slab) {
+        let bucket = usize::from(slab.bucket.get());
+        slab.bucket.set(UNLISTED);
+        let Some(head) = self.lists.get_mut(bucket) else {
+            return;
+        };
+        let (previous, next) = (slab.previous.get(), slab.next.get());
+        // SAFETY: neighbours on a list are descriptors of the cache (slab I4).
+        match unsafe { previous.as_ref() } {
+            Some(previous) => previous.next.set(next),
+            None => *head = next,
+        }
+        // SAFETY: as above.
+        if let Some(next) = unsafe { next.as_ref() } {
+            next.previous.set(previous);
+        }
+        if bucket == EMPTY {
+            self.empty -= 1;
+        }
+    }
+
+    /// The fullest slab that has a free object.
+    pub fn fullest(&self) -> Option<&Slab> {
+        // SAFETY: descriptors on the lists live as long as the cache (slab I4).
+        self.lists.iter().find_map(|&head| unsafe { head.as_ref() })
+    }
+
+    /// Takes one slab out whose objects are all free and now belong to the caller; `None` where there is none.
+    pub fn take_empty(&mut self) -> Option<NonNull<Slab>> {
+        loop {
+            // SAFETY: as in `fullest`; the reference does not borrow the depot, whose lists change below.
+            let slab: &Slab = unsafe { self.lists[EMPTY].as_ref() }?;
+            if slab.claim_all() {
+                self.unlist(slab);
+                slab.bucket.set(RETIRED);
+                return Some(NonNull::from(slab));
+            }
+            // A context without the lock took an object meanwhile: it is not empty any more.
+            self.relist(slab);
+            if usize::from(slab.bucket.get()) == EMPTY {
+                return None;
+            }
+        }
+    }
+
+    /// Keeps a dead descriptor for the next slab of the cache (`I3`).
+    ///
+    /// Only one that was retired and not buried yet: a late mention on the pending stack changes nothing.
+    pub fn bury(&mut self, slab: &Slab) {
+        if slab.objects() == 0 && slab.bucket.get() == RETIRED {
+            slab.bucket.set(BURIED);
+            slab.next.set(self.dead);
+            self.dead = ptr::from_ref(slab).cast_mut();
+        }
+    }
+
+    /// A dead descriptor, if one is left.
+    pub fn exhume(&mut self) -> Option<NonNull<Slab>> {
+        let pointer = NonNull::new(self.dead)?;
+        // SAFETY: dead descriptors belong to the depot.
+        let slab = unsafe { pointer.as_ref() };
+        self.dead = slab.next.get();
+        slab.bucket.set(UNLISTED);
+        Some(pointer)
+    }
+}
+
+impl Default for Depot {
+    fn default() -> Self {
+        Self::new()
+    }
+}

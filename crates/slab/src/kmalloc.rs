@@ -1,0 +1,341 @@
+//! kmalloc, kfree, krealloc, ksize; and the same calls in the shape of `GlobalAlloc`.
+//!
+//! A free that knows the layout needs no look-up at all: the class is a function of size and alignment. A free by pointer alone
+//! finds the slab through the frame table.
+
+use core::alloc::Layout;
+use core::ptr::{self, NonNull};
+
+use kmem_hal::sync::Ordering;
+use kmem_hal::{AllocError, Context, FrameRequest, LargeSource, Order, PAGE_SIZE, PhysAddr};
+
+use crate::class::{CLASSES, class_of, class_size};
+use crate::head::COLUMNS;
+use crate::misuse::Misuse;
+use crate::platform::Platform;
+use crate::raw::RawCache;
+use crate::system::SlabSystem;
+
+bitflags::bitflags! {
+    /// How an allocation may be served. No flag: from any context, never waiting (`GFP_ATOMIC`).
+    #[doc(alias = "gfp_t")]
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+    pub struct Flags: u16 {
+        /// The page source may wait and reclaim for a new slab (`GFP_KERNEL`).
+        #[doc(alias = "GFP_KERNEL")]
+        const MAY_WAIT = 1 << 0;
+        /// As `MAY_WAIT`, without starting I/O (`GFP_NOIO`).
+        #[doc(alias = "GFP_NOIO")]
+        const NO_IO = 1 << 1;
+        /// As `MAY_WAIT`, without reclaim: the caller is part of it.
+        const NO_RECLAIM = 1 << 2;
+        /// Every byte is zero (`__GFP_ZERO`).
+        #[doc(alias = "__GFP_ZERO")]
+        #[doc(alias = "kzalloc")]
+        const ZERO = 1 << 3;
+        /// The caller is prepared for a refusal: count it, and do not tell (`__GFP_NOWARN`).
+        #[doc(alias = "__GFP_NOWARN")]
+        const NO_WARN = 1 << 4;
+        /// Below 16 MiB; served in whole pages (`GFP_DMA`).
+        #[doc(alias = "GFP_DMA")]
+        const DMA = 1 << 5;
+        /// Below 4 GiB; served in whole pages (`GFP_DMA32`).
+        #[doc(alias = "GFP_DMA32")]
+        const DMA32 = 1 << 6;
+        /// From the last reserves: for code whose success frees memory (`__GFP_MEMALLOC`).
+        #[doc(alias = "__GFP_MEMALLOC")]
+        const RESERVE = 1 << 7;
+    }
+}
+
+impl Flags {
+    pub(crate) fn request(self) -> FrameRequest {
+        let mut request =
+            FrameRequest::new(Order::ZERO).context(if self.contains(Self::NO_RECLAIM) {
+                Context::NoReclaim
+            } else if self.contains(Self::NO_IO) {
+                Context::NoIo
+            } else if self.contains(Self::MAY_WAIT) {
+                Context::MayWait
+            } else {
+                Context::Atomic
+            });
+        if self.contains(Self::RESERVE) {
+            request = request.with_reserve();
+        }
+        if self.contains(Self::ZERO) {
+            request = request.zeroed();
+        }
+        if self.contains(Self::DMA) {
+            request = request.below(PhysAddr::new(16 << 20));
+        } else if self.contains(Self::DMA32) {
+            request = request.below(PhysAddr::new(4 << 30));
+        }
+        request
+    }
+
+    fn limited(self) -> bool {
+        self.intersects(Self::DMA.union(Self::DMA32))
+    }
+}
+
+/// What a pointer turned out to be.
+enum Found<'s, L> {
+    Object(&'s RawCache<L>),
+    Pages(kmem_hal::Frame, u64),
+    Large,
+    Stranger,
+}
+
+/// The value of a zero-sized allocation: aligned, never read.
+fn dangling(align: usize) -> NonNull<u8> {
+    NonNull::new(ptr::without_provenance_mut(align)).unwrap_or(NonNull::dangling())
+}
+
+impl<P: Platform> SlabSystem<P> {
+    /// `size` bytes, aligned to 8, and to `size` itself where that is a power of two up to a page.
+    ///
+    /// Zero bytes are served as one.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`]; out of memory is an ordinary answer.
+    #[doc(alias = "kzalloc")]
+    pub fn kmalloc(&self, size: usize, flags: Flags) -> Result<NonNull<u8>, AllocError> {
+        self.serve(size.max(1), 8, flags)
+    }
+
+    /// Memory for `layout`. A size of zero costs nothing and gives an aligned pointer.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`].
+    #[inline]
+    pub fn kmalloc_layout(&self, layout: Layout, flags: Flags) -> Result<NonNull<u8>, AllocError> {
+        if layout.size() == 0 {
+            return Ok(dangling(layout.align()));
+        }
+        self.serve(layout.size(), layout.align(), flags)
+    }
+
+    #[inline(always)]
+    fn serve(&self, size: usize, align: usize, flags: Flags) -> Result<NonNull<u8>, AllocError> {
+        let class = match class_of(size, align) {
+            Some(class) if !flags.limited() => class,
+            _ => return self.alloc_large(size, align, &flags.request()),
+        };
+        let row = self.first_row();
+        if row.is_null() {
+            return Err(AllocError::NotInitialised);
+        }
+        const { assert!(CLASSES < COLUMNS) };
+        // SAFETY: the first row, not null; class `i` has index `i`, so its column in that row is `i`.
+        let object = match unsafe { self.pop_local(row, class as u32) } {
+            Some(object) => object,
+            None => self.serve_slow(class, flags)?,
+        };
+        if flags.contains(Flags::ZERO) {
+            // SAFETY: the object has at least `size` bytes and belongs to this call.
+            unsafe { object.write_bytes(0, size) };
+        }
+        Ok(object)
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn serve_slow(&self, class: usize, flags: Flags) -> Result<NonNull<u8>, AllocError> {
+        let cache = self.class(class).ok_or(AllocError::NotInitialised)?;
+        self.alloc_slow(cache, &flags.request())
+    }
+
+    fn find(&self, platform: &P, memory: NonNull<u8>) -> Found<'_, P::Lock> {
+        if let Some(slab) = Self::slab_of(platform, memory.as_ptr()) {
+            // SAFETY: a descriptor's cache lives as long as the descriptor; the owner word tells whether it is ours.
+            let cache = unsafe { slab.cache().cast::<RawCache<P::Lock>>().as_ref() };
+            return match cache {
+                Some(cache) if ptr::eq(cache.owner, self.token()) => Found::Object(cache),
+                _ => Found::Stranger,
+            };
+        }
+        if let Some((frame, count)) = self.page_count(platform, memory.as_ptr()) {
+            return Found::Pages(frame, count);
+        }
+        if platform.large().contains(memory.as_ptr()) {
+            return Found::Large;
+        }
+        Found::Stranger
+    }
+
+    /// Frees memory by its pointer alone. Null is nothing.
+    ///
+    /// # Safety
+    ///
+    /// `memory` is null or came from this system and is not freed twice. (A pointer that the system never gave, or that is free
+    /// already, is reported where that is found out, and nothing is corrupted by it as far as the allocator goes.)
+    pub unsafe fn kfree(&self, memory: *mut u8) {
+        let (Some(memory), Some(platform)) = (NonNull::new(memory), self.platform()) else {
+            return;
+        };
+        match self.find(platform, memory) {
+            // SAFETY: the object belongs to that cache, and the caller gives it up.
+            Found::Object(cache) => unsafe { self.free_object(cache, memory) },
+            // SAFETY: the numbers are those of the allocation that the caller gives up.
+            Found::Pages(frame, count) => unsafe { self.free_pages(platform, frame, count) },
+            // SAFETY: the large source says that the memory is its own.
+            Found::Large => unsafe { platform.large().free_large(memory) },
+            Found::Stranger => {
+                self.foreign.fetch_add(1, Ordering::Relaxed);
+                platform.misuse(&Misuse::ForeignFree {
+                    address: memory.as_ptr().addr(),
+                });
+            }
+        }
+    }
+
+    /// Frees memory whose layout the caller knows: the fast way.
+    ///
+    /// # Safety
+    ///
+    /// `memory` came from [`kmalloc_layout`](Self::kmalloc_layout) of this system with this layout, without an address limit, and is
+    /// not freed twice.
+    #[inline]
+    pub unsafe fn kfree_layout(&self, memory: NonNull<u8>, layout: Layout) {
+        let Some(class) = class_of(layout.size(), layout.align()) else {
+            // SAFETY: the caller's promise.
+            return unsafe { self.kfree(memory.as_ptr()) };
+        };
+        let row = self.first_row();
+        if layout.size() == 0 || row.is_null() {
+            return;
+        }
+        // SAFETY: the first row, not null; the object's class follows from its layout, and the caller gives it up.
+        if !unsafe { self.push_local(row, class as u32, memory) } {
+            self.free_class_slow(class, memory);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn free_class_slow(&self, class: usize, memory: NonNull<u8>) {
+        if let Some(cache) = self.class(class) {
+            self.free_slow(cache, memory);
+        }
+    }
+
+    /// The usable size in bytes of memory from this system; `None` for any other pointer.
+    #[must_use]
+    pub fn ksize(&self, memory: NonNull<u8>) -> Option<usize> {
+        let platform = self.platform()?;
+        match self.find(platform, memory) {
+            Found::Object(cache) => Some(cache.geometry().size()),
+            Found::Pages(_, count) => Some((count * PAGE_SIZE) as usize),
+            Found::Large => platform.large().size_of(memory),
+            Found::Stranger => None,
+        }
+    }
+
+    /// Changes the size of memory from [`kmalloc`](Self::kmalloc): in place where its class, its pages or its large area allow it.
+    ///
+    /// Null allocates. The bytes up to the smaller size are kept; with `ZERO` those beyond the old usable size are zero.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`]; the old memory is as it was then.
+    ///
+    /// # Safety
+    ///
+    /// `memory` is null or came from this system, and is not used afterwards where the call succeeds.
+    pub unsafe fn krealloc(
+        &self,
+        memory: *mut u8,
+        size: usize,
+        flags: Flags,
+    ) -> Result<NonNull<u8>, AllocError> {
+        let Some(old) = NonNull::new(memory) else {
+            return self.kmalloc(size, flags);
+        };
+        let had = self.ksize(old).ok_or(AllocError::Unsatisfiable)?;
+        if fits_in_place(had, size.max(1), 8) {
+            return Ok(old);
+        }
+        let new = self.kmalloc(size, flags)?;
+        // SAFETY: both are valid for the smaller size, and the new one belongs to this call; the old one is the caller's to free.
+        unsafe {
+            ptr::copy_nonoverlapping(old.as_ptr(), new.as_ptr(), had.min(size));
+            self.kfree(memory);
+        }
+        Ok(new)
+    }
+
+    /// `GlobalAlloc::alloc`: memory for `layout`, null where there is none or before `init`.
+    #[inline]
+    pub fn alloc(&self, layout: Layout) -> *mut u8 {
+        match self.kmalloc_layout(layout, Flags::empty()) {
+            Ok(memory) => memory.as_ptr(),
+            Err(_) => ptr::null_mut(),
+        }
+    }
+
+    /// `GlobalAlloc::alloc_zeroed`.
+    #[inline]
+    pub fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        match self.kmalloc_layout(layout, Flags::ZERO) {
+            Ok(memory) => memory.as_ptr(),
+            Err(_) => ptr::null_mut(),
+        }
+    }
+
+    /// `GlobalAlloc::dealloc`.
+    ///
+    /// # Safety
+    ///
+    /// As [`kfree_layout`](Self::kfree_layout).
+    #[inline]
+    pub unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
+        if let Some(memory) = NonNull::new(memory) {
+            // SAFETY: the caller's promise.
+            unsafe { self.kfree_layout(memory, layout) }
+        }
+    }
+
+    /// `GlobalAlloc::realloc`: the same pointer where the class or the pages stay the same.
+    ///
+    /// # Safety
+    ///
+    /// `memory` came from this system with `layout`; `new_size` is not 0 and does not overflow when rounded up to the alignment.
+    pub unsafe fn realloc(&self, memory: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        let align = layout.align();
+        let old_class = class_of(layout.size(), align);
+        let same = match (old_class, class_of(new_size, align)) {
+            (Some(old), Some(new)) => old == new,
+            (None, None) => NonNull::new(memory)
+                .and_then(|memory| self.ksize(memory))
+                .is_some_and(|had| fits_in_place(had, new_size, align)),
+            _ => false,
+        };
+        if same {
+            return memory;
+        }
+        // SAFETY: the caller vouches for the size; the alignment is a layout's.
+        let wanted = unsafe { Layout::from_size_align_unchecked(new_size, align) };
+        let new = self.alloc(wanted);
+        if !new.is_null() {
+            // SAFETY: both are valid for the smaller size and differ; the caller gives the old one up.
+            unsafe {
+                ptr::copy_nonoverlapping(memory, new, layout.size().min(new_size));
+                self.dealloc(memory, layout);
+            }
+        }
+        new
+    }
+}
+
+/// Whether an allocation with `had` usable bytes is what `size` bytes would get.
+fn fits_in_place(had: usize, size: usize, align: usize) -> bool {
+    match class_of(size, align).and_then(class_size) {
+        Some(class) => class == had,
+        None => {
+            size <= had && size.div_ceil(PAGE_SIZE as usize) == had.div_ceil(PAGE_SIZE as usize)
+        }
+    }
+}

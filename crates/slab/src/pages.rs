@@ -1,0 +1,135 @@
+//! Sizes beyond the classes: whole pages, and the source of large sizes.
+//!
+//! ```text
+//!   8 KiB < size <= 64 KiB     pages, then the large source
+//!   64 KiB < size              the large source, then pages (up to 4 MiB)
+//! ```
+//!
+//! Pages are taken as a power of two and the frames beyond the size go back at once (Linux's `alloc_pages_exact`), so 9 KiB cost
+//! 12 KiB and not 16.
+//!
+//! Invariants
+//! - `I1`: the head frame's slot says `Large`, its index word holds the number of frames; the slots of the others say `Tail`.
+//! - `I2`: the frames of an allocation are `first .. first + count`, with `first` aligned to the order that covers them.
+
+use core::ptr::NonNull;
+
+use kmem_hal::sync::Ordering;
+use kmem_hal::{
+    AllocError, Frame, FrameRange, FrameRequest, FrameSink, FrameTag, LargeSource, Order,
+    OwnedFrame, PAGE_SIZE,
+};
+
+use crate::block;
+use crate::platform::Platform;
+use crate::system::SlabSystem;
+
+/// Up to this size pages come first, above it the large source.
+const PAGES_FIRST: usize = 64 << 10;
+
+impl<P: Platform> SlabSystem<P> {
+    /// Memory in whole pages.
+    #[cold]
+    pub(crate) fn alloc_large(
+        &self,
+        size: usize,
+        align: usize,
+        request: &FrameRequest,
+    ) -> Result<NonNull<u8>, AllocError> {
+        let platform = self.platform().ok_or(AllocError::NotInitialised)?;
+        let pages = || {
+            let served = self.alloc_pages(platform, size, align, request);
+            if served.is_err() && self.shrink() > 0 {
+                return self.alloc_pages(platform, size, align, request);
+            }
+            served
+        };
+        // The large source maps whatever frames it finds: not for requests below an address limit.
+        let limited = request.max_address.as_u64() != u64::MAX;
+        let large = || {
+            let memory = platform.large().alloc_large(size, align)?;
+            if request.zeroed {
+                // SAFETY: the source gave `size` bytes to this call (V1).
+                unsafe { memory.write_bytes(0, size) };
+            }
+            Ok(memory)
+        };
+        if limited {
+            pages()
+        } else if size <= PAGES_FIRST {
+            pages().or_else(|refused| large().map_err(|_: AllocError| refused))
+        } else {
+            large().or_else(|_| pages())
+        }
+    }
+
+    fn alloc_pages(
+        &self,
+        platform: &P,
+        size: usize,
+        align: usize,
+        request: &FrameRequest,
+    ) -> Result<NonNull<u8>, AllocError> {
+        let frames = (size as u64).div_ceil(PAGE_SIZE).max(1);
+        let (Some(order), Some(aligned)) =
+            (Order::for_frames(frames), Order::for_bytes(align as u64))
+        else {
+            return Err(AllocError::Unsatisfiable);
+        };
+        let order = order.max(aligned);
+        if order > Order::MAX_BUDDY {
+            return Err(AllocError::Unsatisfiable);
+        }
+        let request = FrameRequest { order, ..*request };
+        let (first, memory) = block::take_for(platform, &request, FrameTag::Large)?;
+        self.trim(platform, first, order, frames);
+        for tail in 1..frames {
+            if let Some(slot) = first
+                .checked_add(tail)
+                .and_then(|tail| platform.table().slot(tail))
+            {
+                slot.claim(FrameTag::Tail, Order::ZERO);
+            }
+        }
+        if let Some(slot) = platform.table().slot(first) {
+            slot.index().store(frames, Ordering::Relaxed);
+        }
+        self.page_frames.fetch_add(frames, Ordering::Relaxed);
+        self.page_blocks.fetch_add(1, Ordering::Relaxed);
+        Ok(memory)
+    }
+
+    /// Gives back the frames of the block from `first + keep`.
+    fn trim(&self, platform: &P, first: Frame, order: Order, keep: u64) {
+        let rest = FrameRange::from_numbers(first.number() + keep, first.number() + order.frames());
+        for (frame, order) in rest.unwrap_or(FrameRange::EMPTY).blocks(order) {
+            // SAFETY: O1: part of a block that the caller owns and has given to nobody; O2: `blocks` aligns; O3: never mapped.
+            platform
+                .frames()
+                .free(unsafe { OwnedFrame::from_raw(frame, order) });
+        }
+    }
+
+    /// How many frames the allocation at `memory` has; `None` where it is not one of whole pages.
+    pub(crate) fn page_count(&self, platform: &P, memory: *const u8) -> Option<(Frame, u64)> {
+        let (frame, slot) = Self::slot_of(platform, memory)?;
+        let whole = memory.addr().is_multiple_of(PAGE_SIZE as usize);
+        (whole && slot.tag() == FrameTag::Large)
+            .then(|| (frame, slot.index().load(Ordering::Relaxed)))
+    }
+
+    /// Frees an allocation of whole pages.
+    ///
+    /// # Safety
+    ///
+    /// `first` and `frames` are what `page_count` says of an allocation that the caller gives up.
+    pub(crate) unsafe fn free_pages(&self, platform: &P, first: Frame, frames: u64) {
+        self.page_frames.fetch_sub(frames, Ordering::Relaxed);
+        self.page_blocks.fetch_sub(1, Ordering::Relaxed);
+        let range = FrameRange::new(first, frames).unwrap_or(FrameRange::EMPTY);
+        for (frame, order) in range.blocks(Order::MAX_BUDDY) {
+            // SAFETY: a part of the allocation (I2), which the caller gives up.
+            unsafe { block::give(platform, frame, order) };
+        }
+    }
+}

@@ -1,0 +1,151 @@
+//! A cache without its type: what kmalloc's classes and typed caches have in common.
+//!
+//! Invariants
+//! - `I1`: the plain fields are written before the cache is published (its pointer stored with release) and never after.
+//! - `I2`: `all` lists every descriptor the cache ever had; it only grows until the cache is destroyed.
+//! - `I3`: `slabs`, `objects` and `frames` count live slabs; a slab is counted before its first object is given out and until its
+//!   block goes back.
+
+use core::ptr;
+
+use kmem_hal::sync::{AtomicPtr, AtomicU32, AtomicU64, LocalPtr, Ordering};
+use kmem_hal::{Lock, RawLock};
+
+use crate::depot::Depot;
+use crate::geometry::Geometry;
+use crate::head::Row;
+use crate::slab::{Pending, Slab};
+
+/// What runs once for each object of a new slab, and before a slab goes back.
+#[derive(Clone, Copy)]
+pub struct Hooks {
+    /// Builds an object in place; the context word is the cache's.
+    pub construct: unsafe fn(context: *const (), object: *mut u8),
+    /// Takes a built object apart.
+    pub destruct: unsafe fn(object: *mut u8),
+    /// Passed to `construct`.
+    pub context: *const (),
+}
+
+// SAFETY: the context is the address of a function; it is passed on and never read through.
+unsafe impl Send for Hooks {}
+// SAFETY: as above.
+unsafe impl Sync for Hooks {}
+
+/// How a cache is set up.
+#[derive(Clone, Copy)]
+pub struct Setup {
+    pub name: &'static str,
+    pub geometry: Geometry,
+    /// Slabs never go back while the cache lives (type-stable memory).
+    pub stable: bool,
+    pub hooks: Option<Hooks>,
+}
+
+/// A cache without its type.
+#[repr(C, align(64))]
+pub struct RawCache<L> {
+    /// The row of head pages and the column in them (I1).
+    pub row: *const Row,
+    pub column: u32,
+    pub index: u32,
+    pub setup: Setup,
+    /// The system that the cache belongs to, to be compared only.
+    pub owner: *const (),
+    all: AtomicPtr<Slab>,
+    pub pending: Pending,
+    pub depot: Lock<Depot, L>,
+    pub slabs: AtomicU64,
+    pub objects: AtomicU64,
+    pub frames: AtomicU64,
+    /// Objects that went past the arrays of CPUs.
+    pub direct_allocs: AtomicU64,
+    pub direct_frees: AtomicU64,
+    pub failures: AtomicU64,
+    pub misuses: AtomicU64,
+    /// Contexts that look at the cache by way of the registry.
+    pub users: AtomicU32,
+    /// The next cache of the registry, under its lock.
+    pub next: LocalPtr<RawCache<L>>,
+}
+
+// SAFETY: the plain fields never change after publication (I1); everything else is atomic or behind a lock.
+unsafe impl<L: Send + Sync> Sync for RawCache<L> {}
+// SAFETY: as above.
+unsafe impl<L: Send + Sync> Send for RawCache<L> {}
+
+impl<L: RawLock> RawCache<L> {
+    pub fn new(setup: Setup, row: *const Row, index: u32, owner: *const ()) -> Self {
+        Self {
+            row,
+            column: index % crate::head::COLUMNS as u32,
+            index,
+            setup,
+            owner,
+            all: AtomicPtr::new(ptr::null_mut()),
+            pending: Pending::new(),
+            depot: Lock::new(Depot::new()),
+            slabs: AtomicU64::new(0),
+            objects: AtomicU64::new(0),
+            frames: AtomicU64::new(0),
+            direct_allocs: AtomicU64::new(0),
+            direct_frees: AtomicU64::new(0),
+            failures: AtomicU64::new(0),
+            misuses: AtomicU64::new(0),
+            users: AtomicU32::new(0),
+            next: LocalPtr::new(ptr::null_mut()),
+        }
+    }
+
+    /// The geometry.
+    #[inline]
+    pub fn geometry(&self) -> Geometry {
+        self.setup.geometry
+    }
+
+    /// The pointer that descriptors carry.
+    pub fn opaque(&self) -> *mut () {
+        ptr::from_ref(self).cast_mut().cast()
+    }
+
+    /// Adds a new descriptor to the list of all.
+    pub fn remember(&self, slab: &Slab) {
+        let pointer = ptr::from_ref(slab).cast_mut();
+        let mut head = self.all.load(Ordering::Relaxed);
+        loop {
+            slab.all_next.set(head);
+            match self
+                .all
+                .compare_exchange(head, pointer, Ordering::Release, Ordering::Relaxed)
+            {
+                Ok(_) => return,
+                Err(found) => head = found,
+            }
+        }
+    }
+
+    /// Calls `each` with every descriptor, live or dead, until it says `false`.
+    pub fn for_each_slab(&self, mut each: impl FnMut(&Slab) -> bool) {
+        let mut at = self.all.load(Ordering::Acquire);
+        // SAFETY: descriptors live as long as the cache (I2), and the push released them.
+        while let Some(slab) = unsafe { at.as_ref() } {
+            at = slab.all_next.get();
+            if !each(slab) {
+                return;
+            }
+        }
+    }
+
+    /// How many full arrays the depot keeps before flushing to the slabs.
+    pub fn depot_limit(&self) -> usize {
+        const DEPOT_BYTES: usize = 256 << 10;
+        let array = self.geometry().array() * self.geometry().size();
+        (DEPOT_BYTES / array).clamp(2, 32)
+    }
+
+    /// How many empty slabs are kept before they go back.
+    pub fn keep_empty(&self) -> usize {
+        const KEEP_BYTES: u64 = 64 << 10;
+        (KEEP_BYTES / self.geometry().order().bytes()).max(1) as usize
+    }
+}

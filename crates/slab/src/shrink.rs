@@ -1,0 +1,173 @@
+//! Giving memory back: what caches hold beyond need, on request and under pressure.
+//!
+//! Order, cheapest loss first: full arrays of depots, the calling CPU's arrays, empty slabs. Other CPUs empty their own arrays at
+//! their next slow path: a drain request is a number that each head compares with the last it has answered. Nothing interrupts
+//! another CPU; a kernel that can ([`CpuCall`](kmem_hal::CpuCall)) calls [`drain_local`](SlabSystem::drain_local) there.
+
+use core::ptr::NonNull;
+
+use kmem_hal::sync::Ordering;
+use kmem_hal::{Cpu, Shrink};
+
+use crate::array::Array;
+use crate::head::Head;
+use crate::platform::Platform;
+use crate::raw::RawCache;
+use crate::slow::retire;
+use crate::system::SlabSystem;
+
+impl<P: Platform> SlabSystem<P> {
+    /// Empties depots, the calling CPU's arrays and empty slabs; asks the other CPUs to empty theirs. Answers the frames given back.
+    ///
+    /// 0 before `init`, and where this CPU was interrupted in the registry.
+    #[doc(alias = "kmem_cache_shrink")]
+    #[doc(alias = "shrink_slab")]
+    pub fn shrink(&self) -> u64 {
+        self.drain.fetch_add(1, Ordering::Relaxed);
+        let mut frames = 0;
+        // On Busy nothing more can be done from here.
+        let _ = self.for_each_cache(|cache| frames += self.shrink_cache(cache));
+        frames
+    }
+
+    /// As [`shrink`](Self::shrink) for one cache.
+    pub(crate) fn shrink_cache(&self, cache: &RawCache<P::Lock>) -> u64 {
+        self.drain_own(cache);
+        self.drain_depot(cache);
+        if cache.setup.stable {
+            return 0;
+        }
+        self.retire_empty(cache)
+    }
+
+    /// Gives every empty slab back, of a type-stable cache as well.
+    pub(crate) fn retire_empty(&self, cache: &RawCache<P::Lock>) -> u64 {
+        let Some(chain) = self.with_depot(cache, |depot| retire(depot, 0)) else {
+            return 0;
+        };
+        self.give_slabs_back(cache, chain, |bury| {
+            self.with_depot(cache, |depot| bury(depot));
+        })
+    }
+
+    /// Empties the calling CPU's arrays of every cache: what a drain of one CPU is made of.
+    pub fn drain_local(&self) {
+        let _ = self.for_each_cache(|cache| self.drain_own(cache));
+    }
+
+    fn drain_own(&self, cache: &RawCache<P::Lock>) {
+        // SAFETY: a cache exists, so the system is ready.
+        let pin = unsafe { self.platform_unchecked() }.cpu().pin();
+        if let Some(busy) = self.head(cache, &pin).and_then(Head::enter) {
+            self.drain_head(cache, &busy);
+        }
+    }
+
+    /// Flushes every full array of the depot to the slabs.
+    pub(crate) fn drain_depot(&self, cache: &RawCache<P::Lock>) {
+        // SAFETY: a cache exists, so the system is ready.
+        let platform = unsafe { self.platform_unchecked() };
+        loop {
+            let pin = platform.cpu().pin();
+            let Some(_busy) = self.head(cache, &pin).and_then(Head::enter) else {
+                return;
+            };
+            let Some(array) = cache.depot.lock().full.pop() else {
+                return;
+            };
+            // SAFETY: the array left the depot and belongs to this call; its first `len` slots hold objects; the busy flag is set.
+            unsafe {
+                let n = array.as_ref().len();
+                array.as_ref().set_len(0);
+                self.flush(cache, Array::slots(array.as_ptr()), n);
+                cache.depot.lock().spare.push(array);
+            }
+        }
+    }
+
+    /// Returns every array of a cache that nobody uses to the pool, and clears its heads for the next owner of the index.
+    ///
+    /// # Safety
+    ///
+    /// Nobody is in a call on the cache, nor will be; its arrays hold no object.
+    pub(crate) unsafe fn drop_arrays(&self, cache: &RawCache<P::Lock>, cpus: u32) {
+        for head in (0..cpus).filter_map(|cpu| self.head_of(cache, cpu)) {
+            for array in [&head.loaded, &head.spare] {
+                if let Some(empty) = NonNull::new(array.get()) {
+                    array.set(core::ptr::null_mut());
+                    // SAFETY: nobody uses the head any more, and the array is empty.
+                    unsafe { self.free_array(empty) };
+                }
+            }
+            head.reset();
+        }
+        self.drop_spare_arrays(cache);
+    }
+
+    /// Returns the arrays of a depot to their pool.
+    fn drop_spare_arrays(&self, cache: &RawCache<P::Lock>) {
+        while let Some(array) = self.with_depot(cache, |depot| depot.spare.pop()).flatten() {
+            // SAFETY: the array is empty, left the depot, and nobody else knows it.
+            unsafe { self.free_array(array) };
+        }
+    }
+
+    /// Empties the arrays of a CPU that runs nothing, and gives its arrays to the depots.
+    ///
+    /// # Safety
+    ///
+    /// No code runs as `cpu`, nor will before this call returns; what it wrote is visible to the caller. `cpu` is below the platform's
+    /// count and not the calling CPU.
+    pub(crate) unsafe fn drain_idle(&self, cache: &RawCache<P::Lock>, cpu: u32) {
+        let Some(head) = self.head_of(cache, cpu) else {
+            return;
+        };
+        if head.cap.get() == 0 {
+            return;
+        }
+        // SAFETY: a cache exists, so the system is ready.
+        let pin = unsafe { self.platform_unchecked() }.cpu().pin();
+        // The flag of the calling CPU keeps its own interrupts off the depot's lock (slow I1).
+        let Some(_own) = self.head(cache, &pin).and_then(Head::enter) else {
+            return;
+        };
+        let Some(busy) = head.enter() else { return };
+        self.drain_head(cache, &busy);
+        let mut depot = cache.depot.lock();
+        for array in [&head.loaded, &head.spare] {
+            if let Some(empty) = NonNull::new(array.get()) {
+                array.set(core::ptr::null_mut());
+                // SAFETY: the idle CPU's head owned it and gives it to the depot.
+                unsafe { depot.spare.push(empty) };
+            }
+        }
+        head.cap.set(0);
+    }
+}
+
+/// About how many objects the caches hold beyond need, and their release: for a reclaimer.
+impl<P: Platform> Shrink for SlabSystem<P> {
+    fn count(&self) -> usize {
+        let mut objects = 0;
+        let _ = self.for_each_cache(|cache| {
+            let held = self.with_depot(cache, |depot| {
+                depot.full.objects() + depot.empty * cache.geometry().objects()
+            });
+            objects += held.unwrap_or(0);
+        });
+        objects
+    }
+
+    fn scan(&self, objects: usize) -> usize {
+        let mut freed = 0;
+        let _ = self.for_each_cache(|cache| {
+            if freed < objects {
+                let before = cache.objects.load(Ordering::Relaxed);
+                self.shrink_cache(cache);
+                let after = cache.objects.load(Ordering::Relaxed);
+                freed += before.saturating_sub(after) as usize;
+            }
+        });
+        freed
+    }
+}

@@ -1,0 +1,169 @@
+//! An arena of host memory as physical frames, with a count, a failure injector and hooks.
+#![allow(dead_code)]
+
+use std::alloc::{Layout, alloc_zeroed};
+use std::cell::Cell;
+use std::ptr::NonNull;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kmem_hal::{
+    AllocError, Cpu, CpuId, Frame, FrameRequest, FrameSink, FrameSource, FrameTable, OffsetMap,
+    OwnedFrame, Section, Spin,
+};
+use kmem_slab::{Parts, SlabSystem};
+
+/// First-fit over a vector of frames; panics on a double free.
+pub struct Arena {
+    used: Mutex<Vec<bool>>,
+    base: usize,
+    pub table: &'static FrameTable,
+    /// Requests until one is refused, u64::MAX = never; it counts down and stays at 0 for one refusal.
+    pub fail_at: AtomicU64,
+    pub requests: AtomicU64,
+    /// Called at every request, as an interrupt or a log would be.
+    pub hook: Mutex<Option<fn()>>,
+}
+
+impl Arena {
+    pub fn new(frames: usize) -> &'static Self {
+        let memory = Layout::from_size_align(frames << 12, 1 << 22).unwrap();
+        // SAFETY: the layout is not empty.
+        let base = unsafe { alloc_zeroed(memory) }.expose_provenance();
+        let slots = Layout::from_size_align(FrameTable::SECTION_BYTES, 64).unwrap();
+        // SAFETY: the layout is not empty.
+        let slots = NonNull::new(unsafe { alloc_zeroed(slots) }).unwrap();
+        let directory = Box::leak(Box::new([Section::absent()]));
+        // SAFETY: leaked memory of that size.
+        unsafe { directory[0].set_memory(slots) };
+        let table = Box::leak(Box::new(FrameTable::new()));
+        table.init(directory);
+        Box::leak(Box::new(Self {
+            used: Mutex::new(vec![false; frames]),
+            base,
+            table,
+            fail_at: AtomicU64::new(u64::MAX),
+            requests: AtomicU64::new(0),
+            hook: Mutex::new(None),
+        }))
+    }
+
+    pub fn used(&self) -> usize {
+        self.used
+            .lock()
+            .unwrap()
+            .iter()
+            .filter(|used| **used)
+            .count()
+    }
+
+    pub fn map(&self) -> OffsetMap {
+        let frames = self.used.lock().unwrap().len() as u64;
+        // SAFETY: the arena is valid for ever.
+        unsafe { OffsetMap::new(self.base, frames) }
+    }
+
+    /// No slot says anything but "free" where the frame is free.
+    pub fn check_slots(&self) {
+        for (number, used) in self.used.lock().unwrap().iter().enumerate() {
+            let slot = self.table.slot(Frame::new(number as u64).unwrap()).unwrap();
+            if !used {
+                assert_eq!(
+                    slot.tag(),
+                    kmem_hal::FrameTag::Free,
+                    "slot of free frame {number}"
+                );
+            }
+        }
+    }
+}
+
+// SAFETY: a block is marked used under the lock before it is given; natural alignment; never zeroed on request is handled.
+unsafe impl FrameSource for Arena {
+    fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
+        self.requests.fetch_add(1, Ordering::Relaxed);
+        let hook = *self.hook.lock().unwrap();
+        if let Some(hook) = hook {
+            hook();
+        }
+        let refused = self
+            .fail_at
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| match left {
+                u64::MAX => None,
+                left => Some(left.wrapping_sub(1)),
+            });
+        if refused == Ok(0) {
+            return Err(AllocError::OutOfMemory);
+        }
+        let mut used = self.used.lock().unwrap();
+        let size = request.order.frames() as usize;
+        let limit = used
+            .len()
+            .min((request.max_address.as_u64() >> 12) as usize);
+        let first = (0..limit)
+            .step_by(size)
+            .find(|&first| first + size <= limit && !used[first..first + size].contains(&true))
+            .ok_or(AllocError::OutOfMemory)?;
+        used[first..first + size].fill(true);
+        drop(used);
+        if request.zeroed {
+            let bytes = std::ptr::with_exposed_provenance_mut::<u8>(self.base + (first << 12));
+            // SAFETY: the block is inside the arena and was just taken.
+            unsafe { bytes.write_bytes(0, size << 12) };
+        }
+        // SAFETY: taken above, aligned to its size.
+        Ok(unsafe { OwnedFrame::from_raw(Frame::new(first as u64).unwrap(), request.order) })
+    }
+}
+
+impl FrameSink for Arena {
+    fn free(&self, frame: OwnedFrame) {
+        let mut used = self.used.lock().unwrap();
+        for frame in frame.range().iter() {
+            let place = &mut used[frame.number() as usize];
+            assert!(*place, "frame {frame} was freed twice");
+            *place = false;
+        }
+        let _ = frame.into_raw();
+    }
+}
+
+thread_local! {
+    static CPU: Cell<u32> = const { Cell::new(0) };
+}
+
+/// Threads as CPUs: each thread says which one it is.
+#[derive(Clone, Copy)]
+pub struct ThreadCpu(pub u32);
+
+/// The calling thread runs as `cpu` from now on; no other thread does at the same time.
+pub fn run_as(cpu: u32) {
+    CPU.set(cpu);
+}
+
+// SAFETY: the tests give each thread its own number.
+unsafe impl Cpu for ThreadCpu {
+    type Guard<'a> = ();
+    fn raw_pin(&self) {}
+    fn id(&self, _guard: &()) -> CpuId {
+        CpuId::new(CPU.get())
+    }
+    fn count(&self) -> u32 {
+        self.0
+    }
+}
+
+pub type TestParts = Parts<&'static Arena, OffsetMap, ThreadCpu, Spin>;
+pub type System = SlabSystem<TestParts>;
+
+pub fn parts(arena: &'static Arena, cpus: u32) -> TestParts {
+    // SAFETY: map and table cover the arena.
+    unsafe { Parts::new(arena, arena.map(), ThreadCpu(cpus), arena.table) }
+}
+
+pub fn system(frames: usize, cpus: u32) -> (&'static Arena, System) {
+    let arena = Arena::new(frames);
+    let system = SlabSystem::new();
+    system.init(parts(arena, cpus)).unwrap();
+    (arena, system)
+}

@@ -1,0 +1,275 @@
+//! kmalloc and its relatives.
+
+mod common;
+
+use std::alloc::Layout;
+use std::ptr::NonNull;
+
+use common::{Arena, System, parts, system};
+use kmem_hal::AllocError;
+use kmem_slab::{CLASSES, Flags, InitError, SlabSystem, class_size};
+
+fn fill(memory: NonNull<u8>, size: usize, seed: u8) {
+    for at in 0..size {
+        // SAFETY: the caller's allocation.
+        unsafe { memory.as_ptr().add(at).write(seed.wrapping_add(at as u8)) };
+    }
+}
+
+fn check(memory: NonNull<u8>, size: usize, seed: u8) {
+    for at in 0..size {
+        // SAFETY: the caller's allocation.
+        assert_eq!(
+            unsafe { memory.as_ptr().add(at).read() },
+            seed.wrapping_add(at as u8),
+            "byte {at}"
+        );
+    }
+}
+
+#[test]
+fn before_init_there_is_nothing() {
+    let system = System::new();
+    assert_eq!(
+        system.kmalloc(1, Flags::empty()),
+        Err(AllocError::NotInitialised)
+    );
+    assert_eq!(
+        system.kmalloc(100_000, Flags::empty()),
+        Err(AllocError::NotInitialised)
+    );
+    assert!(system.alloc(Layout::new::<u64>()).is_null());
+    assert!(system.shrink() == 0 && !system.is_ready());
+    assert_eq!(system.ksize(NonNull::dangling()), None);
+}
+
+#[test]
+fn init_happens_once_and_a_failed_one_leaves_nothing() {
+    let arena = Arena::new(1024);
+    let system = SlabSystem::new();
+    for fail_at in 0.. {
+        arena
+            .fail_at
+            .store(fail_at, std::sync::atomic::Ordering::Relaxed);
+        match system.init(parts(arena, 2)) {
+            Err(InitError::Memory(AllocError::OutOfMemory)) => {
+                assert_eq!(arena.used(), 0, "after failure {fail_at}")
+            }
+            Ok(()) => {
+                assert!(fail_at > 4, "init asks for heads, a row and the caches");
+                break;
+            }
+            other => panic!("{other:?}"),
+        }
+    }
+    assert_eq!(system.init(parts(arena, 2)), Err(InitError::Already));
+}
+
+#[test]
+fn sizes_round_up_to_their_class_and_keep_their_bytes() {
+    let (arena, mut system) = system(4096, 1);
+    let mut held = Vec::new();
+    for size in (0..9000)
+        .step_by(37)
+        .chain([8192, 8193, 12288, 20000, 65536, 65537, 1 << 20])
+    {
+        let memory = system.kmalloc(size, Flags::empty()).unwrap();
+        let usable = system.ksize(memory).unwrap();
+        assert!(usable >= size.max(1));
+        if size > 8192 {
+            assert_eq!(
+                usable,
+                size.next_multiple_of(4096),
+                "pages are not rounded to powers of two"
+            );
+        }
+        fill(memory, usable, size as u8);
+        held.push((memory, usable, size as u8));
+    }
+    for &(memory, usable, seed) in &held {
+        check(memory, usable, seed);
+        // SAFETY: allocated above, freed once.
+        unsafe { system.kfree(memory.as_ptr()) };
+    }
+    system.teardown().unwrap();
+    assert_eq!(arena.used(), 0);
+    arena.check_slots();
+}
+
+#[test]
+fn powers_of_two_are_naturally_aligned() {
+    let (_, system) = system(2048, 1);
+    for shift in 4..=12 {
+        for _ in 0..20 {
+            let memory = system.kmalloc(1 << shift, Flags::empty()).unwrap();
+            assert!(memory.as_ptr().addr().is_multiple_of(1 << shift));
+        }
+    }
+}
+
+#[test]
+fn every_layout_is_aligned() {
+    let (_, system) = system(8192, 1);
+    for shift in 0..=14 {
+        let align = 1 << shift;
+        for size in [1, 3, 8, 24, 40, 65, 100, 600, 1025, 3000, 5000, 8192, 9000] {
+            let layout = Layout::from_size_align(size, align).unwrap();
+            let memory = system.alloc(layout);
+            assert!(
+                !memory.is_null() && memory.addr().is_multiple_of(align),
+                "{layout:?}"
+            );
+            // SAFETY: allocated above with this layout.
+            unsafe {
+                memory.write_bytes(0xa5, size);
+                system.dealloc(memory, layout);
+            }
+        }
+    }
+    let nothing = Layout::from_size_align(0, 64).unwrap();
+    assert!(system.alloc(nothing).addr().is_multiple_of(64));
+}
+
+#[test]
+fn zeroed_memory_is_zero_after_reuse() {
+    let (_, system) = system(2048, 1);
+    for size in [16, 100, 1000, 8000, 10_000] {
+        let dirty = system.kmalloc(size, Flags::empty()).unwrap();
+        fill(dirty, size, 1);
+        // SAFETY: allocated above.
+        unsafe { system.kfree(dirty.as_ptr()) };
+        let clean = system.kmalloc(size, Flags::ZERO).unwrap();
+        // SAFETY: allocated above.
+        assert!((0..size).all(|at| unsafe { clean.as_ptr().add(at).read() } == 0));
+    }
+}
+
+#[test]
+fn krealloc_moves_only_when_it_must() {
+    let (_, system) = system(2048, 1);
+    // SAFETY: each pointer is used until the next krealloc succeeds.
+    unsafe {
+        let a = system
+            .krealloc(std::ptr::null_mut(), 65, Flags::empty())
+            .unwrap();
+        fill(a, 65, 9);
+        assert_eq!(
+            system.krealloc(a.as_ptr(), 80, Flags::empty()).unwrap(),
+            a,
+            "same class"
+        );
+        let b = system.krealloc(a.as_ptr(), 81, Flags::empty()).unwrap();
+        assert_ne!(a, b);
+        check(b, 65, 9);
+        let c = system.krealloc(b.as_ptr(), 20_000, Flags::empty()).unwrap();
+        check(c, 65, 9);
+        assert_eq!(
+            system.krealloc(c.as_ptr(), 20_480, Flags::empty()).unwrap(),
+            c,
+            "same pages"
+        );
+        let d = system.krealloc(c.as_ptr(), 70, Flags::empty()).unwrap();
+        check(d, 65, 9);
+        system.kfree(d.as_ptr());
+    }
+}
+
+#[test]
+fn realloc_by_layout_keeps_the_class_and_the_bytes() {
+    let (_, system) = system(2048, 1);
+    let layout = Layout::from_size_align(100, 32).unwrap();
+    let a = NonNull::new(system.alloc(layout)).unwrap();
+    fill(a, 100, 3);
+    // SAFETY: each pointer is used until the next realloc.
+    unsafe {
+        let b = system.realloc(a.as_ptr(), layout, 120);
+        assert_eq!(a.as_ptr(), b);
+        let wide = Layout::from_size_align(120, 32).unwrap();
+        let c = NonNull::new(system.realloc(b, wide, 5000)).unwrap();
+        check(c, 100, 3);
+        system.dealloc(c.as_ptr(), Layout::from_size_align(5000, 32).unwrap());
+    }
+}
+
+#[test]
+fn limits_are_kept() {
+    let (arena, system) = system(8192, 1);
+    // The arena lies below 32 MiB, so the first 16 MiB are half of it.
+    let mut held = Vec::new();
+    while let Ok(memory) = system.kmalloc(100, Flags::DMA) {
+        held.push(memory);
+        assert!(
+            memory.as_ptr().addr()
+                - kmem_hal::PhysMap::to_ptr(&arena.map(), kmem_hal::PhysAddr::ZERO).addr()
+                < 16 << 20
+        );
+    }
+    assert!(held.len() > 3000 && held.len() <= 4096);
+    for memory in held {
+        // SAFETY: allocated above.
+        unsafe { system.kfree(memory.as_ptr()) };
+    }
+}
+
+#[test]
+fn exhaustion_is_an_answer_and_everything_comes_back() {
+    let (arena, mut system) = system(256, 1);
+    // Descriptors stay with their cache, so a small arena cannot be filled by every class in turn.
+    for class in (0..CLASSES).step_by(7) {
+        let size = class_size(class).unwrap();
+        let mut held = Vec::new();
+        while let Ok(memory) = system.kmalloc(size, Flags::empty()) {
+            held.push(memory);
+        }
+        assert!(
+            held.len() * size > 100 * 4096,
+            "class {size} got {} objects",
+            held.len()
+        );
+        held.sort();
+        assert!(
+            held.windows(2)
+                .all(|pair| pair[0].as_ptr().addr() + size <= pair[1].as_ptr().addr()),
+            "objects overlap"
+        );
+        for memory in held {
+            // SAFETY: allocated above.
+            unsafe { system.kfree(memory.as_ptr()) };
+        }
+    }
+    system.teardown().unwrap();
+    assert_eq!(arena.used(), 0);
+    arena.check_slots();
+}
+
+#[test]
+fn teardown_counts_what_is_out_and_works_again_afterwards() {
+    let (arena, mut system) = system(512, 1);
+    let a = system.kmalloc(100, Flags::empty()).unwrap();
+    let leaked = system.teardown().unwrap_err();
+    assert_eq!((leaked.cache, leaked.objects), ("kmalloc-112", 1));
+    // SAFETY: allocated above.
+    unsafe { system.kfree(a.as_ptr()) };
+    system.teardown().unwrap();
+    assert_eq!(arena.used(), 0);
+    system.init(parts(arena, 1)).unwrap();
+    assert!(system.kmalloc(100, Flags::empty()).is_ok());
+}
+
+#[test]
+fn slabinfo_has_linux_form() {
+    let (_, system) = system(512, 1);
+    let held: Vec<_> = (0..3)
+        .map(|_| system.kmalloc(64, Flags::empty()).unwrap())
+        .collect();
+    let text = system.slabinfo().to_string();
+    let lines: Vec<&str> = text.lines().collect();
+    assert_eq!(lines[0], "slabinfo - version: 2.1");
+    assert!(lines[1].starts_with("# name            <active_objs> <num_objs> <objsize>"));
+    assert_eq!(
+        lines[2],
+        "kmalloc-64             3    128     64  128    2 : tunables   64   64    0 : slabdata      1      1      0"
+    );
+    assert_eq!(lines.len(), 3);
+    drop(held);
+}
