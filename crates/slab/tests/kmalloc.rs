@@ -17,13 +17,10 @@ fn fill(memory: NonNull<u8>, size: usize, seed: u8) {
 }
 
 fn check(memory: NonNull<u8>, size: usize, seed: u8) {
-    for at in 0..size {
-        // SAFETY: the caller's allocation.
-        assert_eq!(
-            unsafe { memory.as_ptr().add(at).read() },
-            seed.wrapping_add(at as u8),
-            "byte {at}"
-        );
+    // SAFETY: the caller's allocation, which was filled.
+    let bytes = unsafe { std::slice::from_raw_parts(memory.as_ptr(), size) };
+    for (at, &byte) in bytes.iter().enumerate() {
+        assert_eq!(byte, seed.wrapping_add(at as u8), "byte {at}");
     }
 }
 
