@@ -28,7 +28,7 @@
 //! # What a reader pays
 //!
 //! The outermost `read` of a CPU is a load of the global epoch, one store to its own word, **one full fence** (an `MFENCE`
-//! or a locked instruction on x86, 5 to 10 ns), and two plain stores; dropping it is three stores and no fence. A nested
+//! or a locked instruction on x86, 6 to 18 ns), and two plain stores; dropping it is three stores and no fence. A nested
 //! one is a load, a test and a store. The fence cannot be left out: the processor may hold the store in its store buffer while
 //! it already executes the reader's loads (x86 reorders exactly this pair, Intel SDM volume 3A 9.2.3.4), and then a writer's
 //! scan finds the CPU idle while it reads. Readers of different CPUs write to no common line.
