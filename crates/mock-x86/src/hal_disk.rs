@@ -185,7 +185,6 @@ impl<'m> Engine<'m> {
             if !memory.read(address, &mut page) {
                 return Err(IoError::Device);
             }
-            page[inside..].fill(0);
             return self.state(|state| {
                 state.writes += 1;
                 state

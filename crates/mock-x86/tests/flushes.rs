@@ -246,6 +246,38 @@ fn a_raised_permission_may_fault_once_and_only_once() {
 }
 
 #[test]
+fn a_right_raised_in_an_upper_entry_is_found_behind_a_walk_cache() {
+    for (stale_fault, faults) in [(0, 0), (1024, 1)] {
+        let adversary = Adversary {
+            stale_fault,
+            ..Adversary::OFF
+        };
+        let machine = builder().adversary(adversary).build().unwrap();
+        let mut tables = Tables::new(&machine, 0x20_0000);
+        tables.map(ONE, 0x80_0000, 12, P | RW);
+        tables.map(TWO, 0x80_1000, 12, P | RW);
+        let pde = tables.entry(ONE, 21);
+        tables.set(pde, tables.get(pde) & !RW);
+        tables.load(0);
+        let cpu = machine.cpu(0);
+        cpu.read_u8(TWO).unwrap();
+        tables.set(pde, tables.get(pde) | RW);
+        // The cached PDE forbids writing; plain hardware looks at the tables before it faults.
+        for _ in 0..faults {
+            assert_eq!(
+                cpu.write_u8(ONE, 1),
+                Err(Fault::Page {
+                    address: ONE,
+                    code: 3
+                })
+            );
+        }
+        assert_eq!(cpu.write_u8(ONE, 1), Ok(()));
+        assert_eq!(machine.stats().stale_faults, faults);
+    }
+}
+
+#[test]
 fn a_large_page_is_one_entry_and_a_fractured_one_goes_as_a_whole() {
     for fracture in [0, 1024] {
         let adversary = Adversary {

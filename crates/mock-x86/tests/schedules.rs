@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{P, RW, Tables, US, builder};
 use kmem_hal::{Cpu, CpuCall, CpuCallError, CpuSet, Lock, RawLock, RawSleepLock, SleepLock, Wait};
+use kmem_mock_x86::manual::rflags;
 use kmem_mock_x86::{
     Adversary, FlushWhat, FlushWork, Machine, MachineLock, MachineSleepLock, Scheduler,
     ViolationKind,
@@ -214,14 +215,22 @@ fn calls_run_on_every_cpu_as_that_cpu() {
     let machine = Machine::pc(4 << 20, 4);
     let all = CpuSet::first(4);
     let seen = [const { AtomicUsize::new(0) }; 4];
+    let caller = AtomicUsize::new(2);
     let count = |cpu: kmem_hal::CpuId| {
         assert_eq!(machine.pin().id(), cpu);
+        let on = machine.cpu(cpu.index()).registers().rflags & rflags::IF != 0;
+        assert_eq!(
+            on,
+            cpu.index() == caller.load(Ordering::Relaxed),
+            "interrupts are off in an interrupt"
+        );
         seen[cpu.index()].fetch_add(1, Ordering::Relaxed);
     };
     // Idle CPUs: the caller is alone.
     machine
         .on_cpu(2, || CpuCall::run_on(&machine, &all, &count))
         .unwrap();
+    caller.store(0, Ordering::Relaxed);
     // Busy ones: at their yield points, interrupts off inside.
     let mut scheduler = Scheduler::new(&machine, 5);
     let (m, count) = (&machine, &count);
@@ -336,6 +345,7 @@ fn device_interrupts_come_between_but_never_under_a_lock() {
     let (m, count, inside) = (&machine, &count, &inside);
     scheduler.interrupt(0, 512, move || {
         assert!(!inside.get(), "the lock keeps interrupts out");
+        assert_eq!(m.cpu(0).registers().rflags & rflags::IF, 0);
         count.set(count.get() + 1);
         m.yield_now();
     });

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{D, G, P, RW, Tables, US, builder};
-use kmem_mock_x86::{Adversary, FrameState, Machine, Registers, ViolationKind};
+use kmem_mock_x86::{Adversary, FrameState, Invpcid, Machine, Registers, ViolationKind};
 
 const VA: u64 = 0x40_0000;
 const PAGE: u64 = 0x80_0000;
@@ -302,6 +302,49 @@ fn the_audit_finds_what_nobody_has_used_yet() {
     s.machine.cpu(1).invlpg(VA);
     assert!(s.machine.audit(0, u64::MAX).is_empty());
     assert_eq!(kinds(&s.machine), [], "an audit only reports");
+}
+
+#[test]
+fn the_audit_finds_cleared_dirty_bits_and_stale_walk_caches() {
+    let s = setup(RW);
+    s.set(s.leaf, PAGE | P | RW);
+    assert_eq!(
+        s.machine.audit(0, u64::MAX).len(),
+        2,
+        "D is cached by both CPUs"
+    );
+    s.machine.cpu(0).invlpg(VA);
+    s.machine.cpu(1).invlpg(VA);
+    assert!(s.machine.audit(0, u64::MAX).is_empty());
+    // Only the walk cache: the page itself goes by INVPCID's narrow rule after another page was walked to.
+    let pde = (s.root + 0x2000) + (VA >> 21 & 511) * 8;
+    s.machine.cpu(1).read_u8(VA).unwrap();
+    let old = s.machine.memory().load(pde, 8).unwrap();
+    s.machine
+        .cpu(1)
+        .invpcid(Invpcid::Address {
+            pcid: 0,
+            linear: VA + (1 << 21),
+        })
+        .unwrap();
+    s.set(s.leaf, 0);
+    s.set(pde, 0);
+    let found = s.machine.audit(0, u64::MAX);
+    assert_eq!(found.len(), 2, "a TLB entry and a cached PDE");
+    assert!(
+        found
+            .iter()
+            .any(|found| found.to_string().contains("cached PDE"))
+    );
+    // Less rights above count as well.
+    s.set(pde, old & !RW);
+    let found = s.machine.audit(VA + 0x1000, VA + 0x1fff);
+    assert_eq!(
+        found.iter().map(|found| found.kind).collect::<Vec<_>>(),
+        [ViolationKind::Unflushed]
+    );
+    s.set(pde, old);
+    assert!(s.machine.audit(VA + 0x1000, VA + 0x1fff).is_empty());
 }
 
 #[test]
