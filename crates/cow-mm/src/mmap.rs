@@ -113,6 +113,54 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         Ok(start)
     }
 
+    /// Makes a mapping that only a kernel makes: the stack of a program that runs already, `[vdso]`, `[vvar]`.
+    ///
+    /// A [`Label::Stack`] grows down; the others never merge, move or grow. The range is whole pages and free.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EINVAL`] for a range that is none; [`Errno::EEXIST`] where something is mapped; [`Errno::ENOMEM`].
+    #[doc(alias = "install_special_mapping")]
+    pub fn map_special(
+        &self,
+        address: u64,
+        length: u64,
+        prot: Prot,
+        label: Label,
+    ) -> Result<(), Errno> {
+        let pages = length / PAGE_SIZE;
+        let range = self
+            .user_range(address, pages)
+            .filter(|_| length.is_multiple_of(PAGE_SIZE));
+        let range = range.ok_or(Errno::EINVAL)?;
+        let mut state = self.lock();
+        if !state.vmas.is_free(range) {
+            return Err(Errno::EEXIST);
+        }
+        let may = VmFlags::MAYREAD | VmFlags::MAYWRITE | VmFlags::MAYEXEC;
+        let mut flags = VmFlags::from_prot(prot) | may;
+        flags |= match label {
+            Label::Stack => VmFlags::GROWSDOWN,
+            _ => VmFlags::PFNMAP | VmFlags::DONTEXPAND,
+        };
+        if is_accounted(flags) {
+            flags |= VmFlags::ACCOUNT;
+        }
+        let offset = range.first().number();
+        state.vmas.edit()?.add(
+            range,
+            Candidate {
+                flags,
+                offset,
+                file: None,
+                anon: None,
+                label,
+            },
+            true,
+        );
+        Ok(())
+    }
+
     fn check_mmap(&self, state: &State<'m, E>, request: &MapRequest) -> Result<Checked, Errno> {
         if !request.offset.is_multiple_of(PAGE_SIZE) {
             return Err(Errno::EINVAL);

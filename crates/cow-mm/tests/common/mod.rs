@@ -1,0 +1,216 @@
+//! A mock machine with address spaces on it, for the tests of this crate.
+#![allow(dead_code, reason = "each test binary uses a part")]
+
+use kmem_cow_mm::{AddressSpace, Env, FileRef, Layout, Mm, Object, OpenFile, Outcome, Signal, Vma};
+use kmem_hal::lock::SpinWait;
+use kmem_hal::{FrameSlot, FrameTable, Mmu, SECTION_FRAMES, Section, SingleGrace, VirtAddr};
+use kmem_mock_x86::{DiskImage, FramePool, Machine};
+use kmem_paging::Parts;
+use kmem_paging::format::X86_64;
+use kmem_testkit::{FailPlan, Failing, HeapObjects};
+use kmem_vma_tree::Node;
+
+pub const PAGE: u64 = 4096;
+
+pub type Frames = Failing<'static, FramePool<'static>>;
+pub type Paging = Parts<
+    'static,
+    &'static Machine,
+    Frames,
+    &'static Machine,
+    SingleGrace,
+    &'static Machine,
+    &'static Machine,
+>;
+pub type Nodes = Failing<'static, HeapObjects<Node>>;
+pub type Space = AddressSpace<'static, World>;
+
+/// Everything that address spaces need, on one mock machine.
+pub struct World {
+    pub machine: &'static Machine,
+    pub plan: &'static FailPlan,
+    paging: Paging,
+    nodes: Nodes,
+    vmas: Failing<'static, HeapObjects<Vma>>,
+    objects: Failing<'static, HeapObjects<Object<Nodes, SpinWait>>>,
+}
+
+// SAFETY: E1: fields never change; E2: the slots cover the machine's memory; E3: worlds are leaked.
+unsafe impl Env for World {
+    type Paging = Paging;
+    type Format = X86_64;
+    type Nodes = Nodes;
+    type Vmas = Failing<'static, HeapObjects<Vma>>;
+    type Objects = Failing<'static, HeapObjects<Object<Nodes, SpinWait>>>;
+    type Lock = SpinWait;
+
+    fn paging(&self) -> &Paging {
+        &self.paging
+    }
+    fn nodes(&self) -> &Nodes {
+        &self.nodes
+    }
+    fn vmas(&self) -> &Self::Vmas {
+        &self.vmas
+    }
+    fn objects(&self) -> &Self::Objects {
+        &self.objects
+    }
+}
+
+impl World {
+    /// A machine with 64 MiB of memory.
+    pub fn new() -> &'static Self {
+        let machine: &'static Machine = Box::leak(Box::new(Machine::pc(64 << 20, 1)));
+        Self::on(machine)
+    }
+
+    pub fn on(machine: &'static Machine) -> &'static Self {
+        let sections = machine.memory().frame_limit().div_ceil(SECTION_FRAMES) as usize;
+        let directory: &'static [Section] =
+            Box::leak((0..sections).map(|_| Section::absent()).collect());
+        for section in directory {
+            section.set_ready(Box::leak(
+                (0..SECTION_FRAMES).map(|_| FrameSlot::new()).collect(),
+            ));
+        }
+        let table: &'static FrameTable = Box::leak(Box::new(FrameTable::new()));
+        table.init(directory);
+        let plan: &'static FailPlan = Box::leak(Box::new(FailPlan::new()));
+        let frames = Failing::new(FramePool::new(machine, 256), plan);
+        // SAFETY: one thread runs each test's machine.
+        let grace = unsafe { SingleGrace::new() };
+        // SAFETY: the table covers the machine's memory, whose MMU walks these tables.
+        let paging = unsafe { Parts::new(machine, frames, machine, grace, machine, table) }
+            .with_trace(machine);
+        Box::leak(Box::new(Self {
+            machine,
+            plan,
+            paging,
+            nodes: Failing::new(HeapObjects::new(), plan),
+            vmas: Failing::new(HeapObjects::new(), plan),
+            objects: Failing::new(HeapObjects::new(), plan),
+        }))
+    }
+
+    pub fn mm(&'static self) -> &'static Mm<'static, Self> {
+        Box::leak(Box::new(Mm::new(self).unwrap()))
+    }
+
+    /// Frames in use, the cache of empty tables apart.
+    pub fn used_frames(&self) -> u64 {
+        use kmem_paging::Env as _;
+        kmem_paging::TableCache::shrink(&self.paging, usize::MAX);
+        self.paging.frames().inner().in_use()
+    }
+
+    pub fn file(
+        &'static self,
+        mm: &'static Mm<'static, Self>,
+        bytes: &[u8],
+    ) -> (&'static DiskImage<'static>, OpenFile) {
+        let image: &'static DiskImage<'static> =
+            Box::leak(Box::new(DiskImage::from_bytes(self.machine, bytes)));
+        let file = mm.open_file(image, "/bin/test", 42).unwrap();
+        (
+            image,
+            OpenFile {
+                file,
+                readable: true,
+                writable: true,
+            },
+        )
+    }
+}
+
+/// A program in a space: accesses go through the mock MMU and fault into the space.
+pub struct Program {
+    pub space: Space,
+}
+
+impl Program {
+    pub fn new(mm: &'static Mm<'static, World>) -> Self {
+        Self {
+            space: AddressSpace::new(mm, Layout::x86_64()).unwrap(),
+        }
+    }
+
+    fn machine(&self) -> &'static Machine {
+        self.space.mm().env().machine
+    }
+
+    /// Runs in this space from now on.
+    fn enter(&self) {
+        let machine = self.machine();
+        if machine.loaded_root(0) != self.space.root() {
+            // SAFETY: the mock's kernel code does not run in the tables.
+            unsafe { machine.load_root(self.space.root(), false) };
+        }
+    }
+
+    fn retry<R>(
+        &self,
+        mut access: impl FnMut() -> Result<R, kmem_mock_x86::Fault>,
+    ) -> Result<R, Outcome> {
+        self.enter();
+        for _ in 0..64 {
+            match access() {
+                Ok(value) => return Ok(value),
+                Err(fault) => match self
+                    .space
+                    .fault(&fault.as_page_fault().expect("a page fault"))
+                {
+                    Outcome::Handled | Outcome::NeedIo(_) => {}
+                    other => return Err(other),
+                },
+            }
+        }
+        panic!("the access faults for ever");
+    }
+
+    pub fn store(&self, address: u64, value: u64) -> Result<(), Outcome> {
+        self.retry(|| self.machine().cpu(0).user().write_u64(address, value))
+    }
+
+    pub fn load(&self, address: u64) -> Result<u64, Outcome> {
+        self.retry(|| self.machine().cpu(0).user().read_u64(address))
+    }
+
+    pub fn execute(&self, address: u64) -> Result<u8, Outcome> {
+        self.retry(|| self.machine().cpu(0).user().fetch(address))
+    }
+
+    pub fn fork(&self) -> Result<Self, kmem_cow_mm::Errno> {
+        Ok(Self {
+            space: self.space.fork()?,
+        })
+    }
+
+    /// Ends the program; the CPU runs nowhere.
+    pub fn exit(self) {
+        let machine = self.machine();
+        if machine.loaded_root(0).frame == self.space.root().frame {
+            // SAFETY: the mock's kernel code does not run in any tables.
+            unsafe {
+                machine.load_root(
+                    kmem_hal::Root {
+                        frame: kmem_hal::Frame::ZERO,
+                        asid: kmem_hal::Asid::ZERO,
+                    },
+                    false,
+                )
+            };
+        }
+    }
+}
+
+pub fn signal(signal: Signal, address: u64) -> Outcome {
+    Outcome::Signal {
+        signal,
+        address: VirtAddr::new(address),
+    }
+}
+
+pub fn reopen(mm: &Mm<'static, World>, file: FileRef) -> FileRef {
+    mm.reopen(file)
+}

@@ -1,0 +1,366 @@
+//! What a program sees: mappings, faults, fork, files, stack, heap. One CPU, plain mock.
+
+mod common;
+
+use common::{PAGE, Program, World, signal};
+use kmem_cow_mm::{Advice, Errno, Image, MapFlags, MapRequest, Prot, RemapFlags, Signal};
+use kmem_hal::VirtAddr;
+
+const RW: Prot = Prot::READ.union(Prot::WRITE);
+
+#[test]
+fn memory_is_zero_until_written_and_gone_when_unmapped() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let program = Program::new(mm);
+    let at = program
+        .space
+        .mmap(&MapRequest::anonymous(8 * PAGE, RW))
+        .unwrap()
+        .as_u64();
+    assert_eq!(program.load(at + 3 * PAGE), Ok(0));
+    assert_eq!(program.store(at + 3 * PAGE, 7), Ok(()));
+    assert_eq!(program.load(at + 3 * PAGE), Ok(7));
+    assert_eq!(program.space.recount().rss_anon, 1);
+    program.space.munmap(at, 8 * PAGE).unwrap();
+    assert_eq!(program.load(at), Err(signal(Signal::MapError, at)));
+    program.exit();
+    assert_eq!(world.used_frames(), before);
+}
+
+#[test]
+fn fork_copies_on_write_in_both_directions() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let parent = Program::new(mm);
+    let at = parent
+        .space
+        .mmap(&MapRequest::anonymous(3 * PAGE, RW))
+        .unwrap()
+        .as_u64();
+    for page in 0..3 {
+        parent.store(at + page * PAGE, 100 + page).unwrap();
+    }
+    let child = parent.fork().unwrap();
+    // The parent's own TLB held write rights a moment ago.
+    parent.store(at, 1).unwrap();
+    child.store(at + PAGE, 2).unwrap();
+    assert_eq!((parent.load(at), child.load(at)), (Ok(1), Ok(100)));
+    assert_eq!(
+        (parent.load(at + PAGE), child.load(at + PAGE)),
+        (Ok(101), Ok(2))
+    );
+    assert_eq!(
+        parent.space.frame_at(page(at + 2 * PAGE)),
+        child.space.frame_at(page(at + 2 * PAGE))
+    );
+    let grandchild = child.fork().unwrap();
+    grandchild.store(at + 2 * PAGE, 3).unwrap();
+    assert_eq!(
+        (parent.load(at + 2 * PAGE), child.load(at + 2 * PAGE)),
+        (Ok(102), Ok(102))
+    );
+    child.exit();
+    grandchild.exit();
+    // Alone again: the page is reused, not copied.
+    let frame = parent.space.frame_at(page(at + 2 * PAGE));
+    parent.store(at + 2 * PAGE, 9).unwrap();
+    assert_eq!(parent.space.frame_at(page(at + 2 * PAGE)), frame);
+    parent.exit();
+    assert_eq!(world.used_frames(), before);
+}
+
+#[test]
+fn protection_is_enforced_at_once() {
+    let world = World::new();
+    let program = Program::new(world.mm());
+    let at = program
+        .space
+        .mmap(&MapRequest::anonymous(3 * PAGE, RW))
+        .unwrap()
+        .as_u64();
+    program.store(at + PAGE, 5).unwrap();
+    program.space.mprotect(at + PAGE, PAGE, Prot::READ).unwrap();
+    assert_eq!(program.space.map_count(), 3);
+    assert_eq!(
+        program.store(at + PAGE, 6),
+        Err(signal(Signal::AccessError, at + PAGE))
+    );
+    assert_eq!(program.load(at + PAGE), Ok(5));
+    program
+        .space
+        .mprotect(at + PAGE, PAGE, Prot::empty())
+        .unwrap();
+    assert_eq!(
+        program.load(at + PAGE),
+        Err(signal(Signal::AccessError, at + PAGE))
+    );
+    program.space.mprotect(at + PAGE, PAGE, RW).unwrap();
+    assert_eq!(program.space.map_count(), 1, "equal neighbours merge again");
+    assert_eq!(program.load(at + PAGE), Ok(5));
+    assert_eq!(
+        program.execute(at + PAGE),
+        Err(signal(Signal::AccessError, at + PAGE))
+    );
+    program.exit();
+}
+
+#[test]
+fn shared_memory_is_shared_over_fork_and_private_files_are_not() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let (image, open) = world.file(mm, &[0x11; 3 * 4096]);
+    let parent = Program::new(mm);
+    let flags = MapFlags::SHARED | MapFlags::ANONYMOUS;
+    let shared = parent
+        .space
+        .mmap(&MapRequest {
+            flags,
+            ..MapRequest::anonymous(2 * PAGE, RW)
+        })
+        .unwrap()
+        .as_u64();
+    let private = MapRequest {
+        flags: MapFlags::PRIVATE,
+        file: Some(open),
+        ..MapRequest::anonymous(4 * PAGE, RW)
+    };
+    let private = parent.space.mmap(&private).unwrap().as_u64();
+    assert_eq!(parent.load(private + PAGE), Ok(0x1111_1111_1111_1111));
+    parent.store(private + PAGE, 1).unwrap();
+    let child = parent.fork().unwrap();
+    child.store(shared, 77).unwrap();
+    child.store(private + PAGE, 2).unwrap();
+    assert_eq!(parent.load(shared), Ok(77));
+    assert_eq!(
+        (parent.load(private + PAGE), child.load(private + PAGE)),
+        (Ok(1), Ok(2))
+    );
+    assert_eq!(
+        parent.load(private + 3 * PAGE),
+        Err(signal(Signal::BusError, private + 3 * PAGE))
+    );
+    child.exit();
+    parent.exit();
+    mm.close(open.file);
+    assert_eq!(
+        image.transfers().1,
+        0,
+        "a private mapping writes nothing back"
+    );
+    assert_eq!(world.used_frames(), before);
+}
+
+#[test]
+fn msync_brings_shared_writes_to_the_file() {
+    let world = World::new();
+    let mm = world.mm();
+    let (image, open) = world.file(mm, &[0; 2 * 4096]);
+    let program = Program::new(mm);
+    let map = MapRequest {
+        flags: MapFlags::SHARED,
+        file: Some(open),
+        ..MapRequest::anonymous(2 * PAGE, RW)
+    };
+    let at = program.space.mmap(&map).unwrap().as_u64();
+    assert_eq!(program.load(at), Ok(0));
+    program.store(at + 8, 0x55).unwrap();
+    program.space.msync(at, 2 * PAGE).unwrap();
+    program.exit();
+    mm.close(open.file);
+    // A second object over the same image reads what the first wrote.
+    let file = mm.open_file(image, "/bin/test", 42).unwrap();
+    let again = Program::new(mm);
+    let open = kmem_cow_mm::OpenFile {
+        file,
+        readable: true,
+        writable: false,
+    };
+    let map = MapRequest {
+        flags: MapFlags::PRIVATE,
+        file: Some(open),
+        ..MapRequest::anonymous(PAGE, Prot::READ)
+    };
+    let at = again.space.mmap(&map).unwrap().as_u64();
+    assert_eq!(again.load(at + 8), Ok(0x55));
+    again.exit();
+    mm.close(file);
+}
+
+#[test]
+fn mremap_moves_contents_and_dontneed_drops_them() {
+    let world = World::new();
+    let program = Program::new(world.mm());
+    let space = &program.space;
+    // Something above, so that there is no room to grow.
+    space
+        .mmap(&MapRequest::anonymous(PAGE, Prot::READ))
+        .unwrap();
+    let at = space
+        .mmap(&MapRequest::anonymous(2 * PAGE, RW))
+        .unwrap()
+        .as_u64();
+    program.store(at, 1).unwrap();
+    program.store(at + PAGE, 2).unwrap();
+    assert_eq!(
+        space.mremap(at, 2 * PAGE, 4 * PAGE, RemapFlags::empty(), 0),
+        Err(Errno::ENOMEM)
+    );
+    let moved = space
+        .mremap(at, 2 * PAGE, 600 * PAGE, RemapFlags::MAYMOVE, 0)
+        .unwrap();
+    assert_ne!(moved, at);
+    assert_eq!(
+        (program.load(moved), program.load(moved + PAGE)),
+        (Ok(1), Ok(2))
+    );
+    assert_eq!(program.load(at), Err(signal(Signal::MapError, at)));
+    space.madvise(moved, PAGE, Advice::DontNeed).unwrap();
+    assert_eq!(
+        (program.load(moved), program.load(moved + PAGE)),
+        (Ok(0), Ok(2))
+    );
+    program.exit();
+}
+
+#[test]
+fn the_heap_grows_and_shrinks_and_a_stack_grows_down() {
+    let world = World::new();
+    let program = Program::new(world.mm());
+    let space = &program.space;
+    space.set_heap(0x60_0000);
+    assert_eq!(space.brk(0), 0x60_0000);
+    assert_eq!(space.brk(0x60_3001), 0x60_3001);
+    program.store(0x60_3000, 1).unwrap();
+    assert_eq!(space.brk(0x60_1000), 0x60_1000);
+    assert_eq!(
+        program.load(0x60_3000),
+        Err(signal(Signal::MapError, 0x60_3000))
+    );
+    let stack = MapFlags::GROWSDOWN | MapFlags::PRIVATE | MapFlags::ANONYMOUS | MapFlags::FIXED;
+    let request = MapRequest {
+        address: 0x7000_0000,
+        flags: stack,
+        ..MapRequest::anonymous(PAGE, RW)
+    };
+    space.mmap(&request).unwrap();
+    program.store(0x7000_0000 - 64 * PAGE, 3).unwrap();
+    assert_eq!(
+        space
+            .vma_at(VirtAddr::new(0x7000_0000))
+            .unwrap()
+            .range
+            .count(),
+        65
+    );
+    let deep = 0x7000_0000 - (9 << 20);
+    assert_eq!(program.store(deep, 3), Err(signal(Signal::MapError, deep)));
+    program.exit();
+}
+
+#[test]
+fn a_failed_call_changes_nothing() {
+    let world = World::new();
+    let mm = world.mm();
+    let calls: [fn(&Program, u64) -> bool; 6] = [
+        |p, at| p.space.mprotect(at + PAGE, PAGE, Prot::READ).is_ok(),
+        |p, at| p.space.munmap(at + PAGE, PAGE).is_ok(),
+        |p, at| {
+            p.space
+                .mremap(at, 4 * PAGE, 700 * PAGE, RemapFlags::MAYMOVE, 0)
+                .is_ok()
+        },
+        |p, at| p.space.madvise(at + PAGE, PAGE, Advice::DontFork).is_ok(),
+        |p, at| {
+            p.space
+                .mmap(&MapRequest::anonymous(PAGE, RW).at(at + 2 * PAGE))
+                .is_ok()
+        },
+        |p, _| p.fork().map(Program::exit).is_ok(),
+    ];
+    for (index, call) in calls.iter().enumerate() {
+        let before = world.used_frames();
+        for fail_at in 0.. {
+            let program = Program::new(mm);
+            let at = program
+                .space
+                .mmap(&MapRequest::anonymous(4 * PAGE, RW))
+                .unwrap()
+                .as_u64();
+            for page in 0..4 {
+                program.store(at + page * PAGE, 10 + page).unwrap();
+            }
+            let maps = program.space.maps().to_string();
+            world.plan.fail_at(fail_at + 1);
+            let done = call(&program, at);
+            world.plan.stop();
+            if done {
+                program.exit();
+                assert!(fail_at > 0, "call {index} allocates nothing");
+                break;
+            }
+            assert_eq!(
+                program.space.maps().to_string(),
+                maps,
+                "call {index}, failure {fail_at}"
+            );
+            for page in 0..4 {
+                assert_eq!(
+                    program.load(at + page * PAGE),
+                    Ok(10 + page),
+                    "call {index}, failure {fail_at}"
+                );
+            }
+            program.exit();
+        }
+        assert_eq!(world.used_frames(), before, "call {index} leaks");
+    }
+}
+
+#[test]
+fn a_real_image_is_mapped_and_its_pages_are_the_files() {
+    let world = World::new();
+    let mm = world.mm();
+    let bytes = std::fs::read(std::env::current_exe().unwrap()).unwrap();
+    let (_, open) = world.file(mm, &bytes);
+    let program = Program::new(mm);
+    let image = Image {
+        file: open,
+        path: b"/bin/test",
+        arguments: &[b"test", b"--one"],
+        environment: &[b"HOME=/"],
+        random: [7; 16],
+    };
+    let start = loop {
+        match program.space.exec(&image) {
+            Err(kmem_cow_mm::ExecError::NeedIo(_)) => {}
+            other => break other.unwrap(),
+        }
+    };
+    let entry = start.entry.as_u64();
+    assert!(program.execute(entry).is_ok());
+    assert_eq!(program.load(start.stack.as_u64()), Ok(2), "argc");
+    let first = program.load(start.stack.as_u64() + 8).unwrap();
+    let mut name = [0; 4];
+    program
+        .space
+        .read_memory(VirtAddr::new(first), &mut name)
+        .unwrap();
+    assert_eq!(&name, b"test");
+    // The header is at the image's base, byte for byte.
+    let mut header = [0; 64];
+    program
+        .space
+        .read_memory(VirtAddr::new(start.bias), &mut header)
+        .unwrap();
+    assert_eq!(header[..], bytes[..64]);
+    assert!(program.space.maps().to_string().contains("[stack]"));
+    program.exit();
+}
+
+fn page(address: u64) -> kmem_hal::Page {
+    kmem_hal::Page::containing(VirtAddr::new(address))
+}
