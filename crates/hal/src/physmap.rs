@@ -31,7 +31,11 @@ use crate::sync::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 ///   has another memory type.
 pub unsafe trait PhysMap {
     /// The frames that are mapped now. Frames outside stay unfree until the allocator is extended.
-    fn reach(&self) -> FrameRange;
+    ///
+    /// The default says that all memory is mapped.
+    fn reach(&self) -> FrameRange {
+        FrameRange::from_numbers(0, Frame::LIMIT).unwrap_or(FrameRange::EMPTY)
+    }
 
     /// The pointer to physical address `address` (`__va`). Meaningful only inside `reach`.
     #[doc(alias = "__va")]
