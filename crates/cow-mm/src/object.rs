@@ -62,6 +62,9 @@ unsafe impl<T, A: ObjectAlloc<T>> ObjectAlloc<T> for Borrowed<A> {
     }
 }
 
+/// In place of a ticket: the provider refused or failed, and the next look-up asks again.
+const NOT_STARTED: u64 = u64::MAX;
+
 /// Which object a mapping maps, and through which open of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileRef {
@@ -229,10 +232,10 @@ impl<'m, E: Env> Mm<'m, E> {
         // SAFETY: the last reference is gone, so nobody else reaches the object; it is read out once.
         let object = unsafe { memory.as_ptr().read() };
         let mut pages = object.pages;
-        // Erasing everything needs no memory.
-        let _ = pages.get_mut().store(PageRange::ALL, None, &mut |entry| {
+        for entry in pages.get_mut().iter() {
             self.put_reference(entry.value.frame());
-        });
+        }
+        pages.get_mut().clear();
         drop(pages);
         // SAFETY: the value was read out, and the memory came from this allocator.
         unsafe { self.env().objects().free(memory) }
@@ -251,7 +254,7 @@ impl<'m, E: Env> Mm<'m, E> {
         let page = Page::new(index).ok_or(Errno::EINVAL)?;
         let mut pages = object.pages.write();
         if let Some(entry) = pages.get(page) {
-            return self.finish_read(object, entry.value.frame());
+            return self.finish_read(object, index, entry.value.frame());
         }
         let frame = self.new_page(
             FrameTag::File,
@@ -267,52 +270,77 @@ impl<'m, E: Env> Mm<'m, E> {
             self.put_reference(frame);
             return Err(Errno::ENOMEM);
         }
-        let Backing::File(provider) = object.backing else {
-            self.slot(frame).set_flags(SlotFlags::UP_TO_DATE);
-            return Ok(ObjectPage::Ready(frame));
-        };
-        // SAFETY: `open_file` took the provider for 'm.
-        match unsafe { provider.as_ref() }.read(index, frame) {
-            Ok(IoState::Done) => {
+        match object.backing {
+            Backing::Shared(_) => {
                 self.slot(frame).set_flags(SlotFlags::UP_TO_DATE);
                 Ok(ObjectPage::Ready(frame))
             }
+            Backing::File(provider) => self.start_read(provider, index, frame),
+        }
+    }
+
+    /// Asks the provider for a page that is in the cache and not up to date.
+    fn start_read(
+        &self,
+        provider: NonNull<dyn PageProvider + Sync>,
+        index: u64,
+        frame: Frame,
+    ) -> Result<ObjectPage, Errno> {
+        let slot = self.slot(frame);
+        slot.links().store(NOT_STARTED, Ordering::Release);
+        // SAFETY: `open_file` took the provider for 'm.
+        match unsafe { provider.as_ref() }.read(index, frame) {
+            Ok(IoState::Done) => {
+                slot.set_flags(SlotFlags::UP_TO_DATE);
+                Ok(ObjectPage::Ready(frame))
+            }
             Ok(IoState::Pending(ticket)) => {
-                self.slot(frame).links().store(ticket.0, Ordering::Release);
+                slot.links().store(ticket.0, Ordering::Release);
                 Ok(ObjectPage::NeedIo(ticket))
             }
-            Err(_) => {
-                // Removing what was just stored frees a node at most.
-                let _ = pages.store(range, None, &mut |_| {});
-                self.put_reference(frame);
-                Err(Errno::EIO)
-            }
+            Err(_) => Err(Errno::EIO),
         }
+    }
+
+    /// The frame of page `index`, if the cache has it whole.
+    pub(crate) fn cached_page(&self, file: FileRef, index: u64) -> Option<Frame> {
+        let pages = self.object(file).pages.read();
+        let frame = pages.get(Page::new(index)?)?.value.frame();
+        self.slot(frame)
+            .flags()
+            .contains(SlotFlags::UP_TO_DATE)
+            .then_some(frame)
     }
 
     /// Asks after a page that is in the cache (`I3`).
     fn finish_read(
         &self,
         object: &Object<E::Nodes, E::Lock>,
+        index: u64,
         frame: Frame,
     ) -> Result<ObjectPage, Errno> {
         let slot = self.slot(frame);
-        if slot.flags().contains(SlotFlags::UP_TO_DATE) {
-            return Ok(ObjectPage::Ready(frame));
-        }
-        let ticket = IoTicket(slot.links().load(Ordering::Acquire));
         let Backing::File(provider) = object.backing else {
             return Ok(ObjectPage::Ready(frame));
         };
+        if slot.flags().contains(SlotFlags::UP_TO_DATE) {
+            return Ok(ObjectPage::Ready(frame));
+        }
+        let ticket = slot.links().load(Ordering::Acquire);
+        if ticket == NOT_STARTED {
+            return self.start_read(provider, index, frame);
+        }
         // SAFETY: `open_file` took the provider for 'm.
-        match unsafe { provider.as_ref() }.poll(ticket) {
+        match unsafe { provider.as_ref() }.poll(IoTicket(ticket)) {
             Ok(IoState::Done) => {
-                slot.links().store(0, Ordering::Release);
                 slot.set_flags(SlotFlags::UP_TO_DATE);
                 Ok(ObjectPage::Ready(frame))
             }
             Ok(IoState::Pending(ticket)) => Ok(ObjectPage::NeedIo(ticket)),
-            Err(_) => Err(Errno::EIO),
+            Err(_) => {
+                slot.links().store(NOT_STARTED, Ordering::Release);
+                Err(Errno::EIO)
+            }
         }
     }
 

@@ -46,6 +46,32 @@ impl<E: Env> AddressSpace<'_, E> {
         })
     }
 
+    /// Looks at the program's memory without touching it: nothing is faulted in and no bit is set.
+    ///
+    /// Inside one page. `None` where nothing is mapped, where the page is a file's that has not been read yet, or where the
+    /// bytes cross the page's end. What a debugger and `/proc/PID/mem` of a stopped process need.
+    #[must_use]
+    pub fn peek(&self, from: VirtAddr, to: &mut [u8]) -> Option<()> {
+        let page = Page::containing(from);
+        let offset = from.page_offset() as usize;
+        if to.len() > PAGE_SIZE as usize - offset {
+            return None;
+        }
+        let state = self.lock();
+        let vma = state.vmas.get(page)?;
+        let frame = match (self.frame_at(page), vma.file) {
+            (Some(frame), _) => frame,
+            (None, None) => self.mm().zero_page(),
+            (None, Some(file)) => match self.mm().cached_page(file, vma.object_page(page)) {
+                Some(frame) => frame,
+                None if self.mm().object_info(file).is_shared_memory => self.mm().zero_page(),
+                None => return None,
+            },
+        };
+        self.mm().read_frame(frame, offset, to);
+        Some(())
+    }
+
     fn each_page(
         &self,
         start: VirtAddr,

@@ -123,10 +123,10 @@ impl<'m, E: Env> VmaSet<'m, E> {
 
     /// Removes every VMA. Needs no memory.
     pub fn clear(&mut self) {
-        let mm = self.mm;
-        let _ = self
-            .tree
-            .store(PageRange::ALL, None, &mut |entry| discard(mm, entry.value));
+        for entry in self.tree.iter() {
+            discard(self.mm, entry.value);
+        }
+        self.tree.clear();
     }
 
     /// Changes what a VMA says of itself apart from its range. Needs no memory.

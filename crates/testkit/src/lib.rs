@@ -7,6 +7,7 @@ pub mod interrupt;
 #[cfg(any(loom, shuttle))]
 pub mod model;
 pub mod objects;
+pub mod processes;
 pub mod slots;
 
 pub use arena::{Arena, ArenaSource};

@@ -1,6 +1,8 @@
 //! A mock machine with address spaces on it, for the tests of this crate.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+pub mod driver;
+
 use kmem_cow_mm::{AddressSpace, Env, FileRef, Layout, Mm, Object, OpenFile, Outcome, Signal, Vma};
 use kmem_hal::lock::SpinWait;
 use kmem_hal::{FrameSlot, FrameTable, Mmu, SECTION_FRAMES, Section, SingleGrace, VirtAddr};
@@ -124,14 +126,18 @@ impl World {
 }
 
 /// A program in a space: accesses go through the mock MMU and fault into the space.
+///
+/// Programs are spread over the machine's CPUs, and each access may be made by another one: threads.
 pub struct Program {
     pub space: Space,
+    turn: core::cell::Cell<usize>,
 }
 
 impl Program {
     pub fn new(mm: &'static Mm<'static, World>) -> Self {
         Self {
             space: AddressSpace::new(mm, Layout::x86_64()).unwrap(),
+            turn: core::cell::Cell::new(0),
         }
     }
 
@@ -139,67 +145,74 @@ impl Program {
         self.space.mm().env().machine
     }
 
-    /// Runs in this space from now on.
-    fn enter(&self) {
+    /// The next access's CPU, which runs in this space from now on.
+    fn next_cpu(&self) -> usize {
         let machine = self.machine();
-        if machine.loaded_root(0) != self.space.root() {
+        let cpu = self.turn.get() % machine.cpu_count();
+        self.turn.set(cpu + 1);
+        if machine.loaded_root(cpu) != self.space.root() {
             // SAFETY: the mock's kernel code does not run in the tables.
-            unsafe { machine.load_root(self.space.root(), false) };
+            machine.on_cpu(cpu, || unsafe {
+                machine.load_root(self.space.root(), false)
+            });
         }
+        cpu
     }
 
     fn retry<R>(
         &self,
-        mut access: impl FnMut() -> Result<R, kmem_mock_x86::Fault>,
+        access: impl Fn(kmem_mock_x86::VirtualCpu<'static>) -> Result<R, kmem_mock_x86::Fault>,
     ) -> Result<R, Outcome> {
-        self.enter();
-        for _ in 0..64 {
-            match access() {
-                Ok(value) => return Ok(value),
-                Err(fault) => match self
-                    .space
-                    .fault(&fault.as_page_fault().expect("a page fault"))
-                {
-                    Outcome::Handled | Outcome::NeedIo(_) => {}
-                    other => return Err(other),
-                },
+        let machine = self.machine();
+        let cpu = self.next_cpu();
+        machine.on_cpu(cpu, || {
+            for _ in 0..64 {
+                match access(machine.cpu(cpu).user()) {
+                    Ok(value) => return Ok(value),
+                    Err(fault) => match self
+                        .space
+                        .fault(&fault.as_page_fault().expect("a page fault"))
+                    {
+                        Outcome::Handled | Outcome::NeedIo(_) => {}
+                        other => return Err(other),
+                    },
+                }
             }
-        }
-        panic!("the access faults for ever");
+            panic!("the access faults for ever");
+        })
     }
 
     pub fn store(&self, address: u64, value: u64) -> Result<(), Outcome> {
-        self.retry(|| self.machine().cpu(0).user().write_u64(address, value))
+        self.retry(|cpu| cpu.write_u64(address, value))
     }
 
     pub fn load(&self, address: u64) -> Result<u64, Outcome> {
-        self.retry(|| self.machine().cpu(0).user().read_u64(address))
+        self.retry(|cpu| cpu.read_u64(address))
     }
 
     pub fn execute(&self, address: u64) -> Result<u8, Outcome> {
-        self.retry(|| self.machine().cpu(0).user().fetch(address))
+        self.retry(|cpu| cpu.fetch(address))
     }
 
     pub fn fork(&self) -> Result<Self, kmem_cow_mm::Errno> {
         Ok(Self {
             space: self.space.fork()?,
+            turn: core::cell::Cell::new(self.turn.get() + 1),
         })
     }
 
-    /// Ends the program; the CPU runs nowhere.
+    /// Ends the program; no CPU runs it any more.
     pub fn exit(self) {
         let machine = self.machine();
-        if machine.loaded_root(0).frame == self.space.root().frame {
-            // SAFETY: the mock's kernel code does not run in any tables.
-            unsafe {
-                machine.load_root(
-                    kmem_hal::Root {
-                        frame: kmem_hal::Frame::ZERO,
-                        asid: kmem_hal::Asid::ZERO,
-                    },
-                    false,
-                )
-            };
+        let nothing = kmem_hal::Root {
+            frame: kmem_hal::Frame::ZERO,
+            asid: kmem_hal::Asid::ZERO,
+        };
+        for cpu in 0..machine.cpu_count() {
+            if machine.loaded_root(cpu).frame == self.space.root().frame {
+                // SAFETY: the mock's kernel code does not run in any tables.
+                machine.on_cpu(cpu, || unsafe { machine.load_root(nothing, false) });
+            }
         }
     }
 }

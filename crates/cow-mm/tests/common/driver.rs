@@ -1,0 +1,233 @@
+//! Applies one list of steps to the model and to real address spaces on the mock machine, and compares every word.
+
+use kmem_cow_mm::{Advice, Errno, MapFlags, MapRequest, Outcome, Prot, RemapFlags, Signal};
+use kmem_testkit::processes::{Answer, PROCESSES, ProcessOp, Processes, WINDOW, span, stored};
+
+use super::{PAGE, Program, World};
+
+/// Where the window of the steps lies.
+const BASE: u64 = 0x1000_0000;
+
+fn address(page: u8) -> u64 {
+    BASE + u64::from(page % WINDOW) * PAGE
+}
+
+fn range(page: u8, pages: u8) -> (u64, u64) {
+    let (first, last) = span(page, pages);
+    (BASE + first as u64 * PAGE, (last - first) as u64 * PAGE)
+}
+
+fn prot(rights: u8) -> Prot {
+    Prot::from_bits_truncate(u32::from(rights & 3))
+}
+
+fn answer(outcome: Outcome) -> Option<Answer> {
+    match outcome {
+        Outcome::Signal {
+            signal: Signal::MapError,
+            ..
+        } => Some(Answer::NotMapped),
+        Outcome::Signal {
+            signal: Signal::AccessError,
+            ..
+        } => Some(Answer::NotAllowed),
+        Outcome::OutOfMemory => None,
+        other => panic!("an outcome that no step has: {other:?}"),
+    }
+}
+
+/// Does the step for real; `None` where memory ran out.
+fn real(program: &Program, op: ProcessOp) -> Option<Answer> {
+    let space = &program.space;
+    let called = |result: Result<(), Errno>| match result {
+        Ok(()) => Some(Answer::Done),
+        Err(error) => panic!("{op:?} answered {error}"),
+    };
+    match op {
+        ProcessOp::Map {
+            page,
+            pages,
+            rights,
+            shared,
+            ..
+        } => {
+            let (start, length) = range(page, pages);
+            let kind = if shared {
+                MapFlags::SHARED
+            } else {
+                MapFlags::PRIVATE
+            };
+            let flags = kind | MapFlags::ANONYMOUS | MapFlags::FIXED;
+            let request = MapRequest {
+                address: start,
+                flags,
+                ..MapRequest::anonymous(length, prot(rights))
+            };
+            match space.mmap(&request) {
+                Err(Errno::ENOMEM) => None,
+                other => called(other.map(|_| ())),
+            }
+        }
+        ProcessOp::Unmap { page, pages, .. } => {
+            let (start, length) = range(page, pages);
+            match space.munmap(start, length) {
+                Err(Errno::ENOMEM) => None,
+                other => called(other),
+            }
+        }
+        ProcessOp::Protect {
+            page,
+            pages,
+            rights,
+            ..
+        } => {
+            let (start, length) = range(page, pages);
+            match space.mprotect(start, length, prot(rights)) {
+                Err(Errno::ENOMEM) => Some(Answer::Hole),
+                other => called(other),
+            }
+        }
+        ProcessOp::Store { page, value, .. } => {
+            match program.store(address(page), stored(page, value)) {
+                Ok(()) => Some(Answer::Done),
+                Err(outcome) => answer(outcome),
+            }
+        }
+        ProcessOp::Load { page, .. } => match program.load(address(page)) {
+            Ok(value) => Some(Answer::Value(value)),
+            Err(outcome) => answer(outcome),
+        },
+        ProcessOp::DontNeed { page, pages, .. } => {
+            let (start, length) = range(page, pages);
+            match space.madvise(start, length, Advice::DontNeed) {
+                Err(Errno::ENOMEM) => Some(Answer::Hole),
+                other => called(other),
+            }
+        }
+        ProcessOp::Move {
+            page, pages, to, ..
+        } => {
+            let (start, length) = range(page, pages);
+            let flags = RemapFlags::MAYMOVE | RemapFlags::FIXED;
+            let (to, room) = range(to, (length / PAGE) as u8);
+            let to = if room == length { to } else { start };
+            match space.mremap(start, length, length, flags, to) {
+                Err(Errno::EINVAL) => Some(Answer::Invalid),
+                Err(Errno::EFAULT) => Some(Answer::NothingThere),
+                other => called(other.map(|_| ())),
+            }
+        }
+        ProcessOp::Fork { .. } | ProcessOp::Exit { .. } => unreachable!(),
+    }
+}
+
+/// Whether the step leaves everything as it was when memory runs out: such a step is also tried with failures.
+fn is_all_or_nothing(op: ProcessOp) -> bool {
+    matches!(
+        op,
+        ProcessOp::Map { .. }
+            | ProcessOp::Unmap { .. }
+            | ProcessOp::Store { .. }
+            | ProcessOp::Load { .. }
+    )
+}
+
+/// Runs the steps; with `failures`, each all-or-nothing step is first tried with its first allocation failing, then its
+/// second, and so on, and must leave the model's words alone each time.
+pub fn run(world: &'static World, ops: &[ProcessOp], failures: bool) {
+    let mm = world.mm();
+    let before = world.used_frames();
+    let mut model = Processes::new();
+    let mut programs: Vec<Option<Program>> = (0..PROCESSES).map(|_| None).collect();
+    programs[0] = Some(Program::new(mm));
+    for (step, &op) in ops.iter().enumerate() {
+        let living = model.living(op.process());
+        match op {
+            ProcessOp::Fork { .. } => {
+                let Some(child) = model.vacancy() else {
+                    continue;
+                };
+                let parent = programs[living].as_ref().unwrap();
+                let forked = with_failures(
+                    world,
+                    failures,
+                    || parent.fork().ok(),
+                    || check(&model, &programs, step),
+                );
+                model.fork(living, child);
+                programs[child] = Some(forked);
+            }
+            ProcessOp::Exit { .. } => {
+                if model.alive().count() > 1 {
+                    model.exit(living);
+                    programs[living].take().unwrap().exit();
+                }
+            }
+            _ => {
+                let program = programs[living].as_ref().unwrap();
+                let fail = failures && is_all_or_nothing(op);
+                let got = with_failures(
+                    world,
+                    fail,
+                    || real(program, op),
+                    || check(&model, &programs, step),
+                );
+                assert_eq!(
+                    got,
+                    model.apply(living, op),
+                    "step {step}: {op:?} of process {living}"
+                );
+            }
+        }
+    }
+    check(&model, &programs, ops.len());
+    for program in programs.into_iter().flatten() {
+        program.exit();
+    }
+    assert_eq!(world.used_frames(), before, "frames leak");
+}
+
+/// Calls `f` with the n-th allocation failing, for n = 1, 2, .. until it succeeds; `unchanged` runs after each failure.
+fn with_failures<R>(
+    world: &World,
+    fail: bool,
+    f: impl Fn() -> Option<R>,
+    unchanged: impl Fn(),
+) -> R {
+    for n in 1.. {
+        if fail {
+            world.plan.fail_at(n);
+        }
+        let result = f();
+        world.plan.stop();
+        match result {
+            Some(result) => return result,
+            None => assert!(fail, "memory ran out by itself"),
+        }
+        unchanged();
+    }
+    unreachable!()
+}
+
+/// Compares every word of every process, by a look that changes nothing: no fault, no TLB.
+fn check(model: &Processes, programs: &[Option<Program>], step: usize) {
+    for (process, program) in programs.iter().enumerate() {
+        let Some(program) = program else { continue };
+        for page in 0..WINDOW {
+            let want = match model.load(process, page) {
+                Answer::Value(value) => value,
+                _ => continue,
+            };
+            let mut word = [0; 8];
+            program
+                .space
+                .peek(kmem_hal::VirtAddr::new(address(page)), &mut word)
+                .unwrap_or_else(|| panic!("step {step}: process {process} lost page {page}"));
+            assert_eq!(
+                u64::from_le_bytes(word),
+                want,
+                "step {step}: process {process}, page {page}"
+            );
+        }
+    }
+}
