@@ -82,3 +82,9 @@ pub fn halt() -> ! {
 macro_rules! println {
     ($($part:tt)*) => { $crate::console::write(format_args!("{}\n", format_args!($($part)*))) };
 }
+
+/// Prints on the serial port.
+#[macro_export]
+macro_rules! print {
+    ($($part:tt)*) => { $crate::console::write(format_args!($($part)*)) };
+}

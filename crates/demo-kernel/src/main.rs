@@ -2,8 +2,11 @@
 #![no_std]
 #![no_main]
 
+extern crate alloc;
+
 mod console;
 mod mem;
+mod memory;
 mod platform;
 mod pvh;
 mod scenarios;

@@ -132,7 +132,7 @@ unsafe impl Mmu for Machine {
     }
 
     fn shootdown(&self, cpus: &CpuSet, request: &FlushRequest) -> Completion {
-        crate::smp::call(cpus, &|_| self.flush_local(request));
+        crate::smp::shootdown(cpus, &|_| self.flush_local(request));
         Completion::DONE
     }
 }
@@ -143,6 +143,14 @@ pub fn current_root() -> u64 {
     // SAFETY: reading CR3 has no effect.
     unsafe { asm!("mov {}, cr3", out(reg) root, options(nostack, nomem)) };
     root & !0xfff
+}
+
+/// The root table of `boot.s`.
+pub fn boot_root() -> u64 {
+    unsafe extern "C" {
+        static boot_pml4: u8;
+    }
+    &raw const boot_pml4 as u64
 }
 
 /// A pointer to physical memory below 4 GiB.
@@ -170,7 +178,7 @@ pub unsafe fn identity_map(on: bool) {
     // SAFETY: entries 0 and 256 of boot.s's top table reach the same tables; the caller's promise; loading CR3 again
     // flushes.
     unsafe {
-        let top = direct(current_root()).cast::<u64>();
+        let top = direct(boot_root()).cast::<u64>();
         let entry = if on { top.add(256).read_volatile() } else { 0 };
         top.write_volatile(entry);
         asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack));

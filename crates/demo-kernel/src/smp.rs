@@ -6,7 +6,7 @@
 //! Invariant `S1`: a mailbox that is not null points to a [`Call`] on the stack of a CPU that waits for it.
 
 use core::ptr;
-use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use kmem_hal::{CpuId, CpuSet};
 
@@ -111,7 +111,25 @@ fn wait(ticks: u64, cpu: u32) -> bool {
     false
 }
 
-/// Where a further CPU begins. It does nothing but take calls.
+/// What CPUs do outside of interrupts, and in which round.
+static WORK: AtomicUsize = AtomicUsize::new(0);
+static ROUND: AtomicU32 = AtomicU32::new(0);
+static FINISHED: AtomicU32 = AtomicU32::new(0);
+
+/// Runs `work` on every online CPU at once, as a task would, with interrupts on; waits for all.
+pub fn each(work: fn(CpuId)) {
+    let others = ONLINE.load(Ordering::Acquire) - 1;
+    WORK.store(work as usize, Ordering::Relaxed);
+    FINISHED.store(0, Ordering::Relaxed);
+    ROUND.fetch_add(1, Ordering::Release);
+    call(&online(), &|_| {}); // an interrupt wakes those that sleep
+    work(this_cpu());
+    while FINISHED.load(Ordering::Acquire) != others {
+        core::hint::spin_loop();
+    }
+}
+
+/// Where a further CPU begins.
 #[unsafe(no_mangle)]
 extern "C" fn further_main() -> ! {
     let cpu = ONLINE.load(Ordering::Acquire) as usize;
@@ -122,7 +140,16 @@ extern "C" fn further_main() -> ! {
         take_interrupts();
     }
     ONLINE.store(cpu as u32 + 1, Ordering::Release);
+    let mut done = 0;
     loop {
+        let round = ROUND.load(Ordering::Acquire);
+        if round != done {
+            done = round;
+            // SAFETY: `each` stored such a function before it began the round.
+            let work: fn(CpuId) = unsafe { core::mem::transmute(WORK.load(Ordering::Relaxed)) };
+            work(CpuId::new(cpu as u32));
+            FINISHED.fetch_add(1, Ordering::Release);
+        }
         // SAFETY: sleeps until the next interrupt.
         unsafe { core::arch::asm!("hlt", options(nomem, nostack)) };
     }
@@ -134,6 +161,16 @@ fn send(cpu: CpuId, command: u32) {
         lapic(COMMAND_HIGH).write_volatile(cpu.get() << 24);
         lapic(COMMAND_LOW).write_volatile(command);
         while lapic(COMMAND_LOW).read_volatile() & 1 << 12 != 0 {} // until it is delivered
+    }
+}
+
+/// Makes this kernel forget its shootdowns, for scenario `stale`, which must fail.
+pub static DEAF: AtomicBool = AtomicBool::new(false);
+
+/// Has other CPUs drop translations, and waits for them.
+pub fn shootdown(cpus: &CpuSet, flush: &(dyn Fn(CpuId) + Sync)) {
+    if !DEAF.load(Ordering::Relaxed) {
+        call(cpus, flush);
     }
 }
 

@@ -70,9 +70,17 @@ extern "C" fn trap(frame: &mut TrapFrame) {
             let handler = HANDLER.load(Ordering::Acquire);
             let this = 1 << crate::platform::this_cpu().get();
             if handler != 0 && IN_PAGE_FAULT.fetch_or(this, Ordering::Relaxed) & this == 0 {
+                // What was interrupted with interrupts on may wait for other CPUs, which may wait for this one.
+                let interrupts = frame.rflags & 1 << 9 != 0;
+                if interrupts {
+                    // SAFETY: other gates have stacks of their own.
+                    unsafe { asm!("sti", options(nomem, nostack)) };
+                }
                 // SAFETY: only `on_page_fault` stores there, and it stores such a function.
                 let handler: PageFaultHandler = unsafe { core::mem::transmute(handler) };
                 let handled = handler(address, frame.error);
+                // SAFETY: the stub's way back must not be interrupted.
+                unsafe { asm!("cli", options(nomem, nostack)) };
                 IN_PAGE_FAULT.fetch_and(!this, Ordering::Relaxed);
                 if handled {
                     return;

@@ -24,9 +24,20 @@ pub const SCENARIOS: &[(&str, u32, &str)] = &[
     ("fault", 1, "64M"),
     ("smp", 1, "64M"),
     ("smp", 4, "64M"),
+    ("heap", 1, "64M"),
+    ("heap", 4, "6G"),
+    ("paging", 1, "64M"),
+    ("paging", 4, "64M"),
 ];
-/// Scenarios that must not pass: they prove that the runner can tell.
-pub const BROKEN: &[&str] = &["fail", "panic", "triple", "no-such-scenario"];
+/// Scenarios that must not pass: they prove that the runner, the leak count and QEMU's TLB can tell.
+pub const BROKEN: &[(&str, u32)] = &[
+    ("fail", 1),
+    ("panic", 1),
+    ("triple", 1),
+    ("leak", 1),
+    ("stale", 4),
+    ("no-such-scenario", 1),
+];
 
 /// What to boot.
 #[derive(Args)]
@@ -74,8 +85,8 @@ pub fn all(shell: &mut Shell, release: bool) -> Result<(), Stop> {
     for (name, smp, memory) in SCENARIOS {
         boot(shell, release, name, *smp, memory)?;
     }
-    for name in BROKEN {
-        match boot(shell, release, name, 1, "64M") {
+    for (name, smp) in BROKEN {
+        match boot(shell, release, name, *smp, "64M") {
             Err(Stop::Failed(_)) => {}
             Err(missing) => return Err(missing),
             Ok(()) => return fail(format!("{name} must fail, and passed")),
