@@ -1,152 +1,106 @@
-//! The kernel's memory: kmem's crates put together, from the boot map to `Box::new` and a page table of its own.
+//! The kernel's memory: kmem's heap from the boot map, and a page table of its own.
 //!
 //! ```text
-//!   pvh::Boot ─> BootMap ─> EarlyAllocator carves SLOTS ─> FRAMES (buddy) ─> SLAB ─> #[global_allocator]
-//!                                                              └──────────> MACHINE ─> PageTable
+//!   pvh::Boot ─> BootMap ─> HEAP: frame slots, page frames, objects, #[global_allocator]
+//!                             └─> MACHINE ─> PageTable
 //! ```
 
-use core::alloc::{GlobalAlloc, Layout};
-
-use kmem_buddy::{BootMap, Buddy, Config, EarlyAllocator, RegionKind, Reservation};
-use kmem_hal::{
-    CachePadded, CpuId, DeviceFrame, EpochArea, EpochGrace, Frame, FrameHandle, FrameRange,
-    FrameTable, IrqSafe, NoLarge, NoPressure, OffsetMap, Order, OwnedFrame, Page, PageRange,
-    PhysAddr, SECTION_FRAMES, Section, VirtAddr,
+use kmem::hal::{
+    CachePadded, CpuId, DeviceFrame, EpochArea, EpochGrace, FrameHandle, Page, PageRange,
 };
-use kmem_paging::format::X86_64;
-use kmem_paging::{Divisible, PageTable, Rights};
-use kmem_slab::SlabSystem;
+use kmem::paging::format::X86_64;
+use kmem::paging::{Divisible, PageTable, Parts, Rights};
+use kmem::{
+    BootMap, Buddy, Config, Frame, Heap, InitError, OffsetMap, Order, OwnedFrame, PhysAddr,
+    Reservation, VirtAddr, boot,
+};
 
-use crate::platform::{DIRECT, DIRECT_BYTES, IMAGE_BASE, MAX_CPUS, Machine, PHYS, image_end};
+use crate::platform::{self, DIRECT, DIRECT_BYTES, IMAGE_BASE, MAX_CPUS, Machine, image_end};
 use crate::pvh::Boot;
+use crate::smp;
 
-/// The page-frame allocator.
-pub static FRAMES: Frames = Buddy::with(&PHYS, Machine, Machine, NoPressure);
-type Frames = Buddy<&'static OffsetMap, Machine, IrqSafe, Machine>;
+/// Everything that is allocated in this kernel comes from here.
+#[global_allocator]
+pub static HEAP: Heap<OffsetMap, Machine> = Heap::with(platform::phys(), Machine);
 
-/// One slot per frame.
-pub static SLOTS: FrameTable = FrameTable::new();
+type Frames = Buddy<OffsetMap, Machine>;
+/// The page-frame allocator of [`HEAP`].
+pub const fn frames() -> &'static Frames {
+    HEAP.memory().frames()
+}
 
-/// The object allocator.
-pub static SLAB: SlabSystem<SlabParts> = SlabSystem::new();
-type SlabParts = kmem_slab::Parts<
-    &'static Frames,
-    &'static OffsetMap,
-    Machine,
-    IrqSafe,
-    NoLarge,
-    &'static FrameTable,
->;
-
-/// When lock-free readers are done.
-static GRACE: Grace = EpochGrace::new(Machine);
-type Grace = EpochGrace<'static, Machine>;
+/// When lock-free readers of page tables are done.
+static GRACE: EpochGrace<'static, Machine> = EpochGrace::new(Machine);
 static GRACE_AREAS: [CachePadded<EpochArea>; MAX_CPUS] =
     [const { CachePadded::new(EpochArea::new()) }; MAX_CPUS];
 
 /// What page tables stand on.
 pub static MACHINE: TableParts =
-    // SAFETY: E2: SLOTS covers every frame that FRAMES gives (`init`); E3: Machine is the MMU that walks PHYS's memory.
-    unsafe { kmem_paging::Parts::new(&PHYS, &FRAMES, Machine, &GRACE, Machine, &SLOTS) };
-type TableParts = kmem_paging::Parts<
+    // SAFETY: E2: the heap's frame table covers every frame that its allocator gives; E3: Machine is the MMU that walks
+    // what the heap's map reaches.
+    unsafe {
+        Parts::new(
+            frames().memory(),
+            frames(),
+            Machine,
+            &GRACE,
+            Machine,
+            HEAP.memory().table(),
+        )
+    };
+type TableParts = Parts<
     'static,
     &'static OffsetMap,
     &'static Frames,
     Machine,
-    &'static Grace,
+    &'static EpochGrace<'static, Machine>,
     Machine,
 >;
 
 /// The kernel's page table.
 pub type Table = PageTable<X86_64, &'static TableParts, KernelFrame>;
 
-struct Heap;
-// SAFETY: the slab system's functions have `GlobalAlloc`'s contract.
-unsafe impl GlobalAlloc for Heap {
-    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        SLAB.alloc(layout)
-    }
-    unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
-        unsafe { SLAB.dealloc(memory, layout) }
-    }
-}
-#[global_allocator]
-static HEAP: Heap = Heap;
-
-/// Free frames, counted anew, with every CPU's arrays emptied.
-pub fn free_frames() -> u64 {
-    FRAMES.drain_all();
-    let count = FRAMES.recount();
-    count.free + count.cached
-}
-
-/// Takes over the memory of the boot map; gives how many frames the object allocator took for itself.
+/// Takes over the memory of the boot map.
 ///
 /// # Safety
 /// Once, on the first CPU; the map is right, and what it calls usable is used by nobody but the image.
-pub unsafe fn init(boot: &Boot) -> u64 {
-    let mut map = BootMap::<64>::new();
-    for entry in boot.map() {
-        map.push(
-            PhysAddr::new(entry.base),
-            entry.length,
-            RegionKind::from_e820(entry.kind),
-        )
-        .expect("a map entry");
-    }
-    // The first 64 KiB hold the trampoline, and a page that scenario `fault` writes to.
-    map.reserve(PhysAddr::new(0), 0x10000, Reservation::Other)
-        .expect("room");
-    map.reserve(
-        PhysAddr::new(0x10_0000),
-        image_end() - 0x10_0000,
+pub unsafe fn init(map: &Boot) -> Result<(), InitError> {
+    let image = PhysAddr::new(0x10_0000);
+    let mut boot = BootMap::<64>::new();
+    boot::pvh(&mut boot, map.map()).map_err(InitError::Map)?;
+    boot.reserve(
+        image,
+        image_end() - image.as_u64(),
         Reservation::KernelImage,
     )
-    .expect("room");
-    let last = map
-        .present()
-        .filter_map(|range| range.last())
-        .max()
-        .expect("there is memory");
-
-    let mut early = EarlyAllocator::new(&mut map, &PHYS);
-    let sections = FrameTable::sections_for(last) as usize;
-    let directory = early
-        .alloc_slice(sections, |_| Section::absent())
-        .expect("room for the directory");
-    for (index, section) in directory.iter().enumerate() {
-        let covered = FrameRange::from_numbers(index as u64 * SECTION_FRAMES, SECTION_FRAMES)
-            .expect("frames exist");
-        if early
-            .map()
-            .present()
-            .any(|range| !range.intersection(covered).is_empty())
-        {
-            let slots = early
-                .alloc(FrameTable::SECTION_BYTES as u64, 64)
-                .expect("room for slots");
-            let slots =
-                core::ptr::NonNull::new(crate::platform::direct(slots.as_u64())).expect("not null");
-            // SAFETY: the early allocator gave the memory for ever, aligned, and in the direct map.
-            unsafe { section.set_memory(slots) };
-        }
-    }
-    SLOTS.init(directory);
-    FRAMES
-        .init(&mut map, &Config::new().cpus(1))
-        .expect("zones");
-    let free = free_frames();
-    // SAFETY: S2: nobody else allocates from FRAMES' slots; S3: PHYS is an offset map.
-    let parts = unsafe { kmem_slab::Parts::new(&FRAMES, &PHYS, Machine, &SLOTS) };
-    SLAB.init(parts).expect("memory for the first heads");
+    .map_err(InitError::Map)?;
+    // The first 64 KiB hold the trampoline, and a page that scenario `fault` writes to.
+    boot.reserve(PhysAddr::new(0), 0x10000, Reservation::Other)
+        .map_err(InitError::Map)?;
+    // SAFETY: what is in use is reserved.
+    unsafe { HEAP.init_mapped(&mut boot, &Config::new().cpus(1))? };
     GRACE.init(&GRACE_AREAS);
-    free - free_frames()
+    Ok(())
 }
 
 /// Gives a CPU that is online its arrays.
 pub fn cpu_online(cpu: CpuId) {
-    FRAMES.cpu_online(cpu).expect("memory for a CPU's arrays");
+    HEAP.memory()
+        .cpu_online(cpu)
+        .expect("memory for a CPU's arrays");
+}
+
+/// Free frames, counted anew, with every CPU's arrays of objects and of frames emptied.
+pub fn free_frames() -> u64 {
+    for _ in 0..2 {
+        // Arrays are emptied by the CPU they belong to; what one gives back may fill another's.
+        smp::each(|_| {
+            HEAP.memory().slab().shrink();
+            frames().drain_local();
+        });
+    }
+    let count = frames().recount();
+    count.free + count.cached
 }
 
 /// What an entry of the kernel's table stands for: a frame of its own, or memory that nobody owns.

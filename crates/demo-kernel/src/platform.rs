@@ -2,7 +2,7 @@
 //!
 //! | hal's trait | here | contract |
 //! |---|---|---|
-//! | `PhysMap` | [`PHYS`], hal's own `OffsetMap` | physical memory is mapped at [`DIRECT`] |
+//! | `PhysMap` | [`phys`], hal's own `OffsetMap` | physical memory is mapped at [`DIRECT`] |
 //! | `Cpu` | [`Machine`] | the number stands in a per-CPU word behind `gs` |
 //! | `CpuCall` | [`Machine`] | an interrupt to each CPU (`smp.rs`) |
 //! | `Mmu` | [`Machine`] | CR3, `invlpg`, and a call to the other CPUs |
@@ -12,9 +12,9 @@
 
 use core::arch::asm;
 
-use kmem_hal::{
+use kmem::hal::{
     Completion, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FlushRequest, FlushScope, Mmu,
-    OffsetMap, PhysAddr, PhysMap, Root,
+    OffsetMap, Root,
 };
 
 /// CPUs that this kernel can run. *Change it to what your tables have room for.*
@@ -27,8 +27,10 @@ pub const DIRECT_BYTES: u64 = 4 << 30;
 pub const IMAGE_BASE: u64 = 0xffff_ffff_8000_0000;
 
 /// Physical memory, as kmem reaches it.
-// SAFETY: P1, P2: boot.s maps frames 0 to 2^20 there, write-back; kmem touches only what the memory map calls usable.
-pub static PHYS: OffsetMap = unsafe { OffsetMap::new(DIRECT as usize, DIRECT_BYTES >> 12) };
+pub const fn phys() -> OffsetMap {
+    // SAFETY: P1, P2: boot.s maps frames 0 to 2^20 there, write-back; kmem touches only what the memory map calls usable.
+    unsafe { OffsetMap::new(DIRECT as usize, DIRECT_BYTES >> 12) }
+}
 
 /// The processors of this machine. No state of its own.
 #[derive(Clone, Copy, Debug)]
@@ -159,7 +161,7 @@ pub fn direct(physical: u64) -> *mut u8 {
         physical < DIRECT_BYTES,
         "{physical:#x} is beyond the direct map"
     );
-    PHYS.to_ptr(PhysAddr::new(physical))
+    (DIRECT + physical) as *mut u8
 }
 
 /// The first physical byte after the image.

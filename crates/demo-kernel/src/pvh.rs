@@ -3,6 +3,8 @@
 //! Pitfall: the start info, the map and the command line lie in memory that the map calls usable (below
 //! 1 MiB). They are copied out here, before any frame is given to an allocator.
 
+use kmem::boot::PvhEntry;
+
 use crate::platform::direct;
 
 /// Entries kept; QEMU's machines have fewer than 16.
@@ -22,22 +24,9 @@ struct StartInfo {
     reserved: u32,
 }
 
-/// One range of the firmware's memory map.
-#[repr(C)]
-#[derive(Clone, Copy)]
-pub struct Entry {
-    /// First byte.
-    pub base: u64,
-    /// Bytes.
-    pub length: u64,
-    /// E820 type; 1 is usable memory.
-    pub kind: u32,
-    reserved: u32,
-}
-
 /// The copied hand-over.
 pub struct Boot {
-    map: [Entry; MAX],
+    map: [PvhEntry; MAX],
     entries: usize,
     line: [u8; 256],
     line_length: usize,
@@ -50,7 +39,7 @@ impl Boot {
     /// `at` must be what PVH passed in ebx, with memory still as the loader left it and the first 4 GiB in
     /// the direct map.
     pub unsafe fn read(at: u64) -> Self {
-        let empty = Entry {
+        let empty = PvhEntry {
             base: 0,
             length: 0,
             kind: 0,
@@ -73,7 +62,7 @@ impl Boot {
                 info.map_entries
             );
             boot.entries = info.map_entries as usize;
-            let map = direct(info.map).cast::<Entry>();
+            let map = direct(info.map).cast::<PvhEntry>();
             for i in 0..boot.entries {
                 boot.map[i] = map.add(i).read_unaligned();
             }
@@ -89,7 +78,7 @@ impl Boot {
     }
 
     /// The memory map, in the firmware's order.
-    pub fn map(&self) -> &[Entry] {
+    pub fn map(&self) -> &[PvhEntry] {
         &self.map[..self.entries]
     }
 

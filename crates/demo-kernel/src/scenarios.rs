@@ -6,13 +6,13 @@ use alloc::format;
 use core::arch::asm;
 use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
-use kmem_hal::{
+use kmem::hal::{
     Asid, CpuCall, CpuId, Frame, FrameRequest, FrameSink, FrameSource, Mmu, Page, PageRange,
     PhysAddr, Root, VirtAddr,
 };
-use kmem_paging::{ChangeError, MapError, Rights, TableCache};
+use kmem::paging::{ChangeError, MapError, Rights, TableCache};
 
-use crate::memory::{self, FRAMES, KernelFrame, MACHINE, SLAB, Table};
+use crate::memory::{self, HEAP, KernelFrame, MACHINE, Table, frames};
 use crate::platform::{self, Machine};
 use crate::pvh::Boot;
 use crate::{print, println, smp, traps};
@@ -28,7 +28,7 @@ pub fn run(name: &str, boot: &Boot) -> bool {
         "paging" => paging(boot),
         "leak" => {
             let free = start(boot);
-            let _ = FRAMES.alloc(&FrameRequest::ONE); // dropping a frame leaks it
+            let _ = frames().alloc(&FrameRequest::ONE); // dropping a frame leaks it
             end(free)
         }
         "stale" => {
@@ -119,24 +119,23 @@ fn smp(boot: &Boot) -> bool {
 /// Brings up memory and every CPU; gives how many frames are free when nothing is allocated.
 fn start(boot: &Boot) -> u64 {
     // SAFETY: once, on the first CPU, with QEMU's own map.
-    let slab = unsafe { memory::init(boot) };
+    unsafe { memory::init(boot) }.expect("memory");
     // SAFETY: once, on the first CPU.
     smp::expect(unsafe { smp::start(boot.cpus()) }, boot.cpus());
     (1..boot.cpus()).for_each(|cpu| memory::cpu_online(CpuId::new(cpu)));
-    memory::free_frames() + slab
+    let objects = HEAP.memory().slab().totals();
+    memory::free_frames() + objects.slab_frames + objects.overhead_frames
 }
 
 /// Takes the object allocator down; whether as many frames are free as `start` said, and nothing was freed wrongly.
 fn end(free: u64) -> bool {
-    // SAFETY: the other CPUs have left their calls, and nothing is allocated from now on.
-    let objects = unsafe { SLAB.teardown_shared() };
+    memory::free_frames();
+    // SAFETY: no CPU is in a call, and nothing is allocated from now on.
+    let objects = unsafe { HEAP.memory().slab().teardown_shared() };
     let leaked = free as i64 - memory::free_frames() as i64;
-    println!(
-        "{leaked} frames leaked; objects: {objects:?}; zones: {:?}; misuse: {:?}",
-        FRAMES.check(),
-        FRAMES.misuse()
-    );
-    leaked == 0 && objects.is_ok() && FRAMES.check().is_ok() && FRAMES.misuse().is_none()
+    let (zones, misuse) = (frames().check(), frames().misuse());
+    println!("{leaked} frames leaked; objects: {objects:?}; zones: {zones:?}; misuse: {misuse:?}");
+    leaked == 0 && objects.is_ok() && zones.is_ok() && misuse.is_none()
 }
 
 /// Boxes, queues and maps from kmem's slab on every CPU; all frames are back at the end.
@@ -158,7 +157,7 @@ fn heap(boot: &Boot) -> bool {
         }
         SUM.fetch_add(kept.iter().map(|kept| kept[0]).sum(), Ordering::Relaxed);
     });
-    print!("{}{}", FRAMES.buddy_info(), SLAB.slabinfo());
+    print!("{}{}{}", HEAP.meminfo(), HEAP.buddyinfo(), HEAP.slabinfo());
     let expected = u64::from(boot.cpus()) * (0..2000).sum::<u64>();
     SUM.load(Ordering::Relaxed) == expected && end(free)
 }
@@ -188,7 +187,7 @@ fn paging(boot: &Boot) -> bool {
             return false;
         }
         let page = Page::containing(VirtAddr::new(address));
-        let Ok(frame) = FRAMES.alloc(&FrameRequest::ONE.zeroed()) else {
+        let Ok(frame) = frames().alloc(&FrameRequest::ONE.zeroed()) else {
             return false;
         };
         let mut cursor = table().cursor(PageRange::single(page)).expect("canonical");
@@ -196,7 +195,7 @@ fn paging(boot: &Boot) -> bool {
             Ok(()) => FAULTS.fetch_add(1, Ordering::Relaxed),
             // Another CPU was first: the page is there.
             Err((MapError::Occupied, KernelFrame::Owned(frame))) => {
-                FRAMES.free(frame);
+                frames().free(frame);
                 0
             }
             Err(_) => return false,
@@ -261,7 +260,7 @@ fn paging(boot: &Boot) -> bool {
 
 fn give(frame: KernelFrame) {
     if let KernelFrame::Owned(frame) = frame {
-        FRAMES.free(frame);
+        frames().free(frame);
     }
 }
 

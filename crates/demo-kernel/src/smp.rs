@@ -8,7 +8,7 @@
 use core::ptr;
 use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
-use kmem_hal::{CpuId, CpuSet};
+use kmem::hal::{CpuId, CpuSet};
 
 use crate::platform::{self, MAX_CPUS, direct, this_cpu};
 use crate::{console, traps};

@@ -8,6 +8,7 @@
 #[path = "../mem.rs"]
 mod mem;
 
+mod buddy;
 mod cow_mm;
 mod hal;
 mod paging;
