@@ -46,8 +46,8 @@ calls! {
     }
     call_buddy_alloc(frames: &Frames, request: &FrameRequest) -> Result<OwnedFrame, AllocError> { frames.alloc(request) }
     call_buddy_free(frames: &Frames, frame: OwnedFrame) { frames.free(frame) }
-    call_buddy_alloc_range(frames: &Frames, count: u64, request: &FrameRequest) -> Result<OwnedRange, AllocError> {
-        frames.alloc_range(count, request)
+    call_buddy_alloc_range(frames: &Frames, count: u64, align: Order, request: &FrameRequest) -> Result<OwnedRange, AllocError> {
+        frames.alloc_range(count, align, request)
     }
     call_buddy_alloc_at(frames: &Frames, first: Frame, order: Order) -> Result<OwnedFrame, PlaceError> {
         frames.alloc_at(first, order)
