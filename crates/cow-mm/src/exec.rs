@@ -29,7 +29,7 @@ use crate::space::AddressSpace;
 use crate::vma::Label;
 
 /// Segments that an image may have.
-const MAX_SEGMENTS: usize = 32;
+const MAX_SEGMENTS: usize = 16;
 /// Pages of the stack that exec maps at once; it grows from there.
 const STACK_PAGES: u64 = 33;
 const HEADER_SIZE: usize = 64;
@@ -99,6 +99,7 @@ struct Segment {
 }
 
 /// What the headers say.
+#[derive(Default)]
 struct Headers {
     entry: u64,
     position_independent: bool,
@@ -121,7 +122,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if self.map_count() != 0 {
             return Err(Errno::EINVAL.into());
         }
-        let headers = self.read_headers(image)?;
+        let mut headers = Headers::default();
+        self.read_headers(image, &mut headers)?;
         let bias = if headers.position_independent {
             self.image_base()
         } else {
@@ -146,7 +148,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         (self.layout().task_size / 3 * 2) & !(PAGE_SIZE - 1)
     }
 
-    fn read_headers(&self, image: &Image<'_>) -> Result<Headers, ExecError> {
+    /// Fills `headers` in place: returned by value they would stand on the stack more than once.
+    #[inline(never)]
+    fn read_headers(&self, image: &Image<'_>, headers: &mut Headers) -> Result<(), ExecError> {
         let mut header = [0; HEADER_SIZE];
         self.read_file(image.file, 0, &mut header)?;
         let half = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
@@ -162,14 +166,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             return Err(Errno::ENOEXEC.into());
         }
         let (entry, table) = (word(&header, 24), word(&header, 32));
-        let mut headers = Headers {
-            entry,
-            position_independent: kind == 3,
-            table_address: 0,
-            count: u64::from(half(56)),
-            segments: [Segment::default(); MAX_SEGMENTS],
-            used: 0,
-        };
+        headers.entry = entry;
+        headers.position_independent = kind == 3;
+        headers.count = u64::from(half(56));
         for index in 0..headers.count {
             let mut bytes = [0; SEGMENT_SIZE];
             let at = table
@@ -192,7 +191,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if headers.used == 0 {
             return Err(Errno::EINVAL.into());
         }
-        Ok(headers)
+        Ok(())
     }
 
     fn check_segment(&self, bytes: &[u8; SEGMENT_SIZE]) -> Result<Segment, Errno> {
@@ -242,6 +241,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         Ok(())
     }
 
+    #[inline(never)]
     fn map_segment(&self, file: OpenFile, segment: &Segment, bias: u64) -> Result<(), Errno> {
         if segment.memory_size == 0 {
             return Ok(());
@@ -288,6 +288,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         Ok(())
     }
 
+    #[inline(never)]
     fn make_stack(
         &self,
         image: &Image<'_>,

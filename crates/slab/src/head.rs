@@ -218,9 +218,15 @@ pub struct HeadPage {
 }
 
 impl HeadPage {
-    pub(crate) fn new() -> Self {
-        Self {
-            heads: core::array::from_fn(|_| Head::new()),
+    /// Writes a page of unused heads to `place`, head by head: the value itself is too large for a kernel's stack.
+    ///
+    /// # Safety
+    ///
+    /// `place` is valid for writes of a `HeadPage`, aligned for it, and the caller's alone.
+    pub(crate) unsafe fn write_to(place: NonNull<Self>) {
+        for column in 0..COLUMNS {
+            // SAFETY: the caller's promise; the column is inside the page.
+            unsafe { (&raw mut (*place.as_ptr()).heads[column]).write(Head::new()) };
         }
     }
 

@@ -322,7 +322,7 @@ impl<P: Platform> SlabSystem<P> {
         let (frame, memory) = block::take(platform, order).ok()?;
         let made = memory.cast::<HeadPage>();
         // SAFETY: the block is large enough, page-aligned, and belongs to this call.
-        unsafe { made.write(HeadPage::new()) };
+        unsafe { HeadPage::write_to(made) };
         let placed = place.compare_exchange(
             ptr::null_mut(),
             made.as_ptr(),
