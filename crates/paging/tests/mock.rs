@@ -458,6 +458,152 @@ fn a_fork_leaves_no_cpu_a_writable_translation() {
     }
 }
 
+/// The hardware sets accessed and dirty bits between the look at an entry and its change: none may be lost.
+#[test]
+fn bits_that_the_hardware_sets_meanwhile_are_kept() {
+    let env = env(Registers::LONG, 2, 9, 64);
+    env.machine.set_adversary(Adversary::OFF);
+    let mut world = World::<X86_64>::new(env, 9);
+    let range = world.range(0x400, 1);
+    let write = || env.machine.cpu(1).user().write_u64(0x40_0000, 1).unwrap();
+    let clean = |world: &World<X86_64>| {
+        let mut gather = world.table.gather::<1>();
+        let mut cursor = world.table.cursor(range).unwrap();
+        cursor
+            .update(range, &mut gather, |leaf| {
+                Some(Attributes::new(leaf.attributes.rights))
+            })
+            .unwrap();
+    };
+    world.map(0x400, Rights::USER_DATA);
+
+    // Protecting: the first look finds a clean page, a CPU writes, the second look finds it dirty.
+    clean(&world);
+    let mut looks = Vec::new();
+    let mut gather = world.table.gather::<1>();
+    world
+        .table
+        .cursor(range)
+        .unwrap()
+        .update(range, &mut gather, |leaf| {
+            looks.push(leaf.attributes.dirty);
+            if looks.len() == 1 {
+                write();
+            }
+            Some(leaf.attributes.write_protected())
+        })
+        .unwrap();
+    gather.commit(drop);
+    drop(gather);
+    assert_eq!(looks, [false, true]);
+    let leaf = world.table.query(Page::new(0x400).unwrap()).leaf().unwrap();
+    assert!(leaf.attributes.dirty && leaf.attributes.accessed && !leaf.is_writable());
+
+    // Forking: the callback is asked once, and a CPU writes while it is.
+    let mut gather = world.table.gather::<1>();
+    world
+        .table
+        .cursor(range)
+        .unwrap()
+        .protect(range, Rights::USER_DATA, &mut gather)
+        .unwrap();
+    drop(gather);
+    clean(&world);
+    let child = Table::<X86_64>::new(env).unwrap();
+    let mut gather = world.table.gather::<1>();
+    let mut asked = 0;
+    world
+        .table
+        .fork_into(&child, range, &mut gather, |item| {
+            let ForkItem::Leaf(leaf) = item else {
+                return ForkStep::Stop;
+            };
+            assert!(!leaf.attributes.dirty);
+            asked += 1;
+            write();
+            ForkStep::Leaf {
+                handle: env.pool.alloc(&FrameRequest::ONE).unwrap(),
+                child: leaf.attributes.write_protected(),
+                parent: Some(leaf.attributes.write_protected()),
+            }
+        })
+        .unwrap();
+    gather.commit(drop);
+    drop(gather);
+    assert_eq!(asked, 1);
+    let leaf = world.table.query(Page::new(0x400).unwrap()).leaf().unwrap();
+    assert!(leaf.attributes.dirty && !leaf.is_writable());
+    world.model.get_mut(&0x400).unwrap().1.remove(Rights::WRITE);
+    child.destroy(|_, frame| env.pool.free(frame), |_, _| {});
+    world.finish();
+}
+
+/// A frame is moved to another page; before that is flushed, somebody else unmaps the new page and frees the frame
+/// (CVE-2018-18281).
+#[test]
+fn a_moved_frame_is_not_freed_before_its_old_page_is_flushed() {
+    let env = env(Registers::LONG, 2, 4, 64);
+    env.machine.set_adversary(Adversary::OFF);
+    let mut world = World::<X86_64>::new(env, 4);
+    world.map(0x400, Rights::USER_DATA);
+    world.check(1, 0x400, AccessKind::Write, true);
+    let mut moving = world.table.gather::<1>();
+    let from = world.range(0x400, 1);
+    let to = world.range(0x2_0000, 1);
+    world
+        .table
+        .move_range(from, to.first(), &mut moving)
+        .unwrap();
+    let mut other = world.table.gather::<1>();
+    world
+        .table
+        .cursor(to)
+        .unwrap()
+        .unmap(to, &mut other)
+        .unwrap();
+    other.commit_to(&env.pool);
+    // CPU 1 had the old page: through it, it must not reach the frame that is free now.
+    assert!(env.machine.cpu(1).user().read_u64(0x40_0000).is_err());
+    drop((moving, other));
+    world.model.clear();
+    world.finish();
+}
+
+#[test]
+fn a_huge_and_a_small_leaf_in_one_gather_are_both_flushed() {
+    let env = env(Registers::LONG, 2, 5, 64);
+    env.machine.set_adversary(Adversary::OFF);
+    let mut world = World::<X86_64>::new(env, 5);
+    let page = Page::new(0x600).unwrap();
+    let block = env.pool.alloc(&FrameRequest::new(Order::HUGE_2M)).unwrap();
+    world
+        .table
+        .cursor(PageRange::with_count(page, 512).unwrap())
+        .unwrap()
+        .map(page, block, Rights::USER_DATA)
+        .unwrap();
+    for small in 0x5fe..0x600 {
+        world.map(small, Rights::USER_DATA);
+    }
+    for page in [0x5feu64, 0x5ff, 0x600, 0x700] {
+        env.machine.cpu(1).user().write_u64(page << 12, 1).unwrap();
+    }
+    let range = world.range(0x5fe, 514);
+    let mut gather = world.table.gather::<3>();
+    world
+        .table
+        .cursor(range)
+        .unwrap()
+        .unmap(range, &mut gather)
+        .unwrap();
+    gather.commit_to(&env.pool);
+    drop(gather);
+    let stale = env.machine.audit(0, u64::MAX);
+    assert!(stale.is_empty(), "{}", stale[0]);
+    world.model.clear();
+    world.finish();
+}
+
 #[test]
 fn a_forgotten_gather_leaks_and_the_next_commit_flushes() {
     let env = env(Registers::LONG, 2, 3, 64);

@@ -1,0 +1,175 @@
+//! Words of the formats, bit by bit, with numbers from the manual (Intel SDM volume 3A, tables 4-3 to 4-20).
+
+#![cfg(not(loom))]
+
+use kmem_hal::{Frame, Order};
+use kmem_paging::format::{Format, Kind, X86_64, X86_64La57, X86_PAT, X86Pae, X86TwoLevel};
+use kmem_paging::{Attributes, MemoryType, Payload, Rights, SoftBit};
+
+const P: u64 = 1;
+const W: u64 = 1 << 1;
+const U: u64 = 1 << 2;
+const PWT: u64 = 1 << 3;
+const PCD: u64 = 1 << 4;
+const A: u64 = 1 << 5;
+const D: u64 = 1 << 6;
+const PS: u64 = 1 << 7;
+const G: u64 = 1 << 8;
+const XD: u64 = 1 << 63;
+
+fn leaf<F: Format>(level: usize, frame: u64, attributes: Attributes) -> u64 {
+    let frame = Frame::from_number(frame);
+    assert!(F::can_encode(level, frame, &attributes));
+    let word = F::leaf(level, frame, &attributes);
+    assert_eq!(F::kind(level, word), Kind::Leaf);
+    assert_eq!(F::leaf_frame(level, word), frame);
+    let read = F::attributes(level, word);
+    assert_eq!(F::leaf(level, frame, &read), word);
+    word
+}
+
+#[test]
+fn leaves_of_long_mode() {
+    let data = Attributes::new(Rights::USER_DATA);
+    assert_eq!(leaf::<X86_64>(1, 0x1234, data), 0x123_4000 | P | W | U | XD);
+    assert_eq!(
+        leaf::<X86_64La57>(1, 0x1234, data),
+        0x123_4000 | P | W | U | XD
+    );
+    let code = Attributes::new(Rights::USER_CODE | Rights::GLOBAL)
+        .accessed()
+        .dirty();
+    assert_eq!(leaf::<X86_64>(1, 1, code), 0x1000 | P | U | A | D | G);
+    assert_eq!(
+        leaf::<X86_64>(2, 0x200, code),
+        0x20_0000 | P | U | A | D | PS | G
+    );
+    assert_eq!(
+        leaf::<X86_64>(3, 1 << 18, code),
+        1 << 30 | P | U | A | D | PS | G
+    );
+    let key = Attributes::new(Rights::READ).pkey(9);
+    assert_eq!(leaf::<X86_64>(1, 0, key), P | XD | 9 << 59);
+    let soft = Attributes::new(Rights::READ | Rights::EXECUTE)
+        .soft(SoftBit::<X86_64, 0>::BIT | SoftBit::<X86_64, 9>::BIT);
+    assert_eq!(leaf::<X86_64>(1, 0, soft), P | 1 << 9 | 1 << 58);
+    // The last frame of 52 bits.
+    assert_eq!(
+        leaf::<X86_64>(1, (1 << 40) - 1, data) & 0x000f_ffff_ffff_f000,
+        0x000f_ffff_ffff_f000
+    );
+    assert!(!X86_64::can_encode(1, Frame::from_number(1 << 40), &data));
+    assert!(
+        !X86_64::can_encode(2, Frame::from_number(1), &data),
+        "not aligned"
+    );
+}
+
+#[test]
+fn memory_types_pick_entries_of_the_pat() {
+    let of = |memory_type| {
+        Attributes::new(Rights::KERNEL_DATA | Rights::EXECUTE).memory_type(memory_type)
+    };
+    let index = |word: u64, pat: u64| {
+        (word & pat != 0) as u32 * 4 + (word & PCD != 0) as u32 * 2 + (word & PWT != 0) as u32
+    };
+    // Table 12-10: 0 UC, 1 WC, 4 WT, 6 WB.
+    for (memory_type, code) in [
+        (MemoryType::WriteBack, 6),
+        (MemoryType::WriteThrough, 4),
+        (MemoryType::Uncached, 0),
+        (MemoryType::WriteCombining, 1),
+    ] {
+        // PAT is bit 7 of a PTE and bit 12 of a huge leaf.
+        let small = leaf::<X86_64>(1, 0, of(memory_type));
+        assert_eq!(
+            X86_PAT >> (8 * index(small, 1 << 7)) & 0xff,
+            code,
+            "{memory_type:?}"
+        );
+        for (word, level) in [
+            (leaf::<X86_64>(2, 0x200, of(memory_type)), 2),
+            (leaf::<X86Pae>(2, 0x200, of(memory_type)), 2),
+            (leaf::<X86TwoLevel>(2, 0x400, of(memory_type)), 2),
+            (leaf::<X86_64>(3, 1 << 18, of(memory_type)), 3),
+        ] {
+            assert_eq!(word & PS, PS, "level {level}");
+            assert_eq!(
+                X86_PAT >> (8 * index(word, 1 << 12)) & 0xff,
+                code,
+                "{memory_type:?}"
+            );
+        }
+    }
+}
+
+#[test]
+fn leaves_of_the_32_bit_modes() {
+    let data = Attributes::new(Rights::USER_DATA);
+    assert_eq!(
+        leaf::<X86TwoLevel>(1, 0xf_ffff, data),
+        0xffff_f000 | P | W | U
+    );
+    assert_eq!(
+        leaf::<X86TwoLevel>(2, 0x400, data),
+        0x40_0000 | P | W | U | PS
+    );
+    assert!(!X86TwoLevel::can_encode(
+        1,
+        Frame::from_number(1 << 20),
+        &data
+    ));
+    assert!(!X86TwoLevel::can_encode(1, Frame::ZERO, &data.pkey(1)));
+    assert_eq!(leaf::<X86Pae>(1, 1 << 30, data), 1 << 42 | P | W | U | XD);
+    assert!(!X86Pae::can_encode(1, Frame::ZERO, &data.pkey(1)));
+    // Page-directory-pointer entries: bits 1, 2 and 8..5 are reserved.
+    assert_eq!(X86Pae::table(3, Frame::from_number(5)), 0x5000 | P);
+    assert_eq!(X86Pae::table(2, Frame::from_number(5)), 0x5000 | P | W | U);
+}
+
+#[test]
+fn words_that_are_not_present_name_no_memory() {
+    // L1TF: a processor that ignores P must find address bits that no memory has.
+    let hidden = leaf::<X86_64>(1, 0x1234, Attributes::new(Rights::empty()).dirty());
+    assert_eq!(hidden & P, 0);
+    assert_eq!(
+        hidden & 0x000f_ffff_ffff_f000,
+        !(0x123_4000u64) & 0x000f_ffff_ffff_f000
+    );
+    for number in [0, 1, 0xffff, (1 << X86_64::PAYLOAD_BITS) - 1] {
+        let payload = Payload::new::<X86_64>(number).unwrap();
+        let word = X86_64::payload(payload);
+        assert_eq!(
+            (X86_64::kind(1, word), X86_64::payload_of(word)),
+            (Kind::Payload, payload)
+        );
+        assert_eq!(word & P, 0);
+        if number < 1 << 20 {
+            assert!(word & 0x000f_ffff_ffff_f000 > 1 << 50);
+        }
+    }
+    assert_eq!(Payload::new::<X86_64>(1 << X86_64::PAYLOAD_BITS), None);
+    let payload = Payload::new::<X86TwoLevel>((1 << 28) - 1).unwrap();
+    let word = X86TwoLevel::payload(payload);
+    assert!(word < 1 << 32 && word & P == 0);
+    assert_eq!(X86TwoLevel::payload_of(word), payload);
+}
+
+#[test]
+fn every_level_is_as_wide_as_its_table() {
+    fn check<F: Format>(bits: u32, word_bytes: usize) {
+        let mut shift = 0;
+        for level in F::LEVELS {
+            assert_eq!(level.shift, shift);
+            assert!(level.entries() * word_bytes <= 4096);
+            shift += level.bits;
+        }
+        assert_eq!(shift + 12, bits);
+        assert_eq!(F::canonical(F::LEVELS.len()).bits(), bits);
+        assert_eq!(F::LEVELS[0].order(), Order::ZERO);
+    }
+    check::<X86_64>(48, 8);
+    check::<X86_64La57>(57, 8);
+    check::<X86Pae>(32, 8);
+    check::<X86TwoLevel>(32, 4);
+}
