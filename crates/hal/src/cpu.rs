@@ -206,6 +206,13 @@ pub unsafe trait CpuCall {
     fn run_on(&self, cpus: &CpuSet, f: &(dyn Fn(CpuId) + Sync)) -> Result<(), CpuCallError>;
 }
 
+// SAFETY: a reference forwards to an implementation that keeps the contract.
+unsafe impl<C: CpuCall + ?Sized> CpuCall for &C {
+    fn run_on(&self, cpus: &CpuSet, f: &(dyn Fn(CpuId) + Sync)) -> Result<(), CpuCallError> {
+        (**self).run_on(cpus, f)
+    }
+}
+
 /// Why other CPUs were not called.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
