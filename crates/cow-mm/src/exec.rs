@@ -280,8 +280,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             && segment.file_size > 0
             && segment.prot.contains(Prot::WRITE)
         {
-            // What of the last file page is not the file's.
-            let tail = bss.min(end) - file_end;
+            // What of the last file page is not the file's, to the page's end even if the segment ends before (`padzero`).
+            let tail = bss - file_end;
             self.zero_memory(VirtAddr::new(file_end), tail as usize)
                 .map_err(|_| Errno::EFAULT)?;
         }
