@@ -23,6 +23,19 @@ pub struct Cli {
 pub enum Command {
     /// Boot the whole stack from a real machine's memory map and run real programs' memory calls on it.
     Boot(Boot),
+    /// Replay recorded runs of Linux on the memory manager, call by call.
+    Replay(Replay),
+}
+
+/// Arguments of `kmem replay`.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Replay {
+    /// Recorded runs, plain or gzip [default: all embedded ones].
+    #[arg(value_name = "FILE")]
+    pub files: Vec<String>,
+    /// List every call and advice that is accepted without its full effect, and replay nothing.
+    #[arg(long)]
+    pub unsupported: bool,
 }
 
 /// Arguments of `kmem boot`.

@@ -18,7 +18,7 @@
 //! are another file's.
 
 use crate::input::InputError;
-use object::elf::{ET_DYN, FileHeader64, PF_R, PF_W, PF_X, PT_INTERP, PT_LOAD, ProgramFlags};
+use object::elf::{ET_DYN, FileHeader64, PF_R, PF_W, PF_X, PT_LOAD, ProgramFlags};
 use object::read::elf::{FileHeader, ProgramHeader};
 use object::{Endianness, elf};
 
@@ -84,8 +84,8 @@ pub struct Image {
     pub segments: Vec<Segment>,
     /// The address of the first instruction.
     pub entry: u64,
-    /// Whether the file names a dynamic loader.
-    pub dynamic: bool,
+    /// What was added to the file's addresses: 0 for a binary that runs where it was linked.
+    pub base: u64,
 }
 
 impl Image {
@@ -122,10 +122,8 @@ impl Image {
             0
         };
         let mut segments: Vec<Segment> = Vec::new();
-        let mut dynamic = false;
         for ph in header.program_headers(endian, &bytes[..]).map_err(odd)? {
             let kind = ph.p_type(endian);
-            dynamic |= kind == PT_INTERP;
             if kind != PT_LOAD || ph.p_memsz(endian) == 0 {
                 continue;
             }
@@ -181,7 +179,7 @@ impl Image {
             name: name.into(),
             segments,
             entry,
-            dynamic,
+            base,
             bytes,
         })
     }
@@ -195,22 +193,26 @@ impl Image {
             .sum()
     }
 
-    /// Returns the byte that must stand at an address of a segment right after exec.
+    /// Fills `page` with what must stand in a page of a segment right after exec.
     ///
     /// Bytes of the segment's first page before its start are the file's, as the whole page is mapped.
-    pub fn expected(&self, segment: &Segment, address: u64) -> u8 {
-        let cleared = segment.prot & 2 != 0
-            && segment.len > segment.file_len
-            && address >= segment.file_end();
-        if cleared || address >= segment.file_pages_end() {
-            return 0;
+    pub fn expected_page(&self, segment: &Segment, address: u64, page: &mut [u8]) {
+        page.fill(0);
+        if segment.file_len == 0 || address >= segment.file_pages_end() {
+            return;
         }
         let offset = segment.page_offset() + (address - segment.first_page());
-        usize::try_from(offset)
+        let bytes = usize::try_from(offset)
             .ok()
-            .and_then(|o| self.bytes.get(o))
-            .copied()
-            .unwrap_or(0)
+            .and_then(|o| self.bytes.get(o..))
+            .unwrap_or(&[]);
+        let n = bytes.len().min(page.len());
+        page[..n].copy_from_slice(&bytes[..n]);
+        let cleared = segment.prot & 2 != 0 && segment.len > segment.file_len;
+        if cleared && segment.file_end() < address + page.len() as u64 {
+            let keep = segment.file_end().saturating_sub(address);
+            page[usize::try_from(keep).unwrap_or(0)..].fill(0);
+        }
     }
 }
 
@@ -230,10 +232,15 @@ mod tests {
         );
         assert!(image.file_pages() > 10);
         let first = &image.segments[0];
-        assert_eq!(image.expected(first, first.first_page() + 1), b'E');
+        let byte = |s: &Segment, address: u64| {
+            let mut page = [0; 4096];
+            image.expected_page(s, address & !4095, &mut page);
+            page[(address & 4095) as usize]
+        };
+        assert_eq!(byte(first, first.first_page() + 1), b'E');
         // What is executing now is what stands in the file.
         let text = image.segments.iter().find(|s| s.prot == 5).unwrap();
-        assert!((text.address..text.address + 64).any(|a| image.expected(text, a) != 0));
+        assert!((text.address..text.address + 64).any(|a| byte(text, a) != 0));
     }
 
     #[test]
@@ -243,7 +250,7 @@ mod tests {
             bytes: vec![7; 8192],
             segments: vec![],
             entry: 0,
-            dynamic: false,
+            base: 0,
         };
         let s = Segment {
             address: 0x10_0100,
@@ -252,10 +259,15 @@ mod tests {
             len: 0x2000,
             prot: 3,
         };
-        assert_eq!(image.expected(&s, 0x10_0000), 7);
-        assert_eq!(image.expected(&s, 0x10_02ff), 7);
-        assert_eq!(image.expected(&s, 0x10_0300), 0);
-        assert_eq!(image.expected(&s, 0x10_1000), 0);
+        let byte = |s: &Segment, address: u64| {
+            let mut page = [0xee; 4096];
+            image.expected_page(s, address & !4095, &mut page);
+            page[(address & 4095) as usize]
+        };
+        assert_eq!(byte(&s, 0x10_0000), 7);
+        assert_eq!(byte(&s, 0x10_02ff), 7);
+        assert_eq!(byte(&s, 0x10_0300), 0);
+        assert_eq!(byte(&s, 0x10_1000), 0);
         assert_eq!(s.pages_end(), 0x10_3000);
         // A segment that cannot be written keeps the file's next bytes in its last page.
         let s = Segment {
@@ -263,7 +275,7 @@ mod tests {
             len: 0x200,
             ..s
         };
-        assert_eq!(image.expected(&s, 0x10_0fff), 7);
+        assert_eq!(byte(&s, 0x10_0fff), 7);
     }
 
     #[test]

@@ -1,6 +1,7 @@
 //! The `kmem` command.
 
 use clap::Parser;
+use kmem_cli::Status;
 use kmem_cli::args::{Boot, Cli, Command};
 use std::process::ExitCode;
 
@@ -10,13 +11,11 @@ fn main() -> ExitCode {
         .unwrap_or(Command::Boot(Boot::default()));
     let done = match command {
         Command::Boot(args) => kmem_cli::boot::run(&args),
+        Command::Replay(args) => kmem_cli::replay::command::main(&args),
     };
-    match done {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::from(1),
-        Err(bad_input) => {
-            eprintln!("{bad_input}");
-            ExitCode::from(2)
-        }
-    }
+    let status = done.unwrap_or_else(|bad_input| {
+        eprintln!("{bad_input}");
+        Status::Unusable
+    });
+    ExitCode::from(status as u8)
 }

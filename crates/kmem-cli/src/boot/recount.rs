@@ -65,6 +65,19 @@ pub fn zones(map: &MemoryMap) -> Vec<ZoneCount> {
     out
 }
 
+/// Counts the sections of 128 MiB that hold usable memory.
+pub fn sections(map: &MemoryMap) -> u64 {
+    let mut seen: Vec<u64> = Vec::new();
+    for (start, end) in map.usable() {
+        for section in start >> 27..=(end - 1) >> 27 {
+            if seen.last().is_none_or(|last| *last < section) {
+                seen.push(section);
+            }
+        }
+    }
+    seen.len() as u64
+}
+
 /// Returns the node of an address, and where the answer may change.
 pub(super) fn node_of(map: &MemoryMap, address: u64) -> (u32, u64) {
     if let Some(range) = map

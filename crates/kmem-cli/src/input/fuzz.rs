@@ -68,6 +68,10 @@ pub enum Access {
     AccErr,
     /// SIGBUS: beyond the end of the file.
     Bus,
+    /// The manager had no memory for the page; no recording holds this.
+    NoMemory,
+    /// The access faulted again and again; no recording holds this.
+    Endless,
 }
 
 impl core::fmt::Display for Access {
@@ -78,6 +82,8 @@ impl core::fmt::Display for Access {
             Self::MapErr => f.write_str("segv-maperr"),
             Self::AccErr => f.write_str("segv-accerr"),
             Self::Bus => f.write_str("bus"),
+            Self::NoMemory => f.write_str("out-of-memory"),
+            Self::Endless => f.write_str("endless-faults"),
         }
     }
 }

@@ -53,6 +53,7 @@ errnos! {
     EIO = 5,
     ENXIO = 6,
     E2BIG = 7,
+    ENOEXEC = 8,
     EBADF = 9,
     EAGAIN = 11,
     ENOMEM = 12,
@@ -233,11 +234,12 @@ impl<'a> Words<'a> {
     pub fn result(&mut self, at: At<'_>) -> Result<Recorded, InputError> {
         let word = self.equals(at)?;
         self.end(at)?;
-        if word.starts_with('E') && !word.bytes().all(|c| c.is_ascii_hexdigit()) {
-            return match Errno::from_name(word) {
-                Some(e) => Ok(Err(e)),
-                None => Err(at.error("result", word, "is no errno of a memory call")),
-            };
+        // Names first: EBADF is made of hexadecimal digits, but the files write their numbers in small letters.
+        if let Some(errno) = Errno::from_name(word) {
+            return Ok(Err(errno));
+        }
+        if word.starts_with('E') {
+            return Err(at.error("result", word, "is no errno of a memory call"));
         }
         at.hex("result", word).map(Ok)
     }
@@ -328,8 +330,12 @@ mod tests {
         let r = |s: &str| Words::of(s).result(AT).map_err(|e| e.to_string());
         assert_eq!(r("= 7fff0000"), Ok(Ok(0x7fff_0000)));
         assert_eq!(r("= ENOMEM"), Ok(Err(Errno::ENOMEM)));
-        // Made of hexadecimal digits only, so it is a number.
-        assert_eq!(r("= EFACE"), Ok(Ok(0xeface)));
+        assert_eq!(
+            r("= EBADF"),
+            Ok(Err(Errno::EBADF)),
+            "though all its letters are digits"
+        );
+        assert_eq!(r("= ebadf"), Ok(Ok(0xebadf)));
         assert!(r("= EWHAT").unwrap_err().contains("no errno"));
         assert!(r("0").unwrap_err().contains("equals sign"));
         assert!(r("=").unwrap_err().contains("missing"));

@@ -6,10 +6,78 @@
 use super::mm::MmUnderTest;
 use super::{Outcome, Report, replay, short_name};
 use crate::Status;
-use crate::embedded::{FUZZ, TRACES};
-use crate::input::InputError;
+use crate::args::Replay;
+use crate::embedded::{self, FUZZ, TRACES};
 use crate::input::lines::Source;
+use crate::input::{InputError, map};
+use crate::world::World;
+use crate::world::process::Process;
+use std::fmt::Write as _;
 use std::io::Write;
+
+/// The machine that recordings are replayed on: large enough for every program that was recorded.
+const MACHINE: &str = "firecracker-24g";
+/// Its processors: a child runs on another one than its parent.
+const CPUS: usize = 2;
+
+/// Runs the command on a mock machine.
+///
+/// # Errors
+/// If the machine itself cannot come up.
+pub fn main(args: &Replay) -> Result<Status, InputError> {
+    if args.unsupported {
+        print!("{}", unsupported());
+        return Ok(Status::Held);
+    }
+    let map = embedded::find(embedded::MAPS, MACHINE).map_or_else(
+        || {
+            Err(InputError::new(
+                "embedded",
+                0,
+                "map",
+                MACHINE,
+                "is not embedded",
+            ))
+        },
+        |m| map::read(m.open()?),
+    )?;
+    let world = World::new(&map, CPUS)?;
+    let make = || Process::new(world).map_err(|e| e.to_string());
+    Ok(run(
+        sources(&args.files),
+        make,
+        &mut std::io::stdout().lock(),
+        &mut std::io::stderr(),
+    ))
+}
+
+/// Says of every call and advice that is accepted without its full effect what is missing.
+pub fn unsupported() -> String {
+    let mut out = String::new();
+    for advice in kmem_cow_mm::Advice::ALL {
+        if let Some(missing) = advice.missing_effect() {
+            let _ = writeln!(out, "madvise {advice:?} ({}): {missing}", advice as i32);
+        }
+    }
+    for (call, missing) in [
+        (
+            "x lines of traces (mlock, shmat, mseal, ..)",
+            "counted and not made: no line of a recorded list depends on them",
+        ),
+        (
+            "n lines of traces (PR_SET_VMA_ANON_NAME)",
+            "counted and not made: names of anonymous memory are not kept",
+        ),
+        ("mmap MAP_DENYWRITE, MAP_EXECUTABLE", "ignored, as in Linux"),
+        (
+            "mmap MAP_HUGETLB",
+            "refused with EINVAL: there is no pool of huge pages",
+        ),
+    ] {
+        let _ = writeln!(out, "{call}: {missing}");
+    }
+    out
+}
 
 /// Opens the files that were named, or all embedded runs if none was.
 pub fn sources(files: &[String]) -> Vec<(String, Result<Source, InputError>)> {
@@ -26,13 +94,21 @@ pub fn sources(files: &[String]) -> Vec<(String, Result<Source, InputError>)> {
 /// Replays all of them; `make` builds an empty manager for each, `out` and `err` are stdout and stderr.
 pub fn run<M: MmUnderTest>(
     sources: Vec<(String, Result<Source, InputError>)>,
-    mut make: impl FnMut() -> M,
+    mut make: impl FnMut() -> Result<M, String>,
     out: &mut dyn Write,
     err: &mut dyn Write,
 ) -> Status {
     let (mut passed, mut failed, mut unusable) = (0, 0, false);
     for (name, source) in sources {
-        match source.and_then(|s| replay(s, &mut make)) {
+        let outcome = source.and_then(|s| match make() {
+            Ok(mm) => replay(s, || mm),
+            Err(why) => Ok(Outcome::Fail {
+                line: 0,
+                expected: "an-address-space".into(),
+                got: why,
+            }),
+        });
+        match outcome {
             Ok(outcome) => {
                 let good = matches!(outcome, Outcome::Pass { .. });
                 passed += usize::from(good);
@@ -79,7 +155,7 @@ mod tests {
             .collect();
         let status = run(
             sources,
-            || Echo::trace(Source::text("x", GOOD)),
+            || Ok(Echo::trace(Source::text("x", GOOD))),
             &mut out,
             &mut err,
         );
@@ -88,6 +164,12 @@ mod tests {
             String::from_utf8(out).unwrap(),
             String::from_utf8(err).unwrap(),
         )
+    }
+
+    #[test]
+    fn what_has_no_full_effect_is_listed() {
+        assert!(unsupported().lines().count() >= 4);
+        assert!(unsupported().contains("MAP_HUGETLB"));
     }
 
     #[test]

@@ -5,7 +5,7 @@
 //!            |###|#...|.........|        |....#....|....|....|....|....|....|
 //! ```
 //! A cell stands for equally many bytes in its row. Its colour mixes white (all of it free) with the zone's colour (all in
-//! use); holes are hatched grey. The numbers are those that the caller counted: nothing is estimated here.
+//! use), and is never lighter than a tint where anything is in use; holes are hatched grey. The numbers are those that the caller counted: nothing is estimated here.
 
 use super::escape;
 use crate::output::units::bytes;
@@ -60,6 +60,8 @@ const WIDTH: f64 = 1000.0;
 const ROW: f64 = 74.0;
 const CELLS_TOP: f64 = 22.0;
 const CELLS_HEIGHT: f64 = 30.0;
+/// How much colour a cell gets in which anything at all is in use.
+const LEAST_TINT: f64 = 0.2;
 
 /// Hues of zones, far enough apart to be told apart without colour vision by their lightness in use.
 fn colour(zone: &str) -> (u8, u8, u8) {
@@ -124,6 +126,11 @@ impl Row {
             } else {
                 let (r, g, b) = colour(zone.map_or("", |z| z.name.as_str()));
                 let share = cell.used as f64 / (cell.free + cell.used) as f64;
+                let share = if cell.used > 0 {
+                    share.max(LEAST_TINT)
+                } else {
+                    0.0
+                };
                 let mix = |c: u8| (255.0 - (255.0 - f64::from(c)) * share).round() as u8;
                 format!("#{:02x}{:02x}{:02x}", mix(r), mix(g), mix(b))
             };

@@ -127,7 +127,6 @@ pub struct Machine {
     #[allow(dead_code)]
     pub map: &'static Arena,
     pub frames: &'static Frames,
-    #[allow(dead_code)]
     pub flushes: &'static Flushes,
     env: &'static TestEnv,
 }
