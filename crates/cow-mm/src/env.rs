@@ -3,6 +3,8 @@
 //! Page tables, frames, the MMU and grace periods come in through paging's environment; this trait adds the memory for
 //! kmem's own objects and the lock that may sleep. One environment serves every address space of a kernel.
 
+use core::marker::PhantomData;
+
 use kmem_hal::{ObjectAlloc, RawSleepLock};
 use kmem_paging::Env as PagingEnv;
 use kmem_paging::format::Format;
@@ -40,4 +42,64 @@ pub unsafe trait Env: Sized {
     fn vmas(&self) -> &Self::Vmas;
     /// Memory for objects.
     fn objects(&self) -> &Self::Objects;
+}
+
+/// An [`Env`] of separate parts: values, or references to them.
+///
+/// See the crate's front page for one put together. `F` is the format of user page tables and `L` the lock.
+#[derive(Debug)]
+pub struct Parts<P, F, N, V, O, L> {
+    paging: P,
+    nodes: N,
+    vmas: V,
+    objects: O,
+    kind: PhantomData<fn() -> (F, L)>,
+}
+
+impl<P, F, N, V, O, L> Parts<P, F, N, V, O, L> {
+    /// Puts an environment together.
+    ///
+    /// # Safety
+    ///
+    /// `E2` of [`Env`] holds for `paging`, and the value is not moved once a space or object was made with it.
+    pub const unsafe fn new(paging: P, nodes: N, vmas: V, objects: O) -> Self {
+        Self {
+            paging,
+            nodes,
+            vmas,
+            objects,
+            kind: PhantomData,
+        }
+    }
+}
+
+// SAFETY: E1: fields never change; E2 and E3 were promised to `new`.
+unsafe impl<P, F, N, V, O, L> Env for Parts<P, F, N, V, O, L>
+where
+    P: PagingEnv,
+    F: Format,
+    N: ObjectAlloc<Node>,
+    V: ObjectAlloc<Vma>,
+    O: ObjectAlloc<Object<N, L>>,
+    L: RawSleepLock,
+{
+    type Paging = P;
+    type Format = F;
+    type Nodes = N;
+    type Vmas = V;
+    type Objects = O;
+    type Lock = L;
+
+    fn paging(&self) -> &P {
+        &self.paging
+    }
+    fn nodes(&self) -> &N {
+        &self.nodes
+    }
+    fn vmas(&self) -> &V {
+        &self.vmas
+    }
+    fn objects(&self) -> &O {
+        &self.objects
+    }
 }

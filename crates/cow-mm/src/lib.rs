@@ -25,7 +25,7 @@ mod user;
 mod vma;
 mod vma_set;
 
-pub use env::Env;
+pub use env::{Env, Parts};
 pub use errno::Errno;
 pub use exec::{ExecError, Image, Start};
 pub use fault::{Outcome, Signal};

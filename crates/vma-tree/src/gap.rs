@@ -1,10 +1,29 @@
-//! Free ranges: what a search asks for, and what it answers.
+//! Free ranges: what a search asks for, how it finds it, what it answers.
+//!
+//! Every inner node has the largest gap below each child on record, so a search goes straight to a leaf that has one
+//! large enough, from either end, without looking into any other.
+//!
+//! ```text
+//!   find_gap_up(9 pages)          [ 3 | 12 | 7 ]           records of the root: child 1 is the first with >= 9
+//!                                      |
+//!                             [ 2 | 12 | 11 | 4 ]          and again below
+//! ```
+//!
+//! Cost: O(log N) where every gap of the size asked for serves. That is the case without alignment, and with
+//! [`GapRequest::at_least`] `pages + alignment - 1`, which is how Linux asks. A gap clipped by the limits costs one more
+//! descent at each end. A gap that the predicate refuses costs one step.
+//!
+//! The ends of the page numbers are ordinary: a gap may begin with page 0 and end with the last page.
 
 use core::fmt;
 
-use kmem_hal::{Page, PageRange};
+use kmem_hal::{ObjectAlloc, Page, PageRange};
 
-use crate::value::Entry;
+use crate::node::{Leaf, Node, from_word, saturate};
+use crate::path::HEIGHT_MASK;
+use crate::stock::Sharing;
+use crate::tree::RangeTree;
+use crate::value::{Entry, Value};
 
 /// What a gap search looks for.
 ///
@@ -116,5 +135,309 @@ impl<V: fmt::Debug> fmt::Debug for Gap<V> {
             .field("below", &self.below)
             .field("above", &self.above)
             .finish()
+    }
+}
+
+/// What a search's caller makes of a gap: the part that may be used, or `None` to pass it over.
+pub type Usable<'u, V> = &'u mut dyn FnMut(&Gap<V>) -> Option<PageRange>;
+
+/// A search under way.
+struct Search<'s, 'u, V> {
+    request: &'s GapRequest,
+    usable: Option<Usable<'u, V>>,
+    up: bool,
+}
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
+    /// The lowest place for the request.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use kmem_hal::{FixedPool, Page, PageRange};
+    /// use kmem_vma_tree::{GapRequest, Node, RangeTree};
+    ///
+    /// let nodes = FixedPool::<Node, 8>::new();
+    /// let mut tree: RangeTree<u8, _> = RangeTree::new_in(&nodes);
+    /// let page = |number| Page::new(number).unwrap();
+    /// tree.store(PageRange::new(page(3), page(9)).unwrap(), Some(0), &mut |_| ())?;
+    /// // Four pages at a multiple of four: pages 0 to 2 are too few, and 10 is none.
+    /// let place = tree.find_gap_up(&GapRequest::new(4).aligned(4, 0)).unwrap();
+    /// assert_eq!(place.first(), page(12));
+    /// // From above the last page of the space serves like any other.
+    /// assert_eq!(tree.find_gap_down(&GapRequest::new(4)).unwrap().last(), Page::MAX);
+    /// # Ok::<(), kmem_hal::AllocError>(())
+    /// ```
+    #[must_use]
+    #[doc(alias = "unmapped_area")]
+    #[doc(alias = "mas_empty_area")]
+    pub fn find_gap_up(&self, request: &GapRequest) -> Option<PageRange> {
+        self.search(Search {
+            request,
+            usable: None,
+            up: true,
+        })
+    }
+
+    /// The highest place for the request.
+    #[must_use]
+    #[doc(alias = "unmapped_area_topdown")]
+    #[doc(alias = "mas_empty_area_rev")]
+    pub fn find_gap_down(&self, request: &GapRequest) -> Option<PageRange> {
+        self.search(Search {
+            request,
+            usable: None,
+            up: false,
+        })
+    }
+
+    /// The lowest place for the request in the part of a gap that `usable` leaves: stack guards take their share of it.
+    #[doc(alias = "vm_start_gap")]
+    #[doc(alias = "stack_guard_gap")]
+    pub fn find_gap_up_with(
+        &self,
+        request: &GapRequest,
+        usable: Usable<'_, V>,
+    ) -> Option<PageRange> {
+        self.search(Search {
+            request,
+            usable: Some(usable),
+            up: true,
+        })
+    }
+
+    /// The highest place for the request in the part of a gap that `usable` leaves.
+    pub fn find_gap_down_with(
+        &self,
+        request: &GapRequest,
+        usable: Usable<'_, V>,
+    ) -> Option<PageRange> {
+        self.search(Search {
+            request,
+            usable: Some(usable),
+            up: false,
+        })
+    }
+
+    /// Pages in the largest free range; 0 where every page is covered. O(log N).
+    #[must_use]
+    pub fn largest_gap(&self) -> u64 {
+        let recorded = match self.height() {
+            0 => return Page::LIMIT,
+            1 => 0,
+            _ => from_word::<W>(self.root_word()).map_or(0, |root| {
+                // SAFETY: nobody edits while `&self` of this tree is out, so the nodes stay.
+                u64::from(unsafe { root.as_ref() }.largest_child_gap())
+            }),
+        };
+        if self.height() > 1 && recorded < u64::from(u32::MAX) {
+            return recorded;
+        }
+        // Gaps too large for a record, or a single leaf: look at each. There are at most 2^20 of the former.
+        let mut largest = 0;
+        let request = GapRequest::new(1).at_least(recorded);
+        let _ = self.find_gap_up_with(&request, &mut |gap| {
+            largest = largest.max(gap.range.count());
+            None
+        });
+        largest
+    }
+
+    /// The free ranges inside `limits`, ascending, with their neighbours.
+    pub fn gaps(&self, limits: PageRange) -> impl Iterator<Item = Gap<V>> + '_ {
+        let mut entries = self.iter_from(limits.first());
+        let mut below = self.last_before(limits.first());
+        let mut free = Some(limits.first());
+        core::iter::from_fn(move || {
+            loop {
+                let first = free.filter(|&first| first <= limits.last())?;
+                let above = entries.next();
+                let under = core::mem::replace(&mut below, above);
+                free = above.and_then(|above| above.last().checked_add(1));
+                let last = match above {
+                    Some(above) => match above.first().checked_sub(1) {
+                        Some(last) => last,
+                        None => continue,
+                    },
+                    None => Page::MAX,
+                };
+                if let Some(range) = PageRange::new(first, last.min(limits.last())) {
+                    return Some(Gap {
+                        range,
+                        below: under.filter(|under| under.last().number() + 1 == first.number()),
+                        above: above
+                            .filter(|above| above.first().number() == range.last().number() + 1),
+                    });
+                }
+            }
+        })
+    }
+
+    fn search(&self, mut search: Search<'_, '_, V>) -> Option<PageRange> {
+        let root = self.root_word();
+        let Some(node) = from_word::<W>(root) else {
+            return search.consider(self, (0, Page::MAX.number()));
+        };
+        let limits = search.request.limits;
+        let need = saturate(search.request.at_least);
+        let top = (root & HEIGHT_MASK) as usize - 1;
+        if top == 0 {
+            // SAFETY: nobody edits while `&self` of this tree is out, so the nodes stay.
+            let leaf = unsafe { node.as_ref() }.leaf();
+            return search.leaf(self, leaf, (0, Page::MAX.number()));
+        }
+        let mut nodes = [node; crate::path::MAX_HEIGHT];
+        // The children still to look into, and which child the path takes, by level.
+        let mut open = [0_u16; crate::path::MAX_HEIGHT];
+        let mut slots = [0_u8; crate::path::MAX_HEIGHT];
+        // Bit `level`: the node contains the page of the lower or upper limit.
+        let (mut at_first, mut at_last) = (1_u32 << top, 1_u32 << top);
+        let mut level = top;
+        // SAFETY: as above, here and below.
+        open[level] = unsafe { node.as_ref() }.children_with_gap(need)
+            & unsafe { node.as_ref() }
+                .children_between(Some(limits.first().number()), Some(limits.last().number()));
+        loop {
+            if open[level] == 0 {
+                if level == top {
+                    return None;
+                }
+                level += 1;
+                continue;
+            }
+            let slot = if search.up {
+                open[level].trailing_zeros()
+            } else {
+                15 - open[level].leading_zeros()
+            } as usize;
+            open[level] &= !(1 << slot);
+            slots[level] = slot as u8;
+            // SAFETY: as above.
+            let inner = unsafe { nodes[level].as_ref() };
+            let child = inner.child(slot)?;
+            if level > 1 {
+                // SAFETY: as above.
+                let below = unsafe { child.as_ref() };
+                let first =
+                    at_first >> level & 1 == 1 && slot == inner.child_for(limits.first().number());
+                let last =
+                    at_last >> level & 1 == 1 && slot == inner.child_for(limits.last().number());
+                level -= 1;
+                at_first = at_first & !(1 << level) | u32::from(first) << level;
+                at_last = at_last & !(1 << level) | u32::from(last) << level;
+                nodes[level] = child;
+                open[level] = below.children_with_gap(need);
+                if first || last {
+                    open[level] &= below.children_between(
+                        first.then_some(limits.first().number()),
+                        last.then_some(limits.last().number()),
+                    );
+                }
+                continue;
+            }
+            let (mut low, mut high) = (0, Page::MAX.number());
+            for above in (1..=top).rev() {
+                // SAFETY: as above.
+                let inner = unsafe { nodes[above].as_ref() };
+                let slot = usize::from(slots[above]);
+                (low, high) = (inner.first_of(slot, low), inner.last_of(slot, high));
+            }
+            // SAFETY: as above.
+            let leaf = unsafe { child.as_ref() }.leaf();
+            if let Some(place) = search.leaf(self, leaf, (low, high)) {
+                return Some(place);
+            }
+        }
+    }
+}
+
+impl<V: Value> Search<'_, '_, V> {
+    /// Looks at the gaps of a leaf that answers for the pages `low ..= high`.
+    #[inline]
+    fn leaf<A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize>(
+        &mut self,
+        tree: &RangeTree<V, A, S, W>,
+        leaf: Leaf<'_, W>,
+        (low, high): (u64, u64),
+    ) -> Option<PageRange> {
+        let need = self.request.at_least;
+        let tail = (high == Page::MAX.number()).then_some(Page::LIMIT);
+        if self.up {
+            let mut free = low;
+            for slot in 0..leaf.count() {
+                let (first, last) = leaf.range(slot);
+                if first - free >= need
+                    && let Some(place) = self.consider(tree, (free, first - 1))
+                {
+                    return Some(place);
+                }
+                free = last + 1;
+            }
+            let end = tail?;
+            if end - free >= need {
+                return self.consider(tree, (free, end - 1));
+            }
+        } else {
+            let mut end = tail.unwrap_or(0);
+            for slot in (0..leaf.count()).rev() {
+                let (first, last) = leaf.range(slot);
+                if end > last
+                    && end - last > need
+                    && let Some(place) = self.consider(tree, (last + 1, end - 1))
+                {
+                    return Some(place);
+                }
+                end = first;
+            }
+            if end - low >= need {
+                return self.consider(tree, (low, end - 1));
+            }
+        }
+        None
+    }
+
+    /// Places the request in the gap `first ..= last` if it fits.
+    fn consider<A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize>(
+        &mut self,
+        tree: &RangeTree<V, A, S, W>,
+        (first, last): (u64, u64),
+    ) -> Option<PageRange> {
+        let limits = self.request.limits;
+        let clipped = PageRange::new(
+            Page::from_number(first).max(limits.first()),
+            Page::from_number(last).min(limits.last()),
+        )?;
+        if clipped.count() < self.request.at_least {
+            return None;
+        }
+        let free = match &mut self.usable {
+            None => clipped,
+            Some(usable) => {
+                let is_whole = |page: Page, end| page.number() == end;
+                let gap = Gap {
+                    range: clipped,
+                    below: clipped
+                        .first()
+                        .checked_sub(1)
+                        .filter(|_| is_whole(clipped.first(), first))
+                        .and_then(|page| tree.get(page)),
+                    above: clipped
+                        .last()
+                        .checked_add(1)
+                        .filter(|_| is_whole(clipped.last(), last))
+                        .and_then(|page| tree.get(page)),
+                };
+                let free = usable(&gap)?.intersection(clipped)?;
+                if free.count() < self.request.at_least {
+                    return None;
+                }
+                free
+            }
+        };
+        if self.up {
+            self.request.place_low(free)
+        } else {
+            self.request.place_high(free)
+        }
     }
 }

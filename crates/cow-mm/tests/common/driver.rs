@@ -1,6 +1,6 @@
 //! Applies one list of steps to the model and to real address spaces on the mock machine, and compares every word.
 
-use kmem_cow_mm::{Advice, Errno, MapFlags, MapRequest, Outcome, Prot, RemapFlags, Signal};
+use kmem_cow_mm::{Advice, Errno, MapFlags, MapRequest, Mm, Outcome, Prot, RemapFlags, Signal};
 use kmem_testkit::processes::{Answer, PROCESSES, ProcessOp, Processes, WINDOW, span, stored};
 
 use super::{PAGE, Program, World};
@@ -134,8 +134,12 @@ fn is_all_or_nothing(op: ProcessOp) -> bool {
 
 /// Runs the steps; with `failures`, each all-or-nothing step is first tried with its first allocation failing, then its
 /// second, and so on, and must leave the model's words alone each time.
-pub fn run(world: &'static World, ops: &[ProcessOp], failures: bool) {
-    let mm = world.mm();
+pub fn run(
+    world: &'static World,
+    mm: &'static Mm<'static, World>,
+    ops: &[ProcessOp],
+    failures: bool,
+) {
     let before = world.used_frames();
     let mut model = Processes::new();
     let mut programs: Vec<Option<Program>> = (0..PROCESSES).map(|_| None).collect();

@@ -127,6 +127,7 @@ pub struct Machine {
     #[allow(dead_code)]
     pub map: &'static Arena,
     pub frames: &'static Frames,
+    #[allow(dead_code)]
     pub flushes: &'static Flushes,
     env: &'static TestEnv,
 }

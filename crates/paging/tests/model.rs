@@ -1,0 +1,76 @@
+//! Every operation on every format, held against a flat map; with memory, and with memory running out at every
+//! allocation in turn.
+
+#![cfg(not(loom))]
+
+#[path = "common/machine.rs"]
+mod machine;
+#[path = "common/ops.rs"]
+mod ops;
+
+use kmem_paging::format::{Format, X86_64, X86_64La57, X86Pae, X86TwoLevel};
+use ops::World;
+use proptest::prelude::*;
+
+fn run<F: Format>(codes: &[[u8; 6]]) {
+    let mut world = World::<F>::new();
+    for (number, &code) in codes.iter().enumerate() {
+        world.step(code, None);
+        if number % 8 == 7 {
+            world.compare();
+        }
+    }
+    world.finish();
+}
+
+/// Each operation fails at its first allocation, then at its second, until it needs no more; then it is done for good.
+fn run_without_memory<F: Format>(codes: &[[u8; 6]]) -> usize {
+    let mut world = World::<F>::new();
+    let mut failures = 0;
+    for &code in codes {
+        let mut fuse = 0;
+        while world.step(code, Some(fuse)) {
+            world.compare();
+            failures += 1;
+            fuse += 1;
+        }
+    }
+    world.finish();
+    failures
+}
+
+macro_rules! formats {
+    ($($name:ident $format:ty),*) => {$(
+        mod $name {
+            use super::*;
+
+            proptest! {
+                #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+
+                #[test]
+                fn agrees_with_a_flat_map(codes in prop::collection::vec(any::<[u8; 6]>(), 1..60)) {
+                    run::<$format>(&codes);
+                }
+
+                #[test]
+                fn changes_nothing_without_memory(codes in prop::collection::vec(any::<[u8; 6]>(), 1..12)) {
+                    run_without_memory::<$format>(&codes);
+                }
+            }
+        }
+    )*};
+}
+
+formats!(four_levels X86_64, five_levels X86_64La57, pae X86Pae, two_levels X86TwoLevel);
+
+#[test]
+fn memory_does_run_out_in_these_tests() {
+    // Map huge, unmap a page of it, move, map a range: each needs tables.
+    let codes = [
+        [0, 0, 0, 0, 0, 1],
+        [3, 0, 5, 0, 0, 0],
+        [12, 0, 0, 20, 0, 3],
+        [2, 3, 0, 39, 0, 0],
+    ];
+    assert!(run_without_memory::<X86_64>(&codes) >= 6);
+}

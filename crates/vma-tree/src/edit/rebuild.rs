@@ -1,0 +1,446 @@
+//! The edit that changes more than one leaf, or how many leaves there are.
+
+use kmem_hal::{AllocError, ObjectAlloc, Page};
+
+use super::{Cut, Pieces};
+use crate::list::List;
+use crate::node::{Child, Coding, Node, NodePtr, Raw, saturate, to_word};
+use crate::path::{MAX_HEIGHT, Path};
+use crate::stock::Sharing;
+use crate::tree::RangeTree;
+use crate::value::{Entry, Value};
+
+/// Old leaves give at most 15 + 15 ranges, and 3 pieces of which two are parts of old ranges.
+const RANGES: usize = 32;
+/// Old parents give at most 12 + 12 children beside at most 3 new ones.
+const CHILDREN: usize = 28;
+/// New nodes a level, and the nodes drawn in.
+const GROUPS: usize = 3;
+
+/// How a row of items is cut into nodes.
+type Groups = List<u8, GROUPS>;
+
+/// The nodes taken for an edit; given back unless the edit goes through.
+struct Taken<'t, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> {
+    tree: &'t RangeTree<V, A, S, W>,
+    nodes: List<NodePtr<W>, { GROUPS * MAX_HEIGHT }>,
+    used: bool,
+}
+
+impl<'t, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Taken<'t, V, A, S, W> {
+    fn take(&mut self) -> Result<NodePtr<W>, AllocError> {
+        if self.nodes.len() == GROUPS * MAX_HEIGHT {
+            return Err(AllocError::Unsatisfiable);
+        }
+        let node = self.tree.stock.take(&self.tree.alloc)?;
+        self.nodes.push(node);
+        Ok(node)
+    }
+}
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Drop for Taken<'_, V, A, S, W> {
+    fn drop(&mut self) {
+        if !self.used {
+            for &node in self.nodes.iter() {
+                self.tree.stock.give(node);
+            }
+        }
+    }
+}
+
+/// What the rebuilding of a level draws in beside the nodes on the two paths.
+#[derive(Clone, Copy, Default, PartialEq, Eq)]
+pub(super) enum Drawn {
+    #[default]
+    Nothing,
+    /// The neighbour below the left node.
+    Below,
+    /// The neighbour above the right node.
+    Above,
+}
+
+/// New nodes of one level.
+struct Row<const W: usize> {
+    children: List<Child<W>, GROUPS>,
+    drawn: Drawn,
+}
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
+    /// Replaces the ranges from `left`'s leaf and slot up to (not including) `right`'s by `pieces`.
+    #[inline(never)]
+    pub(super) fn rebuild(
+        &self,
+        left: (&Path<W>, usize),
+        right: (&Path<W>, usize),
+        pieces: &Pieces,
+        cut: Cut,
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<(), AllocError> {
+        let (before, after) = (left.0, right.0);
+        let height = before.height();
+        let filler = before.pointer(0);
+        let mut taken = Taken {
+            tree: self,
+            nodes: List::new(filler),
+            used: false,
+        };
+        let mut drawn = [Drawn::Nothing; MAX_HEIGHT];
+        let (mut row, end) = self.leaf_row(left, right, pieces, cut, &mut taken)?;
+        drawn[0] = row.drawn;
+        // The leaf above what was rebuilt has a larger gap below it now, or the last leaf is another one.
+        let stale = match row.children.last() {
+            Some(last) if last.last == end => None,
+            _ => Some(end),
+        };
+
+        let mut level = 1;
+        while level < height {
+            let same = before.pointer(level) == after.pointer(level)
+                && before.slot(level) == after.slot(level);
+            if same && row.drawn == Drawn::Nothing && row.children.len() == 1 {
+                break;
+            }
+            row = self.inner_row(level, (before, after), &row, &mut taken)?;
+            drawn[level] = row.drawn;
+            level += 1;
+        }
+        let top = level;
+        if level < height {
+            let child = row.children[0];
+            let old_high = after.bounds(level - 1).1;
+            before.node(level).set_child(before.slot(level), child.node);
+            if child.last < old_high {
+                after.lower_boundary(level, child.last);
+            }
+            before.record_gap(level, child.gap);
+        } else {
+            // The root itself was rebuilt: none, one or more nodes are left.
+            let mut levels = height;
+            while row.children.len() > 1 {
+                if levels == MAX_HEIGHT {
+                    return Err(AllocError::Unsatisfiable);
+                }
+                let mut all = List::<Child<W>, GROUPS>::new(row.children[0]);
+                all.extend(&row.children);
+                row = Row {
+                    children: self.write_inners(&all, false, &mut taken)?,
+                    drawn: Drawn::Nothing,
+                };
+                levels += 1;
+            }
+            match row.children.first() {
+                Some(root) => self.set_root(to_word(root.node) | levels as u64),
+                None => self.set_root(0),
+            }
+        }
+        taken.used = true;
+        drop(taken);
+        let gone = self.sweep(before, after, top, &drawn, cut, removed);
+        self.count_edit(pieces.len(), gone);
+        if level == height {
+            self.drop_lone_roots();
+        }
+        if let Some(end) = stale {
+            self.refresh_gap((end + 1).min(Page::MAX.number()));
+        }
+        Ok(())
+    }
+
+    /// The new leaves, and the last page that the old ones answered for.
+    fn leaf_row(
+        &self,
+        (before, from): (&Path<W>, usize),
+        (after, to): (&Path<W>, usize),
+        pieces: &Pieces,
+        cut: Cut,
+        taken: &mut Taken<'_, V, A, S, W>,
+    ) -> Result<(Row<W>, u64), AllocError> {
+        let mut ranges = List::<Raw, RANGES>::new(Raw::EMPTY);
+        let (left, right) = (before.leaf(), after.leaf());
+        for slot in 0..from {
+            ranges.push(left.raw(slot));
+        }
+        for &piece in pieces.iter() {
+            ranges.push(piece);
+        }
+        for slot in to..right.count() {
+            ranges.push(right.raw(slot));
+        }
+        let (mut low, mut high) = (before.low, after.high);
+        let mut drawn = Drawn::Nothing;
+        if !ranges.is_empty() && ranges.len() < Node::<W>::LEAF_LOW && before.height() > 1 {
+            let (left_parent, right_parent) = (before.node(1), after.node(1));
+            let mut joined = List::<Raw, RANGES>::new(Raw::EMPTY);
+            let (mut new_low, mut new_high) = (low, high);
+            let mut which = Drawn::Nothing;
+            if after.slot(1) + 1 < right_parent.children() {
+                which = Drawn::Above;
+                let slot = after.slot(1) + 1;
+                new_high = right_parent.last_of(slot, after.bounds(1).1);
+                joined.extend(&ranges);
+                joined.extend_leaf(right_parent, slot);
+            } else if let Some(slot) = before.slot(1).checked_sub(1) {
+                which = Drawn::Below;
+                new_low = left_parent.first_of(slot, before.bounds(1).0);
+                joined.extend_leaf(left_parent, slot);
+                joined.extend(&ranges);
+            }
+            if which != Drawn::Nothing
+                && plan::<W>(&joined, new_low, Shape::Even, None)
+                    .is_some_and(|plan| plan.len() <= 2)
+            {
+                (ranges, low, high, drawn) = (joined, new_low, new_high, which);
+            }
+        }
+        // An ascending or descending series of new ranges leaves nearly full leaves behind.
+        let inserted = drawn == Drawn::Nothing && pieces.len() == 1;
+        let shape = if inserted && to == right.count() && before.is_last() {
+            Shape::LowFull
+        } else if inserted && from == 0 {
+            Shape::HighFull
+        } else {
+            Shape::Even
+        };
+        let lower = usize::from(pieces.first().is_some_and(|piece| piece.first < cut.first));
+        let start = from + lower;
+        let parts = (start, start + usize::from(cut.value.is_some()));
+        let parts = (drawn == Drawn::Nothing).then_some(parts);
+        let groups = plan::<W>(&ranges, low, shape, parts).ok_or(AllocError::Unsatisfiable)?;
+        let mut children = List::new(Child {
+            node: before.pointer(0),
+            last: 0,
+            gap: 0,
+        });
+        let (mut rest, mut from_page) = (&ranges[..], low);
+        for &size in groups.iter() {
+            let (group, others) = rest.split_at(usize::from(size));
+            rest = others;
+            let node = taken.take()?;
+            let coding = Coding::choose(from_page, group).ok_or(AllocError::Unsatisfiable)?;
+            // SAFETY: the node is ours until it is published.
+            let leaf = unsafe { node.as_ref() };
+            leaf.write_leaf(coding, group);
+            let is_last = rest.is_empty() && high == Page::MAX.number();
+            let last = match group.last() {
+                Some(raw) if !is_last => raw.last,
+                _ => high,
+            };
+            children.push(Child {
+                node,
+                last,
+                gap: saturate(leaf.leaf().largest_gap(from_page, is_last)),
+            });
+            from_page = last.wrapping_add(1);
+        }
+        Ok((Row { children, drawn }, high))
+    }
+
+    /// The new nodes of `level`, whose children from one path to the other are replaced by `below`.
+    fn inner_row(
+        &self,
+        level: usize,
+        (before, after): (&Path<W>, &Path<W>),
+        below: &Row<W>,
+        taken: &mut Taken<'_, V, A, S, W>,
+    ) -> Result<Row<W>, AllocError> {
+        let filler = Child {
+            node: before.pointer(level),
+            last: 0,
+            gap: 0,
+        };
+        let mut all = List::<Child<W>, CHILDREN>::new(filler);
+        let (left, right) = (before.node(level), after.node(level));
+        let high = after.bounds(level).1;
+        let start = before.slot(level) - usize::from(below.drawn == Drawn::Below);
+        let end = after.slot(level) + 1 + usize::from(below.drawn == Drawn::Above);
+        // `last_of` is asked only of children that are not the last of their node.
+        all.extend_children(left, 0..start, high);
+        for &child in below.children.iter() {
+            all.push(child);
+        }
+        all.extend_children(right, end..right.children(), high);
+        let ascending = end == right.children() && high == Page::MAX.number();
+        let mut drawn = Drawn::Nothing;
+        let low_water = !all.is_empty() && all.len() < Node::<W>::INNER_LOW;
+        if low_water && level + 1 < before.height() {
+            let (left_parent, right_parent) = (before.node(level + 1), after.node(level + 1));
+            let slot = after.slot(level + 1) + 1;
+            if slot < right_parent.children() {
+                if let Some(neighbour) = right_parent.child(slot) {
+                    drawn = Drawn::Above;
+                    let top = right_parent.last_of(slot, after.bounds(level + 1).1);
+                    // SAFETY: N4: a child of a node in the tree is alive.
+                    let neighbour = unsafe { neighbour.as_ref() };
+                    all.extend_children(neighbour, 0..neighbour.children(), top);
+                }
+            } else if let Some(slot) = before.slot(level + 1).checked_sub(1)
+                && let Some(neighbour) = left_parent.child(slot)
+            {
+                drawn = Drawn::Below;
+                let mut joined = List::<Child<W>, CHILDREN>::new(filler);
+                let top = left_parent.last_of(slot, high);
+                // SAFETY: N4: a child of a node in the tree is alive.
+                let neighbour = unsafe { neighbour.as_ref() };
+                joined.extend_children(neighbour, 0..neighbour.children(), top);
+                joined.extend(&all);
+                all = joined;
+            }
+        }
+        Ok(Row {
+            children: self.write_inners(&all, ascending, taken)?,
+            drawn,
+        })
+    }
+
+    /// Writes a row of children into as few nodes as hold them.
+    fn write_inners(
+        &self,
+        all: &[Child<W>],
+        ascending: bool,
+        taken: &mut Taken<'_, V, A, S, W>,
+    ) -> Result<List<Child<W>, GROUPS>, AllocError> {
+        let mut nodes = List::new(match all.first() {
+            Some(&child) => child,
+            None => {
+                return Ok(List::new(Child {
+                    node: core::ptr::NonNull::dangling(),
+                    last: 0,
+                    gap: 0,
+                }));
+            }
+        });
+        let full = Node::<W>::CHILDREN;
+        let count = all.len().div_ceil(full);
+        let mut rest = all;
+        for left in (1..=count).rev() {
+            let even = rest.len().div_ceil(left);
+            let size = if ascending && left > 1 {
+                full.min(rest.len() - 1).max(even)
+            } else {
+                even
+            };
+            let (group, others) = rest.split_at(size);
+            rest = others;
+            let Some(last) = group.last() else {
+                continue;
+            };
+            let node = taken.take()?;
+            // SAFETY: the node is ours until it is published.
+            unsafe { node.as_ref() }.write_inner(group);
+            nodes.push(Child {
+                node,
+                last: last.last,
+                gap: group.iter().map(|child| child.gap).max().unwrap_or(0),
+            });
+        }
+        Ok(nodes)
+    }
+
+    /// Takes roots with a single child away.
+    pub(crate) fn drop_lone_roots(&self) {
+        // SAFETY: E3: nobody else edits; nodes in the tree are alive.
+        while let Some(path) = unsafe { Path::<W>::new(self.root_word(), 0) } {
+            let level = path.height() - 1;
+            if level == 0 || path.node(level).children() != 1 {
+                return;
+            }
+            self.set_root(to_word(path.pointer(level - 1)) | level as u64);
+            self.stock.retire(&self.sharing, path.pointer(level));
+        }
+    }
+}
+
+impl<const N: usize> List<Raw, N> {
+    fn extend_leaf<const W: usize>(&mut self, parent: &Node<W>, slot: usize) {
+        if let Some(node) = parent.child(slot) {
+            // SAFETY: N4: a child of a node in the tree is alive.
+            let leaf = unsafe { node.as_ref() }.leaf();
+            for slot in 0..leaf.count() {
+                self.push(leaf.raw(slot));
+            }
+        }
+    }
+}
+
+impl<const W: usize, const N: usize> List<Child<W>, N> {
+    fn extend_children(&mut self, node: &Node<W>, slots: core::ops::Range<usize>, top: u64) {
+        for slot in slots {
+            if let Some(child) = node.describe(slot, top) {
+                self.push(child);
+            }
+        }
+    }
+}
+
+/// Which leaf of a split is left nearly full.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Shape {
+    Even,
+    LowFull,
+    HighFull,
+}
+
+/// How `ranges` are cut into leaves, the first of which begins at `low`.
+///
+/// `parts` says where the new range of an edit begins and ends: what is left of each old leaf can always be written as
+/// a leaf, since it was part of one, so three leaves always do.
+fn plan<const W: usize>(
+    ranges: &[Raw],
+    low: u64,
+    shape: Shape,
+    parts: Option<(usize, usize)>,
+) -> Option<Groups> {
+    let full = Node::<W>::RANGES;
+    let least = ranges.len().div_ceil(full);
+    for count in least..=GROUPS {
+        let mut groups = Groups::new(0);
+        let mut rest = ranges.len();
+        for left in (1..=count).rev() {
+            let even = rest.div_ceil(left);
+            let size = if left == 1 || count > 2 || least < count {
+                even
+            } else {
+                match shape {
+                    Shape::Even => even,
+                    Shape::LowFull => even.max((full - full / 8).min(rest - 1)),
+                    Shape::HighFull => even.min(rest.saturating_sub(full - full / 8).max(1)),
+                }
+            };
+            if size > 0 {
+                groups.push(size as u8);
+            }
+            rest -= size;
+        }
+        if can_write::<W>(ranges, low, &groups) {
+            return Some(groups);
+        }
+    }
+    let (start, end) = parts?;
+    let mut groups = Groups::new(0);
+    for size in [start, end - start, ranges.len() - end] {
+        if size > 0 {
+            groups.push(size as u8);
+        }
+    }
+    can_write::<W>(ranges, low, &groups).then_some(groups)
+}
+
+/// Whether every group can be one leaf.
+fn can_write<const W: usize>(ranges: &[Raw], mut low: u64, groups: &Groups) -> bool {
+    let mut rest = ranges;
+    for &size in groups.iter() {
+        let size = usize::from(size);
+        if size > Node::<W>::RANGES {
+            return false;
+        }
+        let (group, others) = rest.split_at(size);
+        if Coding::choose(low, group).is_none() {
+            return false;
+        }
+        if let Some(last) = group.last() {
+            low = last.last.wrapping_add(1);
+        }
+        rest = others;
+    }
+    true
+}

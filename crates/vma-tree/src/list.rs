@@ -1,0 +1,54 @@
+//! A short list in an array.
+
+/// At most `N` items; pushing more is a bug of this crate that loses the item and is seen by the tests.
+pub(crate) struct List<T: Copy, const N: usize> {
+    items: [T; N],
+    count: usize,
+}
+
+impl<T: Copy, const N: usize> List<T, N> {
+    /// An empty list; `filler` is never seen.
+    #[inline(always)]
+    pub(crate) fn new(filler: T) -> Self {
+        Self {
+            items: [filler; N],
+            count: 0,
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn push(&mut self, item: T) {
+        debug_assert!(self.count < N, "a list is as long as its longest use");
+        if let Some(place) = self.items.get_mut(self.count) {
+            *place = item;
+            self.count += 1;
+        }
+    }
+
+    /// Takes every item out.
+    pub(crate) fn clear(&mut self) {
+        self.count = 0;
+    }
+
+    /// Pushes every item of `items`.
+    pub(crate) fn extend(&mut self, items: &[T]) {
+        for &item in items {
+            self.push(item);
+        }
+    }
+}
+
+impl<T: Copy, const N: usize> core::ops::Deref for List<T, N> {
+    type Target = [T];
+
+    #[inline(always)]
+    fn deref(&self) -> &[T] {
+        &self.items[..self.count]
+    }
+}
+
+impl<T: Copy, const N: usize> core::ops::DerefMut for List<T, N> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        &mut self.items[..self.count]
+    }
+}

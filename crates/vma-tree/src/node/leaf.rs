@@ -1,0 +1,295 @@
+//! The leaf: how ranges are packed into words, found, put in and taken out.
+
+use kmem_hal::Page;
+
+use super::{Node, Raw, UNUSED};
+
+/// How many bits of a key hold the length, by code. The first that fits is taken.
+const WIDTHS: [u32; 8] = [28, 32, 24, 20, 16, 12, 40, 52];
+
+const BASE_BITS: u32 = 52;
+const BASE_MASK: u64 = (1 << BASE_BITS) - 1;
+const COUNT_SHIFT: u32 = BASE_BITS + 3;
+
+/// The base and the width of a leaf's keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Coding {
+    base: u64,
+    code: u32,
+    width: u32,
+}
+
+impl Coding {
+    /// A coding for `ranges` (ascending, not empty) in a leaf whose pages begin at `low`; `None` if none fits all.
+    pub(crate) fn choose(low: u64, ranges: &[Raw]) -> Option<Self> {
+        let mut longest = 0;
+        for raw in ranges {
+            longest = longest.max(raw.last - raw.first);
+        }
+        let (first, top) = (ranges.first()?.first, ranges.last()?.first);
+        // From the lowest page of the leaf if that fits, so that a later range below the present ones does too.
+        for base in [low.min(first), first] {
+            for code in 0..WIDTHS.len() as u32 {
+                let coding = Self::new(base, code);
+                if coding.fits_length(longest) && top - base <= coding.reach() {
+                    return Some(coding);
+                }
+            }
+        }
+        None
+    }
+
+    fn new(base: u64, code: u32) -> Self {
+        Self {
+            base,
+            code,
+            width: WIDTHS[(code & 7) as usize],
+        }
+    }
+
+    /// The largest distance from the base; one less than the bits allow, so that no key is all ones.
+    #[inline(always)]
+    fn reach(self) -> u64 {
+        (u64::MAX >> self.width) - 1
+    }
+
+    #[inline(always)]
+    fn length_mask(self) -> u64 {
+        (1 << self.width) - 1
+    }
+
+    fn fits_length(self, pages_less_one: u64) -> bool {
+        pages_less_one <= self.length_mask()
+    }
+
+    /// Whether a range can be written.
+    #[inline]
+    pub(crate) fn fits(self, raw: &Raw) -> bool {
+        raw.first >= self.base
+            && raw.first - self.base <= self.reach()
+            && self.fits_length(raw.last - raw.first)
+    }
+
+    #[inline(always)]
+    fn key(self, raw: &Raw) -> u64 {
+        (raw.first - self.base) << self.width | (raw.last - raw.first)
+    }
+
+    /// First and last page of a key.
+    #[inline(always)]
+    fn range(self, key: u64) -> (u64, u64) {
+        let first = self.base + (key >> self.width);
+        (first, first + (key & self.length_mask()))
+    }
+
+    /// The largest key of a range that begins at or below `page`; `None` below the base.
+    #[inline(always)]
+    fn probe(self, page: u64) -> Option<u64> {
+        let distance = page.checked_sub(self.base)?;
+        Some(if distance > self.reach() {
+            UNUSED - 1
+        } else {
+            distance << self.width | self.length_mask()
+        })
+    }
+}
+
+/// A leaf as it is read: the node and its decoded header.
+#[derive(Clone, Copy)]
+pub(crate) struct Leaf<'a, const W: usize> {
+    node: &'a Node<W>,
+    coding: Coding,
+    count: usize,
+}
+
+impl<const W: usize> Node<W> {
+    const HEADER: usize = Self::RANGES;
+    const VALUES: usize = Self::RANGES + 1;
+
+    /// Views the node, which is a leaf.
+    #[inline(always)]
+    pub(crate) fn leaf(&self) -> Leaf<'_, W> {
+        let header = self.word(Self::HEADER);
+        Leaf {
+            node: self,
+            coding: Coding::new(header & BASE_MASK, (header >> BASE_BITS) as u32 & 7),
+            count: (header >> COUNT_SHIFT) as usize,
+        }
+    }
+
+    /// Writes a leaf into a node that no reader can reach.
+    pub(crate) fn write_leaf(&self, coding: Coding, ranges: &[Raw]) {
+        for slot in 0..Self::RANGES {
+            match ranges.get(slot) {
+                Some(raw) => {
+                    self.set_word(slot, coding.key(raw));
+                    self.set_word(Self::VALUES + slot, raw.value);
+                }
+                None => self.set_word(slot, UNUSED),
+            }
+        }
+        self.set_header(coding, ranges.len());
+        self.set_link(0);
+    }
+
+    fn set_header(&self, coding: Coding, count: usize) {
+        let header =
+            coding.base | u64::from(coding.code) << BASE_BITS | (count as u64) << COUNT_SHIFT;
+        self.set_word(Self::HEADER, header);
+    }
+}
+
+impl<const W: usize> Leaf<'_, W> {
+    /// How many ranges.
+    #[inline(always)]
+    pub(crate) fn count(&self) -> usize {
+        self.count
+    }
+
+    /// First and last page of range `slot`.
+    #[inline(always)]
+    pub(crate) fn range(&self, slot: usize) -> (u64, u64) {
+        self.coding.range(self.node.word(slot))
+    }
+
+    /// The value's word of range `slot`.
+    #[inline(always)]
+    pub(crate) fn value(&self, slot: usize) -> u64 {
+        self.node.word(Node::<W>::VALUES + slot)
+    }
+
+    /// Range `slot` with its value.
+    #[inline(always)]
+    pub(crate) fn raw(&self, slot: usize) -> Raw {
+        let (first, last) = self.range(slot);
+        Raw {
+            first,
+            last,
+            value: self.value(slot),
+        }
+    }
+
+    /// How many ranges begin at or below `page`. No branch depends on a key.
+    #[inline(always)]
+    pub(crate) fn rank(&self, page: u64) -> usize {
+        let Some(probe) = self.coding.probe(page) else {
+            return 0;
+        };
+        let mut at = 0;
+        let mut rest = Node::<W>::RANGES;
+        while rest > 0 {
+            let step = rest.div_ceil(2);
+            at += usize::from(self.node.word(at + step - 1) <= probe) * step;
+            rest -= step;
+        }
+        at
+    }
+
+    /// The first range whose last page is at or above `page`; `count` if there is none.
+    #[inline(always)]
+    pub(crate) fn first_at_or_after(&self, page: u64) -> usize {
+        let rank = self.rank(page);
+        if rank > 0 && self.range(rank - 1).1 >= page {
+            rank - 1
+        } else {
+            rank
+        }
+    }
+
+    /// The range that covers `page`.
+    #[inline(always)]
+    pub(crate) fn find(&self, page: u64) -> Option<Raw> {
+        let slot = self.rank(page).checked_sub(1)?;
+        let raw = self.raw(slot);
+        (page <= raw.last).then_some(raw)
+    }
+
+    /// The page after range `slot - 1`; `low` for slot 0.
+    #[inline(always)]
+    pub(crate) fn free_from(&self, slot: usize, low: u64) -> u64 {
+        match slot.checked_sub(1) {
+            Some(below) => self.range(below).1 + 1,
+            None => low,
+        }
+    }
+
+    /// The largest gap: before the first range from `low` on, between ranges, and after the last one up to the end of
+    /// the space if the leaf is the tree's last.
+    pub(crate) fn largest_gap(&self, low: u64, is_last: bool) -> u64 {
+        let mut free = low;
+        let mut largest = 0;
+        for slot in 0..self.count {
+            let (first, last) = self.range(slot);
+            largest = largest.max(first - free);
+            free = last + 1;
+        }
+        if is_last {
+            largest = largest.max(Page::LIMIT - free);
+        }
+        largest
+    }
+
+    /// Whether ranges `from .. to` can become `new` in this leaf.
+    #[inline]
+    pub(crate) fn can_replace(&self, from: usize, to: usize, new: &[Raw]) -> bool {
+        self.count - (to - from) + new.len() <= Node::<W>::RANGES
+            && new.iter().all(|raw| self.coding.fits(raw))
+    }
+
+    /// Replaces ranges `from .. to` by `new`, which [`can_replace`](Self::can_replace), in place.
+    ///
+    /// Only for a tree that no reader looks at.
+    pub(crate) fn replace(&self, from: usize, to: usize, new: &[Raw]) {
+        let node = self.node;
+        let values = Node::<W>::VALUES;
+        let end = from + new.len();
+        let count = self.count - (to - from) + new.len();
+        if end > to {
+            let up = end - to;
+            for slot in (to..self.count).rev() {
+                node.set_word(slot + up, node.word(slot));
+                node.set_word(values + slot + up, node.word(values + slot));
+            }
+        } else if end < to {
+            let down = to - end;
+            for slot in to..self.count {
+                node.set_word(slot - down, node.word(slot));
+                node.set_word(values + slot - down, node.word(values + slot));
+            }
+            for slot in count..self.count {
+                node.set_word(slot, UNUSED);
+            }
+        }
+        for (slot, raw) in new.iter().enumerate() {
+            node.set_word(from + slot, self.coding.key(raw));
+            node.set_word(values + from + slot, raw.value);
+        }
+        if count != self.count {
+            node.set_header(self.coding, count);
+        }
+    }
+
+    /// Writes this leaf with ranges `from .. to` replaced by `new` into `copy`, which no reader can reach.
+    pub(crate) fn replace_into(&self, copy: &Node<W>, from: usize, to: usize, new: &[Raw]) {
+        let values = Node::<W>::VALUES;
+        let end = from + new.len();
+        let count = self.count - (to - from) + new.len();
+        for slot in 0..from {
+            copy.set_word(slot, self.node.word(slot));
+            copy.set_word(values + slot, self.value(slot));
+        }
+        for (slot, raw) in new.iter().enumerate() {
+            copy.set_word(from + slot, self.coding.key(raw));
+            copy.set_word(values + from + slot, raw.value);
+        }
+        for slot in to..self.count {
+            copy.set_word(slot - to + end, self.node.word(slot));
+            copy.set_word(values + slot - to + end, self.value(slot));
+        }
+        for slot in count..Node::<W>::RANGES {
+            copy.set_word(slot, UNUSED);
+        }
+        copy.set_header(self.coding, count);
+        copy.set_link(0);
+    }
+}

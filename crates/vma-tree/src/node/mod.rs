@@ -1,0 +1,148 @@
+//! One node: 32 words, a leaf or an inner node.
+//!
+//! ```text
+//! leaf    word 0 ..= 14   keys, ascending: (first page - base) << b | (pages - 1); unused = all ones
+//!         word 15         base page (52 bits) | code of b (3 bits) << 52 | count (4 bits) << 55
+//!         word 16 ..= 30  values
+//!         word 31         link: 0 while the node is in the tree
+//! inner   word 0 ..= 11   pivots: the last page of child 0 ..= 10 or so; unused = all ones
+//!         word 12 ..= 24  children
+//!         word 25 ..= 31  14 half words: count, then the largest gap below each child, saturated to 32 bits
+//! ```
+//!
+//! A range is one word, because its first page is written relative to a base and its length in `b` bits. `b` is
+//! chosen per leaf among eight widths when the leaf is written; ranges too far apart and too long to share a leaf
+//! get leaves of their own, and a single range of any length always fits (`b` = 52). So ranges of one page and
+//! ranges of 2^52 pages live in one tree, and a leaf of common ranges holds 15.
+//!
+//! Invariants
+//! - `N1`: keys of a leaf ascend strictly, `count` of them, and every key after them is all ones.
+//! - `N2`: `count - 1` pivots of an inner node ascend strictly and every pivot after them is all ones; child `i` holds
+//!   the pages above pivot `i - 1` up to pivot `i`.
+//! - `N3`: the words that a reader looks at (all but link, count of an inner node and gaps) of a node that readers can
+//!   reach are never changed in a shared tree, except that a child may be replaced and a pivot moved inside a hole.
+//! - `N4`: a child of an inner node is a node, alive for as long as a reader may hold its parent.
+//!
+//! The number of words is a parameter: 8 words give 3 ranges and 3 children a node, which a model checker can explore.
+
+mod inner;
+mod leaf;
+
+use core::ptr::NonNull;
+
+use kmem_hal::sync::{AtomicU64, Ordering};
+
+pub(crate) use inner::{Child, saturate};
+pub(crate) use leaf::{Coding, Leaf};
+
+/// The word of an unused key or pivot: above every other.
+pub(crate) const UNUSED: u64 = u64::MAX;
+
+/// A range and its value's word, as numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Raw {
+    pub(crate) first: u64,
+    /// Inclusive.
+    pub(crate) last: u64,
+    pub(crate) value: u64,
+}
+
+impl Raw {
+    pub(crate) const EMPTY: Self = Self {
+        first: 0,
+        last: 0,
+        value: 0,
+    };
+}
+
+/// Memory for a node of a tree: `W` words, 256 bytes and aligned to 64 by default.
+///
+/// Named only so that an allocator can say `ObjectAlloc<Node>`; its content is private to the tree. `W` is at least 8,
+/// and at most 32.
+#[repr(C, align(64))]
+#[derive(Debug)]
+pub struct Node<const W: usize = 32> {
+    words: [AtomicU64; W],
+}
+
+/// A pointer to a node that was written once.
+pub(crate) type NodePtr<const W: usize> = NonNull<Node<W>>;
+
+impl<const W: usize> Node<W> {
+    const CHECK: () = assert!(W >= 8 && W <= 32, "a node has 8 to 32 words");
+
+    /// Ranges in a leaf.
+    pub const RANGES: usize = {
+        let () = Self::CHECK;
+        (W - 2) / 2
+    };
+
+    /// Children of an inner node.
+    pub const CHILDREN: usize = {
+        let () = Self::CHECK;
+        let mut children: usize = 2;
+        // Pivots, children, and one half word each for the gaps and one for the count.
+        while children + (children + 1) + (children + 2).div_ceil(2) <= W {
+            children += 1;
+        }
+        children
+    };
+
+    /// A leaf with fewer ranges is joined with its neighbour.
+    pub(crate) const LEAF_LOW: usize = low(Self::RANGES);
+
+    /// An inner node with fewer children is joined with its neighbour.
+    pub(crate) const INNER_LOW: usize = low(Self::CHILDREN);
+
+    const LINK: usize = W - 1;
+
+    /// A node for [`NodePtr`]; its content means nothing yet.
+    pub(crate) fn blank() -> Self {
+        Self {
+            words: core::array::from_fn(|_| AtomicU64::new(0)),
+        }
+    }
+
+    #[inline(always)]
+    fn word(&self, index: usize) -> u64 {
+        self.words[index].load(Ordering::Relaxed)
+    }
+
+    #[inline(always)]
+    fn set_word(&self, index: usize, word: u64) {
+        self.words[index].store(word, Ordering::Relaxed);
+    }
+
+    /// The link of a node outside of the tree, 0 inside.
+    #[inline(always)]
+    pub(crate) fn link(&self) -> u64 {
+        self.words[Self::LINK].load(Ordering::Acquire)
+    }
+
+    /// Sets the link.
+    pub(crate) fn set_link(&self, link: u64) {
+        self.words[Self::LINK].store(link, Ordering::Release);
+    }
+}
+
+const fn low(capacity: usize) -> usize {
+    match capacity / 3 {
+        0 => 1,
+        1 => 2,
+        third => third,
+    }
+}
+
+/// A pointer as a word.
+#[inline(always)]
+pub(crate) fn to_word<const W: usize>(node: NodePtr<W>) -> u64 {
+    node.as_ptr().expose_provenance() as u64
+}
+
+/// The node that a word leads to; `None` for 0. The low six bits are not part of the pointer.
+#[inline(always)]
+pub(crate) fn from_word<const W: usize>(word: u64) -> Option<NodePtr<W>> {
+    NonNull::new(core::ptr::with_exposed_provenance_mut(
+        (word & !63) as usize,
+    ))
+}

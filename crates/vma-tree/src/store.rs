@@ -1,0 +1,457 @@
+//! The edits of the public face: store, erase, merge, modify, and reservations.
+//!
+//! Memory is asked for before anything changes. An edit of one range needs at most three nodes a level; whoever cannot
+//! stop half-way takes them ahead with [`RangeTree::reserve`].
+
+use core::fmt;
+
+use kmem_hal::{AllocError, ObjectAlloc, Page, PageRange};
+
+use crate::edit::{Cut, entry};
+use crate::node::Node;
+use crate::path::Path;
+use crate::stock::{Exclusive, Sharing};
+use crate::tree::RangeTree;
+use crate::value::{Entry, Mergeable, Value};
+
+/// A merge rule: the value of two touching ranges as one, or `None` where they stay two.
+pub type MergeRule<'m, V> = &'m mut dyn FnMut(&Entry<V>, &Entry<V>) -> Option<V>;
+
+/// What [`RangeTree::modify`] asks of its caller for each piece: the new value, or `None` to erase it.
+pub type Change<'c, V> = &'c mut dyn FnMut(Entry<V>, Neighbours<V>) -> Option<V>;
+
+/// What takes the removed pieces.
+pub type Removed<'r, V> = &'r mut dyn FnMut(Entry<V>);
+
+/// The entries next to a piece that [`RangeTree::modify`] shows to its closure.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Neighbours<V> {
+    /// The nearest entry below, touching or not; the lower rest of the piece's own entry if there is one.
+    pub below: Option<Entry<V>>,
+    /// The nearest entry above, touching or not; the upper rest of the piece's own entry if there is one.
+    pub above: Option<Entry<V>>,
+}
+
+/// `entry` below `page`.
+fn part_below<V: Value>(entry: Entry<V>, page: Page) -> Option<Entry<V>> {
+    let last = page.checked_sub(1)?.min(entry.last());
+    entry.clipped(PageRange::new(entry.first(), last)?)
+}
+
+/// `entry` above `page`.
+fn part_above<V: Value>(entry: Entry<V>, page: Page) -> Option<Entry<V>> {
+    entry.clipped(PageRange::new(page.checked_add(1)?, entry.last())?)
+}
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> RangeTree<V, A, Exclusive, W> {
+    /// Makes `range` map to `value`, or to nothing, whatever was there.
+    ///
+    /// Entries that reach over an end of `range` keep what is outside of it (the upper part with
+    /// [`Value::split`]); what was inside is handed to `removed` piece by piece, ascending, when nothing can fail any
+    /// more. Never merges.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`] where no node could be had: then nothing has changed and `removed` was not called.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use kmem_hal::{FixedPool, Page, PageRange};
+    /// use kmem_vma_tree::{Node, RangeTree};
+    ///
+    /// let nodes = FixedPool::<Node, 8>::new();
+    /// let mut tree: RangeTree<u8, _> = RangeTree::new_in(&nodes);
+    /// let pages = |first, last| PageRange::new(Page::new(first).unwrap(), Page::new(last).unwrap()).unwrap();
+    ///
+    /// tree.store(pages(10, 19), Some(b'a'), &mut |_| ())?;
+    /// let mut cut_out = None;
+    /// tree.store(pages(12, 13), Some(b'b'), &mut |piece| cut_out = Some(piece))?;
+    /// assert_eq!(cut_out.unwrap().range, pages(12, 13));
+    /// assert_eq!(format!("{tree:?}"), "[[0xa..=0xb] 97, [0xc..=0xd] 98, [0xe..=0x13] 97]");
+    /// # Ok::<(), kmem_hal::AllocError>(())
+    /// ```
+    #[doc(alias = "mas_store_gfp")]
+    #[doc(alias = "mas_erase")]
+    #[doc(alias = "vma_iter_store")]
+    #[doc(alias = "vma_iter_clear_gfp")]
+    pub fn store(
+        &mut self,
+        range: PageRange,
+        value: Option<V>,
+        removed: Removed<'_, V>,
+    ) -> Result<(), AllocError> {
+        self.write(range, value, removed)
+    }
+
+    /// Makes sure that the next `stores` stores cannot fail.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`] where there are too few nodes; the tree is unchanged and those taken are given back.
+    #[doc(alias = "mas_preallocate")]
+    #[doc(alias = "vma_iter_prealloc")]
+    pub fn reserve(
+        &mut self,
+        stores: usize,
+    ) -> Result<Reserved<'_, V, A, Exclusive, W>, AllocError> {
+        Reserved::new(self, stores)
+    }
+
+    /// Stores `value` over `range` and merges it with the entries that touch it below and above, as `merge` says.
+    ///
+    /// Gives the entry that covers `range` afterwards. `removed` gets what was inside `range`, not the neighbours.
+    ///
+    /// # Errors
+    ///
+    /// As [`store`](Self::store).
+    #[doc(alias = "vma_merge_new_range")]
+    pub fn store_merged_by(
+        &mut self,
+        range: PageRange,
+        value: V,
+        removed: Removed<'_, V>,
+        merge: MergeRule<'_, V>,
+    ) -> Result<Entry<V>, AllocError> {
+        self.write_merged(range, value, removed, merge)
+    }
+
+    /// [`store_merged_by`](Self::store_merged_by) with the value's own rule.
+    ///
+    /// # Errors
+    ///
+    /// As [`store`](Self::store).
+    pub fn store_merged(
+        &mut self,
+        range: PageRange,
+        value: V,
+        removed: Removed<'_, V>,
+    ) -> Result<Entry<V>, AllocError>
+    where
+        V: Mergeable,
+    {
+        self.write_merged(range, value, removed, &mut V::merge)
+    }
+
+    /// Passes each piece of an entry inside `range` through `change`, and merges where the value's rule says so.
+    ///
+    /// Pieces come ascending; each is merged with its neighbours before the next is asked for. Holes stay holes.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`] where there are too few nodes: then nothing has changed and `change` was not called, except where
+    /// `range` touches a single entry, when `change` may have been asked.
+    #[doc(alias = "vma_modify")]
+    #[doc(alias = "vma_merge_existing_range")]
+    pub fn modify(&mut self, range: PageRange, change: Change<'_, V>) -> Result<(), AllocError>
+    where
+        V: Mergeable,
+    {
+        self.rewrite(range, change, &mut V::merge)
+    }
+
+    /// [`modify`](Self::modify) with a merge rule of the caller's.
+    ///
+    /// # Errors
+    ///
+    /// As [`modify`](Self::modify).
+    pub fn modify_by(
+        &mut self,
+        range: PageRange,
+        change: Change<'_, V>,
+        merge: MergeRule<'_, V>,
+    ) -> Result<(), AllocError> {
+        self.rewrite(range, change, merge)
+    }
+}
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
+    /// `store` for the one writer.
+    pub(crate) fn write(
+        &self,
+        range: PageRange,
+        value: Option<V>,
+        removed: Removed<'_, V>,
+    ) -> Result<(), AllocError> {
+        let cut = Cut {
+            first: range.first().number(),
+            last: range.last().number(),
+            value: value.map(V::to_word),
+        };
+        self.splice(cut, removed)
+    }
+
+    /// `store_merged_by` for the one writer.
+    pub(crate) fn write_merged(
+        &self,
+        range: PageRange,
+        value: V,
+        removed: Removed<'_, V>,
+        merge: MergeRule<'_, V>,
+    ) -> Result<Entry<V>, AllocError> {
+        let mut middle = Entry { range, value };
+        let first = range.first();
+        // SAFETY: the caller is the one writer (E3); nodes in the tree are alive.
+        let Some(path) = (unsafe { Path::new(self.root_word(), first.number()) }) else {
+            self.write(range, Some(value), removed)?;
+            return Ok(middle);
+        };
+        let leaf = path.leaf();
+        // What lies right below: the lower part of the entry at `first`, or the entry before it.
+        let at = leaf.first_at_or_after(first.number());
+        let mut in_leaf = true;
+        let below = if at < leaf.count() && leaf.range(at).0 < first.number() {
+            entry(leaf.raw(at)).and_then(|whole| part_below(whole, first))
+        } else if let Some(slot) = at.checked_sub(1) {
+            entry(leaf.raw(slot))
+        } else if path.low == first.number() && path.low > 0 {
+            // E1: the leaf below ends where this one begins.
+            in_leaf = false;
+            first.checked_sub(1).and_then(|page| self.get(page))
+        } else {
+            None
+        };
+        if let Some(below) = below
+            && below.touches(&middle)
+            && let Some(value) = merge(&below, &middle)
+        {
+            middle = Entry {
+                range: below.range.hull(middle.range),
+                value,
+            };
+        } else {
+            in_leaf = true;
+        }
+        let above = range.last().checked_add(1).and_then(|next| {
+            let above = if next.number() <= path.high {
+                let slot = leaf.first_at_or_after(next.number());
+                if slot < leaf.count() {
+                    entry(leaf.raw(slot))?
+                } else {
+                    return None;
+                }
+            } else {
+                self.get(next)?
+            };
+            if above.first() >= next {
+                Some(above)
+            } else {
+                part_above(above, range.last())
+            }
+        });
+        if let Some(above) = above
+            && middle.touches(&above)
+            && let Some(value) = merge(&middle, &above)
+        {
+            middle = Entry {
+                range: middle.range.hull(above.range),
+                value,
+            };
+        }
+        let cut = Cut {
+            first: middle.first().number(),
+            last: middle.last().number(),
+            value: Some(middle.value.to_word()),
+        };
+        let mut inside = |piece: Entry<V>| {
+            if let Some(piece) = piece.clipped(range) {
+                removed(piece);
+            }
+        };
+        if in_leaf {
+            let done = self.splice_at(&path, cut, &mut inside);
+            self.stock.trim(&self.alloc);
+            done?;
+        } else {
+            self.splice(cut, &mut inside)?;
+        }
+        Ok(middle)
+    }
+
+    /// `modify_by` for the one writer.
+    pub(crate) fn rewrite(
+        &self,
+        range: PageRange,
+        change: Change<'_, V>,
+        merge: MergeRule<'_, V>,
+    ) -> Result<(), AllocError> {
+        let pieces = self.range(range).take(2).count();
+        let held = self.stock.hold.get();
+        if pieces > 1 {
+            // Each piece may need a new leaf of its own; those that reach over leaves need a path's worth.
+            let pieces = self.range(range).count();
+            let need = held + 2 * pieces + (pieces / 4 + 3) * (3 * self.height() + 4);
+            self.stock.hold.set(need);
+            let filled = self.stock.fill(&self.alloc, need);
+            if filled.is_err() {
+                self.stock.hold.set(held);
+                self.stock.trim(&self.alloc);
+                return filled;
+            }
+        }
+        let done = self.rewrite_each(range, change, merge);
+        self.stock.hold.set(held);
+        self.stock.trim(&self.alloc);
+        done
+    }
+
+    fn rewrite_each(
+        &self,
+        range: PageRange,
+        change: Change<'_, V>,
+        merge: MergeRule<'_, V>,
+    ) -> Result<(), AllocError> {
+        let mut left = range;
+        while let Some(found) = self.first_at_or_after(left.first()) {
+            let Some(piece) = found.clipped(left) else {
+                break;
+            };
+            let around = Neighbours {
+                below: part_below(found, piece.first()).or_else(|| self.last_before(piece.first())),
+                above: part_above(found, piece.last()).or_else(|| {
+                    let next = piece.last().checked_add(1)?;
+                    self.first_at_or_after(next)
+                }),
+            };
+            match change(piece, around) {
+                Some(value) => {
+                    // A piece that is a whole entry, keeps its value and merges with nobody stays as it is.
+                    let same =
+                        value.to_word() == found.value.to_word() && piece.range == found.range;
+                    let alone = |entry: Option<Entry<V>>, below: bool| {
+                        entry.is_none_or(|entry| {
+                            if below {
+                                !entry.touches(&found)
+                            } else {
+                                !found.touches(&entry)
+                            }
+                        })
+                    };
+                    if !(same && alone(around.below, true) && alone(around.above, false)) {
+                        self.write_merged(piece.range, value, &mut |_| (), &mut *merge)?;
+                    }
+                }
+                None => self.write(piece.range, None, &mut |_| ())?,
+            }
+            match piece
+                .last()
+                .checked_add(1)
+                .and_then(|next| PageRange::new(next, range.last()))
+            {
+                Some(rest) => left = rest,
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Nodes that `stores` stores need at most.
+    ///
+    /// One store takes up to three nodes a level before it gives any back. After it the tree is larger by at most two
+    /// leaves and one node for each level above; what it took out is spare again, unless readers may look at it.
+    fn nodes_for(&self, stores: usize) -> usize {
+        if stores == 0 {
+            return 0;
+        }
+        // How many levels the tree may gain meanwhile: a root that was split needs that many stores to be full again.
+        let growth = (Node::<W>::CHILDREN.saturating_sub(3) / 2).max(1);
+        let height = (self.height() + 1 + stores / growth).min(crate::path::MAX_HEIGHT);
+        let one = 3 * height + 1;
+        if S::SHARED {
+            stores * one
+        } else {
+            one + (stores - 1) * (height + 2)
+        }
+    }
+}
+
+/// A tree with nodes set aside: a given number of stores cannot fail.
+///
+/// Reads go through `Deref`. What is left over goes back when the reservation is dropped.
+///
+/// # Examples
+///
+/// ```
+/// use kmem_hal::{FixedPool, Page, PageRange};
+/// use kmem_vma_tree::{Node, RangeTree};
+///
+/// let nodes = FixedPool::<Node, 16>::new();
+/// let mut tree: RangeTree<u32, _> = RangeTree::new_in(&nodes);
+/// let mut reserved = tree.reserve(2)?;
+/// // .. take locks, check again ..
+/// reserved.store(PageRange::single(Page::ZERO), Some(1), &mut |_| ());
+/// reserved.store(PageRange::single(Page::MAX), Some(2), &mut |_| ());
+/// drop(reserved);
+/// assert_eq!(tree.len(), 2);
+/// # Ok::<(), kmem_hal::AllocError>(())
+/// ```
+pub struct Reserved<
+    't,
+    V: Value,
+    A: ObjectAlloc<Node<W>>,
+    S: Sharing = Exclusive,
+    const W: usize = 32,
+> {
+    tree: &'t RangeTree<V, A, S, W>,
+    stores: usize,
+    /// What the stock held back before.
+    held: usize,
+}
+
+impl<'t, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Reserved<'t, V, A, S, W> {
+    /// The caller is the one writer for as long as the value lives.
+    pub(crate) fn new(tree: &'t RangeTree<V, A, S, W>, stores: usize) -> Result<Self, AllocError> {
+        let held = tree.stock.hold.get();
+        let need = held + tree.nodes_for(stores);
+        tree.stock.hold.set(need);
+        let reserved = Self { tree, stores, held };
+        // On failure dropping `reserved` gives back what was taken.
+        tree.stock.fill(&tree.alloc, need)?;
+        Ok(reserved)
+    }
+
+    /// How many more stores cannot fail.
+    #[must_use]
+    pub fn stores_left(&self) -> usize {
+        self.stores
+    }
+
+    /// [`RangeTree::store`], and cannot fail.
+    ///
+    /// # Panics
+    ///
+    /// Panics where the reservation is used up ([`stores_left`](Self::stores_left) is 0).
+    pub fn store(&mut self, range: PageRange, value: Option<V>, removed: Removed<'_, V>) {
+        assert!(self.stores > 0, "more stores than were reserved");
+        self.stores -= 1;
+        let stored = self.tree.write(range, value, removed);
+        assert!(stored.is_ok(), "a reserved store found no node");
+    }
+}
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> core::ops::Deref
+    for Reserved<'_, V, A, S, W>
+{
+    type Target = RangeTree<V, A, S, W>;
+
+    fn deref(&self) -> &Self::Target {
+        self.tree
+    }
+}
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Drop
+    for Reserved<'_, V, A, S, W>
+{
+    fn drop(&mut self) {
+        self.tree.stock.hold.set(self.held);
+        self.tree.stock.trim(&self.tree.alloc);
+    }
+}
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> fmt::Debug
+    for Reserved<'_, V, A, S, W>
+{
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Reserved({} stores)", self.stores)
+    }
+}
