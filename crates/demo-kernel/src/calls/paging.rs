@@ -2,9 +2,10 @@
 
 use core::hint::black_box;
 
+use kmem::Buddy;
 use kmem_hal::{
-    AllocError, FlushRequest, FrameRequest, FrameSink, FrameSource, Mmu, OffsetMap, Order,
-    OwnedFrame, Page, PageRange, Root, SingleCpu, SingleGrace,
+    FlushRequest, FrameSink, Mmu, OffsetMap, Order, OwnedFrame, Page, PageRange, Root, SingleCpu,
+    SingleGrace,
 };
 use kmem_paging::format::X86_64;
 use kmem_paging::{
@@ -14,23 +15,8 @@ use kmem_paging::{
 
 use crate::calls;
 
-/// Stands for an allocator: its own need is measured with the allocator.
-pub struct Frames;
-
-// SAFETY: nothing is ever given.
-unsafe impl FrameSource for Frames {
-    #[inline(never)]
-    fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
-        black_box(request);
-        black_box(Err(AllocError::OutOfMemory))
-    }
-}
-impl FrameSink for Frames {
-    #[inline(never)]
-    fn free(&self, frame: OwnedFrame) {
-        let _ = black_box(frame);
-    }
-}
+/// The real allocator, whose need counts with that of its callers.
+pub type Frames = Buddy<OffsetMap, SingleCpu>;
 
 /// Stands for the machine.
 pub struct NoMmu;
@@ -46,7 +32,8 @@ unsafe impl Mmu for NoMmu {
     }
 }
 
-pub type Machine = Parts<'static, &'static OffsetMap, Frames, NoMmu, SingleGrace, SingleCpu>;
+pub type Machine =
+    Parts<'static, &'static OffsetMap, &'static Frames, NoMmu, SingleGrace, SingleCpu>;
 type Table = PageTable<X86_64, &'static Machine, OwnedFrame>;
 type At<'t> = Cursor<'t, X86_64, &'static Machine, OwnedFrame>;
 type Pending<'t> = Gather<'t, X86_64, &'static Machine, OwnedFrame, 32>;
@@ -71,9 +58,9 @@ calls! {
         cursor.protect(range, Rights::READ, gather)
     }
     call_paging_next_run(cursor: &mut At<'_>) -> Option<Run> { cursor.next_run() }
-    call_paging_commit(gather: &mut Pending<'_>) -> usize { gather.commit_to(&Frames) }
-    call_paging_destroy(table: Table) {
-        table.destroy(|_: Leaf, frame| Frames.free(frame), |_, _| {});
+    call_paging_commit(gather: &mut Pending<'_>, frames: &Frames) -> usize { gather.commit_to(frames) }
+    call_paging_destroy(table: Table, frames: &Frames) {
+        table.destroy(|_: Leaf, frame| frames.free(frame), |_, _| {});
     }
     call_paging_shrink(machine: &'static Machine, count: usize) -> usize { TableCache::shrink(&machine, count) }
 }

@@ -20,19 +20,12 @@ use clap::Args;
 use crate::sh::{Shell, Stop, fail};
 use program::Program;
 
-/// Bytes of stack that a public call may need, by the beginning of its name; the first that fits counts.
+/// Bytes of stack that a public call may need with kmem's own allocators beneath it, by the beginning of its name; the
+/// first that fits counts.
 ///
-/// Kernel stacks are 8 KiB at the least. What interrupts may call stays within a quarter of that. The calls of an address
-/// space run on a task's own stack, those of boot on one that holds nothing else: they leave half of it to the kernel.
-const BUDGETS: [(&str, u64); 7] = [
-    ("cow_mm_", 4096),
-    ("boot_", 4096),
-    ("heap_init", 4096),
-    ("buddy_init", 4096),
-    ("buddy_cpu_online", 4096),
-    ("slab_cpu_online", 4096),
-    ("", 2048),
-];
+/// Kernel stacks are 8 KiB at the least. The calls of an address space run on a task's own stack, everything else may be
+/// called from an interrupt.
+const BUDGETS: [(&str, u64); 3] = [("cow_mm_", 6144), ("vma_tree_", 2048), ("", 3584)];
 
 /// What to print.
 #[derive(Args)]
