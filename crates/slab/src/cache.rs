@@ -310,7 +310,7 @@ impl<'s, T, P: Platform, const STABLE: bool> Cache<'s, T, P, STABLE> {
             objects: self.system.info_of(raw).active_objects,
         };
         self.system.retire_empty(raw);
-        if raw.slabs.load(Ordering::Relaxed) > 0 {
+        if self.system.info_of(raw).slabs > 0 {
             return Err(leaked(raw));
         }
         // SAFETY: the cache is borrowed exclusively and was drained above.

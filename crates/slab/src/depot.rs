@@ -13,11 +13,12 @@
 //!   pending stack, or about to be put there by whoever set the bit.
 //! - `I2`: a slab with no free bit, seen under the lock, is on no list. No list of full slabs exists that a search could walk.
 //! - `I3`: dead descriptors are on `dead`, and on no other list.
+//! - `I4`: `slabs`, `objects` and `frames` count live slabs, from the first time that the lock's holder sees one until it is retired.
 
 use core::ptr::{self, NonNull};
 
 use crate::array::ArrayStack;
-use crate::slab::{BURIED, RETIRED, Slab, UNLISTED};
+use crate::slab::{BURIED, NEW, RETIRED, Slab, UNLISTED};
 
 /// Lists by fullness; the last holds slabs with every object free.
 pub const BUCKETS: usize = 5;
@@ -32,6 +33,10 @@ pub struct Depot {
     pub(crate) spare: ArrayStack,
     lists: [*mut Slab; BUCKETS],
     dead: *mut Slab,
+    /// Live slabs, the objects in them, and their frames.
+    pub(crate) slabs: u64,
+    pub(crate) objects: u64,
+    pub(crate) frames: u64,
     /// Slabs on the `EMPTY` list.
     pub(crate) empty: usize,
     /// Arrays exchanged with CPUs, refills from slabs, flushes to slabs.
@@ -50,17 +55,24 @@ impl Depot {
             spare: ArrayStack::new(),
             lists: [ptr::null_mut(); BUCKETS],
             dead: ptr::null_mut(),
+            slabs: 0,
+            objects: 0,
+            frames: 0,
             empty: 0,
             exchanges: 0,
             refills: 0,
         }
     }
 
-    /// Puts a live slab on the list that its free bits say (`I1`, `I2`). Nothing for a dead or retired one.
+    /// Puts a live slab, counted first where it is new, on the list that its free bits say (`I1`, `I2`). Nothing for a dead or retired one.
     pub fn relist(&mut self, slab: &Slab) {
         let objects = slab.objects();
         if objects == 0 || slab.bucket.get() == RETIRED {
             return;
+        }
+        if slab.bucket.get() == NEW {
+            slab.bucket.set(UNLISTED);
+            self.count(slab, u64::wrapping_add);
         }
         let free = slab.free();
         let bucket = if free == 0 {
@@ -74,6 +86,12 @@ impl Depot {
             self.unlist(slab);
             self.list(slab, bucket);
         }
+    }
+
+    fn count(&mut self, slab: &Slab, step: fn(u64, u64) -> u64) {
+        self.slabs = step(self.slabs, 1);
+        self.objects = step(self.objects, slab.objects() as u64);
+        self.frames = step(self.frames, slab.block().1.frames());
     }
 
     fn list(&mut self, slab: &Slab, bucket: u8) {
@@ -129,6 +147,7 @@ impl Depot {
             if slab.claim_all() {
                 self.unlist(slab);
                 slab.bucket.set(RETIRED);
+                self.count(slab, u64::wrapping_sub);
                 return Some(NonNull::from(slab));
             }
             // A context without the lock took an object meanwhile: it is not empty any more.
@@ -156,7 +175,7 @@ impl Depot {
         // SAFETY: dead descriptors belong to the depot.
         let slab = unsafe { pointer.as_ref() };
         self.dead = slab.next.get();
-        slab.bucket.set(UNLISTED);
+        slab.bucket.set(NEW);
         Some(pointer)
     }
 }

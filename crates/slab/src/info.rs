@@ -135,10 +135,13 @@ impl<P: Platform> SlabSystem<P> {
             true
         });
         let depot = self.with_depot(cache, |depot| {
-            (depot.full.objects() as u64, depot.exchanges, depot.refills)
+            (
+                [depot.full.objects() as u64, depot.exchanges, depot.refills],
+                [depot.slabs, depot.objects, depot.frames],
+            )
         });
-        let (in_depot, exchanges, refills) = depot.unwrap_or_default();
-        let total_objects = cache.objects.load(Ordering::Relaxed);
+        let ([in_depot, exchanges, refills], [slabs, total_objects, frames]) =
+            depot.unwrap_or_default();
         let geometry = cache.geometry();
         CacheInfo {
             name: cache.setup.name,
@@ -148,9 +151,9 @@ impl<P: Platform> SlabSystem<P> {
             in_arrays,
             in_depot,
             in_slabs,
-            slabs: cache.slabs.load(Ordering::Relaxed),
+            slabs,
             active_slabs,
-            frames: cache.frames.load(Ordering::Relaxed),
+            frames,
             objects_per_slab: geometry.objects(),
             frames_per_slab: geometry.order().frames(),
             array: geometry.array(),

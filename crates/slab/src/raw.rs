@@ -3,12 +3,10 @@
 //! Invariants
 //! - `I1`: the plain fields are written before the cache is published (its pointer stored with release) and never after.
 //! - `I2`: `all` lists every descriptor the cache ever had; it only grows until the cache is destroyed.
-//! - `I3`: `slabs`, `objects` and `frames` count live slabs; a slab is counted before its first object is given out and until its
-//!   block goes back.
 
 use core::ptr;
 
-use kmem_hal::sync::{AtomicPtr, AtomicU32, AtomicU64, LocalPtr, Ordering};
+use kmem_hal::sync::{AtomicPtr, AtomicU32, AtomicU64, LocalPtr, LocalU32, Ordering};
 use kmem_hal::{Lock, RawLock};
 
 use crate::depot::Depot;
@@ -55,9 +53,8 @@ pub struct RawCache<L> {
     all: AtomicPtr<Slab>,
     pub pending: Pending,
     pub depot: Lock<Depot, L>,
-    pub slabs: AtomicU64,
-    pub objects: AtomicU64,
-    pub frames: AtomicU64,
+    /// How many full arrays the depot has, as its lock's holder last wrote: saves taking the lock in vain.
+    pub full: LocalU32,
     /// Objects that went past the arrays of CPUs.
     pub direct_allocs: AtomicU64,
     pub direct_frees: AtomicU64,
@@ -85,9 +82,7 @@ impl<L: RawLock> RawCache<L> {
             all: AtomicPtr::new(ptr::null_mut()),
             pending: Pending::new(),
             depot: Lock::new(Depot::new()),
-            slabs: AtomicU64::new(0),
-            objects: AtomicU64::new(0),
-            frames: AtomicU64::new(0),
+            full: LocalU32::new(0),
             direct_allocs: AtomicU64::new(0),
             direct_frees: AtomicU64::new(0),
             failures: AtomicU64::new(0),

@@ -72,9 +72,13 @@ impl<P: Platform> SlabSystem<P> {
             let Some(_busy) = self.head(cache, &pin).and_then(Head::enter) else {
                 return;
             };
-            let Some(array) = cache.depot.lock().full.pop() else {
-                return;
+            let taken = {
+                let mut depot = cache.depot.lock();
+                let taken = depot.full.pop();
+                cache.full.set(depot.full.len() as u32);
+                taken
             };
+            let Some(array) = taken else { return };
             // SAFETY: the array left the depot and belongs to this call; its first `len` slots hold objects; the busy flag is set.
             unsafe {
                 let n = array.as_ref().len();
@@ -162,9 +166,10 @@ impl<P: Platform> Shrink for SlabSystem<P> {
         let mut freed = 0;
         let _ = self.for_each_cache(|cache| {
             if freed < objects {
-                let before = cache.objects.load(Ordering::Relaxed);
+                let count = || self.with_depot(cache, |depot| depot.objects).unwrap_or(0);
+                let before = count();
                 self.shrink_cache(cache);
-                let after = cache.objects.load(Ordering::Relaxed);
+                let after = count();
                 freed += before.saturating_sub(after) as usize;
             }
         });

@@ -58,6 +58,9 @@ const _: () = assert!(size_of::<Slab>() == 128);
 /// `bucket` of a slab that is on no list: full, or not yet published.
 pub const UNLISTED: u8 = 0xff;
 
+/// `bucket` of a slab that the depot has not counted yet.
+pub const NEW: u8 = 0xfc;
+
 /// `bucket` of a slab whose memory is on its way back to the page source.
 pub const RETIRED: u8 = 0xfe;
 
@@ -79,7 +82,7 @@ impl Slab {
             pending_next: LocalPtr::new(core::ptr::null_mut()),
             objects: LocalU16::new(0),
             order: LocalU8::new(0),
-            bucket: LocalU8::new(UNLISTED),
+            bucket: LocalU8::new(NEW),
             pending: AtomicBool::new(false),
         }
     }

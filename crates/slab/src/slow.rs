@@ -100,6 +100,7 @@ impl<P: Platform> SlabSystem<P> {
             let mut depot = cache.depot.lock(); // I1: busy is set
             settle(cache, &mut depot);
             if let Some(full) = depot.full.pop() {
+                cache.full.set(depot.full.len() as u32);
                 depot.exchanges += 1;
                 if let Some(empty) = NonNull::new(head.loaded.get()) {
                     // SAFETY: the head owned its empty array and gives it to the depot.
@@ -179,13 +180,14 @@ impl<P: Platform> SlabSystem<P> {
             head.spare.set(empty.as_ptr());
             head.spare_n.set(0);
             head.add_given(n);
+            cache.full.set(depot.full.len() as u32);
             depot.exchanges += 1;
         };
+        if cache.full.get() as usize >= limit {
+            return false;
+        }
         {
-            let mut depot = cache.depot.lock(); // slow I1: busy is set
-            if depot.full.len() >= limit {
-                return false;
-            }
+            let mut depot = cache.depot.lock(); // I1: busy is set
             if let Some(empty) = depot.spare.pop() {
                 exchange(&mut depot, empty);
                 return true;
@@ -400,6 +402,7 @@ impl<P: Platform> SlabSystem<P> {
                         } else {
                             depot.spare.push(full);
                         }
+                        cache.full.set(depot.full.len() as u32);
                     }
                 }
                 got
@@ -538,9 +541,6 @@ impl<P: Platform> SlabSystem<P> {
                 unsafe { (hooks.construct)(hooks.context, object_at(cache, slab, index)) };
             }
         }
-        cache.slabs.fetch_add(1, Ordering::Relaxed);
-        cache.objects.fetch_add(objects as u64, Ordering::Relaxed);
-        cache.frames.fetch_add(order.frames(), Ordering::Relaxed);
         platform.trace(TraceEvent::Slab(frame, order, true));
         Ok(slab)
     }
@@ -553,21 +553,25 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
-    /// Gives a chain of retired slabs back to the page source; `locked` runs its argument under the depot's lock.
+    /// Gives a chain of retired slabs back to the page source; `locked` runs its argument under the depot's lock, if it can.
     ///
     /// Answers how many frames went back.
     pub(crate) fn give_slabs_back(
         &self,
         cache: &RawCache<P::Lock>,
-        mut chain: *mut Slab,
-        mut locked: impl FnMut(&mut dyn FnMut(&mut Depot)),
+        chain: *mut Slab,
+        locked: impl FnOnce(&mut dyn FnMut(&mut Depot)),
     ) -> u64 {
+        if chain.is_null() {
+            return 0;
+        }
         // SAFETY: a cache exists, so the system is ready.
         let platform = unsafe { self.platform_unchecked() };
         let mut frames = 0;
+        let mut at = chain;
         // SAFETY: the chain holds descriptors of this cache, which live as long as it.
-        while let Some(slab) = unsafe { chain.as_ref() } {
-            chain = slab.next.get();
+        while let Some(slab) = unsafe { at.as_ref() } {
+            at = slab.next.get();
             if let Some(hooks) = cache.setup.hooks {
                 for index in 0..slab.objects() {
                     // SAFETY: every object belongs to this call and was built when the slab was made.
@@ -575,18 +579,20 @@ impl<P: Platform> SlabSystem<P> {
                 }
             }
             let (first, order) = slab.block();
-            cache.slabs.fetch_sub(1, Ordering::Relaxed);
-            cache
-                .objects
-                .fetch_sub(slab.objects() as u64, Ordering::Relaxed);
-            cache.frames.fetch_sub(order.frames(), Ordering::Relaxed);
             slab.clear_memory();
             platform.trace(TraceEvent::Slab(first, order, false));
             // SAFETY: the block came from `new_slab`; every object of it was claimed.
             unsafe { block::give(platform, first, order) };
             frames += order.frames();
-            locked(&mut |depot| depot.bury(slab));
         }
+        locked(&mut |depot| {
+            let mut at = chain;
+            // SAFETY: as above; `bury` changes the link of the one before.
+            while let Some(slab) = unsafe { at.as_ref() } {
+                at = slab.next.get();
+                depot.bury(slab);
+            }
+        });
         frames
     }
 

@@ -47,9 +47,9 @@ const GUARD: u32 = COLUMNS as u32 - 1;
 const ARRAY_POOLS: usize = 4;
 
 macro_rules! filled {
-    ($value:expr) => {{
+    ($count:expr, $value:expr) => {{
         #[cfg(not(loom))]
-        let all = [const { $value }; _];
+        let all = [const { $value }; $count];
         #[cfg(loom)]
         let all = core::array::from_fn(|_| $value);
         all
@@ -127,8 +127,8 @@ impl<P: Platform> SlabSystem<P> {
         /// A system that holds nothing and allocates nothing yet.
         pub fn new() -> Self {
             Self {
-                rows: filled!(AtomicPtr::new(ptr::null_mut())),
-                classes: filled!(AtomicPtr::new(ptr::null_mut())),
+                rows: filled!(CHUNKS, AtomicPtr::new(ptr::null_mut())),
+                classes: filled!(CLASSES, AtomicPtr::new(ptr::null_mut())),
                 platform: UnsafeCell::new(MaybeUninit::uninit()),
                 state: AtomicU8::new(EMPTY),
                 caches: MetaPool::new(size_of::<RawCache<P::Lock>>().next_multiple_of(64)),
@@ -218,6 +218,7 @@ impl<P: Platform> SlabSystem<P> {
                 // SAFETY: the pool gives memory of this size and alignment that belongs to this call.
                 unsafe { memory.write(cache) };
                 registry.insert(memory);
+                registry.used[0] |= 1 << class;
                 self.classes[class].store(memory.as_ptr(), Ordering::Release);
             }
             registry.used[0] |= 1 << GUARD;
@@ -462,8 +463,8 @@ impl<P: Platform> SlabSystem<P> {
             // SAFETY: `find` counted this context as a user, so `leave` waits.
             let cache = unsafe { cache.as_ref() };
             from = cache.index + 1;
+            let _user = User(cache);
             each(cache);
-            cache.users.fetch_sub(1, Ordering::Release);
         }
     }
 
@@ -610,6 +611,15 @@ const fn natural(size: usize) -> usize {
         LARGEST_ALIGN
     } else {
         align
+    }
+}
+
+/// A context that looks at a cache by way of the registry; counted off when dropped, a panic of the callback included.
+struct User<'c, L>(&'c RawCache<L>);
+
+impl<L> Drop for User<'_, L> {
+    fn drop(&mut self) {
+        self.0.users.fetch_sub(1, Ordering::Release);
     }
 }
 

@@ -49,7 +49,7 @@ impl<P: Platform> SlabSystem<P> {
             }
             self.shrink_cache(cache);
             self.retire_empty(cache);
-            if cache.slabs.load(Ordering::Relaxed) > 0 && leaked.is_none() {
+            if self.info_of(cache).slabs > 0 && leaked.is_none() {
                 leaked = Some(Leaked {
                     cache: cache.setup.name,
                     objects: self.info_of(cache).active_objects,

@@ -1,0 +1,244 @@
+//! Several CPUs: frees on another CPU, CPUs that go, and a page source that is entered again.
+
+mod common;
+
+use std::cell::Cell;
+use std::collections::HashSet;
+use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::mpsc::sync_channel;
+
+use common::{Arena, System, TestParts, parts, run_as, system};
+use kmem_hal::{AllocError, CpuId};
+use kmem_slab::{Cache, Flags, SlabBox, SlabSystem};
+
+#[test]
+fn objects_freed_on_another_cpu_flow_back_in_whole_arrays() {
+    let (arena, mut system) = system(4096, 2);
+    let rounds = 20_000;
+    std::thread::scope(|scope| {
+        let (send, receive) = sync_channel::<usize>(256);
+        let system = &system;
+        scope.spawn(move || {
+            run_as(0);
+            for round in 0..rounds {
+                let memory = system
+                    .kmalloc(64, Flags::empty())
+                    .unwrap()
+                    .as_ptr()
+                    .cast::<usize>();
+                // SAFETY: 64 bytes that belong to this thread.
+                unsafe { memory.write(round) };
+                send.send(memory.expose_provenance()).unwrap();
+            }
+        });
+        scope.spawn(move || {
+            run_as(1);
+            for round in 0..rounds {
+                let memory: *mut usize =
+                    std::ptr::with_exposed_provenance_mut(receive.recv().unwrap());
+                // SAFETY: the producer gave the allocation up.
+                unsafe {
+                    assert_eq!(memory.read(), round);
+                    system.kfree(memory.cast());
+                }
+            }
+        });
+    });
+    run_as(0);
+    let mut info = None;
+    system
+        .caches(|cache| {
+            if cache.name == "kmalloc-64" {
+                info = Some(*cache);
+            }
+        })
+        .unwrap();
+    let info = info.unwrap();
+    assert_eq!((info.active_objects, info.misuses), (0, 0));
+    assert_eq!((info.allocs, info.frees), (rounds as u64, rounds as u64));
+    assert!(info.exchanges > 100, "the depot carries them: {info:?}");
+    assert!(
+        info.frames < 64,
+        "memory does not grow with the rounds: {info:?}"
+    );
+    system.teardown().unwrap();
+    assert_eq!(arena.used(), 0);
+}
+
+#[test]
+fn many_cpus_never_share_an_object() {
+    let (arena, mut system) = system(8192, 4);
+    {
+        let cache: Cache<'_, (u32, u32), TestParts> = Cache::new(&system, "pairs");
+        std::thread::scope(|scope| {
+            for cpu in 0..4 {
+                let (system, cache) = (&system, &cache);
+                scope.spawn(move || {
+                    run_as(cpu);
+                    let mut state = u64::from(cpu) + 1;
+                    let mut held: Vec<SlabBox<'_, (u32, u32), TestParts>> = Vec::new();
+                    let mut blocks: Vec<(*mut u8, usize)> = Vec::new();
+                    for round in 0..6000u32 {
+                        state = state
+                            .wrapping_mul(6_364_136_223_846_793_005)
+                            .wrapping_add(1);
+                        let random = (state >> 33) as usize;
+                        if random % 3 != 0 || held.is_empty() {
+                            held.push(cache.alloc((cpu, round)).unwrap());
+                            let size = 8 + random % 2000;
+                            let memory = system.kmalloc(size, Flags::empty()).unwrap().as_ptr();
+                            // SAFETY: the allocation belongs to this thread.
+                            unsafe { memory.write_bytes(cpu as u8, size) };
+                            blocks.push((memory, size));
+                        } else {
+                            let boxed = held.swap_remove(random % held.len());
+                            assert_eq!(boxed.0, cpu);
+                            let (memory, size) = blocks.swap_remove(random % blocks.len());
+                            // SAFETY: as above; freed once.
+                            unsafe {
+                                assert!((0..size).all(|at| memory.add(at).read() == cpu as u8));
+                                system.kfree(memory);
+                            }
+                        }
+                        if random % 1000 == 0 {
+                            system.shrink();
+                        }
+                    }
+                    for (memory, _) in blocks {
+                        // SAFETY: freed once.
+                        unsafe { system.kfree(memory) };
+                    }
+                });
+            }
+        });
+        run_as(0);
+        assert_eq!(cache.info().unwrap().active_objects, 0);
+        cache.destroy().unwrap();
+    }
+    system.teardown().unwrap();
+    assert_eq!(arena.used(), 0);
+}
+
+#[test]
+fn a_cpu_that_goes_strands_nothing() {
+    let (_, system) = system(1024, 3);
+    run_as(1);
+    let objects: Vec<_> = (0..100)
+        .map(|_| system.kmalloc(64, Flags::empty()).unwrap())
+        .collect();
+    for object in objects {
+        // SAFETY: allocated above.
+        unsafe { system.kfree(object.as_ptr()) };
+    }
+    run_as(0);
+    system.shrink();
+    let held = |system: &System| {
+        let mut held = (0, 0);
+        system
+            .caches(|cache| {
+                if cache.name == "kmalloc-64" {
+                    held = (cache.in_arrays, cache.frames);
+                }
+            })
+            .unwrap();
+        held
+    };
+    assert!(held(&system).0 >= 100, "CPU 1 still holds its arrays");
+    // SAFETY: nothing runs as CPU 1.
+    unsafe { system.cpu_offline(CpuId::new(1)) }.unwrap();
+    system.shrink();
+    assert_eq!(held(&system), (0, 0));
+    // SAFETY: as above.
+    assert_eq!(
+        unsafe { system.cpu_offline(CpuId::new(3)) },
+        Err(AllocError::Unsatisfiable)
+    );
+    assert_eq!(
+        system.cpu_online(CpuId::new(3)),
+        Err(AllocError::Unsatisfiable)
+    );
+    system.cpu_online(CpuId::new(2)).unwrap();
+}
+
+#[test]
+fn other_cpus_drain_when_they_are_asked_to() {
+    let (_, system) = system(1024, 2);
+    run_as(1);
+    let objects: Vec<_> = (0..64)
+        .map(|_| system.kmalloc(64, Flags::empty()).unwrap())
+        .collect();
+    for object in &objects {
+        // SAFETY: allocated above.
+        unsafe { system.kfree(object.as_ptr()) };
+    }
+    run_as(0);
+    system.shrink();
+    run_as(1);
+    system.drain_local();
+    run_as(0);
+    system.shrink();
+    assert_eq!(system.totals().slab_frames, 0);
+}
+
+static NESTED: AtomicPtr<System> = AtomicPtr::new(std::ptr::null_mut());
+
+thread_local! {
+    static DEPTH: Cell<u32> = const { Cell::new(0) };
+    static GOT: Cell<u32> = const { Cell::new(0) };
+    static SEEN: Cell<usize> = const { Cell::new(0) };
+}
+
+/// What a page source that logs does: it allocates from the heap that is asking it for pages.
+fn log() {
+    if DEPTH.get() > 0 {
+        return;
+    }
+    // SAFETY: the test's system lives until the pointer is cleared.
+    let Some(system) = (unsafe { NESTED.load(Ordering::Acquire).as_ref() }) else {
+        return;
+    };
+    if !system.is_ready() {
+        return;
+    }
+    DEPTH.set(1);
+    if let Ok(memory) = system.kmalloc(64, Flags::empty()) {
+        GOT.set(GOT.get() + 1);
+        SEEN.set(memory.as_ptr().addr());
+        // SAFETY: 64 bytes of this call; freed once.
+        unsafe {
+            memory.write_bytes(0xee, 64);
+            system.kfree(memory.as_ptr());
+        }
+    }
+    DEPTH.set(0);
+}
+
+#[test]
+fn a_page_source_may_allocate_from_the_heap_that_asks_it() {
+    let arena = Arena::new(2048);
+    let system: &'static mut System = Box::leak(Box::new(SlabSystem::new()));
+    system.init(parts(arena, 1)).unwrap();
+    NESTED.store(system, Ordering::Release);
+    *arena.hook.lock().unwrap() = Some(log);
+    let all: Vec<_> = (0..5000)
+        .map(|_| system.kmalloc(64, Flags::empty()).unwrap())
+        .collect();
+    *arena.hook.lock().unwrap() = None;
+    NESTED.store(std::ptr::null_mut(), Ordering::Release);
+    assert!(
+        GOT.get() > 20,
+        "the nested calls were served: {}",
+        GOT.get()
+    );
+    assert_eq!(
+        all.iter().collect::<HashSet<_>>().len(),
+        all.len(),
+        "no object was given twice"
+    );
+    for object in all {
+        // SAFETY: allocated above.
+        unsafe { system.kfree(object.as_ptr()) };
+    }
+    system.teardown().unwrap();
+    assert_eq!(arena.used(), 0);
+}
