@@ -29,7 +29,7 @@ pub use frame_table::{
 pub use grace::Plant;
 pub use grace::{Deferred, EpochArea, EpochGrace, EpochGuard, Grace, SingleGrace, SingleGuard};
 pub use io::{BlockDevice, IoError, IoState, IoTicket, PageProvider};
-pub use lock::{IrqSafe, Lock, LockGuard, RawLock, RawSleepLock, SleepLock, Spin, Wait};
+pub use lock::{IrqSafe, Lock, LockGuard, RawLock, RawSleepLock, SleepLock, Spin, SpinWait, Wait};
 pub use mmu::{
     Access, Asid, Completion, FaultCode, FlushRequest, FlushScope, Mmu, PageFault, Root,
 };

@@ -24,6 +24,7 @@ use crate::sync::{AtomicU64, Ordering, UnsafeCell};
 /// - `B2`: a failed call changes nothing.
 /// - `B3`: where `TYPE_STABLE` is true, freed memory holds a `T` or an unused object of this allocator for as long as
 ///   the allocator lives, so that a lock-free reader may still read it and must only doubt what it reads.
+/// - `B4`: [`alloc_bulk`](Self::alloc_bulk) writes the first `n` places, `n` being its answer and at most `out.len()`.
 #[doc(alias = "kmem_cache")]
 pub unsafe trait ObjectAlloc<T> {
     /// Whether freed memory stays memory for `T` (`SLAB_TYPESAFE_BY_RCU`).

@@ -29,6 +29,8 @@ use crate::sync::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 /// - `P4`: `reach` only grows.
 /// - `P5`: a temporary mapping is private to the caller until it is unmapped, and no other mapping of the frame
 ///   has another memory type.
+/// - `P6`: [`words`](Self::words), [`words32`](Self::words32), [`zero`](Self::zero) and [`copy`](Self::copy), where they are
+///   overridden, reach the same bytes as [`to_ptr`](Self::to_ptr).
 pub unsafe trait PhysMap {
     /// The frames that are mapped now. Frames outside stay unfree until the allocator is extended.
     ///

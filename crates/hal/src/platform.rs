@@ -54,6 +54,8 @@ pub unsafe trait UserAccess {
 }
 
 /// A clock that never goes back.
+///
+/// - `N1`: no CPU reads an instant before one that it knows another CPU has read.
 pub trait Clock {
     /// Nanoseconds since some fixed instant.
     fn now(&self) -> u64;

@@ -278,6 +278,9 @@ pub unsafe trait FrameSource {
 }
 
 /// Takes frames back.
+///
+/// Not unsafe to implement, since a sink that loses frames is only wasteful:
+/// - `F4`: what came back can be given again by the source that gave it.
 pub trait FrameSink {
     /// Frees one block.
     #[doc(alias = "__free_pages")]

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod arena;
+pub mod conformance;
 pub mod fail;
 #[cfg(all(kmem_counting, not(any(loom, shuttle))))]
 pub mod interrupt;

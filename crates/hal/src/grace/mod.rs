@@ -74,6 +74,7 @@ impl Deferred {
 /// - `G2`: when `synchronize` returns, no guard is left that existed when it was called.
 /// - `G3`: what a reader did under its guard happens before a call deferred past it.
 /// - `G4`: `read` neither waits nor writes to a line that other CPUs' readers write.
+/// - `G5`: guards nest and are dropped in any order; what is protected stays so until the last of them is gone.
 pub unsafe trait Grace {
     /// What a reader holds.
     type Guard<'a>

@@ -52,6 +52,9 @@ pub unsafe trait RawSleepLock {
 }
 
 /// Sleeping until something happened: I/O, a page lock, a table being copied.
+///
+/// - `S4`: [`wait_until`](Self::wait_until) returns only after `done()` gave `true`, and asks again after every
+///   [`wake`](Self::wake) of its key that came after the question before.
 pub trait Wait {
     /// Returns once `done()` holds. `key` names what is waited for; [`wake`](Self::wake) with the same key makes the
     /// kernel ask again. Spurious returns are not allowed, spurious questions are.
