@@ -156,32 +156,20 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if wanted < state.nodes { wanted } else { local }
     }
 
-    /// The common case: the newest entry of the CPU's array for the first zone that may serve the request.
+    /// The common case: the newest entry of the CPU's array for the zone that is asked first.
     #[inline(always)]
     fn hit(&self, state: &State<L>, request: &FrameRequest, pin: &Pinned<'_, C>) -> Option<u64> {
-        let order = request.order.index();
-        let class = class_of(order)?;
-        let area = state.area(pin.id())?;
-        if request.alignment > request.order || !matches!(request.node, NodePolicy::Local) {
+        let class = class_of(request.order.index())?;
+        let plain = request.alignment <= request.order
+            && request.max_address.as_u64() == u64::MAX
+            && matches!(request.node, NodePolicy::Local);
+        if !plain {
             return None;
         }
-        let highest = ZoneKind::highest_for(request.mobility);
-        let limit = frame_limit(request.max_address);
-        let list = state.list(area.node.get() as usize);
-        let index = *list.iter().find(|&&index| {
-            state
-                .zones
-                .get(usize::from(index))
-                .is_some_and(|zone| zone.kind <= highest && zone.start < limit)
-        })?;
-        let zone = state.zones.get(usize::from(index))?;
-        let stack = stack_of(class, MigrateType::of(request.mobility));
-        let arrays = area.enter()?;
-        let cache = arrays.zone(usize::from(index))?;
-        if zone.end() > limit && zone.start + u64::from(cache.peek(stack)?) + (1 << order) > limit {
-            return None;
-        }
-        Some(zone.start + u64::from(cache.pop(stack)?))
+        let migrate = MigrateType::of(request.mobility);
+        let arrays = state.area(pin.id())?.enter()?;
+        let cache = arrays.first(migrate)?;
+        Some(cache.start + u64::from(cache.pop(stack_of(class, migrate))?))
     }
 
     /// Looks at all zones once, at one watermark, and fills `out` as far as it goes.

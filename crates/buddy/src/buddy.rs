@@ -179,7 +179,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         };
         let reach = self.memory.reach();
         map.for_each_free(|range| take_over(state, range, reach));
-        state.reserved.lock().reach = reach;
+        state.reserved.change(|reserved| reserved.set_reach(reach));
         for zone in state.zones {
             mark_unmanaged(zone);
         }

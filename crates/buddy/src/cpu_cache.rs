@@ -88,15 +88,19 @@ pub(crate) const fn stack_of(class: usize, migrate: MigrateType) -> usize {
 }
 
 /// The arrays of one CPU for one zone.
+#[repr(C, align(64))]
 pub(crate) struct ZoneCache {
+    /// The zone's first frame number.
+    pub start: u64,
     counts: [LocalU32; STACKS],
     limits: [LocalU32; STACKS],
     slots: [LocalU32; SLOTS],
 }
 
 impl ZoneCache {
-    pub fn new() -> Self {
+    pub fn new(start: u64) -> Self {
         Self {
+            start,
             counts: core::array::from_fn(|_| LocalU32::new(0)),
             limits: core::array::from_fn(|_| LocalU32::new(0)),
             slots: core::array::from_fn(|_| LocalU32::new(0)),
@@ -185,10 +189,16 @@ pub(crate) struct CpuArea {
     pending_any: AtomicBool,
     pending: [AtomicU64; PENDING],
     pub caches: &'static [ZoneCache],
+    /// The arrays of the zone that is asked first, by migrate type.
+    first: [Option<&'static ZoneCache>; CACHED_TYPES],
 }
 
 impl CpuArea {
-    pub fn new(node: u32, caches: &'static [ZoneCache]) -> Self {
+    pub fn new(
+        node: u32,
+        caches: &'static [ZoneCache],
+        first: [Option<&'static ZoneCache>; CACHED_TYPES],
+    ) -> Self {
         Self {
             busy: LocalBool::new(false),
             holding: LocalBool::new(false),
@@ -199,6 +209,7 @@ impl CpuArea {
             pending_any: AtomicBool::new(false),
             pending: core::array::from_fn(|_| AtomicU64::new(0)),
             caches,
+            first,
         }
     }
 
@@ -264,6 +275,12 @@ pub(crate) struct Arrays<'a> {
 }
 
 impl Arrays<'_> {
+    /// The arrays of the zone that requests of a type ask first.
+    #[inline(always)]
+    pub fn first(&self, migrate: MigrateType) -> Option<&ZoneCache> {
+        *self.area.first.get(migrate as usize)?
+    }
+
     #[inline(always)]
     pub fn zone(&self, zone: usize) -> Option<&ZoneCache> {
         self.area.caches.get(zone)

@@ -122,7 +122,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let area = memory.filter(|_| self.memory.reach().contains_range(frames.range()));
         // SAFETY: the frames are this call's, in reach, and never freed once the area is published.
         let area = area.and_then(|memory| unsafe {
-            state::build_area(memory, order.bytes() as usize, node, state.zones.len())
+            let list = state.list(node.index());
+            state::build_area(memory, order.bytes() as usize, node, state.zones, list)
         });
         let published = area.is_some_and(|area| {
             slot.compare_exchange(

@@ -28,6 +28,19 @@ impl From<GiveError> for FreeError {
     }
 }
 
+/// Whether a block's frames are the allocator's: not reserved, and in reach.
+fn is_managed<L: RawLock + 'static>(
+    state: &State<L>,
+    zone: &Zone<L>,
+    first: u64,
+    order: usize,
+) -> bool {
+    let end = first + (1 << order);
+    state
+        .reserved
+        .is_managed(first, end, !needs_no_reach(zone.kind))
+}
+
 impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     /// The segment of a frame; the last one used is tried first.
     #[inline(always)]
@@ -82,7 +95,10 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         }
         let zone = &state.zones[segment.zone as usize];
         let flags = zone.types[segment.block_of(first)].load(Ordering::Relaxed);
-        if flags & UNMANAGED != 0 && !self.is_managed(state, area, zone, first, 1 << order) {
+        if flags & UNMANAGED != 0
+            && !segment.is_clean(first, 1 << order)
+            && !is_managed(state, zone, first, order)
+        {
             return Err(FreeError::Foreign);
         }
         let given = self.locked(area, zone, |core| {
@@ -107,38 +123,6 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
                 Ok(())
             }
         }
-    }
-
-    /// Whether the frames are the allocator's: in reach and not reserved.
-    fn is_managed(
-        &self,
-        state: &State<L>,
-        area: Option<&CpuArea>,
-        zone: &Zone<L>,
-        first: u64,
-        count: u64,
-    ) -> bool {
-        let judge = |reserved: &crate::state::Reserved| {
-            let reached = needs_no_reach(zone.kind)
-                || kmem_hal::FrameRange::from_numbers(first, first + count)
-                    .is_some_and(|range| reserved.reach.contains_range(range));
-            reached && !reserved.touches(first, first + count)
-        };
-        if area.is_some_and(CpuArea::is_holding) {
-            // Nested: where the list is being changed, believe the caller rather than wait.
-            return state
-                .reserved
-                .try_lock()
-                .is_none_or(|reserved| judge(&reserved));
-        }
-        if let Some(area) = area {
-            area.set_holding(true);
-        }
-        let result = judge(&state.reserved.lock());
-        if let Some(area) = area {
-            area.set_holding(false);
-        }
-        result
     }
 
     /// Gives the oldest `count` blocks of an array (its number and order) back to the zone; `false` where the lock could not be had.
@@ -207,21 +191,27 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
                 return Err(FreeError::Foreign);
             }
             let index = segment.zone as usize;
-            let zone = state.zones.get(index).ok_or(FreeError::Foreign)?;
-            let migrate = zone
+            let mut migrate = segment
                 .types
                 .get(segment.block_of(first))
                 .map_or(u8::MAX, |byte| byte.load(Ordering::Relaxed));
+            if migrate & UNMANAGED != 0 {
+                migrate &= !UNMANAGED;
+                let zone = state.zones.get(index).ok_or(FreeError::Foreign)?;
+                if !segment.is_clean(first, 1 << order) && !is_managed(state, zone, first, order) {
+                    return Err(FreeError::Foreign);
+                }
+            }
             if usize::from(migrate) < CACHED_TYPES
                 && let Some(arrays) = area.enter()
                 && let Some(cache) = arrays.zone(index)
             {
                 let stack = class * CACHED_TYPES + usize::from(migrate);
-                let entry = (first - zone.start) as u32;
+                let entry = (first - segment.start) as u32;
                 if cache.push(stack, entry) {
                     return Ok(());
                 }
-                if self.make_room(state, area, zone, cache, (class, stack))
+                if self.make_room(state, area, index, cache, (class, stack))
                     && cache.push(stack, entry)
                 {
                     drop(arrays);
@@ -241,10 +231,13 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         &self,
         state: &State<L>,
         area: &CpuArea,
-        zone: &Zone<L>,
+        index: usize,
         cache: &ZoneCache,
         (class, stack): (usize, usize),
     ) -> bool {
+        let Some(zone) = state.zones.get(index) else {
+            return false;
+        };
         let limit = zone.limits[class].load(Ordering::Relaxed);
         let count = cache.count(stack);
         cache.set_limit(stack, limit);

@@ -256,14 +256,16 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     }
 
     /// Runs `f` with the list of reserved runs; interrupts of this CPU will not wait for it.
-    fn with_reserved<R>(&self, state: &State<L>, f: impl FnOnce(&mut Reserved) -> R) -> R {
+    fn with_reserved<R>(&self, state: &State<L>, f: impl FnOnce(&Reserved) -> R) -> R {
         let pin = self.cpu.pin();
         let area = state.area(pin.id());
         let nested = area.is_some_and(crate::cpu_cache::CpuArea::is_holding);
         if let (Some(area), false) = (area, nested) {
             area.set_holding(true);
         }
-        let result = f(&mut state.reserved.lock());
+        let guard = state.reserved_lock.lock();
+        let result = f(&state.reserved);
+        drop(guard);
         if let (Some(area), false) = (area, nested) {
             area.set_holding(false);
             self.settle(state, Some(area));
@@ -278,14 +280,14 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let Some(state) = self.state() else { return 0 };
         let reach = self.memory.reach();
         let gained = self.with_reserved(state, |reserved| {
-            let before = reserved.reach;
+            let before = reserved.reach();
             let mut gained = 0;
             for part in difference(reach, before) {
                 for_each_unreserved(reserved, part, |range| {
                     gained += join(state, range, reach);
                 });
             }
-            reserved.reach = reach;
+            reserved.change(|reserved| reserved.set_reach(reach));
             gained
         });
         watermark::set_up(state);
@@ -401,15 +403,15 @@ fn clear_flags<L: RawLock + 'static>(
 /// Takes `first..end` off the reserved list and frees what no other run touches; `None` where it is not reserved.
 fn release_run<L: RawLock + 'static>(
     state: &State<L>,
-    reserved: &mut Reserved,
+    reserved: &Reserved,
     first: u64,
     end: u64,
 ) -> Option<u64> {
-    if first >= end || !reserved.remove(first, end) {
+    if first >= end || !reserved.change(|reserved| reserved.remove(first, end)) {
         return None;
     }
     let range = FrameRange::from_numbers(first, end)?;
-    let reach = reserved.reach;
+    let reach = reserved.reach();
     let mut freed = 0;
     for_each_unreserved(reserved, range, |part| {
         for (segment, part) in state::cut(state.zones, part) {

@@ -8,10 +8,13 @@
 //! memory that is present, never the highest address: 0.15 bytes a frame and some KiB per CPU and zone.
 
 use core::ptr::NonNull;
-use core::sync::atomic::Ordering;
 
-use kmem_hal::sync::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, CachePadded};
-use kmem_hal::{CpuId, Frame, FrameRange, Lock, NodeId, PAGE_SIZE, PhysAddr, PhysMap, RawLock};
+use kmem_hal::sync::{
+    AtomicPtr, AtomicU8, AtomicU32, AtomicU64, CachePadded, Ordering, fence, spin_loop,
+};
+use kmem_hal::{
+    CpuId, Frame, FrameRange, Lock, Mobility, NodeId, PAGE_SIZE, PhysAddr, PhysMap, RawLock,
+};
 
 use crate::boot::{BootMap, EarlyAllocator, Reservation};
 use crate::config::Config;
@@ -35,59 +38,135 @@ pub(crate) struct ReservedRun {
     pub why: Reservation,
 }
 
-/// The runs that are present and not the allocator's, sorted.
+/// A place of the reserved list; empty where `first == end`.
+pub(crate) struct ReservedSlot {
+    first: AtomicU64,
+    end: AtomicU64,
+    why: AtomicU8,
+}
+
+/// The runs that are present and not the allocator's.
+///
+/// Writers hold the lock of [`State::reserved`] and make `version` odd meanwhile; readers of single frames take no lock
+/// and look at the version before and after.
 pub(crate) struct Reserved {
-    runs: &'static mut [Option<ReservedRun>],
-    len: usize,
-    /// The frames that had been mapped when memory was last taken over.
-    pub reach: FrameRange,
+    slots: &'static [ReservedSlot],
+    version: AtomicU64,
+    reach_first: AtomicU64,
+    reach_end: AtomicU64,
 }
 
 impl Reserved {
+    fn new(slots: &'static [ReservedSlot]) -> Self {
+        Self {
+            slots,
+            version: AtomicU64::new(0),
+            reach_first: AtomicU64::new(0),
+            reach_end: AtomicU64::new(0),
+        }
+    }
+
     pub fn iter(&self) -> impl Iterator<Item = ReservedRun> + '_ {
-        self.runs[..self.len].iter().filter_map(|run| *run)
+        self.slots.iter().filter_map(|slot| {
+            let run = ReservedRun {
+                first: slot.first.load(Ordering::Relaxed),
+                end: slot.end.load(Ordering::Relaxed),
+                why: Reservation::from_byte(slot.why.load(Ordering::Relaxed)),
+            };
+            (run.first < run.end).then_some(run)
+        })
     }
 
-    /// Whether some frame of `first..end` is reserved.
-    pub fn touches(&self, first: u64, end: u64) -> bool {
-        self.iter().any(|run| run.first < end && first < run.end)
+    /// The frames that had been mapped when memory was last taken over.
+    pub fn reach(&self) -> FrameRange {
+        let first = self.reach_first.load(Ordering::Relaxed);
+        FrameRange::from_numbers(first, self.reach_end.load(Ordering::Relaxed))
+            .unwrap_or(FrameRange::EMPTY)
     }
 
-    /// Adds a run at the end of the list, where it has room.
-    fn push(&mut self, run: ReservedRun) -> bool {
-        let Some(place) = self.runs.get_mut(self.len) else {
-            return false;
-        };
-        *place = Some(run);
-        self.len += 1;
+    /// Whether `first..end` are the allocator's: not reserved, and in reach unless the zone needs none.
+    ///
+    /// Takes no lock. A call that interrupted a change of the list believes its caller.
+    #[cold]
+    pub fn is_managed(&self, first: u64, end: u64, needs_reach: bool) -> bool {
+        for _ in 0..64 {
+            let before = self.version.load(Ordering::Acquire);
+            let reserved = self.iter().any(|run| run.first < end && first < run.end);
+            let reach = self.reach();
+            let reached =
+                !needs_reach || first >= reach.first().number() && end <= reach.end_number();
+            fence(Ordering::Acquire);
+            if before & 1 == 0 && self.version.load(Ordering::Relaxed) == before {
+                return reached && !reserved;
+            }
+            spin_loop();
+        }
         true
     }
 
-    /// Takes `first..end` off the run that wholly contains it; `false` where none does or there is no room.
-    pub fn remove(&mut self, first: u64, end: u64) -> bool {
-        let Some(at) = self.runs[..self.len]
+    /// Runs `f`, which changes the list; the caller holds the lock.
+    pub fn change<R>(&self, f: impl FnOnce(&Self) -> R) -> R {
+        let version = self.version.load(Ordering::Relaxed);
+        self.version.store(version | 1, Ordering::Relaxed);
+        fence(Ordering::Release);
+        let result = f(self);
+        self.version.store((version | 1) + 1, Ordering::Release);
+        result
+    }
+
+    pub fn set_reach(&self, reach: FrameRange) {
+        self.reach_first
+            .store(reach.first().number(), Ordering::Relaxed);
+        self.reach_end.store(reach.end_number(), Ordering::Relaxed);
+    }
+
+    fn set(slot: &ReservedSlot, run: ReservedRun) {
+        slot.why.store(run.why as u8, Ordering::Relaxed);
+        slot.first.store(run.first, Ordering::Relaxed);
+        slot.end.store(run.end, Ordering::Relaxed);
+    }
+
+    /// Adds a run where the list has room.
+    fn push(&self, run: ReservedRun) -> bool {
+        let free = self
+            .slots
             .iter()
-            .position(|run| run.is_some_and(|run| run.first <= first && end <= run.end))
-        else {
-            return false;
-        };
-        let Some(run) = self.runs[at] else {
-            return false;
-        };
-        match (run.first < first, end < run.end) {
-            (false, false) => {
-                self.len -= 1;
-                self.runs[at] = self.runs[self.len];
-            }
-            (true, false) => self.runs[at] = Some(ReservedRun { end: first, ..run }),
-            (false, true) => self.runs[at] = Some(ReservedRun { first: end, ..run }),
-            (true, true) => {
-                if !self.push(ReservedRun { first: end, ..run }) {
-                    return false;
-                }
-                self.runs[at] = Some(ReservedRun { end: first, ..run });
-            }
+            .find(|slot| slot.first.load(Ordering::Relaxed) >= slot.end.load(Ordering::Relaxed));
+        if let Some(slot) = free {
+            Self::set(slot, run);
         }
+        free.is_some()
+    }
+
+    /// Takes `first..end` off the run that wholly contains it; `false` where none does or there is no room.
+    pub fn remove(&self, first: u64, end: u64) -> bool {
+        let holder = self.slots.iter().find(|slot| {
+            slot.first.load(Ordering::Relaxed) <= first && end <= slot.end.load(Ordering::Relaxed)
+        });
+        let Some(slot) = holder.filter(|_| first < end) else {
+            return false;
+        };
+        let run = ReservedRun {
+            first: slot.first.load(Ordering::Relaxed),
+            end: slot.end.load(Ordering::Relaxed),
+            why: Reservation::from_byte(slot.why.load(Ordering::Relaxed)),
+        };
+        if run.first < first && end < run.end && !self.push(ReservedRun { first: end, ..run }) {
+            return false;
+        }
+        let (low, high) = if run.first < first {
+            (run.first, first)
+        } else {
+            (end, run.end)
+        };
+        Self::set(
+            slot,
+            ReservedRun {
+                first: low,
+                end: high,
+                ..run
+            },
+        );
         true
     }
 }
@@ -103,7 +182,9 @@ pub(crate) struct State<L: 'static> {
     /// Areas of the CPUs that are online; null otherwise.
     pub cpus: &'static [AtomicPtr<CpuArea>],
     pub cpu_node: fn(CpuId) -> NodeId,
-    pub reserved: Lock<Reserved, L>,
+    pub reserved: Reserved,
+    /// Held by whoever changes the reserved list.
+    pub reserved_lock: Lock<(), L>,
     pub misuse_count: AtomicU64,
     pub misuse_last: AtomicU64,
     pub misuse_kind: AtomicU32,
@@ -291,7 +372,7 @@ fn plan<const N: usize, L: RawLock + 'static>(
         + room::<Segment>(plan.segments)
         + room::<u16>(nodes * plan.zones)
         + room::<AtomicPtr<CpuArea>>(plan.cpus)
-        + room::<Option<ReservedRun>>(plan.reserved)
+        + room::<ReservedSlot>(plan.reserved)
         + room::<State<L>>(1)
         + plan.online as u64 * area_room(plan.zones);
     Ok(plan)
@@ -307,23 +388,42 @@ pub(crate) fn area_room(zones: usize) -> u64 {
 /// # Safety
 ///
 /// The memory is aligned to a page, valid for ever, and nobody else's.
-pub(crate) unsafe fn build_area(
+pub(crate) unsafe fn build_area<L: RawLock + 'static>(
     memory: NonNull<u8>,
     bytes: usize,
     node: NodeId,
-    zones: usize,
+    zones: &[Zone<L>],
+    list: &[u16],
 ) -> Option<NonNull<CpuArea>> {
     let mut carver = Carver {
         next: memory,
         left: bytes,
     };
-    carve_area(&mut carver, node, zones)
+    carve_area(&mut carver, node, zones, list)
 }
 
-fn carve_area(carver: &mut Carver, node: NodeId, zones: usize) -> Option<NonNull<CpuArea>> {
-    let caches: &'static [ZoneCache] = carver.slice(zones, |_| ZoneCache::new());
+fn carve_area<L: RawLock + 'static>(
+    carver: &mut Carver,
+    node: NodeId,
+    zones: &[Zone<L>],
+    list: &[u16],
+) -> Option<NonNull<CpuArea>> {
+    let caches: &'static [ZoneCache] =
+        carver.slice(zones.len(), |zone| ZoneCache::new(zones[zone].start));
+    let first = [
+        Mobility::Unmovable,
+        Mobility::Movable,
+        Mobility::Reclaimable,
+    ]
+    .map(|mobility| {
+        let highest = ZoneKind::highest_for(mobility);
+        list.iter()
+            .map(|&zone| usize::from(zone))
+            .find(|&zone| zones.get(zone).is_some_and(|zone| zone.kind <= highest))
+            .and_then(|zone| caches.get(zone))
+    });
     let area = carver.slice(1, |_| {
-        CachePadded::new(CpuArea::new(u32::from(node.get()), caches))
+        CachePadded::new(CpuArea::new(u32::from(node.get()), caches, first))
     });
     area.first().map(|area| NonNull::from(&**area))
 }
@@ -373,7 +473,7 @@ pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
                 segments: 0,
                 blocks: 0,
             });
-            let zone = build_zone(map, config, &spec, index, &mut parts);
+            let zone = build_zone(map, memory.reach(), config, &spec, index, &mut parts);
             index += 1;
             zone
         });
@@ -387,6 +487,9 @@ pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
         end: u64::MAX,
         zone: 0,
         block: 0,
+        start: 0,
+        clean: (0, 0),
+        types: &[],
     });
     let mut place = 0;
     for zone in zones {
@@ -419,16 +522,19 @@ pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
         carver.slice(plan.cpus, |_| AtomicPtr::new(core::ptr::null_mut()));
     for (cpu, slot) in areas.iter().enumerate().take(plan.online) {
         let node = (config.cpu_node)(CpuId::new(cpu as u32));
-        if let Some(area) = carve_area(&mut carver, node, plan.zones) {
+        let list = lists
+            .get(node.index() * plan.zones..(node.index() + 1) * plan.zones)
+            .unwrap_or(&[]);
+        if let Some(area) = carve_area(&mut carver, node, zones, list) {
             slot.store(area.as_ptr(), Ordering::Release);
         }
     }
 
-    let mut reserved = Reserved {
-        runs: carver.slice(plan.reserved, |_| None),
-        len: 0,
-        reach: FrameRange::EMPTY,
-    };
+    let reserved = Reserved::new(carver.slice(plan.reserved, |_| ReservedSlot {
+        first: AtomicU64::new(0),
+        end: AtomicU64::new(0),
+        why: AtomicU8::new(0),
+    }));
     map.for_each_reserved(|range, why| {
         for (_, part) in cut(zones, range) {
             reserved.push(ReservedRun {
@@ -448,11 +554,8 @@ pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
             lists,
             cpus: areas,
             cpu_node: config.cpu_node,
-            reserved: Lock::new(reserved.take().unwrap_or(Reserved {
-                runs: &mut [],
-                len: 0,
-                reach: FrameRange::EMPTY,
-            })),
+            reserved: reserved.take().unwrap_or(Reserved::new(&[])),
+            reserved_lock: Lock::new(()),
             misuse_count: AtomicU64::new(0),
             misuse_last: AtomicU64::new(0),
             misuse_kind: AtomicU32::new(0),
@@ -478,18 +581,50 @@ fn zone_plans<'a, const N: usize>(
     })
 }
 
+/// The longest run in `first..end` that is neither reserved nor, where that matters, out of reach.
+fn longest_clean<const N: usize>(
+    map: &BootMap<N>,
+    reach: FrameRange,
+    kind: ZoneKind,
+    first: u64,
+    end: u64,
+) -> (u64, u64) {
+    let mut best = (first, first);
+    map.for_each_free(|range| {
+        let range = if kind == ZoneKind::HighMem {
+            range
+        } else {
+            range.intersection(reach)
+        };
+        let run = (
+            range.first().number().max(first),
+            range.end_number().min(end),
+        );
+        if run.0 < run.1 && run.1 - run.0 > best.1 - best.0 {
+            best = run;
+        }
+    });
+    best
+}
+
 fn build_zone<const N: usize, L: RawLock + 'static>(
     map: &BootMap<N>,
+    reach: FrameRange,
     config: &Config,
     spec: &ZonePlan,
     index: u32,
     carver: &mut Carver,
 ) -> Zone<L> {
+    let types: &'static [AtomicU8] =
+        carver.slice(spec.blocks, |_| AtomicU8::new(MigrateType::Movable as u8));
     let segments = carver.slice(spec.segments, |_| Segment {
         first: u64::MAX,
         end: u64::MAX,
         zone: index,
         block: 0,
+        start: spec.span.0,
+        clean: (0, 0),
+        types,
     });
     let mut place = 0;
     let mut block = 0;
@@ -501,6 +636,9 @@ fn build_zone<const N: usize, L: RawLock + 'static>(
                     end,
                     zone: index,
                     block,
+                    start: spec.span.0,
+                    clean: longest_clean(map, reach, spec.kind, first, end),
+                    types,
                 };
             }
             place += 1;
@@ -511,7 +649,7 @@ fn build_zone<const N: usize, L: RawLock + 'static>(
         segments,
         words: carver.slice(spec.blocks * WORDS, |_| 0),
         summaries: carver.slice(spec.blocks, |_| 0),
-        types: carver.slice(spec.blocks, |_| AtomicU8::new(MigrateType::Movable as u8)),
+        types,
         hints: carver.slice(Core::hint_words(spec.blocks), |_| 0),
         shape: Shape::new(spec.blocks),
         free: 0,

@@ -101,6 +101,20 @@ pub enum Reservation {
     Other,
 }
 
+impl Reservation {
+    /// The reason behind a byte that was made from one.
+    pub(crate) const fn from_byte(byte: u8) -> Self {
+        match byte {
+            0 => Self::BootStructures,
+            1 => Self::Initrd,
+            2 => Self::KernelImage,
+            3 => Self::InitSections,
+            4 => Self::Early,
+            _ => Self::Other,
+        }
+    }
+}
+
 impl Rank for Reservation {
     fn rank(self) -> u32 {
         self as u32

@@ -169,7 +169,7 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         let Some(state) = self.state() else {
             return result;
         };
-        let reserved = state.reserved.lock();
+        let reserved = &state.reserved;
         for (index, zone) in state.zones.iter().enumerate() {
             result.cached += cached(state, index);
             for segment in zone.segments {
@@ -177,8 +177,8 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
                     (segment.first, segment.end)
                 } else {
                     (
-                        segment.first.max(reserved.reach.first().number()),
-                        segment.end.min(reserved.reach.end_number()),
+                        segment.first.max(reserved.reach().first().number()),
+                        segment.end.min(reserved.reach().end_number()),
                     )
                 };
                 let mut at = reach.0;

@@ -7,6 +7,8 @@
 //! So a block that is naturally aligned and free lies in one segment, whatever the zone's edges are, and metadata is
 //! sized by memory and not by the highest address.
 
+use kmem_hal::sync::AtomicU8;
+
 use super::bits::BLOCK_ORDER;
 
 /// A run of present frames of one zone.
@@ -20,6 +22,12 @@ pub(crate) struct Segment {
     pub zone: u32,
     /// The zone's index of the page block that holds `first`.
     pub block: u32,
+    /// The zone's first frame number, from which arrays count.
+    pub start: u64,
+    /// The longest run of frames that were the allocator's from the beginning: none of them is reserved or out of reach.
+    pub clean: (u64, u64),
+    /// The types of the zone's page blocks.
+    pub types: &'static [AtomicU8],
 }
 
 impl Segment {
@@ -49,6 +57,12 @@ impl Segment {
     #[inline]
     pub const fn contains(&self, first: u64, count: u64) -> bool {
         first >= self.first && first < self.end && count <= self.end - first
+    }
+
+    /// Whether `first..first + count` is known to be the allocator's without a look at the reserved list.
+    #[inline]
+    pub const fn is_clean(&self, first: u64, count: u64) -> bool {
+        first >= self.clean.0 && first < self.clean.1 && count <= self.clean.1 - first
     }
 
     /// The other half of the order-10 block that `block` belongs to, where it has one here.
