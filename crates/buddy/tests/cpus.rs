@@ -1,0 +1,331 @@
+//! Several CPUs: caches that hide frames, drains, refusals that say what was asked, interrupts inside a refill.
+
+mod common;
+
+use std::cell::{Cell, RefCell};
+
+use common::window::Window;
+use kmem_buddy::{BootMap, Buddy, Config, FreeError, RegionKind, ZoneLimits};
+use kmem_hal::{
+    AllocError, Context, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FrameRequest, FrameSink,
+    FrameSource, NoCpuCall, NoPressure, NodeId, Order, OwnedFrame, PhysAddr, Pressure,
+    PressureLevel, RawLock, Spin,
+};
+
+thread_local! {
+    static CURRENT: Cell<u32> = const { Cell::new(0) };
+    static IN_LOCK: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
+}
+
+/// Four CPUs that the one thread of a test plays in turn.
+#[derive(Clone, Copy)]
+struct Played;
+
+impl Played {
+    fn become_cpu(id: u32) {
+        CURRENT.set(id);
+    }
+}
+
+// SAFETY: one thread plays one CPU at a time, and changes it only between calls (C1, C2); ids stay below 4 (C3).
+unsafe impl Cpu for Played {
+    type Guard<'a> = ();
+    fn raw_pin(&self) {}
+    fn id<'a>(&'a self, (): &()) -> CpuId {
+        CpuId::new(CURRENT.get())
+    }
+    fn count(&self) -> u32 {
+        4
+    }
+}
+
+// SAFETY: R1 to R3: the thread plays each named CPU in turn until `f` has returned.
+unsafe impl CpuCall for Played {
+    fn run_on(&self, cpus: &CpuSet, f: &(dyn Fn(CpuId) + Sync)) -> Result<(), CpuCallError> {
+        let me = CURRENT.get();
+        for cpu in cpus.iter() {
+            Self::become_cpu(cpu.get());
+            f(cpu);
+        }
+        Self::become_cpu(me);
+        Ok(())
+    }
+}
+
+/// A lock that an interrupt may precede: the armed closure runs when it is taken.
+struct Interrupted(Spin);
+
+// SAFETY: the inner lock's.
+unsafe impl RawLock for Interrupted {
+    type State = ();
+    const INIT: Self = Self(Spin::INIT);
+    fn lock(&self) {
+        let interrupt = IN_LOCK.with(|armed| armed.borrow_mut().take());
+        if let Some(interrupt) = interrupt {
+            interrupt();
+        }
+        self.0.lock();
+    }
+    fn try_lock(&self) -> Option<()> {
+        self.0.try_lock()
+    }
+    unsafe fn unlock(&self, (): ()) {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.unlock(()) }
+    }
+}
+
+fn boot<K: CpuCall, P: Pressure, L: RawLock>(
+    frames: u64,
+    call: K,
+    pressure: P,
+    config: &Config,
+) -> &'static Buddy<&'static Window, Played, L, K, P> {
+    Played::become_cpu(0);
+    let window: &'static Window = Box::leak(Box::new(Window::new(frames << 12, frames << 12)));
+    let mut map: BootMap = BootMap::new();
+    map.push(PhysAddr::new(0), frames << 12, RegionKind::Usable)
+        .unwrap();
+    let buddy = Box::leak(Box::new(Buddy::with(window, Played, call, pressure)));
+    buddy.init(&mut map, config).unwrap();
+    buddy
+}
+
+fn config() -> Config {
+    Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .min_free_kib(0)
+}
+
+/// CPU 1 frees everything that CPU 0 took, and keeps the last of it in its arrays; how many frames there are.
+fn hide<K: CpuCall, P: Pressure>(buddy: &Buddy<&'static Window, Played, Spin, K, P>) -> usize {
+    let mut all = Vec::new();
+    while let Ok(frame) = buddy.alloc(&FrameRequest::ONE) {
+        all.push(frame);
+    }
+    let count = all.len();
+    Played::become_cpu(1);
+    for frame in all.drain(..10) {
+        buddy.free(frame);
+    }
+    std::mem::forget(all);
+    Played::become_cpu(0);
+    count
+}
+
+#[test]
+fn without_calls_a_refusal_says_that_others_were_not_asked() {
+    let buddy = boot::<_, _, Spin>(4096, NoCpuCall, NoPressure, &config());
+    hide(buddy);
+    assert_eq!(
+        buddy.alloc(&FrameRequest::ONE).unwrap_err(),
+        AllocError::OutOfMemoryHere
+    );
+    assert!(!buddy.drain_all());
+    assert_eq!(buddy.mem_info().cached, 10);
+}
+
+#[test]
+fn with_calls_the_frames_of_other_cpus_are_found() {
+    let buddy = boot::<_, _, Spin>(4096, Played, NoPressure, &config());
+    hide(buddy);
+    let found: Vec<_> = (0..10)
+        .map(|_| buddy.alloc(&FrameRequest::ONE).unwrap())
+        .collect();
+    assert_eq!(
+        buddy.alloc(&FrameRequest::ONE).unwrap_err(),
+        AllocError::OutOfMemory
+    );
+    for frame in found {
+        buddy.free(frame);
+    }
+    assert!(buddy.drain_all());
+    assert_eq!(buddy.mem_info().free, 10);
+}
+
+#[test]
+fn cpus_come_and_go() {
+    let buddy = boot::<_, _, Spin>(4096, Played, NoPressure, &config().cpus(1));
+    let total = buddy.mem_info().total;
+    // CPU 2 is not online: it works without arrays.
+    Played::become_cpu(2);
+    let frame = buddy.alloc(&FrameRequest::ONE).unwrap();
+    buddy.free(frame);
+    assert_eq!(buddy.mem_info().cached, 0);
+    buddy.cpu_online(CpuId::new(2)).unwrap();
+    buddy.cpu_online(CpuId::new(2)).unwrap();
+    assert_eq!(
+        buddy.cpu_online(CpuId::new(4)),
+        Err(AllocError::Unsatisfiable)
+    );
+    let frame = buddy.alloc(&FrameRequest::ONE).unwrap();
+    buddy.free(frame);
+    assert!(buddy.mem_info().cached > 0);
+    Played::become_cpu(0);
+    // SAFETY: nobody plays CPU 2 any more.
+    assert!(unsafe { buddy.cpu_offline(CpuId::new(2)) });
+    let info = buddy.mem_info();
+    assert_eq!(info.cached, 0);
+    // Its area holds one page.
+    assert_eq!(info.free, total - 1);
+    buddy.check().unwrap();
+}
+
+#[test]
+fn a_double_free_is_found_at_the_flush() {
+    let buddy = boot::<_, _, Spin>(4096, Played, NoPressure, &config());
+    let frame = buddy.alloc(&FrameRequest::ONE).unwrap();
+    let (first, order) = (frame.first(), frame.order());
+    buddy.free(frame);
+    // SAFETY: the wrong free is what is tested; nobody uses the frame.
+    buddy.free(unsafe { OwnedFrame::from_raw(first, order) });
+    assert_eq!(buddy.misuse(), None, "both lie in the array");
+    buddy.drain_all();
+    let misuse = buddy.misuse().unwrap();
+    assert_eq!(
+        (misuse.error, misuse.first, misuse.count),
+        (FreeError::DoubleFree, first, 1)
+    );
+    // SAFETY: as above.
+    buddy.free(unsafe {
+        OwnedFrame::from_raw(
+            first.align_down(Order::new(4).unwrap()),
+            Order::new(4).unwrap(),
+        )
+    });
+    let misuse = buddy.misuse().unwrap();
+    assert!(matches!(
+        misuse.error,
+        FreeError::WrongOrder | FreeError::DoubleFree
+    ));
+    assert_eq!(misuse.count, 2);
+    assert_eq!(buddy.recount().free, buddy.mem_info().total);
+    buddy.check().unwrap();
+}
+
+/// An interrupt arrives while the CPU is on its way into a zone's lock, its arrays in its hands.
+#[test]
+fn an_interrupt_inside_a_refill_or_a_flush_leaves_the_arrays_alone() {
+    for free_inside in [false, true] {
+        let buddy = boot::<_, _, Interrupted>(4096, Played, NoPressure, &config());
+        let total = buddy.mem_info().total;
+        let mut frames: Vec<_> = (0..40)
+            .map(|_| buddy.alloc(&FrameRequest::ONE).unwrap())
+            .collect();
+        let inside = std::rc::Rc::new(RefCell::new(Vec::new()));
+        if free_inside {
+            inside.borrow_mut().extend(frames.drain(..5));
+        }
+        let arm = |inside: &std::rc::Rc<RefCell<Vec<OwnedFrame>>>| {
+            let inside = inside.clone();
+            IN_LOCK.with(|armed| {
+                *armed.borrow_mut() = Some(Box::new(move || {
+                    if free_inside {
+                        while let Some(frame) = inside.borrow_mut().pop() {
+                            buddy.free(frame);
+                        }
+                    }
+                    for _ in 0..3 {
+                        inside
+                            .borrow_mut()
+                            .push(buddy.alloc(&FrameRequest::ONE).unwrap());
+                    }
+                }));
+            });
+        };
+        buddy.drain_local();
+        arm(&inside);
+        frames.push(buddy.alloc(&FrameRequest::ONE).unwrap()); // a refill
+        assert_eq!(inside.borrow().len(), 3);
+        arm(&inside);
+        for frame in frames.drain(..) {
+            buddy.free(frame); // a flush among them
+        }
+        let mut numbers: Vec<_> = inside.borrow().iter().map(|f| f.first().number()).collect();
+        numbers.sort_unstable();
+        let count = numbers.len();
+        numbers.dedup();
+        assert_eq!(numbers.len(), count, "a frame has two owners");
+        for frame in inside.borrow_mut().drain(..) {
+            buddy.free(frame);
+        }
+        IN_LOCK.with(|armed| armed.borrow_mut().take());
+        buddy.drain_all();
+        assert_eq!(buddy.misuse(), None);
+        assert_eq!(buddy.recount().free, total);
+        buddy.check().unwrap();
+    }
+}
+
+/// Notes what it was told, and frees what it holds when a request is about to be refused.
+struct Reclaim {
+    told: RefCell<Vec<PressureLevel>>,
+    spare: RefCell<Vec<OwnedFrame>>,
+    sink: Cell<Option<&'static Buddy<&'static Window, Played, Spin, Played, &'static Reclaim>>>,
+}
+
+impl Pressure for &'static Reclaim {
+    fn pressure(&self, _node: NodeId, level: PressureLevel, _request: &FrameRequest) -> bool {
+        self.told.borrow_mut().push(level);
+        let (Some(sink), PressureLevel::Refusing) = (self.sink.get(), level) else {
+            return false;
+        };
+        match self.spare.borrow_mut().pop() {
+            Some(frame) => {
+                sink.free(frame);
+                true
+            }
+            None => false,
+        }
+    }
+}
+
+#[test]
+fn watermarks_tell_and_reclaim_saves() {
+    let reclaim: &'static Reclaim = Box::leak(Box::new(Reclaim {
+        told: RefCell::default(),
+        spare: RefCell::default(),
+        sink: Cell::new(None),
+    }));
+    let config = Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .min_free_kib(1024);
+    let buddy = boot::<_, _, Spin>(4096, Played, reclaim, &config);
+    reclaim.sink.set(Some(buddy));
+    let zone = buddy.zones().next().unwrap();
+    assert_eq!(zone.marks, [256, 256 + 64, 256 + 128]);
+    let waiting = FrameRequest::ONE.context(Context::MayWait);
+    let mut taken = 0;
+    while reclaim.told.borrow().is_empty() {
+        std::mem::forget(buddy.alloc(&waiting).unwrap());
+        taken += 1;
+    }
+    assert_eq!(reclaim.told.borrow()[0], PressureLevel::Low);
+    let mut last = buddy.alloc(&waiting);
+    while last.is_ok() {
+        taken += 1;
+        last = buddy.alloc(&waiting);
+    }
+    // The min watermark stays for those who cannot wait, half of it for those with a reserve.
+    assert_eq!(last.unwrap_err(), AllocError::OutOfMemory);
+    assert!(zone.managed - taken >= 256);
+    let mut atomic = Vec::new();
+    while let Ok(frame) = buddy.alloc(&FrameRequest::ONE) {
+        atomic.push(frame);
+    }
+    assert!(atomic.len() >= 120, "{}", atomic.len());
+    let mut reserve = 0;
+    while let Ok(frame) = buddy.alloc(&FrameRequest::ONE.with_reserve()) {
+        std::mem::forget(frame);
+        reserve += 1;
+    }
+    assert!(reserve >= 100);
+    assert_eq!(buddy.recount().free, 0);
+    // What cannot wait is refused at once; what can is served by what reclaim frees.
+    reclaim.spare.borrow_mut().append(&mut atomic);
+    assert!(buddy.alloc(&FrameRequest::ONE).is_err());
+    let spare = reclaim.spare.borrow().len();
+    let saved = buddy.alloc(&waiting.with_reserve()).unwrap();
+    assert!(reclaim.spare.borrow().len() < spare);
+    buddy.free(saved);
+}
