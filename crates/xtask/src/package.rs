@@ -1,12 +1,11 @@
 //! `cargo package` for every published crate, each built from its package.
 //!
 //! One command for all: cargo lays a registry of the packages themselves under the build of each, so that crates which
-//! depend on each other need not be published for it. cargo unpacks from that registry into its own cache by path and
-//! version, and would find the sources of an earlier run there: so each run has a folder of its own, and takes away
-//! what it left in the cache.
+//! depend on each other need not be published for it. What comes from a registry cargo takes for unchangeable: it unpacks
+//! and compiles it once for a path and version. So what an earlier run left of these crates is taken away first, both
+//! in the build folder and in cargo's cache; other dependencies stay compiled.
 
-use std::path::Path;
-use std::time::SystemTime;
+use std::path::{Path, PathBuf};
 
 use crate::sh::{Shell, Stop};
 use crate::workspace;
@@ -16,47 +15,51 @@ use crate::workspace;
 /// # Errors
 /// When one does not package or does not build from its package.
 pub fn check(shell: &mut Shell) -> Result<String, Stop> {
-    let begin = SystemTime::now();
     let packages = workspace::published(shell)?;
-    let stamp = begin
-        .duration_since(SystemTime::UNIX_EPOCH)
-        .map_or(0, |since| since.as_secs());
-    let folder = shell
-        .root()
-        .join("target/package-check")
-        .join(stamp.to_string());
+    let folder = shell.root().join("target/package-check");
+    for part in [".fingerprint", "deps", "build"] {
+        remove(&folder.join("debug").join(part), |name| {
+            let crate_name = name.strip_prefix("lib").unwrap_or(name).replace('_', "-");
+            packages
+                .iter()
+                .any(|package| crate_name.starts_with(&package.name))
+        });
+    }
+    let _ = std::fs::remove_dir_all(folder.join("package"));
+    forget();
     let mut command = shell.cargo(["package", "--allow-dirty", "--target-dir"]);
     command.arg(&folder);
     for package in &packages {
         command.args(["-p", &package.name]);
     }
-    // What is compiled may stay: only the sources must be fresh.
-    command.env(
-        "CARGO_BUILD_BUILD_DIR",
-        shell.root().join("target/package-check/build"),
-    );
     let result = shell.run(&mut command);
-    let _ = std::fs::remove_dir_all(&folder);
-    if let Some(home) = std::env::var_os("CARGO_HOME")
-        .or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cargo").into()))
-    {
-        forget(&Path::new(&home).join("registry/src"), begin);
-    }
+    forget();
     result?;
     Ok(format!("{} packages", packages.len()))
 }
 
-/// Removes what was unpacked since `begin` from registries that are folders: cargo names their caches `-HASH`, without
-/// a host.
-fn forget(cache: &Path, begin: SystemTime) {
+/// Removes kmem's packages from the caches of registries that are folders: cargo names them `-HASH`, without a host.
+fn forget() {
+    let home = std::env::var_os("CARGO_HOME").map(PathBuf::from);
+    let home = home.or_else(|| Some(PathBuf::from(std::env::var_os("HOME")?).join(".cargo")));
+    let cache = home.unwrap_or_default().join("registry/src");
     for entry in std::fs::read_dir(cache).into_iter().flatten().flatten() {
-        let local = entry.file_name().to_string_lossy().starts_with('-');
-        let fresh = entry
-            .metadata()
-            .and_then(|data| data.modified())
-            .is_ok_and(|modified| modified >= begin);
-        if local && fresh {
-            let _ = std::fs::remove_dir_all(entry.path());
+        if entry.file_name().to_string_lossy().starts_with('-') {
+            remove(&entry.path(), |name| name.starts_with("kmem"));
+        }
+    }
+}
+
+/// Removes the entries of a folder whose names fit.
+fn remove(folder: &Path, fits: impl Fn(&str) -> bool) {
+    for entry in std::fs::read_dir(folder).into_iter().flatten().flatten() {
+        if fits(&entry.file_name().to_string_lossy()) {
+            let path = entry.path();
+            let _ = if path.is_dir() {
+                std::fs::remove_dir_all(path)
+            } else {
+                std::fs::remove_file(path)
+            };
         }
     }
 }
