@@ -294,3 +294,76 @@ impl Drop for Arrays<'_> {
         self.area.busy.set(false);
     }
 }
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    extern crate std;
+    use std::boxed::Box;
+    use std::vec::Vec;
+
+    use super::*;
+
+    #[test]
+    fn a_nested_call_is_kept_out_of_the_arrays() {
+        let area = CpuArea::new(0, &[], [None; 3]);
+        let outer = area.enter().unwrap();
+        assert!(area.enter().is_none(), "two calls have one CPU's arrays");
+        assert!(
+            area.enter().is_none(),
+            "a refused call lets the next one in"
+        );
+        drop(outer);
+        assert!(area.enter().is_some());
+        assert_eq!(area.nested.get(), 2);
+    }
+
+    #[test]
+    fn arrays_keep_order_and_bounds() {
+        let caches: &'static [ZoneCache] = Box::leak(Box::new([ZoneCache::new(0)]));
+        let cache = &caches[0];
+        for (stack, order) in ZoneCache::stacks() {
+            let class = class_of(order).unwrap();
+            assert!(!cache.push(stack, 1), "no limit was set yet");
+            cache.set_limit(stack, u32::MAX);
+            let mut count = 0;
+            while cache.push(stack, (stack as u32) << 16 | count) {
+                count += 1;
+            }
+            assert_eq!(count, CAPACITY[class]);
+            assert_eq!(stack / CACHED_TYPES, class);
+        }
+        let total: u64 = (0..CLASSES)
+            .map(|class| 3 * u64::from(CAPACITY[class]) << CLASS_ORDERS[class])
+            .sum();
+        assert_eq!(cache.frames(), total);
+        for (stack, _) in ZoneCache::stacks() {
+            let mut oldest = [0; 2];
+            cache.take_oldest(stack, &mut oldest);
+            assert_eq!(oldest, [(stack as u32) << 16, (stack as u32) << 16 | 1]);
+            let mut rest = Vec::new();
+            while let Some(entry) = cache.pop(stack) {
+                rest.push(entry & 0xffff);
+            }
+            let expected: Vec<u32> = (2..CAPACITY[stack / CACHED_TYPES]).rev().collect();
+            assert_eq!(rest, expected);
+            assert_eq!(cache.pop(stack), None);
+        }
+    }
+
+    #[test]
+    fn pending_blocks_wait_until_they_are_taken() {
+        let area = CpuArea::new(0, &[], [None; 3]);
+        for first in 0..PENDING as u64 {
+            assert!(area.leave_pending(first << 3, 3));
+        }
+        assert!(!area.leave_pending(1 << 20, 0), "there is no room for more");
+        assert!(area.has_pending());
+        let mut seen = Vec::new();
+        area.take_pending(|first, order| seen.push((first, order)));
+        assert_eq!(
+            seen,
+            (0..PENDING as u64).map(|n| (n << 3, 3)).collect::<Vec<_>>()
+        );
+        assert!(!area.has_pending());
+    }
+}

@@ -31,7 +31,7 @@ impl Played {
 unsafe impl Cpu for Played {
     type Guard<'a> = ();
     fn raw_pin(&self) {}
-    fn id<'a>(&'a self, (): &()) -> CpuId {
+    fn id(&self, (): &()) -> CpuId {
         CpuId::new(CURRENT.get())
     }
     fn count(&self) -> u32 {
@@ -257,11 +257,13 @@ fn an_interrupt_inside_a_refill_or_a_flush_leaves_the_arrays_alone() {
     }
 }
 
+type Reclaimed = Buddy<&'static Window, Played, Spin, Played, &'static Reclaim>;
+
 /// Notes what it was told, and frees what it holds when a request is about to be refused.
 struct Reclaim {
     told: RefCell<Vec<PressureLevel>>,
     spare: RefCell<Vec<OwnedFrame>>,
-    sink: Cell<Option<&'static Buddy<&'static Window, Played, Spin, Played, &'static Reclaim>>>,
+    sink: Cell<Option<&'static Reclaimed>>,
 }
 
 impl Pressure for &'static Reclaim {
