@@ -1,1 +1,13 @@
-//! kmem on a host: a fast platform over an mmap arena, and HostHeap as a global allocator.
+#![doc = include_str!("../README.md")]
+
+mod arena;
+mod heap;
+mod lock;
+mod ranges;
+mod threads;
+
+pub use arena::{Arena, ArenaError};
+pub use heap::{HostHeap, HostMemory};
+pub use lock::HostLock;
+pub use ranges::Ranges;
+pub use threads::{HostGuard, MAX_THREADS, ThreadCpu};

@@ -83,7 +83,7 @@ fn many_cpus_never_share_an_object() {
                             .wrapping_mul(6_364_136_223_846_793_005)
                             .wrapping_add(1);
                         let random = (state >> 33) as usize;
-                        if random % 3 != 0 || held.is_empty() {
+                        if !random.is_multiple_of(3) || held.is_empty() {
                             held.push(cache.alloc((cpu, round)).unwrap());
                             let size = 8 + random % 2000;
                             let memory = system.kmalloc(size, Flags::empty()).unwrap().as_ptr();
@@ -100,7 +100,7 @@ fn many_cpus_never_share_an_object() {
                                 system.kfree(memory);
                             }
                         }
-                        if random % 1000 == 0 {
+                        if random.is_multiple_of(1000) {
                             system.shrink();
                         }
                     }
@@ -149,10 +149,8 @@ fn a_cpu_that_goes_strands_nothing() {
     system.shrink();
     assert_eq!(held(&system), (0, 0));
     // SAFETY: as above.
-    assert_eq!(
-        unsafe { system.cpu_offline(CpuId::new(3)) },
-        Err(AllocError::Unsatisfiable)
-    );
+    let beyond = unsafe { system.cpu_offline(CpuId::new(3)) };
+    assert_eq!(beyond, Err(AllocError::Unsatisfiable));
     assert_eq!(
         system.cpu_online(CpuId::new(3)),
         Err(AllocError::Unsatisfiable)

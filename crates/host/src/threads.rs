@@ -1,0 +1,191 @@
+//! Threads as CPUs.
+//!
+//! A thread leases a number at its first pin and gives it back when it ends. A number has one holder at a time, so whatever belongs to
+//! the CPU of that number belongs to the thread; the next holder takes it over.
+//!
+//! Invariants
+//! - `I1`: a clear bit in `FREE` means that one thread, or one call of [`ThreadCpu::with_idle`], has the number.
+//! - `I2`: a number goes back with release and is leased with acquire: the next holder sees what the last one wrote (`C5`).
+//! - `I3`: the last number is shared by threads that got none, and by threads that are past the end of their thread-local storage;
+//!   whoever runs as it holds the lock `SHARED`.
+//!
+//! The numbers are the process's, like its threads: that is the one `static` here.
+
+use std::cell::Cell;
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+
+use kmem_hal::{Cpu, CpuId};
+
+/// How many numbers there are, the shared one included.
+pub const MAX_THREADS: u32 = 256;
+
+const SHARED_ID: u32 = MAX_THREADS - 1;
+const NONE: u32 = u32::MAX;
+const WORDS: usize = MAX_THREADS as usize / 64;
+
+static FREE: [AtomicU64; WORDS] = [
+    AtomicU64::new(u64::MAX),
+    AtomicU64::new(u64::MAX),
+    AtomicU64::new(u64::MAX),
+    AtomicU64::new(u64::MAX >> 1), // without the shared one
+];
+
+/// 0, or the holder of the shared number: the address of its thread-local `ID`.
+static SHARED: AtomicUsize = AtomicUsize::new(0);
+
+thread_local! {
+    /// Has no destructor, so it can be read at any time.
+    static ID: Cell<u32> = const { Cell::new(NONE) };
+    static LEASE: Lease = const { Lease(Cell::new(NONE)) };
+}
+
+/// Gives the number back at the end of the thread.
+struct Lease(Cell<u32>);
+
+impl Drop for Lease {
+    fn drop(&mut self) {
+        let id = self.0.replace(NONE);
+        if id != NONE {
+            // From here on the thread runs as the shared number (I3).
+            ID.set(NONE);
+            give_back(id);
+        }
+    }
+}
+
+fn take() -> Option<u32> {
+    for (index, word) in FREE.iter().enumerate() {
+        let mut free = word.load(Ordering::Relaxed);
+        while free != 0 {
+            let bit = free & free.wrapping_neg();
+            match word.compare_exchange_weak(
+                free,
+                free & !bit,
+                Ordering::Acquire,
+                Ordering::Relaxed,
+            ) {
+                Ok(_) => return Some(index as u32 * 64 + bit.trailing_zeros()),
+                Err(found) => free = found,
+            }
+        }
+    }
+    None
+}
+
+fn give_back(id: u32) {
+    FREE[id as usize / 64].fetch_or(1 << (id % 64), Ordering::Release);
+}
+
+/// The threads of this process as CPUs.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct ThreadCpu;
+
+impl ThreadCpu {
+    /// Runs `f` with the number of each CPU that no thread holds now, one after the other; none leases it meanwhile.
+    pub fn with_idle(self, mut f: impl FnMut(CpuId)) {
+        for (index, word) in FREE.iter().enumerate() {
+            for bit in 0..64 {
+                let mask = 1 << bit;
+                if word.load(Ordering::Relaxed) & mask != 0
+                    && word.fetch_and(!mask, Ordering::Acquire) & mask != 0
+                {
+                    f(CpuId::new(index as u32 * 64 + bit));
+                    word.fetch_or(mask, Ordering::Release);
+                }
+            }
+        }
+    }
+
+    /// How many threads hold a number of their own.
+    #[must_use]
+    pub fn leased(self) -> u32 {
+        let free: u32 = FREE
+            .iter()
+            .map(|word| word.load(Ordering::Relaxed).count_ones())
+            .sum();
+        MAX_THREADS - 1 - free
+    }
+}
+
+/// A thread's hold on its number; the lock of the shared number, where it is that.
+#[derive(Debug)]
+pub struct HostGuard {
+    id: u32,
+    unlock: bool,
+}
+
+impl Drop for HostGuard {
+    #[inline(always)]
+    fn drop(&mut self) {
+        if self.unlock {
+            SHARED.store(0, Ordering::Release);
+        }
+    }
+}
+
+// SAFETY: C1, C2: a leased number belongs to one thread (I1), a shared one to the holder of the lock (I3), and signal handlers
+// finish before the code that they interrupted; C3: numbers are below the constant; C4: a nested pin of the shared number finds
+// its own lock; C5: I2, and the lock's release and acquire.
+unsafe impl Cpu for ThreadCpu {
+    type Guard<'a> = HostGuard;
+
+    #[inline(always)]
+    fn raw_pin(&self) -> HostGuard {
+        let id = ID.get();
+        if id != NONE {
+            return HostGuard { id, unlock: false };
+        }
+        first_pin()
+    }
+
+    #[inline(always)]
+    fn id<'a>(&'a self, guard: &HostGuard) -> CpuId {
+        CpuId::new(guard.id)
+    }
+
+    #[inline(always)]
+    fn count(&self) -> u32 {
+        MAX_THREADS
+    }
+}
+
+#[cold]
+fn first_pin() -> HostGuard {
+    // Past the end of the thread's storage nobody would give a number back.
+    let leased = LEASE.try_with(|lease| {
+        // Registering the destructor may have pinned already, and a signal handler may do so here.
+        if lease.0.get() == NONE
+            && let Some(id) = take()
+        {
+            lease.0.set(id);
+            ID.set(id);
+        }
+        lease.0.get()
+    });
+    match leased {
+        Ok(id) if id != NONE => HostGuard { id, unlock: false },
+        _ => shared(),
+    }
+}
+
+fn shared() -> HostGuard {
+    let me = ID.with(|id| std::ptr::from_ref(id).addr());
+    if SHARED.load(Ordering::Relaxed) == me {
+        // A signal handler, or a nested pin, of the holder.
+        return HostGuard {
+            id: SHARED_ID,
+            unlock: false,
+        };
+    }
+    while SHARED
+        .compare_exchange_weak(0, me, Ordering::Acquire, Ordering::Relaxed)
+        .is_err()
+    {
+        // SAFETY: has no preconditions.
+        unsafe { libc::sched_yield() };
+    }
+    HostGuard {
+        id: SHARED_ID,
+        unlock: true,
+    }
+}
