@@ -1,5 +1,7 @@
 //! The first things that must be right: maps, protections, tables that come and go, nothing leaked.
 
+#![cfg(not(loom))]
+
 #[path = "common/machine.rs"]
 mod machine;
 

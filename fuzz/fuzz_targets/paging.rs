@@ -1,0 +1,41 @@
+//! Page tables of every format against a flat map: any bytes become operations, six bytes each.
+//!
+//! The first byte chooses the format, and whether every operation is also tried with each of its allocations failing.
+#![no_main]
+
+#[path = "../../crates/paging/tests/common/machine.rs"]
+mod machine;
+#[path = "../../crates/paging/tests/common/ops.rs"]
+mod ops;
+
+use kmem_paging::format::{Format, X86_64, X86_64La57, X86Pae, X86TwoLevel};
+use libfuzzer_sys::fuzz_target;
+use ops::World;
+
+fn run<F: Format>(codes: &[u8], failures: bool) {
+    let mut world = World::<F>::new();
+    for code in codes.chunks_exact(6).take(100) {
+        let code = code.try_into().unwrap();
+        let mut fuse = 0;
+        while failures && world.step(code, Some(fuse)) {
+            fuse += 1;
+        }
+        if !failures {
+            world.step(code, None);
+        }
+    }
+    world.finish();
+}
+
+fuzz_target!(|bytes: &[u8]| {
+    let Some((&first, codes)) = bytes.split_first() else {
+        return;
+    };
+    let failures = first & 0x80 != 0;
+    match first % 4 {
+        0 => run::<X86_64>(codes, failures),
+        1 => run::<X86_64La57>(codes, failures),
+        2 => run::<X86Pae>(codes, failures),
+        _ => run::<X86TwoLevel>(codes, failures),
+    }
+});
