@@ -9,17 +9,48 @@ use core::iter::FusedIterator;
 use kmem_hal::{ObjectAlloc, Page, PageRange};
 
 use crate::edit::entry;
-use crate::node::{Node, Raw};
+use crate::node::{Leaf, Node, Raw};
 use crate::path::Path;
 use crate::stock::{Exclusive, Sharing};
 use crate::tree::RangeTree;
 use crate::value::{Entry, Value};
 
-/// One end: the leaf it is in and the next slot.
-struct End<const W: usize> {
+/// One end: the leaf it is in, decoded, and the next slot.
+struct End<'a, const W: usize> {
     path: Path<W>,
+    leaf: Leaf<'a, W>,
     /// Front: the next slot to give. Back: one above the next slot to give.
     slot: usize,
+}
+
+impl<'a, const W: usize> End<'a, W> {
+    /// # Safety
+    ///
+    /// The nodes of the path stay alive and unedited for `'a`.
+    unsafe fn new(path: Path<W>, slot: impl FnOnce(&Leaf<'a, W>) -> usize) -> Self {
+        // SAFETY: by contract.
+        let leaf = unsafe { path.pointer(0).as_ref() }.leaf();
+        let slot = slot(&leaf);
+        Self { path, leaf, slot }
+    }
+
+    #[inline(never)]
+    fn next_leaf(&mut self) -> bool {
+        let more = self.path.next_leaf();
+        // SAFETY: `new`'s contract.
+        self.leaf = unsafe { self.path.pointer(0).as_ref() }.leaf();
+        self.slot = 0;
+        more
+    }
+
+    #[inline(never)]
+    fn previous_leaf(&mut self) -> bool {
+        let more = self.path.previous_leaf();
+        // SAFETY: `new`'s contract.
+        self.leaf = unsafe { self.path.pointer(0).as_ref() }.leaf();
+        self.slot = self.leaf.count();
+        more
+    }
 }
 
 /// The entries of a tree that overlap a range, whole and in order, from both ends.
@@ -28,8 +59,8 @@ struct End<const W: usize> {
 pub struct Iter<'a, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing = Exclusive, const W: usize = 32>
 {
     tree: &'a RangeTree<V, A, S, W>,
-    front: Option<End<W>>,
-    back: Option<End<W>>,
+    front: Option<End<'a, W>>,
+    back: Option<End<'a, W>>,
     /// What lies below was given already, or is not asked for.
     low: u64,
     /// What lies above was given already, or is not asked for.
@@ -68,28 +99,42 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
 }
 
 impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Iter<'_, V, A, S, W> {
+    #[cold]
+    fn start(&mut self) -> Option<()> {
+        let low = self.low;
+        // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
+        unsafe {
+            let path = Path::new(self.tree.root_word(), low)?;
+            self.front = Some(End::new(path, |leaf| leaf.first_at_or_after(low)));
+        }
+        Some(())
+    }
+
+    #[cold]
+    fn start_back(&mut self) -> Option<()> {
+        let high = self.high;
+        // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
+        unsafe {
+            let path = Path::new(self.tree.root_word(), high)?;
+            self.back = Some(End::new(path, |leaf| leaf.rank(high)));
+        }
+        Some(())
+    }
+
     #[inline]
     fn next_raw(&mut self) -> Option<Raw> {
         if self.done {
             return None;
         }
         if self.front.is_none() {
-            // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
-            let path = unsafe { Path::new(self.tree.root_word(), self.low) }?;
-            let slot = path.leaf().first_at_or_after(self.low);
-            self.front = Some(End { path, slot });
+            self.start()?;
         }
         let end = self.front.as_mut()?;
-        let mut leaf = end.path.leaf();
-        if end.slot >= leaf.count() {
-            if !end.path.next_leaf() {
-                self.done = true;
-                return None;
-            }
-            end.slot = 0;
-            leaf = end.path.leaf();
+        if end.slot >= end.leaf.count() && !end.next_leaf() {
+            self.done = true;
+            return None;
         }
-        let raw = leaf.raw(end.slot);
+        let raw = end.leaf.raw(end.slot);
         end.slot += 1;
         if raw.first > self.high {
             self.done = true;
@@ -106,21 +151,15 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Iter<'_, V, 
             return None;
         }
         if self.back.is_none() {
-            // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
-            let path = unsafe { Path::new(self.tree.root_word(), self.high) }?;
-            let slot = path.leaf().rank(self.high);
-            self.back = Some(End { path, slot });
+            self.start_back()?;
         }
         let end = self.back.as_mut()?;
-        if end.slot == 0 {
-            if !end.path.previous_leaf() {
-                self.done = true;
-                return None;
-            }
-            end.slot = end.path.leaf().count();
+        if end.slot == 0 && !end.previous_leaf() {
+            self.done = true;
+            return None;
         }
-        end.slot = end.slot.checked_sub(1)?;
-        let raw = end.path.leaf().raw(end.slot);
+        end.slot -= 1;
+        let raw = end.leaf.raw(end.slot);
         if raw.last < self.low {
             self.done = true;
             return None;

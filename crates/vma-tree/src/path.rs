@@ -117,11 +117,21 @@ impl<const W: usize> Path<W> {
     pub(crate) fn record_gap(&self, level: usize, mut gap: u32) {
         for level in level..self.height {
             let (inner, slot) = (self.node(level), self.slot(level));
-            if inner.gap(slot) == gap {
+            let old = inner.gap(slot);
+            if old == gap {
                 return;
             }
             inner.set_gap(slot, gap);
-            gap = inner.largest_child_gap();
+            if level + 1 == self.height {
+                return;
+            }
+            let recorded = self.node(level + 1).gap(self.slot(level + 1));
+            if gap < recorded {
+                if old < recorded {
+                    return;
+                }
+                gap = inner.largest_child_gap();
+            }
         }
     }
 

@@ -219,7 +219,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     }
 
     /// Makes the tree empty and retires its nodes. Only for the writer.
-    fn splice_all(&self) {
+    pub(crate) fn splice_all(&self) {
         let root = self.root_word();
         // SAFETY: E3: the caller is the one writer; nodes in the tree are alive.
         let ends = unsafe { (Path::new(root, 0), Path::new(root, Page::MAX.number())) };

@@ -129,7 +129,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             self.push_rest(&right, to, cut, &mut pieces);
             return self.rebuild((path, from), (&right, to), &pieces, cut, removed);
         }
-        let to = leaf.rank(cut.last).max(from);
+        let mut to = from;
+        while to < leaf.count() && leaf.range(to).0 <= cut.last {
+            to += 1;
+        }
         if to > from {
             self.push_rest(path, to, cut, &mut pieces);
         } else if pieces.is_empty() {

@@ -84,12 +84,13 @@ impl<const W: usize> Node<W> {
     /// Child `slot`.
     #[inline(always)]
     pub(crate) fn child(&self, slot: usize) -> Option<NodePtr<W>> {
-        from_word(self.words[Self::PIVOTS + slot].load(Ordering::Acquire))
+        from_word(self.at(Self::PIVOTS + slot).load(Ordering::Acquire))
     }
 
     /// Publishes another node as child `slot`.
     pub(crate) fn set_child(&self, slot: usize, node: NodePtr<W>) {
-        self.words[Self::PIVOTS + slot].store(to_word(node), Ordering::Release);
+        self.at(Self::PIVOTS + slot)
+            .store(to_word(node), Ordering::Release);
     }
 
     /// The last page of child `slot`; `top`, the last page of the node, for its last child.
@@ -113,7 +114,7 @@ impl<const W: usize> Node<W> {
 
     /// Moves the boundary above child `slot`, which is not the last, inside a hole.
     pub(crate) fn set_last_of(&self, slot: usize, last: u64) {
-        self.words[slot].store(last, Ordering::Release);
+        self.at(slot).store(last, Ordering::Release);
     }
 
     /// The largest gap below child `slot`.

@@ -4,18 +4,17 @@ use kmem_hal::Page;
 
 use super::{Node, Raw, UNUSED};
 
-/// How many bits of a key hold the length, by code. The first that fits is taken.
+/// How many bits of a key may hold the length. The first that fits is taken.
 const WIDTHS: [u32; 8] = [28, 32, 24, 20, 16, 12, 40, 52];
 
 const BASE_BITS: u32 = 52;
 const BASE_MASK: u64 = (1 << BASE_BITS) - 1;
-const COUNT_SHIFT: u32 = BASE_BITS + 3;
+const COUNT_SHIFT: u32 = BASE_BITS + 6;
 
 /// The base and the width of a leaf's keys.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Coding {
     base: u64,
-    code: u32,
     width: u32,
 }
 
@@ -29,22 +28,14 @@ impl Coding {
         let (first, top) = (ranges.first()?.first, ranges.last()?.first);
         // From the lowest page of the leaf if that fits, so that a later range below the present ones does too.
         for base in [low.min(first), first] {
-            for code in 0..WIDTHS.len() as u32 {
-                let coding = Self::new(base, code);
+            for width in WIDTHS {
+                let coding = Self { base, width };
                 if coding.fits_length(longest) && top - base <= coding.reach() {
                     return Some(coding);
                 }
             }
         }
         None
-    }
-
-    fn new(base: u64, code: u32) -> Self {
-        Self {
-            base,
-            code,
-            width: WIDTHS[(code & 7) as usize],
-        }
     }
 
     /// The largest distance from the base; one less than the bits allow, so that no key is all ones.
@@ -112,7 +103,10 @@ impl<const W: usize> Node<W> {
         let header = self.word(Self::HEADER);
         Leaf {
             node: self,
-            coding: Coding::new(header & BASE_MASK, (header >> BASE_BITS) as u32 & 7),
+            coding: Coding {
+                base: header & BASE_MASK,
+                width: (header >> BASE_BITS) as u32 & 63,
+            },
             count: (header >> COUNT_SHIFT) as usize,
         }
     }
@@ -134,7 +128,7 @@ impl<const W: usize> Node<W> {
 
     fn set_header(&self, coding: Coding, count: usize) {
         let header =
-            coding.base | u64::from(coding.code) << BASE_BITS | (count as u64) << COUNT_SHIFT;
+            coding.base | u64::from(coding.width) << BASE_BITS | (count as u64) << COUNT_SHIFT;
         self.set_word(Self::HEADER, header);
     }
 }

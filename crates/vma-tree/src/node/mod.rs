@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! leaf    word 0 ..= 14   keys, ascending: (first page - base) << b | (pages - 1); unused = all ones
-//!         word 15         base page (52 bits) | code of b (3 bits) << 52 | count (4 bits) << 55
+//!         word 15         base page (52 bits) | b (6 bits) << 52 | count (4 bits) << 58
 //!         word 16 ..= 30  values
 //!         word 31         link: 0 while the node is in the tree
 //! inner   word 0 ..= 11   pivots: the last page of child 0 ..= 10 or so; unused = all ones
@@ -22,6 +22,8 @@
 //! - `N3`: the words that a reader looks at (all but link, count of an inner node and gaps) of a node that readers can
 //!   reach are never changed in a shared tree, except that a child may be replaced and a pivot moved inside a hole.
 //! - `N4`: a child of an inner node is a node, alive for as long as a reader may hold its parent.
+//! - `N5`: a slot given to a node's methods is below its count (of ranges or children), or was found by its own search,
+//!   which ends within the layout whatever the words are.
 //!
 //! The number of words is a parameter: 8 words give 3 ranges and 3 children a node, which a model checker can explore.
 
@@ -103,25 +105,34 @@ impl<const W: usize> Node<W> {
         }
     }
 
+    /// Word `index`, which is below `W`: every index comes from a slot that was searched or counted in this node, or is
+    /// a constant of the layout.
+    #[inline(always)]
+    fn at(&self, index: usize) -> &AtomicU64 {
+        debug_assert!(index < W);
+        // SAFETY: N5: `index` is below `W`. Checked in debug builds, in which all tests run.
+        unsafe { self.words.get_unchecked(index) }
+    }
+
     #[inline(always)]
     fn word(&self, index: usize) -> u64 {
-        self.words[index].load(Ordering::Relaxed)
+        self.at(index).load(Ordering::Relaxed)
     }
 
     #[inline(always)]
     fn set_word(&self, index: usize, word: u64) {
-        self.words[index].store(word, Ordering::Relaxed);
+        self.at(index).store(word, Ordering::Relaxed);
     }
 
     /// The link of a node outside of the tree, 0 inside.
     #[inline(always)]
     pub(crate) fn link(&self) -> u64 {
-        self.words[Self::LINK].load(Ordering::Acquire)
+        self.at(Self::LINK).load(Ordering::Acquire)
     }
 
     /// Sets the link.
     pub(crate) fn set_link(&self, link: u64) {
-        self.words[Self::LINK].store(link, Ordering::Release);
+        self.at(Self::LINK).store(link, Ordering::Release);
     }
 }
 

@@ -1,0 +1,233 @@
+//! A lock in each VMA, released for all of them by one increment.
+//!
+//! A page fault needs one VMA to stay as it is; it should not wait for an `mmap` elsewhere in the space. So every VMA
+//! carries a small lock: faults hold it shared, and whoever changes the VMA write-locks it first. A writer that changed
+//! many VMAs does not unlock each: a VMA is write-locked while its sequence number equals the space's, and one increment
+//! of the space's number at the end releases them all.
+//!
+//! ```text
+//!   space.seq = 7        vma a: seq 5  free        vma b: seq 7  write-locked        vma c: seq 7  write-locked
+//!   space.seq = 8        all free
+//! ```
+//!
+//! A fault never waits: if the VMA is write-locked, or has changed since it was found, [`ReadSection::lookup_locked`]
+//! says so, and the fault goes on under the space's own lock (the fallback).
+//!
+//! Invariants
+//! - `L1`: a VMA is write-locked exactly while its `seq` equals the space's; only the space's writer changes either.
+//! - `L2`: a reader counts itself in before it looks at `seq`; the writer closes the count before it waits for the
+//!   readers inside and sets `seq`. One of the two sees the other.
+//! - `L3`: a VMA is unmapped, resized or freed only while it is write-locked. So an entry that is found again after the
+//!   reader is counted in stays until the guard is dropped.
+//!
+//! Cost: two locked instructions a fault, on the VMA's own line. Two faults in the same VMA share that line; lookups
+//! without the lock share nothing.
+//!
+//! Source: Linux `include/linux/mmap_lock.h` (`vma_start_read`, `vma_end_write_all`), per-VMA locks since 6.4.
+
+use core::fmt;
+
+use kmem_hal::sync::{AtomicU32, Ordering};
+use kmem_hal::{Grace, ObjectAlloc, Page};
+
+use crate::node::Node;
+use crate::shared::ReadSection;
+use crate::value::{Entry, Value};
+
+/// The bit of the count that says: no reader may enter.
+const CLOSED: u32 = 1 << 31;
+
+/// The space's side of the locks of its VMAs.
+#[derive(Debug)]
+#[doc(alias = "mm_lock_seq")]
+pub struct SpaceSeq {
+    seq: AtomicU32,
+}
+
+impl SpaceSeq {
+    kmem_hal::const_new! {
+        /// A space whose VMAs are all free.
+        pub fn new() -> Self {
+            Self { seq: AtomicU32::new(1) }
+        }
+    }
+
+    /// Releases every VMA that was write-locked: one store.
+    ///
+    /// Only for the space's writer, at the end of its change.
+    #[doc(alias = "vma_end_write_all")]
+    pub fn end_write_all(&self) {
+        let now = self.seq.load(Ordering::Relaxed);
+        // 0 is the number of a VMA that was never locked.
+        let next = if now == u32::MAX { 1 } else { now + 1 };
+        // Release: whoever sees the new number sees what was written under the locks.
+        self.seq.store(next, Ordering::Release);
+    }
+}
+
+impl Default for SpaceSeq {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A VMA's lock.
+#[derive(Debug)]
+#[doc(alias = "vma_lock")]
+pub struct VmaLock {
+    /// Readers inside, and [`CLOSED`].
+    readers: AtomicU32,
+    seq: AtomicU32,
+}
+
+impl VmaLock {
+    kmem_hal::const_new! {
+        /// A free lock.
+        pub fn new() -> Self {
+            Self { readers: AtomicU32::new(0), seq: AtomicU32::new(0) }
+        }
+    }
+
+    /// Enters as a reader; `None` where the VMA is write-locked, or about to be.
+    #[doc(alias = "vma_start_read")]
+    pub fn try_read<'v>(&'v self, space: &SpaceSeq) -> Option<VmaReadGuard<'v>> {
+        // Acquire: what the last writer did before its `end_write_all` is seen.
+        if self.seq.load(Ordering::Relaxed) == space.seq.load(Ordering::Acquire) {
+            return None;
+        }
+        let entered = self
+            .readers
+            .fetch_update(Ordering::Acquire, Ordering::Relaxed, |readers| {
+                (readers & CLOSED == 0 && readers + 1 < CLOSED).then_some(readers + 1)
+            });
+        if entered.is_err() {
+            return None;
+        }
+        let guard = VmaReadGuard { lock: self };
+        // L2: a writer that came first has set `seq` before it opened the count again.
+        if self.seq.load(Ordering::Relaxed) == space.seq.load(Ordering::Acquire) {
+            return None;
+        }
+        Some(guard)
+    }
+
+    /// Write-locks the VMA until [`SpaceSeq::end_write_all`], waiting for the readers inside with `wait`.
+    ///
+    /// Only for the space's writer; at once where it holds the VMA already.
+    #[doc(alias = "vma_start_write")]
+    pub fn start_write(&self, space: &SpaceSeq, wait: &mut dyn FnMut()) {
+        let now = space.seq.load(Ordering::Relaxed);
+        if self.seq.load(Ordering::Relaxed) == now {
+            return;
+        }
+        self.readers.fetch_or(CLOSED, Ordering::Acquire);
+        while self.readers.load(Ordering::Acquire) != CLOSED {
+            wait();
+        }
+        self.seq.store(now, Ordering::Relaxed);
+        // Release: a reader that enters from now on sees `seq` (L2).
+        self.readers.fetch_and(!CLOSED, Ordering::Release);
+    }
+
+    /// Whether the space's writer holds the VMA.
+    #[must_use]
+    pub fn is_write_locked(&self, space: &SpaceSeq) -> bool {
+        self.seq.load(Ordering::Relaxed) == space.seq.load(Ordering::Relaxed)
+    }
+
+    /// Readers inside.
+    #[must_use]
+    pub fn readers(&self) -> u32 {
+        self.readers.load(Ordering::Relaxed) & !CLOSED
+    }
+}
+
+impl Default for VmaLock {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// A reader inside a VMA: the VMA stays as it is until the guard is dropped.
+#[must_use = "the VMA is unlocked when the guard is dropped"]
+pub struct VmaReadGuard<'v> {
+    lock: &'v VmaLock,
+}
+
+impl Drop for VmaReadGuard<'_> {
+    #[doc(alias = "vma_end_read")]
+    fn drop(&mut self) {
+        // Release: what the reader did happens before the writer's change.
+        self.lock.readers.fetch_sub(1, Ordering::Release);
+    }
+}
+
+impl fmt::Debug for VmaReadGuard<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("VmaReadGuard")
+    }
+}
+
+/// A value that leads to a VMA with a lock.
+///
+/// # Safety
+///
+/// - `LV1`: the lock stays readable and writable memory for a grace period after the value was taken out of the tree.
+/// - `LV2`: `L3` is kept: whoever takes the value out of the tree, or changes its range, has write-locked it.
+pub unsafe trait Lockable: Value {
+    /// The lock of the VMA.
+    ///
+    /// # Safety
+    ///
+    /// The caller is inside a read section in which it found the value, or holds the lock, for all of `'v`.
+    unsafe fn lock<'v>(self) -> &'v VmaLock;
+}
+
+/// Why a VMA could not be locked; the caller takes the space's own lock instead.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum LookupError {
+    /// No VMA covers the page.
+    NotMapped,
+    /// The VMA is being changed.
+    WriteLocked,
+    /// The VMA changed between being found and being locked.
+    Changed,
+}
+
+impl fmt::Display for LookupError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NotMapped => "no range covers the page",
+            Self::WriteLocked => "the range is being changed",
+            Self::Changed => "the range changed while it was locked",
+        })
+    }
+}
+
+impl core::error::Error for LookupError {}
+
+impl<V: Lockable, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> ReadSection<'_, V, A, G, W> {
+    /// The VMA that covers `page`, locked for reading.
+    ///
+    /// # Errors
+    ///
+    /// [`LookupError`]. Never waits.
+    #[doc(alias = "lock_vma_under_rcu")]
+    pub fn lookup_locked(
+        &self,
+        space: &SpaceSeq,
+        page: Page,
+    ) -> Result<(Entry<V>, VmaReadGuard<'_>), LookupError> {
+        let found = self.get(page).ok_or(LookupError::NotMapped)?;
+        // SAFETY: LV1: the value was found in this section, which outlives the guard.
+        let lock = unsafe { found.value.lock() };
+        let guard = lock.try_read(space).ok_or(LookupError::WriteLocked)?;
+        let again = self.get(page).ok_or(LookupError::Changed)?;
+        if again.range == found.range && again.value.to_word() == found.value.to_word() {
+            Ok((found, guard))
+        } else {
+            Err(LookupError::Changed)
+        }
+    }
+}
