@@ -7,6 +7,7 @@ use super::mm::MmUnderTest;
 use super::{Outcome, Report, replay, short_name};
 use crate::Status;
 use crate::args::Replay;
+use crate::boot::figures::Tags;
 use crate::embedded::{self, FUZZ, TRACES};
 use crate::input::lines::Source;
 use crate::input::{InputError, map};
@@ -42,10 +43,32 @@ pub fn main(args: &Replay) -> Result<Status, InputError> {
         |m| map::read(m.open()?),
     )?;
     let world = World::new(&map, CPUS)?;
+    world.settle();
+    let mut idle = Tags::of(world).without_slab();
     let make = || Process::new(world).map_err(|e| e.to_string());
+    // What a run leaves behind, once its last process is gone.
+    let left = || {
+        if let Some(story) = world.violations().first() {
+            return Err((
+                "no-stale-translation".into(),
+                story
+                    .lines()
+                    .next()
+                    .unwrap_or("a-violation")
+                    .replace(' ', "-"),
+            ));
+        }
+        world.settle();
+        let before = core::mem::replace(&mut idle, Tags::of(world).without_slab());
+        if idle == before {
+            return Ok(());
+        }
+        Err((format!("{before}-pages-in-use"), idle.to_string()))
+    };
     Ok(run(
         sources(&args.files),
         make,
+        left,
         &mut std::io::stdout().lock(),
         &mut std::io::stderr(),
     ))
@@ -91,10 +114,15 @@ pub fn sources(files: &[String]) -> Vec<(String, Result<Source, InputError>)> {
     files.iter().map(|f| (f.clone(), Source::open(f))).collect()
 }
 
-/// Replays all of them; `make` builds an empty manager for each, `out` and `err` are stdout and stderr.
+/// What differs: expected, and got.
+type Difference = (String, String);
+
+/// Replays all of them; `make` builds an empty manager for each, `left` looks for what a run left behind, `out` and `err`
+/// are stdout and stderr.
 pub fn run<M: MmUnderTest>(
     sources: Vec<(String, Result<Source, InputError>)>,
     mut make: impl FnMut() -> Result<M, String>,
+    mut left: impl FnMut() -> Result<(), Difference>,
     out: &mut dyn Write,
     err: &mut dyn Write,
 ) -> Status {
@@ -107,6 +135,15 @@ pub fn run<M: MmUnderTest>(
                 expected: "an-address-space".into(),
                 got: why,
             }),
+        });
+        // A difference ends a run half-way; what it leaves behind is no second one.
+        let outcome = outcome.map(|outcome| match (outcome, left()) {
+            (Outcome::Pass { .. }, Err((expected, got))) => Outcome::Fail {
+                line: 0,
+                expected,
+                got,
+            },
+            (outcome, _) => outcome,
         });
         match outcome {
             Ok(outcome) => {
@@ -148,6 +185,13 @@ mod tests {
         "# vmatrace 1 prog x linux 6\nI 1000 2000 r-xp 0 -\nE\n= 1000 2000 r-xp 0 -\n";
 
     fn run_all(texts: &[(&str, &str)]) -> (Status, String, String) {
+        run_and_leave(texts, || Ok(()))
+    }
+
+    fn run_and_leave(
+        texts: &[(&str, &str)],
+        left: impl FnMut() -> Result<(), Difference>,
+    ) -> (Status, String, String) {
         let (mut out, mut err) = (Vec::new(), Vec::new());
         let sources = texts
             .iter()
@@ -156,6 +200,7 @@ mod tests {
         let status = run(
             sources,
             || Ok(Echo::trace(Source::text("x", GOOD))),
+            left,
             &mut out,
             &mut err,
         );
@@ -170,6 +215,18 @@ mod tests {
     fn what_has_no_full_effect_is_listed() {
         assert!(unsupported().lines().count() >= 4);
         assert!(unsupported().contains("MAP_HUGETLB"));
+    }
+
+    #[test]
+    fn a_run_that_leaves_pages_behind_fails() {
+        let (status, out, _) = run_and_leave(&[("a", GOOD)], || {
+            Err(("5-pages-in-use".into(), "7".into()))
+        });
+        assert_eq!(status, Status::Broken);
+        assert_eq!(
+            out,
+            "FAIL a line=0 expected=5-pages-in-use got=7\n0 passed, 1 failed\n"
+        );
     }
 
     #[test]
