@@ -25,6 +25,22 @@ pub enum Command {
     Boot(Boot),
     /// Replay recorded runs of Linux on the memory manager, call by call.
     Replay(Replay),
+    /// Watch recorded programs run side by side: zones, object caches, address spaces.
+    Top(Top),
+}
+
+/// Arguments of `kmem top`.
+#[derive(Debug, Clone, Default, Args)]
+pub struct Top {
+    /// A memory map, as for boot [default: an embedded map of a machine with 24 GiB].
+    #[arg(long, value_name = "FILE")]
+    pub map: Option<String>,
+    /// A recorded program, may be given several times [default: all embedded ones].
+    #[arg(long, value_name = "FILE")]
+    pub trace: Vec<String>,
+    /// Let every program end once and print one picture as text (also without a terminal).
+    #[arg(long)]
+    pub once: bool,
 }
 
 /// Arguments of `kmem replay`.

@@ -12,6 +12,7 @@ fn main() -> ExitCode {
     let done = match command {
         Command::Boot(args) => kmem_cli::boot::run(&args),
         Command::Replay(args) => kmem_cli::replay::command::main(&args),
+        Command::Top(args) => kmem_cli::top::main(&args),
     };
     let status = done.unwrap_or_else(|bad_input| {
         eprintln!("{bad_input}");

@@ -92,14 +92,19 @@ pub fn default_map() -> Result<Source, InputError> {
 }
 
 /// A recorded program that waits for its turn.
-struct Waiting {
-    name: String,
-    reader: trace::Reader,
+pub struct Waiting {
+    /// The file's name without its folder.
+    pub name: String,
+    /// Its lines from the second on.
+    pub reader: trace::Reader,
 }
 
 /// Opens the traces that were named, or all embedded ones; reads each to its end, so that a broken one is refused before
 /// anything runs.
-fn open_traces(files: &[String]) -> Result<Vec<Waiting>, InputError> {
+///
+/// # Errors
+/// The first one that cannot be read.
+pub fn open_traces(files: &[String]) -> Result<Vec<Waiting>, InputError> {
     let open = |name: &str, source: Source| -> Result<Waiting, InputError> {
         Ok(Waiting {
             name: replay::short_name(name).to_string(),

@@ -91,9 +91,9 @@ impl<M: MmUnderTest> TraceRun<M> {
         &mut self.mm
     }
 
-    /// Gives the manager back, as the run left it.
-    pub fn into_mm(self) -> M {
-        self.mm
+    /// Returns the manager that the run is made on, to be looked at.
+    pub fn process(&self) -> &M {
+        &self.mm
     }
 
     /// Replays everything that is left.

@@ -8,12 +8,40 @@
 //! One thread does both in turn, so that a picture never shows a half-made change. Without a terminal (in a pipe, or with
 //! `--once`) the workload runs to its end and one picture is printed as text.
 
+pub mod programs;
 pub mod view;
 
+use crate::args::Top;
+use crate::input::{InputError, lines::Source, map};
+use crate::world::World;
+use crate::{Status, boot};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
-use std::io;
+use std::io::{self, IsTerminal};
 use std::time::{Duration, Instant};
 use view::View;
+
+/// Processors of the machine.
+const CPUS: usize = 2;
+
+/// Runs the command.
+///
+/// # Errors
+/// Unusable input, or a terminal that cannot be used.
+pub fn main(args: &Top) -> Result<Status, InputError> {
+    let map = map::read(match &args.map {
+        Some(path) => Source::open(path)?,
+        None => boot::default_map()?,
+    })?;
+    let world = World::new(&map, CPUS)?;
+    let plain = args.once || !io::stdout().is_terminal();
+    let mut work = programs::Programs::new(world, &args.trace, !plain)?;
+    if plain {
+        print!("{}", once(&mut work));
+    } else {
+        live(&mut work).map_err(|e| InputError::new("terminal", 0, "screen", "", e.to_string()))?;
+    }
+    Ok(Status::Held)
+}
 
 /// What runs under the view.
 pub trait Workload {
