@@ -8,8 +8,10 @@ pub mod interrupt;
 #[cfg(any(loom, shuttle))]
 pub mod model;
 pub mod objects;
+pub mod ops;
 pub mod processes;
 pub mod slots;
+pub mod twins;
 
 pub use arena::{Arena, ArenaSource};
 pub use fail::{FailPlan, Failing, FailingObjects, FailingSource, every_failure};

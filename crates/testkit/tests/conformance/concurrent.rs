@@ -123,7 +123,7 @@ struct Bound {
 unsafe impl Cpu for Bound {
     type Guard<'a> = ();
     fn raw_pin(&self) {}
-    fn id<'a>(&'a self, (): &()) -> CpuId {
+    fn id(&self, (): &()) -> CpuId {
         CpuId::new(BOUND.get())
     }
     fn count(&self) -> u32 {
@@ -298,7 +298,8 @@ fn sleep_locks_pass_and_broken_ones_are_named() {
     names(&run::<Semaphore<2>>(), "RawSleepLock", "S1");
 
     let report = Report::new();
-    raw_sleep_lock::check_wait(&report, &HostThreads::new(2), &SpinWait::INIT);
+    let wait = SpinWait::INIT;
+    raw_sleep_lock::check_wait(&report, &HostThreads::new(2), &wait);
     report.assert_ok();
     raw_sleep_lock::check_wait(&report, &HostThreads::new(1), &Impatient);
     names(&report, "Wait", "S4");

@@ -62,7 +62,7 @@ impl Toy {
 unsafe impl Cpu for Toy {
     type Guard<'a> = ();
     fn raw_pin(&self) {}
-    fn id<'a>(&'a self, (): &()) -> CpuId {
+    fn id(&self, (): &()) -> CpuId {
         CpuId::new(self.me())
     }
     fn count(&self) -> u32 {
