@@ -4,9 +4,110 @@
 //! `cargo xtask counts` runs each workload under valgrind, counts what happens below [`measured`], and compares with the
 //! committed figures. Setting up is outside. Without a name the program lists its workloads.
 
+use std::alloc::Layout;
 use std::hint::black_box;
 
-use kmem_hal::{Cpu, FixedPool, Lock, ObjectAlloc, SingleCpu, Spin};
+use kmem::hal::{
+    Cpu, FixedPool, FrameRequest, FrameSink, FrameSource, Lock, ObjectAlloc, OffsetMap, Order,
+    Page, PageRange, SingleCpu, Spin,
+};
+use kmem::vma_tree::{GapRequest, Node, RangeTree};
+use kmem::{BootMap, Config, Heap, PhysAddr, RegionKind};
+
+/// A machine of 64 MiB on one CPU. Its lock is the plain one: the default asks for the privilege level, by an instruction
+/// that valgrind does not know. Page tables, which use the default lock, cannot be counted for that reason.
+type Machine = Heap<OffsetMap, SingleCpu, Spin>;
+// SAFETY: one thread runs.
+static HEAP: Machine = Heap::with(OffsetMap::unset(), unsafe { SingleCpu::new() });
+
+/// Starts [`HEAP`].
+fn boot() -> &'static Machine {
+    let bytes = 64 << 20;
+    let layout = Layout::from_size_align(bytes, 2 << 20).expect("a layout");
+    // SAFETY: the layout has a size.
+    let memory = unsafe { std::alloc::alloc_zeroed(layout) };
+    assert!(!memory.is_null(), "no memory for the machine");
+    let base = 2 << 20;
+    let mut map: BootMap = BootMap::new();
+    map.push(PhysAddr::new(base as u64), bytes as u64, RegionKind::Usable)
+        .expect("one entry");
+    let offset = memory.expose_provenance().wrapping_sub(base);
+    // SAFETY: the memory was just allocated and stays; one thread runs.
+    unsafe {
+        HEAP.memory()
+            .frames()
+            .memory()
+            .set(offset, ((base + bytes) >> 12) as u64);
+        HEAP.init_mapped(&mut map, &Config::new())
+            .expect("the machine starts");
+    }
+    &HEAP
+}
+
+/// One or many blocks of an order, allocated and freed.
+fn frames(order: u8, batch: usize) {
+    let frames = boot().memory().frames();
+    let request = FrameRequest::new(Order::new(order).expect("an order"));
+    let mut held = Vec::with_capacity(batch);
+    measured(&mut || {
+        for _ in 0..N / batch {
+            for _ in 0..batch {
+                held.push(frames.alloc(black_box(&request)).expect("64 MiB"));
+            }
+            while let Some(frame) = held.pop() {
+                frames.free(frame);
+            }
+        }
+    });
+}
+
+/// One or many objects of a size, allocated and freed.
+fn objects(size: usize, batch: usize) {
+    let slab = boot().memory().slab();
+    let layout = Layout::from_size_align(size, 8).expect("a layout");
+    let mut held = Vec::with_capacity(batch);
+    measured(&mut || {
+        for _ in 0..N / batch {
+            for _ in 0..batch {
+                held.push(slab.alloc(black_box(layout)));
+            }
+            while let Some(memory) = held.pop() {
+                // SAFETY: just allocated with this layout.
+                unsafe { slab.dealloc(memory, layout) };
+            }
+        }
+    });
+}
+
+/// Look-ups, gap searches, or stores in a tree of a thousand ranges.
+fn ranges(what: &str) {
+    static NODES: FixedPool<Node, 1024> = FixedPool::new();
+    let mut tree: RangeTree<u64, _> = RangeTree::new_in(&NODES);
+    let at = |i: usize| {
+        PageRange::with_count(Page::from_number(0x1000 + 4 * i as u64), 3).expect("pages")
+    };
+    let mut fill = || {
+        for i in 0..N {
+            tree.store(at(i * 7 % N), Some(1), &mut |_| ())
+                .expect("nodes");
+        }
+    };
+    if what == "store" {
+        return measured(&mut fill);
+    }
+    fill();
+    let whole = PageRange::with_count(Page::from_number(0x1000), 4 * N as u64 + 64).expect("pages");
+    let request = GapRequest::new(8).limits(whole);
+    measured(&mut || {
+        for i in 0..N {
+            if what == "get" {
+                black_box(tree.get(black_box(at(i * 7 % N).first())));
+            } else {
+                black_box(tree.find_gap_up(black_box(&request)));
+            }
+        }
+    });
+}
 
 /// Operations in one workload.
 const N: usize = 1000;
@@ -50,6 +151,15 @@ const WORKLOADS: &[Workload] = &[
             }
         });
     }),
+    ("buddy/pair_o0", || frames(0, 1)),
+    ("buddy/pair_o3", || frames(3, 1)),
+    ("buddy/batch_o0", || frames(0, N)),
+    ("slab/pair64", || objects(64, 1)),
+    ("slab/batch64", || objects(64, N)),
+    ("slab/pair1k", || objects(1024, 1)),
+    ("vma/lookup", || ranges("get")),
+    ("vma/gap_up", || ranges("gap")),
+    ("vma/insert", || ranges("store")),
 ];
 
 fn main() {
