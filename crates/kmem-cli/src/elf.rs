@@ -193,6 +193,14 @@ impl Image {
             .sum()
     }
 
+    /// Returns how many pages the segments have in memory.
+    pub fn pages(&self) -> u64 {
+        let readable = self.segments.iter().filter(|s| s.prot != 0);
+        readable
+            .map(|s| (s.pages_end() - s.first_page()) / PAGE)
+            .sum()
+    }
+
     /// Fills `page` with what must stand in a page of a segment right after exec.
     ///
     /// Bytes of the segment's first page before its start are the file's, as the whole page is mapped.

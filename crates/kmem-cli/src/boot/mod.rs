@@ -28,6 +28,7 @@ use crate::replay::Outcome;
 use crate::replay::mm::MmUnderTest;
 use crate::replay::trace_run::TraceRun;
 use crate::report::Report;
+use crate::say;
 use crate::world::counted::Counted;
 use crate::world::process::Process;
 use crate::world::types::Source as Books;
@@ -65,7 +66,7 @@ pub fn run(args: &Boot) -> Result<Status, InputError> {
         report: Report::default(),
     };
     boot.report.title = format!("kmem boot: {}", map.name);
-    println!("kmem boots on {}\n", map.name);
+    say!("kmem boots on {}\n", map.name);
     boot.read_map(&map);
     let world = boot.bring_up(&map)?;
     let idle = Idle::of(world);
@@ -207,7 +208,7 @@ impl Running {
             if nodes == 1 { "" } else { "s" }
         ));
         for remark in &map.remarks {
-            println!("        note: {remark}");
+            say!("        note: {remark}");
         }
         let mut text = String::new();
         for e in &map.entries {
@@ -403,26 +404,25 @@ impl Running {
         ));
         match (started, compared) {
             (Ok(start), Ok(done)) => {
-                self.checks.equal(
+                self.checks.address(
                     "base address",
                     start.bias,
                     image.base,
-                    "",
                     "Linux without randomisation",
                 );
-                self.checks.equal(
+                self.checks.address(
                     "entry",
                     start.entry.as_u64(),
                     image.entry,
-                    "",
                     "the file's header",
                 );
+                let wanted = image.pages() * PAGE_SIZE;
                 self.checks.equal(
                     "bytes equal to the file",
                     done.bytes,
-                    done.pages * PAGE_SIZE,
+                    wanted,
                     "bytes",
-                    "pages of its segments",
+                    "the file's program headers",
                 );
                 let mut argc = [0; 8];
                 let read = init.read(start.stack.as_u64(), &mut argc).is_ok();
@@ -528,7 +528,7 @@ impl Running {
     }
 
     fn figures(&mut self, world: &'static World, init: &Process) {
-        println!();
+        say!();
         let usage = init.space().recount();
         let slab = world.slabs().slabinfo().to_string();
         let meminfo = meminfo(world, init);
@@ -540,10 +540,10 @@ impl Running {
             ("/proc/1/maps", init.space().maps().to_string()),
         ];
         for (name, text) in sections {
-            println!("--- {name}\n{text}");
+            say!("--- {name}\n{text}");
             self.report.section(name, text);
         }
-        println!("--- figures and their recounts");
+        say!("--- figures and their recounts");
         let processes = figures::Processes {
             tables: usage.tables,
             anon: usage.rss_anon,
@@ -560,7 +560,7 @@ impl Running {
             "tags of frames",
         );
         self.check_list(init);
-        println!();
+        say!();
         self.report.picture = picture::of(world);
     }
 
@@ -622,7 +622,7 @@ impl Running {
             first,
         );
         for story in violations.iter().take(3) {
-            println!("{story}");
+            say!("{story}");
         }
     }
 
@@ -645,20 +645,20 @@ impl Running {
         );
         if let Some(folder) = &args.report {
             self.report.write(folder)?;
-            println!("report written to {}", folder.join("report.html").display());
+            say!("report written to {}", folder.join("report.html").display());
         }
         let peak = world.source().ledger(|l| l.peak);
         let host = world.machine().memory().committed_bytes();
-        println!(
+        say!(
             "peak {} allocated; the host lent {} for it",
             bytes(peak * PAGE_SIZE),
             bytes(host)
         );
         if broken == 0 {
-            println!("all {all} figures equal their recounts; nothing leaked");
+            say!("all {all} figures equal their recounts; nothing leaked");
             Ok(Status::Held)
         } else {
-            println!("{broken} of {all} figures DIFFER from their recounts");
+            say!("{broken} of {all} figures DIFFER from their recounts");
             Ok(Status::Broken)
         }
     }

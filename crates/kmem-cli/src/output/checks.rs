@@ -13,8 +13,10 @@ pub struct Check {
     pub what: String,
     /// What the figure is, and where from.
     pub figure: String,
-    /// What the recount gives, and where from.
+    /// What the recount gives.
     pub recount: String,
+    /// Where the recount comes from.
+    pub from: String,
     /// Whether it held.
     pub held: bool,
 }
@@ -50,25 +52,45 @@ impl Checks {
         self.push(
             what,
             format!("{}{unit}", grouped(figure)),
-            format!("{}{unit} ({from})", grouped(recount)),
+            format!("{}{unit}", grouped(recount)),
+            from,
             figure == recount,
+        )
+    }
+
+    /// Holds an address against what it should be.
+    pub fn address(&mut self, what: &str, figure: u64, wanted: u64, from: &str) -> bool {
+        self.push(
+            what,
+            format!("{figure:#x}"),
+            format!("{wanted:#x}"),
+            from,
+            figure == wanted,
         )
     }
 
     /// Notes whether something that is no number held.
     pub fn holds(&mut self, what: &str, held: bool, expected: &str, found: &str) -> bool {
-        self.push(what, found.to_string(), expected.to_string(), held)
+        self.push(what, found.to_string(), expected.to_string(), "", held)
     }
 
-    fn push(&mut self, what: &str, figure: String, recount: String, held: bool) -> bool {
+    fn push(
+        &mut self,
+        what: &str,
+        figure: String,
+        recount: String,
+        from: &str,
+        held: bool,
+    ) -> bool {
         let check = Check {
             what: what.into(),
             figure,
             recount,
+            from: from.into(),
             held,
         };
         if !self.quiet {
-            println!("{}", line(&check));
+            say!("{}", line(&check));
         }
         self.all.push(check);
         held
@@ -92,13 +114,14 @@ impl Checks {
 
 /// Prints a check on one line.
 pub fn line(c: &Check) -> String {
-    let mut out = String::new();
     let verdict = if c.held { "equal" } else { "DIFFERS" };
-    let _ = write!(
-        out,
-        "        {:<34} {:>20}   recount {:<44} {verdict}",
+    let mut out = format!(
+        "        {:<36} {:>18}  recount {:>18}  {verdict}",
         c.what, c.figure, c.recount
     );
+    if !c.from.is_empty() {
+        let _ = write!(out, "  ({})", c.from);
+    }
     out
 }
 
@@ -114,7 +137,7 @@ mod tests {
         assert!(!c.equal("MemFree", 1000, 999, "kB", "free lists"));
         assert!(!c.all_held());
         assert_eq!(c.broken(), 1);
-        assert!(line(&c.all()[1]).ends_with("DIFFERS"));
+        assert!(line(&c.all()[1]).ends_with("DIFFERS  (free lists)"));
         assert!(line(&c.all()[0]).contains("1 000 kB"));
         assert!(!c.holds("bytes", false, "equal to the file", "page 7 differs"));
     }

@@ -80,7 +80,7 @@ impl Stage<'_> {
             "[{:>2}/{}] {:<22} {summary}",
             self.stages.done, self.stages.total, self.name
         );
-        println!("{line}  ({})", time(self.started.elapsed()));
+        say!("{line}  ({})", time(self.started.elapsed()));
         self.stages.lines.push(line);
     }
 }

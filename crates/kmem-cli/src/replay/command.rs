@@ -11,6 +11,7 @@ use crate::boot::figures::Tags;
 use crate::embedded::{self, FUZZ, TRACES};
 use crate::input::lines::Source;
 use crate::input::{InputError, map};
+use crate::say;
 use crate::world::World;
 use crate::world::process::Process;
 use std::fmt::Write as _;
@@ -27,7 +28,7 @@ const CPUS: usize = 2;
 /// If the machine itself cannot come up.
 pub fn main(args: &Replay) -> Result<Status, InputError> {
     if args.unsupported {
-        print!("{}", unsupported());
+        say!("{}", unsupported().trim_end());
         return Ok(Status::Held);
     }
     let map = embedded::find(embedded::MAPS, MACHINE).map_or_else(

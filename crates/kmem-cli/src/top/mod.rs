@@ -13,6 +13,7 @@ pub mod view;
 
 use crate::args::Top;
 use crate::input::{InputError, lines::Source, map};
+use crate::say;
 use crate::world::World;
 use crate::{Status, boot};
 use ratatui::crossterm::event::{self, Event, KeyCode, KeyModifiers};
@@ -36,7 +37,7 @@ pub fn main(args: &Top) -> Result<Status, InputError> {
     let plain = args.once || !io::stdout().is_terminal();
     let mut work = programs::Programs::new(world, &args.trace, !plain)?;
     if plain {
-        print!("{}", once(&mut work));
+        say!("{}", once(&mut work).trim_end());
     } else {
         live(&mut work).map_err(|e| InputError::new("terminal", 0, "screen", "", e.to_string()))?;
     }
