@@ -333,7 +333,7 @@ mod tests {
             assert_eq!(stack / CACHED_TYPES, class);
         }
         let total: u64 = (0..CLASSES)
-            .map(|class| 3 * u64::from(CAPACITY[class]) << CLASS_ORDERS[class])
+            .map(|class| (3 * u64::from(CAPACITY[class])) << CLASS_ORDERS[class])
             .sum();
         assert_eq!(cache.frames(), total);
         for (stack, _) in ZoneCache::stacks() {

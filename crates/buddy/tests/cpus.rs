@@ -299,7 +299,7 @@ fn watermarks_tell_and_reclaim_saves() {
     let waiting = FrameRequest::ONE.context(Context::MayWait);
     let mut taken = 0;
     while reclaim.told.borrow().is_empty() {
-        std::mem::forget(buddy.alloc(&waiting).unwrap());
+        let _leaked = buddy.alloc(&waiting).unwrap();
         taken += 1;
     }
     assert_eq!(reclaim.told.borrow()[0], PressureLevel::Low);
@@ -318,7 +318,7 @@ fn watermarks_tell_and_reclaim_saves() {
     assert!(atomic.len() >= 120, "{}", atomic.len());
     let mut reserve = 0;
     while let Ok(frame) = buddy.alloc(&FrameRequest::ONE.with_reserve()) {
-        std::mem::forget(frame);
+        let _leaked = frame;
         reserve += 1;
     }
     assert!(reserve >= 100);

@@ -1,7 +1,9 @@
 //! Real memory maps as boot maps.
 #![allow(dead_code)]
 
+pub mod twin;
 pub mod window;
+pub mod world;
 
 use kmem_buddy::{BootMap, RegionKind};
 use kmem_hal::{NodeId, PhysAddr};
