@@ -267,55 +267,7 @@ impl<E: Env> Edit<'_, '_, E> {
     #[doc(alias = "vma_merge_new_range")]
     pub fn add(&mut self, range: PageRange, new: Candidate, right: bool) {
         let (previous, next) = self.neighbours(range);
-        let next = next.filter(|_| right);
-        let joins = joins(
-            &new,
-            range.count(),
-            previous.as_ref().map(|p| &p.1),
-            next.as_ref().map(|n| &n.1),
-        );
-        match (
-            previous.filter(|_| joins.left),
-            next.filter(|_| joins.right),
-        ) {
-            (Some((id, p)), Some((_, n))) => {
-                self.put(n.range, None);
-                let anon = p.anon.or(new.anon).or(n.anon);
-                self.reshape(
-                    id,
-                    p.range,
-                    Vma {
-                        range: p.range.hull(n.range),
-                        anon,
-                        ..p
-                    },
-                );
-            }
-            (Some((id, p)), None) => {
-                let anon = p.anon.or(new.anon);
-                self.reshape(
-                    id,
-                    p.range,
-                    Vma {
-                        range: p.range.hull(range),
-                        anon,
-                        ..p
-                    },
-                );
-            }
-            (None, Some((id, n))) => {
-                let anon = n.anon.or(new.anon);
-                self.reshape(
-                    id,
-                    n.range,
-                    Vma {
-                        range: range.hull(n.range),
-                        offset: new.offset,
-                        anon,
-                        ..n
-                    },
-                );
-            }
+        match self.joined(range, &new, previous, next.filter(|_| right)) {
             (None, None) => self.insert(Vma {
                 range,
                 flags: new.flags,
@@ -324,6 +276,7 @@ impl<E: Env> Edit<'_, '_, E> {
                 anon: new.anon,
                 label: new.label,
             }),
+            (previous, next) => self.merge(range, &new, previous, next),
         }
     }
 
@@ -340,58 +293,7 @@ impl<E: Env> Edit<'_, '_, E> {
         let (previous, next) = self.neighbours(range);
         let previous = previous.filter(|(other, _)| *other != id);
         let next = next.filter(|(other, _)| *other != id);
-        let joins = joins(
-            &new,
-            range.count(),
-            previous.as_ref().map(|p| &p.1),
-            next.as_ref().map(|n| &n.1),
-        );
-        match (
-            previous.filter(|_| joins.left),
-            next.filter(|_| joins.right),
-        ) {
-            (Some((into, p)), Some((_, n))) => {
-                self.put(vma.range, None);
-                self.put(n.range, None);
-                let anon = p.anon.or(n.anon).or(vma.anon);
-                self.reshape(
-                    into,
-                    p.range,
-                    Vma {
-                        range: p.range.hull(n.range),
-                        anon,
-                        ..p
-                    },
-                );
-            }
-            (Some((into, p)), None) => {
-                self.give_away(id, vma, range);
-                let anon = p.anon.or(vma.anon);
-                self.reshape(
-                    into,
-                    p.range,
-                    Vma {
-                        range: p.range.hull(range),
-                        anon,
-                        ..p
-                    },
-                );
-            }
-            (None, Some((into, n))) => {
-                self.give_away(id, vma, range);
-                let anon = n.anon.or(vma.anon);
-                let offset = n.offset.wrapping_sub(range.count());
-                self.reshape(
-                    into,
-                    n.range,
-                    Vma {
-                        range: range.hull(n.range),
-                        offset,
-                        anon,
-                        ..n
-                    },
-                );
-            }
+        match self.joined(range, &new, previous, next) {
             (None, None) => {
                 self.split(range.first());
                 if let Some(after) = range.last().checked_add(1) {
@@ -408,7 +310,67 @@ impl<E: Env> Edit<'_, '_, E> {
                     );
                 }
             }
+            (previous, next) => {
+                self.give_away(id, vma, range);
+                self.merge(range, &new, previous, next);
+            }
         }
+    }
+
+    /// The neighbours that a range joins, were it a VMA like `new`.
+    fn joined(
+        &self,
+        range: PageRange,
+        new: &Candidate,
+        previous: Option<Found>,
+        next: Option<Found>,
+    ) -> (Option<Found>, Option<Found>) {
+        let vma = |found: &Option<Found>| found.map(|(_, vma)| vma);
+        let joins = joins(
+            new,
+            range.count(),
+            vma(&previous).as_ref(),
+            vma(&next).as_ref(),
+        );
+        (
+            previous.filter(|_| joins.left),
+            next.filter(|_| joins.right),
+        )
+    }
+
+    /// Lets a free range become part of the neighbours that it joins; there is at least one.
+    fn merge(
+        &mut self,
+        range: PageRange,
+        new: &Candidate,
+        previous: Option<Found>,
+        next: Option<Found>,
+    ) {
+        let Some((id, kept)) = previous.or(next) else {
+            return;
+        };
+        let range = next.map_or(range, |(_, next)| range.hull(next.range));
+        let anon = kept
+            .anon
+            .or(new.anon)
+            .or(next.and_then(|(_, next)| next.anon));
+        if let (Some(_), Some((_, next))) = (previous, next) {
+            self.put(next.range, None);
+        }
+        let (range, offset) = match previous {
+            Some(_) => (kept.range.hull(range), kept.offset),
+            None => (range, new.offset),
+        };
+        self.reshape(
+            id,
+            kept.range,
+            Vma {
+                range,
+                offset,
+                anon,
+                ..kept
+            },
+        );
     }
 
     /// Takes an end of a VMA, or all of it, away from it.

@@ -21,8 +21,8 @@ type Env<'m> =
 type Table<'m> = PageTable<X86_64, &'m Env<'m>, KernelPage>;
 type Kernel<'m> = Vmalloc<'m, X86_64, &'m Env<'m>, &'m HeapObjects<Node>, Spin>;
 
-/// Runs `test` on a machine of 32 MiB with a window of `pages` pages, and checks that nothing is left behind.
-fn on_machine(pages: u64, test: impl FnOnce(&Machine, &Kernel<'_>, &FailPlan)) {
+/// Runs `test` on a machine of 32 MiB, in a table that both CPUs have loaded, and checks that nothing is left behind.
+fn on_table(test: impl FnOnce(&Machine, &Table<'_>, &FailPlan)) {
     let machine = Machine::pc(32 << 20, 2);
     let slots =
         SlotArena::new(FrameRange::from_numbers(0, machine.memory().frame_limit()).unwrap());
@@ -41,35 +41,41 @@ fn on_machine(pages: u64, test: impl FnOnce(&Machine, &Kernel<'_>, &FailPlan)) {
     }
     .with_trace(&machine);
     let table: Table<'_> = PageTable::new(&env).unwrap();
-    for cpu in 0..2 {
-        // SAFETY: the mock's kernel code does not run in the tables.
-        machine.on_cpu(cpu, || unsafe { machine.load_root(table.root(), false) });
-    }
-    let nodes = HeapObjects::new();
-    let window = PageRange::with_count(KernelLayout::x86_64().vmalloc.first(), pages).unwrap();
-    let vmalloc = Vmalloc::new(&table, window, &nodes);
-    test(&machine, &vmalloc, &plan);
-    vmalloc.purge();
-    assert_eq!(
-        vmalloc.used(),
-        (0, 0),
-        "areas are left:\n{}",
-        vmalloc.info()
-    );
-    drop(vmalloc);
-    nodes.assert_all_free();
-    for cpu in 0..2 {
-        let nothing = kmem_hal::Root {
-            frame: kmem_hal::Frame::ZERO,
-            asid: kmem_hal::Asid::ZERO,
-        };
-        // SAFETY: as above.
-        machine.on_cpu(cpu, || unsafe { machine.load_root(nothing, false) });
-    }
+    let load = |root| {
+        for cpu in 0..2 {
+            // SAFETY: the mock's kernel code does not run in the tables.
+            machine.on_cpu(cpu, || unsafe { machine.load_root(root, false) });
+        }
+    };
+    load(table.root());
+    test(&machine, &table, &plan);
+    load(kmem_hal::Root {
+        frame: kmem_hal::Frame::ZERO,
+        asid: kmem_hal::Asid::ZERO,
+    });
     table.destroy(|_, page| panic!("{page:?} was left mapped"), |_, _| {});
     TableCache::shrink(&env, usize::MAX);
     use kmem_paging::Env as _;
     assert_eq!(env.frames().inner().in_use(), 0, "frames leak");
+}
+
+/// Runs `test` with a window of `pages` pages, and checks that all of it comes back.
+fn on_machine(pages: u64, test: impl FnOnce(&Machine, &Kernel<'_>, &FailPlan)) {
+    on_table(|machine, table, plan| {
+        let nodes = HeapObjects::new();
+        let window = PageRange::with_count(KernelLayout::x86_64().vmalloc.first(), pages).unwrap();
+        let vmalloc = Vmalloc::new(table, window, &nodes);
+        test(machine, &vmalloc, plan);
+        vmalloc.purge();
+        assert_eq!(
+            vmalloc.used(),
+            (0, 0),
+            "areas are left:\n{}",
+            vmalloc.info()
+        );
+        drop(vmalloc);
+        nodes.assert_all_free();
+    });
 }
 
 #[test]
@@ -184,42 +190,25 @@ fn devices_are_mapped_where_they_are_and_freed_by_nobody() {
 fn fixed_pages_have_their_addresses_at_compile_time() {
     type Fixed<'a, 'm> = FixMap<'a, X86_64, &'m Env<'m>, 0xffff_ffff_ff60_0000, 4>;
     const APIC: VirtAddr = Fixed::address(1);
-    let machine = Machine::pc(32 << 20, 1);
-    let slots =
-        SlotArena::new(FrameRange::from_numbers(0, machine.memory().frame_limit()).unwrap());
-    let plan = FailPlan::new();
-    let frames = Failing::new(FramePool::new(&machine, 256), &plan);
-    // SAFETY: one thread, and the parts belong to one machine.
-    let env: Env<'_> = unsafe {
-        Parts::new(
-            &machine,
-            frames,
-            &machine,
-            SingleGrace::new(),
-            &machine,
-            &slots,
-        )
-    }
-    .with_trace(&machine);
-    let table: Table<'_> = PageTable::new(&env).unwrap();
-    let fixed = Fixed::new(&table);
-    assert_eq!(
-        fixed.set(1, PhysAddr::new(0xfee0_0000), MemoryType::Uncached),
-        Ok(APIC)
-    );
-    let leaf = table.query(Page::containing(APIC)).leaf().unwrap();
-    assert_eq!(leaf.attributes.memory_type, MemoryType::Uncached);
-    assert_eq!(
-        fixed.set(4, PhysAddr::new(0), MemoryType::WriteBack),
-        Err(FixMapError::BadIndex)
-    );
-    assert_eq!(
-        fixed.set(0, PhysAddr::new(1), MemoryType::WriteBack),
-        Err(FixMapError::Misaligned)
-    );
-    fixed.clear(1).unwrap();
-    assert!(table.query(Page::containing(APIC)).leaf().is_none());
-    table.destroy(|_, _| {}, |_, _| {});
+    on_table(|_, table, _| {
+        let fixed = Fixed::new(table);
+        assert_eq!(
+            fixed.set(1, PhysAddr::new(0xfee0_0000), MemoryType::Uncached),
+            Ok(APIC)
+        );
+        let leaf = table.query(Page::containing(APIC)).leaf().unwrap();
+        assert_eq!(leaf.attributes.memory_type, MemoryType::Uncached);
+        assert_eq!(
+            fixed.set(4, PhysAddr::new(0), MemoryType::WriteBack),
+            Err(FixMapError::BadIndex)
+        );
+        assert_eq!(
+            fixed.set(0, PhysAddr::new(1), MemoryType::WriteBack),
+            Err(FixMapError::Misaligned)
+        );
+        fixed.clear(1).unwrap();
+        assert!(table.query(Page::containing(APIC)).leaf().is_none());
+    });
 }
 
 #[test]
