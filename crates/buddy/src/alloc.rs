@@ -28,7 +28,7 @@ use crate::zone::{Mark, Zone};
 /// How often reclaim may say that it freed something before a request is refused all the same.
 const RETRIES: u32 = 16;
 /// Blocks that a batch call moves between two looks at the caller.
-const CHUNK: usize = 32;
+const CHUNK: usize = 64;
 
 /// A request in the zones' own terms.
 #[derive(Clone, Copy)]
@@ -251,7 +251,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if let Some((class, cache)) = array {
             let limit = zone.limits[class].load(kmem_hal::sync::Ordering::Relaxed);
             cache.set_limit(stack_of(class, wanted.migrate), limit);
-            if wanted.limit >= zone.end() {
+            if wanted.limit >= zone.end() && out.len() == 1 {
+                // A batch call takes what it needs and leaves the array as it is.
                 extra = limit as usize / 2;
             }
         }
@@ -333,6 +334,26 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         }
     }
 
+    /// An allocation that was no plain hit.
+    #[cold]
+    #[inline(never)]
+    fn alloc_cold(
+        &self,
+        state: &State<L>,
+        request: &FrameRequest,
+        hit: Option<u64>,
+    ) -> Result<OwnedFrame, AllocError> {
+        if let Some(first) = hit {
+            return self.finish(request, first);
+        }
+        if request.order.index() > TOP {
+            return self.alloc_huge(request);
+        }
+        let mut out = [0];
+        self.alloc_slow(state, request, &mut out)?;
+        self.finish(request, out[0])
+    }
+
     /// Makes the value for a block that was just taken, zeroed if asked.
     #[inline]
     fn finish(&self, request: &FrameRequest, first: u64) -> Result<OwnedFrame, AllocError> {
@@ -394,15 +415,13 @@ unsafe impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> F
             let pin = self.cpu.pin();
             self.hit(state, request, &pin)
         };
-        if let Some(first) = hit {
-            return self.finish(request, first);
+        match hit {
+            Some(first) if !request.zeroed => {
+                // SAFETY: O1, O2, O3 as in `finish`: the entry was this CPU's alone and is out of the array now.
+                Ok(unsafe { OwnedFrame::from_raw(Frame::from_number(first), request.order) })
+            }
+            hit => self.alloc_cold(state, request, hit),
         }
-        if request.order.index() > TOP {
-            return self.alloc_huge(request);
-        }
-        let mut out = [0];
-        self.alloc_slow(state, request, &mut out)?;
-        self.finish(request, out[0])
     }
 
     fn alloc_batch(

@@ -20,10 +20,11 @@
 //! Costs: 2.4 KiB a CPU and zone. A hit is about ten instructions and no fence the processor sees.
 
 use kmem_hal::sync::{
-    AtomicBool, AtomicU64, LocalBool, LocalU32, LocalU64, Ordering, compiler_fence,
+    AtomicBool, AtomicU64, LocalBool, LocalPtr, LocalU32, LocalU64, Ordering, compiler_fence,
 };
 
 use crate::zone::kind::MigrateType;
+use crate::zone::segment::Segment;
 
 /// Orders that have arrays.
 pub(crate) const CLASS_ORDERS: [usize; CLASSES] = [0, 1, 2, 3, 9];
@@ -180,8 +181,8 @@ pub(crate) struct CpuArea {
     busy: LocalBool,
     holding: LocalBool,
     pub node: LocalU32,
-    /// The address-table index of the segment that was used last.
-    pub last_segment: LocalU32,
+    /// The segment that was used last; null before the first use.
+    last_segment: LocalPtr<Segment>,
     /// Where interleaved requests go next.
     pub interleave: LocalU32,
     /// Calls that had to leave the arrays alone.
@@ -203,7 +204,7 @@ impl CpuArea {
             busy: LocalBool::new(false),
             holding: LocalBool::new(false),
             node: LocalU32::new(node),
-            last_segment: LocalU32::new(0),
+            last_segment: LocalPtr::new(core::ptr::null_mut()),
             interleave: LocalU32::new(0),
             nested: LocalU64::new(0),
             pending_any: AtomicBool::new(false),
@@ -211,6 +212,18 @@ impl CpuArea {
             caches,
             first,
         }
+    }
+
+    /// The segment that was used last.
+    #[inline(always)]
+    pub fn last_segment(&self) -> Option<&'static Segment> {
+        // SAFETY: null, or from a `&'static Segment` in `set_last_segment`.
+        unsafe { self.last_segment.get().as_ref() }
+    }
+
+    pub fn set_last_segment(&self, segment: &'static Segment) {
+        self.last_segment
+            .set(core::ptr::from_ref(segment).cast_mut());
     }
 
     /// Makes the arrays the caller's (`I1`); `None` where the caller interrupted their user.

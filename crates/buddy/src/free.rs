@@ -43,28 +43,60 @@ fn is_managed<L: RawLock + 'static>(
 
 impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     /// The segment of a frame; the last one used is tried first.
-    #[inline(always)]
-    pub(crate) fn segment<'s>(
+    #[inline]
+    pub(crate) fn segment(
         &self,
-        state: &'s State<L>,
+        state: &State<L>,
         area: Option<&CpuArea>,
         first: u64,
-    ) -> Option<&'s Segment> {
-        if let Some(area) = area {
-            let last = state.segments.get(area.last_segment.get() as usize);
-            if let Some(last) = last
-                && last.contains(first, 1)
-            {
-                return Some(last);
-            }
+    ) -> Option<&'static Segment> {
+        let last = area.and_then(CpuArea::last_segment);
+        if let Some(last) = last.filter(|last| last.contains(first, 1)) {
+            return Some(last);
         }
         let found = segment::find(state.segments, first)?;
         if let Some(area) = area {
-            let index = (core::ptr::from_ref(found).addr() - state.segments.as_ptr().addr())
-                / size_of::<Segment>();
-            area.last_segment.set(index as u32);
+            area.set_last_segment(found);
         }
         Some(found)
+    }
+
+    /// The common case: a block of the segment that was used last goes into an array that has room; `false` otherwise.
+    #[inline(always)]
+    fn push(&self, area: &CpuArea, first: u64, order: usize) -> bool {
+        let (Some(class), Some(segment)) = (class_of(order), area.last_segment()) else {
+            return false;
+        };
+        if first & ((1 << order) - 1) != 0 || !segment.contains(first, 1 << order) {
+            return false;
+        }
+        let Some(migrate) = segment.types.get(segment.block_of(first)) else {
+            return false;
+        };
+        let byte = migrate.load(Ordering::Relaxed);
+        let migrate = usize::from(byte & !UNMANAGED);
+        if migrate >= CACHED_TYPES || byte & UNMANAGED != 0 && !segment.is_clean(first, 1 << order)
+        {
+            return false;
+        }
+        let Some(arrays) = area.enter() else {
+            return false;
+        };
+        let stack = class * CACHED_TYPES + migrate;
+        arrays
+            .zone(segment.zone as usize)
+            .is_some_and(|cache| cache.push(stack, (first - segment.start) as u32))
+    }
+
+    /// Gives a block back, and notes it where something is wrong with it.
+    #[inline(always)]
+    fn put_or_note(&self, state: &State<L>, area: Option<&CpuArea>, first: u64, order: usize) {
+        if area.is_some_and(|area| self.push(area, first, order)) {
+            return;
+        }
+        if let Err(error) = self.put(state, area, first, order) {
+            self.note_misuse(state, error, first, order);
+        }
     }
 
     /// Gives blocks that nested calls left behind to their zones, once the lock is free again.
@@ -170,7 +202,8 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     }
 
     /// Gives a block of any order back, from wherever it was.
-    #[inline]
+    #[cold]
+    #[inline(never)]
     fn put(
         &self,
         state: &State<L>,
@@ -282,9 +315,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> FrameSin
         let Some(state) = self.state() else { return };
         let pin = self.cpu.pin();
         let area = state.area(pin.id());
-        if let Err(error) = self.put(state, area, first.number(), order.index()) {
-            self.note_misuse(state, error, first.number(), order.index());
-        }
+        self.put_or_note(state, area, first.number(), order.index());
     }
 
     fn free_batch(&self, next: &mut dyn FnMut() -> Option<OwnedFrame>) {
@@ -309,9 +340,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> FrameSin
             let pin = self.cpu.pin();
             let area = state.area(pin.id());
             for &(first, order) in &blocks[..count] {
-                if let Err(error) = self.put(state, area, first, order) {
-                    self.note_misuse(state, error, first, order);
-                }
+                self.put_or_note(state, area, first, order);
             }
         }
     }

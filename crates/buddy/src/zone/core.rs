@@ -181,11 +181,38 @@ impl Core {
 
     /// Writes one word of a block and lets summaries and hints follow.
     fn set_word(&mut self, segment: &Segment, block: usize, word: usize, value: u64) {
+        const EACH_BYTE: u64 = 0x0101_0101_0101_0101;
         self.words[block * WORDS + word] = value;
         let shift = 8 * word;
-        let others = self.summaries[block] & !(0xff << shift);
-        let after = others | u64::from(bits::summary(value)) << shift;
-        self.set_summaries(segment, block, after);
+        let before = self.summaries[block];
+        let old = (before >> shift) as u8;
+        let new = bits::summary(value);
+        let mut changed = old ^ new;
+        if changed == 0 {
+            return;
+        }
+        let others = before & !(0xff << shift);
+        let after = others | u64::from(new) << shift;
+        if changed >> 6 != 0 {
+            // A whole word came or went: orders 6 and above may change.
+            return self.set_summaries(segment, block, after);
+        }
+        self.summaries[block] = after;
+        let Some(set) = self.type_of(block).hint_set() else {
+            return;
+        };
+        while changed != 0 {
+            let order = changed.trailing_zeros() as usize;
+            changed &= changed - 1;
+            // The hint changes only where no other word has a run of that order.
+            if others & EACH_BYTE << order == 0 {
+                if new >> order & 1 != 0 {
+                    self.hint_set(set, order, block);
+                } else {
+                    self.hint_clear(set, order, block);
+                }
+            }
+        }
     }
 
     /// Sets or clears the bits of frames `offset..offset + count` of a block, `count` a multiple of 64 from a
