@@ -2,7 +2,7 @@
 //!
 //! | figure | where from | recount | where from |
 //! |---|---|---|---|
-//! | present pages of a zone | buddy | pages of the map in the zone's addresses | [`recount`] |
+//! | present pages of a zone | buddy | pages of the map in the zone's addresses | [`recount`](super::recount) |
 //! | MemTotal | buddy's zones | present pages less those that a reservation touches | boot map |
 //! | MemFree | zones' counters | set bits of the zones' bitmaps | buddy's own recount |
 //! | buddyinfo | the printed text | MemFree | zones' counters |
@@ -179,6 +179,8 @@ pub struct Tags {
     pub anon: u64,
     /// Pages of files and shared memory, and the zero page.
     pub file: u64,
+    /// Memory of the kernel's areas.
+    pub vmalloc: u64,
     /// Allocated, and the frame table says free or nothing.
     pub unknown: u64,
 }
@@ -199,6 +201,7 @@ impl Tags {
                     Some(FrameTag::Table) => &mut tags.tables,
                     Some(FrameTag::Anon) => &mut tags.anon,
                     Some(FrameTag::File) => &mut tags.file,
+                    Some(FrameTag::Vmalloc) => &mut tags.vmalloc,
                     _ => &mut tags.unknown,
                 };
                 *place += pages;
@@ -209,12 +212,12 @@ impl Tags {
 
     /// Returns the frames that are out and belong to no object cache.
     pub fn without_slab(&self) -> u64 {
-        self.tables + self.anon + self.file + self.unknown
+        self.tables + self.anon + self.file + self.vmalloc + self.unknown
     }
 
     /// Returns the frames whose owner is known.
     pub fn sum(&self) -> u64 {
-        self.slab + self.tables + self.anon + self.file
+        self.slab + self.tables + self.anon + self.file + self.vmalloc
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   map ─> early allocator ─> zones ─> object caches ─> kernel page tables
-//!       ─> exec of the running binary ─> recorded programs ─> fork and write ─> figures ─> tear down ─> nothing leaked
+//!       ─> vmalloc ─> exec of the running binary ─> recorded programs ─> fork and write ─> figures ─> tear down ─> nothing leaked
 //! ```
 //!
 //! Invariants
@@ -13,6 +13,7 @@
 pub mod exec;
 pub mod figures;
 pub mod forks;
+pub mod kernel_areas;
 pub mod machine;
 pub mod picture;
 pub mod recount;
@@ -61,7 +62,7 @@ pub fn run(args: &Boot) -> Result<Status, InputError> {
     enough(&map, &image)?;
 
     let mut boot = Running {
-        stages: Stages::new(8 + traces.len()),
+        stages: Stages::new(9 + traces.len()),
         checks: Checks::new(),
         report: Report::default(),
     };
@@ -70,7 +71,9 @@ pub fn run(args: &Boot) -> Result<Status, InputError> {
     boot.read_map(&map);
     let world = boot.bring_up(&map)?;
     let idle = Idle::of(world);
+    let areas = boot.kernel_areas(world, &map);
     boot.user_land(world, &image, traces)?;
+    areas.free(world.areas());
     boot.tear_down(world, &idle);
     boot.finish(world, args, &image)
 }
@@ -296,6 +299,7 @@ impl Running {
             grouped(leaves as u64),
             kernel.table_count()
         ));
+        let areas = world::areas(kernel, slabs);
         let process_parts = world::processes(slabs, paging.0).map_err(refuse("processes"))?;
         let world = World::of_parts(
             machine,
@@ -305,7 +309,7 @@ impl Running {
             source,
             slabs,
             paging,
-            kernel,
+            (kernel, areas),
             process_parts,
         );
         self.check_linear_map(world);
@@ -352,6 +356,54 @@ impl Running {
                 "a translation"
             },
         );
+    }
+
+    /// Kernel mappings: memory that follows itself only there, a stack with guards, a window to a device.
+    fn kernel_areas(&mut self, world: &World, map: &MemoryMap) -> kernel_areas::Made {
+        let stage = self.stages.start("vmalloc", 0);
+        let made = kernel_areas::make(world.areas(), map);
+        let (count, pages) = world.areas().used();
+        stage.done(&format!(
+            "{count} areas of {} in the kernel's window",
+            bytes(pages * PAGE_SIZE)
+        ));
+        let (words, right) = made.words(world.machine());
+        self.checks.equal(
+            "words through the areas",
+            right,
+            words,
+            "",
+            "written before, across pages",
+        );
+        let guards = made.guards(world.machine());
+        self.checks.equal(
+            "guards that fault",
+            guards.1,
+            guards.0,
+            "",
+            "one behind each area, one below a stack",
+        );
+        let refused = made.refused.as_deref().unwrap_or("made");
+        self.checks
+            .holds("areas asked for", made.refused.is_none(), "made", refused);
+        let windows = made.window_pages();
+        let tags = figures::Tags::of(world).vmalloc;
+        self.checks.equal(
+            "VmallocUsed",
+            pages * 4,
+            (tags + windows) * 4,
+            "kB",
+            "tags of frames, the window to a device",
+        );
+        let printed = kernel_areas::printed_pages(&world.areas().info().to_string());
+        self.checks.equal(
+            "vmallocinfo, summed as printed",
+            printed,
+            tags,
+            "pages",
+            "tags of frames",
+        );
+        made
     }
 
     /// The program, the recorded programs, the forks; prints what Linux would print while all of it is there.
@@ -536,6 +588,7 @@ impl Running {
             ("/proc/buddyinfo", world.frames().buddy_info().to_string()),
             ("/proc/meminfo", meminfo),
             ("/proc/slabinfo", slab),
+            ("/proc/vmallocinfo", world.areas().info().to_string()),
             ("/proc/zoneinfo", world.frames().zone_info().to_string()),
             ("/proc/1/maps", init.space().maps().to_string()),
         ];
@@ -678,6 +731,7 @@ fn meminfo(world: &World, init: &Process) -> String {
             totals.slab_frames + totals.page_frames + totals.overhead_frames,
         ),
         ("PageTables", tables),
+        ("VmallocUsed", world.areas().used().1),
     ] {
         if !text.lines().any(|l| l.starts_with(&format!("{name}:"))) {
             let _ = writeln!(text, "{:<16}{:>8} kB", format!("{name}:"), pages * 4);

@@ -1,7 +1,7 @@
 //! The physical memory map of a machine, read from whatever a user has of it.
 //!
 //! Formats, told apart by their content: `BIOS-e820:` lines (alone or in a whole boot log with any noise around them, see
-//! [`e820`](super::e820)) with optional `SRAT:` lines, or `/proc/iomem` ([`iomem`](super::iomem)).
+//! [`e820`]) with optional `SRAT:` lines, or `/proc/iomem` ([`iomem`]).
 //!
 //! What is legal and what is not
 //! - I1: every range has at least one byte, does not wrap, and ends below 2^52 (no x86 processor has more address bits).

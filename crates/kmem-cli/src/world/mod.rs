@@ -6,13 +6,14 @@
 //!     frames      zones take over what is left                      (buddy)
 //!     slabs       object caches on frames                           (slab)
 //!     tables      the kernel's linear map of all memory             (paging)
+//!     areas       the kernel's other mappings                       (vmalloc)
 //!     processes   what all address spaces share                     (cow-mm)
 //! ```
 //! Each step is a function that boot calls and times by itself; [`World::new`] calls all of them. Everything lives as long
 //! as the program, as in a kernel.
 //!
 //! Invariants
-//! - I1: frames pass through [`Counted`](counted::Counted) and through the machine's own watch, so that each is counted by
+//! - I1: frames pass through [`Counted`] and through the machine's own watch, so that each is counted by
 //!   someone who is not the allocator, and a use after free is seen.
 //! - I2: every CPU has a root loaded at all times: the kernel's, or that of a process that lives.
 
@@ -33,16 +34,20 @@ use kmem_hal::{
 use kmem_mock_x86::Tracked;
 use kmem_paging::{Rights, TableCache};
 use kmem_slab::Cache;
+use kmem_vmalloc::{KernelLayout, KernelPage};
 use std::ptr::NonNull;
 use types::{
-    Env, Frames, Grace, GraceArea, KernelTable, Mach, PagingParts, SharedMm, SlabParts, Slabs,
-    Source,
+    Env, Frames, Grace, GraceArea, KernelAreas, KernelTable, Mach, PagingParts, SharedMm,
+    SlabParts, Slabs, Source,
 };
 
 /// Where the kernel maps all of physical memory (Linux's `PAGE_OFFSET` with four levels).
 pub const LINEAR: u64 = 0xffff_8880_0000_0000;
 /// Where the image of the kernel lies, in bytes, as a boot loader would say.
 pub const KERNEL_IMAGE: (u64, u64) = (1 << 20, 2 << 20);
+
+/// Areas that are more than a tree holds without a node.
+const WARM_UP: usize = 4;
 
 /// What the early allocator did.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
@@ -65,7 +70,8 @@ pub struct World {
     slabs: &'static Slabs,
     paging: &'static PagingParts,
     grace: &'static Grace,
-    kernel: KernelTable,
+    kernel: &'static KernelTable,
+    areas: &'static KernelAreas,
     env: &'static Env,
     mm: &'static SharedMm,
 }
@@ -95,6 +101,7 @@ impl World {
         let (paging, grace) = paging(machine, source, table);
         let kernel =
             kernel_table(machine, paging, &boot_map).map_err(refuse("kernel page tables"))?;
+        let areas = areas(kernel, slabs);
         let (env, mm) = processes(slabs, paging).map_err(refuse("processes"))?;
         Ok(forever(Self {
             machine,
@@ -106,6 +113,7 @@ impl World {
             paging,
             grace,
             kernel,
+            areas,
             env,
             mm,
         }))
@@ -121,7 +129,7 @@ impl World {
         source: &'static Source,
         slabs: &'static Slabs,
         (paging, grace): (&'static PagingParts, &'static Grace),
-        kernel: KernelTable,
+        (kernel, areas): (&'static KernelTable, &'static KernelAreas),
         (env, mm): (&'static Env, &'static SharedMm),
     ) -> &'static Self {
         forever(Self {
@@ -134,6 +142,7 @@ impl World {
             paging,
             grace,
             kernel,
+            areas,
             env,
             mm,
         })
@@ -170,8 +179,13 @@ impl World {
     }
 
     /// The kernel's page tables.
-    pub fn kernel(&self) -> &KernelTable {
-        &self.kernel
+    pub fn kernel(&self) -> &'static KernelTable {
+        self.kernel
+    }
+
+    /// Kernel virtual mappings.
+    pub fn areas(&self) -> &'static KernelAreas {
+        self.areas
     }
 
     /// The kernel's root.
@@ -356,8 +370,8 @@ pub fn kernel_table(
     machine: Mach,
     paging: &'static PagingParts,
     boot_map: &BootMap,
-) -> Result<KernelTable, String> {
-    let table = KernelTable::new(paging).map_err(|e| e.to_string())?;
+) -> Result<&'static KernelTable, String> {
+    let table = forever(KernelTable::new(paging).map_err(|e| e.to_string())?);
     for range in boot_map.present() {
         for (at, order) in leaves(range) {
             let page = Page::containing(VirtAddr::new(LINEAR + at * PAGE_SIZE));
@@ -368,7 +382,7 @@ pub fn kernel_table(
             };
             let mut cursor = table.cursor(pages).map_err(|e| e.to_string())?;
             cursor
-                .map(page, frame, Rights::KERNEL_DATA)
+                .map(page, KernelPage::borrowed(frame), Rights::KERNEL_DATA)
                 .map_err(|(e, _)| format!("frame {at:#x}: {e}"))?;
         }
     }
@@ -381,6 +395,22 @@ pub fn kernel_table(
         machine.on_cpu(cpu, || unsafe { machine.load_root(table.root(), false) });
     }
     Ok(table)
+}
+
+/// Opens the window in which the kernel maps what it wants (`VMALLOC_START`).
+pub fn areas(kernel: &'static KernelTable, slabs: &'static Slabs) -> &'static KernelAreas {
+    let nodes = Cache::new_stable(slabs, "vmap_node");
+    let window = KernelLayout::x86_64().vmalloc;
+    let areas = forever(KernelAreas::new(kernel, window, nodes));
+    // The tree of areas keeps a spare node once it has had one; it gets it here, so that later uses leave nothing new.
+    let first: Vec<_> = (0..WARM_UP)
+        .filter_map(|_| areas.alloc(PAGE_SIZE).ok())
+        .collect();
+    for area in first {
+        let _ = areas.free(area);
+    }
+    areas.purge();
+    areas
 }
 
 /// Cuts a range of frames into leaves of 1 GiB, 2 MiB and 4 KiB, as alignment allows: (first frame, order).

@@ -3,12 +3,13 @@
 use super::counted::Counted;
 use kmem_buddy::Buddy;
 use kmem_cow_mm::{AddressSpace, Mm, Object, Vma};
-use kmem_hal::{CachePadded, DeviceFrame, EpochArea, EpochGrace, FrameTable, NoLarge, NoPressure};
+use kmem_hal::{CachePadded, EpochArea, EpochGrace, FrameTable, NoLarge, NoPressure};
 use kmem_mock_x86::{Machine, MachineLock, MachineSleepLock, Tracked};
 use kmem_paging::PageTable;
 use kmem_paging::format::X86_64;
 use kmem_slab::{Cache, SlabSystem};
 use kmem_vma_tree::Node;
+use kmem_vmalloc::{KernelPage, Vmalloc};
 
 /// The machine; it lives as long as the program.
 pub type Mach = &'static Machine;
@@ -28,8 +29,10 @@ pub type GraceArea = CachePadded<EpochArea<MachineLock>>;
 /// What page tables stand on.
 pub type PagingParts =
     kmem_paging::Parts<'static, Mach, &'static Source, Mach, &'static Grace, Mach>;
-/// The kernel's own tables: they map all memory and own none of it.
-pub type KernelTable = PageTable<X86_64, &'static PagingParts, DeviceFrame>;
+/// The kernel's own tables: the map of all memory, which owns none of it, and vmalloc's areas.
+pub type KernelTable = PageTable<X86_64, &'static PagingParts, KernelPage>;
+/// Kernel virtual mappings.
+pub type KernelAreas = Vmalloc<'static, X86_64, &'static PagingParts, Nodes, MachineLock>;
 /// A cache of tree nodes.
 pub type Nodes = Cache<'static, Node, SlabParts, true>;
 /// A cache of VMAs.
