@@ -232,10 +232,15 @@ fn fuzz(gate: &mut Gate) -> Result<String, Stop> {
     tools::nightly(&mut gate.shell)?;
     let program = tools::FUZZ.path(&mut gate.shell)?;
     for target in &targets {
+        // What is found goes to the first folder; the committed seeds stay as they are.
+        let found = gate.shell.root().join("target/fuzz-corpus").join(target);
+        std::fs::create_dir_all(&found)?;
         let mut command = gate.shell.command(&program);
+        command.env("RUSTUP_TOOLCHAIN", "nightly");
+        command.args(["fuzz", "run", target]).arg(found);
         command
-            .env("RUSTUP_TOOLCHAIN", "nightly")
-            .args(["fuzz", "run", target, "--"]);
+            .arg(gate.shell.root().join("fuzz/corpus").join(target))
+            .arg("--");
         command.arg(format!("-max_total_time={}", gate.fuzz_seconds));
         command.args(["-print_final_stats=1", "-timeout=20", "-rss_limit_mb=4096"]);
         gate.shell.run(&mut command)?;
