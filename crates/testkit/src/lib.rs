@@ -17,3 +17,8 @@ pub use arena::{Arena, ArenaSource};
 pub use fail::{FailPlan, Failing, FailingObjects, FailingSource, every_failure};
 pub use objects::HeapObjects;
 pub use slots::SlotArena;
+
+/// The book's chapter on testing a kernel; its programs are compiled with the doctests.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/testing-your-kernel.md")]
+pub struct Chapter;
