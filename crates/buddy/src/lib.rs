@@ -4,6 +4,7 @@
 mod alloc;
 mod boot;
 mod buddy;
+mod claim;
 mod config;
 mod cpu_cache;
 mod cpus;
@@ -20,6 +21,7 @@ pub use boot::{
     Reservation,
 };
 pub use buddy::Buddy;
+pub use claim::{ClaimError, CmaArea, Compacted, Emptying};
 pub use config::Config;
 pub use error::{FreeError, InitError, Misuse, PlaceError};
 pub use range::OwnedRange;

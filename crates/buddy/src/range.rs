@@ -27,6 +27,11 @@ use crate::zone::segment;
 pub struct OwnedRange(FrameRange);
 
 impl OwnedRange {
+    /// The owner of frames that were just taken for it.
+    pub(crate) const fn made(range: FrameRange) -> Self {
+        Self(range)
+    }
+
     /// The frames.
     #[must_use]
     pub const fn range(&self) -> FrameRange {
@@ -236,7 +241,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
                 .ok_or(PlaceError::Foreign)?;
             let zone = &state.zones[segment.zone as usize];
             let taken = self.locked(area, zone, |core| {
-                let free = core.is_uniform(segment, first, end, true);
+                let free = core.is_uniform(segment, first, end, true)
+                    && core.is_takeable(segment, first, end);
                 if free {
                     core.mark_range(segment, first, end, false);
                 }

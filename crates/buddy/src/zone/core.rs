@@ -419,6 +419,42 @@ impl Core {
         }
     }
 
+    /// Takes a block off all lists; it remembers its type.
+    pub fn isolate_block(&mut self, segment: &Segment, block: usize) {
+        let from = self.type_of(block);
+        self.set_type(segment, block, MigrateType::Isolate);
+        let byte = self.types[block].load(Ordering::Relaxed);
+        self.types[block].store(byte | (from as u8) << 3, Ordering::Relaxed);
+    }
+
+    /// Puts an isolated block back on the lists of its old type.
+    pub fn restore_block(&mut self, segment: &Segment, block: usize) {
+        if self.type_of(block) == MigrateType::Isolate {
+            let byte = self.types[block].load(Ordering::Relaxed);
+            self.set_type(segment, block, MigrateType::from_byte(byte >> 3 & 7));
+        }
+    }
+
+    /// The first frame of `first..end`, which lie in `segment`, that is not free.
+    pub fn next_taken(&self, segment: &Segment, first: u64, end: u64) -> Option<u64> {
+        let mut at = first;
+        while at < end {
+            let word = self.words[segment.block_of(at) * WORDS + (at % BLOCK_FRAMES) as usize / 64];
+            let taken = !word >> (at % 64);
+            if taken != 0 {
+                return Some(at + u64::from(taken.trailing_zeros())).filter(|&at| at < end);
+            }
+            at = (at | 63) + 1;
+        }
+        None
+    }
+
+    /// Whether frames `first..end` lie in blocks that anybody may take from by place.
+    pub fn is_takeable(&self, segment: &Segment, first: u64, end: u64) -> bool {
+        (segment.block_of(first)..=segment.block_of(end - 1))
+            .all(|block| !matches!(self.type_of(block), MigrateType::Cma | MigrateType::Isolate))
+    }
+
     /// Free frames of a block.
     pub fn free_in(&self, block: usize) -> u64 {
         self.words[block * WORDS..(block + 1) * WORDS]

@@ -1,0 +1,422 @@
+//! Emptying ranges: CMA, taking memory offline and compaction are one mechanism.
+//!
+//! ```text
+//!   1. isolate    the range's page blocks leave all lists: nothing is allocated from them any more
+//!   2. drain      frames in CPUs' arrays come back
+//!   3. move       each frame that is still taken: Migrate::migrate(frame, a new one), and the old one comes back
+//!   4. take       all bits are free: cleared under one lock, and the range is the caller's
+//! ```
+//!
+//! Whatever fails, the blocks go back on their lists and everything that was moved stays moved, which nobody can tell.
+//!
+//! Invariants
+//! - `I1`: an isolated block remembers its type; exactly one claim has isolated it.
+//! - `I2`: frees into isolated blocks pass the arrays by, so that step 3 ends.
+//!
+//! Source: Linux mm/page_alloc.c `alloc_contig_range`, mm/page_isolation.c, mm/cma.c.
+
+use core::fmt;
+
+use kmem_hal::{
+    AllocError, Context, Cpu, CpuCall, Frame, FrameRange, FrameRequest, FrameSink, FrameSource,
+    Migrate, MigrateError, Order, PhysMap, Pressure, RawLock,
+};
+
+use crate::buddy::Buddy;
+use crate::error::PlaceError;
+use crate::range::OwnedRange;
+use crate::state::State;
+use crate::zone::bits::{BLOCK_FRAMES, WHOLE};
+use crate::zone::core::Core;
+use crate::zone::kind::MigrateType;
+use crate::zone::segment::Segment;
+
+/// How often a frame that is pinned, or was freed under our hands, is looked at again.
+const RETRIES: u32 = 4;
+
+/// Why a range could not be emptied and taken.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum ClaimError {
+    /// The allocator has not been initialised.
+    NotInitialised,
+    /// Not wholly memory of one zone of this allocator.
+    Foreign,
+    /// Another claim is emptying some of it, or a nested call met a lock of the interrupted code.
+    Busy,
+    /// This frame belongs to nobody who could move it.
+    NotMovable(Frame),
+    /// This frame is pinned.
+    Pinned(Frame),
+    /// No frame was left to move this one to.
+    OutOfMemory(Frame),
+    /// No place in the area is free or can be emptied.
+    NoRoom,
+}
+
+impl fmt::Display for ClaimError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::NotInitialised => f.write_str("the allocator has not been initialised"),
+            Self::Foreign => f.write_str("not memory of one zone of this allocator"),
+            Self::Busy => f.write_str("somebody else is emptying it"),
+            Self::NotMovable(frame) => write!(f, "frame {frame} belongs to no movable owner"),
+            Self::Pinned(frame) => write!(f, "frame {frame} is pinned"),
+            Self::OutOfMemory(frame) => write!(f, "no memory to move frame {frame} to"),
+            Self::NoRoom => f.write_str("no place in the area can be emptied"),
+        }
+    }
+}
+
+impl core::error::Error for ClaimError {}
+
+/// Memory that is lent to movable users until a device claims it.
+///
+/// Several areas may exist, one for each device or one that devices share.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct CmaArea {
+    name: &'static str,
+    range: FrameRange,
+}
+
+impl CmaArea {
+    /// The area's name.
+    #[must_use]
+    pub const fn name(&self) -> &'static str {
+        self.name
+    }
+
+    /// The area's frames.
+    #[must_use]
+    pub const fn range(&self) -> FrameRange {
+        self.range
+    }
+}
+
+/// A page block that could be emptied, and what that takes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Emptying {
+    /// The block's first frame.
+    pub first: Frame,
+    /// Frames that would have to move.
+    pub moves: u32,
+}
+
+/// What a compaction did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Compacted {
+    /// Page blocks that became wholly free.
+    pub blocks: u64,
+    /// Frames that were moved.
+    pub moved: u64,
+}
+
+impl Core {
+    /// Takes the blocks of `first..end` off all lists; `false`, and nothing done, where one is isolated already.
+    fn isolate(&mut self, segment: &Segment, first: u64, end: u64) -> bool {
+        let blocks = segment.block_of(first)..=segment.block_of(end - 1);
+        if blocks
+            .clone()
+            .any(|block| self.type_of(block) == MigrateType::Isolate)
+        {
+            return false;
+        }
+        for block in blocks {
+            self.isolate_block(segment, block);
+        }
+        true
+    }
+
+    fn restore(&mut self, segment: &Segment, first: u64, end: u64) {
+        for block in segment.block_of(first)..=segment.block_of(end - 1) {
+            self.restore_block(segment, block);
+        }
+    }
+}
+
+impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M, C, L, K, P> {
+    /// Runs `f` under the lock of the zone of a segment.
+    fn in_zone<R>(
+        &self,
+        state: &State<L>,
+        segment: &Segment,
+        f: impl FnOnce(&mut Core) -> R,
+    ) -> Result<R, ClaimError> {
+        let pin = self.cpu.pin();
+        let area = state.area(pin.id());
+        let zone = &state.zones[segment.zone as usize];
+        let result = self.locked(area, zone, f);
+        self.settle(state, area);
+        result.ok_or(ClaimError::Busy)
+    }
+
+    /// The segment that wholly contains a range.
+    fn whole_segment(
+        &self,
+        state: &State<L>,
+        range: FrameRange,
+    ) -> Result<&'static Segment, ClaimError> {
+        crate::zone::segment::find(state.segments, range.first().number())
+            .filter(|segment| {
+                !range.is_empty() && segment.contains(range.first().number(), range.count())
+            })
+            .ok_or(ClaimError::Foreign)
+    }
+
+    /// Lends `range` to movable users as a CMA area.
+    ///
+    /// The range consists of whole page blocks (2 MiB) and is free now: called at boot.
+    ///
+    /// # Errors
+    ///
+    /// [`PlaceError`]; nothing has changed then.
+    #[doc(alias = "cma_declare_contiguous")]
+    pub fn cma_area(&self, name: &'static str, range: FrameRange) -> Result<CmaArea, PlaceError> {
+        let state = self.state().ok_or(PlaceError::NotInitialised)?;
+        let (first, end) = (range.first().number(), range.end_number());
+        let segment = self
+            .whole_segment(state, range)
+            .map_err(|_| PlaceError::Foreign)?;
+        if !first.is_multiple_of(BLOCK_FRAMES) || !end.is_multiple_of(BLOCK_FRAMES) {
+            return Err(PlaceError::Foreign);
+        }
+        self.drain();
+        let lent = self.in_zone(state, segment, |core| {
+            let plain =
+                |block| !matches!(core.type_of(block), MigrateType::Cma | MigrateType::Isolate);
+            let blocks = segment.block_of(first)..segment.block_of(end - 1) + 1;
+            let free = core.is_uniform(segment, first, end, true) && blocks.clone().all(plain);
+            if free {
+                for block in blocks {
+                    core.set_type(segment, block, MigrateType::Cma);
+                }
+            }
+            free
+        });
+        match lent {
+            Ok(true) => Ok(CmaArea { name, range }),
+            Ok(false) => Err(PlaceError::InUse),
+            Err(_) => Err(PlaceError::Busy),
+        }
+    }
+
+    /// Claims `frames` contiguous frames of an area, aligned to `align`: free ones, or ones that `migrate` can empty.
+    ///
+    /// Given back with [`free_range`](Self::free_range). May sleep as far as `migrate` does.
+    ///
+    /// # Errors
+    ///
+    /// [`ClaimError`]; nothing was taken then.
+    #[doc(alias = "cma_alloc")]
+    pub fn cma_claim(
+        &self,
+        area: &CmaArea,
+        frames: u64,
+        align: Order,
+        migrate: &impl Migrate,
+    ) -> Result<OwnedRange, ClaimError> {
+        let state = self.state().ok_or(ClaimError::NotInitialised)?;
+        let segment = self.whole_segment(state, area.range)?;
+        let end = area.range.end_number();
+        let round = |at: u64| (at + align.frames() - 1) & !(align.frames() - 1);
+        // A place where nothing has to move, if there is one.
+        let mut at = round(area.range.first().number());
+        while frames > 0 && at + frames <= end {
+            let taken = self.in_zone(state, segment, |core| {
+                core.next_taken(segment, at, at + frames)
+            })?;
+            match taken {
+                None => break,
+                Some(taken) => at = round(taken + 1),
+            }
+        }
+        if frames == 0 || at + frames > end {
+            at = round(area.range.first().number());
+        }
+        // Otherwise the first place that can be emptied; whatever stands in the way is stepped over.
+        while frames > 0 && at + frames <= end {
+            let range = FrameRange::from_numbers(at, at + frames).ok_or(ClaimError::Foreign)?;
+            match self.claim(range, migrate) {
+                Ok(claimed) => return Ok(claimed),
+                Err(ClaimError::NotMovable(frame) | ClaimError::Pinned(frame)) => {
+                    at = round(frame.number() + 1);
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Err(ClaimError::NoRoom)
+    }
+
+    /// Empties and takes exactly the frames of `range`.
+    ///
+    /// For CMA, for taking memory offline (the range is then kept), and for compaction (it is then freed). May sleep as far
+    /// as `migrate` does; not for interrupts.
+    ///
+    /// # Errors
+    ///
+    /// [`ClaimError`] with the frame that stood in the way; nothing was taken then.
+    #[doc(alias = "alloc_contig_range")]
+    pub fn claim(
+        &self,
+        range: FrameRange,
+        migrate: &impl Migrate,
+    ) -> Result<OwnedRange, ClaimError> {
+        self.claim_counted(range, migrate, &mut 0)
+    }
+
+    fn claim_counted(
+        &self,
+        range: FrameRange,
+        migrate: &impl Migrate,
+        moved: &mut u64,
+    ) -> Result<OwnedRange, ClaimError> {
+        let state = self.state().ok_or(ClaimError::NotInitialised)?;
+        let segment = self.whole_segment(state, range)?;
+        let (first, end) = (range.first().number(), range.end_number());
+        if !self.in_zone(state, segment, |core| core.isolate(segment, first, end))? {
+            return Err(ClaimError::Busy);
+        }
+        self.drain();
+        let emptied = self.empty(state, segment, (first, end), migrate, moved);
+        // Nested calls never get here: what isolated the blocks had the lock, and waits for it again.
+        self.in_zone(state, segment, |core| {
+            let free = emptied.is_ok() && core.is_uniform(segment, first, end, true);
+            if free {
+                core.mark_range(segment, first, end, false);
+            }
+            core.restore(segment, first, end);
+            free
+        })
+        .and_then(|taken| {
+            emptied?;
+            // A frame that came and went between the last look and the lock.
+            taken
+                .then_some(OwnedRange::made(range))
+                .ok_or(ClaimError::Busy)
+        })
+    }
+
+    /// Moves away whatever is left in an isolated range.
+    fn empty(
+        &self,
+        state: &State<L>,
+        segment: &Segment,
+        (first, end): (u64, u64),
+        migrate: &impl Migrate,
+        moved: &mut u64,
+    ) -> Result<(), ClaimError> {
+        let request = FrameRequest::ONE.movable().context(Context::NoReclaim);
+        let mut at = first;
+        let mut tries = 0;
+        loop {
+            let taken = self.in_zone(state, segment, |core| core.next_taken(segment, at, end))?;
+            let Some(number) = taken else {
+                return Ok(());
+            };
+            let frame = Frame::from_number(number);
+            if number != at {
+                (at, tries) = (number, 0);
+            }
+            let target = self.alloc(&request).map_err(|error| match error {
+                AllocError::Busy => ClaimError::Busy,
+                _ => ClaimError::OutOfMemory(frame),
+            })?;
+            tries += 1;
+            match migrate.migrate(frame, target) {
+                Ok(old) => {
+                    *moved += 1;
+                    self.free(old);
+                }
+                Err((reason, target)) => {
+                    self.free(target);
+                    match reason {
+                        MigrateError::Gone | MigrateError::Pinned if tries < RETRIES => {}
+                        MigrateError::Gone | MigrateError::Pinned => {
+                            return Err(ClaimError::Pinned(frame));
+                        }
+                        MigrateError::OutOfMemory => return Err(ClaimError::OutOfMemory(frame)),
+                        _ => return Err(ClaimError::NotMovable(frame)),
+                    }
+                }
+            }
+        }
+    }
+
+    /// Fills `out` with the page blocks that are cheapest to empty, cheapest first; how many there are.
+    ///
+    /// Counts blocks of movable memory that are partly free and wholly the allocator's. The same state gives the same plan.
+    pub fn plan_blocks(&self, out: &mut [Emptying]) -> usize {
+        let Some(state) = self.state() else { return 0 };
+        let mut count = 0;
+        for zone in state.zones {
+            for segment in zone.segments {
+                let _ = self.in_zone(state, segment, |core| {
+                    for block in segment.block as usize..segment.block_end() {
+                        let base = segment.base_of(block);
+                        let movable = core.types[block].load(kmem_hal::sync::Ordering::Relaxed)
+                            == MigrateType::Movable as u8;
+                        if !movable
+                            || core.summaries[block] == WHOLE
+                            || !segment.contains(base, BLOCK_FRAMES)
+                        {
+                            continue;
+                        }
+                        let moves = BLOCK_FRAMES - core.free_in(block);
+                        let entry = Emptying {
+                            first: Frame::from_number(base),
+                            moves: moves as u32,
+                        };
+                        count = insert(out, count, entry);
+                    }
+                });
+            }
+        }
+        count
+    }
+
+    /// Makes up to `blocks` wholly free page blocks by emptying those that are cheapest to empty.
+    ///
+    /// Blocks that cannot be emptied are passed over. May sleep as far as `migrate` does; not for interrupts.
+    #[doc(alias = "compact_zone")]
+    pub fn compact(&self, blocks: u64, migrate: &impl Migrate) -> Compacted {
+        /// Blocks planned at once; moving changes what is cheapest.
+        const STEP: usize = 16;
+        let mut done = Compacted::default();
+        let empty = Emptying {
+            first: Frame::ZERO,
+            moves: 0,
+        };
+        let mut failures = 0;
+        while done.blocks < blocks && failures < STEP {
+            let mut plan = [empty; STEP];
+            let found = self.plan_blocks(&mut plan);
+            let Some(next) = plan[..found].get(failures) else {
+                break;
+            };
+            let range = FrameRange::of_order(next.first, Order::HUGE_2M);
+            let claimed = range.map(|range| self.claim_counted(range, migrate, &mut done.moved));
+            match claimed {
+                Some(Ok(range)) => {
+                    done.blocks += 1;
+                    // The range was just taken here: it is the allocator's and nobody else's.
+                    let _ = self.free_range(range);
+                }
+                _ => failures += 1,
+            }
+        }
+        done
+    }
+}
+
+/// Puts an entry into the sorted plan; how long that is now.
+fn insert(out: &mut [Emptying], count: usize, entry: Emptying) -> usize {
+    let key = |entry: &Emptying| (entry.moves, entry.first);
+    let place = out[..count].partition_point(|other| key(other) <= key(&entry));
+    if place == out.len() {
+        return count;
+    }
+    let count = (count + 1).min(out.len());
+    out[place..count].rotate_right(1);
+    out[place] = entry;
+    count
+}

@@ -1,0 +1,308 @@
+//! CMA, claims of ranges and compaction, with an owner who moves pages and checks that nothing is lost.
+
+mod common;
+
+use std::cell::RefCell;
+use std::collections::{BTreeMap, BTreeSet};
+
+use common::window::Window;
+use kmem_buddy::{
+    BootMap, Buddy, ClaimError, Config, Emptying, PlaceError, RegionKind, ZoneLimits,
+};
+use kmem_hal::{
+    Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Migrate, MigrateError, Order,
+    OwnedFrame, PhysAddr, PhysMap, SingleCpu, Spin,
+};
+
+const FRAMES: u64 = 0x4000;
+
+type Machine<'a> = Buddy<&'a Window, SingleCpu, Spin>;
+
+fn boot(window: &Window) -> Machine<'_> {
+    let mut map: BootMap = BootMap::new();
+    map.push(PhysAddr::new(0), FRAMES << 12, RegionKind::Usable)
+        .unwrap();
+    // SAFETY: one thread.
+    let buddy = Machine::new(window, unsafe { SingleCpu::new() });
+    let config = Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .min_free_kib(0);
+    buddy.init(&mut map, &config).unwrap();
+    buddy
+}
+
+/// User pages: each has an id that stands in its memory.
+struct Pages<'a> {
+    window: &'a Window,
+    pages: RefCell<BTreeMap<u64, (OwnedFrame, u64)>>,
+    pinned: RefCell<BTreeSet<u64>>,
+    /// Frames that are freed when somebody wants to move them: Gone.
+    vanishing: RefCell<BTreeSet<u64>>,
+    moved: RefCell<u64>,
+    sink: &'a Machine<'a>,
+}
+
+impl<'a> Pages<'a> {
+    fn new(window: &'a Window, sink: &'a Machine<'a>) -> Self {
+        Self {
+            window,
+            pages: RefCell::default(),
+            pinned: RefCell::default(),
+            vanishing: RefCell::default(),
+            moved: RefCell::default(),
+            sink,
+        }
+    }
+
+    fn word(&self, frame: Frame) -> *mut u64 {
+        self.window.to_ptr(frame.start()).cast()
+    }
+
+    fn add(&self, frame: OwnedFrame) {
+        let id = frame.first().number() ^ 0xabcd_0000;
+        // SAFETY: the frame is owned here, and the window backs it.
+        unsafe { self.word(frame.first()).write(id) };
+        self.pages
+            .borrow_mut()
+            .insert(frame.first().number(), (frame, id));
+    }
+
+    fn fill(&self) {
+        while let Ok(frame) = self.sink.alloc(&FrameRequest::ONE.movable()) {
+            self.add(frame);
+        }
+    }
+
+    fn remove(&self, frame: u64) {
+        let (frame, id) = self.pages.borrow_mut().remove(&frame).unwrap();
+        // SAFETY: as above.
+        assert_eq!(unsafe { self.word(frame.first()).read() }, id);
+        self.sink.free(frame);
+    }
+
+    fn check(&self) {
+        for (frame, id) in self.pages.borrow().values() {
+            // SAFETY: as above.
+            assert_eq!(unsafe { self.word(frame.first()).read() }, *id, "{frame:?}");
+        }
+    }
+}
+
+impl Migrate for Pages<'_> {
+    fn migrate(
+        &self,
+        from: Frame,
+        to: OwnedFrame,
+    ) -> Result<OwnedFrame, (MigrateError, OwnedFrame)> {
+        let number = from.number();
+        if self.vanishing.borrow_mut().remove(&number) {
+            self.remove(number);
+            return Err((MigrateError::Gone, to));
+        }
+        if self.pinned.borrow().contains(&number) {
+            return Err((MigrateError::Pinned, to));
+        }
+        let Some((old, id)) = self.pages.borrow_mut().remove(&number) else {
+            return Err((MigrateError::NotMovable, to));
+        };
+        // SAFETY: both frames are owned here.
+        unsafe { self.word(to.first()).write(self.word(from).read()) };
+        self.pages
+            .borrow_mut()
+            .insert(to.first().number(), (to, id));
+        *self.moved.borrow_mut() += 1;
+        Ok(old)
+    }
+}
+
+#[test]
+fn a_cma_area_is_lent_to_movable_users_and_claimed_back() {
+    let window = Window::new(FRAMES << 12, FRAMES << 12);
+    let buddy = boot(&window);
+    let range = FrameRange::from_numbers(0x1000, 0x2000).unwrap();
+    assert_eq!(
+        buddy.cma_area("odd", FrameRange::from_numbers(0x1001, 0x1201).unwrap()),
+        Err(PlaceError::Foreign)
+    );
+    let area = buddy.cma_area("camera", range).unwrap();
+    assert_eq!(buddy.cma_area("again", range), Err(PlaceError::InUse));
+    assert_eq!(buddy.alloc_range_at(range), Err(PlaceError::InUse));
+    assert_eq!(buddy.zones().next().unwrap().cma, 0x1000);
+    assert!(
+        buddy
+            .mem_info()
+            .to_string()
+            .contains("CmaTotal:          16384 kB")
+    );
+    buddy.check().unwrap();
+
+    // Nothing to move.
+    let first = buddy
+        .cma_claim(&area, 0x400, Order::HUGE_2M, &NoOwner)
+        .unwrap();
+    assert_eq!(first.range().first().number(), 0x1000);
+    let second = buddy.cma_claim(&area, 100, Order::ZERO, &NoOwner).unwrap();
+    assert_eq!(second.range().first().number(), 0x1400);
+    buddy.free_range(first).unwrap();
+    buddy.free_range(second).unwrap();
+    assert_eq!(buddy.recount().free, buddy.mem_info().total);
+
+    // Kernel memory never comes from it; user pages do.
+    let mut kernel = Vec::new();
+    while let Ok(frame) = buddy.alloc(&FrameRequest::ONE) {
+        assert!(!range.contains(frame.first()));
+        kernel.push(frame);
+    }
+    let users = Pages::new(&window, &buddy);
+    users.fill();
+    assert_eq!(users.pages.borrow().len(), 0x1000);
+    assert_eq!(
+        buddy.cma_claim(&area, 0x200, Order::ZERO, &users),
+        Err(ClaimError::OutOfMemory(Frame::new(0x1000).unwrap()))
+    );
+    for frame in kernel.drain(..0x900) {
+        buddy.free(frame);
+    }
+    // A pinned page and one of the kernel's are stepped over.
+    users.pinned.borrow_mut().insert(0x1234);
+    users.vanishing.borrow_mut().extend([0x1300, 0x1301]);
+    let claimed = buddy.cma_claim(&area, 0x600, Order::ZERO, &users).unwrap();
+    assert_eq!(claimed.range().first().number(), 0x1235);
+    users.check();
+    buddy.check().unwrap();
+    assert!(
+        users
+            .pages
+            .borrow()
+            .keys()
+            .all(|&frame| { !claimed.range().contains(Frame::new(frame).unwrap()) })
+    );
+    assert_eq!(
+        buddy.cma_claim(&area, 0x1000, Order::ZERO, &users),
+        Err(ClaimError::NoRoom)
+    );
+    buddy.free_range(claimed).unwrap();
+    for frame in kernel {
+        buddy.free(frame);
+    }
+    let all: Vec<_> = users.pages.borrow().keys().copied().collect();
+    for frame in all {
+        users.remove(frame);
+    }
+    buddy.drain_all();
+    assert_eq!(buddy.recount().free, buddy.mem_info().total);
+    assert_eq!(buddy.misuse(), None);
+    buddy.check().unwrap();
+}
+
+/// Nobody moves anything.
+struct NoOwner;
+
+impl Migrate for NoOwner {
+    fn migrate(&self, _: Frame, to: OwnedFrame) -> Result<OwnedFrame, (MigrateError, OwnedFrame)> {
+        Err((MigrateError::NotMovable, to))
+    }
+}
+
+#[test]
+fn a_claim_that_fails_leaves_everything_as_it_was() {
+    let window = Window::new(FRAMES << 12, FRAMES << 12);
+    let buddy = boot(&window);
+    let users = Pages::new(&window, &buddy);
+    for _ in 0..6000 {
+        users.add(buddy.alloc(&FrameRequest::ONE.movable()).unwrap());
+    }
+    // Neither the block without frame 0 nor the one with the allocator's tables.
+    let taken = *users.pages.borrow().range(0x200..0x400).next().unwrap().0;
+    users.pinned.borrow_mut().insert(taken);
+    let types = buddy.page_type_info().to_string();
+    buddy.drain_all();
+    let before = buddy.page_type_info().to_string();
+    let range = FrameRange::from_numbers(taken & !0x1ff, (taken & !0x1ff) + 0x200).unwrap();
+    let error = buddy.claim(range, &users).unwrap_err();
+    assert_eq!(error, ClaimError::Pinned(Frame::new(taken).unwrap()));
+    assert!(types.contains("Isolate") && before.contains("Isolate"));
+    buddy.drain_all();
+    buddy.check().unwrap();
+    users.check();
+    let outside = FrameRange::from_numbers(FRAMES - 1, FRAMES + 1).unwrap();
+    assert_eq!(
+        buddy.claim(outside, &users).unwrap_err(),
+        ClaimError::Foreign
+    );
+    // Without the pin the same range is had, is not allocated from meanwhile, and can be taken offline.
+    users.pinned.borrow_mut().clear();
+    let offline = buddy.claim(range, &users).unwrap();
+    users.check();
+    while let Ok(frame) = buddy.alloc(&FrameRequest::ONE.movable()) {
+        assert!(!range.contains(frame.first()));
+    }
+    assert_eq!(offline.range(), range);
+}
+
+#[test]
+fn compaction_makes_every_block_that_there_can_be() {
+    let window = Window::new(FRAMES << 12, FRAMES << 12);
+    let buddy = boot(&window);
+    let users = Pages::new(&window, &buddy);
+    users.fill();
+    let mut seed = 99u64;
+    let all: Vec<_> = users.pages.borrow().keys().copied().collect();
+    for frame in all {
+        seed ^= seed << 13;
+        seed ^= seed >> 7;
+        seed ^= seed << 17;
+        // Between a tenth and nine tenths of a block are freed.
+        if seed % 10 <= (frame >> 9) % 9 {
+            users.remove(frame);
+        }
+    }
+    buddy.drain_all();
+    let huge = || -> u64 {
+        buddy
+            .zones()
+            .map(|zone| zone.blocks[9] + 2 * zone.blocks[10])
+            .sum()
+    };
+    let used = users.pages.borrow().len() as u64;
+    let before = huge();
+    // Two fingers, one taking from the top and one filling from the bottom, meet where the free frames below are as many
+    // as the pages above: all of those have moved.
+    let two_fingers = users.pages.borrow().range(used + 1..).count() as u64;
+    // The last block holds the allocator's own tables and the first lacks frame 0: neither counts.
+    let possible = (FRAMES / 512 - 2) - used.div_ceil(512);
+    let nothing = Emptying {
+        first: Frame::ZERO,
+        moves: 0,
+    };
+    let mut plan = [nothing; 64];
+    let found = buddy.plan_blocks(&mut plan);
+    assert!(plan[..found].is_sorted_by_key(|entry| (entry.moves, entry.first)));
+    let mut again = [nothing; 64];
+    assert_eq!(buddy.plan_blocks(&mut again), found);
+    assert_eq!(plan, again);
+    let cheapest: u64 = plan[..(possible - before) as usize]
+        .iter()
+        .map(|e| u64::from(e.moves))
+        .sum();
+
+    let done = buddy.compact(possible - before, &users);
+    assert_eq!(done.blocks, possible - before);
+    buddy.drain_all();
+    assert!(huge() >= possible, "{} of {possible}", huge());
+    users.check();
+    assert_eq!(users.pages.borrow().len() as u64, used);
+    assert_eq!(done.moved, *users.moved.borrow());
+    assert!(
+        done.moved <= cheapest + cheapest / 4,
+        "{} for {cheapest}",
+        done.moved
+    );
+    assert!(
+        done.moved < two_fingers,
+        "{} against {two_fingers}",
+        done.moved
+    );
+    buddy.check().unwrap();
+    assert_eq!(buddy.misuse(), None);
+}
