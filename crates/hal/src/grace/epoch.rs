@@ -222,7 +222,8 @@ pub struct EpochGrace<'m, C, L = IrqSafe, const Q: usize = 32> {
     shared: EpochArea<L, Q>,
     #[cfg(loom)]
     plant: Plant,
-    _areas: PhantomData<&'m EpochArea<L, Q>>,
+    /// Invariant in 'm: a value for long-lived areas must not take short-lived ones through a shorter reference.
+    _areas: PhantomData<fn(&'m ()) -> &'m ()>,
 }
 
 /// A bug to plant, so that the models can show that they would find it. Other builds have none.

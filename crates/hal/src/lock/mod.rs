@@ -18,6 +18,7 @@ mod sleep;
 mod spin;
 
 use core::fmt;
+use core::marker::PhantomData;
 use core::ops::{Deref, DerefMut};
 
 pub use irq_safe::IrqSafe;
@@ -107,6 +108,7 @@ impl<T, L: RawLock> Lock<T, L> {
         LockGuard {
             state: Some(self.raw.lock()),
             lock: self,
+            _here: PhantomData,
         }
     }
 
@@ -117,6 +119,7 @@ impl<T, L: RawLock> Lock<T, L> {
         Some(LockGuard {
             state: Some(state),
             lock: self,
+            _here: PhantomData,
         })
     }
 
@@ -144,7 +147,12 @@ pub struct LockGuard<'a, T, L: RawLock> {
     lock: &'a Lock<T, L>,
     /// `None` only while it is dropped.
     state: Option<L::State>,
+    /// Neither sent, since the state is that of one CPU, nor shared, unless the value may be.
+    _here: PhantomData<*mut ()>,
 }
+
+// SAFETY: a shared guard gives out shared references to the value and nothing else.
+unsafe impl<T: Sync, L: RawLock> Sync for LockGuard<'_, T, L> {}
 
 impl<T, L: RawLock> Deref for LockGuard<'_, T, L> {
     type Target = T;
