@@ -12,6 +12,7 @@ mod list;
 mod lock;
 mod node;
 mod path;
+mod plant;
 mod shared;
 mod stock;
 mod store;
@@ -27,6 +28,8 @@ pub use gap::{Gap, GapRequest, Usable};
 pub use iter::Iter;
 pub use lock::{Lockable, LookupError, SpaceSeq, VmaLock, VmaReadGuard};
 pub use node::Node;
+#[cfg(loom)]
+pub use plant::Plant;
 pub use shared::{Entries, ReadSection, Readers, SharedTree, Writer};
 pub use stock::{Exclusive, Shared, Sharing};
 pub use store::{Change, MergeRule, Neighbours, Removed, Reserved};

@@ -78,13 +78,31 @@ pub struct VmaLock {
     /// Readers inside, and [`CLOSED`].
     readers: AtomicU32,
     seq: AtomicU32,
+    /// A bug on purpose: the writer does not close the count.
+    #[cfg(loom)]
+    planted: bool,
 }
 
 impl VmaLock {
     kmem_hal::const_new! {
         /// A free lock.
         pub fn new() -> Self {
-            Self { readers: AtomicU32::new(0), seq: AtomicU32::new(0) }
+            Self {
+                readers: AtomicU32::new(0),
+                seq: AtomicU32::new(0),
+                #[cfg(loom)]
+                planted: false,
+            }
+        }
+    }
+
+    /// A lock whose writer does not keep readers from entering while it waits.
+    #[cfg(loom)]
+    #[doc(hidden)]
+    pub fn with_bug() -> Self {
+        Self {
+            planted: true,
+            ..Self::new()
         }
     }
 
@@ -119,6 +137,13 @@ impl VmaLock {
         let now = space.seq.load(Ordering::Relaxed);
         if self.seq.load(Ordering::Relaxed) == now {
             return;
+        }
+        #[cfg(loom)]
+        if self.planted {
+            while self.readers.load(Ordering::Acquire) != 0 {
+                wait();
+            }
+            return self.seq.store(now, Ordering::Relaxed);
         }
         self.readers.fetch_or(CLOSED, Ordering::Acquire);
         while self.readers.load(Ordering::Acquire) != CLOSED {

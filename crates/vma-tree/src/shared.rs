@@ -90,6 +90,15 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> SharedTree<V, 
         Self { tree: shared }
     }
 
+    /// A tree with a bug on purpose.
+    #[cfg(loom)]
+    #[doc(hidden)]
+    pub fn with_bug(alloc: A, grace: G, bug: crate::Plant) -> Self {
+        let mut shared = Self::new_in(alloc, grace);
+        shared.tree.planted.bug = bug;
+        shared
+    }
+
     /// The writer and the readers' handle, for as long as the tree is borrowed.
     pub fn split(&mut self) -> (Writer<'_, V, A, G, W>, Readers<'_, V, A, G, W>) {
         let tree = &self.tree;

@@ -26,8 +26,6 @@ use crate::node::{Node, NodePtr, from_word, to_word};
 const OUT: u64 = 1;
 /// The bit that the deferred call sets in the first node of its batch.
 const DONE: u64 = 2;
-/// Nodes in a batch.
-const BATCH: usize = 16;
 /// Spare nodes that a tree keeps for its next edit.
 const KEEP: usize = 4;
 /// Garbage nodes above which a shared tree refuses edits: 512 KiB.
@@ -129,6 +127,9 @@ pub(crate) struct Stock<const W: usize> {
 }
 
 impl<const W: usize> Stock<W> {
+    /// Nodes in a batch: 16, and fewer of the small nodes of a model.
+    const BATCH: usize = W / 2;
+
     kmem_hal::const_new! {
         pub(crate) fn new() -> Self {
             Self {
@@ -159,13 +160,10 @@ impl<const W: usize> Stock<W> {
         self.spare.push(node);
     }
 
-    /// Takes a node that was taken out of the tree; readers of a shared tree may still look at it.
+    /// Takes a node that was taken out of a shared tree: readers may still look at it.
     pub(crate) fn retire<S: Sharing>(&self, sharing: &S, node: NodePtr<W>) {
-        if !S::SHARED {
-            return self.give(node);
-        }
         self.open.push(node);
-        if self.open.count.get().is_multiple_of(BATCH) {
+        if self.open.count.get().is_multiple_of(Self::BATCH) {
             self.collect(sharing);
         }
     }

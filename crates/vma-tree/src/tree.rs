@@ -9,6 +9,7 @@ use kmem_hal::{Grace, ObjectAlloc, Page};
 use crate::edit::entry;
 use crate::node::{Node, NodePtr, from_word};
 use crate::path::{HEIGHT_MASK, Path};
+use crate::plant::Planted;
 use crate::stock::{Exclusive, Shared, Sharing, Stock};
 use crate::value::{Entry, Value};
 
@@ -30,6 +31,8 @@ pub struct RangeTree<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing = Exclusive, 
     pub(crate) stock: Stock<W>,
     pub(crate) sharing: S,
     pub(crate) alloc: A,
+    /// Bugs on purpose, in models only.
+    pub(crate) planted: Planted,
     _values: PhantomData<V>,
 }
 
@@ -59,6 +62,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> RangeTree<V, A, Exclusiv
                 stock: Stock::new(),
                 sharing: Exclusive,
                 alloc,
+                planted: Planted::NOTHING,
                 _values: PhantomData,
             }
         }
@@ -75,6 +79,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> RangeTree<V, A
                 stock: Stock::new(),
                 sharing: Shared(grace),
                 alloc,
+                planted: Planted::NOTHING,
                 _values: PhantomData,
             }
         }
@@ -201,7 +206,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
 
     /// Publishes another root. Only for the writer.
     pub(crate) fn set_root(&self, word: u64) {
-        self.root.store(word, Ordering::Release);
+        self.root.store(word, self.planted.publish());
     }
 
     /// The number of edits so far.

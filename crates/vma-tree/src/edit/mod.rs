@@ -195,7 +195,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         removed: &mut dyn FnMut(Entry<V>),
     ) -> Result<(), AllocError> {
         let leaf = path.leaf();
-        let copy: Option<NodePtr<W>> = if S::SHARED {
+        let copy: Option<NodePtr<W>> = if self.planted.copies(S::SHARED) {
             Some(self.stock.take(&self.alloc)?)
         } else {
             None
@@ -236,7 +236,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 for slot in from..to {
                     show(leaf.raw(slot), cut, removed);
                 }
-                self.stock.retire(&self.sharing, path.pointer(0));
+                self.retire(path.pointer(0));
                 self.finish_leaf(path, new, (old_gap, new_gap), lowered.then(|| free - 1));
             }
             None => {
@@ -288,7 +288,17 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         if level == path.height() {
             self.set_root(to_word(node) | level as u64);
         } else {
-            path.node(level).set_child(path.slot(level), node);
+            let order = self.planted.publish();
+            path.node(level).set_child(path.slot(level), node, order);
+        }
+    }
+
+    /// Takes a node out for good.
+    pub(super) fn retire(&self, node: NodePtr<W>) {
+        if self.planted.waits(S::SHARED) {
+            self.stock.retire(&self.sharing, node);
+        } else {
+            self.stock.give(node);
         }
     }
 

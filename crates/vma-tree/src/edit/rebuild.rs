@@ -108,7 +108,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         if level < height {
             let child = row.children[0];
             let old_high = after.bounds(level - 1).1;
-            before.node(level).set_child(before.slot(level), child.node);
+            self.publish(before, level, child.node);
             if child.last < old_high {
                 after.lower_boundary(level, child.last);
             }
@@ -345,7 +345,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 return;
             }
             self.set_root(to_word(path.pointer(level - 1)) | level as u64);
-            self.stock.retire(&self.sharing, path.pointer(level));
+            self.retire(path.pointer(level));
         }
     }
 }

@@ -43,7 +43,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 Drawn::Above => (after.node(level + 1), after.slot(level + 1) + 1),
             };
             if let Some(node) = parent.child(slot) {
-                self.stock.retire(&self.sharing, node);
+                self.retire(node);
             }
         }
         let mut nodes = [before.pointer(top - 1); MAX_HEIGHT];
@@ -91,7 +91,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 (next[level], ends[level]) = enter(level, child);
                 continue;
             }
-            self.stock.retire(&self.sharing, nodes[level]);
+            self.retire(nodes[level]);
             level += 1;
             if level == top {
                 return touched;

@@ -88,9 +88,8 @@ impl<const W: usize> Node<W> {
     }
 
     /// Publishes another node as child `slot`.
-    pub(crate) fn set_child(&self, slot: usize, node: NodePtr<W>) {
-        self.at(Self::PIVOTS + slot)
-            .store(to_word(node), Ordering::Release);
+    pub(crate) fn set_child(&self, slot: usize, node: NodePtr<W>, order: Ordering) {
+        self.at(Self::PIVOTS + slot).store(to_word(node), order);
     }
 
     /// The last page of child `slot`; `top`, the last page of the node, for its last child.

@@ -1,0 +1,317 @@
+//! Shapes that hurt trees, and the ends of the space.
+
+mod common;
+
+use common::{Heap, count, page, pages};
+use kmem_hal::{FixedPool, Page, PageRange};
+use kmem_vma_tree::{BuildError, Entry, Finger, GapRequest, Node, RangeTree};
+
+type Tree<'h> = RangeTree<u64, &'h Heap>;
+
+fn fill(tree: &mut Tree<'_>, order: impl Iterator<Item = u64>) {
+    for i in order {
+        tree.store(count(4 * i, 3), Some(i), &mut |_| ()).unwrap();
+    }
+    tree.check().unwrap();
+}
+
+#[test]
+fn ascending_leaves_are_nearly_full() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    fill(&mut tree, 0..3000);
+    let stats = tree.stats();
+    assert!(stats.fill_percent() >= 85, "{stats}");
+    assert!(stats.height <= 4, "{stats}");
+    assert!(stats.centibytes_per_range() < 2400, "{stats}");
+}
+
+#[test]
+fn descending_leaves_are_nearly_full() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    fill(&mut tree, (0..3000).rev());
+    let stats = tree.stats();
+    assert!(stats.fill_percent() >= 80, "{stats}");
+}
+
+#[test]
+fn alternating_ends() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    fill(
+        &mut tree,
+        (0..2000).map(|i| if i % 2 == 0 { i / 2 } else { 3000 - i / 2 }),
+    );
+    assert_eq!(tree.len(), 2000);
+    assert!(tree.stats().fill_percent() >= 45, "{}", tree.stats());
+    // Every second one goes: leaves are joined and memory comes back.
+    let before = heap.live.get();
+    let all: Vec<_> = tree.iter().collect();
+    for entry in all.iter().step_by(2).chain(all.iter().skip(1).step_by(4)) {
+        tree.store(entry.range, None, &mut |_| ()).unwrap();
+    }
+    tree.check().unwrap();
+    assert_eq!(tree.len(), 500);
+    assert!(
+        heap.live.get() * 2 < before,
+        "{} of {before} nodes left",
+        heap.live.get()
+    );
+}
+
+#[test]
+fn one_range_covers_everything() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    fill(&mut tree, 0..1000);
+    let mut seen = 0;
+    tree.store(PageRange::ALL, Some(7), &mut |_| seen += 1)
+        .unwrap();
+    assert_eq!((seen, tree.len(), tree.largest_gap()), (1000, 1, 0));
+    assert_eq!(tree.get(Page::MAX).unwrap().range, PageRange::ALL);
+    assert!(tree.find_gap_up(&GapRequest::new(1)).is_none());
+    assert!(tree.find_gap_down(&GapRequest::new(1)).is_none());
+    tree.check().unwrap();
+    tree.store(PageRange::single(Page::MAX), None, &mut |_| ())
+        .unwrap();
+    assert_eq!(
+        tree.find_gap_down(&GapRequest::new(1)),
+        Some(PageRange::single(Page::MAX))
+    );
+    tree.store(PageRange::single(Page::ZERO), None, &mut |_| ())
+        .unwrap();
+    assert_eq!(
+        tree.find_gap_up(&GapRequest::new(1)),
+        Some(PageRange::single(Page::ZERO))
+    );
+    tree.check().unwrap();
+}
+
+#[test]
+fn ranges_that_end_with_the_last_page() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    let top = Page::MAX.number();
+    for i in 0..200 {
+        tree.store(pages(top - 10 * i - 5, top - 10 * i), Some(i), &mut |_| ())
+            .unwrap();
+        tree.check().unwrap();
+    }
+    assert_eq!(tree.last().unwrap().last(), Page::MAX);
+    assert_eq!(tree.iter_from(Page::MAX).count(), 1);
+    assert_eq!(tree.first_at_or_after(Page::MAX).unwrap().value, 0);
+    for i in 0..200 {
+        tree.store(pages(top - 10 * i - 5, top - 10 * i), None, &mut |_| ())
+            .unwrap();
+        tree.check().unwrap();
+    }
+    assert!(tree.is_empty());
+}
+
+/// Ranges too long and too far apart to share a leaf.
+#[test]
+fn giants_beside_dwarfs() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    let far = 1_u64 << 45;
+    for i in 0..60 {
+        tree.store(count(i * far, 1), Some(i), &mut |_| ()).unwrap();
+        tree.store(count(i * far + 7, far - 9), Some(i + 100), &mut |_| ())
+            .unwrap();
+        tree.check().unwrap();
+    }
+    assert_eq!(tree.len(), 120);
+    assert_eq!(tree.get(page(5 * far + 8)).unwrap().value, 105);
+    // Holes of six and of two pages, at every giant.
+    assert_eq!(
+        tree.find_gap_up(&GapRequest::new(6)).unwrap().first(),
+        page(1)
+    );
+    let down = GapRequest::new(6).limits(pages(0, 59 * far + 20));
+    assert_eq!(
+        tree.find_gap_down(&down).unwrap().first(),
+        page(59 * far + 1)
+    );
+    for i in 0..60 {
+        tree.store(count(i * far + far / 2, 3), None, &mut |_| ())
+            .unwrap();
+        tree.check().unwrap();
+    }
+    assert_eq!(tree.len(), 180);
+}
+
+/// A gap beyond what a node can record is found and measured all the same.
+#[test]
+fn gaps_beyond_the_record() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    let wide = 1_u64 << 40;
+    for i in 0..200 {
+        tree.store(count(i * wide, 1 + i), Some(i), &mut |_| ())
+            .unwrap();
+    }
+    tree.check().unwrap();
+    let limits = pages(0, 199 * wide);
+    // The hole after range 0 is the largest of those inside the limits; from above, 198's fits less.
+    let request = GapRequest::new(wide - 1).limits(limits);
+    assert_eq!(tree.find_gap_up(&request), Some(count(1, wide - 1)));
+    assert_eq!(tree.find_gap_down(&request), Some(count(1, wide - 1)));
+    assert_eq!(tree.largest_gap(), Page::LIMIT - (199 * wide + 200));
+}
+
+#[test]
+fn a_guard_predicate_is_asked_inside_the_search() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    // Stacks (odd values) want 256 pages free below them.
+    for i in 0..100 {
+        tree.store(count(1000 * i + 600, 400), Some(i % 2), &mut |_| ())
+            .unwrap();
+    }
+    let request = GapRequest::new(500).limits(pages(0, 99_999));
+    let mut asked = 0;
+    let mut guard = |gap: &kmem_vma_tree::Gap<u64>| {
+        asked += 1;
+        let stack = gap.above.is_some_and(|above| above.value == 1);
+        let last = gap.range.last().number() - if stack { 256 } else { 0 };
+        PageRange::new(gap.range.first(), page(last))
+    };
+    let up = tree.find_gap_up_with(&request, &mut guard).unwrap();
+    assert_eq!(up.first(), page(0));
+    let down = tree.find_gap_down_with(&request, &mut guard).unwrap();
+    assert_eq!(down.last(), page(98_599));
+    assert_eq!(asked, 3);
+}
+
+/// With `at_least` every gap that is looked at serves: one look, whatever lies badly before it.
+#[test]
+fn sure_alignment_looks_at_one_gap() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    for i in 0..5000 {
+        // Gaps of 16 pages, none aligned to 16.
+        tree.store(count(20 * i, 4), Some(i), &mut |_| ()).unwrap();
+    }
+    tree.store(count(20 * 2500, 4), None, &mut |_| ()).unwrap();
+    let mut asked = 0;
+    let mut count_asked = |gap: &kmem_vma_tree::Gap<u64>| {
+        asked += 1;
+        Some(gap.range)
+    };
+    let sure = GapRequest::new(16)
+        .aligned(16, 0)
+        .at_least(31)
+        .limits(pages(0, 99_999));
+    let found = tree.find_gap_up_with(&sure, &mut count_asked).unwrap();
+    assert_eq!((found.first().number() % 16, asked), (0, 1));
+}
+
+#[test]
+fn a_tree_in_a_static_without_an_allocator() {
+    static NODES: FixedPool<Node, 64> = FixedPool::new();
+    static TREE: std::sync::Mutex<RangeTree<u32, &FixedPool<Node, 64>>> =
+        std::sync::Mutex::new(RangeTree::new_in(&NODES));
+    let mut tree = TREE.lock().unwrap();
+    let mut stored = 0;
+    while tree
+        .store(count(3 * stored, 2), Some(stored as u32), &mut |_| ())
+        .is_ok()
+    {
+        stored += 1;
+    }
+    // The pool is used up; the tree is whole, and says how much it holds.
+    assert!(stored > 64 * 10, "{stored}");
+    assert_eq!(tree.len() as u64, stored);
+    tree.check().unwrap();
+    tree.clear();
+    assert_eq!(NODES.in_use(), 0);
+}
+
+#[test]
+fn bulk_build_refuses_disorder() {
+    let heap = Heap::default();
+    let entry = |first, value| Entry {
+        range: count(first, 4),
+        value,
+    };
+    let built = RangeTree::<u64, _>::build_in(&heap, [entry(0, 1), entry(3, 2)]);
+    assert_eq!(built.unwrap_err(), BuildError::Order);
+    assert_eq!(heap.live.get(), 0);
+    let built = RangeTree::<u64, _>::build_in(&heap, (0..2000).map(|i| entry(4 * i, i))).unwrap();
+    built.check().unwrap();
+    assert_eq!(
+        (built.len(), built.stats().fill_percent() >= 80),
+        (2000, true)
+    );
+}
+
+#[test]
+fn a_finger_notices_edits_and_other_trees() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    fill(&mut tree, 0..100);
+    let mut finger = Finger::new();
+    for round in 0..3 {
+        for at in 0..400 {
+            assert_eq!(tree.get_with(&mut finger, page(at)), tree.get(page(at)));
+        }
+        tree.store(count(40 * round, 30), None, &mut |_| ())
+            .unwrap();
+        for at in (0..400).rev() {
+            assert_eq!(tree.get_with(&mut finger, page(at)), tree.get(page(at)));
+        }
+    }
+    let other = tree
+        .duplicate_in(&heap, &mut |entry| Some(entry.value + 1))
+        .unwrap();
+    for at in 200..400 {
+        assert_eq!(other.get_with(&mut finger, page(at)), other.get(page(at)));
+    }
+}
+
+/// A punch and a merge that stay in a leaf ask for no memory.
+#[test]
+fn punch_and_merge_allocate_nothing() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    fill(&mut tree, 0..1000);
+    // Once each, so that full leaves have split.
+    let around = |tree: &mut Tree<'_>| {
+        for i in 0..1000 {
+            tree.store(count(4 * i + 1, 1), None, &mut |_| ()).unwrap();
+            tree.store_merged(count(4 * i + 1, 1), i, &mut |_| ())
+                .unwrap();
+        }
+    };
+    around(&mut tree);
+    let before = heap.total.get();
+    around(&mut tree);
+    around(&mut tree);
+    assert_eq!(heap.total.get(), before);
+    assert_eq!(tree.len(), 1000);
+    tree.check().unwrap();
+}
+
+#[test]
+fn views_are_well_formed() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    fill(&mut tree, 0..40);
+    let dump = tree.dump().to_string();
+    assert_eq!(dump.lines().filter(|line| line.contains("->")).count(), 40);
+    assert!(dump.starts_with("inner 0x0..=0xfffffffffffff"), "{dump}");
+    let layout = tree.layout_svg(pages(0, 200)).to_string();
+    assert_eq!(layout.matches("<title>").count(), 40);
+    let nodes = tree.nodes_svg().to_string();
+    let stats = tree.stats();
+    assert_eq!(nodes.matches("<title>").count(), stats.leaves + stats.inner);
+    for svg in [layout, nodes] {
+        assert!(svg.starts_with("<svg ") && svg.trim_end().ends_with("</svg>"));
+        assert_eq!(
+            svg.matches("<rect").count(),
+            svg.matches("</rect>").count() + svg.matches("height=\"30\" fill=\"#eee\"/>").count()
+        );
+    }
+    assert!(stats.to_string().contains("leaf fill"));
+}

@@ -1,0 +1,272 @@
+//! Readers on real threads beside a writer. Not under loom: what it explores, these only try, on larger trees.
+#![cfg(not(any(loom, shuttle)))]
+
+mod common;
+
+use std::alloc::{Layout, alloc, dealloc};
+use std::ptr::NonNull;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
+
+use common::{count, page};
+use kmem_hal::{AllocError, Deferred, Grace, ObjectAlloc, Page};
+use kmem_vma_tree::{Entry, Finger, Lockable, LookupError, SharedTree, SpaceSeq, Value, VmaLock};
+
+/// The host's heap; freed memory is overwritten.
+struct Heap;
+
+// SAFETY: B1: the host's heap; B2: changes nothing on failure; B3: not type-stable.
+unsafe impl<T> ObjectAlloc<T> for Heap {
+    const TYPE_STABLE: bool = false;
+    fn alloc(&self) -> Result<NonNull<T>, AllocError> {
+        // SAFETY: nodes have a size.
+        NonNull::new(unsafe { alloc(Layout::new::<T>()) }.cast()).ok_or(AllocError::OutOfMemory)
+    }
+    unsafe fn free(&self, object: NonNull<T>) {
+        // SAFETY: the object came from `alloc`, and nobody looks at it any more.
+        unsafe {
+            object
+                .as_ptr()
+                .cast::<u8>()
+                .write_bytes(0xa5, size_of::<T>());
+            dealloc(object.as_ptr().cast(), Layout::new::<T>());
+        }
+    }
+}
+
+/// A count of readers; calls wait until it is zero. Whoever waits keeps new readers out, or it would wait for ever.
+#[derive(Default)]
+struct Count {
+    waiting: AtomicBool,
+    inside: AtomicUsize,
+    calls: Mutex<Vec<Deferred>>,
+}
+
+struct Inside<'a>(&'a Count);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        self.0.inside.fetch_sub(1, Ordering::Release);
+    }
+}
+
+// SAFETY: G1, G2: either the writer counts a reader or the reader does not find what was unlinked (the fences); G3:
+// Release and Acquire on the count. G4 is not kept, and not needed here.
+unsafe impl Grace for Count {
+    type Guard<'a> = Inside<'a>;
+    fn read(&self) -> Inside<'_> {
+        while self.waiting.load(Ordering::Relaxed) {
+            std::thread::yield_now();
+        }
+        self.inside.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        Inside(self)
+    }
+    fn defer(&self, call: Deferred) -> Result<(), Deferred> {
+        self.calls.lock().unwrap().push(call);
+        Ok(())
+    }
+    fn poll(&self) -> usize {
+        let mut calls = self.calls.lock().unwrap();
+        fence(Ordering::SeqCst);
+        if self.inside.load(Ordering::Acquire) != 0 {
+            return 0;
+        }
+        for call in calls.iter() {
+            // SAFETY: nobody is inside.
+            unsafe { call.run() };
+        }
+        let made = calls.len();
+        calls.clear();
+        made
+    }
+    fn synchronize(&self) {
+        self.waiting.store(true, Ordering::Relaxed);
+        while self.pending() != 0 {
+            self.poll();
+            std::thread::yield_now();
+        }
+        self.waiting.store(false, Ordering::Relaxed);
+    }
+    fn pending(&self) -> usize {
+        self.calls.lock().unwrap().len()
+    }
+}
+
+const RANGES: u64 = 300;
+#[cfg(not(miri))]
+const EDITS: u64 = 20_000;
+#[cfg(miri)]
+const EDITS: u64 = 200;
+
+#[test]
+fn readers_see_whole_states() {
+    let grace = Count::default();
+    let mut tree: SharedTree<u64, _, _> = SharedTree::new_in(Heap, &grace);
+    let (mut writer, readers) = tree.split();
+    for i in 0..RANGES {
+        writer
+            .store(count(10 * i, 5), Some(i), &mut |_| ())
+            .unwrap();
+    }
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for seed in 1..3_u64 {
+            let done = &done;
+            scope.spawn(move || {
+                let mut random = seed * 0x9e37_79b9;
+                let mut finger = Finger::new();
+                while !done.load(Ordering::Relaxed) {
+                    let section = readers.read();
+                    for _ in 0..20 {
+                        random = random.wrapping_mul(6364136223846793005).wrapping_add(1);
+                        let i = (random >> 33) % RANGES;
+                        // Odd ranges never change.
+                        let odd = i | 1;
+                        let found = section.get(page(10 * odd + 2)).unwrap();
+                        assert_eq!((found.range, found.value), (count(10 * odd, 5), odd));
+                        let near = section.get_with(&mut finger, page(10 * odd)).unwrap();
+                        assert_eq!(near.value, odd);
+                        // Even ones are punched, filled with another value, and healed, each in one moment.
+                        let even = i & !1;
+                        if let Some(found) = section.get(page(10 * even + 2)) {
+                            let whole = found.range == count(10 * even, 5) && found.value == even;
+                            let other = found.range == count(10 * even + 2, 1)
+                                && found.value == even + 1000;
+                            assert!(whole || other, "{found:?}");
+                        }
+                    }
+                    let mut free = 0;
+                    for entry in section.entries_from(Page::ZERO) {
+                        assert!(entry.first().number() >= free, "{entry:?}");
+                        free = entry.last().number() + 1;
+                    }
+                    assert!(free >= 10 * (RANGES - 1) + 5);
+                }
+            });
+        }
+        for i in 0..EDITS {
+            let even = (i * 7919) % RANGES & !1;
+            let hole = count(10 * even + 2, 1);
+            // Readers that never pause let garbage pile up; then the writer waits.
+            let mut store = |value| {
+                while writer.store(hole, value, &mut |_| ()) == Err(AllocError::Busy) {
+                    writer.quiesce();
+                }
+            };
+            store(None);
+            store(Some(even + 1000));
+            while writer
+                .store(count(10 * even, 5), Some(even), &mut |_| ())
+                .is_err()
+            {
+                writer.quiesce();
+            }
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    writer.check().unwrap();
+    writer.quiesce();
+    assert_eq!((writer.len() as u64, writer.garbage()), (RANGES, 0));
+}
+
+/// A VMA as a kernel would have it: a lock and what it guards.
+struct Vma {
+    lock: VmaLock,
+    data: [AtomicUsize; 2],
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Handle(NonNull<Vma>);
+
+// SAFETY: the VMAs of the test live longer than its threads.
+unsafe impl Send for Handle {}
+// SAFETY: as above.
+unsafe impl Sync for Handle {}
+
+impl Value for Handle {
+    fn to_word(self) -> u64 {
+        self.0.to_word()
+    }
+    fn from_word(word: u64) -> Self {
+        Self(NonNull::from_word(word))
+    }
+}
+
+// SAFETY: LV1: the VMAs live longer than the tree; LV2: the test write-locks before it changes one.
+unsafe impl Lockable for Handle {
+    unsafe fn lock<'v>(self) -> &'v VmaLock {
+        // SAFETY: as above.
+        unsafe { &self.0.as_ref().lock }
+    }
+}
+
+#[test]
+fn a_locked_vma_stays_as_it_is() {
+    let vmas: Vec<Vma> = (0..20)
+        .map(|_| Vma {
+            lock: VmaLock::new(),
+            data: [const { AtomicUsize::new(0) }; 2],
+        })
+        .collect();
+    let grace = Count::default();
+    let space = SpaceSeq::new();
+    let mut tree: SharedTree<Handle, _, _> = SharedTree::new_in(Heap, &grace);
+    let (mut writer, readers) = tree.split();
+    for (i, vma) in vmas.iter().enumerate() {
+        writer
+            .store(
+                count(10 * i as u64, 10),
+                Some(Handle(NonNull::from(vma))),
+                &mut |_| (),
+            )
+            .unwrap();
+    }
+    let done = AtomicBool::new(false);
+    let (locked, refused) = (AtomicUsize::new(0), AtomicUsize::new(0));
+    std::thread::scope(|scope| {
+        let (done, locked, refused, space) = (&done, &locked, &refused, &space);
+        scope.spawn(move || {
+            let mut at = 0;
+            while !done.load(Ordering::Relaxed) || locked.load(Ordering::Relaxed) == 0 {
+                at = (at + 37) % 200;
+                let section = readers.read();
+                match section.lookup_locked(space, page(at)) {
+                    Ok((Entry { value, .. }, guard)) => {
+                        // SAFETY: the VMAs outlive the scope.
+                        let vma = unsafe { value.0.as_ref() };
+                        let seen = vma.data[0].load(Ordering::Relaxed);
+                        assert_eq!(
+                            seen,
+                            vma.data[1].load(Ordering::Relaxed),
+                            "half of a change"
+                        );
+                        drop(guard);
+                        locked.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Err(LookupError::WriteLocked | LookupError::Changed) => {
+                        refused.fetch_add(1, Ordering::Relaxed);
+                    }
+                    Err(error) => panic!("{error}"),
+                }
+            }
+        });
+        for round in 0..EDITS as usize / 10 {
+            let three = [round % 20, (round * 3 + 1) % 20, (round * 7 + 2) % 20];
+            for at in three {
+                vmas[at]
+                    .lock
+                    .start_write(space, &mut std::thread::yield_now);
+                vmas[at].data[0].fetch_add(1, Ordering::Relaxed);
+            }
+            for at in three {
+                vmas[at].data[1].fetch_add(1, Ordering::Relaxed);
+            }
+            assert!(vmas[three[0]].lock.is_write_locked(space));
+            space.end_write_all();
+            assert!(!vmas[three[0]].lock.is_write_locked(space));
+        }
+        done.store(true, Ordering::Relaxed);
+    });
+    assert!(locked.load(Ordering::Relaxed) > 0);
+}
