@@ -48,6 +48,7 @@ impl OwnedFrame {
     /// - `O1`: the caller owns the block: nobody else holds a handle to it, maps it, or accesses it.
     /// - `O2`: `first` is aligned to `order`, and the block ends inside the frame space.
     /// - `O3`: no TLB of any CPU holds a translation to the block.
+    #[inline]
     pub const unsafe fn from_raw(first: Frame, order: Order) -> Self {
         debug_assert!(first.is_aligned(order));
         Self { first, order }
@@ -55,18 +56,21 @@ impl OwnedFrame {
 
     /// Gives up ownership without freeing: the caller keeps the numbers and the duty.
     #[must_use = "the block is leaked unless the numbers are kept"]
+    #[inline]
     pub const fn into_raw(self) -> (Frame, Order) {
         (self.first, self.order)
     }
 
     /// The first frame of the block.
     #[must_use]
+    #[inline]
     pub const fn first(&self) -> Frame {
         self.first
     }
 
     /// The block's order.
     #[must_use]
+    #[inline]
     pub const fn order(&self) -> Order {
         self.order
     }
@@ -142,10 +146,12 @@ pub unsafe trait FrameHandle: Sized {
 
 // SAFETY: H1, H2: ownership passes through the numbers, nothing is freed on the way.
 unsafe impl FrameHandle for OwnedFrame {
+    #[inline]
     fn into_entry(self) -> (Frame, Order) {
         self.into_raw()
     }
 
+    #[inline]
     unsafe fn from_entry(first: Frame, order: Order) -> Self {
         // SAFETY: O1 and O2 hold since `into_entry` gave these numbers up; O3 is this function's contract.
         unsafe { Self::from_raw(first, order) }
@@ -162,6 +168,7 @@ pub struct DeviceFrame {
 impl DeviceFrame {
     /// The block at `first`; `None` if `first` is not aligned to `order`.
     #[must_use]
+    #[inline]
     pub const fn new(first: Frame, order: Order) -> Option<Self> {
         if first.is_aligned(order) {
             Some(Self { first, order })
@@ -172,12 +179,14 @@ impl DeviceFrame {
 
     /// The first frame of the block.
     #[must_use]
+    #[inline]
     pub const fn first(self) -> Frame {
         self.first
     }
 
     /// The block's order.
     #[must_use]
+    #[inline]
     pub const fn order(self) -> Order {
         self.order
     }
@@ -185,10 +194,12 @@ impl DeviceFrame {
 
 // SAFETY: H1, H2: the value is its numbers; nothing is owned.
 unsafe impl FrameHandle for DeviceFrame {
+    #[inline]
     fn into_entry(self) -> (Frame, Order) {
         (self.first, self.order)
     }
 
+    #[inline]
     unsafe fn from_entry(first: Frame, order: Order) -> Self {
         Self { first, order }
     }

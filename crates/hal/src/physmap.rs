@@ -35,6 +35,7 @@ pub unsafe trait PhysMap {
     /// The frames that are mapped now. Frames outside stay unfree until the allocator is extended.
     ///
     /// The default says that all memory is mapped.
+    #[inline]
     fn reach(&self) -> FrameRange {
         FrameRange::from_numbers(0, Frame::LIMIT).unwrap_or(FrameRange::EMPTY)
     }
@@ -81,6 +82,7 @@ pub unsafe trait PhysMap {
     /// The frame is in reach, holds initialised bytes, and for the lifetime of the reference nobody accesses it
     /// through anything but atomics (the MMU counts as one).
     #[cfg(not(loom))]
+    #[inline]
     unsafe fn words(&self, frame: Frame) -> &[AtomicU64] {
         const COUNT: usize = PAGE_SIZE as usize / 8;
         let pointer = self.to_ptr(frame.start()).cast::<AtomicU64>().cast_const();
@@ -103,6 +105,7 @@ pub unsafe trait PhysMap {
     ///
     /// As [`words`](Self::words).
     #[cfg(not(loom))]
+    #[inline]
     unsafe fn words32(&self, frame: Frame) -> &[AtomicU32] {
         const COUNT: usize = PAGE_SIZE as usize / 4;
         let pointer = self.to_ptr(frame.start()).cast::<AtomicU32>().cast_const();
@@ -147,12 +150,15 @@ pub unsafe trait PhysMap {
 
 // SAFETY: a reference forwards to a map that keeps the contract.
 unsafe impl<M: PhysMap + ?Sized> PhysMap for &M {
+    #[inline]
     fn reach(&self) -> FrameRange {
         (**self).reach()
     }
+    #[inline]
     fn to_ptr(&self, address: PhysAddr) -> *mut u8 {
         (**self).to_ptr(address)
     }
+    #[inline]
     fn to_phys(&self, pointer: *const u8) -> PhysAddr {
         (**self).to_phys(pointer)
     }
@@ -163,10 +169,12 @@ unsafe impl<M: PhysMap + ?Sized> PhysMap for &M {
         // SAFETY: the caller's promise is passed on.
         unsafe { (**self).unmap_temporary(pointer) }
     }
+    #[inline]
     unsafe fn words(&self, frame: Frame) -> &[AtomicU64] {
         // SAFETY: the caller's promise is passed on.
         unsafe { (**self).words(frame) }
     }
+    #[inline]
     unsafe fn words32(&self, frame: Frame) -> &[AtomicU32] {
         // SAFETY: the caller's promise is passed on.
         unsafe { (**self).words32(frame) }
@@ -225,6 +233,7 @@ impl OffsetMap {
 
 // SAFETY: P1, P2, P4 are promised to `new` and `set`; P3: subtraction undoes addition.
 unsafe impl PhysMap for OffsetMap {
+    #[inline]
     fn reach(&self) -> FrameRange {
         let frames = self.frames.load(Ordering::Acquire).min(Frame::LIMIT);
         FrameRange::from_numbers(0, frames).unwrap_or(FrameRange::EMPTY)
@@ -243,11 +252,13 @@ unsafe impl PhysMap for OffsetMap {
     }
 
     #[cfg(loom)]
+    #[inline]
     unsafe fn words(&self, _frame: Frame) -> &[AtomicU64] {
         unimplemented!("an offset map has no constructed arena: give the model a map of its own")
     }
 
     #[cfg(loom)]
+    #[inline]
     unsafe fn words32(&self, _frame: Frame) -> &[AtomicU32] {
         unimplemented!("an offset map has no constructed arena: give the model a map of its own")
     }

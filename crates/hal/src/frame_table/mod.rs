@@ -102,6 +102,7 @@ impl Section {
         );
     }
 
+    #[inline]
     fn slots(&self) -> Option<*const FrameSlot> {
         let word = self.word.load(Ordering::Acquire);
         if word & STATE == READY {
@@ -207,6 +208,7 @@ impl FrameTable {
 
     /// The directory, to fill in more sections when memory is added.
     #[must_use]
+    #[inline]
     pub fn directory(&self) -> &[Section] {
         let sections = self.sections.load(Ordering::Acquire);
         if sections == 0 {

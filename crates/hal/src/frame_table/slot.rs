@@ -116,6 +116,7 @@ impl FrameSlot {
 
     /// What the frame is.
     #[must_use]
+    #[inline]
     pub fn tag(&self) -> FrameTag {
         FrameTag::from_bits(self.state.load(Ordering::Acquire) as u8)
     }
@@ -182,11 +183,13 @@ impl FrameSlot {
 
     /// The flags.
     #[must_use]
+    #[inline]
     pub fn flags(&self) -> SlotFlags {
         SlotFlags::from_bits_retain((self.state.load(Ordering::Acquire) >> FLAGS_SHIFT) as u16)
     }
 
     /// Sets flags; gives those that were set before.
+    #[inline]
     pub fn set_flags(&self, flags: SlotFlags) -> SlotFlags {
         let bits = u64::from(flags.bits()) << FLAGS_SHIFT;
         let before = self.state.fetch_or(bits, Ordering::AcqRel);
@@ -194,6 +197,7 @@ impl FrameSlot {
     }
 
     /// Clears flags; gives those that were set before.
+    #[inline]
     pub fn clear_flags(&self, flags: SlotFlags) -> SlotFlags {
         let bits = u64::from(flags.bits()) << FLAGS_SHIFT;
         let before = self.state.fetch_and(!bits, Ordering::AcqRel);
@@ -202,6 +206,7 @@ impl FrameSlot {
 
     /// Takes the lock bit if it is free now.
     #[doc(alias = "trylock_page")]
+    #[inline]
     pub fn try_lock(&self) -> bool {
         !self
             .set_flags(SlotFlags::LOCKED)
@@ -210,6 +215,7 @@ impl FrameSlot {
 
     /// Lets the lock bit go.
     #[doc(alias = "unlock_page")]
+    #[inline]
     pub fn unlock(&self) {
         self.clear_flags(SlotFlags::LOCKED);
     }
@@ -231,6 +237,7 @@ impl FrameSlot {
     /// The reference count.
     #[doc(alias = "page_ref_count")]
     #[must_use]
+    #[inline]
     pub fn count(&self) -> u32 {
         (self.state.load(Ordering::Acquire) >> COUNT_SHIFT) as u32
     }
@@ -302,18 +309,21 @@ impl FrameSlot {
 
     /// The owner word: what the frame belongs to.
     #[must_use]
+    #[inline]
     pub fn owner(&self) -> &AtomicU64 {
         &self.owner
     }
 
     /// The index word: where in its owner.
     #[must_use]
+    #[inline]
     pub fn index(&self) -> &AtomicU64 {
         &self.index
     }
 
     /// The word of links, for owners that use it for something else.
     #[must_use]
+    #[inline]
     pub fn links(&self) -> &AtomicU64 {
         &self.links
     }

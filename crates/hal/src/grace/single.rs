@@ -49,6 +49,7 @@ impl SingleGrace {
 unsafe impl Grace for SingleGrace {
     type Guard<'a> = SingleGuard<'a>;
 
+    #[inline]
     fn read(&self) -> SingleGuard<'_> {
         self.depth.set(self.depth.get() + 1);
         SingleGuard {
@@ -74,6 +75,7 @@ unsafe impl Grace for SingleGrace {
         Ok(())
     }
 
+    #[inline]
     fn poll(&self) -> usize {
         if self.depth.get() != 0 {
             return 0;
@@ -94,6 +96,7 @@ unsafe impl Grace for SingleGrace {
         made
     }
 
+    #[inline]
     fn synchronize(&self) {
         self.poll();
     }
@@ -111,6 +114,7 @@ pub struct SingleGuard<'a> {
 }
 
 impl Drop for SingleGuard<'_> {
+    #[inline]
     fn drop(&mut self) {
         self.depth.set(self.depth.get() - 1);
     }
