@@ -18,7 +18,7 @@
 use kmem_hal::{Page, PageRange, Trace, TraceEvent};
 
 use crate::attributes::{Attributes, Leaf, Payload};
-use crate::cursor::{Cursor, Divisible};
+use crate::cursor::{Change, Cursor, Divisible, Restricted, Unencodable, change_entry};
 use crate::env::Env;
 use crate::error::ForkError;
 use crate::format::{Format, Kind, level};
@@ -120,27 +120,45 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
                             child: attributes,
                             parent: own,
                         } => {
-                            if let (Some(own), ForkItem::Leaf(_)) = (own, item) {
-                                let mut change = |leaf: &Leaf| {
-                                    Some(Attributes {
+                            if let Some(own) = own {
+                                let mut restricted = Restricted::new(gather, node.level);
+                                let mut change = |number, page, word| {
+                                    let Entry::Leaf(leaf) = decode::<F>(page, number, word) else {
+                                        return Ok(None);
+                                    };
+                                    let own = Attributes {
                                         accessed: own.accessed || leaf.attributes.accessed,
                                         dirty: own.dirty || leaf.attributes.dirty,
                                         ..own
-                                    })
+                                    };
+                                    if !F::can_encode(number, leaf.frame, &own) {
+                                        return Err(Unencodable);
+                                    }
+                                    Ok(Some(F::leaf(number, leaf.frame, &own)))
                                 };
-                                match crate::cursor::update_entry(
+                                match change_entry(
                                     &node,
                                     index,
                                     at,
                                     word,
-                                    gather,
+                                    &mut restricted,
                                     &mut change,
                                 ) {
-                                    Ok(Some(Some(range))) => {
-                                        self.env().trace().event(TraceEvent::Restricted(range));
+                                    Ok(Change::Restricted) => {
+                                        let range = PageRange::new(
+                                            at,
+                                            Page::from_number(first + (covered - 1)),
+                                        );
+                                        let trace = self.env().trace();
+                                        range.map(|range| {
+                                            trace.event(TraceEvent::Restricted(range))
+                                        });
                                     }
                                     Ok(_) => {}
-                                    Err(()) => return stopped(Some(handle)),
+                                    Err(Unencodable) => {
+                                        drop(restricted);
+                                        return stopped(Some(handle));
+                                    }
                                 }
                             }
                             if let Err((_, handle)) = child.map(at, handle, attributes) {

@@ -26,7 +26,55 @@ use crate::format::{Format, Kind, Word};
 
 type Entry<F> = <<F as Format>::Word as Word>::Atomic;
 
-/// One table page.
+/// One table page, to be read: its words alone.
+pub(crate) struct View<'t, F: Format> {
+    pub frame: Frame,
+    pub level: usize,
+    words: &'t [Entry<F>],
+}
+
+impl<'t, F: Format> View<'t, F> {
+    /// The table in `frame`.
+    ///
+    /// # Safety
+    ///
+    /// As [`Node::new`].
+    #[inline(always)]
+    pub unsafe fn new<E: Env>(env: &'t E, frame: Frame, level: usize) -> Self {
+        // SAFETY: tables lie in reach (`cache::take` checked), and while it is a table everybody, the MMU included,
+        // accesses it by atomics.
+        let words = unsafe { F::Word::words(env.map(), frame) };
+        Self {
+            frame,
+            level,
+            words,
+        }
+    }
+
+    /// Reads a word.
+    #[inline(always)]
+    pub fn load(&self, index: usize) -> u64 {
+        F::Word::load(&self.words[index])
+    }
+
+    /// With its slot.
+    #[inline(always)]
+    pub fn node<E: Env>(self, env: &'t E) -> Node<'t, F> {
+        // E2 makes the slot exist; `cache::take` checked it once for every table.
+        let slot = match env.slots().slot(self.frame) {
+            Some(slot) => slot,
+            None => unreachable!("a page table without a frame slot"),
+        };
+        Node {
+            frame: self.frame,
+            level: self.level,
+            slot,
+            words: self.words,
+        }
+    }
+}
+
+/// One table page, to be changed.
 pub(crate) struct Node<'t, F: Format> {
     pub frame: Frame,
     pub level: usize,
@@ -53,20 +101,8 @@ impl<'t, F: Format> Node<'t, F> {
     /// attached and locked, or private, or a read section that began while it was attached goes on.
     #[inline(always)]
     pub unsafe fn new<E: Env>(env: &'t E, frame: Frame, level: usize) -> Self {
-        // SAFETY: tables lie in reach (`TableFrames::claim` checked), and while it is a table everybody, the MMU
-        // included, accesses it by atomics.
-        let words = unsafe { F::Word::words(env.map(), frame) };
-        // E2 makes the slot exist; `claim` checked it once for every table.
-        let slot = match env.slots().slot(frame) {
-            Some(slot) => slot,
-            None => unreachable!("a page table without a frame slot"),
-        };
-        Self {
-            frame,
-            level,
-            slot,
-            words,
-        }
+        // SAFETY: the caller's promise is passed on.
+        unsafe { View::new(env, frame, level) }.node(env)
     }
 
     /// Reads a word.

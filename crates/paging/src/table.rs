@@ -27,7 +27,7 @@ use crate::env::Env;
 use crate::error::{RangeError, TableError};
 use crate::format::{Format, Kind, level};
 use crate::gather::{FLUSH_CEILING, Gather, Stale};
-use crate::node::Node;
+use crate::node::{Node, View};
 
 /// The most levels that any format has.
 pub(crate) const MAX_LEVELS: usize = 5;
@@ -317,6 +317,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     ///
     /// Context: any, interrupts included.
     #[doc(alias = "follow_page")]
+    #[inline]
     #[must_use]
     pub fn query(&self, page: Page) -> Entry {
         if !F::canonical(self.levels).contains(page.start()) {
@@ -328,15 +329,13 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         loop {
             // SAFETY: the root is attached (P1), and a table that an entry pointed to during this read section stays a
             // table until the section ends: it is freed only after a grace period.
-            let node = unsafe { Node::<F>::new(&self.env, frame, number) };
-            let word = node.load(index_at::<F>(page.number(), number));
-            match node.kind(word) {
-                Kind::Table => {
-                    frame = F::table_frame(word);
-                    number -= 1;
-                }
-                _ => return decode::<F>(page, number, word),
+            let view = unsafe { View::<F>::new(&self.env, frame, number) };
+            let word = view.load(index_at::<F>(page.number(), number));
+            if F::kind(number, word) != Kind::Table {
+                return decode::<F>(page, number, word);
             }
+            frame = F::table_frame(word);
+            number -= 1;
         }
     }
 
@@ -538,7 +537,7 @@ pub(crate) fn index_at<F: Format>(page: u64, number: usize) -> usize {
 }
 
 /// What the word of `page` in a table of level `number` says; a table is nothing.
-#[inline]
+#[inline(always)]
 pub(crate) fn decode<F: Format>(page: Page, number: usize, word: u64) -> Entry {
     match F::kind(number, word) {
         Kind::Empty | Kind::Table => Entry::Empty,

@@ -45,7 +45,7 @@ macro_rules! formats {
             use super::*;
 
             proptest! {
-                #![proptest_config(ProptestConfig { cases: 48, failure_persistence: None, ..ProptestConfig::default() })]
+                #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
 
                 #[test]
                 fn agrees_with_a_flat_map(codes in prop::collection::vec(any::<[u8; 6]>(), 1..60)) {

@@ -45,20 +45,6 @@ pub struct Harvested {
     pub dirty: u64,
 }
 
-/// Whether a CPU may go on using `old` in a way that `new` forbids or that loses a dirty bit.
-#[inline]
-pub(crate) fn needs_flush<F: Format>(old: &Attributes, new: &Attributes) -> bool {
-    if !old.rights.grants_access() {
-        return F::CACHES_ABSENT && new.rights.grants_access();
-    }
-    let lost = old.rights.difference(new.rights);
-    !lost.is_empty()
-        || old.memory_type != new.memory_type
-        || old.pkey != new.pkey
-        || old.dirty && !new.dirty
-        || F::CACHES_ABSENT && old.rights != new.rights
-}
-
 enum Step {
     Done,
     Next(u64),
@@ -80,7 +66,9 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         rights: Rights,
         gather: &mut Gather<'_, F, E, H, N>,
     ) -> Result<u64, ChangeError> {
-        self.update(range, gather, |leaf| Some(leaf.attributes.rights(rights)))
+        self.change_words(range, gather, &mut |number, _, word| {
+            Ok(Some(F::with_rights(number, word, rights)))
+        })
     }
 
     /// Shows every leaf in `range` to `change` and gives it the attributes that this answers; `None` leaves it alone.
@@ -101,6 +89,27 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         gather: &mut Gather<'_, F, E, H, N>,
         mut change: impl FnMut(&Leaf) -> Option<Attributes>,
     ) -> Result<u64, ChangeError> {
+        self.change_words(range, gather, &mut |number, page, word| {
+            let Entry::Leaf(leaf) = decode::<F>(page, number, word) else {
+                return Ok(None);
+            };
+            let Some(attributes) = change(&leaf) else {
+                return Ok(None);
+            };
+            if !F::can_encode(number, leaf.frame, &attributes) {
+                return Err(Unencodable);
+            }
+            Ok(Some(F::leaf(number, leaf.frame, &attributes)))
+        })
+    }
+
+    /// Gives every leaf's word in `range` to `change`, with its level and first page.
+    fn change_words<const N: usize>(
+        &mut self,
+        range: PageRange,
+        gather: &mut Gather<'_, F, E, H, N>,
+        change: &mut impl FnMut(usize, Page, u64) -> Result<Option<u64>, Unencodable>,
+    ) -> Result<u64, ChangeError> {
         if !self.range.contains_range(range) {
             return Err(ChangeError::OutOfRange);
         }
@@ -112,7 +121,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         let mut page = range.first().number();
         loop {
             let node = self.seek(Page::from_number(page), 1);
-            match self.update_table(&node, page, range, gather, &mut change, &mut pages) {
+            match self.change_table(&node, page, range, gather, change, &mut pages) {
                 Step::Done => return Ok(pages),
                 Step::Next(next) => page = next,
                 Step::Split(next) => {
@@ -129,43 +138,45 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         }
     }
 
-    #[inline]
-    fn update_table<const N: usize>(
+    #[inline(always)]
+    fn change_table<const N: usize>(
         &self,
         node: &Node<'t, F>,
         mut page: u64,
         range: PageRange,
         gather: &mut Gather<'_, F, E, H, N>,
-        change: &mut impl FnMut(&Leaf) -> Option<Attributes>,
+        change: &mut impl FnMut(usize, Page, u64) -> Result<Option<u64>, Unencodable>,
         pages: &mut u64,
     ) -> Step {
-        let level = level::<F>(node.level);
+        let number = node.level;
+        let level = level::<F>(number);
         let covered = 1u64 << level.shift;
         let last = range.last().number();
-        let mut index = index_at::<F>(page, node.level);
+        let trace = self.table.env().trace();
+        let mut index = index_at::<F>(page, number);
+        let mut restricted = Restricted::new(gather, number);
         loop {
             let first = page & !(covered - 1);
             let word = node.load(index);
-            match node.kind(word) {
+            match F::kind(number, word) {
                 Kind::Empty | Kind::Payload => {}
                 Kind::Table => return Step::Next(page),
                 Kind::Leaf => {
                     if first < range.first().number() || last - first < covered - 1 {
                         return Step::Split(page);
                     }
-                    match update_entry(node, index, Page::from_number(first), word, gather, change)
-                    {
-                        Ok(None) => {}
-                        Ok(Some(restricted)) => {
+                    let at = Page::from_number(first);
+                    match change_entry(node, index, at, word, &mut restricted, change) {
+                        Ok(Change::None) => {}
+                        Ok(Change::Relaxed) => *pages += covered,
+                        Ok(Change::Restricted) => {
                             *pages += covered;
-                            if let Some(range) = restricted {
-                                self.table
-                                    .env()
-                                    .trace()
-                                    .event(TraceEvent::Restricted(range));
-                            }
+                            trace.event(TraceEvent::Restricted(super::map::block(
+                                at,
+                                level.order(),
+                            )));
                         }
-                        Err(()) => return Step::Unencodable(first),
+                        Err(Unencodable) => return Step::Unencodable(first),
                     }
                 }
             }
@@ -233,42 +244,88 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
     }
 }
 
-/// Changes one leaf of a locked table. `Ok(None)`: left alone; `Ok(Some(restricted))`: changed, and what was flushed.
-#[inline]
-pub(crate) fn update_entry<F: Format, E: Env, H: Divisible, const N: usize>(
+/// The format cannot say it.
+pub(crate) struct Unencodable;
+
+/// What became of one leaf.
+pub(crate) enum Change {
+    /// Nothing.
+    None,
+    /// It changed, and nobody needs to know.
+    Relaxed,
+    /// It changed, and is noted for the flush.
+    Restricted,
+}
+
+/// Leaves of one table that changed and must be flushed; the gather hears of them when this is dropped.
+pub(crate) struct Restricted<'a, 'g, F: Format, E: Env, H: Divisible, const N: usize> {
+    gather: &'a mut Gather<'g, F, E, H, N>,
+    stride: u64,
+    /// The first page of the lowest and of the highest leaf.
+    stale: Option<(u64, u64)>,
+    global: bool,
+    local: bool,
+}
+
+impl<'a, 'g, F: Format, E: Env, H: Divisible, const N: usize> Restricted<'a, 'g, F, E, H, N> {
+    /// For leaves of the table's level.
+    pub(crate) fn new(gather: &'a mut Gather<'g, F, E, H, N>, number: usize) -> Self {
+        Self {
+            gather,
+            stride: level::<F>(number).order().frames(),
+            stale: None,
+            global: false,
+            local: false,
+        }
+    }
+}
+
+impl<F: Format, E: Env, H: Divisible, const N: usize> Drop for Restricted<'_, '_, F, E, H, N> {
+    #[inline]
+    fn drop(&mut self) {
+        if let Some((first, last)) = self.stale {
+            let last = Page::from_number(last + (self.stride - 1));
+            if let Some(range) = PageRange::new(Page::from_number(first), last) {
+                self.gather.note(Stale {
+                    range,
+                    stride: self.stride,
+                    global: self.global,
+                    local: self.local,
+                });
+            }
+        }
+    }
+}
+
+/// Changes one leaf of a locked table. Leaves are given in ascending order.
+#[inline(always)]
+pub(crate) fn change_entry<F: Format, E: Env, H: Divisible, const N: usize>(
     node: &Node<'_, F>,
     index: usize,
     page: Page,
     mut word: u64,
-    gather: &mut Gather<'_, F, E, H, N>,
-    change: &mut impl FnMut(&Leaf) -> Option<Attributes>,
-) -> Result<Option<Option<PageRange>>, ()> {
+    restricted: &mut Restricted<'_, '_, F, E, H, N>,
+    change: &mut impl FnMut(usize, Page, u64) -> Result<Option<u64>, Unencodable>,
+) -> Result<Change, Unencodable> {
     loop {
-        let Entry::Leaf(leaf) = decode::<F>(page, node.level, word) else {
-            unreachable!("a locked leaf became something else")
+        let new = match change(node.level, page, word)? {
+            Some(new) if new != word => new,
+            _ => return Ok(Change::None),
         };
-        let Some(attributes) = change(&leaf) else {
-            return Ok(None);
-        };
-        if !F::can_encode(node.level, leaf.frame, &attributes) {
-            return Err(());
-        }
-        let new = F::leaf(node.level, leaf.frame, &attributes);
-        if new == word {
-            return Ok(None);
-        }
-        let expressed = F::attributes(node.level, new);
-        let flush = needs_flush::<F>(&leaf.attributes, &expressed);
+        let flush = F::needs_flush(node.level, word, new);
         if flush {
-            gather.announce();
+            restricted.gather.announce();
         }
         match node.change(index, word, new) {
             Ok(()) if flush => {
-                let global = leaf.attributes.rights.contains(Rights::GLOBAL);
-                gather.note(Stale::leaf(leaf.range(), global));
-                return Ok(Some(Some(leaf.range())));
+                let first = restricted.stale.map_or(page.number(), |stale| stale.0);
+                restricted.stale = Some((first, page.number()));
+                let global = F::is_global(node.level, word);
+                restricted.global |= global;
+                restricted.local |= !global;
+                return Ok(Change::Restricted);
             }
-            Ok(()) => return Ok(Some(None)),
+            Ok(()) => return Ok(Change::Relaxed),
             Err(found) => word = found,
         }
     }

@@ -13,7 +13,7 @@ use super::Cursor;
 use crate::attributes::{Attributes, Leaf, Payload, Rights};
 use crate::env::Env;
 use crate::error::{ChangeError, MapError};
-use crate::format::{Format, Kind, leaf_level};
+use crate::format::{Format, Kind, leaf_level, level};
 use crate::gather::{Gather, Stale};
 use crate::node::Node;
 use crate::table::{Entry, decode, index_at};
@@ -58,7 +58,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         let (frame, order) = handle.into_entry();
         match self.map_raw(page, frame, order, &attributes) {
             Ok(()) => {
-                self.settle(page, order, attributes.rights);
+                self.settle(block(page, order), order);
                 self.table
                     .env()
                     .trace()
@@ -96,9 +96,15 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         if let Err(error) = self.reserve(range, smallest) {
             return stopped(MapError::Memory(error), page, None);
         }
+        // What `next` gave that did not continue the run before it.
+        let mut given: Option<Option<H>> = None;
         loop {
             let left = range.last().number() - page.number() + 1;
-            let Some(handle) = next(page, left) else {
+            let handle = match given.take() {
+                Some(handle) => handle,
+                None => next(page, left),
+            };
+            let Some(handle) = handle else {
                 return stopped(MapError::OutOfRange, page, None);
             };
             let (frame, order) = handle.into_entry();
@@ -112,16 +118,72 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
                 let handle = unsafe { H::from_entry(frame, order) };
                 return stopped(error, page, Some(handle));
             }
-            self.settle(page, order, attributes.rights);
             self.table
                 .env()
                 .trace()
                 .event(TraceEvent::Mapped(block(page, order), frame));
-            if order.frames() == left {
+            let mut end = page.number() + (order.frames() - 1);
+            if end < range.last().number() {
+                (end, given) = self.fill(page, end, range.last(), order, &attributes, &mut next);
+            }
+            if let Some(filled) = PageRange::new(page, Page::from_number(end)) {
+                self.settle(filled, order);
+            }
+            if end == range.last().number() {
                 return Ok(());
             }
-            page = Page::from_number(page.number() + order.frames());
+            page = Page::from_number(end + 1);
         }
+    }
+
+    /// Goes on mapping blocks of `order` behind page `end` of the held table, as long as its entries are empty and `next`
+    /// gives such blocks; gives the last page that is mapped, and an answer of `next` that was of another kind.
+    #[inline(always)]
+    fn fill(
+        &mut self,
+        page: Page,
+        mut end: u64,
+        last: Page,
+        order: Order,
+        attributes: &Attributes,
+        next: &mut impl FnMut(Page, u64) -> Option<H>,
+    ) -> (u64, Option<Option<H>>) {
+        let Some(node) = self.held else {
+            return (end, None);
+        };
+        let number = node.level;
+        let level = level::<F>(number);
+        if u32::from(order.get()) != level.shift {
+            return (end, None);
+        }
+        let template = F::leaf(number, Frame::ZERO, attributes);
+        let trace = self.table.env().trace();
+        let mut index = index_at::<F>(page.number(), number) + 1;
+        let mut filled = Filled {
+            node: &node,
+            entries: 0,
+        };
+        while index < level.entries() && last.number() - end >= order.frames() {
+            if node.load(index) != 0 {
+                break;
+            }
+            let page = Page::from_number(end + 1);
+            let Some(handle) = next(page, last.number() - end) else {
+                return (end, Some(None));
+            };
+            let (frame, found) = handle.into_entry();
+            if found != order || !F::can_encode(number, frame, attributes) {
+                // SAFETY: H2: the numbers came from `into_entry` above, and no entry got them.
+                let handle = unsafe { H::from_entry(frame, found) };
+                return (end, Some(Some(handle)));
+            }
+            node.store(index, F::relocate(number, template, frame));
+            filled.entries += 1;
+            trace.event(TraceEvent::Mapped(block(page, order), frame));
+            end += order.frames();
+            index += 1;
+        }
+        (end, None)
     }
 
     /// Puts the block of `handle` where a leaf of the same order, a payload or nothing is.
@@ -149,7 +211,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         match result {
             Ok(before) => {
                 if !matches!(before, Replaced::Leaf(..)) {
-                    self.settle(page, order, attributes.rights);
+                    self.settle(block(page, order), order);
                 }
                 self.table
                     .env()
@@ -372,22 +434,39 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         Ok(())
     }
 
-    /// Flushes a page that was just filled, where that is needed (see the [module](self)).
+    /// Flushes pages that were just filled, where that is needed (see the [module](self)).
     #[inline]
-    pub(super) fn settle(&mut self, page: Page, order: Order, rights: Rights) {
+    fn settle(&mut self, range: PageRange, order: Order) {
         if F::CACHES_ABSENT || self.table.has_unflushed() {
-            self.settle_slowly(page, order, rights);
+            self.settle_slowly(range, order);
         }
     }
 
     #[cold]
-    fn settle_slowly(&mut self, page: Page, order: Order, rights: Rights) {
+    fn settle_slowly(&mut self, range: PageRange, order: Order) {
         self.release();
-        let mut stale = Stale::leaf(block(page, order), rights.contains(Rights::GLOBAL));
         // What was there before may have been of any kind.
-        stale.global = true;
-        stale.local = true;
-        self.table.flush_now(stale);
+        self.table.flush_now(Stale {
+            range,
+            stride: order.frames(),
+            global: true,
+            local: true,
+        });
+    }
+}
+
+/// Entries of a locked table that were filled and are not in its live count yet; they are when this is dropped.
+struct Filled<'a, 't, F: Format> {
+    node: &'a Node<'t, F>,
+    entries: u32,
+}
+
+impl<F: Format> Drop for Filled<'_, '_, F> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.entries > 0 {
+            self.node.add_live(self.entries);
+        }
     }
 }
 

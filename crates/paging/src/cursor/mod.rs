@@ -31,7 +31,7 @@ use core::fmt;
 
 use kmem_hal::{AllocError, Frame, FrameHandle, Grace, Order, OwnedFrame, Page, PageRange};
 
-pub(crate) use change::update_entry;
+pub(crate) use change::{Change, Restricted, Unencodable, change_entry};
 pub use change::{Harvest, Harvested};
 pub use huge::Divisible;
 pub use map::{MapStopped, Replaced};
@@ -41,7 +41,7 @@ pub use unmap::Cleared;
 use crate::cache::{self, TableReserve};
 use crate::env::Env;
 use crate::format::{Format, Kind, level};
-use crate::node::Node;
+use crate::node::{Node, View};
 use crate::table::{Entry, MAX_LEVELS, PageTable, decode, index_at};
 
 /// A position in a range of a [`PageTable`]'s pages; see the [module](self).
@@ -137,19 +137,23 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         let env = self.table.env();
         let _reading = env.grace().read();
         'root: loop {
-            let mut node = self.table.root_node();
+            // SAFETY: P1: the root is attached.
+            let mut view =
+                unsafe { View::<F>::new(env, self.table.root_frame(), self.table.levels()) };
             loop {
-                self.path[node.level] = node.frame;
-                let index = index_at::<F>(page.number(), node.level);
-                let mut word = node.load(index);
-                if node.level == target || node.kind(word) != Kind::Table {
+                self.path[view.level] = view.frame;
+                let index = index_at::<F>(page.number(), view.level);
+                let mut word = view.load(index);
+                let level = view.level;
+                if level == target || F::kind(level, word) != Kind::Table {
+                    let node = view.node(env);
                     node.lock(env);
                     if node.is_stray() {
                         node.unlock();
                         continue 'root;
                     }
                     word = node.load(index);
-                    if node.level == target || node.kind(word) != Kind::Table {
+                    if level == target || F::kind(level, word) != Kind::Table {
                         self.hold(node, page);
                         return node;
                     }
@@ -157,7 +161,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
                 }
                 // SAFETY: an entry that this read section found in an attached table, or in one that was attached when
                 // the section began, points to a table until the section ends (U3).
-                node = unsafe { Node::new(env, F::table_frame(word), node.level - 1) };
+                view = unsafe { View::new(env, F::table_frame(word), level - 1) };
             }
         }
     }

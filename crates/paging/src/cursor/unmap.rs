@@ -11,7 +11,7 @@
 use kmem_hal::{Grace, Page, PageRange, Trace, TraceEvent};
 
 use super::{Cursor, Divisible};
-use crate::attributes::{Leaf, Payload, Rights};
+use crate::attributes::{Leaf, Payload};
 use crate::env::Env;
 use crate::error::ChangeError;
 use crate::format::{Format, Kind, level};
@@ -36,6 +36,49 @@ enum Step {
     Full(u64),
     /// A huge leaf that the range covers only in part: split it and look again.
     Split(u64),
+}
+
+/// What a loop over one table has cleared and not yet told the live count and the gather: it tells them when it is
+/// dropped, at the loop's end or where the visitor panics, and so before the gather can be committed.
+struct Batch<'a, 'g, 't, F: Format, E: Env, H: Divisible, const N: usize> {
+    node: &'a Node<'t, F>,
+    gather: &'a mut Gather<'g, F, E, H, N>,
+    stride: u64,
+    cleared: u32,
+    /// The first page of the first and of the last leaf.
+    stale: Option<(u64, u64)>,
+    global: bool,
+    local: bool,
+}
+
+impl<F: Format, E: Env, H: Divisible, const N: usize> Batch<'_, '_, '_, F, E, H, N> {
+    #[inline(always)]
+    fn add(&mut self, first: u64, global: bool) {
+        self.cleared += 1;
+        self.stale = Some((self.stale.map_or(first, |stale| stale.0), first));
+        self.global |= global;
+        self.local |= !global;
+    }
+}
+
+impl<F: Format, E: Env, H: Divisible, const N: usize> Drop for Batch<'_, '_, '_, F, E, H, N> {
+    #[inline]
+    fn drop(&mut self) {
+        if self.cleared > 0 {
+            self.node.sub_live(self.cleared);
+        }
+        if let Some((first, last)) = self.stale {
+            let last = Page::from_number(last + (self.stride - 1));
+            if let Some(range) = PageRange::new(Page::from_number(first), last) {
+                self.gather.note(Stale {
+                    range,
+                    stride: self.stride,
+                    global: self.global,
+                    local: self.local,
+                });
+            }
+        }
+    }
 }
 
 impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
@@ -113,19 +156,30 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         visit: &mut impl FnMut(Cleared),
         pages: &mut u64,
     ) -> Step {
-        let level = level::<F>(node.level);
+        let number = node.level;
+        let level = level::<F>(number);
         let covered = 1u64 << level.shift;
         let last = range.last().number();
-        let mut index = index_at::<F>(page, node.level);
+        let trace = self.table.env().trace();
+        let mut index = index_at::<F>(page, number);
+        let mut batch = Batch {
+            node,
+            gather,
+            stride: covered,
+            cleared: 0,
+            stale: None,
+            global: false,
+            local: false,
+        };
         loop {
             let first = page & !(covered - 1);
             let word = node.load(index);
-            match node.kind(word) {
+            match F::kind(number, word) {
                 Kind::Empty => {}
                 Kind::Table => return Step::Next(page),
                 Kind::Payload => {
                     node.store(index, 0);
-                    node.sub_live(1);
+                    batch.cleared += 1;
                     *pages += covered;
                     visit(Cleared::Payload(
                         Page::from_number(first),
@@ -136,23 +190,18 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                     if first < range.first().number() || last - first < covered - 1 {
                         return Step::Split(page);
                     }
-                    if gather.is_full() {
+                    if batch.gather.is_full() {
                         return Step::Full(page);
                     }
-                    gather.announce();
+                    batch.gather.announce();
                     let word = node.take(index);
-                    node.sub_live(1);
-                    if let Entry::Leaf(leaf) =
-                        decode::<F>(Page::from_number(first), node.level, word)
-                    {
-                        let global = leaf.attributes.rights.contains(Rights::GLOBAL);
-                        gather.note(Stale::leaf(leaf.range(), global));
-                        gather.push(leaf.frame, leaf.order);
-                        *pages += covered;
-                        self.table
-                            .env()
-                            .trace()
-                            .event(TraceEvent::Unmapped(leaf.range()));
+                    batch.add(first, F::is_global(number, word));
+                    batch
+                        .gather
+                        .push(F::leaf_frame(number, word), level.order());
+                    *pages += covered;
+                    if let Entry::Leaf(leaf) = decode::<F>(Page::from_number(first), number, word) {
+                        trace.event(TraceEvent::Unmapped(leaf.range()));
                         visit(Cleared::Leaf(leaf));
                     }
                 }

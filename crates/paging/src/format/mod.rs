@@ -38,7 +38,7 @@ pub use x86_64::{X86_64, X86_64La57};
 
 use kmem_hal::{Canonical, Frame, Order};
 
-use crate::attributes::{Attributes, Payload};
+use crate::attributes::{Attributes, Payload, Rights};
 
 /// One level of a format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -146,6 +146,42 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
     /// Whether the hardware has nothing left to write into this word (`F4`), so that whoever holds the table's lock
     /// may change it by a plain store.
     fn is_settled(word: u64) -> bool;
+
+    /// A leaf made by [`leaf`](Self::leaf) for frame 0, for another frame.
+    #[inline(always)]
+    fn relocate(level: usize, template: u64, frame: Frame) -> u64 {
+        Self::leaf(level, frame, &Self::attributes(level, template))
+    }
+
+    /// A leaf with other rights and all else as it is; rights that cannot be expressed are widened.
+    #[inline(always)]
+    fn with_rights(level: usize, word: u64, rights: Rights) -> u64 {
+        let attributes = Self::attributes(level, word).rights(rights);
+        Self::leaf(level, Self::leaf_frame(level, word), &attributes)
+    }
+
+    /// Whether a CPU that remembers the leaf `old` may go on in a way that `new`, of the same frame, forbids, or lose a
+    /// dirty bit; or, where absent entries are remembered, whether it may refuse what `new` allows.
+    #[inline(always)]
+    fn needs_flush(level: usize, old: u64, new: u64) -> bool {
+        let (old, new) = (Self::attributes(level, old), Self::attributes(level, new));
+        if !old.rights.grants_access() {
+            return Self::CACHES_ABSENT && new.rights.grants_access();
+        }
+        !old.rights.difference(new.rights).is_empty()
+            || old.memory_type != new.memory_type
+            || old.pkey != new.pkey
+            || old.dirty && !new.dirty
+            || Self::CACHES_ABSENT && old.rights != new.rights
+    }
+
+    /// Whether a leaf is global.
+    #[inline(always)]
+    fn is_global(level: usize, word: u64) -> bool {
+        Self::attributes(level, word)
+            .rights
+            .contains(Rights::GLOBAL)
+    }
 
     /// What `attributes` become when they pass through a leaf of this format: rights widened to what it can express.
     #[must_use]

@@ -11,7 +11,7 @@ use kmem_hal::{Canonical, Frame};
 
 use super::x86::{Mode, PRESENT, USER, WRITE};
 use super::{Format, Kind, Level};
-use crate::attributes::{Attributes, Payload};
+use crate::attributes::{Attributes, Payload, Rights};
 
 const MODE: Mode = Mode {
     address: 0xffff_f000,
@@ -106,5 +106,25 @@ unsafe impl Format for X86TwoLevel {
     #[inline(always)]
     fn is_settled(word: u64) -> bool {
         Mode::is_settled(word)
+    }
+
+    #[inline(always)]
+    fn relocate(level: usize, template: u64, frame: Frame) -> u64 {
+        MODE.relocate(level, template, frame)
+    }
+
+    #[inline(always)]
+    fn with_rights(level: usize, word: u64, rights: Rights) -> u64 {
+        MODE.with_rights(level, word, rights)
+    }
+
+    #[inline(always)]
+    fn needs_flush(level: usize, old: u64, new: u64) -> bool {
+        MODE.needs_flush(level, old, new)
+    }
+
+    #[inline(always)]
+    fn is_global(_level: usize, word: u64) -> bool {
+        Mode::is_global(word)
     }
 }

@@ -132,6 +132,62 @@ impl Mode {
         word | PRESENT | address
     }
 
+    /// Moves a leaf of frame 0 to another frame: its address bits are all 0, or all 1 where they are inverted.
+    #[inline(always)]
+    pub fn relocate(self, level: usize, template: u64, frame: Frame) -> u64 {
+        template ^ (frame.start().as_u64() & self.leaf_address(level))
+    }
+
+    /// Exchanges the rights of a leaf.
+    #[inline(always)]
+    pub fn with_rights(self, level: usize, word: u64, rights: Rights) -> u64 {
+        if word & PRESENT == 0 || !rights.grants_access() {
+            let attributes = self.attributes(level, word).rights(rights);
+            return self.leaf(level, self.leaf_frame(level, word), &attributes);
+        }
+        let mut word = word & !(WRITE | USER | GLOBAL);
+        if self.no_execute {
+            word &= !NO_EXECUTE;
+            if !rights.contains(Rights::EXECUTE) {
+                word |= NO_EXECUTE;
+            }
+        }
+        if rights.contains(Rights::WRITE) {
+            word |= WRITE;
+        }
+        if rights.contains(Rights::USER) {
+            word |= USER;
+        }
+        if rights.contains(Rights::GLOBAL) {
+            word |= GLOBAL;
+        }
+        word
+    }
+
+    /// Bits whose loss, and bits whose change, a CPU must be told of.
+    #[inline(always)]
+    pub fn needs_flush(self, level: usize, old: u64, new: u64) -> bool {
+        if old & PRESENT == 0 {
+            return false;
+        }
+        let pat = if level > 1 { PAT_LARGE } else { PAT_SMALL };
+        let lost = PRESENT | WRITE | USER | DIRTY | GLOBAL;
+        let mut changed = pat | PCD | PWT;
+        let mut gained = 0;
+        if self.no_execute {
+            gained |= NO_EXECUTE;
+        }
+        if self.keys {
+            changed |= 15 << PKEY_SHIFT;
+        }
+        (old & !new & lost) | ((old ^ new) & changed) | (new & !old & gained) != 0
+    }
+
+    #[inline(always)]
+    pub const fn is_global(word: u64) -> bool {
+        word & GLOBAL != 0
+    }
+
     #[inline(always)]
     fn memory_type_bits(level: usize, memory_type: MemoryType) -> u64 {
         let pat = if level > 1 { PAT_LARGE } else { PAT_SMALL };

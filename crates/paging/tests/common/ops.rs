@@ -94,6 +94,10 @@ pub struct World<F: Format> {
     areas: Vec<u64>,
 }
 
+thread_local! {
+    static MACHINE: std::cell::Cell<Option<Machine>> = const { std::cell::Cell::new(None) };
+}
+
 fn at(number: u64) -> Page {
     Page::new(number).unwrap()
 }
@@ -104,7 +108,10 @@ fn pages(first: u64, count: u64) -> PageRange {
 
 impl<F: Format> World<F> {
     pub fn new() -> Self {
-        let machine = Machine::new(4096);
+        // One machine for all runs of a thread: a run that ends well gives back all that it took.
+        let machine = MACHINE
+            .with(|kept| kept.take())
+            .unwrap_or_else(|| Machine::new(4096));
         let table = Table::<F>::new(machine.env()).unwrap();
         let canonical = F::canonical(table.levels());
         let top = canonical.lower_end().as_u64() >> 12;
@@ -854,6 +861,8 @@ impl<F: Format> World<F> {
         assert!(self.pool.out.is_empty(), "frames leaked");
         TableCache::shrink(self.machine.env(), usize::MAX);
         assert_eq!(self.machine.frames.out(), 0, "tables leaked");
+        self.machine.flushes.0.lock().unwrap().clear();
+        MACHINE.with(|kept| kept.set(Some(self.machine)));
     }
 }
 
