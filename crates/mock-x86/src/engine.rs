@@ -285,10 +285,12 @@ impl Core {
                 root: context.root(),
                 step: self.step,
                 event,
+                read: event,
                 tables: [0; MAX_LEVELS],
                 table_count: 0,
             },
         };
+        origin.read = event;
         let mut rights = start.map_or(Rights::ALL, |start| start.position.rights);
         for step in walk.steps() {
             if let Some(address) = step.address {
@@ -400,18 +402,22 @@ impl Core {
     ) {
         let physical = entry.translation.physical(linear);
         if self.frames.freed_since(physical >> 12, entry.origin.event) && !self.is_exempt(linear) {
-            self.stats.stale_hits += 1;
             let fresh = walker::walk(&self.memory, context, linear, None, Touch::Nothing);
             let mapped = fresh
                 .outcome
                 .is_ok_and(|now| now.physical(linear) == physical);
-            let kind = if mapped && self.frames.state(physical >> 12) == FrameState::Free {
-                ViolationKind::MappedFreeFrame
-            } else {
-                ViolationKind::FreedFrame
-            };
-            self.stale(kind, cpu, linear, Some(access), entry, source);
-            return;
+            // An old table on the way is no crime where the last entry was read after the frame got its present owner, and
+            // the tables agree.
+            if !mapped || self.frames.freed_since(physical >> 12, entry.origin.read) {
+                self.stats.stale_hits += 1;
+                let kind = if mapped && self.frames.state(physical >> 12) == FrameState::Free {
+                    ViolationKind::MappedFreeFrame
+                } else {
+                    ViolationKind::FreedFrame
+                };
+                self.stale(kind, cpu, linear, Some(access), entry, source);
+                return;
+            }
         }
         if !self.verify {
             return;

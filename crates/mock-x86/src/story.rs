@@ -271,10 +271,17 @@ impl Core {
         loop {
             let fresh = walker::walk(&self.memory, context, at, None, Touch::Nothing);
             let held = entry.translation;
-            let freed = self
-                .frames
-                .freed_since(held.physical(at) >> 12, entry.origin.event)
-                && !self.is_exempt(at);
+            let mapped = fresh
+                .outcome
+                .is_ok_and(|now| now.physical(at) == held.physical(at));
+            // As for accesses: what the tables say as well counts from when it was read.
+            let since = if mapped {
+                entry.origin.read
+            } else {
+                entry.origin.event
+            };
+            let freed =
+                self.frames.freed_since(held.physical(at) >> 12, since) && !self.is_exempt(at);
             let stale = match fresh.outcome {
                 Ok(now) => {
                     now.physical(at) != held.physical(at)

@@ -35,6 +35,8 @@ pub(crate) struct Origin {
     pub step: u64,
     /// Number of the frame-event counter at the same moment.
     pub event: u64,
+    /// Number of the frame-event counter when the last entry of the walk was read from memory.
+    pub read: u64,
     /// Frame numbers of the tables walked.
     pub tables: [u64; MAX_LEVELS],
     /// How many of them.

@@ -233,6 +233,32 @@ fn evidence_is_not_laundered_through_a_walk_cache() {
 }
 
 #[test]
+fn a_walk_from_an_old_table_to_a_new_page_accuses_nobody() {
+    // CPU 0 has the table cached; then a frame changes hands, and is mapped in that table.
+    let machine = builder().build().unwrap();
+    let mut tables = Tables::new(&machine, 0x20_0000);
+    tables.map(VA, PAGE, 12, P);
+    let leaf = tables.entry(VA + 0x1000, 12);
+    tables.load(0);
+    machine.cpu(0).read_u8(VA).unwrap();
+    let frame = (PAGE >> 12) + 7;
+    machine.note_allocated(frame, 1);
+    machine.note_freed(frame, 1);
+    machine.note_allocated(frame, 1);
+    tables.set(leaf, frame << 12 | P);
+    machine.cpu(0).read_u8(VA + 0x1000).unwrap();
+    machine.cpu(0).read_u8(VA + 0x1000).unwrap();
+    assert_eq!(machine.stats().short_walks, 1);
+    assert_eq!(kinds(&machine), []);
+    assert!(machine.audit(0, u64::MAX).is_empty());
+    // Freed again, it is a crime.
+    machine.note_freed(frame, 1);
+    machine.note_allocated(frame, 1);
+    machine.cpu(0).read_u8(VA + 0x1000).unwrap();
+    assert_eq!(kinds(&machine), [ViolationKind::FreedFrame]);
+}
+
+#[test]
 fn a_pcid_that_is_reused_without_a_flush() {
     let machine = builder().registers(Registers::LONG_PCID).build().unwrap();
     let mut first = Tables::new(&machine, 0x20_0000);
