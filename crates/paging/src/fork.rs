@@ -137,22 +137,18 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
                                     Ok(Some(F::leaf(number, leaf.frame, &own)))
                                 };
                                 match change_entry(
-                                    &node,
-                                    index,
+                                    node.level,
+                                    node.entry(index),
                                     at,
                                     word,
                                     &mut restricted,
                                     &mut change,
                                 ) {
                                     Ok(Change::Restricted) => {
-                                        let range = PageRange::new(
-                                            at,
-                                            Page::from_number(first + (covered - 1)),
-                                        );
-                                        let trace = self.env().trace();
-                                        range.map(|range| {
-                                            trace.event(TraceEvent::Restricted(range))
-                                        });
+                                        let last = Page::from_number(first + (covered - 1));
+                                        if let Some(range) = PageRange::new(at, last) {
+                                            self.env().trace().event(TraceEvent::Restricted(range));
+                                        }
                                     }
                                     Ok(_) => {}
                                     Err(Unencodable) => {

@@ -63,6 +63,7 @@ impl Stale {
         }
     }
 
+    #[inline]
     fn join(self, other: Self) -> Self {
         Self {
             range: self.range.hull(other.range),
@@ -129,7 +130,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
     /// Whether there is nothing to flush and nothing to give back.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        !self.announced && self.length == 0 && self.tables.is_none()
+        self.stale.is_none() && self.length == 0 && self.tables.is_none()
     }
 
     /// Whether this gather may take what comes out of `table` (`G3`).

@@ -24,7 +24,8 @@ use kmem_hal::{Frame, FrameSlot, Page, SlotFlags, TableOwner, TableSlot};
 use crate::env::Env;
 use crate::format::{Format, Kind, Word};
 
-type Entry<F> = <<F as Format>::Word as Word>::Atomic;
+/// A word of a table in memory.
+pub(crate) type Entry<F> = <<F as Format>::Word as Word>::Atomic;
 
 /// One table page, to be read: its words alone.
 pub(crate) struct View<'t, F: Format> {
@@ -117,31 +118,28 @@ impl<'t, F: Format> Node<'t, F> {
         F::Word::store(&self.words[index], word);
     }
 
-    /// Takes a word out and leaves `0`. The caller holds the lock.
-    ///
-    /// A plain store does where the hardware has nothing to write into the word (`F4`).
+    /// A word in memory.
     #[inline(always)]
-    pub fn take(&self, index: usize) -> u64 {
-        let word = self.load(index);
-        if F::is_settled(word) {
-            self.store(index, 0);
-            word
-        } else {
-            F::Word::swap(&self.words[index], 0)
-        }
+    pub fn entry(&self, index: usize) -> &'t Entry<F> {
+        &self.words[index]
     }
 
-    /// Changes a word from `old` to `new`; gives the word found where the hardware wrote meanwhile. The caller holds
-    /// the lock.
+    /// Words `first .. first + count`.
+    #[inline(always)]
+    pub fn entries(&self, first: usize, count: usize) -> &'t [Entry<F>] {
+        &self.words[first..first + count]
+    }
+
+    /// Takes a word out and leaves `0`. The caller holds the lock.
+    #[inline(always)]
+    pub fn take(&self, index: usize) -> u64 {
+        take::<F>(&self.words[index])
+    }
+
+    /// As [`change`]. The caller holds the lock.
     #[inline(always)]
     pub fn change(&self, index: usize, old: u64, new: u64) -> Result<(), u64> {
-        if F::is_settled(old) {
-            // F4 and the lock: the word is still `old`.
-            self.store(index, new);
-            Ok(())
-        } else {
-            F::Word::compare_exchange(&self.words[index], old, new)
-        }
+        change::<F>(&self.words[index], old, new)
     }
 
     #[inline(always)]
@@ -214,6 +212,32 @@ pub(crate) fn next(slot: &FrameSlot) -> Option<Frame> {
         .load(Ordering::Relaxed)
         .checked_sub(1)
         .and_then(Frame::new)
+}
+
+/// Takes a word out of a locked table and leaves `0`.
+///
+/// A plain store does where the hardware has nothing to write into the word (`F4`).
+#[inline(always)]
+pub(crate) fn take<F: Format>(entry: &Entry<F>) -> u64 {
+    let word = F::Word::load(entry);
+    if F::is_settled(word) {
+        F::Word::store(entry, 0);
+        word
+    } else {
+        F::Word::swap(entry, 0)
+    }
+}
+
+/// Changes a word of a locked table from `old` to `new`; gives the word found where the hardware wrote meanwhile.
+#[inline(always)]
+pub(crate) fn change<F: Format>(entry: &Entry<F>, old: u64, new: u64) -> Result<(), u64> {
+    if F::is_settled(old) {
+        // F4 and the lock: the word is still `old`.
+        F::Word::store(entry, new);
+        Ok(())
+    } else {
+        F::Word::compare_exchange(entry, old, new)
+    }
 }
 
 pub(crate) fn set_next(slot: &FrameSlot, next: Option<Frame>) {

@@ -13,12 +13,14 @@ use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use kmem_hal::{
-    FrameHandle, FrameRequest, FrameSink, FrameSource, Mmu, Order, OwnedFrame, Page, PageRange,
+    Asid, FrameHandle, FrameRequest, FrameSink, FrameSource, Mmu, Order, OwnedFrame, Page,
+    PageRange,
 };
-use kmem_mock_x86::{AccessKind, Adversary, Machine, MemoryMap, Registers, SeededRng};
+use kmem_mock_x86::{AccessKind, Adversary, Machine, MemoryMap, Registers, Scheduler, SeededRng};
 use kmem_paging::format::{Format, X86_64, X86_64La57, X86Pae, X86TwoLevel};
 use kmem_paging::{
-    Attributes, Cleared, ForkItem, ForkStep, Harvest, PageTable, Replaced, Rights, TableCache,
+    Attributes, Cleared, Entry, ForkItem, ForkStep, Harvest, PageTable, RangeError, Replaced,
+    Rights, TableCache, TableError,
 };
 use mock::{Fault, MockEnv};
 
@@ -79,7 +81,10 @@ struct World<F: Format> {
 
 impl<F: Format> World<F> {
     fn new(env: &'static MockEnv, seed: u64) -> Self {
-        let table = Table::<F>::new(env).unwrap();
+        Self::with(env, Table::<F>::new(env).unwrap(), seed)
+    }
+
+    fn with(env: &'static MockEnv, table: Table<F>, seed: u64) -> Self {
         for cpu in 0..env.machine.cpu_count() {
             // SAFETY: the machine runs no code from these tables, and they are taken down after the last access.
             env.machine
@@ -372,7 +377,6 @@ fn is_caught(fault: Fault) -> bool {
 
 #[test]
 fn planted_flush_faults_are_caught() {
-    std::panic::set_hook(Box::new(|_| {}));
     let missed: Vec<Fault> = [
         Fault::NoLocalFlush,
         Fault::NoShootdown,
@@ -382,7 +386,6 @@ fn planted_flush_faults_are_caught() {
     .into_iter()
     .filter(|&fault| !is_caught(fault))
     .collect();
-    let _ = std::panic::take_hook();
     assert!(missed.is_empty(), "nobody noticed {missed:?}");
 }
 
@@ -602,6 +605,259 @@ fn a_huge_and_a_small_leaf_in_one_gather_are_both_flushed() {
     assert!(stale.is_empty(), "{}", stale[0]);
     world.model.clear();
     world.finish();
+}
+
+/// The kernel's part of the space is one set of tables under many roots.
+#[test]
+fn what_the_kernel_maps_is_seen_in_every_space_and_flushed_in_all() {
+    let upper = Page::new(0xf_ffff_8000_0000).unwrap();
+    for seed in 0..4 {
+        let env = env(Registers::LONG_PCID, 3, seed, 64);
+        let kernel = Table::<X86_64>::new(env).unwrap();
+        assert!(
+            matches!(
+                Table::<X86_64>::sharing(env, &kernel, upper),
+                Err(TableError::CannotShare)
+            ),
+            "nothing was lent yet"
+        );
+        let half = Page::new(0xf_fff8_0000_0000).unwrap();
+        kernel.lend_from(half).unwrap();
+        assert_eq!(kernel.table_count(), 257);
+        let mut spaces: Vec<_> = (0..3)
+            .map(|_| Table::<X86_64>::sharing(env, &kernel, half).unwrap())
+            .collect();
+        for (cpu, space) in spaces.iter_mut().enumerate() {
+            space.set_asid(Asid::new(cpu as u16 + 1));
+            let root = space.root();
+            // SAFETY: as in `World::new`.
+            env.machine
+                .on_cpu(cpu, || unsafe { env.mmu.load_root(root, false) });
+        }
+        let range = PageRange::with_count(upper, 4).unwrap();
+        assert_eq!(
+            spaces[0].cursor(range).unwrap_err(),
+            RangeError::Borrowed,
+            "the kernel's part is changed through the kernel's table"
+        );
+        for rights in [Rights::KERNEL_DATA, Rights::KERNEL_DATA | Rights::GLOBAL] {
+            let frame = env.pool.alloc(&FrameRequest::ONE).unwrap();
+            let number = frame.first().number();
+            let mut cursor = kernel.cursor(range).unwrap();
+            cursor.map(upper, frame, rights).unwrap();
+            drop(cursor);
+            let linear = upper.start().as_u64();
+            for (cpu, space) in spaces.iter().enumerate() {
+                let at = (0..20).find_map(|_| {
+                    env.machine
+                        .cpu(cpu)
+                        .translate(linear, AccessKind::Write)
+                        .ok()
+                });
+                assert_eq!(at, Some(number << 12), "CPU {cpu}");
+                assert!(space.query(upper).leaf().is_some());
+            }
+            // Each CPU goes to another space and keeps what it has under the old tag.
+            for cpu in 0..3 {
+                let root = spaces[(cpu + 1) % 3].root();
+                // SAFETY: as above.
+                env.machine
+                    .on_cpu(cpu, || unsafe { env.mmu.load_root(root, true) });
+            }
+            let mut gather = kernel.gather::<2>();
+            let mut cursor = kernel.cursor(range).unwrap();
+            assert_eq!(cursor.unmap(range, &mut gather), Ok(1));
+            drop(cursor);
+            gather.commit_to(&env.pool);
+            drop(gather);
+            for turn in 0..3 {
+                for cpu in 0..3 {
+                    let root = spaces[(cpu + turn) % 3].root();
+                    // SAFETY: as above.
+                    env.machine
+                        .on_cpu(cpu, || unsafe { env.mmu.load_root(root, true) });
+                    assert!(env.machine.cpu(cpu).read_u64(linear).is_err());
+                }
+                assert!(env.machine.audit(0, u64::MAX).is_empty());
+            }
+        }
+        let idle = Table::<X86_64>::new(env).unwrap();
+        for cpu in 0..3 {
+            // SAFETY: as above.
+            env.machine
+                .on_cpu(cpu, || unsafe { env.mmu.load_root(idle.root(), false) });
+        }
+        for space in spaces {
+            assert_eq!(space.table_count(), 1);
+            space.destroy(|_, _| unreachable!(), |_, _| unreachable!());
+        }
+        assert_eq!(
+            kernel.table_count(),
+            257,
+            "a lender's tables outlive its borrowers"
+        );
+        idle.destroy(|_, _| {}, |_, _| {});
+        TableCache::shrink(&env, usize::MAX);
+        assert_eq!(env.pool.in_use(), 257);
+    }
+}
+
+#[test]
+fn a_five_level_format_with_four_levels_agrees_with_the_manual() {
+    let env = env(Registers::LONG, 2, 1, 0);
+    assert!(matches!(
+        Table::<X86_64La57>::with_levels(env, 3),
+        Err(TableError::BadLevels)
+    ));
+    let table = Table::<X86_64La57>::with_levels(env, 4).unwrap();
+    let mut world = World::with(env, table, 1);
+    for _ in 0..200 {
+        world.step();
+        for _ in 0..4 {
+            world.access();
+        }
+    }
+    let beyond = PageRange::single(Page::new(1 << 36).unwrap());
+    assert_eq!(
+        world.table.cursor(beyond).unwrap_err(),
+        RangeError::NotCanonical
+    );
+    let World { env, table, .. } = world;
+    let other = Table::<X86_64>::new(env).unwrap();
+    for cpu in 0..2 {
+        // SAFETY: as in `World::new`.
+        env.machine
+            .on_cpu(cpu, || unsafe { env.mmu.load_root(other.root(), false) });
+    }
+    table.destroy(|_, frame| env.pool.free(frame), |_, _| {});
+    other.destroy(|_, _| {}, |_, _| {});
+    assert_eq!(env.pool.in_use(), 0);
+}
+
+/// Several CPUs at once: each maps, protects and unmaps pages of its own, which lie between those of the others, and looks
+/// at everybody's. Its own pages must be as it left them at every access; no CPU may use what is gone.
+fn several_cpus(seed: u64, fault: Fault) {
+    const CPUS: usize = 3;
+    let env = env(
+        Registers::LONG,
+        CPUS,
+        seed,
+        if seed.is_multiple_of(2) { 0 } else { 16 },
+    );
+    let table = Table::<X86_64>::new(env).unwrap();
+    env.mmu.fault.set(fault);
+    for cpu in 0..CPUS {
+        // SAFETY: as in `World::new`.
+        env.machine
+            .on_cpu(cpu, || unsafe { env.mmu.load_root(table.root(), false) });
+    }
+    let mut scheduler = Scheduler::new(env.machine, seed);
+    for cpu in 0..CPUS {
+        let table = &table;
+        scheduler.spawn(cpu, move || {
+            let mut rng = SeededRng::new(seed * 7 + cpu as u64);
+            let mut model: BTreeMap<u64, Rights> = BTreeMap::new();
+            let me = env.machine.cpu(cpu).user();
+            // Tables come and go: few pages in each of several tables.
+            let page_of = |rng: &mut SeededRng, owner: u64| {
+                0x400 + rng.below(4) * 0x200 + rng.below(3) * CPUS as u64 + owner
+            };
+            for _ in 0..60 {
+                let page = page_of(&mut rng, cpu as u64);
+                let at = Page::new(page).unwrap();
+                let range = PageRange::single(at);
+                match rng.below(6) {
+                    0..=2 => {
+                        let frame = env.pool.alloc(&FrameRequest::ONE).unwrap();
+                        let mut cursor = table.cursor(range).unwrap();
+                        match cursor.map(at, frame, Rights::USER_DATA) {
+                            Ok(()) => assert_eq!(model.insert(page, Rights::USER_DATA), None),
+                            Err((_, frame)) => {
+                                assert!(model.contains_key(&page));
+                                env.pool.free(frame);
+                            }
+                        }
+                    }
+                    3 => {
+                        let rights =
+                            [Rights::USER_DATA, Rights::READ | Rights::USER][rng.below(2) as usize];
+                        let mut gather = table.gather::<1>();
+                        let mut cursor = table.cursor(range).unwrap();
+                        cursor.protect(range, rights, &mut gather).unwrap();
+                        drop(cursor);
+                        gather.commit(drop);
+                        model.entry(page).and_modify(|old| *old = rights);
+                    }
+                    4 => {
+                        let mut gather = table.gather::<1>();
+                        let mut cursor = table.cursor(range).unwrap();
+                        let unmapped = cursor.unmap(range, &mut gather).unwrap();
+                        drop(cursor);
+                        gather.commit_to(&env.pool);
+                        assert_eq!(unmapped == 1, model.remove(&page).is_some());
+                    }
+                    _ => {
+                        // Without a lock, at a page of anybody's.
+                        let owner = rng.below(CPUS as u64);
+                        let page = page_of(&mut rng, owner);
+                        if let Entry::Leaf(leaf) = table.query(Page::new(page).unwrap()) {
+                            assert_eq!(leaf.page.number(), page);
+                        }
+                    }
+                }
+                for _ in 0..4 {
+                    let page = page_of(&mut rng, cpu as u64);
+                    let rights = model.get(&page).copied().unwrap_or_default();
+                    let write = rng.below(2) == 0;
+                    let allowed = rights.contains(if write { Rights::WRITE } else { Rights::READ });
+                    let access = || {
+                        if write {
+                            me.write_u64(page << 12, page).map(|()| page)
+                        } else {
+                            me.read_u64(page << 12)
+                        }
+                    };
+                    let seen = (0..40)
+                        .map(|_| access())
+                        .find(|seen| seen.is_ok() || !allowed);
+                    match seen {
+                        Some(Ok(_)) => assert!(allowed, "page {page:#x} of CPU {cpu}"),
+                        _ => assert!(!allowed, "page {page:#x} of CPU {cpu}"),
+                    }
+                    let owner = rng.below(CPUS as u64);
+                    let other = page_of(&mut rng, owner);
+                    let _ = me.read_u64(other << 12);
+                }
+            }
+        });
+    }
+    scheduler.run();
+    let stale = env.machine.audit(0, u64::MAX);
+    assert!(stale.is_empty(), "{}", stale[0]);
+    let idle = Table::<X86_64>::new(env).unwrap();
+    for cpu in 0..CPUS {
+        // SAFETY: as in `World::new`.
+        env.machine
+            .on_cpu(cpu, || unsafe { env.mmu.load_root(idle.root(), false) });
+    }
+    table.destroy(|_, frame| env.pool.free(frame), |_, _| {});
+    idle.destroy(|_, _| {}, |_, _| {});
+    TableCache::shrink(&env, usize::MAX);
+    assert_eq!(env.pool.in_use(), 0, "frames leaked");
+}
+
+#[test]
+fn several_cpus_change_one_table_at_once() {
+    for seed in 0..24 {
+        several_cpus(seed, Fault::None);
+    }
+}
+
+#[test]
+fn a_shootdown_that_nobody_waits_for_is_caught() {
+    let caught = (0..20)
+        .any(|seed| catch_unwind(AssertUnwindSafe(|| several_cpus(seed, Fault::NoWait))).is_err());
+    assert!(caught);
 }
 
 #[test]

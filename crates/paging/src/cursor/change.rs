@@ -20,9 +20,9 @@ use super::{Cursor, Divisible};
 use crate::attributes::{Attributes, Leaf, Rights};
 use crate::env::Env;
 use crate::error::ChangeError;
-use crate::format::{Format, Kind, level};
+use crate::format::{Format, Kind, Word, level};
 use crate::gather::{Gather, Stale};
-use crate::node::Node;
+use crate::node::{self, Node};
 use crate::table::{Entry, decode, index_at};
 
 bitflags::bitflags! {
@@ -66,9 +66,9 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         rights: Rights,
         gather: &mut Gather<'_, F, E, H, N>,
     ) -> Result<u64, ChangeError> {
-        self.change_words(range, gather, &mut |number, _, word| {
-            Ok(Some(F::with_rights(number, word, rights)))
-        })
+        let mut change = |number, _, word| Ok(Some(F::with_rights(number, word, rights)));
+        let patch = F::rights_patch(1, rights);
+        self.change_words(range, gather, patch, &mut change)
     }
 
     /// Shows every leaf in `range` to `change` and gives it the attributes that this answers; `None` leaves it alone.
@@ -89,7 +89,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         gather: &mut Gather<'_, F, E, H, N>,
         mut change: impl FnMut(&Leaf) -> Option<Attributes>,
     ) -> Result<u64, ChangeError> {
-        self.change_words(range, gather, &mut |number, page, word| {
+        self.change_words(range, gather, None, &mut |number, page, word| {
             let Entry::Leaf(leaf) = decode::<F>(page, number, word) else {
                 return Ok(None);
             };
@@ -103,11 +103,14 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         })
     }
 
-    /// Gives every leaf's word in `range` to `change`, with its level and first page.
+    /// Gives every leaf's word in `range` to `change`, with its level and first page. Where there is a patch of bits, it is
+    /// what `change` does to a present leaf of level 1.
+    #[inline]
     fn change_words<const N: usize>(
         &mut self,
         range: PageRange,
         gather: &mut Gather<'_, F, E, H, N>,
+        patch: Option<(u64, u64)>,
         change: &mut impl FnMut(usize, Page, u64) -> Result<Option<u64>, Unencodable>,
     ) -> Result<u64, ChangeError> {
         if !self.range.contains_range(range) {
@@ -121,6 +124,24 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         let mut page = range.first().number();
         loop {
             let node = self.seek(Page::from_number(page), 1);
+            if node.level == 1 {
+                match self.change_leaves(&node, page, range.last().number(), gather, patch, change)
+                {
+                    Ok((changed, next)) => {
+                        pages += changed;
+                        match next {
+                            Some(next) => page = next,
+                            None => return Ok(pages),
+                        }
+                        continue;
+                    }
+                    Err(at) => {
+                        return Err(ChangeError::Unencodable {
+                            at: Page::from_number(at),
+                        });
+                    }
+                }
+            }
             match self.change_table(&node, page, range, gather, change, &mut pages) {
                 Step::Done => return Ok(pages),
                 Step::Next(next) => page = next,
@@ -138,7 +159,67 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         }
     }
 
+    /// Changes the leaves of a leaf table from `page` to `last` or to its end; gives how many pages changed, and where to
+    /// go on. Fails at the page of a leaf that cannot be as it should.
     #[inline(always)]
+    fn change_leaves<const N: usize>(
+        &self,
+        node: &Node<'t, F>,
+        page: u64,
+        last: u64,
+        gather: &mut Gather<'_, F, E, H, N>,
+        patch: Option<(u64, u64)>,
+        change: &mut impl FnMut(usize, Page, u64) -> Result<Option<u64>, Unencodable>,
+    ) -> Result<(u64, Option<u64>), u64> {
+        let index = index_at::<F>(page, 1);
+        let room = (level::<F>(1).entries() - index) as u64;
+        let count = (last - page + 1).min(room);
+        let trace = self.table.env().trace();
+        if patch.is_some() {
+            // Before the first store that may need it.
+            gather.announce();
+        }
+        let mut restricted = Restricted::new(gather, 1);
+        let mut changed = 0;
+        for (at, entry) in (page..).zip(node.entries(index, count as usize)) {
+            let word = F::Word::load(entry);
+            if let Some((keep, set)) = patch
+                && F::is_present(1, word)
+                && F::is_settled(word)
+            {
+                // Nothing is left for the hardware to write (F4), and the lock is ours.
+                let new = word & keep | set;
+                if new == word {
+                    continue;
+                }
+                F::Word::store(entry, new);
+                changed += 1;
+                if F::needs_flush(1, word, new) {
+                    restricted.add(at, F::is_global(1, word));
+                    let page = PageRange::single(Page::from_number(at));
+                    trace.event(TraceEvent::Restricted(page));
+                }
+                continue;
+            }
+            if F::kind(1, word) != Kind::Leaf {
+                continue;
+            }
+            let at = Page::from_number(at);
+            match change_entry(1, entry, at, word, &mut restricted, change) {
+                Ok(Change::None) => {}
+                Ok(Change::Relaxed) => changed += 1,
+                Ok(Change::Restricted) => {
+                    changed += 1;
+                    trace.event(TraceEvent::Restricted(PageRange::single(at)));
+                }
+                Err(Unencodable) => return Err(at.number()),
+            }
+        }
+        let end = page + (count - 1);
+        Ok((changed, (end < last).then(|| end + 1)))
+    }
+
+    /// As `change_leaves`, for tables of any level: finds tables below, and huge leaves that must be split.
     fn change_table<const N: usize>(
         &self,
         node: &Node<'t, F>,
@@ -166,7 +247,8 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                         return Step::Split(page);
                     }
                     let at = Page::from_number(first);
-                    match change_entry(node, index, at, word, &mut restricted, change) {
+                    match change_entry(number, node.entry(index), at, word, &mut restricted, change)
+                    {
                         Ok(Change::None) => {}
                         Ok(Change::Relaxed) => *pages += covered,
                         Ok(Change::Restricted) => {
@@ -278,6 +360,14 @@ impl<'a, 'g, F: Format, E: Env, H: Divisible, const N: usize> Restricted<'a, 'g,
             local: false,
         }
     }
+
+    /// Notes a leaf by its first page. The gather was announced.
+    #[inline(always)]
+    fn add(&mut self, first: u64, global: bool) {
+        self.stale = Some((self.stale.map_or(first, |stale| stale.0), first));
+        self.global |= global;
+        self.local |= !global;
+    }
 }
 
 impl<F: Format, E: Env, H: Divisible, const N: usize> Drop for Restricted<'_, '_, F, E, H, N> {
@@ -300,29 +390,25 @@ impl<F: Format, E: Env, H: Divisible, const N: usize> Drop for Restricted<'_, '_
 /// Changes one leaf of a locked table. Leaves are given in ascending order.
 #[inline(always)]
 pub(crate) fn change_entry<F: Format, E: Env, H: Divisible, const N: usize>(
-    node: &Node<'_, F>,
-    index: usize,
+    number: usize,
+    entry: &node::Entry<F>,
     page: Page,
     mut word: u64,
     restricted: &mut Restricted<'_, '_, F, E, H, N>,
     change: &mut impl FnMut(usize, Page, u64) -> Result<Option<u64>, Unencodable>,
 ) -> Result<Change, Unencodable> {
     loop {
-        let new = match change(node.level, page, word)? {
+        let new = match change(number, page, word)? {
             Some(new) if new != word => new,
             _ => return Ok(Change::None),
         };
-        let flush = F::needs_flush(node.level, word, new);
+        let flush = F::needs_flush(number, word, new);
         if flush {
             restricted.gather.announce();
         }
-        match node.change(index, word, new) {
+        match node::change::<F>(entry, word, new) {
             Ok(()) if flush => {
-                let first = restricted.stale.map_or(page.number(), |stale| stale.0);
-                restricted.stale = Some((first, page.number()));
-                let global = F::is_global(node.level, word);
-                restricted.global |= global;
-                restricted.local |= !global;
+                restricted.add(page.number(), F::is_global(number, word));
                 return Ok(Change::Restricted);
             }
             Ok(()) => return Ok(Change::Relaxed),

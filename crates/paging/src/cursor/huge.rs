@@ -94,8 +94,20 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
     }
 
     /// Takes the frames for the tables that `range`'s two ends need, where they cut huge leaves.
-    #[inline]
+    #[inline(always)]
     pub(super) fn reserve_splits(&mut self, range: PageRange) -> Result<(), AllocError> {
+        if let Some(node) = self.held
+            && node.level == 1
+            && range.first().number().wrapping_sub(self.span.0) < self.span.1
+            && range.last().number().wrapping_sub(self.span.0) < self.span.1
+        {
+            // A leaf table: nothing huge is in the range.
+            return Ok(());
+        }
+        self.reserve_splits_slowly(range)
+    }
+
+    fn reserve_splits_slowly(&mut self, range: PageRange) -> Result<(), AllocError> {
         let first = self.splits_at(range.first(), range.first().number());
         let last = self.splits_at(range.last(), range.last().number().wrapping_add(1));
         if first + last == 0 {
@@ -106,12 +118,6 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
 
     /// How many tables it takes until `boundary` is between two leaves at `page`.
     fn splits_at(&self, page: Page, boundary: u64) -> usize {
-        if let Some(node) = self.held
-            && node.level == 1
-            && page.number().wrapping_sub(self.span.0) < self.span.1
-        {
-            return 0;
-        }
         let Entry::Leaf(leaf) = self.table.query(page) else {
             return 0;
         };

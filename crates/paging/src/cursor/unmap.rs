@@ -8,15 +8,15 @@
 //!                                                                                     no: somebody mapped: leave it
 //! ```
 
-use kmem_hal::{Grace, Page, PageRange, Trace, TraceEvent};
+use kmem_hal::{Grace, Order, Page, PageRange, Trace, TraceEvent};
 
 use super::{Cursor, Divisible};
 use crate::attributes::{Leaf, Payload};
 use crate::env::Env;
 use crate::error::ChangeError;
-use crate::format::{Format, Kind, level};
+use crate::format::{Format, Kind, Word, level};
 use crate::gather::{Gather, Stale};
-use crate::node::Node;
+use crate::node::{self, Node};
 use crate::table::{Entry, decode, index_at};
 
 /// What was cleared.
@@ -125,7 +125,18 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         let mut page = range.first().number();
         loop {
             let node = self.seek(Page::from_number(page), 1);
-            let step = self.clear(&node, page, range, gather, &mut visit, &mut pages);
+            let step = if node.level == 1 {
+                self.clear_leaves(
+                    &node,
+                    page,
+                    range.last().number(),
+                    gather,
+                    &mut visit,
+                    &mut pages,
+                )
+            } else {
+                self.clear(&node, page, range, gather, &mut visit, &mut pages)
+            };
             if let Step::Split(page) = step {
                 self.split_held(Page::from_number(page), gather)
                     .map_err(ChangeError::Memory)?;
@@ -145,8 +156,66 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         }
     }
 
-    /// Clears the entries of the held table from `page` on.
-    #[inline]
+    /// Clears the entries of a leaf table from `page` to `last` or to its end.
+    #[inline(always)]
+    fn clear_leaves<const N: usize>(
+        &self,
+        node: &Node<'t, F>,
+        page: u64,
+        last: u64,
+        gather: &mut Gather<'_, F, E, H, N>,
+        visit: &mut impl FnMut(Cleared),
+        pages: &mut u64,
+    ) -> Step {
+        let index = index_at::<F>(page, 1);
+        let room = (level::<F>(1).entries() - index) as u64;
+        let count = (last - page + 1).min(room);
+        let trace = self.table.env().trace();
+        let mut batch = Batch {
+            node,
+            gather,
+            stride: 1,
+            cleared: 0,
+            stale: None,
+            global: false,
+            local: false,
+        };
+        for (at, entry) in (page..).zip(node.entries(index, count as usize)) {
+            let word = F::Word::load(entry);
+            if word == 0 {
+                continue;
+            }
+            if F::kind(1, word) == Kind::Payload {
+                F::Word::store(entry, 0);
+                batch.cleared += 1;
+                *pages += 1;
+                visit(Cleared::Payload(Page::from_number(at), F::payload_of(word)));
+                continue;
+            }
+            if batch.gather.is_full() {
+                return Step::Full(at);
+            }
+            batch.gather.announce();
+            let word = node::take::<F>(entry);
+            batch.add(at, F::is_global(1, word));
+            batch.gather.push(F::leaf_frame(1, word), Order::ZERO);
+            *pages += 1;
+            trace.event(TraceEvent::Unmapped(PageRange::single(Page::from_number(
+                at,
+            ))));
+            if let Entry::Leaf(leaf) = decode::<F>(Page::from_number(at), 1, word) {
+                visit(Cleared::Leaf(leaf));
+            }
+        }
+        let end = page + (count - 1);
+        if end < last {
+            Step::Next(end + 1)
+        } else {
+            Step::Done
+        }
+    }
+
+    /// As `clear_leaves`, for tables of any level: finds tables below, and huge leaves that must be split.
     fn clear<const N: usize>(
         &self,
         node: &Node<'t, F>,

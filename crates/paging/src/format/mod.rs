@@ -160,6 +160,24 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
         Self::leaf(level, Self::leaf_frame(level, word), &attributes)
     }
 
+    /// For present leaves of `level`: the bits to keep and the bits to set that give them `rights`. `None` where that takes
+    /// more than bits.
+    #[inline(always)]
+    fn rights_patch(level: usize, rights: Rights) -> Option<(u64, u64)> {
+        let _ = (level, rights);
+        None
+    }
+
+    /// Whether the hardware sees the word as present.
+    #[inline(always)]
+    fn is_present(level: usize, word: u64) -> bool {
+        match Self::kind(level, word) {
+            Kind::Empty | Kind::Payload => false,
+            Kind::Table => true,
+            Kind::Leaf => Self::attributes(level, word).rights.grants_access(),
+        }
+    }
+
     /// Whether a CPU that remembers the leaf `old` may go on in a way that `new`, of the same frame, forbids, or lose a
     /// dirty bit; or, where absent entries are remembered, whether it may refuse what `new` allows.
     #[inline(always)]

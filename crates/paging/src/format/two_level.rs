@@ -109,6 +109,16 @@ unsafe impl Format for X86TwoLevel {
     }
 
     #[inline(always)]
+    fn rights_patch(_level: usize, rights: Rights) -> Option<(u64, u64)> {
+        rights.grants_access().then(|| MODE.rights_patch(rights))
+    }
+
+    #[inline(always)]
+    fn is_present(_level: usize, word: u64) -> bool {
+        word & PRESENT != 0
+    }
+
+    #[inline(always)]
     fn relocate(level: usize, template: u64, frame: Frame) -> u64 {
         MODE.relocate(level, template, frame)
     }

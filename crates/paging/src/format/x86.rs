@@ -145,23 +145,31 @@ impl Mode {
             let attributes = self.attributes(level, word).rights(rights);
             return self.leaf(level, self.leaf_frame(level, word), &attributes);
         }
-        let mut word = word & !(WRITE | USER | GLOBAL);
+        let (keep, set) = self.rights_patch(rights);
+        word & keep | set
+    }
+
+    /// The bits of a present leaf that rights do not touch, and those that say these rights.
+    #[inline(always)]
+    pub fn rights_patch(self, rights: Rights) -> (u64, u64) {
+        let mut keep = !(WRITE | USER | GLOBAL);
+        let mut set = 0;
         if self.no_execute {
-            word &= !NO_EXECUTE;
+            keep &= !NO_EXECUTE;
             if !rights.contains(Rights::EXECUTE) {
-                word |= NO_EXECUTE;
+                set |= NO_EXECUTE;
             }
         }
         if rights.contains(Rights::WRITE) {
-            word |= WRITE;
+            set |= WRITE;
         }
         if rights.contains(Rights::USER) {
-            word |= USER;
+            set |= USER;
         }
         if rights.contains(Rights::GLOBAL) {
-            word |= GLOBAL;
+            set |= GLOBAL;
         }
-        word
+        (keep, set)
     }
 
     /// Bits whose loss, and bits whose change, a CPU must be told of.
