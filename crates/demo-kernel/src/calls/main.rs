@@ -13,6 +13,7 @@ mod cow_mm;
 mod hal;
 mod paging;
 mod vma_tree;
+mod vmalloc;
 
 /// Defines `call_NAME` functions and keeps them in the image.
 macro_rules! calls {
