@@ -16,11 +16,12 @@
 //! The ends of the page numbers are ordinary: a gap may begin with page 0 and end with the last page.
 
 use core::fmt;
+use core::mem::MaybeUninit;
 
 use kmem_hal::{ObjectAlloc, Page, PageRange};
 
-use crate::node::{Leaf, Node, from_word, saturate};
-use crate::path::HEIGHT_MASK;
+use crate::node::{Leaf, Node, NodePtr, from_word, saturate};
+use crate::path::{HEIGHT_MASK, MAX_HEIGHT};
 use crate::stock::Sharing;
 use crate::tree::RangeTree;
 use crate::value::{Entry, Value};
@@ -102,6 +103,10 @@ impl GapRequest {
     #[must_use]
     pub fn place_low(&self, usable: PageRange) -> Option<PageRange> {
         let first = usable.first().number();
+        if self.alignment == 1 {
+            let place = PageRange::with_count(usable.first(), self.pages)?;
+            return (place.last() <= usable.last()).then_some(place);
+        }
         let up = (self.offset + self.alignment - first % self.alignment) % self.alignment;
         let place = PageRange::with_count(Page::new(first.checked_add(up)?)?, self.pages)?;
         (place.last() <= usable.last()).then_some(place)
@@ -111,6 +116,10 @@ impl GapRequest {
     #[must_use]
     pub fn place_high(&self, usable: PageRange) -> Option<PageRange> {
         let highest = usable.last().number().checked_sub(self.pages - 1)?;
+        if self.alignment == 1 {
+            let first = Page::new(highest)?;
+            return (first >= usable.first()).then_some(PageRange::with_count(first, self.pages)?);
+        }
         let down = (highest % self.alignment + self.alignment - self.offset) % self.alignment;
         let first = Page::new(highest.checked_sub(down)?)?;
         (first >= usable.first()).then_some(PageRange::with_count(first, self.pages)?)
@@ -286,69 +295,67 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             let leaf = unsafe { node.as_ref() }.leaf();
             return search.leaf(self, leaf, (0, Page::MAX.number()));
         }
-        let mut nodes = [node; crate::path::MAX_HEIGHT];
-        // The children still to look into, and which child the path takes, by level.
-        let mut open = [0_u16; crate::path::MAX_HEIGHT];
-        let mut slots = [0_u8; crate::path::MAX_HEIGHT];
-        // Bit `level`: the node contains the page of the lower or upper limit.
-        let (mut at_first, mut at_last) = (1_u32 << top, 1_u32 << top);
+        // The way down: a node, the pages it answers for, and its children still to look into.
+        let mut way = [const { MaybeUninit::<Step<W>>::uninit() }; MAX_HEIGHT];
         let mut level = top;
-        // SAFETY: as above, here and below.
-        open[level] = unsafe { node.as_ref() }.children_with_gap(need)
-            & unsafe { node.as_ref() }
-                .children_between(Some(limits.first().number()), Some(limits.last().number()));
+        let mut step = Step {
+            // SAFETY: as above, here and below.
+            open: unsafe { node.as_ref() }.children_with_gap(need),
+            node,
+            low: 0,
+            high: Page::MAX.number(),
+        };
         loop {
-            if open[level] == 0 {
+            if step.open == 0 {
                 if level == top {
                     return None;
                 }
                 level += 1;
+                // SAFETY: every level above the present one was written on the way down.
+                step = unsafe { way[level].assume_init() };
                 continue;
             }
             let slot = if search.up {
-                open[level].trailing_zeros()
+                step.open.trailing_zeros()
             } else {
-                15 - open[level].leading_zeros()
+                15 - step.open.leading_zeros()
             } as usize;
-            open[level] &= !(1 << slot);
-            slots[level] = slot as u8;
+            step.open &= !(1 << slot);
             // SAFETY: as above.
-            let inner = unsafe { nodes[level].as_ref() };
-            let child = inner.child(slot)?;
-            if level > 1 {
-                // SAFETY: as above.
-                let below = unsafe { child.as_ref() };
-                let first =
-                    at_first >> level & 1 == 1 && slot == inner.child_for(limits.first().number());
-                let last =
-                    at_last >> level & 1 == 1 && slot == inner.child_for(limits.last().number());
-                level -= 1;
-                at_first = at_first & !(1 << level) | u32::from(first) << level;
-                at_last = at_last & !(1 << level) | u32::from(last) << level;
-                nodes[level] = child;
-                open[level] = below.children_with_gap(need);
-                if first || last {
-                    open[level] &= below.children_between(
-                        first.then_some(limits.first().number()),
-                        last.then_some(limits.last().number()),
-                    );
-                }
+            let inner = unsafe { step.node.as_ref() };
+            let low = inner.first_of(slot, step.low);
+            let high = inner.last_of(slot, step.high);
+            if high < limits.first().number() || low > limits.last().number() {
+                // Outside of the limits. At each level a search meets at most the other children of one node.
                 continue;
             }
-            let (mut low, mut high) = (0, Page::MAX.number());
-            for above in (1..=top).rev() {
-                // SAFETY: as above.
-                let inner = unsafe { nodes[above].as_ref() };
-                let slot = usize::from(slots[above]);
-                (low, high) = (inner.first_of(slot, low), inner.last_of(slot, high));
-            }
+            let child = inner.child(slot)?;
             // SAFETY: as above.
-            let leaf = unsafe { child.as_ref() }.leaf();
-            if let Some(place) = search.leaf(self, leaf, (low, high)) {
+            let below = unsafe { child.as_ref() };
+            if level > 1 {
+                way[level].write(step);
+                level -= 1;
+                step = Step {
+                    open: below.children_with_gap(need),
+                    node: child,
+                    low,
+                    high,
+                };
+            } else if let Some(place) = search.leaf(self, below.leaf(), (low, high)) {
                 return Some(place);
             }
         }
     }
+}
+
+/// A node on the way of a search.
+#[derive(Clone, Copy)]
+struct Step<const W: usize> {
+    node: NodePtr<W>,
+    low: u64,
+    high: u64,
+    /// The children still to look into, one bit each.
+    open: u16,
 }
 
 impl<V: Value> Search<'_, '_, V> {

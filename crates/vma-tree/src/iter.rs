@@ -180,6 +180,33 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Iterator
         entry(self.next_raw()?)
     }
 
+    /// A whole leaf at a time.
+    fn fold<B, F: FnMut(B, Entry<V>) -> B>(mut self, init: B, mut f: F) -> B {
+        let mut all = init;
+        let Some(first) = self.next() else {
+            return all;
+        };
+        all = f(all, first);
+        let high = self.high;
+        if let (Some(end), false) = (&mut self.front, self.done) {
+            loop {
+                for slot in end.slot..end.leaf.count() {
+                    let raw = end.leaf.raw(slot);
+                    if raw.first > high {
+                        return all;
+                    }
+                    if let Some(entry) = entry(raw) {
+                        all = f(all, entry);
+                    }
+                }
+                if !end.next_leaf() {
+                    break;
+                }
+            }
+        }
+        all
+    }
+
     fn size_hint(&self) -> (usize, Option<usize>) {
         (0, Some(self.tree.len()))
     }

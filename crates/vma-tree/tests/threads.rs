@@ -146,7 +146,7 @@ fn readers_see_whole_states() {
             });
         }
         for i in 0..EDITS {
-            let even = (i * 7919) % RANGES & !1;
+            let even = ((i * 7919) % RANGES) & !1;
             let hole = count(10 * even + 2, 1);
             // Readers that never pause let garbage pile up; then the writer waits.
             let mut store = |value| {

@@ -71,12 +71,12 @@ impl<const W: usize> Node<W> {
     /// The child whose pages contain `page`. No branch depends on a pivot.
     #[inline(always)]
     pub(crate) fn child_for(&self, page: u64) -> usize {
-        let mut at = 0;
-        let mut rest = Self::PIVOTS;
-        while rest > 0 {
-            let step = rest.div_ceil(2);
-            at += usize::from(self.word(at + step - 1) < page) * step;
-            rest -= step;
+        // One step of a binary search, then all that is left at once: the loads do not wait for each other.
+        let step = Self::PIVOTS.div_ceil(2);
+        let half = usize::from(self.word(step - 1) < page) * step;
+        let mut at = half;
+        for next in 0..Self::PIVOTS - step {
+            at += usize::from(self.word(half + next) < page);
         }
         at
     }
@@ -135,23 +135,21 @@ impl<const W: usize> Node<W> {
             .unwrap_or(0)
     }
 
-    /// The children with a gap of at least `need` on record, one bit each. No branch depends on a record.
+    /// The children with a gap of at least `need` (not 0) on record, one bit each. No branch depends on a record.
     #[inline]
     pub(crate) fn children_with_gap(&self, need: u32) -> u16 {
-        let mut bits = 0_u32;
-        for index in 0..Self::CHILDREN + 1 {
-            bits |= u32::from(self.half(index) >= need) << index;
+        // Two records a word: the upper one is compared where it stands. What falls short is shifted in from above, so
+        // that a comparison and an addition with carry make a bit.
+        let mut short = 0_u32;
+        let upper = u64::from(need) << 32;
+        for word in (Self::GAPS..W).rev() {
+            let word = self.word(word);
+            short = (short << 1) + u32::from(word < upper);
+            short = (short << 1) + u32::from((word as u32) < need);
         }
-        let all = (1_u32 << self.children()) - 1;
-        // Half word 0 is the count.
-        ((bits >> 1) & all) as u16
-    }
-
-    /// The children from the one that contains `first` to the one that contains `last`, one bit each.
-    pub(crate) fn children_between(&self, first: Option<u64>, last: Option<u64>) -> u16 {
-        let low = first.map_or(0, |page| self.child_for(page));
-        let high = last.map_or(15, |page| self.child_for(page));
-        (u16::MAX >> (15 - high)) & (u16::MAX << low)
+        let bits = !short & ((1 << (Self::CHILDREN + 1)) - 1);
+        // Half word 0 is the count; those of children that do not exist are 0.
+        (bits >> 1) as u16
     }
 
     /// Child `slot` with its description.

@@ -169,12 +169,12 @@ impl<const W: usize> Leaf<'_, W> {
         let Some(probe) = self.coding.probe(page) else {
             return 0;
         };
-        let mut at = 0;
-        let mut rest = Node::<W>::RANGES;
-        while rest > 0 {
-            let step = rest.div_ceil(2);
-            at += usize::from(self.node.word(at + step - 1) <= probe) * step;
-            rest -= step;
+        // As in an inner node.
+        let step = Node::<W>::RANGES.div_ceil(2);
+        let half = usize::from(self.node.word(step - 1) <= probe) * step;
+        let mut at = half;
+        for next in 0..Node::<W>::RANGES - step {
+            at += usize::from(self.node.word(half + next) <= probe);
         }
         at
     }
