@@ -124,6 +124,12 @@ impl Arena {
         }
     }
 
+    /// Leaves the range out of processes that this one forks; they must not use what lies in it.
+    pub fn keep_from_children(&self) {
+        // SAFETY: advice on the own mapping; it changes nothing in this process.
+        unsafe { libc::madvise(self.start.cast(), self.bytes, libc::MADV_DONTFORK) };
+    }
+
     /// Bytes of memory that the host has committed to the range.
     ///
     /// # Errors

@@ -174,7 +174,7 @@ fn start(bytes: usize) -> Option<*mut Inner> {
     let mut boot: BootMap = BootMap::new();
     let large = Ranges::new(inner.memory.frames(), inner.memory.table());
     // No watermarks: nobody reclaims here, so the last frame may be had.
-    let config = Config::new().cpus(0).min_free_kib(0).reserve_ratio([0; 5]);
+    let config = Config::new().min_free_kib(0).reserve_ratio([0; 5]);
     let started = boot
         .push(PhysAddr::new(BASE), usable, RegionKind::Usable)
         .is_ok()

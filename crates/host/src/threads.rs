@@ -139,7 +139,7 @@ unsafe impl Cpu for ThreadCpu {
     }
 
     #[inline(always)]
-    fn id<'a>(&'a self, guard: &HostGuard) -> CpuId {
+    fn id(&self, guard: &HostGuard) -> CpuId {
         CpuId::new(guard.id)
     }
 

@@ -1,6 +1,8 @@
 //! An arena of host memory as physical frames, with a count, a failure injector and hooks.
 #![allow(dead_code)]
 
+pub mod world;
+
 use std::alloc::{Layout, alloc_zeroed};
 use std::cell::Cell;
 use std::ptr::NonNull;
