@@ -1,3 +1,137 @@
-//! `compare`: kmem beside its peers.
+//! `compare`: kmem beside its peers in one run.
 
-fn main() {}
+#[cfg(not(any(feature = "peers", kmem_counting)))]
+compile_error!("compare needs its peers, unless it counts");
+
+#[cfg(kmem_counting)]
+fn main() {
+    let asked = std::env::args().nth(1);
+    assert_eq!(asked.as_deref(), Some(kmem_benches::counting::FLAG));
+    let rows = kmem_benches::counting::measure();
+    print!("{}", kmem_benches::output::json(&rows));
+}
+
+#[cfg(not(kmem_counting))]
+fn main() -> std::process::ExitCode {
+    program::main()
+}
+
+#[cfg(all(feature = "peers", not(kmem_counting)))]
+mod program {
+    use std::path::PathBuf;
+    use std::process::ExitCode;
+
+    use kmem_benches::area::{self, AREAS};
+    use kmem_benches::harness::{Options, Runner};
+    use kmem_benches::output;
+
+    const USAGE: &str = "\
+usage: compare [AREA] [--quick] [--json FILE] [--only PREFIX]
+  AREA           buddy, slab, paging, fork, vma or all (the default)
+  --quick        small sizes and budgets: less than a minute an area
+  --json FILE    writes all figures there as one JSON array
+  --only PREFIX  runs the workloads whose names begin so
+Exit code 0 if every check held, 1 if one failed, 2 for a wrong command line.";
+
+    #[derive(Debug, Default, PartialEq)]
+    struct Arguments {
+        area: Option<String>,
+        quick: bool,
+        json: Option<PathBuf>,
+        only: Option<String>,
+        help: bool,
+    }
+
+    fn parse(arguments: impl Iterator<Item = String>) -> Result<Arguments, String> {
+        let mut parsed = Arguments::default();
+        let mut arguments = arguments;
+        while let Some(argument) = arguments.next() {
+            let mut value = |name| arguments.next().ok_or(format!("{name} needs a value"));
+            match argument.as_str() {
+                "--quick" => parsed.quick = true,
+                "--json" => parsed.json = Some(value("--json")?.into()),
+                "--only" => parsed.only = Some(value("--only")?),
+                "--help" | "-h" => parsed.help = true,
+                area if parsed.area.is_none() && (area == "all" || AREAS.contains(&area)) => {
+                    parsed.area = Some(argument);
+                }
+                other => return Err(format!("what is {other:?}?")),
+            }
+        }
+        Ok(parsed)
+    }
+
+    pub fn main() -> ExitCode {
+        let arguments = match parse(std::env::args().skip(1)) {
+            Ok(arguments) if arguments.help => {
+                println!("{USAGE}");
+                return ExitCode::SUCCESS;
+            }
+            Ok(arguments) => arguments,
+            Err(problem) => {
+                eprintln!("compare: {problem}\n{USAGE}");
+                return ExitCode::from(2);
+            }
+        };
+        // A program that panics loses its row; the message is enough.
+        std::panic::set_hook(Box::new(|panic| eprintln!("compare: {panic}")));
+        let mut runner = Runner::new(Options {
+            only: arguments.only,
+            ..Options::new(arguments.quick)
+        });
+        let area = arguments.area.as_deref().unwrap_or("all");
+        for name in AREAS {
+            if area == "all" || area == name {
+                area::run(name, &mut runner);
+            }
+        }
+        if let Some(file) = arguments.json
+            && let Err(error) = std::fs::write(&file, output::json(runner.rows()))
+        {
+            runner.problem(format!("{} cannot be written: {error}", file.display()));
+        }
+        if runner.rows().is_empty() {
+            runner.problem("nothing was measured".into());
+        }
+        if runner.problems().is_empty() {
+            println!("{} figures, every check held", runner.rows().len());
+            return ExitCode::SUCCESS;
+        }
+        for problem in runner.problems() {
+            println!("FAILED {problem}");
+        }
+        ExitCode::FAILURE
+    }
+
+    #[cfg(test)]
+    mod tests {
+        use super::*;
+
+        fn parsed(line: &str) -> Result<Arguments, String> {
+            parse(line.split_whitespace().map(str::to_owned))
+        }
+
+        #[test]
+        fn arguments_come_in_any_order() {
+            let want = Arguments {
+                area: Some("vma".into()),
+                quick: true,
+                json: Some("x.json".into()),
+                ..Arguments::default()
+            };
+            assert_eq!(parsed("vma --quick --json x.json"), Ok(want));
+            assert_eq!(
+                parsed("--json x.json --quick vma"),
+                parsed("vma --quick --json x.json")
+            );
+            assert_eq!(parsed(""), Ok(Arguments::default()));
+        }
+
+        #[test]
+        fn nonsense_is_refused() {
+            for line in ["bud", "buddy slab", "--json", "--fast", "buddy --only"] {
+                assert!(parsed(line).is_err(), "{line}");
+            }
+        }
+    }
+}
