@@ -99,8 +99,9 @@ impl ListBuddy {
         let memory = unsafe { std::slice::from_raw_parts_mut(region.base(), region.bytes()) };
         // SAFETY: as above; nobody else uses the region.
         unsafe { inner.init(memory) }.expect("the region is large enough");
-        // Blocks are aligned in addresses; numbers start where the region does.
-        let offset = BASE - region.base() as u64 / 4096;
+        // Its blocks are aligned from the start of its heap, which comes after the table: frames are numbered from there.
+        let start = inner.section(0).expect("one region was given").start;
+        let offset = BASE.wrapping_sub(start as u64 / 4096);
         Self {
             inner: Locked::new(inner),
             offset,
@@ -113,7 +114,7 @@ impl Frames for ListBuddy {
     fn alloc(&self, order: u8) -> Option<u64> {
         let address = self
             .inner
-            .with(|inner| inner.alloc_pages(1 << order, 4096 << order))
+            .with(|inner| inner.alloc_pages(1 << order, 4096))
             .ok()?;
         Some((address as u64 / 4096).wrapping_add(self.offset))
     }
@@ -169,11 +170,10 @@ fn do_pairs(frames: &impl Frames, order: u8) -> u64 {
     answered
 }
 
-/// Half of the zone in use, frame by frame; the first slice checks that blocks do not overlap. A peer that keeps its table in
-/// the zone has frames a little beyond.
+/// Half of the zone in use, frame by frame; the first slice checks that blocks do not overlap.
 fn half<F: Frames>(frames: &F, size: u64, index: u64, held: &mut Vec<u64>) {
     if index == 0 {
-        verify(frames, BASE, 2 * size, size / 2).expect("the allocator is sound");
+        verify(frames, BASE, size, size / 2).expect("the allocator is sound");
         frames.alloc_batch(held, size as usize / 2);
     }
 }
@@ -299,7 +299,7 @@ fn mixed<F: Frames>(frames: F, size: u64) -> impl Competitor {
     let mut state = Mixed::new(size / 10 * 8, 1);
     move |index: u64, watch: &mut Watch| {
         if index == 0 {
-            verify(&frames, BASE, 2 * size, size / 2).expect("the allocator is sound");
+            verify(&frames, BASE, size, size / 2).expect("the allocator is sound");
             state.fill(&frames);
         }
         watch.time(|| {
