@@ -1,8 +1,5 @@
 //! `compare`: kmem beside its peers in one run.
 
-#[cfg(not(any(feature = "peers", kmem_counting)))]
-compile_error!("compare needs its peers, unless it counts");
-
 #[cfg(kmem_counting)]
 fn main() {
     let asked = std::env::args().nth(1);
@@ -11,9 +8,15 @@ fn main() {
     print!("{}", kmem_benches::output::json(&rows));
 }
 
-#[cfg(not(kmem_counting))]
+#[cfg(all(feature = "peers", not(kmem_counting)))]
 fn main() -> std::process::ExitCode {
     program::main()
+}
+
+#[cfg(not(any(feature = "peers", kmem_counting)))]
+fn main() -> std::process::ExitCode {
+    eprintln!("compare: built without the feature `peers`: there is nothing to compare with");
+    std::process::ExitCode::from(2)
 }
 
 #[cfg(all(feature = "peers", not(kmem_counting)))]

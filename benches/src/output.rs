@@ -120,7 +120,7 @@ pub fn json(rows: &[Row]) -> String {
     text
 }
 
-/// Reads what [`json`] wrote.
+/// Reads what [`json()`] wrote.
 ///
 /// # Errors
 ///
