@@ -21,6 +21,8 @@ use crate::cache::TableCache;
 /// - `E2`: `slots` is the machine's only frame table, and covers every frame that `frames` gives.
 /// - `E3`: `mmu` is the MMU that loads the roots of these tables, and `map` reaches the memory that it walks.
 /// - `E4`: `cache` is used by environments with the same `frames`, `slots` and `map` only.
+/// - `E5`: tables that share others ([`PageTable::sharing`](crate::PageTable::sharing)) or are forked into one another are made
+///   in environments with the same `grace`.
 pub unsafe trait Env {
     /// Where tables can be read and written.
     type Map: PhysMap;
@@ -53,6 +55,8 @@ pub unsafe trait Env {
     fn cache(&self) -> &TableCache;
 
     /// Called again and again while a table's lock is taken by somebody else.
+    ///
+    /// The locks are spin bits that leave preemption on: a kernel that may preempt their holder lets others run here.
     #[inline]
     fn relax(&self) {
         kmem_hal::sync::spin_loop();

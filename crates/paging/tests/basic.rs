@@ -286,3 +286,22 @@ fn fork_copies_and_write_protects_the_parent() {
     child.destroy(|_, frame| machine.frames.free(frame), |_, _| {});
     finish(&machine, parent);
 }
+
+#[test]
+fn moving_a_large_hole_with_one_page_needs_few_tables() {
+    let machine = Machine::new(64);
+    let table = Table::new(machine.env()).unwrap();
+    let from = range(1 << 30, 1 << 28);
+    let frame = map(&machine, &table, (1 << 30) + 12345, Rights::USER_DATA);
+    let mut gather = table.gather::<1>();
+    assert_eq!(
+        table.move_range(from, page((1 << 31) + 7), &mut gather),
+        Ok(1)
+    );
+    gather.commit(drop);
+    drop(gather);
+    let leaf = table.query(page((1 << 31) + 7 + 12345)).leaf().unwrap();
+    assert_eq!(leaf.frame, frame);
+    assert_eq!(table.table_count(), 4);
+    finish(&machine, table);
+}

@@ -12,7 +12,7 @@ use kmem_hal::{Order, Page, PageRange, Trace, TraceEvent};
 use super::{Cursor, Divisible};
 use crate::attributes::Rights;
 use crate::env::Env;
-use crate::error::MoveError;
+use crate::error::{MapError, MoveError};
 use crate::format::{Format, Kind, level};
 use crate::gather::{Gather, Stale};
 use crate::table::{Entry, PageTable, decode, index_at};
@@ -52,30 +52,34 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
         }
         sink.release();
         source.reserve_splits(from).map_err(MoveError::Memory)?;
-        sink.reserve(target, Order::ZERO)
-            .map_err(MoveError::Memory)?;
         // Splits come first, so that the moving itself cannot fail.
         source.split_for_move(target, gather)?;
+        sink.fill_reserve(source.tables_to_move(&sink))
+            .map_err(MoveError::Memory)?;
         let mut moved = 0;
         let mut batch = [(0u64, 0usize, 0u64); BATCH];
         let mut page = from.first().number();
         loop {
             let (length, next) = source.take_batch(page, &mut batch, gather);
             source.release();
-            for &(first, number, word) in &batch[..length] {
+            for (done, &(first, number, word)) in batch[..length].iter().enumerate() {
                 let pages = level::<F>(number).order();
                 let page = Page::from_number(first - from.first().number() + to.number());
                 match sink.place(page, number, word) {
                     Ok(()) => {}
                     // The caller broke its promise, and somebody mapped something there meanwhile; what was moved so far
-                    // stays moved, this entry and the others go back.
-                    Err(_) => {
+                    // stays moved, this entry and the others of the batch go back. Where even that fails, because somebody
+                    // mapped something there as well, the frame is leaked, as nobody could say whose it is.
+                    Err(error) => {
                         sink.release();
-                        for &(first, number, word) in &batch[..length] {
+                        for &(first, number, word) in &batch[done..length] {
                             let back = Page::from_number(first);
                             let _ = source.place(back, number, word);
                         }
-                        return Err(MoveError::Occupied);
+                        return Err(match error {
+                            MapError::Memory(error) => MoveError::Memory(error),
+                            _ => MoveError::Occupied,
+                        });
                     }
                 }
                 moved += pages.frames();
@@ -96,6 +100,21 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
 }
 
 impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
+    /// How many tables the target may need for what is in this cursor's range now.
+    ///
+    /// Each table's span falls on at most two at the target. A small range counts what is missing there instead, which is
+    /// less.
+    fn tables_to_move(&self, target: &Self) -> usize {
+        const SMALL: u64 = 1 << 12;
+        let levels = self.table.levels();
+        let most = 2 * (self.tables_in_range() + levels);
+        if self.range.count() <= SMALL {
+            most.min(target.missing_tables(target.range, Order::ZERO))
+        } else {
+            most
+        }
+    }
+
     /// Splits every huge leaf that cannot be moved whole to `target`.
     fn split_for_move<const N: usize>(
         &mut self,
