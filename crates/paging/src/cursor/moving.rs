@@ -9,11 +9,11 @@
 
 use kmem_hal::{Order, Page, PageRange, Trace, TraceEvent};
 
-use super::{Cursor, Divisible};
+use super::{Cursor, Divisible, Run};
 use crate::attributes::Rights;
 use crate::env::Env;
 use crate::error::{MapError, MoveError};
-use crate::format::{Format, Kind, level};
+use crate::format::{Format, Kind, leaf_level, level};
 use crate::gather::{Gather, Stale};
 use crate::table::{Entry, PageTable, decode, index_at};
 
@@ -28,7 +28,7 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
     ///
     /// # Errors
     ///
-    /// [`MoveError`]; nothing changed, huge leaves that were split excepted.
+    /// [`MoveError`]; nothing changed.
     #[doc(alias = "move_page_tables")]
     pub fn move_range<const N: usize>(
         &self,
@@ -46,16 +46,17 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
         let mut source = Cursor::new(self, from);
         let mut sink = Cursor::new(self, target);
         while let Some(run) = sink.next_run() {
-            if !matches!(run, super::Run::Absent(_)) {
+            if !matches!(run, Run::Absent(_)) {
                 return Err(MoveError::Occupied);
             }
         }
         sink.release();
-        source.reserve_splits(from).map_err(MoveError::Memory)?;
-        // Splits come first, so that the moving itself cannot fail.
-        source.split_for_move(target, gather)?;
-        sink.fill_reserve(source.tables_to_move(&sink))
+        let splits = source.splits_to_move(target);
+        source.fill_reserve(splits).map_err(MoveError::Memory)?;
+        sink.fill_reserve(source.tables_to_move(splits, &sink))
             .map_err(MoveError::Memory)?;
+        // Splits come first; nothing can fail from here on, unless others interfere.
+        source.split_for_move(target, gather)?;
         let mut moved = 0;
         let mut batch = [(0u64, 0usize, 0u64); BATCH];
         let mut page = from.first().number();
@@ -100,19 +101,53 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
 }
 
 impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
-    /// How many tables the target may need for what is in this cursor's range now.
+    /// How many tables the target may need for what is in this cursor's range, once `splits` tables more are there.
     ///
     /// Each table's span falls on at most two at the target. A small range counts what is missing there instead, which is
     /// less.
-    fn tables_to_move(&self, target: &Self) -> usize {
-        const SMALL: u64 = 1 << 12;
-        let levels = self.table.levels();
-        let most = 2 * (self.tables_in_range() + levels);
+    fn tables_to_move(&self, splits: usize, target: &Self) -> usize {
+        const SMALL: u64 = 1 << 18;
+        let most = 2 * (self.tables_in_range() + splits + self.table.levels());
         if self.range.count() <= SMALL {
             most.min(target.missing_tables(target.range, Order::ZERO))
         } else {
             most
         }
+    }
+
+    /// How many tables it takes to split every huge leaf that cannot be moved whole to `target`.
+    fn splits_to_move(&mut self, target: PageRange) -> usize {
+        let from = self.range;
+        let distance = target.first().number().wrapping_sub(from.first().number());
+        let levels = self.table.levels();
+        let mut splits = 0;
+        self.move_to(from.first());
+        while let Some(run) = self.next_run() {
+            let Run::Leaves { range, first } = run else {
+                continue;
+            };
+            if first.order == Order::ZERO {
+                continue;
+            }
+            let leaves = (range.count() / first.order.frames()) as usize;
+            let Some(number) = leaf_level::<F>(levels, first.order) else {
+                continue;
+            };
+            // Down to the size that fits the distance, everywhere ...
+            let mut tables = leaves;
+            for number in (2..=number).rev() {
+                if distance & (level::<F>(number).order().frames() - 1) != 0 {
+                    splits += tables;
+                    tables *= level::<F>(number - 1).entries();
+                }
+            }
+            // ... and down to pages at the two ends, where they are inside a leaf.
+            if !from.contains_range(range) {
+                splits += 2 * (number - 1);
+            }
+        }
+        self.release();
+        splits
     }
 
     /// Splits every huge leaf that cannot be moved whole to `target`.
