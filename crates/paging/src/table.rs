@@ -325,18 +325,24 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         }
         let _reading = self.env.grace().read();
         let mut frame = self.root;
-        let mut number = self.levels;
-        loop {
-            // SAFETY: the root is attached (P1), and a table that an entry pointed to during this read section stays a
-            // table until the section ends: it is freed only after a grace period.
-            let view = unsafe { View::<F>::new(&self.env, frame, number) };
-            let word = view.load(index_at::<F>(page.number(), number));
-            if F::kind(number, word) != Kind::Table {
-                return decode::<F>(page, number, word);
-            }
-            frame = F::table_frame(word);
-            number -= 1;
+        // Written out, so that every shift and mask is a constant: half the instructions of the loop.
+        macro_rules! descend {
+            ($($number:literal)*) => {$(
+                if $number <= F::LEVELS.len() && $number <= self.levels {
+                    // SAFETY: the root is attached (P1), and a table that an entry pointed to during this read section stays
+                    // a table until the section ends: it is freed only after a grace period.
+                    let view = unsafe { View::<F>::new(&self.env, frame, $number) };
+                    let word = view.load(index_at::<F>(page.number(), $number));
+                    if F::kind($number, word) != Kind::Table {
+                        return decode::<F>(page, $number, word);
+                    }
+                    frame = F::table_frame(word);
+                }
+            )*};
         }
+        descend!(5 4 3 2 1);
+        let _ = frame;
+        unreachable!("level 1 has no tables below it")
     }
 
     /// The part of one half of the space that is not borrowed.

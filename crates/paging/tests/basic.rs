@@ -305,3 +305,40 @@ fn moving_a_large_hole_with_one_page_needs_few_tables() {
     assert_eq!(table.table_count(), 4);
     finish(&machine, table);
 }
+
+#[test]
+fn a_table_that_others_share_is_flushed_under_every_tag() {
+    let machine = Machine::new(512);
+    let kernel = Table::new(machine.env()).unwrap();
+    let first = 0xf_ffff_8000_0000;
+    kernel.lend_from(page(0xf_fff8_0000_0000)).unwrap();
+    let scope_of = |rights: Rights, neighbour: bool| {
+        let frame = map(&machine, &kernel, first, rights);
+        if neighbour {
+            // The leaf table stays.
+            map(&machine, &kernel, first + 1, rights);
+        }
+        machine.flushes.0.lock().unwrap().clear();
+        let mut gather = kernel.gather::<2>();
+        let mut cursor = kernel.cursor(range(first, 1)).unwrap();
+        cursor.unmap(range(first, 1), &mut gather).unwrap();
+        gather.commit_to(machine.frames);
+        let scope = machine.flushes.0.lock().unwrap()[0].scope;
+        cursor.unmap(range(first, 2), &mut gather).unwrap();
+        gather.commit_to(machine.frames);
+        assert_ne!(frame, Frame::ZERO);
+        scope
+    };
+    let single = FlushScope::Pages {
+        range: range(first, 1),
+        stride: 1,
+    };
+    // `invlpg` reaches global translations and those of the tag in use; the others need more.
+    assert_eq!(scope_of(Rights::KERNEL_DATA | Rights::GLOBAL, true), single);
+    assert_eq!(scope_of(Rights::KERNEL_DATA, true), FlushScope::Everything);
+    assert_eq!(
+        scope_of(Rights::KERNEL_DATA | Rights::GLOBAL, false),
+        FlushScope::Everything,
+        "walk caches hold the freed table under every tag"
+    );
+}
