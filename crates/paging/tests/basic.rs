@@ -320,7 +320,7 @@ fn a_table_that_others_share_is_flushed_under_every_tag() {
         }
         machine.flushes.0.lock().unwrap().clear();
         let mut gather = kernel.gather::<2>();
-        let mut cursor = kernel.cursor(range(first, 1)).unwrap();
+        let mut cursor = kernel.cursor(range(first, 2)).unwrap();
         cursor.unmap(range(first, 1), &mut gather).unwrap();
         gather.commit_to(machine.frames);
         let scope = machine.flushes.0.lock().unwrap()[0].scope;
