@@ -33,7 +33,11 @@ pub(crate) const CLASSES: usize = 5;
 /// Migrate types that have arrays: unmovable, movable, reclaimable.
 pub(crate) const CACHED_TYPES: usize = 3;
 /// Slots of an array by class.
+#[cfg(not(loom))]
 const CAPACITY: [u32; CLASSES] = [128, 32, 16, 16, 2];
+/// Small enough for a model.
+#[cfg(loom)]
+const CAPACITY: [u32; CLASSES] = [2, 2, 2, 2, 2];
 const STACKS: usize = CLASSES * CACHED_TYPES;
 const SLOTS: usize = {
     let mut sum = 0;
@@ -56,7 +60,10 @@ const STARTS: [usize; STACKS] = {
     starts
 };
 /// Blocks that nested calls may leave behind.
+#[cfg(not(loom))]
 const PENDING: usize = 64;
+#[cfg(loom)]
+const PENDING: usize = 2;
 /// The largest number of blocks that move at once.
 pub(crate) const MAX_BATCH: usize = CAPACITY[0] as usize / 2;
 
