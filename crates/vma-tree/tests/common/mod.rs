@@ -1,6 +1,8 @@
 //! The plain reference model, an allocator that fails on demand, and operations, for all tests.
 #![allow(dead_code)]
 
+pub mod ops;
+
 use std::alloc::{Layout, alloc, dealloc};
 use std::cell::Cell;
 use std::ptr::NonNull;

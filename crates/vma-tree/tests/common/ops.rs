@@ -1,0 +1,219 @@
+//! Operations on a tree and on the model, for the property test and the fuzz target.
+
+use kmem_hal::{AllocError, Page, PageRange};
+use kmem_vma_tree::{Entry, RangeTree};
+
+use super::{Heap, Model, Request};
+
+/// An operation on both.
+#[derive(Clone, Debug)]
+pub enum Op {
+    Store(PageRange, u64),
+    Erase(PageRange),
+    Merged(PageRange, u64),
+    Modify(PageRange, u64),
+    Clear,
+}
+
+type Tree<'h, const W: usize> = RangeTree<u64, &'h Heap, kmem_vma_tree::Exclusive, W>;
+
+/// What `modify` does here: depends on the piece, so that order and clipping matter.
+fn change(piece: Entry<u64>, by: u64) -> Option<u64> {
+    match by {
+        5 => None,
+        4 if piece.first().number().is_multiple_of(2) => None,
+        4 => Some(piece.value),
+        by => Some((piece.value + by) % 4),
+    }
+}
+
+fn run<const W: usize>(
+    tree: &mut Tree<'_, W>,
+    model: &mut Model,
+    op: &Op,
+) -> Result<(), AllocError> {
+    let mut removed = Vec::new();
+    match *op {
+        Op::Store(range, value) => {
+            tree.store(range, Some(value), &mut |piece| removed.push(piece))?;
+            assert_eq!(removed, model.store(range, Some(value)));
+        }
+        Op::Erase(range) => {
+            tree.store(range, None, &mut |piece| removed.push(piece))?;
+            assert_eq!(removed, model.store(range, None));
+        }
+        Op::Merged(range, value) => {
+            let entry = tree.store_merged(range, value, &mut |piece| removed.push(piece))?;
+            assert_eq!((entry, removed), model.store_merged(range, value));
+        }
+        Op::Modify(range, by) => {
+            tree.modify(range, &mut |piece, around| {
+                if let Some(below) = around.below {
+                    assert!(below.last() < piece.first());
+                }
+                if let Some(above) = around.above {
+                    assert!(piece.last() < above.first());
+                }
+                change(piece, by)
+            })?;
+            model.modify(range, |piece| change(piece, by));
+        }
+        Op::Clear => {
+            tree.clear();
+            model.entries.clear();
+        }
+    }
+    Ok(())
+}
+
+fn same<const W: usize>(tree: &Tree<'_, W>, model: &Model) {
+    tree.check().unwrap();
+    assert_eq!(tree.len(), model.entries.len());
+    assert_eq!(tree.is_empty(), model.entries.is_empty());
+    assert!(
+        tree.iter().eq(model.entries.iter().copied()),
+        "{tree:?}\n{model:?}"
+    );
+    assert!(tree.iter().rev().eq(model.entries.iter().rev().copied()));
+}
+
+fn same_answers<const W: usize>(tree: &Tree<'_, W>, model: &Model, at: u64, request: &Request) {
+    for at in [
+        at,
+        at.wrapping_add(1),
+        at.wrapping_sub(1),
+        0,
+        Page::MAX.number(),
+    ] {
+        let at = Page::from_number(at);
+        assert_eq!(tree.get(at), model.get(at));
+        assert_eq!(tree.first_at_or_after(at), model.first_at_or_after(at));
+        assert_eq!(tree.last_before(at), model.last_before(at));
+    }
+    let inside: Vec<_> = model
+        .entries
+        .iter()
+        .copied()
+        .filter(|e| e.range.overlaps(request.limits))
+        .collect();
+    assert!(tree.range(request.limits).eq(inside.iter().copied()));
+    assert!(
+        tree.range(request.limits)
+            .rev()
+            .eq(inside.iter().rev().copied())
+    );
+    let gaps: Vec<_> = tree.gaps(request.limits).collect();
+    assert!(
+        gaps.iter()
+            .map(|gap| gap.range)
+            .eq(model.gaps(request.limits))
+    );
+    for gap in gaps {
+        let beside = |page: Option<Page>| page.and_then(|page| model.get(page));
+        if gap.range.first() > request.limits.first() {
+            assert_eq!(gap.below, beside(gap.range.first().checked_sub(1)));
+        }
+        if gap.range.last() < request.limits.last() {
+            assert_eq!(gap.above, beside(gap.range.last().checked_add(1)));
+        }
+    }
+    let largest = model
+        .gaps(PageRange::ALL)
+        .iter()
+        .map(|gap| gap.count())
+        .max();
+    assert_eq!(tree.largest_gap(), largest.unwrap_or(0));
+    for up in [true, false] {
+        let asked = request.gap_request();
+        let found = if up {
+            tree.find_gap_up(&asked)
+        } else {
+            tree.find_gap_down(&asked)
+        };
+        assert_eq!(
+            found,
+            model.find_gap(request, up),
+            "up {up} {request:?}\n{model:?}"
+        );
+    }
+}
+
+/// Front and back taken in turns, as `turns` says, give every entry once.
+fn both_ends<const W: usize>(tree: &Tree<'_, W>, model: &Model, turns: u64) {
+    let (mut iter, mut left) = (tree.iter(), &model.entries[..]);
+    for turn in 0.. {
+        let (found, expected) = if turns >> (turn % 64) & 1 == 0 {
+            let expected = left.first().copied();
+            left = left.get(1..).unwrap_or(&[]);
+            (iter.next(), expected)
+        } else {
+            let expected = left.last().copied();
+            left = left.get(..left.len().saturating_sub(1)).unwrap_or(&[]);
+            (iter.next_back(), expected)
+        };
+        assert_eq!(found, expected);
+        if expected.is_none() {
+            break;
+        }
+    }
+}
+
+pub fn differential<const W: usize>(ops: &[Op], asks: &[(u64, Request)], turns: u64) {
+    let heap = Heap::default();
+    {
+        let mut tree: Tree<'_, W> = RangeTree::new_in(&heap);
+        let mut model = Model::default();
+        for (index, op) in ops.iter().enumerate() {
+            run(&mut tree, &mut model, op).unwrap();
+            same(&tree, &model);
+            let (at, request) = &asks[index % asks.len()];
+            same_answers(&tree, &model, *at, request);
+        }
+        both_ends(&tree, &model, turns);
+        let copy = tree
+            .duplicate_in(&heap, &mut |entry| {
+                (entry.value != 1).then_some(entry.value + 1)
+            })
+            .unwrap();
+        copy.check().unwrap();
+        let kept = model.entries.iter().filter(|entry| entry.value != 1);
+        assert!(copy.iter().eq(kept.map(|entry| Entry {
+            value: entry.value + 1,
+            ..*entry
+        })));
+    }
+    assert_eq!(heap.live.get(), 0, "nodes leaked");
+}
+
+/// Lets the allocation of every number fail in turn: each failed call leaves the tree as it was.
+pub fn failing<const W: usize>(ops: &[Op]) {
+    let heap = Heap::default();
+    {
+        let mut tree: Tree<'_, W> = RangeTree::new_in(&heap);
+        let mut model = Model::default();
+        for op in ops {
+            for allowed in 0.. {
+                heap.left.set(Some(allowed));
+                let before = model.clone();
+                let done = run(&mut tree, &mut model, op);
+                heap.left.set(None);
+                same(&tree, &model);
+                if done.is_ok() {
+                    break;
+                }
+                assert_eq!(done, Err(AllocError::OutOfMemory));
+                assert_eq!(model, before);
+            }
+        }
+        for allowed in 0.. {
+            heap.left.set(Some(allowed));
+            let copy = tree.duplicate_in(&heap, &mut |entry| Some(entry.value));
+            heap.left.set(None);
+            if let Ok(copy) = copy {
+                assert!(copy.iter().eq(tree.iter()));
+                break;
+            }
+        }
+    }
+    assert_eq!(heap.live.get(), 0, "nodes leaked");
+}
