@@ -17,8 +17,8 @@ const CHILDREN: usize = 28;
 /// New nodes a level, and the nodes drawn in.
 const GROUPS: usize = 3;
 
-/// How a row of items is cut into nodes.
-type Groups = List<u8, GROUPS>;
+/// How a row of ranges is cut into leaves: sizes, and how each is written.
+type Groups = List<(u8, Coding), GROUPS>;
 
 /// The nodes taken for an edit; given back unless the edit goes through.
 struct Taken<'t, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> {
@@ -155,41 +155,41 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         cut: Cut,
         taken: &mut Taken<'_, V, A, S, W>,
     ) -> Result<(Row<W>, u64), AllocError> {
-        let mut ranges = List::<Raw, RANGES>::new(Raw::EMPTY);
+        let mut own = List::<Raw, RANGES>::new(Raw::EMPTY);
         let (left, right) = (before.leaf(), after.leaf());
         for slot in 0..from {
-            ranges.push(left.raw(slot));
+            own.push(left.raw(slot));
         }
-        for &piece in pieces.iter() {
-            ranges.push(piece);
-        }
+        own.extend(pieces);
         for slot in to..right.count() {
-            ranges.push(right.raw(slot));
+            own.push(right.raw(slot));
         }
         let (mut low, mut high) = (before.low, after.high);
         let mut drawn = Drawn::Nothing;
+        let joined;
+        let mut ranges = &own;
         if !ranges.is_empty() && ranges.len() < Node::<W>::LEAF_LOW && before.height() > 1 {
             let (left_parent, right_parent) = (before.node(1), after.node(1));
-            let mut joined = List::<Raw, RANGES>::new(Raw::EMPTY);
+            let mut both = List::<Raw, RANGES>::new(Raw::EMPTY);
             let (mut new_low, mut new_high) = (low, high);
             let mut which = Drawn::Nothing;
             if after.slot(1) + 1 < right_parent.children() {
                 which = Drawn::Above;
                 let slot = after.slot(1) + 1;
                 new_high = right_parent.last_of(slot, after.bounds(1).1);
-                joined.extend(&ranges);
-                joined.extend_leaf(right_parent, slot);
+                both.extend(&own);
+                both.extend_leaf(right_parent, slot);
             } else if let Some(slot) = before.slot(1).checked_sub(1) {
                 which = Drawn::Below;
                 new_low = left_parent.first_of(slot, before.bounds(1).0);
-                joined.extend_leaf(left_parent, slot);
-                joined.extend(&ranges);
+                both.extend_leaf(left_parent, slot);
+                both.extend(&own);
             }
             if which != Drawn::Nothing
-                && plan::<W>(&joined, new_low, Shape::Even, None)
-                    .is_some_and(|plan| plan.len() <= 2)
+                && plan::<W>(&both, new_low, Shape::Even, None).is_some_and(|plan| plan.len() <= 2)
             {
-                (ranges, low, high, drawn) = (joined, new_low, new_high, which);
+                joined = both;
+                (ranges, low, high, drawn) = (&joined, new_low, new_high, which);
             }
         }
         // An ascending or descending series of new ranges leaves nearly full leaves behind.
@@ -205,18 +205,17 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let start = from + lower;
         let parts = (start, start + usize::from(cut.value.is_some()));
         let parts = (drawn == Drawn::Nothing).then_some(parts);
-        let groups = plan::<W>(&ranges, low, shape, parts).ok_or(AllocError::Unsatisfiable)?;
+        let groups = plan::<W>(ranges, low, shape, parts).ok_or(AllocError::Unsatisfiable)?;
         let mut children = List::new(Child {
             node: before.pointer(0),
             last: 0,
             gap: 0,
         });
         let (mut rest, mut from_page) = (&ranges[..], low);
-        for &size in groups.iter() {
+        for &(size, coding) in groups.iter() {
             let (group, others) = rest.split_at(usize::from(size));
             rest = others;
             let node = taken.take()?;
-            let coding = Coding::choose(from_page, group).ok_or(AllocError::Unsatisfiable)?;
             // SAFETY: the node is ours until it is published.
             let leaf = unsafe { node.as_ref() };
             leaf.write_leaf(coding, group);
@@ -393,7 +392,7 @@ fn plan<const W: usize>(
     let full = Node::<W>::RANGES;
     let least = ranges.len().div_ceil(full);
     for count in least..=GROUPS {
-        let mut groups = Groups::new(0);
+        let mut sizes = List::<usize, GROUPS>::new(0);
         let mut rest = ranges.len();
         for left in (1..=count).rev() {
             let even = rest.div_ceil(left);
@@ -406,41 +405,31 @@ fn plan<const W: usize>(
                     Shape::HighFull => even.min(rest.saturating_sub(full - full / 8).max(1)),
                 }
             };
-            if size > 0 {
-                groups.push(size as u8);
-            }
+            sizes.push(size);
             rest -= size;
         }
-        if can_write::<W>(ranges, low, &groups) {
+        if let Some(groups) = codings::<W>(ranges, low, &sizes) {
             return Some(groups);
         }
     }
     let (start, end) = parts?;
-    let mut groups = Groups::new(0);
-    for size in [start, end - start, ranges.len() - end] {
-        if size > 0 {
-            groups.push(size as u8);
-        }
-    }
-    can_write::<W>(ranges, low, &groups).then_some(groups)
+    codings::<W>(ranges, low, &[start, end - start, ranges.len() - end])
 }
 
-/// Whether every group can be one leaf.
-fn can_write<const W: usize>(ranges: &[Raw], mut low: u64, groups: &Groups) -> bool {
+/// How each group is written; `None` if one is too many ranges, or too far apart and too long.
+fn codings<const W: usize>(ranges: &[Raw], mut low: u64, sizes: &[usize]) -> Option<Groups> {
+    let mut groups = Groups::new((0, Coding::default()));
     let mut rest = ranges;
-    for &size in groups.iter() {
-        let size = usize::from(size);
+    for &size in sizes {
         if size > Node::<W>::RANGES {
-            return false;
+            return None;
         }
         let (group, others) = rest.split_at(size);
-        if Coding::choose(low, group).is_none() {
-            return false;
-        }
+        rest = others;
         if let Some(last) = group.last() {
+            groups.push((size as u8, Coding::choose(low, group)?));
             low = last.last.wrapping_add(1);
         }
-        rest = others;
     }
-    true
+    Some(groups)
 }

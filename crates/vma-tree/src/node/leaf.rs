@@ -12,7 +12,7 @@ const BASE_MASK: u64 = (1 << BASE_BITS) - 1;
 const COUNT_SHIFT: u32 = BASE_BITS + 6;
 
 /// The base and the width of a leaf's keys.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(crate) struct Coding {
     base: u64,
     width: u32,

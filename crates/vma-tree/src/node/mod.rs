@@ -137,11 +137,7 @@ impl<const W: usize> Node<W> {
 }
 
 const fn low(capacity: usize) -> usize {
-    match capacity / 3 {
-        0 => 1,
-        1 => 2,
-        third => third,
-    }
+    if capacity / 3 < 2 { 2 } else { capacity / 3 }
 }
 
 /// A pointer as a word.
