@@ -31,7 +31,7 @@ impl<const W: usize> Path<W> {
     /// # Safety
     ///
     /// `root` is the word of a tree whose nodes are alive and not edited by anybody else while the path is used.
-    #[inline]
+    #[inline(always)]
     pub(crate) unsafe fn new(root: u64, page: u64) -> Option<Self> {
         let mut path = Self {
             nodes: [const { MaybeUninit::uninit() }; MAX_HEIGHT],
