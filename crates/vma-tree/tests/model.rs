@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::ops::{Op, differential, failing};
+use common::ops::{Op, differential, differential_shared, failing, reserved};
 use common::{Request, count, page, pages};
 use kmem_hal::{Page, PageRange};
 use proptest::prelude::*;
@@ -96,5 +96,23 @@ proptest! {
     fn changes_nothing_when_memory_runs_out(ops in prop::collection::vec(any_op(), 1..50)) {
         failing::<32>(&ops);
         failing::<8>(&ops);
+    }
+
+    #[test]
+    fn a_shared_tree_agrees_with_a_list(
+        ops in prop::collection::vec(any_op(), 1..60),
+        asks in prop::collection::vec((0_u64..420, any_request()), 1..20),
+    ) {
+        differential_shared::<32>(&ops, &asks);
+        differential_shared::<8>(&ops, &asks);
+    }
+
+    #[test]
+    fn a_reserved_store_needs_no_memory(
+        fill in prop::collection::vec(any_op(), 1..120),
+        stores in prop::collection::vec((any_range(), prop::option::of(0_u64..4)), 1..10),
+    ) {
+        reserved::<32>(&fill, &stores);
+        reserved::<8>(&fill, &stores);
     }
 }

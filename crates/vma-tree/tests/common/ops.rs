@@ -1,7 +1,7 @@
 //! Operations on a tree and on the model, for the property test and the fuzz target.
 
-use kmem_hal::{AllocError, Page, PageRange};
-use kmem_vma_tree::{Entry, RangeTree};
+use kmem_hal::{AllocError, Page, PageRange, SingleGrace};
+use kmem_vma_tree::{Entry, RangeTree, SharedTree};
 
 use super::{Heap, Model, Request};
 
@@ -27,43 +27,39 @@ fn change(piece: Entry<u64>, by: u64) -> Option<u64> {
     }
 }
 
-fn run<const W: usize>(
-    tree: &mut Tree<'_, W>,
-    model: &mut Model,
-    op: &Op,
-) -> Result<(), AllocError> {
-    let mut removed = Vec::new();
-    match *op {
-        Op::Store(range, value) => {
-            tree.store(range, Some(value), &mut |piece| removed.push(piece))?;
-            assert_eq!(removed, model.store(range, Some(value)));
+/// The calls are the same on a tree of one's own and on the writer of a shared one.
+macro_rules! run {
+    ($tree:expr, $model:expr, $op:expr) => {{
+        let (tree, model) = ($tree, $model);
+        let mut removed = Vec::new();
+        match *$op {
+            Op::Store(range, value) => tree
+                .store(range, Some(value), &mut |piece| removed.push(piece))
+                .map(|()| assert_eq!(removed, model.store(range, Some(value)))),
+            Op::Erase(range) => tree
+                .store(range, None, &mut |piece| removed.push(piece))
+                .map(|()| assert_eq!(removed, model.store(range, None))),
+            Op::Merged(range, value) => tree
+                .store_merged(range, value, &mut |piece| removed.push(piece))
+                .map(|entry| assert_eq!((entry, removed), model.store_merged(range, value))),
+            Op::Modify(range, by) => tree
+                .modify(range, &mut |piece, around| {
+                    if let Some(below) = around.below {
+                        assert!(below.last() < piece.first());
+                    }
+                    if let Some(above) = around.above {
+                        assert!(piece.last() < above.first());
+                    }
+                    change(piece, by)
+                })
+                .map(|()| model.modify(range, |piece| change(piece, by))),
+            Op::Clear => {
+                tree.clear();
+                model.entries.clear();
+                Ok(())
+            }
         }
-        Op::Erase(range) => {
-            tree.store(range, None, &mut |piece| removed.push(piece))?;
-            assert_eq!(removed, model.store(range, None));
-        }
-        Op::Merged(range, value) => {
-            let entry = tree.store_merged(range, value, &mut |piece| removed.push(piece))?;
-            assert_eq!((entry, removed), model.store_merged(range, value));
-        }
-        Op::Modify(range, by) => {
-            tree.modify(range, &mut |piece, around| {
-                if let Some(below) = around.below {
-                    assert!(below.last() < piece.first());
-                }
-                if let Some(above) = around.above {
-                    assert!(piece.last() < above.first());
-                }
-                change(piece, by)
-            })?;
-            model.modify(range, |piece| change(piece, by));
-        }
-        Op::Clear => {
-            tree.clear();
-            model.entries.clear();
-        }
-    }
-    Ok(())
+    }};
 }
 
 fn same<const W: usize>(tree: &Tree<'_, W>, model: &Model) {
@@ -164,7 +160,7 @@ pub fn differential<const W: usize>(ops: &[Op], asks: &[(u64, Request)], turns: 
         let mut tree: Tree<'_, W> = RangeTree::new_in(&heap);
         let mut model = Model::default();
         for (index, op) in ops.iter().enumerate() {
-            run(&mut tree, &mut model, op).unwrap();
+            run!(&mut tree, &mut model, op).unwrap();
             same(&tree, &model);
             let (at, request) = &asks[index % asks.len()];
             same_answers(&tree, &model, *at, request);
@@ -195,7 +191,7 @@ pub fn failing<const W: usize>(ops: &[Op]) {
             for allowed in 0.. {
                 heap.left.set(Some(allowed));
                 let before = model.clone();
-                let done = run(&mut tree, &mut model, op);
+                let done = run!(&mut tree, &mut model, op);
                 heap.left.set(None);
                 same(&tree, &model);
                 if done.is_ok() {
@@ -216,4 +212,106 @@ pub fn failing<const W: usize>(ops: &[Op]) {
         }
     }
     assert_eq!(heap.live.get(), 0, "nodes leaked");
+}
+
+/// A shared tree with a reader inside all the time, which lets go now and then: what it found stays as it was.
+///
+/// Each allocation fails in turn, as in [`failing`].
+pub fn differential_shared<const W: usize>(ops: &[Op], asks: &[(u64, Request)]) {
+    let heap = Heap::default();
+    // SAFETY: one thread runs the test.
+    let grace = unsafe { SingleGrace::new() };
+    {
+        let mut tree: SharedTree<u64, &Heap, &SingleGrace, W> = SharedTree::new_in(&heap, &grace);
+        let (mut writer, readers) = tree.split();
+        let mut model = Model::default();
+        for (round, ops) in ops.chunks(7).enumerate() {
+            // The walk holds leaves of the tree as it is now.
+            let section = readers.read();
+            let before = model.clone();
+            let mut walk = section.entries_from(Page::ZERO);
+            let first = walk.next();
+            assert_eq!(first, before.entries.first().copied());
+            for op in ops {
+                for allowed in 0.. {
+                    heap.left.set(Some(allowed));
+                    let before = model.clone();
+                    let done = run!(&mut writer, &mut model, op);
+                    heap.left.set(None);
+                    writer.check().unwrap();
+                    if done.is_ok() {
+                        break;
+                    }
+                    assert_eq!(done, Err(AllocError::OutOfMemory));
+                    assert_eq!(model, before);
+                }
+                assert!(writer.iter().eq(model.entries.iter().copied()));
+                assert_eq!(writer.len(), model.entries.len());
+                let (at, _) = &asks[round % asks.len()];
+                for at in [*at, 0, at.wrapping_mul(3) % 500, Page::MAX.number()] {
+                    let at = Page::from_number(at);
+                    assert_eq!(section.get(at), model.get(at));
+                    assert_eq!(section.first_at_or_after(at), model.first_at_or_after(at));
+                }
+                let now = section.entries_from(Page::ZERO);
+                assert!(now.eq(model.entries.iter().copied()));
+            }
+            // The old walk goes on: ascending, each page once.
+            let mut free = first.map_or(0, |entry| entry.last().number() + 1);
+            for entry in walk {
+                assert!(entry.first().number() >= free);
+                free = entry.last().number() + 1;
+            }
+            drop(section);
+            if round % 3 == 0 {
+                writer.quiesce();
+                assert_eq!(writer.garbage(), 0);
+            }
+        }
+    }
+    assert_eq!(heap.live.get(), 0, "nodes leaked");
+}
+
+/// As many stores as were reserved go through when there is no memory at all.
+pub fn reserved<const W: usize>(fill: &[Op], stores: &[(PageRange, Option<u64>)]) {
+    let heap = Heap::default();
+    let mut tree: Tree<'_, W> = RangeTree::new_in(&heap);
+    let mut model = Model::default();
+    for op in fill {
+        run!(&mut tree, &mut model, op).unwrap();
+    }
+    let mut reserved = tree.reserve(stores.len()).unwrap();
+    heap.left.set(Some(0));
+    for &(range, value) in stores {
+        reserved.store(range, value, &mut |_| ());
+        model.store(range, value);
+    }
+    drop(reserved);
+    heap.left.set(None);
+    same(&tree, &model);
+    // And on a shared tree, where a reader lets nothing be reused.
+    // SAFETY: one thread runs the test.
+    let grace = unsafe { SingleGrace::new() };
+    let mut shared: SharedTree<u64, &Heap, &SingleGrace, W> = SharedTree::new_in(&heap, &grace);
+    let (mut writer, readers) = shared.split();
+    let mut model = Model::default();
+    for op in fill {
+        run!(&mut writer, &mut model, op).unwrap();
+    }
+    let section = readers.read();
+    let mut reserved = writer.reserve(stores.len()).unwrap();
+    heap.left.set(Some(0));
+    for &(range, value) in stores {
+        reserved.store(range, value, &mut |_| ());
+        model.store(range, value);
+    }
+    drop(reserved);
+    heap.left.set(None);
+    assert!(
+        section
+            .entries_from(Page::ZERO)
+            .eq(model.entries.iter().copied())
+    );
+    drop(section);
+    writer.check().unwrap();
 }
