@@ -2,8 +2,13 @@
 
 #![cfg(not(loom))]
 
+#[path = "common/machine.rs"]
+mod machine;
+
 use kmem_hal::{Frame, Order};
-use kmem_paging::format::{Format, Kind, X86_64, X86_64La57, X86_PAT, X86Pae, X86TwoLevel};
+use kmem_paging::format::{
+    Format, Kind, RiscvSv39, RiscvSv48, RiscvSv57, X86_64, X86_64La57, X86_PAT, X86Pae, X86TwoLevel,
+};
 use kmem_paging::{Attributes, MemoryType, Payload, Rights, SoftBit};
 
 const P: u64 = 1;
@@ -172,4 +177,80 @@ fn every_level_is_as_wide_as_its_table() {
     check::<X86_64La57>(57, 8);
     check::<X86Pae>(32, 8);
     check::<X86TwoLevel>(32, 4);
+    check::<RiscvSv39>(39, 8);
+    check::<RiscvSv48>(48, 8);
+    check::<RiscvSv57>(57, 8);
+}
+
+#[test]
+fn words_of_risc_v() {
+    // The RISC-V Instruction Set Manual volume II, figures of Sv39: V R W X U G A D are bits 0 to 7.
+    let data = Attributes::new(Rights::USER_DATA).accessed().dirty();
+    assert_eq!(leaf::<RiscvSv39>(1, 0x8_0000, data), 0x2000_0000 | 0xd7);
+    let code = Attributes::new(Rights::READ | Rights::EXECUTE | Rights::GLOBAL);
+    assert_eq!(leaf::<RiscvSv48>(2, 0x200, code), 0x200 << 10 | 0x2b);
+    assert_eq!(RiscvSv57::table(5, Frame::from_number(7)), 7 << 10 | 1);
+    assert_eq!(RiscvSv57::kind(5, 7 << 10 | 1), Kind::Table);
+    // Svpbmt: 1 non-cacheable, 2 I/O.
+    let device = Attributes::new(Rights::KERNEL_DATA).memory_type(MemoryType::Uncached);
+    assert_eq!(leaf::<RiscvSv39>(1, 1, device), 2 << 61 | 1 << 10 | 7);
+    let through = Attributes::new(Rights::READ).memory_type(MemoryType::WriteThrough);
+    assert!(!RiscvSv39::can_encode(1, Frame::ZERO, &through));
+    // Writing without reading is reserved, so it is widened.
+    let only = RiscvSv39::expressible(1, &Attributes::new(Rights::WRITE));
+    assert_eq!(only.rights, Rights::READ | Rights::WRITE);
+    let only = RiscvSv39::expressible(1, &Attributes::new(Rights::EXECUTE));
+    assert_eq!(only.rights, Rights::EXECUTE);
+    let hidden = leaf::<RiscvSv39>(3, 1 << 18, Attributes::new(Rights::empty()).dirty());
+    assert_eq!(hidden & 1, 0);
+}
+
+/// Looks an address up as the manual's algorithm says (volume II, 12.3.2), in memory.
+#[test]
+fn a_walk_by_the_manual_finds_what_was_mapped() {
+    use kmem_hal::{DeviceFrame, Page, PageRange, PhysMap};
+    use kmem_paging::PageTable;
+
+    let machine = machine::Machine::new(64);
+    let table = PageTable::<RiscvSv39, _, DeviceFrame>::new(machine.env()).unwrap();
+    let walk = |address: u64| {
+        let mut a = table.root().frame.start();
+        for i in (0..3).rev() {
+            let vpn = address >> (12 + 9 * i) & 0x1ff;
+            let entry = machine.map.to_ptr(a).cast::<u64>();
+            // SAFETY: a table of the arena; one thread.
+            let pte = unsafe { entry.add(vpn as usize).read() };
+            if pte & 1 == 0 || pte & 6 == 4 {
+                return None;
+            }
+            let ppn = pte >> 10 & ((1 << 44) - 1);
+            if pte & 0xe != 0 {
+                let low = (1u64 << (9 * i)) - 1;
+                // A misaligned superpage faults.
+                return (ppn & low == 0)
+                    .then_some((ppn | (address >> 12 & low)) << 12 | address & 0xfff);
+            }
+            a = kmem_hal::PhysAddr::new(ppn << 12);
+        }
+        None
+    };
+    let top = Page::new((1 << 52) - 1).unwrap();
+    for (page, frame, order) in [
+        (Page::new(5).unwrap(), 77, Order::ZERO),
+        (Page::new(0x400).unwrap(), 0x600, Order::HUGE_2M),
+        (Page::new(1 << 18).unwrap(), 3 << 18, Order::HUGE_1G),
+        (top, 99, Order::ZERO),
+    ] {
+        let block = DeviceFrame::new(Frame::from_number(frame), order).unwrap();
+        let range = PageRange::with_count(page, order.frames()).unwrap();
+        let mut cursor = table.cursor(range).unwrap();
+        cursor.map(page, block, Rights::KERNEL_DATA).unwrap();
+        drop(cursor);
+        for offset in [0, order.frames() - 1] {
+            let address = (page.number() + offset) << 12 | 0x345;
+            assert_eq!(walk(address), Some((frame + offset) << 12 | 0x345));
+        }
+    }
+    assert_eq!(walk(6 << 12), None);
+    table.destroy(|_, _| {}, |_, _| {});
 }

@@ -8,7 +8,7 @@ mod machine;
 #[path = "common/ops.rs"]
 mod ops;
 
-use kmem_paging::format::{Format, X86_64, X86_64La57, X86Pae, X86TwoLevel};
+use kmem_paging::format::{Format, RiscvSv39, RiscvSv57, X86_64, X86_64La57, X86Pae, X86TwoLevel};
 use ops::World;
 use proptest::prelude::*;
 
@@ -45,7 +45,7 @@ macro_rules! formats {
             use super::*;
 
             proptest! {
-                #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
+                #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
 
                 #[test]
                 fn agrees_with_a_flat_map(codes in prop::collection::vec(any::<[u8; 6]>(), 1..60)) {
@@ -61,7 +61,7 @@ macro_rules! formats {
     )*};
 }
 
-formats!(four_levels X86_64, five_levels X86_64La57, pae X86Pae, two_levels X86TwoLevel);
+formats!(four_levels X86_64, five_levels X86_64La57, pae X86Pae, two_levels X86TwoLevel, sv39 RiscvSv39, sv57 RiscvSv57);
 
 #[test]
 fn memory_does_run_out_in_these_tests() {

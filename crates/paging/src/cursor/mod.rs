@@ -44,7 +44,12 @@ use crate::format::{Format, Kind, level};
 use crate::node::{Node, View};
 use crate::table::{Entry, MAX_LEVELS, PageTable, decode, index_at};
 
-/// A position in a range of a [`PageTable`]'s pages; see the [module](self).
+/// A position in a range of a [`PageTable`]'s pages, and the only way to change them.
+///
+/// Keeps the table page that it is in locked until it moves on, is [released](Self::release) or dropped. Any number of
+/// cursors may work on one table at once; a context that has one must not open another on the same pages.
+///
+/// Context: task context, interrupts on.
 pub struct Cursor<'t, F: Format, E: Env, H: FrameHandle> {
     table: &'t PageTable<F, E, H>,
     range: PageRange,

@@ -5,13 +5,13 @@
 //!
 //! Levels count from the leaves, as Linux's names do when levels are folded:
 //!
-//! | level | Linux | x86-64 | LA57 | PAE | two-level |
-//! |---|---|---|---|---|---|
-//! | 5 | PGD | - | PML5 | - | - |
-//! | 4 | P4D (PGD if folded) | PML4 | PML4 | - | - |
-//! | 3 | PUD | PDPT (1 GiB leaves) | same | PDPT (4 entries) | - |
-//! | 2 | PMD | PD (2 MiB leaves) | same | PD (2 MiB leaves) | PD (4 MiB leaves) |
-//! | 1 | PTE | PT | PT | PT | PT |
+//! | level | Linux | x86-64 | LA57 | PAE | two-level | Sv39, Sv48, Sv57 |
+//! |---|---|---|---|---|---|---|
+//! | 5 | PGD | - | PML5 | - | - | -, -, 256 TiB leaves |
+//! | 4 | P4D (PGD if folded) | PML4 | PML4 | - | - | -, 512 GiB leaves |
+//! | 3 | PUD | PDPT (1 GiB leaves) | same | PDPT (4 entries) | - | 1 GiB leaves |
+//! | 2 | PMD | PD (2 MiB leaves) | same | PD (2 MiB leaves) | PD (4 MiB leaves) | 2 MiB leaves |
+//! | 1 | PTE | PT | PT | PT | PT | 4 KiB leaves |
 //!
 //! Invariants that every format keeps (the contract of [`Format`])
 //! - `F1`: the word 0 is an empty entry at every level, and no other word is.
@@ -25,12 +25,14 @@
 //! Does not handle: two spaces of different formats that share tables.
 
 mod pae;
+mod riscv;
 mod two_level;
 mod word;
 mod x86;
 mod x86_64;
 
 pub use pae::X86Pae;
+pub use riscv::{RiscvSv39, RiscvSv48, RiscvSv57};
 pub use two_level::X86TwoLevel;
 pub use word::Word;
 pub use x86::X86_PAT;

@@ -248,6 +248,9 @@ impl<F: Format> World<F> {
                 ][usize::from(seed % 3)],
             );
         }
+        if !F::can_encode(1, Frame::ZERO, &attributes) {
+            attributes = attributes.memory_type(MemoryType::WriteBack);
+        }
         attributes
     }
 
