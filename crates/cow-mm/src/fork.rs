@@ -28,7 +28,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// are written again).
     #[doc(alias = "dup_mmap")]
     pub fn fork(&self) -> Result<Self, Errno> {
-        let child = Self::new(self.mm(), *self.layout())?;
+        let child = self.empty_child()?;
         {
             let parent = self.lock();
             let mut state = child.lock();

@@ -17,7 +17,7 @@ use core::fmt;
 
 use kmem_hal::lock::SleepWriteGuard;
 use kmem_hal::{PAGE_SIZE, Page, PageRange, Root, SleepLock, VirtAddr};
-use kmem_paging::PageTable;
+use kmem_paging::{PageTable, TableError};
 
 use crate::env::Env;
 use crate::errno::Errno;
@@ -107,7 +107,7 @@ pub struct Usage {
 }
 
 impl<'m, E: Env> AddressSpace<'m, E> {
-    /// Makes an empty space.
+    /// Makes an empty space without a kernel's half: for hosts and tests, whose kernel does not run in it.
     ///
     /// # Errors
     ///
@@ -115,17 +115,55 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     #[doc(alias = "mm_alloc")]
     pub fn new(mm: &'m Mm<'m, E>, layout: Layout) -> Result<Self, Errno> {
         let tables = PageTable::new(mm.env().paging()).map_err(|_| Errno::ENOMEM)?;
+        Ok(Self::with_tables(mm, layout, tables))
+    }
+
+    /// Makes an empty space that shares the kernel's half, from page `from` to the top, with `kernel`: what a CPU that
+    /// runs the kernel can load.
+    ///
+    /// The kernel's table has lent that part ([`PageTable::lend_from`]); what it maps there later is seen in every space.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`]; [`Errno::EINVAL`] where that part was not lent.
+    #[doc(alias = "pgd_ctor")]
+    pub fn with_kernel<G: kmem_paging::Env, K: kmem_hal::FrameHandle>(
+        mm: &'m Mm<'m, E>,
+        layout: Layout,
+        kernel: &PageTable<E::Format, G, K>,
+        from: Page,
+    ) -> Result<Self, Errno> {
+        let tables =
+            PageTable::sharing(mm.env().paging(), kernel, from).map_err(|error| match error {
+                TableError::Memory(_) => Errno::ENOMEM,
+                _ => Errno::EINVAL,
+            })?;
+        Ok(Self::with_tables(mm, layout, tables))
+    }
+
+    /// An empty space for a child: the same layout, and the same kernel's half.
+    pub(crate) fn empty_child(&self) -> Result<Self, Errno> {
+        let tables = PageTable::empty_like(self.mm.env().paging(), self.tables())
+            .map_err(|_| Errno::ENOMEM)?;
+        Ok(Self::with_tables(self.mm, self.layout, tables))
+    }
+
+    fn with_tables(
+        mm: &'m Mm<'m, E>,
+        layout: Layout,
+        tables: PageTable<E::Format, &'m E::Paging, PageRef>,
+    ) -> Self {
         let state = State {
             vmas: VmaSet::new(mm),
             brk: Brk::default(),
             limits: Limits::default(),
         };
-        Ok(Self {
+        Self {
             mm,
             layout,
             tables: Some(tables),
             state: SleepLock::new(state),
-        })
+        }
     }
 
     /// What all spaces share.

@@ -361,6 +361,52 @@ fn a_real_image_is_mapped_and_its_pages_are_the_files() {
     program.exit();
 }
 
+#[test]
+fn every_space_has_the_kernels_half() {
+    use kmem_cow_mm::{AddressSpace, Layout};
+    use kmem_hal::{FrameRequest, FrameSource, OwnedFrame, PageRange};
+    use kmem_paging::{PageTable, Rights, format::X86_64};
+
+    let world = World::new();
+    let mm = world.mm();
+    let half = page(0xffff_8000_0000_0000);
+    let kernel: PageTable<X86_64, _, OwnedFrame> =
+        PageTable::new(kmem_cow_mm::Env::paging(world)).unwrap();
+    assert!(
+        AddressSpace::with_kernel(mm, Layout::x86_64(), &kernel, half).is_err(),
+        "not lent yet"
+    );
+    kernel.lend_from(half).unwrap();
+    let parent = AddressSpace::with_kernel(mm, Layout::x86_64(), &kernel, half).unwrap();
+    let child = parent.fork().unwrap();
+    // What the kernel maps later is everybody's.
+    let at = page(0xffff_8000_1234_5000);
+    let frames = kmem_paging::Env::frames(kmem_cow_mm::Env::paging(world));
+    let frame = frames.alloc(&FrameRequest::ONE).unwrap();
+    let number = frame.first();
+    kernel
+        .cursor(PageRange::single(at))
+        .unwrap()
+        .map(at, frame, Rights::KERNEL_DATA)
+        .unwrap();
+    for space in [&parent, &child] {
+        assert_eq!(
+            space.tables().query(at).leaf().map(|leaf| leaf.frame),
+            Some(number)
+        );
+        assert!(
+            space.tables().cursor(PageRange::single(at)).is_err(),
+            "the kernel's half is not the space's"
+        );
+    }
+    child.exit();
+    parent.exit();
+    assert!(
+        kernel.query(at).leaf().is_some(),
+        "a space's end takes nothing from the kernel"
+    );
+}
+
 fn page(address: u64) -> kmem_hal::Page {
     kmem_hal::Page::containing(VirtAddr::new(address))
 }

@@ -118,20 +118,47 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// Makes a table that shares the upper part of `kernel`, from page `from` to the top.
     ///
     /// What `kernel` maps there later is seen here as well. Pages from `from` on cannot be changed through the new
-    /// table. The lender must have called [`lend_from`](Self::lend_from) for that part.
+    /// table, whose own leaves may stand for another kind of handle. The lender must have called [`lend_from`](Self::lend_from) for that part.
     ///
     /// # Errors
     ///
     /// [`TableError`].
-    pub fn sharing(env: E, kernel: &Self, from: Page) -> Result<Self, TableError> {
+    pub fn sharing<G: Env, K: FrameHandle>(
+        env: E,
+        kernel: &PageTable<F, G, K>,
+        from: Page,
+    ) -> Result<Self, TableError> {
         let index = kernel.top_index(from);
         if index < kernel.lent_from.load(Ordering::Acquire) {
             return Err(TableError::CannotShare);
         }
+        Self::borrowing(env, kernel, index)
+    }
+
+    /// Makes an empty table with as many levels as `other`, which shares what `other` shares: a fork's child.
+    ///
+    /// # Errors
+    ///
+    /// [`TableError::Memory`] where there is no frame for the root.
+    pub fn empty_like(env: E, other: &Self) -> Result<Self, TableError> {
+        if other.borrowed_from < level::<F>(other.levels).entries() {
+            // What was borrowed stays as it is for ever (P3), so it can be passed on.
+            Self::borrowing(env, other, other.borrowed_from)
+        } else {
+            Self::with_levels(env, other.levels)
+        }
+    }
+
+    /// Makes a table whose top entries from `index` on are `lender`'s, which never change.
+    fn borrowing<G: Env, K: FrameHandle>(
+        env: E,
+        lender: &PageTable<F, G, K>,
+        index: usize,
+    ) -> Result<Self, TableError> {
         let table = Self {
-            root: Self::make_root(&env, kernel.levels).map_err(TableError::Memory)?,
+            root: Self::make_root(&env, lender.levels).map_err(TableError::Memory)?,
             env,
-            levels: kernel.levels,
+            levels: lender.levels,
             asid: Asid::ZERO,
             borrowed_from: index,
             lent_from: AtomicUsize::new(usize::MAX),
@@ -142,8 +169,9 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         };
         {
             let own = table.root_node();
-            let lender = kernel.root_node();
-            for index in index..level::<F>(kernel.levels).entries() {
+            let levels = lender.levels;
+            let lender = lender.root_node();
+            for index in index..level::<F>(levels).entries() {
                 own.store(index, lender.load(index));
             }
         }
