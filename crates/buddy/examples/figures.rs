@@ -104,6 +104,28 @@ fn half_full(buddy: &Machine) -> Vec<OwnedFrame> {
 }
 
 fn main() {
+    // One part alone, for a profiler: `figures batch`.
+    let only = std::env::args().nth(1);
+    let wanted = |part: &str| only.as_deref().is_none_or(|only| only == part);
+    if wanted("pairs") {
+        pairs();
+    }
+    if wanted("bulk") {
+        bulk();
+    }
+    if wanted("batch") {
+        batch();
+    }
+    if wanted("mixed") {
+        mixed(80, 2_000_000);
+    }
+    if wanted("blocks") {
+        fragmentation();
+        unmovable();
+    }
+}
+
+fn pairs() {
     let pairs = 10_000_000;
     floor(pairs);
     for order in [0u8, 3, 9] {
@@ -124,7 +146,9 @@ fn main() {
         });
         drop(kept);
     }
+}
 
+fn bulk() {
     let buddy = machine();
     let mut random = Random(11);
     let mut frees = Vec::new();
@@ -146,7 +170,10 @@ fn main() {
     });
     let mut frees = frees.into_iter();
     measure("bulk_free", 1, || frees.next().unwrap());
+}
 
+fn batch() {
+    let buddy = machine();
     let mut frames = Vec::with_capacity(FRAMES as usize);
     let batches = 2048;
     measure("batch_alloc", 64 * batches, || {
@@ -160,10 +187,6 @@ fn main() {
         buddy.free_batch(&mut || frames.pop());
         time
     });
-
-    mixed(80, 2_000_000);
-    fragmentation();
-    unmovable();
 }
 
 /// Orders geometric (half are 0, one in 512 is 9), the zone so many per cent full.

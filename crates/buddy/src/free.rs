@@ -176,6 +176,13 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
                 let some = &mut entries[..left.min(MAX_BATCH)];
                 cache.take_oldest(stack, some);
                 left -= some.len();
+                if order <= 5 {
+                    core.give_entries(zone.start, some, order, |error, first| {
+                        wrong = Some((error, first));
+                        more += 1;
+                    });
+                    continue;
+                }
                 let mut last: Option<&Segment> = None;
                 for &mut entry in some {
                     let first = zone.start + u64::from(entry);

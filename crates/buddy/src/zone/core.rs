@@ -522,6 +522,53 @@ impl Core {
         Ok(())
     }
 
+    /// Gives blocks of one order (at most 5) back; those of one word that follow each other cost one update.
+    ///
+    /// `entries` count from frame number `start`; a wrong one is handed to `wrong` and left out.
+    pub fn give_entries(
+        &mut self,
+        start: u64,
+        entries: &[u32],
+        order: usize,
+        mut wrong: impl FnMut(GiveError, u64),
+    ) {
+        let mut rest = entries;
+        while let Some(&entry) = rest.first() {
+            let first = start + u64::from(entry);
+            let found = segment::find(self.segments, first);
+            let Some(&segment) = found.filter(|found| found.contains(first, 1 << order)) else {
+                // Never pushed: every entry was found in a segment.
+                rest = &rest[1..];
+                continue;
+            };
+            let block = segment.block_of(first);
+            let word = (first % BLOCK_FRAMES) as usize / 64;
+            let before = self.words[block * WORDS + word];
+            let mut after = before;
+            // As long as the next ones lie in the same word of the same segment.
+            while let Some(&entry) = rest.first() {
+                let at = start + u64::from(entry);
+                if at / 64 != first / 64 || !segment.contains(at, 1 << order) {
+                    break;
+                }
+                let mask = bits::run_mask((at % 64) as u32, order);
+                if after & mask == 0 {
+                    after |= mask;
+                } else if after & mask == mask {
+                    wrong(GiveError::Free, at);
+                } else {
+                    wrong(GiveError::PartlyFree, at);
+                }
+                rest = &rest[1..];
+            }
+            let given = u64::from((after & !before).count_ones());
+            if given > 0 {
+                self.set_word(&segment, block, word, after);
+                self.account(block, given, true);
+            }
+        }
+    }
+
     /// How many of a run's frames are free, and how many it has.
     fn count_run(&self, block: usize, offset: u32, order: usize) -> (u32, u32) {
         let at = block * WORDS + offset as usize / 64;
