@@ -4,7 +4,7 @@ mod common;
 
 use common::{Heap, count, page, pages};
 use kmem_hal::{FixedPool, Page, PageRange};
-use kmem_vma_tree::{BuildError, Entry, Finger, GapRequest, Node, RangeTree};
+use kmem_vma_tree::{BuildError, Entry, Finger, GapRequest, Mergeable, Node, RangeTree, Value};
 
 type Tree<'h> = RangeTree<u64, &'h Heap>;
 
@@ -314,4 +314,65 @@ fn views_are_well_formed() {
         );
     }
     assert!(stats.to_string().contains("leaf fill"));
+}
+
+/// A value that counts from the start of its range, as a file offset does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Offset(u64);
+
+impl Value for Offset {
+    fn to_word(self) -> u64 {
+        self.0
+    }
+    fn from_word(word: u64) -> Self {
+        Self(word)
+    }
+    fn split(self, pages: u64) -> Self {
+        Self(self.0 + pages)
+    }
+}
+
+impl Mergeable for Offset {
+    fn merge(left: &Entry<Self>, right: &Entry<Self>) -> Option<Self> {
+        (left.value.0 + left.range.count() == right.value.0).then_some(left.value)
+    }
+}
+
+#[test]
+fn offsets_follow_every_cut() {
+    let heap = Heap::default();
+    let mut tree: RangeTree<Offset, &Heap> = RangeTree::new_in(&heap);
+    // Offset = page: whatever is cut and merged, it must stay so.
+    tree.store(count(0, 5000), Some(Offset(0)), &mut |_| ())
+        .unwrap();
+    let mut random = 12345_u64;
+    for _ in 0..2000 {
+        random = random
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        let range = count((random >> 33) % 5000, 1 + (random >> 20) % 60);
+        let as_page = |piece: Entry<Offset>| assert_eq!(piece.value.0, piece.first().number());
+        match random % 3 {
+            0 => tree.store(range, None, &mut { as_page }).unwrap(),
+            1 => {
+                let value = Offset(range.first().number());
+                let merged = tree.store_merged(range, value, &mut { as_page }).unwrap();
+                assert_eq!(merged.value.0, merged.first().number());
+            }
+            _ => tree
+                .modify(range, &mut |piece, around| {
+                    as_page(piece);
+                    around.below.map(as_page);
+                    around.above.map(as_page);
+                    Some(piece.value)
+                })
+                .unwrap(),
+        }
+        tree.check().unwrap();
+    }
+    assert!(tree.len() > 10);
+    assert!(
+        tree.iter()
+            .all(|entry| entry.value.0 == entry.first().number())
+    );
 }

@@ -232,6 +232,8 @@ pub fn differential_shared<const W: usize>(ops: &[Op], asks: &[(u64, Request)]) 
             let mut walk = section.entries_from(Page::ZERO);
             let first = walk.next();
             assert_eq!(first, before.entries.first().copied());
+            // Every entry that the tree had while the section was open.
+            let mut states = before.entries.clone();
             for op in ops {
                 for allowed in 0.. {
                     heap.left.set(Some(allowed));
@@ -247,6 +249,7 @@ pub fn differential_shared<const W: usize>(ops: &[Op], asks: &[(u64, Request)]) 
                 }
                 assert!(writer.iter().eq(model.entries.iter().copied()));
                 assert_eq!(writer.len(), model.entries.len());
+                states.extend(&model.entries);
                 let (at, _) = &asks[round % asks.len()];
                 for at in [*at, 0, at.wrapping_mul(3) % 500, Page::MAX.number()] {
                     let at = Page::from_number(at);
@@ -260,6 +263,16 @@ pub fn differential_shared<const W: usize>(ops: &[Op], asks: &[(u64, Request)]) 
             let mut free = first.map_or(0, |entry| entry.last().number() + 1);
             for entry in walk {
                 assert!(entry.first().number() >= free);
+                // As it was at some moment, or what is left of that above the pages that were passed.
+                let known = states.iter().any(|state| {
+                    let below_passed =
+                        entry.first().number() == free && state.first() < entry.first();
+                    (state.first() == entry.first() || below_passed)
+                        && (state.last(), state.value) == (entry.last(), entry.value)
+                });
+                // A `modify` passes through states that the model does not record.
+                let modified = ops.iter().any(|op| matches!(op, Op::Modify(..)));
+                assert!(known || modified, "{entry:?} was never in the tree");
                 free = entry.last().number() + 1;
             }
             drop(section);
