@@ -74,3 +74,9 @@ fn memory_does_run_out_in_these_tests() {
     ];
     assert!(run_without_memory::<X86_64>(&codes) >= 6);
 }
+
+#[test]
+fn single_frames_may_leave_as_one_block() {
+    // A range of single leaves whose frames follow each other, and the merge of its first 512.
+    run::<kmem_paging::format::X86Pae>(&[[119, 154, 56, 10, 0, 128], [206, 118, 0, 0, 0, 0]]);
+}

@@ -60,20 +60,21 @@ impl Pool {
     }
 
     fn free(&mut self, frame: OwnedFrame) {
-        let (first, count) = (frame.range().first().number(), frame.range().count());
-        let (&start, &length) = self
-            .out
-            .range(..=first)
-            .next_back()
-            .expect("freed by nobody");
-        assert!(first + count <= start + length, "freed twice: {frame:?}");
-        self.out.remove(&start);
-        if start < first {
-            self.out.insert(start, first - start);
-        }
-        if first + count < start + length {
-            self.out
-                .insert(first + count, start + length - first - count);
+        // A part of what was given, or several neighbours that a merged leaf made one.
+        let (first, end) = (frame.first().number(), frame.range().end_number());
+        let mut at = first;
+        while at < end {
+            let (&start, &length) = self.out.range(..=at).next_back().expect("freed by nobody");
+            let stop = end.min(start + length);
+            assert!(at < stop, "freed twice: {frame:?}");
+            self.out.remove(&start);
+            if start < at {
+                self.out.insert(start, at - start);
+            }
+            if stop < start + length {
+                self.out.insert(stop, start + length - stop);
+            }
+            at = stop;
         }
         self.free
             .entry(frame.order().get())
