@@ -4,9 +4,9 @@
 #[path = "../../crates/buddy/tests/common/mod.rs"]
 mod common;
 
+use common::twin::BuddyOp;
 use common::window::Window;
 use common::world::{END, World};
-use common::twin::BuddyOp;
 use libfuzzer_sys::fuzz_target;
 
 thread_local! {

@@ -84,7 +84,11 @@ fuzz_target!(|input: Input| {
         pages,
         alignment,
         offset: ask.offset % alignment,
-        at_least: if ask.sure { pages + alignment - 1 } else { pages },
+        at_least: if ask.sure {
+            pages + alignment - 1
+        } else {
+            pages
+        },
     };
     let asks = [(ask.page, request)];
     differential::<32>(&ops, &asks, input.turns);

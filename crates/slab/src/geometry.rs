@@ -112,7 +112,7 @@ impl Geometry {
         self.objects as usize
     }
 
-    /// Objects in a slab of `order`, at most [`MAX_OBJECTS`].
+    /// Objects in a slab of `order`, at most `MAX_OBJECTS`.
     #[must_use]
     pub const fn objects_in(self, order: Order) -> usize {
         objects(self.size as usize, order.bytes()) as usize
