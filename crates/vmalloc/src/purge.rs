@@ -64,6 +64,16 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
     #[doc(alias = "vm_unmap_aliases")]
     pub fn purge(&self) {
         let waiting = core::mem::replace(&mut self.state.lock().lazy, Lazy::new());
+        self.unmap_waiting(&waiting);
+        for range in waiting.ranges.iter().flatten() {
+            self.give_range(*range);
+        }
+    }
+
+    /// Unmaps what waits, with one flush for as much as a gather holds. A call of its own, so that the gather is off the
+    /// stack when the tree is edited.
+    #[inline(never)]
+    fn unmap_waiting(&self, waiting: &Lazy) {
         let env = self.table.env();
         let mut gather = self.table.gather::<{ LAZY_PAGES as usize }>();
         for range in waiting.ranges.iter().flatten() {
@@ -72,6 +82,7 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
             };
             let mut rest = *range;
             while let Err(ChangeError::Full { next }) = cursor.unmap(rest, &mut gather) {
+                cursor.release();
                 gather.commit(|page: KernelPage| page.release(env.slots(), env.frames()));
                 match PageRange::new(next, range.last()) {
                     Some(left) => rest = left,
@@ -80,9 +91,6 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
             }
         }
         gather.commit(|page: KernelPage| page.release(env.slots(), env.frames()));
-        for range in waiting.ranges.iter().flatten() {
-            self.give_range(*range);
-        }
     }
 
     /// Unmaps and flushes the pages of one area now.
