@@ -8,7 +8,9 @@ mod machine;
 #[path = "../../crates/paging/tests/common/ops.rs"]
 mod ops;
 
-use kmem_paging::format::{Format, X86_64, X86_64La57, X86Pae, X86TwoLevel};
+use kmem_paging::format::{
+    Aarch64, Format, RiscvSv39, RiscvSv57, X86_64, X86_64La57, X86Pae, X86Pse36, X86TwoLevel,
+};
 use libfuzzer_sys::fuzz_target;
 use ops::World;
 
@@ -32,10 +34,14 @@ fuzz_target!(|bytes: &[u8]| {
         return;
     };
     let failures = first & 0x80 != 0;
-    match first % 4 {
+    match first % 8 {
         0 => run::<X86_64>(codes, failures),
         1 => run::<X86_64La57>(codes, failures),
         2 => run::<X86Pae>(codes, failures),
-        _ => run::<X86TwoLevel>(codes, failures),
+        3 => run::<X86TwoLevel>(codes, failures),
+        4 => run::<X86Pse36>(codes, failures),
+        5 => run::<RiscvSv39>(codes, failures),
+        6 => run::<RiscvSv57>(codes, failures),
+        _ => run::<Aarch64>(codes, failures),
     }
 });

@@ -7,7 +7,8 @@ mod machine;
 
 use kmem_hal::{Frame, Order};
 use kmem_paging::format::{
-    Format, Kind, RiscvSv39, RiscvSv48, RiscvSv57, X86_64, X86_64La57, X86_PAT, X86Pae, X86TwoLevel,
+    Aarch64, Format, Kind, ProtectionKey, RiscvSv39, RiscvSv48, RiscvSv57, X86_64, X86_64La57,
+    X86_PAT, X86Pae, X86Pse36, X86TwoLevel,
 };
 use kmem_paging::{Attributes, MemoryType, Payload, Rights, SoftBit};
 
@@ -133,6 +134,93 @@ fn leaves_of_the_32_bit_modes() {
 }
 
 #[test]
+fn leaves_of_pse36() {
+    let data = Attributes::new(Rights::USER_DATA);
+    // Table 4-4: bits 20:13 are address bits 39:32, bit 21 is reserved, bit 12 is PAT.
+    let high = 0x9a << 20 | 0x400;
+    assert_eq!(
+        leaf::<X86Pse36>(2, high, data),
+        0x40_0000 | 0x9a << 13 | P | W | U | PS
+    );
+    let write_combining = data.memory_type(MemoryType::WriteCombining);
+    assert_eq!(
+        leaf::<X86Pse36>(2, high, write_combining),
+        0x40_0000 | 0x9a << 13 | P | W | U | PS | PWT | 1 << 12
+    );
+    assert_eq!(
+        leaf::<X86Pse36>(2, 0x400, data),
+        leaf::<X86TwoLevel>(2, 0x400, data)
+    );
+    assert!(!X86Pse36::can_encode(2, Frame::from_number(1 << 28), &data));
+    assert!(!X86Pse36::can_encode(2, Frame::from_number(1), &data));
+    assert!(
+        !X86Pse36::can_encode(1, Frame::from_number(1 << 20), &data),
+        "a small leaf has no room"
+    );
+    let template = X86Pse36::leaf(2, Frame::ZERO, &data);
+    for frame in [0, 0x400, high, (1 << 28) - 0x400] {
+        let frame = Frame::from_number(frame);
+        let word = X86Pse36::leaf(2, frame, &data);
+        assert_eq!(X86Pse36::relocate(2, template, frame), word);
+        let hidden = X86Pse36::with_rights(2, word, Rights::empty());
+        assert_eq!(hidden & P, 0);
+        assert_eq!(X86Pse36::leaf_frame(2, hidden), frame);
+        assert_eq!(
+            hidden & 0xffdf_e000 & !(1 << 21),
+            !word & 0xffdf_e000 & !(1 << 21),
+            "inverted"
+        );
+        assert_eq!(X86Pse36::with_rights(2, hidden, Rights::USER_DATA), word);
+        let hidden_template = X86Pse36::leaf(2, Frame::ZERO, &Rights::empty().into());
+        assert_eq!(
+            X86Pse36::relocate(2, hidden_template, frame),
+            X86Pse36::leaf(2, frame, &Rights::empty().into())
+        );
+    }
+}
+
+#[test]
+fn keys_and_bits_have_room_where_they_say() {
+    const KEY: u8 = ProtectionKey::<X86_64La57, 15>::KEY;
+    assert_eq!(KEY, 15);
+    for key in [0, 1, 15] {
+        let word = leaf::<X86_64>(1, 0, Attributes::new(Rights::READ).pkey(key));
+        assert_eq!(word >> 59 & 15, u64::from(key));
+    }
+    assert!(!X86_64::can_encode(
+        1,
+        Frame::ZERO,
+        &Attributes::new(Rights::READ).pkey(16)
+    ));
+    fn softest<F: Format>() {
+        // Every software bit is kept through a leaf, with and without access, and touches nothing else.
+        for bit in 0..F::SOFT_BITS {
+            for rights in [Rights::USER_DATA, Rights::empty()] {
+                let plain = F::leaf(1, Frame::from_number(3), &rights.into());
+                let mut found = Vec::new();
+                for other in 0..64 {
+                    let word = plain ^ 1 << other;
+                    let read = F::attributes(1, word);
+                    if read.soft.bits() == 1 << bit
+                        && F::kind(1, word) == Kind::Leaf
+                        && F::leaf(1, Frame::from_number(3), &read) == word
+                    {
+                        found.push(other);
+                    }
+                }
+                assert_eq!(found.len(), 1, "{} software bit {bit}: {found:?}", F::NAME);
+            }
+        }
+    }
+    softest::<X86TwoLevel>();
+    softest::<X86Pse36>();
+    softest::<X86Pae>();
+    softest::<X86_64>();
+    softest::<RiscvSv39>();
+    softest::<Aarch64>();
+}
+
+#[test]
 fn words_that_are_not_present_name_no_memory() {
     // L1TF: a processor that ignores P must find address bits that no memory has.
     let hidden = leaf::<X86_64>(1, 0x1234, Attributes::new(Rights::empty()).dirty());
@@ -180,6 +268,8 @@ fn every_level_is_as_wide_as_its_table() {
     check::<RiscvSv39>(39, 8);
     check::<RiscvSv48>(48, 8);
     check::<RiscvSv57>(57, 8);
+    check::<X86Pse36>(32, 4);
+    check::<Aarch64>(48, 8);
 }
 
 #[test]

@@ -8,7 +8,10 @@ mod machine;
 #[path = "common/ops.rs"]
 mod ops;
 
-use kmem_paging::format::{Format, RiscvSv39, RiscvSv57, X86_64, X86_64La57, X86Pae, X86TwoLevel};
+use kmem_paging::format::{
+    Aarch64, Format, RiscvSv39, RiscvSv48, RiscvSv57, X86_64, X86_64La57, X86Pae, X86Pse36,
+    X86TwoLevel,
+};
 use ops::World;
 use proptest::prelude::*;
 
@@ -61,7 +64,8 @@ macro_rules! formats {
     )*};
 }
 
-formats!(four_levels X86_64, five_levels X86_64La57, pae X86Pae, two_levels X86TwoLevel, sv39 RiscvSv39, sv57 RiscvSv57);
+formats!(four_levels X86_64, five_levels X86_64La57, pae X86Pae, two_levels X86TwoLevel, pse36 X86Pse36,
+    sv39 RiscvSv39, sv48 RiscvSv48, sv57 RiscvSv57, aarch64 Aarch64);
 
 #[test]
 fn memory_does_run_out_in_these_tests() {

@@ -3,15 +3,29 @@
 //! A format is a type with constants and pure functions on words. The logic of this crate is generic over it,
 //! so a walk over four levels compiles to the four loads that a hand-written one would do.
 //!
-//! Levels count from the leaves, as Linux's names do when levels are folded:
+//! Levels count from the leaves. Linux counts from the root: its generic code always goes through five names, PGD, P4D, PUD,
+//! PMD and PTE, and a machine with fewer levels *folds* the upper or middle ones: the folded level has one entry, which is
+//! the entry of the level above, and costs nothing. Here nothing is folded: a table of `n` levels has the levels 1 to `n`, and
+//! [`PageTable::with_levels`](crate::PageTable::with_levels) chooses `n` at run time.
 //!
-//! | level | Linux | x86-64 | LA57 | PAE | two-level | Sv39, Sv48, Sv57 |
+//! | level | here covers | x86-64 | LA57 | PAE | two-level | Sv39, Sv48, Sv57 | AArch64 (levels 4, 3) |
+//! |---|---|---|---|---|---|---|---|
+//! | 5 | 256 TiB | - | PML5E | - | - | -, -, leaf | - |
+//! | 4 | 512 GiB | PML4E | PML4E | - | - | -, leaf, leaf | level 0, - |
+//! | 3 | 1 GiB | PDPTE, leaf | same | PDPTE (4 entries) | - | leaf | level 1, leaf |
+//! | 2 | 2 or 4 MiB | PDE, leaf | same | PDE, leaf | PDE, leaf (4 MiB) | leaf | level 2, leaf |
+//! | 1 | 4 KiB | PTE | PTE | PTE | PTE | leaf | level 3 |
+//!
+//! The same levels under Linux's names (include/asm-generic/pgtable-nop4d.h, -nopud.h, -nopmd.h):
+//!
+//! | levels | 5 | 4 | 3 | 2 | 1 | folded in Linux |
 //! |---|---|---|---|---|---|---|
-//! | 5 | PGD | - | PML5 | - | - | -, -, 256 TiB leaves |
-//! | 4 | P4D (PGD if folded) | PML4 | PML4 | - | - | -, 512 GiB leaves |
-//! | 3 | PUD | PDPT (1 GiB leaves) | same | PDPT (4 entries) | - | 1 GiB leaves |
-//! | 2 | PMD | PD (2 MiB leaves) | same | PD (2 MiB leaves) | PD (4 MiB leaves) | 2 MiB leaves |
-//! | 1 | PTE | PT | PT | PT | PT | 4 KiB leaves |
+//! | 5: LA57, Sv57 | PGD | P4D | PUD | PMD | PTE | nothing |
+//! | 4: x86-64, Sv48, AArch64 with 48 bits | - | PGD | PUD | PMD | PTE | P4D into PGD |
+//! | 3: Sv39, AArch64 with 39 bits, PAE | - | - | PGD | PMD | PTE | P4D and PUD into PGD |
+//! | 2: two-level x86 | - | - | - | PGD | PTE | P4D, PUD and PMD into PGD |
+//!
+//! So `pgd_offset` is the index at the top level, whatever its number; `pmd_leaf` is a leaf of level 2; `pud_leaf` one of level 3.
 //!
 //! Invariants that every format keeps (the contract of [`Format`])
 //! - `F1`: the word 0 is an empty entry at every level, and no other word is.
@@ -24,14 +38,20 @@
 //!
 //! Does not handle: two spaces of different formats that share tables.
 
+mod aarch64;
+mod keys;
 mod pae;
+mod pse36;
 mod riscv;
 mod two_level;
 mod word;
 mod x86;
 mod x86_64;
 
+pub use aarch64::{AARCH64_MAIR, Aarch64};
+pub use keys::ProtectionKey;
 pub use pae::X86Pae;
+pub use pse36::X86Pse36;
 pub use riscv::{RiscvSv39, RiscvSv48, RiscvSv57};
 pub use two_level::X86TwoLevel;
 pub use word::Word;
@@ -54,6 +74,12 @@ pub struct Level {
 }
 
 impl Level {
+    /// A level whose entries cover `1 << shift` pages each, in tables of `1 << bits` entries.
+    #[must_use]
+    pub const fn new(shift: u32, bits: u32, leaf: bool) -> Self {
+        Self { shift, bits, leaf }
+    }
+
     /// Entries in a table of this level.
     #[must_use]
     pub const fn entries(self) -> usize {
@@ -102,6 +128,8 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
     const SOFT_BITS: u32;
     /// Bits of a [`Payload`].
     const PAYLOAD_BITS: u32;
+    /// How many protection keys a leaf can name, key 0 included; 1 where the format has none.
+    const PROTECTION_KEYS: u8 = 1;
     /// Leaves can name frames below this number.
     const FRAME_LIMIT: u64;
     /// Tables must lie in frames below this number.

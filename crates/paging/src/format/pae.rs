@@ -8,7 +8,7 @@
 
 use kmem_hal::{Canonical, Frame};
 
-use super::x86::{Mode, PRESENT, USER, WRITE};
+use super::x86::{Mode, PRESENT, USER, WRITE, by_mode};
 use super::{Format, Kind, Level};
 use crate::attributes::{Attributes, Payload, Rights};
 
@@ -32,21 +32,9 @@ unsafe impl Format for X86Pae {
     type Word = u64;
     const NAME: &'static str = "x86 PAE";
     const LEVELS: &'static [Level] = &[
-        Level {
-            shift: 0,
-            bits: 9,
-            leaf: true,
-        },
-        Level {
-            shift: 9,
-            bits: 9,
-            leaf: true,
-        },
-        Level {
-            shift: 18,
-            bits: 2,
-            leaf: false,
-        },
+        Level::new(0, 9, true),
+        Level::new(9, 9, true),
+        Level::new(18, 2, false),
     ];
     const MIN_LEVELS: usize = 3;
     const SOFT_BITS: u32 = MODE.soft_bits();
@@ -63,16 +51,6 @@ unsafe impl Format for X86Pae {
     }
 
     #[inline(always)]
-    fn can_encode(level: usize, frame: Frame, attributes: &Attributes) -> bool {
-        MODE.can_encode(level, frame, attributes)
-    }
-
-    #[inline(always)]
-    fn leaf(level: usize, frame: Frame, attributes: &Attributes) -> u64 {
-        MODE.leaf(level, frame, attributes)
-    }
-
-    #[inline(always)]
     fn table(level: usize, frame: Frame) -> u64 {
         let address = frame.start().as_u64() | PRESENT;
         // In the four entries at the top the bits W and U are reserved.
@@ -83,68 +61,5 @@ unsafe impl Format for X86Pae {
         }
     }
 
-    #[inline(always)]
-    fn payload(payload: Payload) -> u64 {
-        MODE.payload(payload)
-    }
-
-    #[inline(always)]
-    fn kind(level: usize, word: u64) -> Kind {
-        MODE.kind(level, word)
-    }
-
-    #[inline(always)]
-    fn table_frame(word: u64) -> Frame {
-        MODE.table_frame(word)
-    }
-
-    #[inline(always)]
-    fn leaf_frame(level: usize, word: u64) -> Frame {
-        MODE.leaf_frame(level, word)
-    }
-
-    #[inline(always)]
-    fn attributes(level: usize, word: u64) -> Attributes {
-        MODE.attributes(level, word)
-    }
-
-    #[inline(always)]
-    fn payload_of(word: u64) -> Payload {
-        MODE.payload_of(word)
-    }
-
-    #[inline(always)]
-    fn is_settled(word: u64) -> bool {
-        Mode::is_settled(word)
-    }
-
-    #[inline(always)]
-    fn rights_patch(_level: usize, rights: Rights) -> Option<(u64, u64)> {
-        rights.grants_access().then(|| MODE.rights_patch(rights))
-    }
-
-    #[inline(always)]
-    fn is_present(_level: usize, word: u64) -> bool {
-        word & PRESENT != 0
-    }
-
-    #[inline(always)]
-    fn relocate(level: usize, template: u64, frame: Frame) -> u64 {
-        MODE.relocate(level, template, frame)
-    }
-
-    #[inline(always)]
-    fn with_rights(level: usize, word: u64, rights: Rights) -> u64 {
-        MODE.with_rights(level, word, rights)
-    }
-
-    #[inline(always)]
-    fn needs_flush(level: usize, old: u64, new: u64) -> bool {
-        MODE.needs_flush(level, old, new)
-    }
-
-    #[inline(always)]
-    fn is_global(_level: usize, word: u64) -> bool {
-        Mode::is_global(word)
-    }
+    by_mode!(MODE);
 }

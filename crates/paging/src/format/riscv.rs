@@ -45,31 +45,11 @@ const NO_ACCESS: u64 = 1 << 1;
 const PAYLOAD: u64 = 1 << 2;
 
 const LEVELS: [Level; 5] = [
-    Level {
-        shift: 0,
-        bits: 9,
-        leaf: true,
-    },
-    Level {
-        shift: 9,
-        bits: 9,
-        leaf: true,
-    },
-    Level {
-        shift: 18,
-        bits: 9,
-        leaf: true,
-    },
-    Level {
-        shift: 27,
-        bits: 9,
-        leaf: true,
-    },
-    Level {
-        shift: 36,
-        bits: 9,
-        leaf: true,
-    },
+    Level::new(0, 9, true),
+    Level::new(9, 9, true),
+    Level::new(18, 9, true),
+    Level::new(27, 9, true),
+    Level::new(36, 9, true),
 ];
 
 fn leaf(frame: Frame, attributes: &Attributes) -> u64 {

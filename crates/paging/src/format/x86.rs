@@ -300,3 +300,89 @@ impl Mode {
         word & PRESENT == 0 || word & ACCESSED != 0 && (word & DIRTY != 0 || word & WRITE == 0)
     }
 }
+
+/// The functions of [`Format`](super::Format) that every x86 mode answers by its [`Mode`] alone.
+macro_rules! by_mode {
+    ($mode:expr) => {
+        by_mode!(@leaves $mode);
+        by_mode!(@words $mode);
+    };
+    (@leaves $mode:expr) => {
+        #[inline(always)]
+        fn can_encode(level: usize, frame: Frame, attributes: &Attributes) -> bool {
+            $mode.can_encode(level, frame, attributes)
+        }
+
+        #[inline(always)]
+        fn leaf(level: usize, frame: Frame, attributes: &Attributes) -> u64 {
+            $mode.leaf(level, frame, attributes)
+        }
+
+        #[inline(always)]
+        fn leaf_frame(level: usize, word: u64) -> Frame {
+            $mode.leaf_frame(level, word)
+        }
+
+        #[inline(always)]
+        fn relocate(level: usize, template: u64, frame: Frame) -> u64 {
+            $mode.relocate(level, template, frame)
+        }
+
+        #[inline(always)]
+        fn with_rights(level: usize, word: u64, rights: Rights) -> u64 {
+            $mode.with_rights(level, word, rights)
+        }
+    };
+    (@words $mode:expr) => {
+        #[inline(always)]
+        fn payload(payload: Payload) -> u64 {
+            $mode.payload(payload)
+        }
+
+        #[inline(always)]
+        fn kind(level: usize, word: u64) -> Kind {
+            $mode.kind(level, word)
+        }
+
+        #[inline(always)]
+        fn table_frame(word: u64) -> Frame {
+            $mode.table_frame(word)
+        }
+
+        #[inline(always)]
+        fn attributes(level: usize, word: u64) -> Attributes {
+            $mode.attributes(level, word)
+        }
+
+        #[inline(always)]
+        fn payload_of(word: u64) -> Payload {
+            $mode.payload_of(word)
+        }
+
+        #[inline(always)]
+        fn is_settled(word: u64) -> bool {
+            Mode::is_settled(word)
+        }
+
+        #[inline(always)]
+        fn rights_patch(_level: usize, rights: Rights) -> Option<(u64, u64)> {
+            rights.grants_access().then(|| $mode.rights_patch(rights))
+        }
+
+        #[inline(always)]
+        fn is_present(_level: usize, word: u64) -> bool {
+            word & PRESENT != 0
+        }
+
+        #[inline(always)]
+        fn needs_flush(level: usize, old: u64, new: u64) -> bool {
+            $mode.needs_flush(level, old, new)
+        }
+
+        #[inline(always)]
+        fn is_global(_level: usize, word: u64) -> bool {
+            Mode::is_global(word)
+        }
+    };
+}
+pub(super) use by_mode;
