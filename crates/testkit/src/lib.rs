@@ -11,6 +11,12 @@ pub mod objects;
 pub mod ops;
 pub mod processes;
 pub mod slots;
+#[cfg(all(
+    target_os = "linux",
+    target_arch = "x86_64",
+    not(any(loom, shuttle, miri))
+))]
+pub mod step;
 pub mod twins;
 
 pub use arena::{Arena, ArenaSource};
