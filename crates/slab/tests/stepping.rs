@@ -1,0 +1,402 @@
+//! An NMI before every machine instruction of alloc, free, refill, exchange, flush, shrink and the page source's calls beneath.
+//!
+//! The NMI allocates and frees in the same cache, in another one and straight from the page source, on the same CPU. Whatever
+//! it meets, nothing spins, no object is lost or has two owners, and the interrupted call does what it does without it.
+#![cfg(all(
+    target_os = "linux",
+    target_arch = "x86_64",
+    not(any(loom, shuttle, miri, kmem_counting))
+))]
+
+use std::alloc::{Layout, alloc_zeroed};
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
+use std::ptr::NonNull;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use kmem_hal::{
+    AllocError, Frame, FrameRequest, FrameSink, FrameSource, FrameTable, IrqSafe, OffsetMap,
+    OwnedFrame, Section, SingleCpu,
+};
+use kmem_slab::{Cache, Flags, Parts, SlabBox, SlabSystem};
+use kmem_testkit::step::Stepper;
+
+const FRAMES: usize = 2048;
+
+/// A page source that an NMI may enter: bits that are claimed by one exchange, and no lock.
+struct Source {
+    words: [AtomicU64; FRAMES / 64],
+    base: usize,
+}
+
+impl Source {
+    fn used(&self) -> u32 {
+        self.words
+            .iter()
+            .map(|word| word.load(Ordering::Relaxed).count_ones())
+            .sum()
+    }
+}
+
+// SAFETY: a block is a run of bits that one exchange took from 0 to 1; runs are naturally aligned in words.
+unsafe impl FrameSource for Source {
+    fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
+        let order = request.order;
+        if order.index() > 6 {
+            return Err(AllocError::Unsatisfiable);
+        }
+        let frames = order.frames();
+        let run = u64::MAX >> (64 - frames);
+        for (index, word) in self.words.iter().enumerate() {
+            for at in (0..64).step_by(frames as usize) {
+                let now = word.load(Ordering::Relaxed);
+                let taken = now & run << at == 0
+                    && word
+                        .compare_exchange(now, now | run << at, Ordering::AcqRel, Ordering::Relaxed)
+                        .is_ok();
+                if taken {
+                    let first = index as u64 * 64 + at;
+                    if request.zeroed {
+                        let bytes: *mut u8 = std::ptr::with_exposed_provenance_mut(
+                            self.base + ((first as usize) << 12),
+                        );
+                        // SAFETY: inside the arena, just taken.
+                        unsafe { bytes.write_bytes(0, order.bytes() as usize) };
+                    }
+                    // SAFETY: as above.
+                    return Ok(unsafe { OwnedFrame::from_raw(Frame::from_number(first), order) });
+                }
+            }
+        }
+        Err(AllocError::OutOfMemory)
+    }
+}
+
+impl FrameSink for Source {
+    fn free(&self, frame: OwnedFrame) {
+        let (first, order) = frame.into_raw();
+        let run = u64::MAX >> (64 - order.frames()) << (first.number() % 64);
+        let before = self.words[first.number() as usize / 64].fetch_and(!run, Ordering::AcqRel);
+        assert_eq!(before & run, run, "frame {first} was free");
+    }
+}
+
+type TestParts = Parts<&'static Source, OffsetMap, SingleCpu, IrqSafe>;
+type System = SlabSystem<TestParts>;
+
+/// Objects of 4 KiB: short arrays, so that refills and flushes are short.
+const SIZE: usize = 4096;
+
+type Place = Cell<Option<NonNull<u8>>>;
+
+/// A system with objects that the operation holds, that the NMI frees, and that the NMI keeps.
+struct World {
+    source: &'static Source,
+    system: RefCell<System>,
+    held: RefCell<Vec<NonNull<u8>>>,
+    got: [Place; 4],
+    to_free: [Place; 3],
+    kept: [Place; 3],
+    nmi: Nmi,
+}
+
+/// What an NMI leaves behind, so that the operation meets what it is to meet.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Nmi {
+    /// Objects freed and kept, arrays changed.
+    Mixed,
+    /// Arrays as they were, where the interrupted call does not have them.
+    Neutral,
+    /// Empty arrays.
+    Shrinking,
+}
+
+impl World {
+    fn new() -> Self {
+        let layout = Layout::from_size_align(FRAMES << 12, 1 << 21).unwrap();
+        // SAFETY: the layout is not empty.
+        let base = unsafe { alloc_zeroed(layout) }.expose_provenance();
+        let slots = Layout::from_size_align(FrameTable::SECTION_BYTES, 64).unwrap();
+        // SAFETY: the layout is not empty.
+        let slots = NonNull::new(unsafe { alloc_zeroed(slots) }).unwrap();
+        let directory = Box::leak(Box::new([Section::absent()]));
+        // SAFETY: leaked memory of that size.
+        unsafe { directory[0].set_memory(slots) };
+        let table: &'static FrameTable = Box::leak(Box::new(FrameTable::new()));
+        table.init(directory);
+        let source: &'static Source = Box::leak(Box::new(Source {
+            words: std::array::from_fn(|_| AtomicU64::new(0)),
+            base,
+        }));
+        let system = System::new();
+        // SAFETY: the map and the table cover the arena; one thread, and NMIs that end before it goes on.
+        let parts = unsafe {
+            let map = OffsetMap::new(base, FRAMES as u64);
+            Parts::new(source, map, SingleCpu::new(), table)
+        };
+        system.init(parts).unwrap();
+        let world = Self {
+            source,
+            system: RefCell::new(system),
+            held: RefCell::default(),
+            got: Default::default(),
+            to_free: Default::default(),
+            kept: Default::default(),
+            nmi: Nmi::Mixed,
+        };
+        for (place, size) in world.to_free.iter().zip([SIZE, SIZE, 64]) {
+            place.set(Some(world.alloc(size).unwrap()));
+        }
+        world
+    }
+
+    fn with(self, nmi: Nmi) -> Self {
+        Self { nmi, ..self }
+    }
+
+    fn hold(self, count: usize) -> Self {
+        for _ in 0..count {
+            self.held.borrow_mut().push(self.alloc(SIZE).unwrap());
+        }
+        self
+    }
+
+    fn alloc(&self, size: usize) -> Result<NonNull<u8>, AllocError> {
+        let object = self.system.borrow().kmalloc(size, Flags::empty())?;
+        // SAFETY: `size` bytes that belong to the caller. What else is in there overwrites it, if it has two owners.
+        unsafe { object.write_bytes(0x5a, size.min(64)) };
+        Ok(object)
+    }
+
+    fn free(&self, object: NonNull<u8>) {
+        // SAFETY: allocated by `alloc` and held by the caller.
+        unsafe {
+            assert_eq!(object.read(), 0x5a, "written by somebody else");
+            object.write(0xdd);
+            self.system.borrow().kfree(object.as_ptr());
+        }
+    }
+
+    fn there_and_back(&self, size: usize) {
+        if let Ok(object) = self.alloc(size) {
+            self.free(object);
+        }
+    }
+
+    fn interrupt(&self) {
+        match self.nmi {
+            Nmi::Neutral => return self.there_and_back(SIZE),
+            Nmi::Shrinking => {
+                self.there_and_back(SIZE);
+                self.system.borrow().shrink();
+                return;
+            }
+            Nmi::Mixed => {}
+        }
+        if let Some(object) = self.to_free.iter().find_map(Cell::take) {
+            self.free(object);
+        }
+        for size in [SIZE, 64, 20_000] {
+            self.there_and_back(size);
+        }
+        if let Some(place) = self.kept.iter().find(|place| place.get().is_none())
+            && let Ok(object) = self.alloc(SIZE)
+        {
+            place.set(Some(object));
+        }
+    }
+
+    /// Every object is free or has one owner, all are there, and all frames come back.
+    fn check(&self) {
+        let mut owned: Vec<NonNull<u8>> = self.held.take();
+        for places in [&self.got[..], &self.kept, &self.to_free] {
+            owned.extend(places.iter().filter_map(Cell::take));
+        }
+        let distinct: BTreeSet<_> = owned.iter().copied().collect();
+        assert_eq!(distinct.len(), owned.len(), "an object has two owners");
+        let active = || {
+            let mut active = 0;
+            let count = |info: &kmem_slab::CacheInfo| {
+                assert_eq!(info.misuses, 0, "{info:?}");
+                assert_eq!(info.allocs - info.frees, info.active_objects, "{info:?}");
+                active += info.active_objects;
+            };
+            self.system.borrow().caches(count).unwrap();
+            active
+        };
+        assert_eq!(active(), owned.len() as u64, "objects are lost");
+        for object in owned {
+            self.free(object);
+        }
+        assert_eq!(active(), 0);
+        self.system.borrow_mut().teardown().unwrap();
+        assert_eq!(self.source.used(), 0, "frames are lost");
+    }
+}
+
+/// Steps through `operation` in both ways; alone at one instruction in `stride`.
+fn step(
+    name: &str,
+    stride: u64,
+    together: Nmi,
+    setup: impl Fn() -> World,
+    operation: impl Fn(&World),
+) {
+    let ways = [
+        (Stepper::alone().stride(stride), Nmi::Mixed),
+        (Stepper::together(), together),
+    ];
+    for (way, nmi) in ways {
+        let start = std::time::Instant::now();
+        let setup = || setup().with(nmi);
+        match way.run(setup, &operation, World::interrupt, World::check) {
+            Ok(Some(steps)) => println!("{name}: {steps:?} in {:?}", start.elapsed()),
+            Ok(None) => {}
+            Err(failure) => panic!("{name}: {failure}"),
+        }
+    }
+}
+
+fn take(world: &World) {
+    let object = world.alloc(SIZE).expect("memory is not short");
+    world.got[0].set(Some(object));
+}
+
+fn give(world: &World) {
+    let object = world.held.borrow_mut().pop().unwrap();
+    world.free(object);
+}
+
+/// Objects of the 4 KiB class in arrays, the depot, and slabs.
+fn places(world: &World) -> (u64, u64, u64) {
+    let mut found = (0, 0, 0);
+    let look = |info: &kmem_slab::CacheInfo| {
+        if info.object_size == SIZE {
+            found = (info.in_arrays, info.in_depot, info.in_slabs);
+        }
+    };
+    world.system.borrow().caches(look).unwrap();
+    found
+}
+
+/// A world in which the next free does to a world like it what `happens` says: `before` and `after`.
+fn before_a_free_that(happens: impl Fn((u64, u64, u64), (u64, u64, u64)) -> bool) -> World {
+    const COUNT: usize = 300;
+    let (world, probe) = (World::new().hold(COUNT), World::new().hold(COUNT));
+    for _ in 0..COUNT {
+        let before = places(&probe);
+        give(&probe);
+        if happens(before, places(&probe)) {
+            return world;
+        }
+        give(&world);
+    }
+    panic!("never seen");
+}
+
+#[test]
+fn hits() {
+    let warm = || {
+        let world = World::new().hold(3);
+        give(&world);
+        world
+    };
+    step("alloc", 1, Nmi::Mixed, warm, take);
+    step("free", 1, Nmi::Mixed, warm, give);
+}
+
+/// No slab, no array: all of it is made, by way of the page source.
+#[test]
+fn first_object() {
+    let system = || World::new();
+    step("first", 97, Nmi::Mixed, system, |world| {
+        let object = world.alloc(700).expect("memory is not short");
+        world.got[0].set(Some(object));
+    });
+}
+
+#[test]
+fn refill_from_slabs() {
+    let drained = || {
+        let world = World::new().hold(20);
+        for _ in 0..10 {
+            give(&world);
+        }
+        world.system.borrow().shrink();
+        world
+    };
+    step("refill", 29, Nmi::Shrinking, drained, take);
+}
+
+#[test]
+fn flush_to_slabs() {
+    let full = || before_a_free_that(|before, after| after.2 > before.2 && after.0 < before.0);
+    step("flush", 29, Nmi::Neutral, full, give);
+}
+
+#[test]
+fn exchange_with_the_depot() {
+    let full = || before_a_free_that(|before, after| after.1 > before.1);
+    step("exchange", 11, Nmi::Neutral, full, give);
+}
+
+#[test]
+fn whole_pages() {
+    step("pages", 31, Nmi::Mixed, World::new, |world| {
+        let object = world.alloc(20_000).expect("memory is not short");
+        world.free(object);
+    });
+}
+
+/// One cache is emptied into its slabs and the page source, while NMIs use it.
+#[test]
+fn shrink() {
+    type Page = [u8; 2048];
+    type Pages = Cache<'static, Page, TestParts>;
+    type Boxes = RefCell<Vec<SlabBox<'static, Page, TestParts>>>;
+    let setup = || {
+        let system: &'static System = Box::leak(Box::new(World::new().system.into_inner()));
+        let cache: &'static Pages = Box::leak(Box::new(Cache::new(system, "pages")));
+        let boxes: Vec<_> = (0..40)
+            .map(|n| cache.alloc([n; 2048]).expect("memory is not short"))
+            .collect();
+        let boxes: Boxes = RefCell::new(boxes);
+        // Every fourth stays, so that slabs are partly free.
+        let mut count = 0;
+        boxes.borrow_mut().retain(|_| {
+            count += 1;
+            count % 4 == 0
+        });
+        (cache, boxes)
+    };
+    let operation = |(cache, _): &(&'static Pages, Boxes)| {
+        cache.shrink();
+    };
+    let interrupt = |(cache, _): &(&'static Pages, Boxes)| {
+        let _there_and_back = cache.alloc([0xee; 2048]);
+    };
+    let check = |(cache, boxes): &(&'static Pages, Boxes)| {
+        let boxes = boxes.take();
+        let active = || {
+            let info = cache.info().unwrap();
+            assert_eq!(info.misuses, 0);
+            assert_eq!(info.allocs - info.frees, info.active_objects);
+            info.active_objects
+        };
+        assert_eq!(active(), 10);
+        for (at, page) in boxes.iter().enumerate() {
+            assert_eq!(**page, [at as u8 * 4 + 3; 2048]);
+        }
+        drop(boxes);
+        assert_eq!(active(), 0);
+        cache.shrink();
+        assert!(cache.info().unwrap().slabs <= 3, "{:?}", cache.info());
+    };
+    for way in [Stepper::alone().stride(31), Stepper::together()] {
+        let steps = way.run(setup, operation, interrupt, check);
+        println!(
+            "shrink: {:?}",
+            steps.unwrap_or_else(|failure| panic!("{failure}"))
+        );
+    }
+}
