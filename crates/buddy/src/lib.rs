@@ -25,5 +25,8 @@ pub use claim::{ClaimError, CmaArea, Compacted, Emptying};
 pub use config::Config;
 pub use error::{FreeError, InitError, Misuse, PlaceError};
 pub use range::OwnedRange;
-pub use view::{BuddyInfo, MemInfo, PageTypeInfo, Recount, ZoneFree, ZoneInfo};
+pub use view::{
+    BuddyInfo, FragmentationIndex, MemInfo, PageTypeInfo, Picture, PictureCell, Recount, ShowMem,
+    Svg, UnusableIndex, ZoneFree, ZoneInfo,
+};
 pub use zone::kind::{MigrateType, ZoneKind, ZoneLimits};

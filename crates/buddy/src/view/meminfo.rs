@@ -22,6 +22,8 @@ pub struct MemInfo {
     pub high_free: u64,
     /// Frames in CMA areas.
     pub cma_total: u64,
+    /// Free frames in CMA areas.
+    pub cma_free: u64,
 }
 
 impl MemInfo {
@@ -33,6 +35,7 @@ impl MemInfo {
             info.free += zone.free;
             info.cached += zone.cached;
             info.cma_total += zone.cma;
+            info.cma_free += zone.free_cma;
             if zone.kind == ZoneKind::HighMem {
                 info.high_total += zone.managed;
                 info.high_free += zone.free;
@@ -60,6 +63,7 @@ impl fmt::Display for MemInfo {
         }
         if self.cma_total > 0 {
             line("CmaTotal:", self.cma_total)?;
+            line("CmaFree:", self.cma_free)?;
         }
         Ok(())
     }

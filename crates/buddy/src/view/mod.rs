@@ -4,8 +4,11 @@
 //! fast paths nothing. Frames in CPU caches are not free in these views, as in Linux; [`ZoneFree::cached`] counts them.
 
 mod buddyinfo;
+mod fragmentation;
 mod meminfo;
 mod pagetypeinfo;
+mod picture;
+mod show_mem;
 mod zoneinfo;
 
 use kmem_hal::{CpuId, NodeId, RawLock};
@@ -17,8 +20,11 @@ use crate::zone::kind::{MigrateType, ZoneKind};
 use crate::zone::{Mark, Zone};
 
 pub use buddyinfo::BuddyInfo;
+pub use fragmentation::{FragmentationIndex, UnusableIndex};
 pub use meminfo::MemInfo;
 pub use pagetypeinfo::PageTypeInfo;
+pub use picture::{Picture, PictureCell, Svg};
+pub use show_mem::ShowMem;
 pub use zoneinfo::ZoneInfo;
 
 /// The figures of one zone at one instant, in frames.
@@ -48,6 +54,8 @@ pub struct ZoneFree {
     pub start: u64,
     /// Frames in CMA areas.
     pub cma: u64,
+    /// Free frames in CMA areas.
+    pub free_cma: u64,
 }
 
 impl ZoneFree {
@@ -87,8 +95,32 @@ fn cached<L: RawLock + 'static>(state: &State<L>, zone: usize) -> u64 {
         .sum()
 }
 
+/// Frames of `first..end`, in one zone of `kind`, that are the allocator's: not reserved, and in reach where that matters.
+fn managed_in<L: RawLock + 'static>(state: &State<L>, kind: ZoneKind, first: u64, end: u64) -> u64 {
+    let reserved = &state.reserved;
+    let (mut at, end) = if crate::buddy::needs_no_reach(kind) {
+        (first, end)
+    } else {
+        let reach = reserved.reach();
+        (
+            first.max(reach.first().number()),
+            end.min(reach.end_number()),
+        )
+    };
+    let mut count = 0;
+    while at < end {
+        let next = reserved
+            .iter()
+            .filter(|run| run.end > at && run.first < end)
+            .min_by_key(|run| run.first);
+        count += next.map_or(end, |run| run.first.max(at)) - at;
+        at = next.map_or(end, |run| run.end);
+    }
+    count
+}
+
 fn figures<L: RawLock + 'static>(state: &State<L>, index: usize, zone: &Zone<L>) -> ZoneFree {
-    let (blocks, free, cma) = zone.locked(|core| {
+    let (blocks, free, cma, free_cma) = zone.locked(|core| {
         let mut cma = 0;
         for segment in zone.segments {
             for block in segment.block as usize..segment.block_end() {
@@ -98,7 +130,7 @@ fn figures<L: RawLock + 'static>(state: &State<L>, index: usize, zone: &Zone<L>)
                 }
             }
         }
-        (core.counts(None), core.free, cma)
+        (core.counts(None), core.free, cma, core.free_cma)
     });
     ZoneFree {
         node: zone.node,
@@ -119,6 +151,7 @@ fn figures<L: RawLock + 'static>(state: &State<L>, index: usize, zone: &Zone<L>)
         }),
         start: zone.start,
         cma,
+        free_cma,
     }
 }
 
@@ -156,6 +189,63 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         }
     }
 
+    /// Which part of free memory each order cannot use: debugfs' extfrag/unusable_index.
+    pub fn unusable_index(&self) -> UnusableIndex<L> {
+        UnusableIndex {
+            state: self.state(),
+        }
+    }
+
+    /// Whether requests of each order fail for lack of memory or since it is broken up: debugfs' extfrag/extfrag_index.
+    #[doc(alias = "extfrag_index")]
+    pub fn fragmentation_index(&self) -> FragmentationIndex<L> {
+        FragmentationIndex {
+            state: self.state(),
+        }
+    }
+
+    /// What a kernel logs when memory runs out: zones against their marks, free blocks by order and type.
+    #[doc(alias = "__show_mem")]
+    pub fn show_mem(&self) -> ShowMem<L> {
+        ShowMem {
+            state: self.state(),
+        }
+    }
+
+    /// Physical memory in at most 2048 cells, as text, SVG and data.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use kmem_buddy::{BootMap, Buddy, Config, RegionKind, Reservation, ZoneLimits};
+    /// # use kmem_hal::{FrameRequest, FrameSource, OffsetMap, Order, PhysAddr, SingleCpu};
+    /// # let arena = Box::leak(vec![0u8; 9 << 20].into_boxed_slice());
+    /// # let base = (arena.as_mut_ptr().expose_provenance() + 0xf_ffff) & !0xf_ffff;
+    /// # let mut map: BootMap = BootMap::new();
+    /// # map.push(PhysAddr::new(0), 8 << 20, RegionKind::Usable)?;
+    /// # map.reserve(PhysAddr::new(0), 2 << 20, Reservation::KernelImage)?;
+    /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 2048), SingleCpu::new()) };
+    /// # let buddy: Buddy<_, _> = Buddy::new(memory, cpu);
+    /// # buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY).min_free_kib(0))?;
+    /// // 8 MiB: the kernel in the first two, one MiB taken after it, the allocator's tables at the end.
+    /// let _megabyte = buddy.alloc(&FrameRequest::new(Order::new(8).unwrap()))?;
+    /// let picture = buddy.picture().to_string();
+    /// assert_eq!(picture, "Node 0, zone   Normal: 512 frames a cell\n0x000000001000 =5..\n");
+    /// # let _ = buddy.picture().svg().to_string();
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn picture(&self) -> Picture<L> {
+        Picture::new(self.state())
+    }
+
+    /// Frames that nested calls freed and for which there was no place to wait: out of use until the next boot.
+    ///
+    /// 0 unless an interrupted call was interrupted more often than it has places for (see [the crate](crate)).
+    pub fn lost(&self) -> u64 {
+        let lost = |state: &'static State<L>| state.lost.load(kmem_hal::sync::Ordering::Relaxed);
+        self.state().map_or(0, lost)
+    }
+
     /// The allocator's lines of /proc/meminfo.
     pub fn mem_info(&self) -> MemInfo {
         MemInfo::of(self.zones())
@@ -169,27 +259,10 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         let Some(state) = self.state() else {
             return result;
         };
-        let reserved = &state.reserved;
         for (index, zone) in state.zones.iter().enumerate() {
             result.cached += cached(state, index);
             for segment in zone.segments {
-                let reach = if crate::buddy::needs_no_reach(zone.kind) {
-                    (segment.first, segment.end)
-                } else {
-                    (
-                        segment.first.max(reserved.reach().first().number()),
-                        segment.end.min(reserved.reach().end_number()),
-                    )
-                };
-                let mut at = reach.0;
-                while at < reach.1 {
-                    let next = reserved
-                        .iter()
-                        .filter(|run| run.end > at && run.first < reach.1)
-                        .min_by_key(|run| run.first);
-                    result.managed += next.map_or(reach.1, |run| run.first.max(at)) - at;
-                    at = next.map_or(reach.1, |run| run.end);
-                }
+                result.managed += managed_in(state, zone.kind, segment.first, segment.end);
             }
             result.free += zone.locked(|core| {
                 core.words

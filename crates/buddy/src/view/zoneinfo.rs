@@ -6,8 +6,11 @@ use kmem_hal::{CpuId, RawLock};
 
 use super::figures;
 use crate::state::State;
+use crate::zone::bits::{BLOCK_ORDER, ORDERS};
 
-/// Everything about each zone, printed as Linux's /proc/zoneinfo prints it (mm/vmstat.c, `zoneinfo_show_print`).
+/// Everything about each zone, printed as Linux 6.18's /proc/zoneinfo prints it (mm/vmstat.c, `zoneinfo_show_print`).
+///
+/// Lines about what this crate knows nothing of (page cache, swap, NUMA hits) are left out.
 pub struct ZoneInfo<L: 'static> {
     pub(super) state: Option<&'static State<L>>,
 }
@@ -28,6 +31,7 @@ impl<L: RawLock> fmt::Display for ZoneInfo<L> {
                 ("min", min),
                 ("low", low),
                 ("high", high),
+                ("promo", high + (high - low)),
                 ("spanned", zone.spanned),
                 ("present", zone.present),
                 ("managed", zone.managed),
@@ -42,6 +46,15 @@ impl<L: RawLock> fmt::Display for ZoneInfo<L> {
             }
             writeln!(f, ")")?;
             writeln!(f, "      {:<12} {}", "nr_free_pages", zone.free)?;
+            let whole: u64 = (BLOCK_ORDER..ORDERS)
+                .map(|order| zone.blocks[order] << order)
+                .sum();
+            for (name, frames) in [
+                ("nr_free_pages_blocks", whole),
+                ("nr_free_cma", zone.free_cma),
+            ] {
+                writeln!(f, "      {name:<12} {frames}")?;
+            }
             writeln!(f, "  pagesets")?;
             for cpu in 0..state.cpus.len() as u32 {
                 let Some(area) = state.area(CpuId::new(cpu)) else {
@@ -52,6 +65,8 @@ impl<L: RawLock> fmt::Display for ZoneInfo<L> {
                 writeln!(f, "              count:    {count}")?;
                 writeln!(f, "              high:     {limit}")?;
                 writeln!(f, "              batch:    {}", limit / 2)?;
+                writeln!(f, "              high_min: {limit}")?;
+                writeln!(f, "              high_max: {limit}")?;
             }
             writeln!(f, "  node_unreclaimable:  0")?;
             writeln!(f, "  start_pfn:           {}", zone.start)?;
