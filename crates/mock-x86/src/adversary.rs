@@ -81,6 +81,10 @@ pub struct Stats {
     pub early_accessed: u64,
     /// Pieces of large pages cached.
     pub fractures: u64,
+    /// Entries cached as not present ([`MachineBuilder::caches_absent`](crate::MachineBuilder::caches_absent)).
+    pub absent_fills: u64,
+    /// Faults from such an entry although the tables allowed the access by then.
+    pub stale_absent: u64,
     /// Flush instructions executed.
     pub flushes: u64,
     /// Interrupts sent to other CPUs.
@@ -96,7 +100,8 @@ impl fmt::Display for Stats {
         write!(
             f,
             "accesses {} (tlb hits {}), walks {} (short {}), faults {}, stale hits {} (dirty {}), stale faults {}, \
-             evictions {}, speculative fills {}, early A {}, fractures {}, flushes {}, interrupts {} (delayed {}), switches {}",
+             evictions {}, speculative fills {}, early A {}, fractures {}, absent fills {} (stale {}), flushes {}, \
+             interrupts {} (delayed {}), switches {}",
             self.accesses,
             self.tlb_hits,
             self.walks,
@@ -109,6 +114,8 @@ impl fmt::Display for Stats {
             self.speculative_fills,
             self.early_accessed,
             self.fractures,
+            self.absent_fills,
+            self.stale_absent,
             self.flushes,
             self.interrupts,
             self.delayed_interrupts,

@@ -508,6 +508,15 @@ impl CpuState {
             .find(|(_, flush)| flush.covers(linear, pcid, shift))
     }
 
+    /// Takes a page fault that came from a cached absence: CR2 alone, since on such a processor a fault drops nothing.
+    pub(crate) fn fault(&mut self, linear: u64, code: u32) -> Fault {
+        self.regs.cr2 = linear;
+        Fault::Page {
+            address: linear,
+            code,
+        }
+    }
+
     /// Takes a page fault: CR2, and what the fault itself drops (SDM 3A 4.10.4.1, last paragraphs).
     pub(crate) fn page_fault(&mut self, linear: u64, code: u32) -> Fault {
         self.regs.cr2 = linear;

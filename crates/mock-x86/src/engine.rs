@@ -58,6 +58,10 @@ pub(crate) struct Core {
     pub digest: u64,
     /// Whether hits are compared with the tables.
     pub verify: bool,
+    /// Whether anything is cached at all.
+    pub caching: bool,
+    /// Whether entries that were not present are cached too.
+    pub caches_absent: bool,
     /// Linear ranges that may map free frames: a kernel's map of all memory.
     pub exempt: Vec<(u64, u64)>,
     /// Violations not yet handed over.
@@ -83,6 +87,8 @@ impl Core {
             step: 0,
             digest: 0xcbf2_9ce4_8422_2325,
             verify: true,
+            caching: true,
+            caches_absent: false,
             exempt: Vec::new(),
             raised: Vec::new(),
             settled: VecDeque::new(),
@@ -133,6 +139,13 @@ impl Core {
             self.take_liberties(cpu, &context, linear);
         }
         let tag = self.cpus[cpu].pcid();
+        if self.caches_absent && self.cpus[cpu].caches.holds_absent(linear, tag) {
+            if self.allowed_by_tables(&context, linear, access) {
+                self.stats.stale_absent += 1;
+            }
+            let code = walker::stop_code(&context, Stop::NotPresent, access);
+            return Err(self.cpus[cpu].fault(linear, code));
+        }
         let (hits, count) = self.cpus[cpu].caches.hits(linear, tag);
         if count > 0 {
             let chosen = if count > 1 && self.rng.chance(self.adversary.any_hit) {
@@ -154,6 +167,13 @@ impl Core {
                     self.stats.tlb_hits += 1;
                     self.verify(cpu, &context, linear, access, &entry, "a TLB entry");
                     return Ok(entry.translation.physical(linear));
+                }
+                Err(code) if self.caches_absent => {
+                    // Such a processor may go on refusing until it is told to forget.
+                    if self.allowed_by_tables(&context, linear, access) {
+                        self.stats.stale_faults += 1;
+                    }
+                    return Err(self.cpus[cpu].fault(linear, code));
                 }
                 Err(code) if self.rng.chance(self.adversary.stale_fault) => {
                     if self.allowed_by_tables(&context, linear, access) {
@@ -212,6 +232,9 @@ impl Core {
                     if let Err(Stop::NoMemory(table)) = walk.outcome {
                         self.no_memory(cpu, linear, table, "page table");
                     }
+                    if self.caches_absent && walk.outcome == Err(Stop::NotPresent) {
+                        self.remember_absent(cpu, context, linear, &walk);
+                    }
                     return Err(self.cpus[cpu].page_fault(linear, code));
                 }
             };
@@ -253,7 +276,7 @@ impl Core {
         if let Some(start) = start {
             self.stats.short_walks += 1;
             let table = start.position.table >> 12;
-            if self.frames.freed_since(table, start.origin.event) {
+            if self.frames.freed_since(table, start.origin.read) {
                 self.freed_walk_table(cpu, context, linear, start);
             }
         }
@@ -277,6 +300,7 @@ impl Core {
         found: Translation,
     ) -> TlbEntry {
         let tag = self.cpus[cpu].pcid();
+        let caching = self.caching;
         let event = self.frames.now();
         // I2: as old as what it started from.
         let mut origin = match start {
@@ -287,15 +311,18 @@ impl Core {
                 event,
                 read: event,
                 tables: [0; MAX_LEVELS],
+                reached: [0; MAX_LEVELS],
                 table_count: 0,
             },
         };
+        // The pointer to the first table was read when the position was cached, the others are read now.
+        let mut reached = origin.read;
         origin.read = event;
         let mut rights = start.map_or(Rights::ALL, |start| start.position.rights);
         for step in walk.steps() {
             if let Some(address) = step.address {
-                origin.tables[usize::from(origin.table_count)] = address >> 12;
-                origin.table_count += 1;
+                origin.pass(address >> 12, reached);
+                reached = event;
             }
             if step.index == found.index {
                 break;
@@ -319,6 +346,9 @@ impl Core {
                 tag,
                 origin,
             };
+            if !caching {
+                continue;
+            }
             self.cpus[cpu].caches.fill_walk(cached);
             self.frames.note(
                 table >> 12,
@@ -341,6 +371,9 @@ impl Core {
             tag: if found.global { GLOBAL } else { tag },
             origin,
         };
+        if !caching {
+            return entry;
+        }
         self.cpus[cpu].caches.fill(entry);
         self.frames.note(
             found.physical(linear) >> 12,
@@ -350,6 +383,16 @@ impl Core {
             None,
         );
         entry
+    }
+
+    /// Caches that a walk from the root found an entry not present.
+    fn remember_absent(&mut self, cpu: usize, context: &WalkContext, linear: u64, walk: &Walk) {
+        if let (true, Some(step)) = (self.caching, walk.steps().last()) {
+            let tag = self.cpus[cpu].pcid();
+            let shift = context.mode.levels[step.index].shift;
+            self.stats.absent_fills += 1;
+            self.cpus[cpu].caches.fill_absent(linear, shift, tag);
+        }
     }
 
     /// Checks a translation that came straight from the tables: they must not lead to free frames.
@@ -457,9 +500,8 @@ impl Core {
 
     pub(crate) fn table_freed(&self, origin: &Origin) -> bool {
         origin
-            .tables()
-            .iter()
-            .any(|&table| self.frames.freed_since(table, origin.event))
+            .reached()
+            .any(|(table, reached)| self.frames.freed_since(table, reached))
     }
 
     pub(crate) fn is_exempt(&self, linear: u64) -> bool {
@@ -532,6 +574,9 @@ impl Core {
         }
         let start = self.cpus[cpu].caches.deepest(linear, tag).copied();
         let walk = self.walk_once(cpu, context, linear, start.as_ref());
+        if self.caches_absent && start.is_none() && walk.outcome == Err(Stop::NotPresent) {
+            self.remember_absent(cpu, context, linear, &walk);
+        }
         let Ok(found) = walk.outcome else { return };
         let leaf = *walk.steps().last().expect("a translation has a leaf");
         let early = leaf.entry & crate::manual::pte::A == 0;
@@ -543,6 +588,23 @@ impl Core {
         let entry = self.fill(cpu, context, linear, start.as_ref(), &walk, found);
         if start.is_none() {
             self.check_fresh(cpu, linear, &entry);
+        }
+    }
+
+    /// Checks that a frame the kernel reaches for directly is not free.
+    pub(crate) fn kernel_reaches(&mut self, cpu: usize, address: u64) {
+        let frame = address >> 12;
+        if self.frames.state(frame) == FrameState::Free {
+            let line = format!(
+                "CPU {cpu} asked for a pointer to physical address {address:#x}, and frame {frame:#x} is free"
+            );
+            self.raise(
+                ViolationKind::KernelFreedFrame,
+                cpu,
+                None,
+                Some(frame),
+                vec![line],
+            );
         }
     }
 

@@ -84,6 +84,7 @@ unsafe impl PhysMap for Machine {
 
     #[inline]
     fn to_ptr(&self, address: PhysAddr) -> *mut u8 {
+        self.kernel_reaches(address.as_u64());
         self.memory().to_ptr(address.as_u64())
     }
 

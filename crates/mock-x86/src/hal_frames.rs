@@ -65,6 +65,8 @@ struct PoolState {
     bump: Vec<(u64, u64)>,
     free: Vec<Vec<u64>>,
     in_use: u64,
+    /// Allocations that still succeed; `None` for all of them.
+    fuse: Option<u64>,
 }
 
 impl<'m> FramePool<'m> {
@@ -87,6 +89,7 @@ impl<'m> FramePool<'m> {
                 bump,
                 free,
                 in_use: 0,
+                fuse: None,
             }),
         }
     }
@@ -98,10 +101,23 @@ impl<'m> FramePool<'m> {
             .unwrap_or_else(PoisonError::into_inner)
             .in_use
     }
+
+    /// Lets the next `allocations` succeed and every later one fail; `None` lets all succeed again.
+    pub fn set_fuse(&self, allocations: Option<u64>) {
+        self.state
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .fuse = allocations;
+    }
 }
 
 impl PoolState {
     fn take(&mut self, request: &FrameRequest) -> Result<u64, AllocError> {
+        match &mut self.fuse {
+            Some(0) => return Err(AllocError::OutOfMemory),
+            Some(left) => *left -= 1,
+            None => {}
+        }
         let frames = request.order.frames();
         let align = frames.max(request.alignment.frames());
         let below = request.max_address.as_u64() / 4096;

@@ -55,6 +55,9 @@ pub struct MachineBuilder {
     on_violation: OnViolation,
     history: usize,
     verify: bool,
+    caching: bool,
+    caches_absent: bool,
+    watch_kernel: bool,
 }
 
 impl MachineBuilder {
@@ -112,6 +115,26 @@ impl MachineBuilder {
         self
     }
 
+    /// Whether translations are cached at all (default: yes). Without it every access walks the tables: a machine on which no flush is
+    /// ever missing, for showing what a test without stale TLBs would not have found.
+    pub fn caching(mut self, caching: bool) -> Self {
+        self.caching = caching;
+        self
+    }
+
+    /// Whether entries that were not present are cached too, until they are flushed: x86 never does, RISC-V may (default: no).
+    pub fn caches_absent(mut self, caches: bool) -> Self {
+        self.caches_absent = caches;
+        self
+    }
+
+    /// Whether the kernel's own accesses through hal's `PhysMap` are checked: asking for the address of a free frame is a
+    /// violation (default: no, since an allocator may keep its lists in free frames).
+    pub fn watch_kernel(mut self, watch: bool) -> Self {
+        self.watch_kernel = watch;
+        self
+    }
+
     /// Builds the machine.
     ///
     /// # Errors
@@ -126,6 +149,8 @@ impl MachineBuilder {
         let mut core = Core::new(Arc::clone(&memory), cpus, frames, self.seed);
         core.adversary = self.adversary;
         core.verify = self.verify;
+        core.caching = self.caching;
+        core.caches_absent = self.caches_absent;
         let inner = Inner {
             core,
             interrupts: Interrupts::new(self.cpus),
@@ -138,6 +163,7 @@ impl MachineBuilder {
             cpus: self.cpus,
             seed: self.seed,
             on_violation: self.on_violation,
+            watch_kernel: self.watch_kernel,
             inner: Mutex::new(inner),
         })
     }
@@ -160,6 +186,7 @@ pub struct Machine {
     cpus: usize,
     seed: u64,
     on_violation: OnViolation,
+    watch_kernel: bool,
     inner: Mutex<Inner>,
 }
 
@@ -182,6 +209,9 @@ impl Machine {
             on_violation: OnViolation::Panic,
             history: 1 << 18,
             verify: true,
+            caching: true,
+            caches_absent: false,
+            watch_kernel: false,
         }
     }
 
@@ -347,6 +377,15 @@ impl Machine {
     /// The violations recorded so far ([`OnViolation::Record`]); they are forgotten here.
     pub fn take_violations(&self) -> Vec<Violation> {
         self.with(|inner| std::mem::take(&mut inner.recorded))
+    }
+
+    /// Checks an access of the kernel's own, through its map of physical memory.
+    #[inline]
+    pub(crate) fn kernel_reaches(&self, address: u64) {
+        if self.watch_kernel {
+            let cpu = self.current_cpu();
+            self.with(|inner| inner.core.kernel_reaches(cpu, address));
+        }
     }
 
     /// What the tables of a CPU say about an address, entry by entry.

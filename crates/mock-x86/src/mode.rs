@@ -204,6 +204,18 @@ impl Mode {
             || (self.levels[index].leaf && entry & pte::PS != 0 && (self.entry_bytes == 8 || pse))
     }
 
+    /// Returns which entry of the PAT a leaf at `levels[index]` picks (SDM 3A 4.9.2): PAT, PCD and PWT as bits 2 to 0.
+    pub fn pat(&self, index: usize, entry: u64) -> u8 {
+        let pat = if index + 1 == self.levels.len() {
+            pte::PAT_4K
+        } else {
+            pte::PAT_LARGE
+        };
+        u8::from(entry & pat != 0) << 2
+            | u8::from(entry & pte::PCD != 0) << 1
+            | u8::from(entry & pte::PWT != 0)
+    }
+
     /// Returns the physical address in `entry`: of the page if it is a leaf, else of the next table.
     pub fn address(&self, index: usize, entry: u64, leaf: bool) -> u64 {
         let last = index + 1 == self.levels.len();

@@ -95,11 +95,10 @@ impl Core {
         )];
         lines.push(self.tables_text(cpu, linear));
         if kind == ViolationKind::FreedTable
-            && let Some(&table) = entry
+            && let Some((table, _)) = entry
                 .origin
-                .tables()
-                .iter()
-                .find(|&&table| self.frames.freed_since(table, entry.origin.event))
+                .reached()
+                .find(|&(table, reached)| self.frames.freed_since(table, reached))
         {
             lines.push(format!(
                 "it rests on the page table in frame {table:#x}, freed since"
@@ -287,6 +286,9 @@ impl Core {
                     now.physical(at) != held.physical(at)
                         || held.rights.exceed(now.rights)
                         || held.key != now.key
+                        || held.pat != now.pat
+                        // A global entry serves every space; one that is global no more must not.
+                        || (held.global && !now.global)
                         || (held.dirty && !now.dirty)
                 }
                 Err(_) => true,
@@ -340,7 +342,7 @@ impl Core {
         }
         let freed = self
             .frames
-            .freed_since(entry.position.table >> 12, entry.origin.event);
+            .freed_since(entry.position.table >> 12, entry.origin.read);
         if freed || !same {
             let kind = if freed {
                 ViolationKind::FreedTable

@@ -25,6 +25,7 @@ pub(crate) const GLOBAL: u16 = 0xffff;
 
 const CAPACITIES: [usize; 3] = [65_536, 8192, 1024];
 const WALK_CAPACITY: usize = 8192;
+const ABSENT_CAPACITY: usize = 8192;
 
 /// When, and through what, a cached entry was made.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +40,8 @@ pub(crate) struct Origin {
     pub read: u64,
     /// Frame numbers of the tables walked.
     pub tables: [u64; MAX_LEVELS],
+    /// Number of the frame-event counter when the pointer to each of them was read.
+    pub reached: [u64; MAX_LEVELS],
     /// How many of them.
     pub table_count: u8,
 }
@@ -46,6 +49,19 @@ pub(crate) struct Origin {
 impl Origin {
     pub(crate) fn tables(&self) -> &[u64] {
         &self.tables[..usize::from(self.table_count)]
+    }
+
+    /// The tables walked, each with the moment at which the pointer to it was read.
+    pub(crate) fn reached(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let tables = self.tables().iter();
+        tables.zip(&self.reached).map(|(&table, &at)| (table, at))
+    }
+
+    /// Adds a table that the walk read.
+    pub(crate) fn pass(&mut self, table: u64, reached: u64) {
+        let at = usize::from(self.table_count);
+        (self.tables[at], self.reached[at]) = (table, reached);
+        self.table_count += 1;
     }
 }
 
@@ -99,6 +115,8 @@ pub(crate) struct Caches {
     walks: Slots<(u8, u64, u16), WalkEntry>,
     /// log2 of the bytes below a cached walk entry, by the index of the level it leads to; 64 while there is none.
     walk_shifts: [u32; MAX_LEVELS],
+    /// Entries that were not present: (log2 of the bytes below, prefix, tag). Empty on x86.
+    absent: Slots<(u8, u64, u16), ()>,
     /// Set by the first fractured entry: flushes of a page must then look at all of them.
     fractured: bool,
 }
@@ -110,6 +128,7 @@ impl Caches {
             shifts: [12, 21, 30],
             walks: Slots::new(WALK_CAPACITY),
             walk_shifts: [64; MAX_LEVELS],
+            absent: Slots::new(ABSENT_CAPACITY),
             fractured: false,
         }
     }
@@ -175,6 +194,26 @@ impl Caches {
         self.walks.insert(key, entry);
     }
 
+    /// Remembers that the entry of `linear` at a level of `shift` was not present.
+    pub(crate) fn fill_absent(&mut self, linear: u64, shift: u32, tag: u16) {
+        self.absent.insert((shift as u8, linear >> shift, tag), ());
+    }
+
+    /// Whether an entry on the way to `linear` is remembered as not present.
+    pub(crate) fn holds_absent(&self, linear: u64, tag: u16) -> bool {
+        self.absent.len() > 0
+            && (12..=48u8).any(|shift| self.absent.get(&(shift, linear >> shift, tag)).is_some())
+    }
+
+    /// Forgets absent entries on the way to `linear`, and those of upper levels whatever the address.
+    fn drop_absent(&mut self, linear: u64, tag: u16) {
+        if self.absent.len() > 0 {
+            self.absent.retain(|&(shift, prefix, of), _| {
+                of != tag || (shift == 12 && prefix != linear >> 12)
+            });
+        }
+    }
+
     /// The deepest cached position on the way to `linear`.
     #[inline]
     pub(crate) fn deepest(&self, linear: u64, tag: u16) -> Option<&WalkEntry> {
@@ -196,18 +235,24 @@ impl Caches {
     pub(crate) fn invlpg(&mut self, linear: u64, tag: u16) {
         self.drop_page(linear, tag);
         self.drop_page(linear, GLOBAL);
+        self.drop_absent(linear, tag);
         self.walks.retain(|_, entry| entry.tag != tag);
     }
 
     /// A page fault: as INVPCID type 0, and global entries too, since the manual promises that the fault does not come again
     /// from the same stale entry.
     pub(crate) fn page_fault(&mut self, linear: u64, tag: u16) {
-        self.invalidate_address(linear, tag);
+        self.drop_address(linear, tag);
         self.drop_page(linear, GLOBAL);
     }
 
     /// INVPCID type 0: the page under this tag, global entries kept, and the walk-cache entries that would be used for it.
     pub(crate) fn invalidate_address(&mut self, linear: u64, tag: u16) {
+        self.drop_absent(linear, tag);
+        self.drop_address(linear, tag);
+    }
+
+    fn drop_address(&mut self, linear: u64, tag: u16) {
         self.drop_page(linear, tag);
         for (index, shift) in self
             .walk_shifts
@@ -236,6 +281,7 @@ impl Caches {
             slots.retain(|_, entry| entry.tag != tag);
         }
         self.walks.retain(|_, entry| entry.tag != tag);
+        self.absent.retain(|&(_, _, of), _| of != tag);
     }
 
     /// Everything of every PCID, global entries kept.
@@ -244,6 +290,7 @@ impl Caches {
             slots.retain(|_, entry| entry.tag == GLOBAL);
         }
         self.walks.clear();
+        self.absent.clear();
     }
 
     /// Everything.
@@ -252,6 +299,7 @@ impl Caches {
             slots.clear();
         }
         self.walks.clear();
+        self.absent.clear();
         self.fractured = false;
     }
 

@@ -35,6 +35,8 @@ pub enum ViolationKind {
     Ownership,
     /// A device moved data to or from a free frame.
     DeviceFreedFrame,
+    /// The kernel reached for a free frame through its map of physical memory.
+    KernelFreedFrame,
     /// No CPU can go on: each waits for an interrupt or a lock that never comes.
     Deadlock,
 }
@@ -53,6 +55,9 @@ impl ViolationKind {
             Self::NoMemory => "a table or page lies where no memory is",
             Self::Ownership => "a frame changed hands against the rules",
             Self::DeviceFreedFrame => "a device transfer reached a free frame",
+            Self::KernelFreedFrame => {
+                "the kernel reached for a free frame through its map of physical memory"
+            }
             Self::Deadlock => "no CPU can go on",
         }
     }

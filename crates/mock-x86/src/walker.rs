@@ -206,6 +206,8 @@ pub struct Translation {
     pub dirty: bool,
     /// The protection key of the leaf (0 where the mode has none).
     pub key: u8,
+    /// Which entry of the PAT it picks: PAT, PCD and PWT of the leaf as bits 2 to 0.
+    pub pat: u8,
     /// Index of the leaf's level.
     pub index: usize,
 }
@@ -345,6 +347,7 @@ fn walk_once(
                 } else {
                     0
                 },
+                pat: mode.pat(at.index, entry),
                 index: at.index,
             });
             return Some(walk);

@@ -382,7 +382,7 @@ fn the_audit_looks_into_large_pages_that_were_split() {
     machine.cpu(0).read_u8(VA).unwrap();
     let table = tables.next;
     for page in 0..512 {
-        tables.set(table + page * 8, (PAGE + page * 0x1000) | P);
+        tables.set(table + page * 8, (PAGE + page * 0x1000) | P | G);
     }
     tables.set(pde, table | P | RW | US);
     assert!(
@@ -466,4 +466,29 @@ fn no_liberty_of_the_adversary_hurts_a_correct_program() {
         }
         assert_eq!(kinds(&machine), [], "seed {seed}");
     }
+}
+
+#[test]
+fn a_table_in_a_frame_that_was_freed_long_ago_accuses_nobody() {
+    let machine = builder().build().unwrap();
+    let mut tables = Tables::new(&machine, 0x20_0000);
+    tables.map(VA, PAGE, 12, P | RW);
+    tables.load(0);
+    let cpu = machine.cpu(0);
+    cpu.read_u8(VA).unwrap();
+    // The next table's frame had another owner, after CPU 0 cached the way to it and before it became a table.
+    let frame = tables.next >> 12;
+    machine.note_allocated(frame, 1);
+    machine.note_freed(frame, 1);
+    machine.note_allocated(frame, 1);
+    let neighbour = VA + 0x20_0000;
+    tables.map(neighbour, PAGE + 0x1000, 12, P | RW);
+    cpu.read_u8(neighbour).unwrap();
+    assert!(machine.audit(0, u64::MAX).is_empty());
+    // Freed now, it is a crime.
+    machine.note_freed(frame, 1);
+    assert!(!machine.audit(0, u64::MAX).is_empty());
+    assert!(machine.take_violations().is_empty());
+    let _ = cpu.read_u8(neighbour + 0x2000);
+    assert_eq!(kinds(&machine)[0], ViolationKind::FreedTable);
 }
