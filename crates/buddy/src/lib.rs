@@ -5,6 +5,7 @@ mod alloc;
 mod boot;
 mod buddy;
 mod claim;
+mod classic;
 mod config;
 mod cpu_cache;
 mod cpus;
@@ -14,6 +15,8 @@ mod range;
 mod state;
 mod view;
 mod watermark;
+#[cfg(feature = "x86_64")]
+mod x86_frames;
 mod zone;
 
 pub use boot::{
@@ -29,4 +32,6 @@ pub use view::{
     BuddyInfo, FragmentationIndex, MemInfo, PageTypeInfo, Picture, PictureCell, Recount, ShowMem,
     Svg, UnusableIndex, ZoneFree, ZoneInfo,
 };
+#[cfg(feature = "x86_64")]
+pub use x86_frames::X86Frames;
 pub use zone::kind::{MigrateType, ZoneKind, ZoneLimits};

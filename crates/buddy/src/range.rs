@@ -146,6 +146,25 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     /// # Errors
     ///
     /// [`AllocError`] as for a block.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use kmem_buddy::{BootMap, Buddy, Config, PlaceError, RegionKind, ZoneLimits};
+    /// # use kmem_hal::{Frame, FrameRange, FrameRequest, FrameSink, OffsetMap, Order, PhysAddr, SingleCpu};
+    /// # let arena = Box::leak(vec![0u8; 17 << 20].into_boxed_slice());
+    /// # let base = (arena.as_mut_ptr().expose_provenance() + 0xf_ffff) & !0xf_ffff;
+    /// # let mut map: BootMap = BootMap::new();
+    /// # map.push(PhysAddr::new(0), 16 << 20, RegionKind::Usable)?;
+    /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 4096), SingleCpu::new()) };
+    /// # let buddy: Buddy<_, _> = Buddy::new(memory, cpu);
+    /// # buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))?;
+    /// // 6 MiB, more than the largest block, on a boundary of 2 MiB.
+    /// let range = buddy.alloc_range(1536, Order::HUGE_2M, &FrameRequest::ONE.movable())?;
+    /// assert!(range.range().first().is_aligned(Order::HUGE_2M));
+    /// buddy.free_range(range).unwrap();
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "alloc_contig_pages")]
     pub fn alloc_range(
         &self,
@@ -214,6 +233,25 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     /// # Errors
     ///
     /// [`PlaceError`]; nothing was taken then.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use kmem_buddy::{BootMap, Buddy, Config, PlaceError, RegionKind, ZoneLimits};
+    /// # use kmem_hal::{Frame, FrameRange, FrameRequest, FrameSink, OffsetMap, Order, PhysAddr, SingleCpu};
+    /// # let arena = Box::leak(vec![0u8; 17 << 20].into_boxed_slice());
+    /// # let base = (arena.as_mut_ptr().expose_provenance() + 0xf_ffff) & !0xf_ffff;
+    /// # let mut map: BootMap = BootMap::new();
+    /// # map.push(PhysAddr::new(0), 16 << 20, RegionKind::Usable)?;
+    /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 4096), SingleCpu::new()) };
+    /// # let buddy: Buddy<_, _> = Buddy::new(memory, cpu);
+    /// # buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))?;
+    /// let vga = Frame::new(0xa0).unwrap();
+    /// let block = buddy.alloc_at(vga, Order::new(5).unwrap())?;
+    /// assert_eq!(buddy.alloc_at(vga, Order::ZERO), Err(PlaceError::InUse));
+    /// buddy.free(block);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn alloc_at(&self, first: Frame, order: Order) -> Result<OwnedFrame, PlaceError> {
         if !first.is_aligned(order) {
             return Err(PlaceError::Foreign);
@@ -229,6 +267,25 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     /// # Errors
     ///
     /// [`PlaceError`]; nothing was taken then.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # use kmem_buddy::{BootMap, Buddy, Config, PlaceError, RegionKind, ZoneLimits};
+    /// # use kmem_hal::{Frame, FrameRange, FrameRequest, FrameSink, OffsetMap, Order, PhysAddr, SingleCpu};
+    /// # let arena = Box::leak(vec![0u8; 17 << 20].into_boxed_slice());
+    /// # let base = (arena.as_mut_ptr().expose_provenance() + 0xf_ffff) & !0xf_ffff;
+    /// # let mut map: BootMap = BootMap::new();
+    /// # map.push(PhysAddr::new(0), 16 << 20, RegionKind::Usable)?;
+    /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 4096), SingleCpu::new()) };
+    /// # let buddy: Buddy<_, _> = Buddy::new(memory, cpu);
+    /// # buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))?;
+    /// let buffer = FrameRange::from_numbers(0x300, 0x345).unwrap();
+    /// let owned = buddy.alloc_range_at(buffer)?;
+    /// // Freed as a whole, or in pieces that are blocks.
+    /// owned.into_blocks(Order::MAX_BUDDY).for_each(|block| buddy.free(block));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn alloc_range_at(&self, range: FrameRange) -> Result<OwnedRange, PlaceError> {
         let state = self.state().ok_or(PlaceError::NotInitialised)?;
         for last_try in [false, true] {
@@ -302,7 +359,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
 
     /// Frees everything that was reserved for `why` at boot: boot structures once read, the initrd, init sections.
     ///
-    /// Gives the number of frames. Not to be called from interrupts.
+    /// Gives the number of frames. The allocator's own tables, which are early allocations as well, are never freed. Not to be
+    /// called from interrupts.
     ///
     /// # Safety
     ///
@@ -313,8 +371,12 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let mut freed = 0;
         loop {
             let next = self.with_reserved(state, |reserved| {
-                let run = reserved.iter().find(|run| run.why == why)?;
-                release_run(state, reserved, run.first, run.end)
+                let part = reserved
+                    .iter()
+                    .filter(|run| run.why == why)
+                    .filter_map(|run| FrameRange::from_numbers(run.first, run.end))
+                    .find_map(|run| difference(run, state.metadata).next())?;
+                release_run(state, reserved, part.first().number(), part.end_number())
             });
             match next {
                 Some(frames) => freed += frames,
@@ -329,7 +391,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     ///
     /// # Errors
     ///
-    /// [`FreeError::Foreign`] where the frames are not one reserved run or a part of one.
+    /// [`FreeError::Foreign`] where the frames are not one reserved run or a part of one, or are the allocator's own tables.
     ///
     /// # Safety
     ///
@@ -337,6 +399,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     #[doc(alias = "free_reserved_area")]
     pub unsafe fn release_range(&self, range: FrameRange) -> Result<u64, FreeError> {
         let state = self.state().ok_or(FreeError::NotInitialised)?;
+        if !range.intersection(state.metadata).is_empty() {
+            return Err(FreeError::Foreign);
+        }
         let freed = self.with_reserved(state, |reserved| {
             release_run(state, reserved, range.first().number(), range.end_number())
         });
