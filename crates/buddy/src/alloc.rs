@@ -45,6 +45,16 @@ pub(crate) struct Wanted {
     pub strict: Option<NodeId>,
 }
 
+/// The highest kind of zone that may serve the request.
+fn highest_for(request: &FrameRequest) -> ZoneKind {
+    let highest = ZoneKind::highest_for(request.mobility);
+    if request.high {
+        highest.max(ZoneKind::HighMem)
+    } else {
+        highest
+    }
+}
+
 impl Wanted {
     pub fn new(request: &FrameRequest) -> Self {
         Self {
@@ -52,7 +62,7 @@ impl Wanted {
             align: request.alignment.index().max(request.order.index()),
             limit: frame_limit(request.max_address),
             migrate: MigrateType::of(request.mobility),
-            highest: ZoneKind::highest_for(request.mobility),
+            highest: highest_for(request),
             movable: request.mobility == Mobility::Movable,
             reserve: request.reserve,
             atomic: request.context == Context::Atomic,
@@ -162,6 +172,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let class = class_of(request.order.index())?;
         let plain = request.alignment <= request.order
             && request.max_address.as_u64() == u64::MAX
+            && !request.high
             && matches!(request.node, NodePolicy::Local);
         if !plain {
             return None;

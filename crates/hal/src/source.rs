@@ -118,6 +118,9 @@ pub struct FrameRequest {
     pub context: Context,
     /// Whether the last reserves may be used: for code whose success frees memory.
     pub reserve: bool,
+    /// Whether the block may lie in high memory, out of [`PhysMap::reach`](crate::PhysMap::reach), although it does not
+    /// move: the caller maps what it gets. Movable frames may lie there anyway.
+    pub high: bool,
 }
 
 impl FrameRequest {
@@ -136,6 +139,7 @@ impl FrameRequest {
             zeroed: false,
             context: Context::Atomic,
             reserve: false,
+            high: false,
         }
     }
 
@@ -188,6 +192,14 @@ impl FrameRequest {
     #[must_use]
     pub const fn context(mut self, context: Context) -> Self {
         self.context = context;
+        self
+    }
+
+    /// From high memory first, where the machine has any: for a caller that maps the frames itself, as vmalloc does.
+    #[doc(alias = "__GFP_HIGHMEM")]
+    #[must_use]
+    pub const fn high(mut self) -> Self {
+        self.high = true;
         self
     }
 
