@@ -27,6 +27,7 @@
 //! Source: Linux mm/mmu_gather.c and arch/x86/mm/tlb.c (the idea and the ceiling).
 
 use core::fmt;
+use core::mem::MaybeUninit;
 
 use kmem_hal::{Frame, FrameHandle, FrameSink, Grace, Order, OwnedFrame, PageRange};
 
@@ -112,6 +113,29 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             stale: None,
             tables: None,
             announced: false,
+        }
+    }
+
+    /// Makes an empty gather in `place`: for one that is too large for a kernel's stack.
+    pub fn init_in<'p>(
+        place: &'p mut MaybeUninit<Self>,
+        table: &'t PageTable<F, E, H>,
+    ) -> &'p mut Self {
+        const {
+            assert!(N > 0, "a gather without room for one block can do nothing");
+        }
+        let gather = place.as_mut_ptr();
+        // SAFETY: each write goes to a field of `place`, and after them all fields are initialised.
+        unsafe {
+            (&raw mut (*gather).table).write(table);
+            for index in 0..N {
+                (&raw mut (*gather).blocks[index]).write((0, Order::ZERO));
+            }
+            (&raw mut (*gather).length).write(0);
+            (&raw mut (*gather).stale).write(None);
+            (&raw mut (*gather).tables).write(None);
+            (&raw mut (*gather).announced).write(false);
+            place.assume_init_mut()
         }
     }
 
