@@ -95,7 +95,8 @@ impl<'a, F: Format, E: Env, const END: u64, const N: usize> FixMap<'a, F, E, END
         let page = Self::page(index)?;
         let frame = kmem_hal::Frame::starting_at(address).ok_or(FixMapError::Misaligned)?;
         let device = DeviceFrame::new(frame, Order::ZERO).ok_or(FixMapError::Misaligned)?;
-        let attributes = Attributes::new(Rights::KERNEL_DATA).memory_type(memory_type);
+        let attributes =
+            Attributes::new(Rights::KERNEL_DATA.union(Rights::GLOBAL)).memory_type(memory_type);
         let range = PageRange::single(page);
         let mut cursor = self
             .table

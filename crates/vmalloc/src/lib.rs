@@ -1,18 +1,33 @@
 #![doc = include_str!("../README.md")]
 #![no_std]
 
+mod alloc;
 mod area;
+mod batch;
 mod fixmap;
 mod info;
+mod kmap;
 mod layout;
+mod linear;
+mod local;
 mod page;
 mod purge;
+mod request;
+mod stacks;
 mod vmalloc;
+mod window;
 
+pub use alloc::DmaBuffer;
 pub use area::AreaKind;
+pub use batch::BATCH;
 pub use fixmap::{FixMap, FixMapError};
-pub use info::VmallocInfo;
-pub use layout::KernelLayout;
+pub use info::{AreaInfo, VmallocInfo};
+pub use kmap::{KMAP_PAGES, Kmap, KmapError, KmapSlot};
+pub use layout::{KernelLayout, KernelRegion};
+pub use linear::{LinearMapped, map_linear};
+pub use local::{LOCAL_DEPTH, LocalMap, LocalPage, LocalSlots};
 pub use page::KernelPage;
-pub use purge::{LAZY, LAZY_PAGES};
-pub use vmalloc::{NotAnArea, Request, Vmalloc, VmallocError};
+pub use purge::LazyLimit;
+pub use request::{DmaMask, NotAnArea, Request, VmallocError};
+pub use stacks::{StackCache, StackSlots};
+pub use vmalloc::Vmalloc;

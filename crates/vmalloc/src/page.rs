@@ -3,7 +3,8 @@
 //! One table maps both memory and device registers, so its handle must be able to be either. The frame's slot tells them
 //! apart when the mapping ends: a frame that vmalloc took carries the tag `Vmalloc`.
 //!
-//! Invariant `I1`: a frame's slot says `Vmalloc` exactly while this crate owns the frame; each such frame is in one leaf.
+//! Invariant `I1`: the slot of a block's first frame says `Vmalloc`, with the block's order, exactly while this crate owns the
+//! block; each such block is in one leaf. Handles of borrowed memory that has slots are never [released](KernelPage::release).
 
 use kmem_hal::{
     DeviceFrame, Frame, FrameHandle, FrameSink, FrameTable, FrameTag, Order, OwnedFrame,
@@ -69,5 +70,5 @@ unsafe impl FrameHandle for KernelPage {
     }
 }
 
-// SAFETY: D1: owned leaves are single frames, which are never divided; borrowed ones own nothing.
+// SAFETY: D1: an owned block is unmapped and given other rights as a whole, so it is never divided; borrowed ones own nothing.
 unsafe impl Divisible for KernelPage {}

@@ -4,124 +4,269 @@
 //! until enough have come together; then all are unmapped, one shootdown makes every CPU forget them, and frames and ranges
 //! come free.
 //!
+//! ```text
+//!   lazy.head ─> area freed last ─> .. ─> area freed first        the links are in the areas' words in the tree
+//! ```
+//!
+//! Areas whose frames belong to somebody else do not wait: their owner may free the frames as soon as the call returns.
+//!
 //! Source: Linux `mm/vmalloc.c` (`__purge_vmap_area_lazy`).
 
-use kmem_hal::{ObjectAlloc, PageRange, RawLock};
+use kmem_hal::sync::Ordering;
+use kmem_hal::{ObjectAlloc, Page, PageRange, RawLock, VirtAddr};
 use kmem_paging::format::Format;
-use kmem_paging::{ChangeError, Env};
-use kmem_vma_tree::Node;
+use kmem_paging::{ChangeError, Env, Gather};
+use kmem_vma_tree::{Entry, Node};
 
+use crate::area::Area;
+use crate::batch::BATCH;
 use crate::page::KernelPage;
-use crate::vmalloc::Vmalloc;
+use crate::request::NotAnArea;
+use crate::vmalloc::{State, Vmalloc};
 
-/// Freed areas that wait at most.
-pub const LAZY: usize = 32;
-/// Freed pages that wait at most: what one gather holds, so that a batch is one shootdown.
-pub const LAZY_PAGES: u64 = 64;
+/// Leaves that are flushed together where the frame for a whole batch cannot be had.
+const SMALL: usize = 16;
+/// Areas of the chain that are read in one turn of the lock.
+const TURN: usize = 8;
+
+/// How much freed memory may wait for a purge.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct LazyLimit {
+    frames: u64,
+}
+
+impl LazyLimit {
+    /// 32 MiB, which Linux allows a machine of one CPU. Small areas reach [`BATCH`] leaves long before.
+    pub const DEFAULT: Self = Self::frames(8192);
+
+    /// At most about so many frames: a free that goes beyond purges. 0: each free purges.
+    #[must_use]
+    pub const fn frames(frames: u64) -> Self {
+        Self { frames }
+    }
+}
 
 /// The areas that wait.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Lazy {
-    ranges: [Option<PageRange>; LAZY],
-    count: usize,
-    pages: u64,
+    /// The area that was freed last, as an offset in the window.
+    head: Option<u64>,
+    frames: u64,
+    leaves: u64,
 }
 
 impl Lazy {
     pub const fn new() -> Self {
         Self {
-            ranges: [None; LAZY],
-            count: 0,
-            pages: 0,
+            head: None,
+            frames: 0,
+            leaves: 0,
         }
     }
 
-    pub fn contains(&self, range: PageRange) -> bool {
-        self.ranges[..self.count].contains(&Some(range))
-    }
-
-    /// Adds an area with `pages` mapped pages; `false` where the list is full: purge first.
-    pub fn push(&mut self, range: PageRange, pages: u64) -> bool {
-        let Some(place) = self.ranges.get_mut(self.count) else {
-            return false;
-        };
-        *place = Some(range);
-        self.count += 1;
-        self.pages += pages;
-        true
-    }
-
-    /// Whether it is time to purge.
-    pub fn is_due(&self) -> bool {
-        self.count == LAZY || self.pages >= LAZY_PAGES
+    pub const fn is_empty(&self) -> bool {
+        self.head.is_none()
     }
 }
 
 impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L> {
+    /// Takes an area back, by the address that was given for it; any address in its first page will do.
+    ///
+    /// The area is unusable at once. Its leaves go, its frames come free and its addresses may be given again at the next
+    /// [`purge`](Self::purge), which many frees share. An area of borrowed frames is unmapped and flushed before the call
+    /// returns.
+    ///
+    /// Context: may wait for other CPUs; not in interrupts.
+    ///
+    /// # Errors
+    ///
+    /// [`NotAnArea`] where nothing was given at that address, or it was freed already.
+    #[doc(alias = "vfree")]
+    #[doc(alias = "vunmap")]
+    #[doc(alias = "iounmap")]
+    pub fn free(&self, address: VirtAddr) -> Result<(), NotAnArea> {
+        let page = Page::containing(address);
+        if !self.window().contains(page) {
+            return Err(NotAnArea(address));
+        }
+        let mut state = self.state.lock();
+        let entry = state.tree.get(page).ok_or(NotAnArea(address))?;
+        let usable = entry.value.usable(entry.range).ok_or(NotAnArea(address))?;
+        if usable.first() != page || entry.value.is_freed() {
+            return Err(NotAnArea(address));
+        }
+        if entry.value.is_borrowed() {
+            // Nobody else may free it from here on; it is in no chain.
+            let freed = entry.value.freed(None);
+            let _ = state.tree.store(entry.range, Some(freed), &mut |_| {});
+            drop(state);
+            self.unmap_borrowed(usable);
+            self.give_range(page);
+            return Ok(());
+        }
+        let chained = self.chain(&mut state, entry, usable.count());
+        let due = state.lazy.frames >= self.limit.frames || state.lazy.leaves >= BATCH as u64;
+        drop(state);
+        if !chained {
+            self.unmap(usable);
+            self.give_range(page);
+        } else if due {
+            self.purge();
+        }
+        Ok(())
+    }
+
+    /// Adds an area with `frames` mapped frames to those that wait; `false` where the tree had no memory to say so.
+    pub(crate) fn chain(&self, state: &mut State<N>, entry: Entry<Area>, frames: u64) -> bool {
+        let offset = entry.first().number() - self.window().first().number();
+        let freed = entry.value.freed(state.lazy.head);
+        if state
+            .tree
+            .store(entry.range, Some(freed), &mut |_| {})
+            .is_err()
+        {
+            return false;
+        }
+        let huge = self.huge_order().map_or(1, |order| order.frames());
+        state.lazy.head = Some(offset);
+        state.lazy.frames += frames;
+        // An area of huge leaves has about as many as its size by theirs.
+        state.lazy.leaves += if frames >= huge {
+            frames / huge + frames % huge
+        } else {
+            frames
+        };
+        true
+    }
+
     /// Unmaps every freed area, flushes once, and gives frames and addresses back.
     ///
     /// Context: may wait for other CPUs; not in interrupts.
     #[doc(alias = "vm_unmap_aliases")]
     pub fn purge(&self) {
-        let waiting = core::mem::replace(&mut self.state.lock().lazy, Lazy::new());
-        self.unmap_waiting(&waiting);
-        for range in waiting.ranges.iter().flatten() {
-            self.give_range(*range);
+        let mut state = self.state.lock();
+        if state.lazy.is_empty() {
+            return;
         }
+        self.purging.fetch_add(1, Ordering::AcqRel);
+        let waiting = core::mem::replace(&mut state.lazy, Lazy::new());
+        drop(state);
+        let whole = self.batch.with(self.table, |gather| {
+            self.unmap_waiting(waiting.head, gather);
+        });
+        if !whole {
+            self.unmap_waiting_small(waiting.head);
+        }
+        self.give_waiting(waiting.head);
+        self.purging.fetch_sub(1, Ordering::AcqRel);
     }
 
-    /// Unmaps what waits, with one flush for as much as a gather holds. A call of its own, so that the gather is off the
-    /// stack when the tree is edited.
+    #[cold]
     #[inline(never)]
-    fn unmap_waiting(&self, waiting: &Lazy) {
-        let env = self.table.env();
-        let mut gather = self.table.gather::<{ LAZY_PAGES as usize }>();
-        for range in waiting.ranges.iter().flatten() {
-            let Ok(mut cursor) = self.table.cursor(*range) else {
-                continue;
-            };
-            let mut rest = *range;
-            while let Err(ChangeError::Full { next }) = cursor.unmap(rest, &mut gather) {
-                cursor.release();
-                gather.commit(|page: KernelPage| page.release(env.slots(), env.frames()));
-                match PageRange::new(next, range.last()) {
-                    Some(left) => rest = left,
-                    None => break,
+    fn unmap_waiting_small(&self, head: Option<u64>) {
+        let mut gather = self.table.gather::<SMALL>();
+        self.unmap_waiting(head, &mut gather);
+    }
+
+    /// Unmaps the areas of a chain that this call took, with one flush for as much as the gather holds.
+    fn unmap_waiting<const G: usize>(
+        &self,
+        mut next: Option<u64>,
+        gather: &mut Gather<'_, F, E, KernelPage, G>,
+    ) {
+        let Ok(mut cursor) = self.table.cursor(self.window()) else {
+            return;
+        };
+        let mut turn = [None; TURN];
+        while next.is_some() {
+            let state = self.state.lock();
+            for place in &mut turn {
+                *place = None;
+                let Some(entry) = self.entry_at(&state, next) else {
+                    next = None;
+                    continue;
+                };
+                *place = entry.value.usable(entry.range);
+                next = entry.value.next_freed();
+            }
+            drop(state);
+            for &range in turn.iter().flatten() {
+                let mut rest = Some(range);
+                while let Some(range) = rest {
+                    rest = None;
+                    if let Err(ChangeError::Full { next }) = cursor.unmap(range, gather) {
+                        cursor.release();
+                        self.commit(gather);
+                        rest = PageRange::new(next, range.last());
+                    }
                 }
             }
+            cursor.release();
         }
+        self.commit(gather);
+    }
+
+    fn commit<const G: usize>(&self, gather: &mut Gather<'_, F, E, KernelPage, G>) {
+        let env = self.table.env();
         gather.commit(|page: KernelPage| page.release(env.slots(), env.frames()));
     }
 
-    /// Unmaps and flushes the pages of one area now.
+    /// Takes the areas of a chain out of the tree.
+    fn give_waiting(&self, mut next: Option<u64>) {
+        let mut state = self.state.lock();
+        while let Some(entry) = self.entry_at(&state, next) {
+            next = entry.value.next_freed();
+            if state.tree.store(entry.range, None, &mut |_| {}).is_err() {
+                // Nothing is mapped there; the addresses wait for the next purge.
+                let _ = self.chain(&mut state, entry, 0);
+            }
+        }
+    }
+
+    /// The area at an offset in the window.
+    fn entry_at(&self, state: &State<N>, offset: Option<u64>) -> Option<Entry<Area>> {
+        let page = self.window().first().checked_add(offset?)?;
+        state.tree.get(page).filter(|entry| entry.value.is_freed())
+    }
+
+    /// Unmaps and flushes the pages of one area now, and frees its frames.
+    #[inline(never)]
     pub(crate) fn unmap(&self, range: PageRange) {
-        let env = self.table.env();
+        let mut gather = self.table.gather::<SMALL>();
+        self.unmap_with(range, &mut gather, &mut |page| {
+            let env = self.table.env();
+            page.release(env.slots(), env.frames());
+        });
+    }
+
+    /// Unmaps and flushes the pages of one area now; the frames are not vmalloc's.
+    #[inline(never)]
+    pub(crate) fn unmap_borrowed(&self, range: PageRange) {
+        let mut gather = self.table.gather::<SMALL>();
+        self.unmap_with(range, &mut gather, &mut |page| {
+            let _ = page;
+        });
+    }
+
+    fn unmap_with<const G: usize>(
+        &self,
+        range: PageRange,
+        gather: &mut Gather<'_, F, E, KernelPage, G>,
+        give: &mut dyn FnMut(KernelPage),
+    ) {
         let Ok(mut cursor) = self.table.cursor(range) else {
             return;
         };
-        let mut gather = self.table.gather::<32>();
-        let mut rest = range;
-        while let Err(ChangeError::Full { next }) = cursor.unmap(rest, &mut gather) {
-            gather.commit(|page: KernelPage| page.release(env.slots(), env.frames()));
-            match PageRange::new(next, range.last()) {
-                Some(left) => rest = left,
-                None => break,
+        let mut rest = Some(range);
+        while let Some(range) = rest {
+            rest = None;
+            if let Err(ChangeError::Full { next }) = cursor.unmap(range, gather) {
+                cursor.release();
+                gather.commit(&mut *give);
+                rest = PageRange::new(next, range.last());
             }
         }
         drop(cursor);
-        gather.commit(|page: KernelPage| page.release(env.slots(), env.frames()));
-    }
-
-    /// Takes an area whose leaves are gone out of the tree; any page of it names it.
-    pub(crate) fn give_range(&self, range: PageRange) {
-        let mut state = self.state.lock();
-        let Some(entry) = state.tree.get(range.first()) else {
-            return;
-        };
-        if state.tree.store(entry.range, None, &mut |_| {}).is_err() {
-            // The tree found no memory to get smaller: the addresses wait for the next purge, or stay taken where 32 others
-            // wait already. Nothing is mapped there.
-            let _ = state.lazy.push(entry.range, 0);
-        }
+        gather.commit(give);
     }
 }

@@ -1,82 +1,19 @@
 //! vmalloc on the mock machine: the kernel's accesses go through its MMU, which knows every missing flush.
 
-use std::collections::BTreeMap;
+mod common;
 
+use common::{Env, Setup, on_machine, on_table, on_window};
 use kmem_hal::{
-    FrameRange, LargeSource, Mmu, PAGE_SIZE, Page, PageRange, PhysAddr, SingleGrace, Spin, VirtAddr,
+    FrameRequest, FrameSink, FrameSource, LargeSource, Order, PAGE_SIZE, Page, PhysAddr, Shrink,
+    VirtAddr,
 };
-use kmem_mock_x86::{FramePool, Machine};
+use kmem_mock_x86::{Adversary, Fault};
 use kmem_paging::format::X86_64;
-use kmem_paging::{MemoryType, PageTable, Parts, TableCache};
-use kmem_testkit::{FailPlan, Failing, HeapObjects, SlotArena};
-use kmem_vma_tree::Node;
+use kmem_paging::{Attributes, Env as _, MemoryType, Rights};
 use kmem_vmalloc::{
-    FixMap, FixMapError, KernelLayout, KernelPage, NotAnArea, Vmalloc, VmallocError,
+    AreaKind, BATCH, DmaMask, FixMap, FixMapError, NotAnArea, Request, StackCache, StackSlots,
+    VmallocError,
 };
-use proptest::prelude::*;
-
-type Frames<'m> = Failing<'m, FramePool<'m>>;
-type Env<'m> =
-    Parts<'m, &'m Machine, Frames<'m>, &'m Machine, SingleGrace, &'m Machine, &'m Machine>;
-type Table<'m> = PageTable<X86_64, &'m Env<'m>, KernelPage>;
-type Kernel<'m> = Vmalloc<'m, X86_64, &'m Env<'m>, &'m HeapObjects<Node>, Spin>;
-
-/// Runs `test` on a machine of 32 MiB, in a table that both CPUs have loaded, and checks that nothing is left behind.
-fn on_table(test: impl FnOnce(&Machine, &Table<'_>, &FailPlan)) {
-    let machine = Machine::pc(32 << 20, 2);
-    let slots =
-        SlotArena::new(FrameRange::from_numbers(0, machine.memory().frame_limit()).unwrap());
-    let plan = FailPlan::new();
-    let frames = Failing::new(FramePool::new(&machine, 256), &plan);
-    // SAFETY: one thread, and the parts belong to one machine.
-    let env: Env<'_> = unsafe {
-        Parts::new(
-            &machine,
-            frames,
-            &machine,
-            SingleGrace::new(),
-            &machine,
-            &slots,
-        )
-    }
-    .with_trace(&machine);
-    let table: Table<'_> = PageTable::new(&env).unwrap();
-    let load = |root| {
-        for cpu in 0..2 {
-            // SAFETY: the mock's kernel code does not run in the tables.
-            machine.on_cpu(cpu, || unsafe { machine.load_root(root, false) });
-        }
-    };
-    load(table.root());
-    test(&machine, &table, &plan);
-    load(kmem_hal::Root {
-        frame: kmem_hal::Frame::ZERO,
-        asid: kmem_hal::Asid::ZERO,
-    });
-    table.destroy(|_, page| panic!("{page:?} was left mapped"), |_, _| {});
-    TableCache::shrink(&env, usize::MAX);
-    use kmem_paging::Env as _;
-    assert_eq!(env.frames().inner().in_use(), 0, "frames leak");
-}
-
-/// Runs `test` with a window of `pages` pages, and checks that all of it comes back.
-fn on_machine(pages: u64, test: impl FnOnce(&Machine, &Kernel<'_>, &FailPlan)) {
-    on_table(|machine, table, plan| {
-        let nodes = HeapObjects::new();
-        let window = PageRange::with_count(KernelLayout::x86_64().vmalloc.first(), pages).unwrap();
-        let vmalloc = Vmalloc::new(table, window, &nodes);
-        test(machine, &vmalloc, plan);
-        vmalloc.purge();
-        assert_eq!(
-            vmalloc.used(),
-            (0, 0),
-            "areas are left:\n{}",
-            vmalloc.info()
-        );
-        drop(vmalloc);
-        nodes.assert_all_free();
-    });
-}
 
 #[test]
 fn memory_is_contiguous_and_its_ends_are_guarded() {
@@ -108,14 +45,17 @@ fn memory_is_contiguous_and_its_ends_are_guarded() {
         vmalloc.free_stack(VirtAddr::new(top), 2).unwrap();
         vmalloc.free(at).unwrap();
         assert_eq!(vmalloc.free(at), Err(NotAnArea(at)), "freed twice");
+        let outside = VirtAddr::new(0xffff_ffff_8000_0000);
+        assert_eq!(vmalloc.free(outside), Err(NotAnArea(outside)));
     });
 }
 
 #[test]
 fn a_batch_of_frees_is_one_shootdown() {
     on_machine(1024, |machine, vmalloc, _| {
-        let areas: Vec<_> = (0..16)
-            .map(|_| vmalloc.alloc(4 * PAGE_SIZE).unwrap())
+        let per = 4;
+        let areas: Vec<_> = (0..BATCH as u64 / per)
+            .map(|_| vmalloc.alloc(per * PAGE_SIZE).unwrap())
             .collect();
         for at in &areas {
             for cpu in 0..2 {
@@ -123,35 +63,73 @@ fn a_batch_of_frees_is_one_shootdown() {
             }
         }
         let before = machine.stats().interrupts;
-        for at in areas {
-            vmalloc.free(at).unwrap();
+        let (last, rest) = areas.split_last().unwrap();
+        for at in rest {
+            vmalloc.free(*at).unwrap();
         }
-        // Sixteen areas of four pages are one full batch.
-        assert_eq!(machine.stats().interrupts - before, 1);
+        assert_eq!(machine.stats().interrupts, before, "they wait");
+        vmalloc.free(*last).unwrap();
+        assert_eq!(
+            machine.stats().interrupts - before,
+            1,
+            "one batch, one shootdown"
+        );
         // What comes now may be the old addresses with other frames: nobody may see the old ones.
         let again = vmalloc.alloc(4 * PAGE_SIZE).unwrap();
         machine.cpu(1).write_u64(again.as_u64(), 2).unwrap();
         vmalloc.free(again).unwrap();
+        // A purge of what waits is one as well, and one with nothing to do is none.
+        let before = machine.stats().interrupts;
+        vmalloc.purge();
+        vmalloc.purge();
+        assert_eq!(machine.stats().interrupts - before, 1);
     });
 }
 
 #[test]
 fn a_failure_at_any_allocation_leaves_nothing() {
-    on_machine(64, |_, vmalloc, plan| {
+    for (kind, pages) in [("alloc", 5), ("huge", 1030), ("dma", 3)] {
         for n in 1.. {
-            plan.fail_at(n);
-            let outcome = vmalloc.alloc(5 * PAGE_SIZE);
-            plan.stop();
-            match outcome {
-                Ok(at) => {
-                    assert!(n > 5);
-                    vmalloc.free(at).unwrap();
-                    break;
+            let mut done = false;
+            on_machine(4096, |_, vmalloc, plan| {
+                plan.fail_at(n);
+                let outcome = match kind {
+                    "dma" => vmalloc
+                        .alloc_dma(pages * PAGE_SIZE, DmaMask::ALL, MemoryType::WriteBack)
+                        .map(|buffer| buffer.address),
+                    _ => vmalloc.alloc(pages * PAGE_SIZE),
+                };
+                done = plan.failed() == 0;
+                plan.stop();
+                match outcome {
+                    Ok(at) => vmalloc.free(at).unwrap(),
+                    Err(error) => assert_eq!(error, VmallocError::Memory),
                 }
-                Err(error) => assert_eq!(error, VmallocError::Memory),
+                assert_eq!(vmalloc.used(), (0, 0));
+            });
+            if done {
+                assert!(n > 3, "{kind} allocates in {n} places");
+                break;
             }
-            assert_eq!(vmalloc.used(), (0, 0));
         }
+    }
+}
+
+#[test]
+fn freeing_never_needs_memory() {
+    on_machine(4096, |machine, vmalloc, plan| {
+        let areas: Vec<_> = (0..100)
+            .map(|_| vmalloc.alloc(PAGE_SIZE).unwrap())
+            .collect();
+        plan.fail_from(1);
+        for at in areas {
+            machine.cpu(1).write_u64(at.as_u64(), 3).unwrap();
+            vmalloc.free(at).unwrap();
+            assert_eq!(vmalloc.bytes_at(at), None);
+        }
+        vmalloc.purge();
+        assert_eq!(vmalloc.used(), (0, 0));
+        plan.stop();
     });
 }
 
@@ -169,20 +147,254 @@ fn the_window_is_used_up_and_comes_back() {
         vmalloc.free(three).unwrap();
         assert_eq!(vmalloc.alloc(0), Err(VmallocError::BadSize));
         assert_eq!(vmalloc.alloc(u64::MAX), Err(VmallocError::BadSize));
+        let odd = Request::new(1).aligned(3);
+        assert_eq!(vmalloc.alloc_memory(odd), Err(VmallocError::BadSize));
+        let user = Request::new(1).rights(Rights::USER_DATA);
+        assert_eq!(vmalloc.alloc_memory(user), Err(VmallocError::BadRights));
+        let both = Request::new(1).rights(Rights::KERNEL_DATA | Rights::EXECUTE);
+        assert_eq!(vmalloc.alloc_memory(both), Err(VmallocError::BadRights));
     });
 }
 
 #[test]
 fn devices_are_mapped_where_they_are_and_freed_by_nobody() {
-    on_machine(64, |_, vmalloc, _| {
+    on_machine(2048, |_, vmalloc, _| {
         let at = vmalloc
             .ioremap(PhysAddr::new(0xfee0_0020), 0x1000, MemoryType::Uncached)
             .unwrap();
         assert_eq!(at.page_offset(), 0x20);
+        // A frame buffer that begins 12 KiB into a 2 MiB block: a large leaf where there can be one.
+        let buffer = vmalloc
+            .ioremap(
+                PhysAddr::new(0xe000_3000),
+                4 << 20,
+                MemoryType::WriteCombining,
+            )
+            .unwrap();
+        let leaf = |offset: u64| {
+            let page = Page::containing(VirtAddr::new(buffer.as_u64() + offset));
+            let leaf = vmalloc.table().query(page).leaf().unwrap();
+            (leaf.order, leaf.frame_of(page).unwrap().number())
+        };
+        assert_eq!(leaf(0), (Order::ZERO, 0xe_0003));
+        assert_eq!(leaf((2 << 20) - 0x3000), (Order::HUGE_2M, 0xe_0200));
+        assert_eq!(leaf((4 << 20) - 0x1000), (Order::ZERO, 0xe_0402));
         let info = vmalloc.info().to_string();
-        assert!(info.contains("phys=0x00000000fee00000 ioremap"), "{info}");
+        let lines: Vec<_> = info.lines().collect();
+        assert!(
+            lines[0].starts_with("0xffffc90000000000-0xffffc90000003000   12288 ")
+                && lines[0].ends_with(" phys=0x00000000fee00000 ioremap"),
+            "{info}"
+        );
+        assert!(lines[0].contains("tests/window.rs:"), "{info}");
+        assert!(
+            lines[1].ends_with(" phys=0x00000000e0003000 ioremap"),
+            "{info}"
+        );
         vmalloc.free(at).unwrap();
+        let info = vmalloc.info().to_string();
+        assert!(
+            info.starts_with("0xffffc90000000000-0xffffc90000003000   12288 unpurged vm_area\n"),
+            "{info}"
+        );
+        vmalloc.free(buffer).unwrap();
+        vmalloc.purge();
         assert_eq!(vmalloc.info().to_string(), "");
+        // Firmware's tables lie in memory that has slots: their window closes at once.
+        let table = vmalloc
+            .ioremap(PhysAddr::new(0x9_f000), 64, MemoryType::WriteBack)
+            .unwrap();
+        vmalloc.free(table).unwrap();
+        assert_eq!(vmalloc.info().to_string(), "");
+    });
+}
+
+#[test]
+fn large_areas_get_large_leaves_while_there_are_any() {
+    on_machine(1 << 14, |machine, vmalloc, plan| {
+        let at = vmalloc.alloc(5 << 20).unwrap();
+        assert!(at.is_aligned(2 << 20));
+        let order = |offset: u64| {
+            let page = Page::containing(VirtAddr::new(at.as_u64() + offset));
+            vmalloc.table().query(page).leaf().unwrap().order
+        };
+        assert_eq!(order(0), Order::HUGE_2M);
+        assert_eq!(order(2 << 20), Order::HUGE_2M);
+        assert_eq!(order(4 << 20), Order::ZERO);
+        for offset in (0..5 << 20).step_by(4096) {
+            machine
+                .cpu(1)
+                .write_u64(at.as_u64() + offset, offset)
+                .unwrap();
+        }
+        vmalloc.free(at).unwrap();
+        vmalloc.purge();
+        // No block: single frames, the same addresses.
+        plan.fail_at(1);
+        let again = vmalloc.alloc(2 << 20).unwrap();
+        plan.stop();
+        assert_eq!(vmalloc.bytes_at(again), Some(2 << 20));
+        let small = vmalloc
+            .alloc_memory(Request::bytes(2 << 20).small_leaves().zeroed())
+            .unwrap();
+        let page = Page::containing(small);
+        assert_eq!(
+            vmalloc.table().query(page).leaf().unwrap().order,
+            Order::ZERO
+        );
+        assert_eq!(machine.cpu(0).read_u64(small.as_u64() + 0x1008), Ok(0));
+        vmalloc.free(again).unwrap();
+        vmalloc.free(small).unwrap();
+    });
+}
+
+#[test]
+fn borrowed_frames_stay_their_owners() {
+    on_machine(64, |machine, vmalloc, _| {
+        let frames = vmalloc.table().env().frames();
+        let owned: Vec<_> = (0..3)
+            .map(|_| frames.alloc(&FrameRequest::ONE).unwrap())
+            .collect();
+        let mut numbers = owned.iter().rev().map(|frame| frame.first());
+        let attributes = Attributes::new(Rights::READ);
+        let at = vmalloc
+            .vmap_borrowed(3, attributes, || numbers.next())
+            .unwrap();
+        assert!(machine.cpu(0).read_u64(at.as_u64()).is_ok());
+        assert!(machine.cpu(1).read_u64(at.as_u64()).is_ok());
+        assert!(machine.cpu(0).write_u64(at.as_u64(), 1).is_err());
+        vmalloc.free(at).unwrap();
+        // Unmapped and flushed everywhere before the call returned: the owner may free them.
+        for frame in owned {
+            frames.free(frame);
+        }
+        assert!(machine.cpu(1).read_u64(at.as_u64()).is_err());
+        assert_eq!(
+            vmalloc.vmap_borrowed(2, attributes, || None),
+            Err(VmallocError::Memory)
+        );
+        // Owned ones go with the area.
+        let mut given = (0..2).map(|_| frames.alloc(&FrameRequest::ONE).unwrap());
+        let at = vmalloc.vmap(2, || given.next()).unwrap();
+        vmalloc.free(at).unwrap();
+    });
+}
+
+#[test]
+fn module_memory_is_written_then_executed_never_both() {
+    on_machine(64, |machine, vmalloc, _| {
+        let code = vmalloc
+            .alloc_memory(Request::new(2).of(AreaKind::Module))
+            .unwrap();
+        let cpu = machine.cpu(0);
+        cpu.write_u64(code.as_u64(), 0xc3).unwrap();
+        assert!(cpu.fetch(code.as_u64()).is_err());
+        vmalloc
+            .protect(code, Rights::READ | Rights::EXECUTE)
+            .unwrap();
+        assert_eq!(cpu.fetch(code.as_u64()), Ok(0xc3));
+        assert!(matches!(
+            machine.cpu(1).write_u64(code.as_u64() + PAGE_SIZE, 1),
+            Err(Fault::Page { .. })
+        ));
+        assert_eq!(
+            vmalloc.protect(code, Rights::KERNEL_DATA | Rights::EXECUTE),
+            Err(VmallocError::BadRights)
+        );
+        let second = VirtAddr::new(code.as_u64() + PAGE_SIZE);
+        assert_eq!(
+            vmalloc.protect(second, Rights::READ),
+            Err(VmallocError::NotAnArea)
+        );
+        assert!(
+            vmalloc
+                .info()
+                .to_string()
+                .trim_end()
+                .ends_with(" pages=2 module")
+        );
+        vmalloc.free(code).unwrap();
+    });
+}
+
+#[test]
+fn dma_buffers_are_contiguous_and_in_reach_of_the_device() {
+    on_machine(64, |machine, vmalloc, _| {
+        let buffer = vmalloc
+            .alloc_dma(5 * PAGE_SIZE, DmaMask::ISA, MemoryType::Uncached)
+            .unwrap();
+        assert!(buffer.device.as_u64() + buffer.bytes <= 1 << 24);
+        assert_eq!(buffer.bytes, 5 * PAGE_SIZE);
+        for page in 0..5 {
+            let offset = page * PAGE_SIZE + 16;
+            machine
+                .cpu(0)
+                .write_u64(buffer.address.as_u64() + offset, page + 7)
+                .unwrap();
+            let seen = machine.memory().load(buffer.device.as_u64() + offset, 8);
+            assert_eq!(seen, Some(page + 7), "the device sees another page");
+        }
+        vmalloc.free(buffer.address).unwrap();
+        let narrow = DmaMask::bits(12);
+        assert_eq!(
+            vmalloc.alloc_dma(PAGE_SIZE, narrow, MemoryType::WriteBack),
+            Err(VmallocError::Memory)
+        );
+        assert_eq!(DmaMask::bits(64), DmaMask::ALL);
+    });
+}
+
+#[test]
+fn stacks_are_kept_and_given_back_under_pressure() {
+    on_machine(256, |machine, vmalloc, _| {
+        let slots: [StackSlots<2>; 2] = [StackSlots::new(), StackSlots::new()];
+        let stacks = StackCache::new(vmalloc, machine, &slots, 4);
+        let tops: Vec<_> = (0..3).map(|_| stacks.alloc().unwrap()).collect();
+        let before = machine.stats().interrupts;
+        for top in &tops {
+            machine.cpu(0).write_u64(top.as_u64() - 8, 1).unwrap();
+            stacks.free(*top).unwrap();
+        }
+        assert_eq!(stacks.count(), 2);
+        assert_eq!(stacks.free(tops[0]), Err(NotAnArea(tops[0])), "freed twice");
+        assert_eq!(stacks.free(tops[2]), Err(NotAnArea(tops[2])), "freed twice");
+        let again = stacks.alloc().unwrap();
+        assert_eq!(again, tops[0]);
+        machine.cpu(0).write_u64(again.as_u64() - 8, 2).unwrap();
+        assert!(
+            machine
+                .cpu(0)
+                .write_u64(again.as_u64() - 4 * PAGE_SIZE - 8, 2)
+                .is_err()
+        );
+        assert_eq!(
+            machine.stats().interrupts,
+            before,
+            "the cache flushes nothing"
+        );
+        stacks.free(again).unwrap();
+        // Another CPU has none of its own; one that goes offline leaves none.
+        let other = machine.on_cpu(1, || stacks.alloc().unwrap());
+        machine.on_cpu(1, || stacks.free(other)).unwrap();
+        assert_eq!(stacks.count(), 3);
+        assert_eq!(stacks.drain(kmem_hal::CpuId::new(1)), 1);
+        assert_eq!(stacks.scan(usize::MAX), 2);
+        assert_eq!(stacks.count(), 0);
+        assert_eq!(vmalloc.used(), (0, 0));
+    });
+}
+
+#[test]
+fn a_stack_of_another_cpu_is_better_than_none() {
+    on_machine(7, |machine, vmalloc, _| {
+        let slots: [StackSlots<1>; 2] = [StackSlots::new(), StackSlots::new()];
+        let stacks = StackCache::new(vmalloc, machine, &slots, 4);
+        let top = stacks.alloc().unwrap();
+        assert_eq!(stacks.alloc(), Err(VmallocError::NoSpace));
+        stacks.free(top).unwrap();
+        assert_eq!(machine.on_cpu(1, || stacks.alloc()), Ok(top));
+        stacks.free(top).unwrap();
+        stacks.scan(1);
     });
 }
 
@@ -190,7 +402,7 @@ fn devices_are_mapped_where_they_are_and_freed_by_nobody() {
 fn fixed_pages_have_their_addresses_at_compile_time() {
     type Fixed<'a, 'm> = FixMap<'a, X86_64, &'m Env<'m>, 0xffff_ffff_ff60_0000, 4>;
     const APIC: VirtAddr = Fixed::address(1);
-    on_table(|_, table, _| {
+    on_table::<X86_64>(Setup::long(), |_, table, _| {
         let fixed = Fixed::new(table);
         assert_eq!(
             fixed.set(1, PhysAddr::new(0xfee0_0000), MemoryType::Uncached),
@@ -224,35 +436,30 @@ fn it_is_a_source_of_large_memory() {
     });
 }
 
-proptest! {
-    #![proptest_config(ProptestConfig { cases: 32, failure_persistence: None, ..ProptestConfig::default() })]
-
-    /// Areas never overlap, hold what was written to them, and all room comes back.
-    #[test]
-    fn areas_are_the_models(ops in proptest::collection::vec((0..3u8, 1..9u64, any::<u16>()), 1..80)) {
-        on_machine(96, |machine, vmalloc, _| {
-            let mut model: BTreeMap<u64, (u64, u64)> = BTreeMap::new();
-            for (step, (kind, pages, pick)) in ops.into_iter().enumerate() {
-                if kind < 2 {
-                    let Ok(at) = vmalloc.alloc(pages * PAGE_SIZE) else { continue };
-                    let at = at.as_u64();
-                    for (&other, &(length, _)) in &model {
-                        assert!(at + (pages + 1) * PAGE_SIZE <= other || other + (length + 1) * PAGE_SIZE <= at);
-                    }
-                    for page in 0..pages {
-                        machine.cpu(step % 2).write_u64(at + page * PAGE_SIZE, step as u64).unwrap();
-                    }
-                    model.insert(at, (pages, step as u64));
-                } else if let Some((&at, _)) = model.iter().nth(usize::from(pick) % model.len().max(1)) {
-                    let (pages, mark) = model.remove(&at).unwrap();
-                    for page in 0..pages {
-                        assert_eq!(machine.cpu(step % 2).read_u64(at + page * PAGE_SIZE), Ok(mark));
-                    }
+#[test]
+fn the_adversary_finds_no_stale_use() {
+    for seed in 0..4 {
+        let setup = Setup {
+            adversary: Adversary::FULL,
+            seed,
+            ..Setup::long()
+        };
+        on_window::<X86_64>(setup, 512, |machine, vmalloc, _| {
+            let mut live = Vec::new();
+            for step in 0..400u64 {
+                if step % 3 < 2 {
+                    let at = vmalloc.alloc((step % 5 + 1) * PAGE_SIZE).unwrap().as_u64();
+                    machine.cpu(step as usize % 2).write_u64(at, step).unwrap();
+                    live.push((at, step));
+                }
+                if step % 3 == 2 || live.len() > 40 {
+                    let (at, mark) = live.swap_remove(step as usize * 7 % live.len());
+                    assert_eq!(machine.cpu(1).read_u64(at), Ok(mark));
                     vmalloc.free(VirtAddr::new(at)).unwrap();
                 }
-                assert_eq!(vmalloc.used().0, model.len() as u64);
             }
-            for at in model.into_keys() {
+            for (at, mark) in live {
+                assert_eq!(machine.cpu(0).read_u64(at), Ok(mark));
                 vmalloc.free(VirtAddr::new(at)).unwrap();
             }
         });

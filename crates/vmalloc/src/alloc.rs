@@ -1,0 +1,462 @@
+//! The ways to make an area: memory, given frames, device registers, DMA buffers.
+//!
+//! ```text
+//!   take_range ── the area is in the tree, nothing is mapped ── fill ── Ok: the address
+//!                                                                └──── Err: unmap, flush, give the range back
+//! ```
+//!
+//! Memory of 2 MiB and more (the format's second smallest leaf) begins at a multiple of that and gets blocks of that size as
+//! long as there are any; what is left, and every block that cannot be had, is made of single frames. Single frames are asked
+//! for some at a time.
+
+use core::panic::Location;
+
+use kmem_hal::{
+    DeviceFrame, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, ObjectAlloc, Order,
+    OwnedFrame, PAGE_SIZE, Page, PageRange, PhysAddr, RawLock, VirtAddr,
+};
+use kmem_paging::format::Format;
+use kmem_paging::{Attributes, Env, MapError, MemoryType, Rights};
+use kmem_vma_tree::Node;
+
+use crate::area::{Area, AreaKind};
+use crate::page::KernelPage;
+use crate::request::{DmaMask, NotAnArea, Request, VmallocError, check_rights};
+use crate::vmalloc::Vmalloc;
+
+/// Frames that are asked for at a time.
+const SOME: usize = 16;
+
+/// Frames taken and not mapped yet; what is left is freed when this is dropped.
+struct Taken<'e, E: Env> {
+    env: &'e E,
+    frames: [Option<OwnedFrame>; SOME],
+    next: usize,
+    length: usize,
+}
+
+impl<'e, E: Env> Taken<'e, E> {
+    fn new(env: &'e E) -> Self {
+        Self {
+            env,
+            frames: [const { None }; SOME],
+            next: 0,
+            length: 0,
+        }
+    }
+
+    /// The next single frame; asks for up to `left` more where none is left.
+    fn next(&mut self, request: &FrameRequest, left: u64) -> Option<OwnedFrame> {
+        if self.is_empty() {
+            (self.next, self.length) = (0, 0);
+            let count = left.min(SOME as u64) as usize;
+            let (frames, length) = (&mut self.frames, &mut self.length);
+            let sink = self.env.frames();
+            let _ = sink.alloc_batch(request, count, &mut |frame| match frames.get_mut(*length) {
+                Some(place) => {
+                    *place = Some(frame);
+                    *length += 1;
+                }
+                None => sink.free(frame),
+            });
+        }
+        let frame = self.frames.get_mut(self.next)?.take();
+        self.next += usize::from(frame.is_some());
+        frame
+    }
+
+    fn is_empty(&self) -> bool {
+        self.next == self.length
+    }
+}
+
+impl<E: Env> Drop for Taken<'_, E> {
+    fn drop(&mut self) {
+        for frame in self.frames.iter_mut().filter_map(Option::take) {
+            self.env.frames().free(frame);
+        }
+    }
+}
+
+/// A buffer that the kernel and a device see: see [`Vmalloc::alloc_dma`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct DmaBuffer {
+    /// Where the kernel reads and writes it.
+    pub address: VirtAddr,
+    /// Where the device does. The buffer is contiguous there too.
+    pub device: PhysAddr,
+    /// Bytes, a multiple of the page size.
+    pub bytes: u64,
+}
+
+impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, N, L> {
+    /// Memory of `bytes` bytes, rounded up to pages, from frames that need not follow each other. Its bytes are anything.
+    ///
+    /// # Errors
+    ///
+    /// [`VmallocError`]; nothing is mapped then.
+    #[doc(alias = "__vmalloc")]
+    #[doc(alias = "vmalloc_huge")]
+    #[track_caller]
+    pub fn alloc(&self, bytes: u64) -> Result<VirtAddr, VmallocError> {
+        self.alloc_memory(Request::bytes(bytes))
+    }
+
+    /// A kernel stack of `pages` pages with guards on both sides; gives the address one past its top.
+    ///
+    /// # Errors
+    ///
+    /// As [`alloc`](Self::alloc).
+    #[doc(alias = "alloc_thread_stack_node")]
+    #[track_caller]
+    pub fn alloc_stack(&self, pages: u64) -> Result<VirtAddr, VmallocError> {
+        let bottom = self.alloc_memory(Request::stack(pages))?;
+        Ok(VirtAddr::new(bottom.as_u64() + pages * PAGE_SIZE))
+    }
+
+    /// Takes back a stack that [`alloc_stack`](Self::alloc_stack) gave, by its top.
+    ///
+    /// # Errors
+    ///
+    /// As [`free`](Self::free).
+    pub fn free_stack(&self, top: VirtAddr, pages: u64) -> Result<(), NotAnArea> {
+        match top.checked_sub(pages.saturating_mul(PAGE_SIZE)) {
+            Some(bottom) => self.free(bottom),
+            None => Err(NotAnArea(top)),
+        }
+    }
+
+    /// Memory as the request says.
+    ///
+    /// # Errors
+    ///
+    /// As [`alloc`](Self::alloc).
+    #[track_caller]
+    pub fn alloc_memory(&self, request: Request) -> Result<VirtAddr, VmallocError> {
+        let area = Area::new(request.kind, request.guard_below).called_from(Location::caller());
+        let huge = self
+            .huge_order()
+            .filter(|huge| request.huge && request.pages >= huge.frames());
+        let wide = huge.map(|huge| request.aligned(request.alignment.max(huge.frames())));
+        let range = match wide.map(|wide| self.take_range(&wide, 0, area)) {
+            Some(Ok(range)) => range,
+            // Aligned as asked, on small leaves, where no gap is that wide.
+            None | Some(Err(VmallocError::NoSpace)) => self.take_range(&request, 0, area)?,
+            Some(Err(error)) => return Err(error),
+        };
+        let mut single = self.frames;
+        single.zeroed = request.zeroed;
+        let outcome = self.fill_memory(range, &request.attributes, &single, huge);
+        self.settle(range, outcome)
+    }
+
+    #[inline(never)]
+    fn fill_memory(
+        &self,
+        range: PageRange,
+        attributes: &Attributes,
+        single: &FrameRequest,
+        huge: Option<Order>,
+    ) -> Result<(), VmallocError> {
+        let env = self.table.env();
+        let mut taken = Taken::new(env);
+        self.fill(range, attributes, true, |page, left| {
+            let block = huge
+                .filter(|huge| {
+                    taken.is_empty()
+                        && left >= huge.frames()
+                        && page.number().is_multiple_of(huge.frames())
+                })
+                .and_then(|order| {
+                    let request = FrameRequest { order, ..*single };
+                    env.frames().alloc(&request).ok()
+                });
+            let frame = match block {
+                Some(block) => block,
+                None => taken.next(single, until_boundary(page, left, huge))?,
+            };
+            KernelPage::owned(frame, env.slots())
+                .map_err(|frame| env.frames().free(frame))
+                .ok()
+        })
+    }
+
+    /// Maps frames that the caller gives, one after the other; they are freed with the area.
+    ///
+    /// # Errors
+    ///
+    /// As [`alloc`](Self::alloc); the frames taken from `frames` so far are freed.
+    #[doc(alias = "VM_MAP_PUT_PAGES")]
+    #[track_caller]
+    pub fn vmap(
+        &self,
+        pages: u64,
+        mut frames: impl FnMut() -> Option<OwnedFrame>,
+    ) -> Result<VirtAddr, VmallocError> {
+        let request = Request::new(pages).of(AreaKind::Vmap);
+        let area = Area::new(request.kind, 0).called_from(Location::caller());
+        let range = self.take_range(&request, 0, area)?;
+        let env = self.table.env();
+        let outcome = self.fill(range, &request.attributes, true, |_, _| {
+            let frame = frames()?;
+            if frame.order() != Order::ZERO {
+                env.frames().free(frame);
+                return None;
+            }
+            KernelPage::owned(frame, env.slots())
+                .map_err(|frame| env.frames().free(frame))
+                .ok()
+        });
+        self.settle(range, outcome)
+    }
+
+    /// Maps frames that belong to somebody else and stay so: page `i` of the area is the `i`-th frame that `frames` gives.
+    ///
+    /// [`free`](Self::free) unmaps them on every CPU before it returns, so that their owner may free them.
+    ///
+    /// # Errors
+    ///
+    /// As [`alloc`](Self::alloc); no frame is mapped then.
+    #[doc(alias = "vmap_pages_range")]
+    #[track_caller]
+    pub fn vmap_borrowed(
+        &self,
+        pages: u64,
+        attributes: Attributes,
+        mut frames: impl FnMut() -> Option<Frame>,
+    ) -> Result<VirtAddr, VmallocError> {
+        let mut request = Request::new(pages).of(AreaKind::Vmap);
+        request.attributes = attributes.rights(attributes.rights.union(Rights::GLOBAL));
+        let area = Area::new(request.kind, 0)
+            .called_from(Location::caller())
+            .borrowed();
+        let range = self.take_range(&request, 0, area)?;
+        let outcome = self.fill(range, &request.attributes, false, |_, _| {
+            let frame = frames()?;
+            DeviceFrame::new(frame, Order::ZERO).map(KernelPage::borrowed)
+        });
+        self.settle_borrowed(range, outcome)
+    }
+
+    /// Maps device registers: `bytes` bytes at physical `address`; gives the linear address of the first.
+    ///
+    /// Leaves are as large as size and alignment allow. Where the frames have slots, they are memory that somebody owns
+    /// (firmware's tables): then the mapping ends at once when it is freed, and with the batch otherwise.
+    ///
+    /// # Errors
+    ///
+    /// As [`alloc`](Self::alloc).
+    #[doc(alias = "ioremap_wc")]
+    #[doc(alias = "memremap")]
+    #[track_caller]
+    pub fn ioremap(
+        &self,
+        address: PhysAddr,
+        bytes: u64,
+        memory_type: MemoryType,
+    ) -> Result<VirtAddr, VmallocError> {
+        if bytes == 0 || address.checked_add(bytes - 1).is_none() {
+            return Err(VmallocError::BadSize);
+        }
+        let frames = FrameRange::touching(address, bytes);
+        let first = frames.first().number();
+        let huge = self
+            .huge_order()
+            .filter(|huge| frames.count() >= huge.frames());
+        let align = huge.map_or(1, Order::frames);
+        let request = Request::new(frames.count())
+            .of(AreaKind::Ioremap)
+            .memory_type(memory_type);
+        let mut area = Area::new(request.kind, 0).called_from(Location::caller());
+        let slots = self.table.env().slots();
+        let known = slots.slot(frames.first()).is_some()
+            || frames.last().is_some_and(|last| slots.slot(last).is_some());
+        if known {
+            area = area.borrowed();
+        }
+        let range = match self.take_range(&request.aligned(align), first % align, area) {
+            Err(VmallocError::NoSpace) if align > 1 => self.take_range(&request, 0, area)?,
+            taken => taken?,
+        };
+        let start = range.first().number();
+        let outcome = self.fill(range, &request.attributes, false, |page, left| {
+            let frame = Frame::new(first + (page.number() - start))?;
+            let order = huge.filter(|&huge| {
+                left >= huge.frames()
+                    && page.number().is_multiple_of(huge.frames())
+                    && frame.is_aligned(huge)
+            });
+            DeviceFrame::new(frame, order.unwrap_or(Order::ZERO)).map(KernelPage::borrowed)
+        });
+        let start = if known {
+            self.settle_borrowed(range, outcome)?
+        } else {
+            self.settle(range, outcome)?
+        };
+        Ok(VirtAddr::new(start.as_u64() + address.page_offset()))
+    }
+
+    /// A zeroed buffer that a device with these address lines can reach, contiguous for both; freed as any other area.
+    ///
+    /// On x86 devices see the caches, so [`MemoryType::WriteBack`] is coherent. Another type keeps the contract of
+    /// [`PhysMap`](kmem_hal::PhysMap) (`P5`: one type a frame) only where the linear map does not hold the frames or is given
+    /// that type too.
+    ///
+    /// # Errors
+    ///
+    /// As [`alloc`](Self::alloc).
+    #[doc(alias = "dma_alloc_coherent")]
+    #[track_caller]
+    pub fn alloc_dma(
+        &self,
+        bytes: u64,
+        mask: DmaMask,
+        memory_type: MemoryType,
+    ) -> Result<DmaBuffer, VmallocError> {
+        let request = Request::bytes(bytes)
+            .of(AreaKind::Dma)
+            .memory_type(memory_type);
+        let area = Area::new(request.kind, 0).called_from(Location::caller());
+        let order = Order::for_frames(request.pages).ok_or(VmallocError::BadSize)?;
+        let mut asked = FrameRequest::new(order)
+            .zeroed()
+            .context(self.frames.context);
+        asked.node = self.frames.node;
+        asked.max_address = mask.last();
+        let range = self.take_range(&request, 0, area)?;
+        let env = self.table.env();
+        let block = match env.frames().alloc(&asked) {
+            Ok(block) => block,
+            Err(error) => {
+                self.give_range(range.first());
+                return Err(error.into());
+            }
+        };
+        let device = block.first().start();
+        let (first, _) = block.into_raw();
+        let piece = |index: u64| {
+            // SAFETY: O1: the block was this call's, and each of its frames becomes a value once: below `mapped` through
+            // `fill`, the others after it; O2: single frames; O3: they are fresh.
+            unsafe { OwnedFrame::from_raw(Frame::from_number(first.number() + index), Order::ZERO) }
+        };
+        let mut mapped = 0;
+        let outcome = self.fill(range, &request.attributes, true, |_, _| {
+            let frame = piece(mapped);
+            mapped += 1;
+            KernelPage::owned(frame, env.slots())
+                .map_err(|frame| env.frames().free(frame))
+                .ok()
+        });
+        for index in mapped..order.frames() {
+            env.frames().free(piece(index));
+        }
+        Ok(DmaBuffer {
+            address: self.settle(range, outcome)?,
+            device,
+            bytes: request.pages * PAGE_SIZE,
+        })
+    }
+
+    /// Gives all pages of an area other rights, flushed: read-only data, or code once it is written.
+    ///
+    /// # Errors
+    ///
+    /// [`VmallocError::NotAnArea`] where no area begins at `address`; [`VmallocError::BadRights`];
+    /// [`VmallocError::Table`].
+    #[doc(alias = "set_memory_rox")]
+    #[doc(alias = "set_memory_ro")]
+    pub fn protect(&self, address: VirtAddr, rights: Rights) -> Result<(), VmallocError> {
+        check_rights(rights)?;
+        let page = Page::containing(address);
+        let (range, _) = self
+            .area_at(page)
+            .filter(|(range, _)| range.first() == page)
+            .ok_or(VmallocError::NotAnArea)?;
+        let mut cursor = self
+            .table
+            .cursor(range)
+            .map_err(|_| VmallocError::Table(MapError::OutOfRange))?;
+        let mut gather = self.table.gather::<1>();
+        // The area is whole, so no leaf is split and the gather gets no block.
+        let changed = cursor.protect(range, rights.union(Rights::GLOBAL), &mut gather);
+        drop(cursor);
+        gather.commit(|page| {
+            let _ = page;
+        });
+        changed
+            .map(|_| ())
+            .map_err(|_| VmallocError::Table(MapError::Unencodable))
+    }
+
+    /// The order of the table's second smallest leaf, if it has one.
+    pub(crate) fn huge_order(&self) -> Option<Order> {
+        let level = F::LEVELS.get(1).filter(|level| level.leaf)?;
+        (self.table.levels() > 1).then_some(level.order())
+    }
+
+    /// Maps the pages of an area that nobody knows yet: `next` gets a page and how many are left. `owned` says whether a
+    /// handle that could not be mapped is vmalloc's to free.
+    fn fill(
+        &self,
+        range: PageRange,
+        attributes: &Attributes,
+        owned: bool,
+        next: impl FnMut(Page, u64) -> Option<KernelPage>,
+    ) -> Result<(), VmallocError> {
+        let mut cursor = self
+            .table
+            .cursor(range)
+            .map_err(|_| VmallocError::Table(MapError::OutOfRange))?;
+        cursor
+            .map_range(range, Order::ZERO, *attributes, next)
+            .map_err(|stopped| {
+                let Some(handle) = stopped.handle else {
+                    return VmallocError::Memory;
+                };
+                if owned {
+                    let env = self.table.env();
+                    handle.release(env.slots(), env.frames());
+                }
+                match stopped.error {
+                    MapError::Memory(_) => VmallocError::Memory,
+                    error => VmallocError::Table(error),
+                }
+            })
+    }
+
+    /// The area's address, or its end where it could not be filled.
+    fn settle(
+        &self,
+        range: PageRange,
+        outcome: Result<(), VmallocError>,
+    ) -> Result<VirtAddr, VmallocError> {
+        if let Err(error) = outcome {
+            self.unmap(range);
+            self.give_range(range.first());
+            return Err(error);
+        }
+        Ok(range.start())
+    }
+
+    /// As `settle`, for frames that are not vmalloc's.
+    fn settle_borrowed(
+        &self,
+        range: PageRange,
+        outcome: Result<(), VmallocError>,
+    ) -> Result<VirtAddr, VmallocError> {
+        if let Err(error) = outcome {
+            self.unmap_borrowed(range);
+            self.give_range(range.first());
+            return Err(error);
+        }
+        Ok(range.start())
+    }
+}
+
+/// Single frames to ask for at `page`: no more than up to the next place where a block is tried.
+fn until_boundary(page: Page, left: u64, huge: Option<Order>) -> u64 {
+    match huge {
+        Some(huge) => left.min(huge.frames() - page.number() % huge.frames()),
+        None => left,
+    }
+}
