@@ -308,9 +308,11 @@ pub trait FrameSink {
 
 // SAFETY: a reference forwards to a source that keeps the contract.
 unsafe impl<S: FrameSource + ?Sized> FrameSource for &S {
+    #[inline]
     fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
         (**self).alloc(request)
     }
+    #[inline]
     fn alloc_batch(
         &self,
         request: &FrameRequest,
@@ -322,9 +324,11 @@ unsafe impl<S: FrameSource + ?Sized> FrameSource for &S {
 }
 
 impl<S: FrameSink + ?Sized> FrameSink for &S {
+    #[inline]
     fn free(&self, frame: OwnedFrame) {
         (**self).free(frame);
     }
+    #[inline]
     fn free_batch(&self, next: &mut dyn FnMut() -> Option<OwnedFrame>) {
         (**self).free_batch(next);
     }
