@@ -37,21 +37,27 @@ pub trait Frames: Sync {
 }
 
 impl<F: Frames + ?Sized> Frames for &F {
+    #[inline]
     fn alloc(&self, order: u8) -> Option<u64> {
         (**self).alloc(order)
     }
+    #[inline]
     fn free(&self, frame: u64, order: u8) {
         (**self).free(frame, order);
     }
+    #[inline]
     fn alloc_frame(&self, movable: bool) -> Option<u64> {
         (**self).alloc_frame(movable)
     }
+    #[inline]
     fn alloc_batch(&self, out: &mut Vec<u64>, count: usize) -> usize {
         (**self).alloc_batch(out, count)
     }
+    #[inline]
     fn free_batch(&self, frames: &mut Vec<u64>) {
         (**self).free_batch(frames);
     }
+    #[inline]
     fn settle(&self) {
         (**self).settle();
     }

@@ -13,15 +13,15 @@ use core::ops::ControlFlow;
 
 use kmem_hal::{
     AllocError, Context, Cpu, CpuCall, Frame, FrameRange, FrameRequest, FrameSource, Mobility,
-    NodeId, NodePolicy, Order, OwnedFrame, PhysMap, Pinned, Pressure, PressureLevel, RawLock,
+    NodeId, NodePolicy, Order, OwnedFrame, PhysMap, Pressure, PressureLevel, RawLock,
 };
 
 use crate::buddy::Buddy;
-use crate::cpu_cache::{Arrays, CpuArea, MAX_BATCH, class_of, stack_of};
+use crate::cpu_cache::{Arrays, CpuArea, MAX_BATCH, Refill, class_of, stack_of};
 use crate::cpus::Drained;
 use crate::state::{State, frame_limit};
 use crate::zone::bits::TOP;
-use crate::zone::core::Core;
+use crate::zone::core::{Core, FEW, STEP};
 use crate::zone::kind::{MigrateType, ZoneKind};
 use crate::zone::{Mark, Zone};
 
@@ -96,27 +96,44 @@ impl Wanted {
         zone.spare(mark, self.highest, self.movable)
     }
 
-    /// Takes up to `out.len()` blocks from a zone's bits.
-    fn take(&self, core: &mut Core, out: &mut [u64]) -> usize {
-        if self.align > self.order {
-            return self.take_aligned(core, out);
-        }
-        let mut given = core.take_batch(self.order, self.migrate, self.limit, out);
-        if given == 0
-            && let Some(found) = core.find_fallback(self.order, self.migrate, self.limit)
-            && let Some(first) = core.take(&found, self.order)
-        {
-            out[0] = first;
-            given = 1;
-            if core.type_of(found.block) == self.migrate {
-                given += core.take_batch(self.order, self.migrate, self.limit, &mut out[1..]);
+    /// Takes up to `most` blocks from a zone's bits and hands them to `give`; `true` where it found none and there is more to be
+    /// brought up to date before that means anything.
+    fn take(&self, core: &mut Core, most: usize, give: &mut impl FnMut(u64)) -> bool {
+        let mut left = core.refresh(FEW);
+        let mut take = |core: &mut Core, last: bool| -> bool {
+            if self.align <= self.order {
+                if core.take_batch(self.order, self.migrate, self.limit, most, give) > 0 {
+                    return true;
+                }
+                if last
+                    && let Some(found) = core.find_fallback(self.order, self.migrate, self.limit)
+                    && let Some(first) = core.take(&found, self.order)
+                {
+                    give(first);
+                    if core.type_of(found.block) == self.migrate {
+                        core.take_batch(self.order, self.migrate, self.limit, most - 1, give);
+                    }
+                    return true;
+                }
+                return false;
             }
+            let first = if last { self.take_aligned(core) } else { None };
+            first.map(&mut *give).is_some()
+        };
+        if left && !take(core, false) {
+            left = core.refresh(STEP);
+            if left {
+                return true;
+            }
+        } else if left {
+            return false;
         }
-        given
+        take(core, true);
+        false
     }
 
     /// One block whose alignment is beyond its order.
-    fn take_aligned(&self, core: &mut Core, out: &mut [u64]) -> usize {
+    fn take_aligned(&self, core: &mut Core) -> Option<u64> {
         let large = (self.align <= TOP)
             .then(|| {
                 core.find(self.align, self.migrate, self.limit)
@@ -126,16 +143,12 @@ impl Wanted {
         if let Some(found) = large
             && let Some(first) = core.take(&found, self.order)
         {
-            out[0] = first;
-            return 1;
+            return Some(first);
         }
         let frames = 1 << self.order;
-        let Some(first) = core.find_range(frames, 1 << self.align, self.limit, self.movable) else {
-            return 0;
-        };
+        let first = core.find_range(frames, 1 << self.align, self.limit, self.movable)?;
         core.mark_found(first, frames);
-        out[0] = first;
-        1
+        Some(first)
     }
 }
 
@@ -166,10 +179,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if wanted < state.nodes { wanted } else { local }
     }
 
-    /// The common case: the newest entry of the CPU's array for the zone that is asked first.
+    /// The common case: the newest entry of the CPU's array for the zone that served last.
     #[inline(always)]
-    fn hit(&self, state: &State<L>, request: &FrameRequest, pin: &Pinned<'_, C>) -> Option<u64> {
-        let class = class_of(request.order.index())?;
+    fn hit(&self, request: &FrameRequest) -> Option<u64> {
         let plain = request.alignment <= request.order
             && request.max_address.as_u64() == u64::MAX
             && !request.high
@@ -177,10 +189,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if !plain {
             return None;
         }
-        let migrate = MigrateType::of(request.mobility);
-        let arrays = state.area(pin.id())?.enter()?;
-        let cache = arrays.first(migrate)?;
-        Some(cache.start + u64::from(cache.pop(stack_of(class, migrate))?))
+        let pin = self.cpu.pin();
+        let arrays = self.own_area(&pin)?.enter()?;
+        arrays.pop(request.order.index(), MigrateType::of(request.mobility))
     }
 
     /// Looks at all zones once, at one watermark, and fills `out` as far as it goes.
@@ -194,7 +205,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let wanted = Wanted::new(request);
         let pin = self.cpu.pin();
         let area = state.area(pin.id());
-        let arrays = area.and_then(CpuArea::enter);
+        let arrays = area.and_then(CpuArea::enter_or_note);
         let node = self.node_for(state, area, request.node);
         let mut busy = false;
         for &index in state.list(node) {
@@ -239,18 +250,16 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     ) -> Option<usize> {
         let class = class_of(wanted.order).filter(|_| wanted.align == wanted.order);
         let cache = arrays.and_then(|arrays| arrays.zone(index));
-        let array = class.zip(cache);
+        let array = class
+            .zip(cache)
+            .map(|(class, cache)| (class, stack_of(class, wanted.migrate), cache));
         let mut given = 0;
-        if let Some((class, cache)) = array {
-            let stack = stack_of(class, wanted.migrate);
-            while given < out.len()
-                && let Some(entry) = cache.peek(stack)
-                && zone.start + u64::from(entry) + (1 << wanted.order) <= wanted.limit
-            {
-                cache.pop(stack);
+        if let Some((_, stack, cache)) = array {
+            let limit = wanted.limit - zone.start;
+            given = cache.pop_batch(stack, 1 << wanted.order, limit, out.len(), |entry| {
                 out[given] = zone.start + u64::from(entry);
                 given += 1;
-            }
+            });
         }
         let missing = out.len() - given;
         let spare = wanted.spare(zone, level) >> wanted.order;
@@ -258,33 +267,41 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             return Some(given);
         }
         // Half an array more than what is missing, as far as the watermark lets.
-        let mut extra = 0;
-        if let Some((class, cache)) = array {
+        let mut refill = None;
+        if let Some((class, stack, cache)) = array {
             let limit = zone.limits[class].load(kmem_hal::sync::Ordering::Relaxed);
-            cache.set_limit(stack_of(class, wanted.migrate), limit);
+            cache.set_limit(stack, limit);
+            let half = cache.limit(stack) as usize / 2;
+            // A batch call takes what it needs and leaves the array as it is.
             if wanted.limit >= zone.end() && out.len() == 1 {
-                // A batch call takes what it needs and leaves the array as it is.
-                extra = limit as usize / 2;
+                refill = Some(cache.refill(stack, half));
             }
         }
-        let mut taken = [0; MAX_BATCH];
+        let extra = refill.as_ref().map_or(0, Refill::room);
         let most = (missing + extra)
             .min(MAX_BATCH)
             .min(usize::try_from(spare).unwrap_or(MAX_BATCH));
-        let count = self.locked(area, zone, |core| wanted.take(core, &mut taken[..most]));
-        let Some(count) = count else {
-            return if given > 0 { Some(given) } else { None };
-        };
-        let direct = count.min(missing);
-        out[given..given + direct].copy_from_slice(&taken[..direct]);
-        given += direct;
-        if let Some((class, cache)) = array {
-            let stack = stack_of(class, wanted.migrate);
-            for &first in taken[direct..count].iter().rev() {
-                // Room was made: the limit is at least half an array above what is left.
-                let kept = cache.push(stack, (first - zone.start) as u32);
-                debug_assert!(kept, "a refill overflows its array");
+        let start = zone.start;
+        let before = given;
+        let mut give = |first| {
+            if let Some(place) = out.get_mut(given) {
+                *place = first;
+                given += 1;
+            } else if let Some(refill) = &mut refill {
+                refill.push((first - start) as u32);
             }
+        };
+        let mut done = Some(true);
+        while done == Some(true) {
+            done = self.locked(area, zone, |core| wanted.take(core, most, &mut give));
+        }
+        if let (Some((_, _, cache)), Some(arrays)) = (array, arrays)
+            && given > before
+        {
+            arrays.serve_from(wanted.migrate, cache);
+        }
+        if done.is_none() && given == 0 {
+            return None;
         }
         Some(given)
     }
@@ -345,24 +362,24 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         }
     }
 
-    /// An allocation that was no plain hit.
+    /// An allocation that was no plain hit. The request comes by value: a caller that makes one for a hit need not store it.
     #[cold]
     #[inline(never)]
     fn alloc_cold(
         &self,
-        state: &State<L>,
-        request: &FrameRequest,
+        request: FrameRequest,
         hit: Option<u64>,
     ) -> Result<OwnedFrame, AllocError> {
         if let Some(first) = hit {
-            return self.finish(request, first);
+            return self.finish(&request, first);
         }
         if request.order.index() > TOP {
-            return self.alloc_huge(request);
+            return self.alloc_huge(&request);
         }
+        let state = self.state().ok_or(AllocError::NotInitialised)?;
         let mut out = [0];
-        self.alloc_slow(state, request, &mut out)?;
-        self.finish(request, out[0])
+        self.alloc_slow(state, &request, &mut out)?;
+        self.finish(&request, out[0])
     }
 
     /// Makes the value for a block that was just taken, zeroed if asked.
@@ -419,19 +436,15 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
 unsafe impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> FrameSource
     for Buddy<M, C, L, K, P>
 {
-    #[inline]
+    // Always: with the request known where it is made, most of a hit is folded away.
+    #[inline(always)]
     fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
-        let state = self.state().ok_or(AllocError::NotInitialised)?;
-        let hit = {
-            let pin = self.cpu.pin();
-            self.hit(state, request, &pin)
-        };
-        match hit {
+        match self.hit(request) {
             Some(first) if !request.zeroed => {
                 // SAFETY: O1, O2, O3 as in `finish`: the entry was this CPU's alone and is out of the array now.
                 Ok(unsafe { OwnedFrame::from_raw(Frame::from_number(first), request.order) })
             }
-            hit => self.alloc_cold(state, request, hit),
+            hit => self.alloc_cold(*request, hit),
         }
     }
 

@@ -3,7 +3,9 @@
 use core::fmt;
 
 use kmem_hal::sync::{AtomicPtr, AtomicU32, Ordering};
-use kmem_hal::{Cpu, Frame, FrameRange, IrqSafe, NoCpuCall, NoPressure, Order, PhysMap, RawLock};
+use kmem_hal::{
+    Cpu, Frame, FrameRange, IrqSafe, NoCpuCall, NoPressure, Order, PhysMap, Pinned, RawLock,
+};
 
 use crate::boot::BootMap;
 use crate::config::Config;
@@ -37,6 +39,8 @@ pub struct Buddy<M, C, L: RawLock + 'static = IrqSafe, K = NoCpuCall, P = NoPres
     pub(crate) call: K,
     pub(crate) pressure: P,
     state: AtomicPtr<State<L>>,
+    /// The first of `C::count` areas' places; null until `init` has succeeded. A copy of what the state has, one load nearer.
+    areas: AtomicPtr<AtomicPtr<CpuArea>>,
     phase: AtomicU32,
 }
 
@@ -67,6 +71,7 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
                 call,
                 pressure,
                 state: AtomicPtr::new(core::ptr::null_mut()),
+                areas: AtomicPtr::new(core::ptr::null_mut()),
                 phase: AtomicU32::new(NEW),
             }
         }
@@ -153,6 +158,21 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     }
 }
 
+impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
+    /// The area of the CPU that the caller is pinned to; `None` before `init` and where the CPU is not online.
+    #[inline(always)]
+    pub(crate) fn own_area(&self, pin: &Pinned<'_, C>) -> Option<&CpuArea> {
+        let areas = self.areas.load(Ordering::Acquire);
+        if areas.is_null() {
+            return None;
+        }
+        // SAFETY: the state has a place for each of `C::count` CPUs, whose ids are smaller (C3).
+        let area = unsafe { (*areas.add(pin.id().index())).load(Ordering::Acquire) };
+        // SAFETY: a non-null pointer came from a `&'static CpuArea` in `build` or `cpu_online`.
+        unsafe { area.as_ref() }
+    }
+}
+
 impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     /// Builds zones from a boot map and takes over all of its free frames.
     ///
@@ -186,6 +206,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         watermark::set_up(state);
         self.state
             .store(core::ptr::from_ref(state).cast_mut(), Ordering::Release);
+        self.areas
+            .store(state.cpus.as_ptr().cast_mut(), Ordering::Release);
         self.phase.store(READY, Ordering::Release);
         Ok(())
     }

@@ -26,7 +26,7 @@ use crate::buddy::Buddy;
 use crate::error::PlaceError;
 use crate::range::OwnedRange;
 use crate::state::State;
-use crate::zone::bits::{BLOCK_FRAMES, WHOLE};
+use crate::zone::bits::BLOCK_FRAMES;
 use crate::zone::core::Core;
 use crate::zone::kind::MigrateType;
 use crate::zone::segment::Segment;
@@ -356,7 +356,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
                         let movable = core.types[block].load(kmem_hal::sync::Ordering::Relaxed)
                             == MigrateType::Movable as u8;
                         if !movable
-                            || core.summaries[block] == WHOLE
+                            || core.is_free_block(block)
                             || !segment.contains(base, BLOCK_FRAMES)
                         {
                             continue;

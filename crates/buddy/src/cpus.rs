@@ -24,7 +24,7 @@ pub(crate) enum Drained {
 impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M, C, L, K, P> {
     /// Empties the arrays of the CPU that the caller is pinned to; `false` where they are in use below the caller.
     fn drain_area(&self, state: &State<L>, area: &CpuArea) -> bool {
-        let Some(arrays) = area.enter() else {
+        let Some(arrays) = area.enter_or_note() else {
             return false;
         };
         let mut all = true;

@@ -61,39 +61,9 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         Some(found)
     }
 
-    /// The common case: a block of the segment that was used last goes into an array that has room; `false` otherwise.
-    #[inline(always)]
-    fn push(&self, area: &CpuArea, first: u64, order: usize) -> bool {
-        let (Some(class), Some(segment)) = (class_of(order), area.last_segment()) else {
-            return false;
-        };
-        if first & ((1 << order) - 1) != 0 || !segment.contains(first, 1 << order) {
-            return false;
-        }
-        let Some(migrate) = segment.types.get(segment.block_of(first)) else {
-            return false;
-        };
-        let byte = migrate.load(Ordering::Relaxed);
-        let migrate = usize::from(byte & !UNMANAGED);
-        if migrate >= CACHED_TYPES || byte & UNMANAGED != 0 && !segment.is_clean(first, 1 << order)
-        {
-            return false;
-        }
-        let Some(arrays) = area.enter() else {
-            return false;
-        };
-        let stack = class * CACHED_TYPES + migrate;
-        arrays
-            .zone(segment.zone as usize)
-            .is_some_and(|cache| cache.push(stack, (first - segment.start) as u32))
-    }
-
-    /// Gives a block back, and notes it where something is wrong with it.
-    #[inline(always)]
-    fn put_or_note(&self, state: &State<L>, area: Option<&CpuArea>, first: u64, order: usize) {
-        if area.is_some_and(|area| self.push(area, first, order)) {
-            return;
-        }
+    /// Gives a block back that was no plain hit, and notes it where something is wrong with it.
+    fn put_or_note(&self, area: Option<&CpuArea>, first: u64, order: usize) {
+        let Some(state) = self.state() else { return };
         if let Err(error) = self.put(state, area, first, order) {
             self.note_misuse(state, error, first, order);
         }
@@ -209,8 +179,6 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     }
 
     /// Gives a block of any order back, from wherever it was.
-    #[cold]
-    #[inline(never)]
     fn put(
         &self,
         state: &State<L>,
@@ -243,9 +211,10 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
                 }
             }
             if usize::from(migrate) < CACHED_TYPES
-                && let Some(arrays) = area.enter()
+                && let Some(arrays) = area.enter_or_note()
                 && let Some(cache) = arrays.zone(index)
             {
+                arrays.look_at(segment, cache, usize::from(migrate));
                 let stack = class * CACHED_TYPES + usize::from(migrate);
                 let entry = (first - segment.start) as u32;
                 if cache.push(stack, entry) {
@@ -281,6 +250,7 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         let limit = zone.limits[class].load(Ordering::Relaxed);
         let count = cache.count(stack);
         cache.set_limit(stack, limit);
+        let limit = cache.limit(stack);
         if limit == 0 {
             return false;
         }
@@ -306,6 +276,22 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             .map_err(|error| (error, frame))
     }
 
+    /// Frees a block that was no plain hit.
+    #[cold]
+    #[inline(never)]
+    fn free_cold(&self, first: u64, order: usize) {
+        let pin = self.cpu.pin();
+        let area = self.own_area(&pin);
+        let arrays = area.and_then(CpuArea::enter);
+        let done = arrays.is_some_and(|arrays| {
+            arrays.guess_for(first);
+            arrays.push(first, order)
+        });
+        if !done {
+            self.put_or_note(area, first, order);
+        }
+    }
+
     /// Gives back a block that this crate took and did not hand out.
     pub(crate) fn give_back(&self, first: u64, order: Order) {
         // SAFETY: the block was taken by this call and given to nobody.
@@ -316,20 +302,20 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
 impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> FrameSink
     for Buddy<M, C, L, K, P>
 {
-    #[inline]
+    #[inline(always)]
     fn free(&self, frame: OwnedFrame) {
         let (first, order) = frame.into_raw();
-        let Some(state) = self.state() else { return };
+        let (first, order) = (first.number(), order.index());
         let pin = self.cpu.pin();
-        let area = state.area(pin.id());
-        self.put_or_note(state, area, first.number(), order.index());
+        let arrays = self.own_area(&pin).and_then(CpuArea::enter);
+        if !arrays.is_some_and(|arrays| arrays.push(first, order)) {
+            // The pin is let go first, so that the call is the last thing done here and needs no frame of its own.
+            drop(pin);
+            self.free_cold(first, order);
+        }
     }
 
     fn free_batch(&self, next: &mut dyn FnMut() -> Option<OwnedFrame>) {
-        let Some(state) = self.state() else {
-            while next().is_some() {}
-            return;
-        };
         let mut done = false;
         while !done {
             // `next` is the caller's code: it runs outside the pin.
@@ -345,9 +331,12 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> FrameSin
                 count += 1;
             }
             let pin = self.cpu.pin();
-            let area = state.area(pin.id());
+            let area = self.own_area(&pin);
             for &(first, order) in &blocks[..count] {
-                self.put_or_note(state, area, first, order);
+                let arrays = area.and_then(CpuArea::enter);
+                if !arrays.is_some_and(|arrays| arrays.push(first, order)) {
+                    self.put_or_note(area, first, order);
+                }
             }
         }
     }

@@ -29,7 +29,7 @@ use crate::zone::segment::Segment;
 
 /// Pieces of the reserved list beyond those at boot: each release may cut one in two.
 #[cfg(not(loom))]
-const SPARE_RESERVED: usize = 32;
+const SPARE_RESERVED: usize = 16;
 #[cfg(loom)]
 const SPARE_RESERVED: usize = 1;
 

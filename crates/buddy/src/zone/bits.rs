@@ -12,7 +12,7 @@
 //! ```
 //!
 //! Each word has a summary byte: bits 0..=5 say that it has a maximal run *inside* of that order, bit 6 that all 64
-//! frames are free (orders 6 to 9 are made of whole words). The eight bytes are one `u64` per block.
+//! frames are free (orders 6 to 9 are made of whole words), bit 7 that it is stale. The eight bytes are one `u64` per block.
 
 /// Frames in a page block.
 pub(crate) const BLOCK_FRAMES: u64 = 512;
@@ -60,31 +60,25 @@ pub(crate) const fn maximal(word: u64, order: usize) -> u64 {
     runs & !(wider | wider << (1 << order))
 }
 
-/// The summary byte of a word.
+/// The summary byte of a word, without a branch: words of a fragmented zone look alike to no predictor.
 #[inline]
 pub(crate) const fn summary(word: u64) -> u8 {
-    if word == 0 {
-        return 0;
-    }
-    if word == !0 {
-        return 1 << 6;
-    }
     let mut result = 0;
     let mut runs = word;
     let mut order = 0;
     while order < 6 {
         let wider = widen(runs, order);
-        if runs & !(wider | wider << (1 << order)) != 0 {
-            result |= 1 << order;
-        }
+        result |= ((runs & !(wider | wider << (1 << order)) != 0) as u8) << order;
         runs = wider;
-        if runs == 0 {
-            break;
-        }
         order += 1;
     }
-    result
+    result | (runs as u8) << 6
 }
+
+/// The bit of each byte of a block's summaries that says: runs were freed in the word since the byte was computed.
+pub(crate) const STALE: u64 = 0x8080_8080_8080_8080;
+/// One in every byte of a block's summaries.
+pub(crate) const EACH: u64 = 0x0101_0101_0101_0101;
 
 /// Which words of the block are wholly free, a bit each.
 #[inline]

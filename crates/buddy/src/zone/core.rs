@@ -9,25 +9,37 @@
 //!      words[8 * block ..]                 which frames: the lower 2^k of the run are given; the rest stays free
 //! ```
 //!
-//! The words are the truth. The summaries and hints follow at every change, so that under the lock they are exact:
-//! a search that finds no hint has proved that no run exists.
+//! The words are the truth. The summaries and hints follow, at once where frames are taken, later where single frames or short
+//! runs are freed: such a free sets its bits and marks the word *stale*, which costs a few instructions. A search brings the
+//! lowest stale blocks up to date first, and all of them before it says that there is no run, so that under the lock a search
+//! that finds nothing has proved that no run exists.
 //!
 //! Invariants
 //! - `I1`: a set bit is a free frame of a segment; bits outside segments are never set.
-//! - `I2`: `summaries[b]` byte w is `bits::summary(words[8 b + w])`.
-//! - `I3`: `hints[s][j]` has bit b exactly if block b's type is in set s and it has a maximal run of order j, where
-//!   orders 9 and 10 are: wholly free without or with a wholly free pair of compatible type (bit of the even block).
+//! - `I2`: `summaries[b]` byte w is `bits::summary(words[8 b + w])`, or has its stale bit and is the summary of the word at an
+//!   earlier time, since when frames of it were only freed.
+//! - `I3`: `hints[s][j]` has bit b exactly if block b's type is in set s and it has a maximal run of order j by its summaries,
+//!   where orders 9 and 10 are: wholly free without or with a wholly free pair of compatible type (bit of the even block).
 //! - `I4`: `free` is the number of set bits.
+//! - `I5`: the last hint bitmap has the bit of every block that has a stale word (and may have others').
 //!
-//! Costs: a take or give of order <= 6 changes one word, one summary byte, and the hints of the orders that appear or
-//! vanish in the block. A find is one bitmap search an order.
+//! Costs: a take changes words of one block, their summary bytes, and the hints of the orders that appear or vanish in
+//! the block; a give of order <= 5 a word and a stale bit. A find is one bitmap search an order. Stale blocks are brought up to date
+//! once for all frees since the last time, at most [`STEP`] of them while the lock is held.
 
 use kmem_hal::sync::{AtomicU8, Ordering};
 
 use super::bitmap::{self, Shape};
-use super::bits::{self, BLOCK_FRAMES, BLOCK_ORDER, ORDERS, TOP, WHOLE, WORDS};
+use super::bits::{self, BLOCK_FRAMES, BLOCK_ORDER, EACH, ORDERS, STALE, TOP, WHOLE, WORDS};
 use super::kind::{MigrateType, UNMANAGED};
 use super::segment::{self, Segment};
+
+/// Stale blocks that a search brings up to date before it begins.
+pub(crate) const FEW: usize = 64;
+/// Stale blocks that are brought up to date under one lock before a refusal.
+pub(crate) const STEP: usize = 512;
+/// Bitmaps: the hints of both sets, and the stale blocks.
+const BITMAPS: usize = 2 * ORDERS + 1;
 
 /// Why a block was not taken back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +48,37 @@ pub(crate) enum GiveError {
     Free,
     /// Some frames are free already: a wrong order, or a double free of a part.
     PartlyFree,
+}
+
+/// The frames of `word` that are taken: the first `most` pieces of `order` in its maximal runs of `run` (6 is all of it), below
+/// `limit`; each is handed to `give`. `base` is the word's first frame.
+#[inline]
+fn take_word(
+    word: u64,
+    (run, order): (usize, usize),
+    base: u64,
+    limit: u64,
+    most: usize,
+    give: &mut impl FnMut(u64),
+) -> u64 {
+    let mut taken = 0;
+    let mut left = most;
+    let mut starts = bits::maximal(word, run);
+    while starts != 0 {
+        let start = starts.trailing_zeros();
+        starts &= starts - 1;
+        for piece in 0..1u32 << (run - order) {
+            let at = start + (piece << order);
+            let first = base + u64::from(at);
+            if left == 0 || first + (1 << order) > limit {
+                return taken;
+            }
+            taken |= bits::run_mask(at, order);
+            give(first);
+            left -= 1;
+        }
+    }
+    taken
 }
 
 /// The locked part of a zone.
@@ -64,7 +107,7 @@ pub(crate) struct Found {
 impl Core {
     /// Words of hints for `blocks` blocks.
     pub const fn hint_words(blocks: usize) -> usize {
-        2 * ORDERS * Shape::new(blocks).words()
+        BITMAPS * Shape::new(blocks).words()
     }
 
     /// Notes that a block has frames that are not the allocator's: frees into it are checked more closely.
@@ -98,6 +141,65 @@ impl Core {
         let words = self.shape.words();
         let start = (set * ORDERS + order) * words;
         bitmap::next(&self.hints[start..start + words], &self.shape, from)
+    }
+
+    /// The bitmap of the blocks that have stale words.
+    fn stale_blocks(&mut self) -> &mut [u64] {
+        self.hints(2, 0)
+    }
+
+    /// Notes that frames of a word were freed and nothing else was done about it.
+    #[inline]
+    fn set_stale(&mut self, block: usize, word: usize) {
+        let before = self.summaries[block];
+        self.summaries[block] = before | 0x80 << (8 * word);
+        if before & STALE == 0 {
+            let shape = self.shape;
+            bitmap::set(self.stale_blocks(), &shape, block);
+        }
+    }
+
+    /// Brings the summaries and hints of a block up to date.
+    fn refresh_block(&mut self, block: usize) {
+        let before = self.summaries[block];
+        let mut stale = before & STALE;
+        if stale == 0 {
+            return;
+        }
+        let Some(segment) = segment::of_block(self.segments, block) else {
+            return;
+        };
+        let mut after = before & !STALE;
+        self.summaries[block] = after;
+        while stale != 0 {
+            let word = stale.trailing_zeros() as usize / 8;
+            stale &= stale - 1;
+            let byte = u64::from(bits::summary(self.words[block * WORDS + word % WORDS]));
+            after = after & !(0xff << (8 * word)) | byte << (8 * word);
+        }
+        self.set_summaries(segment, block, after);
+    }
+
+    /// Brings the lowest `most` stale blocks up to date; whether others are left.
+    pub fn refresh(&mut self, most: usize) -> bool {
+        let shape = self.shape;
+        let mut from = 0;
+        for _ in 0..most {
+            let Some(block) = bitmap::next(self.stale_blocks(), &shape, from) else {
+                return false;
+            };
+            bitmap::clear(self.stale_blocks(), &shape, block);
+            self.refresh_block(block);
+            from = block + 1;
+        }
+        bitmap::next(self.stale_blocks(), &shape, from).is_some()
+    }
+
+    /// Whether all of a block is free by its words.
+    pub fn is_free_block(&self, block: usize) -> bool {
+        self.words[block * WORDS..(block + 1) * WORDS]
+            .iter()
+            .all(|&word| word == !0)
     }
 
     fn is_whole(&self, block: usize) -> bool {
@@ -181,16 +283,12 @@ impl Core {
 
     /// Writes one word of a block and lets summaries and hints follow.
     fn set_word(&mut self, segment: &Segment, block: usize, word: usize, value: u64) {
-        const EACH_BYTE: u64 = 0x0101_0101_0101_0101;
         self.words[block * WORDS + word] = value;
         let shift = 8 * word;
         let before = self.summaries[block];
-        let old = (before >> shift) as u8;
+        let old = (before >> shift) as u8 & 0x7f;
         let new = bits::summary(value);
         let mut changed = old ^ new;
-        if changed == 0 {
-            return;
-        }
         let others = before & !(0xff << shift);
         let after = others | u64::from(new) << shift;
         if changed >> 6 != 0 {
@@ -205,7 +303,7 @@ impl Core {
             let order = changed.trailing_zeros() as usize;
             changed &= changed - 1;
             // The hint changes only where no other word has a run of that order.
-            if others & EACH_BYTE << order == 0 {
+            if others & EACH << order == 0 {
                 if new >> order & 1 != 0 {
                     self.hint_set(set, order, block);
                 } else {
@@ -281,7 +379,7 @@ impl Core {
             let starts = bits::maximal_words(bits::whole_words(summaries), order);
             return starts.trailing_zeros() * 64;
         }
-        let having = summaries & (0x0101_0101_0101_0101 << order);
+        let having = summaries & (EACH << order);
         let word = having.trailing_zeros() as usize / 8;
         let starts = bits::maximal(self.words[block * WORDS + word % WORDS], order);
         word as u32 * 64 + starts.trailing_zeros()
@@ -289,14 +387,14 @@ impl Core {
 
     /// Finds the lowest maximal run of the smallest order >= `order` in blocks of `migrate`, ending its first
     /// `2^order` frames at or below frame number `limit`.
-    pub fn find(&self, order: usize, migrate: MigrateType, limit: u64) -> Option<Found> {
+    pub fn find(&mut self, order: usize, migrate: MigrateType, limit: u64) -> Option<Found> {
         let set = migrate.hint_set()?;
         (order..=TOP).find_map(|run| self.find_exact(set, run, order, migrate, limit))
     }
 
     /// The lowest maximal run of exactly order `run`, of which `2^order` frames fit below `limit`.
     fn find_exact(
-        &self,
+        &mut self,
         set: usize,
         run: usize,
         order: usize,
@@ -306,6 +404,12 @@ impl Core {
         let mut from = 0;
         while let Some(block) = self.hint_next(set, run, from) {
             if self.type_of(block) == migrate {
+                if self.summaries[block] & STALE != 0 {
+                    // The run may be part of a longer one by now.
+                    self.refresh_block(block);
+                    from = block;
+                    continue;
+                }
                 let offset = self.locate(block, run);
                 let found = Found {
                     block,
@@ -333,7 +437,8 @@ impl Core {
         Some(segment.base_of(found.block) + u64::from(found.offset))
     }
 
-    /// Takes up to `out.len()` blocks of `order`, lowest first; how many. One find serves all runs of its word.
+    /// Takes up to `most` blocks of `order`, lowest first, and hands them to `give`; how many. One find serves all runs
+    /// of its word.
     ///
     /// The same frames come out as from that many single takes, though not always in the same order.
     pub fn take_batch(
@@ -341,44 +446,56 @@ impl Core {
         order: usize,
         migrate: MigrateType,
         limit: u64,
-        out: &mut [u64],
+        most: usize,
+        give: &mut impl FnMut(u64),
     ) -> usize {
         let mut given = 0;
-        while given < out.len() {
+        while given < most {
             let Some(found) = self.find(order, migrate, limit) else {
                 break;
             };
             let Some(&segment) = segment::of_block(self.segments, found.block) else {
                 break;
             };
-            let base = segment.base_of(found.block) + u64::from(found.offset & !63);
             if order > 5 {
-                out[given] = base + u64::from(found.offset & 63);
+                give(segment.base_of(found.block) + u64::from(found.offset));
                 self.mark(&segment, found.block, found.offset, order, false);
                 given += 1;
                 continue;
             }
-            // Inside one word: all maximal runs of this order, cut into pieces of `order`.
-            let word = found.offset as usize / 64;
-            let mut value = self.words[found.block * WORDS + word];
+            // Inside words: all maximal runs of this order, cut into pieces of `order`. A longer run is one or more whole words.
+            let base = segment.base_of(found.block);
             let run = found.order.min(6);
-            let mut starts = bits::maximal(value, run);
+            let mut after = self.summaries[found.block];
+            let word = found.offset as usize / 64;
+            let mut having = after & (EACH << run) & (!0 << (8 * word));
+            if found.order >= 6 {
+                let words = 1 << (found.order.min(BLOCK_ORDER) - 6);
+                having &= !0 >> (64 - 8 * (word + words).min(WORDS));
+            }
             let before = given;
-            'word: while starts != 0 {
-                let start = starts.trailing_zeros();
-                starts &= starts - 1;
-                for piece in 0..1u32 << (run - order) {
-                    let at = start + (piece << order);
-                    let first = base + u64::from(at);
-                    if given == out.len() || first + (1 << order) > limit {
-                        break 'word;
-                    }
-                    value &= !bits::run_mask(at, order);
-                    out[given] = first;
-                    given += 1;
+            while having != 0 && given < most {
+                let word = having.trailing_zeros() as usize / 8;
+                having &= having - 1;
+                let at = found.block * WORDS + word;
+                let taken = take_word(
+                    self.words[at],
+                    (run, order),
+                    base + 64 * word as u64,
+                    limit,
+                    most - given,
+                    give,
+                );
+                given += taken.count_ones() as usize >> order;
+                let value = self.words[at] & !taken;
+                self.words[at] = value;
+                let byte = u64::from(bits::summary(value));
+                after = after & !(0xff << (8 * word)) | byte << (8 * word);
+                if taken == 0 {
+                    break;
                 }
             }
-            self.set_word(&segment, found.block, word, value);
+            self.set_summaries(&segment, found.block, after);
             self.account(found.block, ((given - before) as u64) << order, false);
             if given == before {
                 break;
@@ -518,11 +635,18 @@ impl Core {
                 GiveError::PartlyFree
             });
         }
-        self.mark(segment, block, offset, order, true);
+        if order > 5 {
+            self.mark(segment, block, offset, order, true);
+            return Ok(());
+        }
+        let word = offset as usize / 64;
+        self.words[block * WORDS + word] |= bits::run_mask(offset % 64, order);
+        self.set_stale(block, word);
+        self.account(block, 1 << order, true);
         Ok(())
     }
 
-    /// Gives blocks of one order (at most 5) back; those of one word that follow each other cost one update.
+    /// Gives blocks of one order (at most 5) back, each for the price of a few instructions.
     ///
     /// `entries` count from frame number `start`; a wrong one is handed to `wrong` and left out.
     pub fn give_entries(
@@ -532,39 +656,32 @@ impl Core {
         order: usize,
         mut wrong: impl FnMut(GiveError, u64),
     ) {
-        let mut rest = entries;
-        while let Some(&entry) = rest.first() {
+        let Some(mut segment) = self.segments.first() else {
+            return;
+        };
+        for &entry in entries {
             let first = start + u64::from(entry);
-            let found = segment::find(self.segments, first);
-            let Some(&segment) = found.filter(|found| found.contains(first, 1 << order)) else {
-                // Never pushed: every entry was found in a segment.
-                rest = &rest[1..];
-                continue;
-            };
+            if !segment.contains(first, 1 << order) {
+                let found = segment::find(self.segments, first);
+                let Some(other) = found.filter(|found| found.contains(first, 1 << order)) else {
+                    // Never pushed: every entry was found in a segment.
+                    continue;
+                };
+                segment = other;
+            }
             let block = segment.block_of(first);
             let word = (first % BLOCK_FRAMES) as usize / 64;
-            let before = self.words[block * WORDS + word];
-            let mut after = before;
-            // As long as the next ones lie in the same word of the same segment.
-            while let Some(&entry) = rest.first() {
-                let at = start + u64::from(entry);
-                if at / 64 != first / 64 || !segment.contains(at, 1 << order) {
-                    break;
-                }
-                let mask = bits::run_mask((at % 64) as u32, order);
-                if after & mask == 0 {
-                    after |= mask;
-                } else if after & mask == mask {
-                    wrong(GiveError::Free, at);
-                } else {
-                    wrong(GiveError::PartlyFree, at);
-                }
-                rest = &rest[1..];
-            }
-            let given = u64::from((after & !before).count_ones());
-            if given > 0 {
-                self.set_word(&segment, block, word, after);
-                self.account(block, given, true);
+            let mask = bits::run_mask((first % 64) as u32, order);
+            let bits = &mut self.words[block * WORDS + word];
+            let free = *bits & mask;
+            if free == 0 {
+                *bits |= mask;
+                self.set_stale(block, word);
+                self.account(block, 1 << order, true);
+            } else if free == mask {
+                wrong(GiveError::Free, first);
+            } else {
+                wrong(GiveError::PartlyFree, first);
             }
         }
     }
@@ -657,7 +774,8 @@ impl Core {
     }
 
     /// Free blocks by order, of all types or of one.
-    pub fn counts(&self, only: Option<MigrateType>) -> [u64; ORDERS] {
+    pub fn counts(&mut self, only: Option<MigrateType>) -> [u64; ORDERS] {
+        while self.refresh(STEP) {}
         let mut counts = [0; ORDERS];
         for segment in self.segments {
             for block in segment.block as usize..segment.block_end() {
@@ -673,12 +791,16 @@ impl Core {
                     }
                     continue;
                 }
-                for word in &self.words[block * WORDS..(block + 1) * WORDS] {
+                let mut whole = 0u8;
+                for (at, word) in self.words[block * WORDS..(block + 1) * WORDS]
+                    .iter()
+                    .enumerate()
+                {
+                    whole |= u8::from(*word == !0) << at;
                     for (order, count) in counts.iter_mut().enumerate().take(6) {
                         *count += u64::from(bits::maximal(*word, order).count_ones());
                     }
                 }
-                let whole = bits::whole_words(self.summaries[block]);
                 for (order, count) in counts.iter_mut().enumerate().take(9).skip(6) {
                     *count += u64::from(bits::maximal_words(whole, order).count_ones());
                 }
@@ -706,9 +828,18 @@ impl Core {
                         return Err("a frame outside every segment is free");
                     }
                 }
-                if summaries != self.summaries[block] {
+                let kept = self.summaries[block];
+                let stale = (kept & STALE) >> 7;
+                if (summaries ^ kept) & !(stale * 0xff) != 0 {
                     return Err("a summary differs from its word");
                 }
+                let (stale_blocks, shape) = (2 * ORDERS * self.shape.words(), &self.shape);
+                if stale != 0
+                    && bitmap::next(&self.hints[stale_blocks..], shape, block) != Some(block)
+                {
+                    return Err("a stale block is not listed");
+                }
+                let summaries = kept & !STALE;
                 free += self.free_in(block);
                 if self.type_of(block) == MigrateType::Cma {
                     cma += self.free_in(block);
