@@ -15,8 +15,11 @@ use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::{LocalPtr, LocalU32};
 
-/// The most slots an array can have: flushing keeps a mask of one word.
-pub const MAX_SLOTS: usize = 64;
+/// The most slots an array can have.
+pub const MAX_SLOTS: usize = 128;
+
+/// A place for one object's pointer.
+pub type Slot = *mut u8;
 
 /// The head of an array; the slots follow it.
 #[derive(Debug)]
@@ -30,7 +33,7 @@ pub struct Array {
 impl Array {
     /// Bytes of an array with `slots` slots.
     pub const fn bytes(slots: usize) -> usize {
-        size_of::<Self>() + slots * size_of::<*mut u8>()
+        size_of::<Self>() + slots * size_of::<Slot>()
     }
 
     /// Makes an empty array in `memory`.
@@ -58,9 +61,18 @@ impl Array {
     ///
     /// `array` was made by [`construct`](Self::construct) and its memory still belongs to it.
     #[inline(always)]
-    pub unsafe fn slots(array: *mut Self) -> *mut *mut u8 {
+    pub unsafe fn slots(array: *mut Self) -> *mut Slot {
         // SAFETY: the slots follow the header in the same memory.
         unsafe { array.add(1).cast() }
+    }
+
+    /// The array whose first slot this is; null for null.
+    #[inline]
+    pub fn of_slots(slots: *mut Slot) -> *mut Self {
+        if slots.is_null() {
+            return ptr::null_mut();
+        }
+        slots.cast::<Self>().wrapping_sub(1)
     }
 
     /// How many objects it held when it last changed hands (`I2`).
@@ -83,7 +95,7 @@ impl Array {
 #[derive(Debug)]
 pub struct ArrayStack {
     top: *mut Array,
-    count: u32,
+    objects: u32,
 }
 
 impl ArrayStack {
@@ -91,46 +103,36 @@ impl ArrayStack {
     pub const fn new() -> Self {
         Self {
             top: ptr::null_mut(),
-            count: 0,
+            objects: 0,
         }
-    }
-
-    /// Arrays on the stack.
-    pub const fn len(&self) -> usize {
-        self.count as usize
     }
 
     /// Puts an array on top.
     ///
     /// # Safety
     ///
-    /// The caller owns the array and gives it to the stack (`I3`).
+    /// The caller owns the array and gives it to the stack (`I3`); its length is right.
     pub unsafe fn push(&mut self, array: NonNull<Array>) {
         // SAFETY: the caller owns the array.
-        unsafe { array.as_ref() }.next.set(self.top);
+        let header = unsafe { array.as_ref() };
+        header.next.set(self.top);
         self.top = array.as_ptr();
-        self.count += 1;
+        self.objects += header.len() as u32;
     }
 
     /// Takes the top array.
     pub fn pop(&mut self) -> Option<NonNull<Array>> {
         let array = NonNull::new(self.top)?;
         // SAFETY: the stack owns the arrays on it.
-        self.top = unsafe { array.as_ref() }.next.get();
-        self.count -= 1;
+        let header = unsafe { array.as_ref() };
+        self.top = header.next.get();
+        self.objects -= header.len() as u32;
         Some(array)
     }
 
     /// Objects in all arrays of the stack.
-    pub fn objects(&self) -> usize {
-        let mut sum = 0;
-        let mut at = self.top;
-        // SAFETY: the stack owns the arrays on it.
-        while let Some(array) = unsafe { at.as_ref() } {
-            sum += array.len();
-            at = array.next.get();
-        }
-        sum
+    pub const fn objects(&self) -> usize {
+        self.objects as usize
     }
 }
 

@@ -56,3 +56,27 @@ pub unsafe fn give<P: Platform>(platform: &P, first: Frame, order: Order) {
         .frames()
         .free(unsafe { OwnedFrame::from_raw(first, order) });
 }
+
+/// Gives back the frames of a block from `first + keep` on, which nobody has used yet.
+pub fn trim<P: Platform>(platform: &P, first: Frame, order: Order, keep: u64) {
+    let rest = FrameRange::from_numbers(first.number() + keep, first.number() + order.frames());
+    for (frame, order) in rest.unwrap_or(FrameRange::EMPTY).blocks(order) {
+        // SAFETY: O1: part of a block that the caller owns and has given to nobody; O2: `blocks` aligns; O3: never mapped.
+        platform
+            .frames()
+            .free(unsafe { OwnedFrame::from_raw(frame, order) });
+    }
+}
+
+/// Gives back so many frames, which need not be a block; every slot of them says "free" again.
+///
+/// # Safety
+///
+/// As [`give`], for what [`trim`] has left.
+pub unsafe fn give_pages<P: Platform>(platform: &P, first: Frame, pages: u64) {
+    let range = FrameRange::new(first, pages).unwrap_or(FrameRange::EMPTY);
+    for (frame, order) in range.blocks(Order::MAX_BUDDY) {
+        // SAFETY: a part of what the caller gives up, aligned by `blocks`.
+        unsafe { give(platform, frame, order) };
+    }
+}

@@ -47,10 +47,10 @@ const fn sizes() -> [u16; CLASSES] {
     sizes
 }
 
-static SIZES: [u16; CLASSES] = sizes();
+const SIZES: [u16; CLASSES] = sizes();
 
 /// By `(size + 7) / 8`, sizes up to 1024.
-static SMALL: [u8; 129] = {
+const SMALL: [u8; 129] = {
     let mut table = [0; 129];
     let sizes = sizes();
     let mut eighth = 0;
@@ -66,7 +66,7 @@ static SMALL: [u8; 129] = {
 };
 
 /// By `(size + 127) / 128`, sizes up to 8192.
-static MEDIUM: [u8; 65] = {
+const MEDIUM: [u8; 65] = {
     let mut table = [0; 65];
     let sizes = sizes();
     let mut step = 0;

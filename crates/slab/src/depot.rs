@@ -3,7 +3,7 @@
 //! ```text
 //!   full arrays   [64][64][64]      <- a CPU whose two arrays are full pushes one, takes an empty one
 //!   empty arrays  [ ][ ]            <- a CPU whose two arrays are empty pushes one, takes a full one
-//!   slabs         NEARLY_FULL  MORE_THAN_HALF  LESS_THAN_HALF  NEARLY_EMPTY  EMPTY        (full ones: no list)
+//!   slabs         by eighths: fewest free objects ... most free objects, EMPTY            (full ones: no list)
 //! ```
 //!
 //! Refills take from the fullest slabs first, so that emptier ones drain and go back to the page source.
@@ -21,7 +21,7 @@ use crate::array::ArrayStack;
 use crate::slab::{BURIED, NEW, RETIRED, Slab, UNLISTED};
 
 /// Lists by fullness; the last holds slabs with every object free.
-pub const BUCKETS: usize = 5;
+pub const BUCKETS: usize = 9;
 
 /// The list of slabs with every object free.
 pub const EMPTY: usize = BUCKETS - 1;
@@ -42,6 +42,7 @@ pub struct Depot {
     /// Arrays exchanged with CPUs, refills from slabs, flushes to slabs.
     pub(crate) exchanges: u64,
     pub(crate) refills: u64,
+    pub(crate) flushes: u64,
 }
 
 // SAFETY: the pointers are to descriptors and arrays that the depot owns; they may be used from any CPU under its lock.
@@ -61,6 +62,7 @@ impl Depot {
             empty: 0,
             exchanges: 0,
             refills: 0,
+            flushes: 0,
         }
     }
 
@@ -75,12 +77,10 @@ impl Depot {
             self.count(slab, u64::wrapping_add);
         }
         let free = slab.free();
-        let bucket = if free == 0 {
-            UNLISTED
-        } else if free == objects {
-            EMPTY as u8
-        } else {
-            (free * EMPTY / objects) as u8
+        let bucket = match free {
+            0 => UNLISTED,
+            _ if free == objects => EMPTY as u8,
+            _ => (free as u32 * EMPTY as u32 / objects as u32) as u8,
         };
         if bucket != slab.bucket.get() {
             self.unlist(slab);
@@ -91,7 +91,7 @@ impl Depot {
     fn count(&mut self, slab: &Slab, step: fn(u64, u64) -> u64) {
         self.slabs = step(self.slabs, 1);
         self.objects = step(self.objects, slab.objects() as u64);
-        self.frames = step(self.frames, slab.block().1.frames());
+        self.frames = step(self.frames, slab.pages());
     }
 
     fn list(&mut self, slab: &Slab, bucket: u8) {
@@ -150,7 +150,7 @@ impl Depot {
                 self.count(slab, u64::wrapping_sub);
                 return Some(NonNull::from(slab));
             }
-            // A context without the lock took an object meanwhile: it is not empty any more.
+            // Not empty after all: it is relisted, and if that does not move it, there is none.
             self.relist(slab);
             if usize::from(slab.bucket.get()) == EMPTY {
                 return None;

@@ -1,8 +1,8 @@
 //! The fast paths: one pin, one line of a head, one slot of an array. No locked instruction, and the object untouched.
 //!
 //! What a call costs when the array serves it: the load of the row, of the CPU's page pointer, then on one cache line the busy
-//! flag (load, store, store), the count (load, store), the array's pointer (load) and the statistics (load, store); and one
-//! slot. Everything else is in `slow`.
+//! flag (load, store, store), the top of the array (load, store), its bound (load) and the statistics (load, store); and one
+//! slot. Everything else is in `refill`, `flush` and `direct`.
 
 use core::ptr::NonNull;
 
@@ -28,7 +28,7 @@ impl<P: Platform> SlabSystem<P> {
         let page = unsafe { (*row.add(pin.id().index())).load(Ordering::Acquire) };
         // SAFETY: pages in a row live as long as the system.
         let page: &HeadPage = unsafe { page.as_ref() }?;
-        NonNull::new(page.head(column).enter()?.pop()?)
+        page.head(column).enter()?.pop()
     }
 
     /// Puts an object into the calling CPU's loaded array; `false` where it has no room.
@@ -53,7 +53,7 @@ impl<P: Platform> SlabSystem<P> {
             return false;
         };
         match page.head(column).enter() {
-            Some(busy) => busy.push(object.as_ptr()),
+            Some(busy) => busy.push(object),
             None => false,
         }
     }

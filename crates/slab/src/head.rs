@@ -2,7 +2,10 @@
 //!
 //! ```text
 //!   rows[index / 64] -> row: one pointer per CPU -> page: 64 heads of 64 bytes
-//!                                                   head[index % 64]: busy n cap spare_n loaded spare counts
+//!                                                   head[index % 64]: busy  top base end  spare  counts
+//!
+//!   loaded array   [ o ][ o ][ o ][   ][   ]
+//!                  ^base          ^top      ^end        full: top = end; empty: top = base; no array: all three null
 //! ```
 //!
 //! Invariants
@@ -11,16 +14,17 @@
 //! - `I2`: while `busy` is set, the context that set it owns everything else in the head; a nested context changes nothing in it
 //!   and takes another way. `busy` is 0 again when the nested context returns, so that the flag is only ever seen set by
 //!   contexts that interrupted its owner.
-//! - `I3`: `n` counts the loaded array, `spare_n` the spare one. `cap` is 0 exactly while there are no arrays.
-//! - `I4`: `allocs - frees` of a head is `taken - given - n - spare_n`: objects that came from depot and slabs, minus those that went
-//!   there, minus those still here. So one counter on the fast path is enough.
+//! - `I3`: `top` is between `base` and `end`, which are the first slot of the loaded array and the one behind its last. The spare array
+//!   knows its own count. There is a spare array exactly while there is a loaded one.
+//! - `I4`: `allocs - frees` of a head is `net - cached`: objects that came from depot and slabs minus those that went there, minus
+//!   those still here. So one counter on the fast path is enough.
 
 use core::mem::MaybeUninit;
-use core::ptr::NonNull;
+use core::ptr::{self, NonNull};
 
-use kmem_hal::sync::{AtomicPtr, LocalPtr, LocalU32, LocalU64, Ordering, compiler_fence};
+use kmem_hal::sync::{AtomicPtr, LocalPtr, LocalU8, LocalU32, LocalU64, Ordering, compiler_fence};
 
-use crate::array::Array;
+use crate::array::{Array, Slot};
 
 /// Heads in a page of heads.
 pub const COLUMNS: usize = 64;
@@ -29,39 +33,45 @@ pub const COLUMNS: usize = 64;
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct Head {
-    busy: LocalU32,
-    pub(crate) n: LocalU32,
-    pub(crate) cap: LocalU32,
-    pub(crate) spare_n: LocalU32,
-    pub(crate) loaded: LocalPtr<Array>,
-    pub(crate) spare: LocalPtr<Array>,
+    busy: LocalU8,
+    /// Events (exchanges, refills, flushes) in a row that followed the one before at once: the cache streams.
+    streak: LocalU8,
+    /// The drain request that the CPU has answered last, its low half.
+    pub(crate) drained: LocalU32,
+    top: LocalPtr<Slot>,
+    base: LocalPtr<Slot>,
+    end: LocalPtr<Slot>,
+    spare: LocalPtr<Array>,
     pub(crate) allocs: LocalU64,
-    pub(crate) taken: LocalU64,
-    pub(crate) given: LocalU64,
-    /// The drain request that the CPU has answered last.
-    pub(crate) drained: LocalU64,
+    /// Objects that came from depot and slabs, minus those that went there (modulo 2^64).
+    net: LocalU64,
+    /// Allocations and frees at the last event.
+    stamp: LocalU64,
 }
 
 // The fast path reads one line of the head and one slot.
 #[cfg(not(any(loom, shuttle)))]
 const _: () = {
-    assert!(size_of::<Head>() == 64);
-    assert!(core::mem::offset_of!(Head, allocs) < 64);
+    use core::mem::offset_of;
+    assert!(size_of::<Head>() == 64 && align_of::<Head>() == 64);
+    assert!(offset_of!(Head, busy) == 0);
+    assert!(offset_of!(Head, allocs) + size_of::<u64>() <= 64);
+    assert!(size_of::<HeadPage>() == COLUMNS * 64);
 };
 
 impl Head {
     pub(crate) fn new() -> Self {
         Self {
-            busy: LocalU32::new(0),
-            n: LocalU32::new(0),
-            cap: LocalU32::new(0),
-            spare_n: LocalU32::new(0),
-            loaded: LocalPtr::new(core::ptr::null_mut()),
-            spare: LocalPtr::new(core::ptr::null_mut()),
+            busy: LocalU8::new(0),
+            streak: LocalU8::new(0),
+            drained: LocalU32::new(0),
+            top: LocalPtr::new(ptr::null_mut()),
+            base: LocalPtr::new(ptr::null_mut()),
+            end: LocalPtr::new(ptr::null_mut()),
+            spare: LocalPtr::new(ptr::null_mut()),
             allocs: LocalU64::new(0),
-            taken: LocalU64::new(0),
-            given: LocalU64::new(0),
-            drained: LocalU64::new(0),
+            net: LocalU64::new(0),
+            stamp: LocalU64::new(0),
         }
     }
 
@@ -77,40 +87,51 @@ impl Head {
         Some(Busy(self))
     }
 
+    /// Objects in the loaded array.
+    pub fn loaded_len(&self) -> usize {
+        slots_between(self.base.get(), self.top.get())
+    }
+
+    /// Objects in the spare array.
+    pub fn spare_len(&self) -> usize {
+        // SAFETY: a head's spare array is one of the system's, whose memory stays memory for arrays while the system lives.
+        unsafe { self.spare.get().as_ref() }.map_or(0, Array::len)
+    }
+
+    /// Slots of the loaded array; 0 where there are no arrays.
+    pub fn capacity(&self) -> usize {
+        slots_between(self.base.get(), self.end.get())
+    }
+
     /// Objects in both arrays; exact only for the CPU itself or where it is quiet.
     pub fn cached(&self) -> usize {
-        (self.n.get() + self.spare_n.get()) as usize
+        self.loaded_len() + self.spare_len()
     }
 
     /// Frees counted on this CPU, derived (`I4`); exact only where the CPU is quiet.
     pub fn frees(&self) -> u64 {
         self.allocs
             .get()
-            .wrapping_add(self.given.get())
             .wrapping_add(self.cached() as u64)
-            .wrapping_sub(self.taken.get())
+            .wrapping_sub(self.net.get())
     }
 
     /// As new, for another cache: nobody uses the head, and it has no arrays.
     pub(crate) fn reset(&self) {
-        for word in [&self.n, &self.cap, &self.spare_n] {
+        for word in [&self.allocs, &self.net, &self.stamp] {
             word.set(0);
         }
-        for word in [&self.allocs, &self.taken, &self.given] {
-            word.set(0);
-        }
+        self.streak.set(0);
     }
+}
 
-    /// Adds to the objects that came from depot and slabs.
-    pub(crate) fn add_taken(&self, objects: usize) {
-        self.taken
-            .set(self.taken.get().wrapping_add(objects as u64));
-    }
-
-    /// Adds to the objects that went to depot and slabs.
-    pub(crate) fn add_given(&self, objects: usize) {
-        self.given
-            .set(self.given.get().wrapping_add(objects as u64));
+/// Slots from `from` to `to` of one array, or 0 where a reader without the flag sees words of two.
+fn slots_between(from: *mut Slot, to: *mut Slot) -> usize {
+    let slots = to.addr().wrapping_sub(from.addr()) / size_of::<Slot>();
+    if slots <= crate::array::MAX_SLOTS {
+        slots
+    } else {
+        0
     }
 }
 
@@ -121,12 +142,17 @@ pub struct Busy<'h>(&'h Head);
 impl Busy<'_> {
     /// Takes an object from the loaded array.
     #[inline(always)]
-    pub fn pop(&self) -> Option<*mut u8> {
+    pub fn pop(&self) -> Option<NonNull<u8>> {
         let head = self.0;
-        let n = head.n.get().checked_sub(1)?;
-        // SAFETY: the head owns the array while busy (I2), and slots below `n + 1` hold objects (array I1).
-        let object = unsafe { *Array::slots(head.loaded.get()).add(n as usize) };
-        head.n.set(n);
+        let top = head.top.get();
+        if top == head.base.get() {
+            return None;
+        }
+        // SAFETY: `top` is above `base` (I3), so the slot below it is the loaded array's, which the head owns while busy (I2).
+        let at = unsafe { top.sub(1) };
+        // SAFETY: as above; slots below `top` hold objects, which are not null (array I1).
+        let object = unsafe { NonNull::new_unchecked(*at) };
+        head.top.set(at);
         head.allocs.set(head.allocs.get().wrapping_add(1));
         Some(object)
     }
@@ -134,33 +160,31 @@ impl Busy<'_> {
     /// Puts an object into the loaded array; `false` where it is full.
     #[inline(always)]
     #[must_use]
-    pub fn push(&self, object: *mut u8) -> bool {
+    pub fn push(&self, object: NonNull<u8>) -> bool {
         let head = self.0;
-        let n = head.n.get();
-        if n >= head.cap.get() {
+        let top = head.top.get();
+        if top == head.end.get() {
             return false;
         }
-        // SAFETY: the head owns the array while busy (I2), and `n` is below its capacity.
-        unsafe { *Array::slots(head.loaded.get()).add(n as usize) = object };
-        head.n.set(n + 1);
+        // SAFETY: `top` is below `end` (I3): a slot of the loaded array, which the head owns while busy (I2).
+        unsafe { *top = object.as_ptr() };
+        // SAFETY: at most `end`.
+        head.top.set(unsafe { top.add(1) });
         true
     }
 
     /// Takes up to `out.len()` objects from the loaded array; answers how many.
     pub fn pop_many<T>(&self, out: &mut [MaybeUninit<NonNull<T>>]) -> usize {
         let head = self.0;
-        let n = head.n.get() as usize;
-        let count = n.min(out.len());
-        if count == 0 {
-            return 0;
+        let count = head.loaded_len().min(out.len());
+        let mut at = head.top.get();
+        for place in &mut out[..count] {
+            // SAFETY: there are `count` objects below `top`, in the array that the head owns while busy (I2, I3).
+            at = unsafe { at.sub(1) };
+            // SAFETY: as above; slots below `top` hold objects, which are not null (array I1).
+            place.write(unsafe { NonNull::new_unchecked((*at).cast()) });
         }
-        // SAFETY: the head owns the array while busy (I2).
-        let slots = unsafe { Array::slots(head.loaded.get()) };
-        for (place, at) in out.iter_mut().zip((n - count..n).rev()) {
-            // SAFETY: slots below `n` hold objects, which are not null (array I1).
-            place.write(unsafe { NonNull::new_unchecked((*slots.add(at)).cast()) });
-        }
-        head.n.set((n - count) as u32);
+        head.top.set(at);
         head.allocs
             .set(head.allocs.get().wrapping_add(count as u64));
         count
@@ -169,30 +193,109 @@ impl Busy<'_> {
     /// Puts as many of `objects` into the loaded array as there is room for; answers how many.
     pub fn push_many<T>(&self, objects: &[NonNull<T>]) -> usize {
         let head = self.0;
-        let n = head.n.get() as usize;
-        let count = (head.cap.get() as usize - n).min(objects.len());
-        if count == 0 {
-            return 0;
+        let room = slots_between(head.top.get(), head.end.get());
+        let count = room.min(objects.len());
+        let mut at = head.top.get();
+        for object in &objects[..count] {
+            // SAFETY: there is room for `count` in the array that the head owns while busy (I2, I3).
+            unsafe {
+                *at = object.as_ptr().cast();
+                at = at.add(1);
+            }
         }
-        // SAFETY: the head owns the array while busy (I2).
-        let slots = unsafe { Array::slots(head.loaded.get()) };
-        for (at, object) in (n..n + count).zip(objects) {
-            // SAFETY: `at` is below the capacity.
-            unsafe { *slots.add(at) = object.as_ptr().cast() };
-        }
-        head.n.set((n + count) as u32);
+        head.top.set(at);
         count
     }
 
-    /// Exchanges the loaded array and the spare one.
+    /// Exchanges the loaded array and the spare one. There are arrays.
     pub fn swap(&self) {
         let head = self.0;
-        let (loaded, spare) = (head.loaded.get(), head.spare.get());
-        let (n, spare_n) = (head.n.get(), head.spare_n.get());
-        head.loaded.set(spare);
+        let (loaded, n) = (self.loaded(), head.loaded_len());
+        let spare = NonNull::new(head.spare.get());
+        // SAFETY: the head owns both arrays while busy (I2).
+        if let (Some(loaded), Some(spare)) = (unsafe { loaded.as_ref() }, spare) {
+            loaded.set_len(n);
+            self.load(spare);
+        }
         head.spare.set(loaded);
-        head.n.set(spare_n);
-        head.spare_n.set(n);
+    }
+
+    /// The loaded array, null where there is none; the head keeps its count.
+    pub fn loaded(&self) -> *mut Array {
+        Array::of_slots(self.0.base.get())
+    }
+
+    /// Makes `array`, which the caller owns, the loaded one. Whatever was loaded is the caller's.
+    pub fn load(&self, array: NonNull<Array>) {
+        let head = self.0;
+        // SAFETY: the caller owns the array.
+        let (n, capacity) = unsafe { (array.as_ref().len(), array.as_ref().capacity()) };
+        // SAFETY: as above.
+        let base = unsafe { Array::slots(array.as_ptr()) };
+        head.base.set(base);
+        // SAFETY: the array has `capacity` slots, of which the first `n <= capacity` are used.
+        unsafe {
+            head.end.set(base.add(capacity));
+            head.top.set(base.add(n));
+        }
+    }
+
+    /// Notes that the loaded array holds its first `n` slots.
+    pub fn set_loaded_len(&self, n: usize) {
+        debug_assert!(n <= self.0.capacity());
+        self.0.top.set(self.0.base.get().wrapping_add(n));
+    }
+
+    /// Exchanges the spare array for another that the caller owns; the old one, its count noted, is the caller's.
+    pub fn replace_spare(&self, array: *mut Array) -> *mut Array {
+        let old = self.0.spare.get();
+        self.0.spare.set(array);
+        old
+    }
+
+    /// Takes both arrays away, if there are any: the head is without arrays, and they are the caller's.
+    pub fn unload(&self) -> [*mut Array; 2] {
+        let head = self.0;
+        let (loaded, n) = (self.loaded(), head.loaded_len());
+        // SAFETY: the head owns the array while busy (I2).
+        if let Some(loaded) = unsafe { loaded.as_ref() } {
+            loaded.set_len(n);
+        }
+        for word in [&head.top, &head.base, &head.end] {
+            word.set(ptr::null_mut());
+        }
+        head.streak.set(0);
+        [loaded, self.replace_spare(ptr::null_mut())]
+    }
+
+    /// Adds to the objects that came from depot and slabs.
+    pub fn add_taken(&self, objects: usize) {
+        self.0
+            .net
+            .set(self.0.net.get().wrapping_add(objects as u64));
+    }
+
+    /// Adds to the objects that went to depot and slabs.
+    pub fn add_given(&self, objects: usize) {
+        self.0
+            .net
+            .set(self.0.net.get().wrapping_sub(objects as u64));
+    }
+
+    /// Notes an exchange, refill or flush; answers how many in a row followed the one before within about an array's worth of calls.
+    pub fn note_event(&self) -> u8 {
+        let head = self.0;
+        let calls = head.allocs.get().wrapping_add(head.frees());
+        let since = calls.wrapping_sub(head.stamp.get());
+        head.stamp.set(calls);
+        let hot = since <= 2 * head.capacity() as u64 + 2;
+        let streak = if hot {
+            head.streak.get().saturating_add(1)
+        } else {
+            0
+        };
+        head.streak.set(streak);
+        streak
     }
 
     /// The head.

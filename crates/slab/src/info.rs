@@ -34,9 +34,9 @@ pub struct CacheInfo {
     pub active_slabs: u64,
     /// Frames of live slabs.
     pub frames: u64,
-    /// Objects in a slab of the preferred order.
+    /// Objects in a slab of the preferred size.
     pub objects_per_slab: usize,
-    /// Frames in a slab of the preferred order.
+    /// Frames in a slab of the preferred size.
     pub frames_per_slab: u64,
     /// Slots of a CPU's array.
     pub array: usize,
@@ -48,6 +48,8 @@ pub struct CacheInfo {
     pub exchanges: u64,
     /// Arrays filled from slabs.
     pub refills: u64,
+    /// Batches given back to slabs.
+    pub flushes: u64,
     /// Allocations that were refused.
     pub failures: u64,
     /// Misuses found.
@@ -129,18 +131,23 @@ impl<P: Platform> SlabSystem<P> {
         }
         let (mut in_slabs, mut active_slabs) = (0, 0);
         cache.for_each_slab(|slab| {
-            let free = slab.free();
+            let free = slab.free_in_all();
             in_slabs += free as u64;
             active_slabs += u64::from(free < slab.objects());
             true
         });
         let depot = self.with_depot(cache, |depot| {
             (
-                [depot.full.objects() as u64, depot.exchanges, depot.refills],
+                [
+                    depot.full.objects() as u64,
+                    depot.exchanges,
+                    depot.refills,
+                    depot.flushes,
+                ],
                 [depot.slabs, depot.objects, depot.frames],
             )
         });
-        let ([in_depot, exchanges, refills], [slabs, total_objects, frames]) =
+        let ([in_depot, exchanges, refills, flushes], [slabs, total_objects, frames]) =
             depot.unwrap_or_default();
         let geometry = cache.geometry();
         CacheInfo {
@@ -155,12 +162,13 @@ impl<P: Platform> SlabSystem<P> {
             active_slabs,
             frames,
             objects_per_slab: geometry.objects(),
-            frames_per_slab: geometry.order().frames(),
+            frames_per_slab: geometry.pages(),
             array: geometry.array(),
             allocs,
             frees,
             exchanges,
             refills,
+            flushes,
             failures: cache.failures.load(Ordering::Relaxed),
             misuses: cache.misuses.load(Ordering::Relaxed),
         }

@@ -12,7 +12,7 @@
 //! - `I2`: whoever clears a bit that was set owns the object.
 //!
 //! What it does not do: give pages back before the system is torn down. Descriptors are kept by their cache and arrays
-//! by their depot, so that what lies here follows the peak of slabs and CPUs: 128 bytes a slab, half a KiB an array.
+//! by their depot, so that what lies here follows the peak of slabs and CPUs: 80 to 192 bytes a slab, half a KiB an array.
 
 use core::ptr::{self, NonNull};
 
@@ -44,9 +44,9 @@ pub struct MetaPool {
 
 impl MetaPool {
     kmem_hal::const_new! {
-        /// A pool of objects of `size` bytes, a multiple of 64 up to a third of a page.
+        /// A pool of objects of `size` bytes, a multiple of 16 up to a third of a page.
         pub fn new(size: usize) -> Self {
-            assert!(size.is_multiple_of(64) && size > 0 && size <= PAGE_SIZE as usize / 3);
+            assert!(size.is_multiple_of(16) && size > 0 && size <= PAGE_SIZE as usize / 3);
             Self {
                 size,
                 pages: AtomicPtr::new(ptr::null_mut()),
@@ -66,7 +66,7 @@ impl MetaPool {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// Memory for one object, aligned to 64 bytes, uninitialised.
+    /// Memory for one object, aligned to 16 bytes (to 64 where the size is a multiple of that), uninitialised.
     pub fn alloc<P: Platform>(&self, platform: &P) -> Result<NonNull<u8>, AllocError> {
         if self.free.load(Ordering::Relaxed) > 0 {
             // The page that had one lately, then all.

@@ -4,6 +4,14 @@
 //! nothing on the fast path, and what is found is dropped instead of being handed out again.
 
 use core::fmt;
+use core::ptr;
+
+use kmem_hal::sync::Ordering;
+
+use crate::platform::Platform;
+use crate::raw::RawCache;
+use crate::slab::Slab;
+use crate::system::SlabSystem;
 
 /// A misuse of the allocator.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,3 +75,65 @@ impl fmt::Display for Misuse {
 }
 
 impl core::error::Error for Misuse {}
+
+impl<P: Platform> SlabSystem<P> {
+    /// The slab and the number there of an object of `cache`; `None`, and a report, for any other pointer.
+    pub(crate) fn check_object(
+        &self,
+        cache: &RawCache<P::Lock>,
+        pointer: *mut u8,
+    ) -> Option<(&Slab, u16)> {
+        // SAFETY: a cache exists, so the system is ready.
+        let platform = unsafe { self.platform_unchecked() };
+        let slab = match Self::slab_of(platform, pointer) {
+            Some(slab) if slab.cache() == cache.opaque() => slab,
+            other => {
+                self.report_stranger(cache, pointer, other);
+                return None;
+            }
+        };
+        let geometry = cache.geometry();
+        let offset = pointer.addr().wrapping_sub(slab.base().addr());
+        let number = geometry.index(offset);
+        if number * geometry.size() != offset || number >= slab.objects() {
+            self.report(
+                cache,
+                Misuse::InvalidFree {
+                    cache: cache.setup.name,
+                    address: pointer.addr(),
+                },
+            );
+            return None;
+        }
+        Some((slab, number as u16))
+    }
+
+    /// Counts and tells a misuse.
+    #[cold]
+    pub(crate) fn report(&self, cache: &RawCache<P::Lock>, misuse: Misuse) {
+        cache.misuses.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: a cache exists, so the system is ready.
+        unsafe { self.platform_unchecked() }.misuse(&misuse);
+    }
+
+    #[cold]
+    fn report_stranger(&self, cache: &RawCache<P::Lock>, pointer: *mut u8, slab: Option<&Slab>) {
+        let address = pointer.addr();
+        // SAFETY: a descriptor's cache is a cache of some system with the same lock type as long as the descriptor lives; only
+        // the owner word is read before it is known to be ours.
+        let other =
+            slab.and_then(|slab| unsafe { slab.cache().cast::<RawCache<P::Lock>>().as_ref() });
+        let misuse = match other {
+            Some(other) if ptr::eq(other.owner, cache.owner) => Misuse::WrongCache {
+                cache: cache.setup.name,
+                belongs_to: other.setup.name,
+                address,
+            },
+            _ => {
+                self.foreign.fetch_add(1, Ordering::Relaxed);
+                Misuse::ForeignFree { address }
+            }
+        };
+        self.report(cache, misuse);
+    }
+}

@@ -15,10 +15,7 @@
 use core::ptr::NonNull;
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{
-    AllocError, Frame, FrameRange, FrameRequest, FrameSink, FrameTag, LargeSource, Order,
-    OwnedFrame, PAGE_SIZE,
-};
+use kmem_hal::{AllocError, Frame, FrameRequest, FrameTag, LargeSource, Order, PAGE_SIZE};
 
 use crate::block;
 use crate::platform::Platform;
@@ -82,7 +79,7 @@ impl<P: Platform> SlabSystem<P> {
         }
         let request = FrameRequest { order, ..*request };
         let (first, memory) = block::take_for(platform, &request, FrameTag::Large)?;
-        self.trim(platform, first, order, frames);
+        block::trim(platform, first, order, frames);
         for tail in 1..frames {
             if let Some(slot) = first
                 .checked_add(tail)
@@ -97,17 +94,6 @@ impl<P: Platform> SlabSystem<P> {
         self.page_frames.fetch_add(frames, Ordering::Relaxed);
         self.page_blocks.fetch_add(1, Ordering::Relaxed);
         Ok(memory)
-    }
-
-    /// Gives back the frames of the block from `first + keep`.
-    fn trim(&self, platform: &P, first: Frame, order: Order, keep: u64) {
-        let rest = FrameRange::from_numbers(first.number() + keep, first.number() + order.frames());
-        for (frame, order) in rest.unwrap_or(FrameRange::EMPTY).blocks(order) {
-            // SAFETY: O1: part of a block that the caller owns and has given to nobody; O2: `blocks` aligns; O3: never mapped.
-            platform
-                .frames()
-                .free(unsafe { OwnedFrame::from_raw(frame, order) });
-        }
     }
 
     /// How many frames the allocation at `memory` has; `None` where it is not one of whole pages.
@@ -126,10 +112,7 @@ impl<P: Platform> SlabSystem<P> {
     pub(crate) unsafe fn free_pages(&self, platform: &P, first: Frame, frames: u64) {
         self.page_frames.fetch_sub(frames, Ordering::Relaxed);
         self.page_blocks.fetch_sub(1, Ordering::Relaxed);
-        let range = FrameRange::new(first, frames).unwrap_or(FrameRange::EMPTY);
-        for (frame, order) in range.blocks(Order::MAX_BUDDY) {
-            // SAFETY: a part of the allocation (I2), which the caller gives up.
-            unsafe { block::give(platform, frame, order) };
-        }
+        // SAFETY: the allocation (I2), which the caller gives up.
+        unsafe { block::give_pages(platform, first, frames) };
     }
 }

@@ -53,8 +53,10 @@ pub struct RawCache<L> {
     all: AtomicPtr<Slab>,
     pub pending: Pending,
     pub depot: Lock<Depot, L>,
-    /// How many full arrays the depot has, as its lock's holder last wrote: saves taking the lock in vain.
-    pub full: LocalU32,
+    /// Objects in full arrays of the depot, as its lock's holder last wrote: saves taking the lock in vain.
+    pub held: LocalU32,
+    /// Objects that the depot may hold now: grows while the cache streams, shrinks while it does not.
+    pub limit: LocalU32,
     /// Objects that went past the arrays of CPUs.
     pub direct_allocs: AtomicU64,
     pub direct_frees: AtomicU64,
@@ -82,7 +84,8 @@ impl<L: RawLock> RawCache<L> {
             all: AtomicPtr::new(ptr::null_mut()),
             pending: Pending::new(),
             depot: Lock::new(Depot::new()),
-            full: LocalU32::new(0),
+            held: LocalU32::new(0),
+            limit: LocalU32::new(setup.geometry.array() as u32),
             direct_allocs: AtomicU64::new(0),
             direct_frees: AtomicU64::new(0),
             failures: AtomicU64::new(0),
@@ -131,16 +134,32 @@ impl<L: RawLock> RawCache<L> {
         }
     }
 
-    /// How many full arrays the depot keeps before flushing to the slabs.
-    pub fn depot_limit(&self) -> usize {
+    /// The most objects that the depot ever keeps in full arrays.
+    fn limit_max(&self) -> u32 {
         const DEPOT_BYTES: usize = 256 << 10;
-        let array = self.geometry().array() * self.geometry().size();
-        (DEPOT_BYTES / array).clamp(2, 32)
+        let geometry = self.geometry();
+        (DEPOT_BYTES / geometry.size()).max(geometry.array()) as u32
+    }
+
+    /// The depot overflowed or ran dry, after `streak` events close to each other: it may keep more where the cache streams,
+    /// and fewer where it does not.
+    pub fn adapt_limit(&self, streak: u8, slots: usize) {
+        /// Events close to each other that make a stream.
+        const STREAM: u8 = 3;
+        let (limit, slots) = (self.limit.get(), slots as u32);
+        let least = self.geometry().array() as u32;
+        let wanted = if streak >= STREAM {
+            (limit + slots).min(self.limit_max())
+        } else if streak == 0 {
+            limit.saturating_sub(slots)
+        } else {
+            limit
+        };
+        self.limit.set(wanted.max(least));
     }
 
     /// How many empty slabs are kept before they go back.
     pub fn keep_empty(&self) -> usize {
-        const KEEP_BYTES: u64 = 64 << 10;
-        (KEEP_BYTES / self.geometry().order().bytes()).max(1) as usize
+        1
     }
 }

@@ -10,10 +10,10 @@ use kmem_hal::sync::Ordering;
 use kmem_hal::{Cpu, Shrink};
 
 use crate::array::Array;
+use crate::grow::retire;
 use crate::head::Head;
 use crate::platform::Platform;
 use crate::raw::RawCache;
-use crate::slow::retire;
 use crate::system::SlabSystem;
 
 impl<P: Platform> SlabSystem<P> {
@@ -75,7 +75,7 @@ impl<P: Platform> SlabSystem<P> {
             let taken = {
                 let mut depot = cache.depot.lock();
                 let taken = depot.full.pop();
-                cache.full.set(depot.full.len() as u32);
+                cache.held.set(depot.full.objects() as u32);
                 taken
             };
             let Some(array) = taken else { return };
@@ -84,7 +84,7 @@ impl<P: Platform> SlabSystem<P> {
                 let n = array.as_ref().len();
                 array.as_ref().set_len(0);
                 self.flush(cache, Array::slots(array.as_ptr()), n);
-                cache.depot.lock().spare.push(array);
+                self.drop_array(cache, array);
             }
         }
     }
@@ -96,9 +96,8 @@ impl<P: Platform> SlabSystem<P> {
     /// Nobody is in a call on the cache, nor will be; its arrays hold no object.
     pub(crate) unsafe fn drop_arrays(&self, cache: &RawCache<P::Lock>, cpus: u32) {
         for head in (0..cpus).filter_map(|cpu| self.head_of(cache, cpu)) {
-            for array in [&head.loaded, &head.spare] {
-                if let Some(empty) = NonNull::new(array.get()) {
-                    array.set(core::ptr::null_mut());
+            if let Some(busy) = head.enter() {
+                for empty in busy.unload().into_iter().filter_map(NonNull::new) {
                     // SAFETY: nobody uses the head any more, and the array is empty.
                     unsafe { self.free_array(empty) };
                 }
@@ -126,26 +125,21 @@ impl<P: Platform> SlabSystem<P> {
         let Some(head) = self.head_of(cache, cpu) else {
             return;
         };
-        if head.cap.get() == 0 {
+        if head.capacity() == 0 {
             return;
         }
         // SAFETY: a cache exists, so the system is ready.
         let pin = unsafe { self.platform_unchecked() }.cpu().pin();
-        // The flag of the calling CPU keeps its own interrupts off the depot's lock (slow I1).
+        // The flag of the calling CPU keeps its own interrupts off the depot's lock (refill I1).
         let Some(_own) = self.head(cache, &pin).and_then(Head::enter) else {
             return;
         };
         let Some(busy) = head.enter() else { return };
         self.drain_head(cache, &busy);
-        let mut depot = cache.depot.lock();
-        for array in [&head.loaded, &head.spare] {
-            if let Some(empty) = NonNull::new(array.get()) {
-                array.set(core::ptr::null_mut());
-                // SAFETY: the idle CPU's head owned it and gives it to the depot.
-                unsafe { depot.spare.push(empty) };
-            }
+        for empty in busy.unload().into_iter().filter_map(NonNull::new) {
+            // SAFETY: the idle CPU's head owned the array, which is empty; the flag of this CPU is set.
+            unsafe { self.drop_array(cache, empty) };
         }
-        head.cap.set(0);
     }
 }
 

@@ -4,56 +4,101 @@
 //! free cannot corrupt it.
 //!
 //! ```text
-//!   descriptor, 128 bytes                       slab, 4 KiB << order
-//!   line 0  bits[0..8]: bit i = object i free    [obj 0][obj 1][obj 2] ... tail
-//!   line 1  base, frame, list links, cache
+//!   descriptor, 80 bytes                                           slab, 1 to 16 pages or a block
+//!   bits: bit i = object i is free                                  [obj 0][obj 1][obj 2] ... tail
+//!   remote: freed without the lock, not yet merged
+//!   base, list links, cache, counts, more -> words of objects 64 to 511, where there are so many
 //! ```
 //!
+//! Most objects come and go many at a time under the depot's lock, which is one locked instruction for all of them: their bits are
+//! plain words. A context that cannot have the lock (it interrupted its holder) uses the remote words, whose bits are set and cleared
+//! by locked instructions; the next holder of the lock merges them.
+//!
 //! Invariants
-//! - `I1`: a set bit means that the object belongs to the slab. Whoever clears a bit by a read-modify-write and sees
-//!   that it was set owns the object; whoever sets it gives the object back.
-//! - `I2`: a bit that was set already when an object comes back is a double free: found at no extra cost, though only when
-//!   the object reaches its slab.
-//! - `I3`: `base`, `objects` and `frame` change only while every bit is clear and none is out (the slab is dead), and are
+//! - `I1`: a set bit means that the object belongs to the slab. `bits` and `free` belong to the holder of the depot's lock. Of the remote
+//!   words: whoever clears a bit by a read-modify-write and sees that it was set owns the object; whoever sets it gives the object back.
+//! - `I2`: a bit that was set already when an object comes back, or that is set in both words when they are merged, is a double free: found
+//!   at no extra cost, though only when the object reaches its slab.
+//! - `I3`: `base`, `objects` and `pages` change only while every bit is clear and none is out (the slab is dead), and are
 //!   written before the first bit is set (release), read after a bit was cleared (acquire).
 //! - `I4`: a descriptor belongs to one cache until that cache is destroyed (type-stable): a context without the lock may
 //!   look at a dead one and finds no bit.
-//! - `I5`: list links and `bucket` belong to the holder of the depot's lock.
+//! - `I5`: list links, `bucket` and `free` belong to the holder of the depot's lock; `free` counts the set bits of `bits`.
 //!
-//! Costs: claiming up to 64 objects is one locked instruction, and so is giving back up to 64 of one word.
+//! Costs: taking or giving any number of objects under the lock is no locked instruction of its own; without it, one a word.
 
 use kmem_hal::sync::{
     AtomicBool, AtomicPtr, AtomicU64, LocalPtr, LocalU8, LocalU16, LocalU64, Ordering,
 };
-use kmem_hal::{Frame, Order};
 
 /// Words of free bits in a descriptor.
 pub const WORDS: usize = 8;
 
+/// Objects of which a descriptor keeps the bits itself.
+pub const OWN_OBJECTS: usize = 64;
+
 /// The most objects a slab can hold.
 pub const MAX_OBJECTS: usize = WORDS * 64;
 
+/// The free bits of 64 objects.
+#[derive(Debug)]
+#[repr(C)]
+pub struct Word {
+    bits: LocalU64,
+    remote: AtomicU64,
+}
+
+impl Word {
+    fn new() -> Self {
+        Self {
+            bits: LocalU64::new(0),
+            remote: AtomicU64::new(0),
+        }
+    }
+}
+
+/// The free bits of objects 64 to 511.
+#[derive(Debug)]
+#[repr(C, align(16))]
+pub struct MoreWords([Word; WORDS - 1]);
+
+impl MoreWords {
+    /// Words without a set bit.
+    #[must_use]
+    pub fn new() -> Self {
+        Self(core::array::from_fn(|_| Word::new()))
+    }
+}
+
+impl Default for MoreWords {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
 /// The descriptor of a slab.
 #[derive(Debug)]
-#[repr(C, align(64))]
+#[repr(C, align(16))]
 pub struct Slab {
-    bits: [AtomicU64; WORDS],
+    word: Word,
     base: LocalPtr<u8>,
-    frame: LocalU64,
     cache: LocalPtr<()>,
+    /// The words of objects from number 64; null where the cache's slabs have fewer. Never changes.
+    more: LocalPtr<MoreWords>,
     pub(crate) next: LocalPtr<Slab>,
     pub(crate) previous: LocalPtr<Slab>,
     /// The next of all descriptors of the cache; never changes after the descriptor was published.
     pub(crate) all_next: LocalPtr<Slab>,
     pending_next: LocalPtr<Slab>,
     objects: LocalU16,
-    order: LocalU8,
+    free: LocalU16,
+    pages: LocalU16,
     pub(crate) bucket: LocalU8,
     pending: AtomicBool,
 }
 
 #[cfg(all(target_pointer_width = "64", not(any(loom, shuttle))))]
-const _: () = assert!(size_of::<Slab>() == 128);
+const _: () = assert!(size_of::<Slab>() == 80 && size_of::<MoreWords>() == 112);
 
 /// `bucket` of a slab that is on no list: full, or not yet published.
 pub const UNLISTED: u8 = 0xff;
@@ -68,20 +113,22 @@ pub const RETIRED: u8 = 0xfe;
 pub const BURIED: u8 = 0xfd;
 
 impl Slab {
-    /// A dead descriptor of `cache`.
+    /// A dead descriptor of `cache`. `more` is null or stays with the descriptor.
     #[must_use]
-    pub fn new(cache: *mut ()) -> Self {
+    pub fn new(cache: *mut (), more: *mut MoreWords) -> Self {
+        let null = || LocalPtr::new(core::ptr::null_mut());
         Self {
-            bits: core::array::from_fn(|_| AtomicU64::new(0)),
+            word: Word::new(),
             base: LocalPtr::new(core::ptr::null_mut()),
-            frame: LocalU64::new(0),
             cache: LocalPtr::new(cache),
-            next: LocalPtr::new(core::ptr::null_mut()),
-            previous: LocalPtr::new(core::ptr::null_mut()),
-            all_next: LocalPtr::new(core::ptr::null_mut()),
-            pending_next: LocalPtr::new(core::ptr::null_mut()),
+            more: LocalPtr::new(more),
+            next: null(),
+            previous: null(),
+            all_next: null(),
+            pending_next: null(),
             objects: LocalU16::new(0),
-            order: LocalU8::new(0),
+            free: LocalU16::new(0),
+            pages: LocalU16::new(0),
             bucket: LocalU8::new(NEW),
             pending: AtomicBool::new(false),
         }
@@ -92,10 +139,33 @@ impl Slab {
         self.base.get()
     }
 
-    /// The first frame and the order of the slab's block.
-    pub fn block(&self) -> (Frame, Order) {
-        let order = Order::new(self.order.get()).unwrap_or(Order::ZERO);
-        (Frame::from_number(self.frame.get()), order)
+    /// How many pages the slab has.
+    pub fn pages(&self) -> u64 {
+        u64::from(self.pages.get())
+    }
+
+    /// The words beyond the descriptor's own.
+    pub fn more(&self) -> *mut MoreWords {
+        self.more.get()
+    }
+
+    /// The word of objects from `number * 64`. The slab has so many.
+    #[inline(always)]
+    fn word(&self, number: usize) -> &Word {
+        if number == 0 {
+            return &self.word;
+        }
+        // SAFETY: a cache whose slabs have more than 64 objects gives its descriptors the words (see `set_memory`), which live
+        // as long as the descriptor.
+        match unsafe { self.more.get().as_ref() } {
+            Some(more) => &more.0[(number - 1) % (WORDS - 1)],
+            None => &self.word,
+        }
+    }
+
+    /// The words that have bits of objects, with their numbers.
+    fn words(&self) -> impl Iterator<Item = (usize, &Word)> {
+        (0..self.objects().div_ceil(64)).map(|number| (number, self.word(number)))
     }
 
     /// How many objects the slab holds; 0 where it is dead.
@@ -121,16 +191,22 @@ impl Slab {
     }
 
     /// Gives a dead descriptor its slab; every object still belongs to the caller (`I3`).
-    pub fn set_memory(&self, base: *mut u8, frame: Frame, order: Order, objects: usize) {
-        debug_assert!(objects <= MAX_OBJECTS);
+    pub fn set_memory(&self, base: *mut u8, pages: u64, objects: usize) {
+        let room = if self.more.get().is_null() {
+            OWN_OBJECTS
+        } else {
+            MAX_OBJECTS
+        };
+        debug_assert!(objects <= room);
+        self.objects.set(objects.min(room) as u16);
         // A late double free may have left a bit in the dead descriptor.
-        for word in &self.bits {
-            word.store(0, Ordering::Relaxed);
+        for (_, word) in self.words() {
+            word.bits.set(0);
+            word.remote.store(0, Ordering::Relaxed);
         }
+        self.free.set(0);
         self.base.set(base);
-        self.frame.set(frame.number());
-        self.order.set(order.get());
-        self.objects.set(objects as u16);
+        self.pages.set(pages as u16);
     }
 
     /// Makes the descriptor dead; the caller has claimed every object.
@@ -138,8 +214,20 @@ impl Slab {
         self.objects.set(0);
     }
 
-    /// Sets the bits of the objects from number `first`: they belong to the slab from now on.
+    /// Objects number `first` and above belong to the slab from now on. Under the depot's lock.
     pub fn release_from(&self, first: usize) {
+        self.each_mask_from(first, |word, mask| self.word(word).bits.set(mask));
+        self.free.set(self.objects().saturating_sub(first) as u16);
+    }
+
+    /// As [`release_from`](Self::release_from), without the lock.
+    pub fn release_from_remote(&self, first: usize) {
+        self.each_mask_from(first, |word, mask| {
+            self.word(word).remote.fetch_or(mask, Ordering::Release);
+        });
+    }
+
+    fn each_mask_from(&self, first: usize, mut each: impl FnMut(usize, u64)) {
         for word in 0..self.objects().div_ceil(64) {
             let taken = first.saturating_sub(word * 64);
             let mask = if taken >= 64 {
@@ -148,68 +236,110 @@ impl Slab {
                 self.valid(word) & (u64::MAX << taken)
             };
             if mask != 0 {
-                self.bits[word].fetch_or(mask, Ordering::Release);
+                each(word, mask);
             }
         }
     }
 
-    /// Claims up to `want` free objects, lowest first; `give` gets the numbers of those of one word as a mask.
+    /// Takes up to `want` free objects, lowest first; `give` gets the numbers of those of one word as a mask. Under the depot's lock.
     ///
-    /// One locked instruction a word. Answers how many were claimed.
+    /// Answers how many were taken.
     pub fn claim(&self, want: usize, mut give: impl FnMut(usize, u64)) -> usize {
+        let want = want.min(usize::from(self.free.get()));
         let mut got = 0;
-        for (number, word) in self
-            .bits
-            .iter()
-            .enumerate()
-            .take(self.objects().div_ceil(64))
-        {
+        for (number, word) in self.words() {
             if got == want {
                 break;
             }
-            let seen = word.load(Ordering::Relaxed);
+            let seen = word.bits.get();
             if seen == 0 {
                 continue;
             }
-            let mask = lowest(seen, want - got);
-            // Acquire: what the last owner wrote to an object happens before the next owner's use (I1).
-            let mine = word.fetch_and(!mask, Ordering::Acquire) & mask;
-            if mine != 0 {
-                got += mine.count_ones() as usize;
-                give(number, mine);
-            }
+            let mine = lowest(seen, want - got);
+            word.bits.set(seen & !mine);
+            got += mine.count_ones() as usize;
+            give(number, mine);
         }
+        self.free.set(self.free.get() - got as u16);
         got
     }
 
-    /// Gives back the objects of `mask` in word `word`; answers those that were free already (`I2`).
-    #[must_use = "a bit that was set already is a double free"]
-    pub fn give_back(&self, word: usize, mask: u64) -> u64 {
-        self.bits[word].fetch_or(mask, Ordering::Release) & mask
-    }
-
-    /// How many objects are free now.
-    pub fn free(&self) -> usize {
-        let words = self.objects().div_ceil(64);
-        let free = |word: &AtomicU64| word.load(Ordering::Acquire).count_ones() as usize;
-        self.bits.iter().take(words).map(free).sum()
-    }
-
-    /// Claims every object, or none where one of them is out.
-    pub fn claim_all(&self) -> bool {
-        let words = self.objects().div_ceil(64);
-        for word in 0..words {
-            let all = self.valid(word);
-            let claimed =
-                self.bits[word].compare_exchange(all, 0, Ordering::Acquire, Ordering::Relaxed);
-            if claimed.is_err() {
-                for back in 0..word {
-                    self.bits[back].fetch_or(self.valid(back), Ordering::Release);
+    /// Takes one object that was freed without the lock; for a context that cannot have the lock either.
+    pub fn claim_remote(&self) -> Option<usize> {
+        for (number, word) in self.words() {
+            let mut seen = word.remote.load(Ordering::Relaxed);
+            while seen != 0 {
+                let bit = seen & seen.wrapping_neg();
+                // Acquire: what the last owner wrote to an object happens before the next owner's use (I1).
+                seen = word.remote.fetch_and(!bit, Ordering::Acquire);
+                if seen & bit != 0 {
+                    return Some(number * 64 + bit.trailing_zeros() as usize);
                 }
-                return false;
+                seen &= !bit;
             }
         }
-        words > 0
+        None
+    }
+
+    /// Gives object `index` back; `false` where it was free already (`I2`). Under the depot's lock.
+    #[inline]
+    #[must_use = "false is a double free"]
+    pub fn give_back(&self, index: usize) -> bool {
+        let word = self.word(index / 64);
+        let (seen, bit) = (word.bits.get(), 1 << (index % 64));
+        if (seen | word.remote.load(Ordering::Relaxed)) & bit != 0 {
+            return false;
+        }
+        word.bits.set(seen | bit);
+        self.free.set(self.free.get() + 1);
+        true
+    }
+
+    /// Gives object `index` back without the lock; `false` where it was free already (`I2`).
+    #[must_use = "false is a double free"]
+    pub fn give_back_remote(&self, index: usize) -> bool {
+        let (word, bit) = (self.word(index / 64), 1 << (index % 64));
+        word.bits.get() & bit == 0 && word.remote.fetch_or(bit, Ordering::Release) & bit == 0
+    }
+
+    /// Merges what was freed without the lock into the slab's bits; answers how many objects were free twice. Under the depot's lock.
+    pub fn merge(&self) -> usize {
+        let (mut twice, mut free) = (0, self.free.get());
+        for (_, word) in self.words() {
+            if word.remote.load(Ordering::Relaxed) != 0 {
+                let (came, seen) = (word.remote.swap(0, Ordering::Acquire), word.bits.get());
+                twice += (came & seen).count_ones() as usize;
+                free += (came & !seen).count_ones() as u16;
+                word.bits.set(came | seen);
+            }
+        }
+        self.free.set(free);
+        twice
+    }
+
+    /// How many objects are free in the slab's own words: exact under the depot's lock after a [`merge`](Self::merge).
+    #[inline]
+    pub fn free(&self) -> usize {
+        usize::from(self.free.get())
+    }
+
+    /// How many objects are free, those included that wait to be merged. Exact where nobody uses the cache.
+    pub fn free_in_all(&self) -> usize {
+        let waiting =
+            |(_, word): (usize, &Word)| word.remote.load(Ordering::Relaxed).count_ones() as usize;
+        self.free() + self.words().map(waiting).sum::<usize>()
+    }
+
+    /// Takes every object, or none where one of them is out. Under the depot's lock.
+    pub fn claim_all(&self) -> bool {
+        if self.objects() == 0 || self.free() != self.objects() {
+            return false;
+        }
+        for (_, word) in self.words() {
+            word.bits.set(0);
+        }
+        self.free.set(0);
+        true
     }
 }
 
@@ -286,15 +416,27 @@ impl Default for Pending {
     }
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
-    extern crate std;
+    extern crate alloc;
     use super::*;
-    use std::vec::Vec;
+    use alloc::vec::Vec;
+
+    /// A slab whose objects all belong to the caller.
+    fn taken(objects: usize) -> Slab {
+        let more = alloc::boxed::Box::leak(alloc::boxed::Box::new(MoreWords::new()));
+        let more = if objects > OWN_OBJECTS {
+            core::ptr::from_mut(more)
+        } else {
+            core::ptr::null_mut()
+        };
+        let slab = Slab::new(core::ptr::null_mut(), more);
+        slab.set_memory(core::ptr::null_mut(), 1, objects);
+        slab
+    }
 
     fn slab(objects: usize) -> Slab {
-        let slab = Slab::new(core::ptr::null_mut());
-        slab.set_memory(core::ptr::null_mut(), Frame::ZERO, Order::ZERO, objects);
+        let slab = taken(objects);
         slab.release_from(0);
         slab
     }
@@ -326,12 +468,37 @@ mod tests {
     }
 
     #[test]
-    fn a_second_give_back_is_told() {
-        let slab = slab(100);
-        claim(&slab, 100);
-        assert_eq!(slab.give_back(1, 0b1010), 0);
-        assert_eq!(slab.give_back(1, 0b0110), 0b0010);
-        assert_eq!(slab.free(), 3);
+    fn a_second_give_back_is_told_whichever_way_the_first_went() {
+        for first_remote in [false, true] {
+            for second_remote in [false, true] {
+                let slab = slab(100);
+                claim(&slab, 100);
+                let give = |remote| {
+                    if remote {
+                        slab.give_back_remote(70)
+                    } else {
+                        slab.give_back(70)
+                    }
+                };
+                assert!(give(first_remote));
+                assert!(!give(second_remote), "{first_remote} {second_remote}");
+                assert_eq!(slab.free_in_all(), 1);
+                assert_eq!(slab.merge(), 0);
+                assert_eq!(slab.free(), 1);
+            }
+        }
+    }
+
+    #[test]
+    fn a_double_free_that_raced_is_found_by_the_merge() {
+        let slab = slab(10);
+        claim(&slab, 10);
+        assert!(slab.give_back_remote(3));
+        // As if both contexts had looked before either wrote.
+        slab.word.bits.set(1 << 3);
+        slab.free.set(1);
+        assert_eq!(slab.merge(), 1);
+        assert_eq!(slab.free(), 1);
     }
 
     #[test]
@@ -340,7 +507,9 @@ mod tests {
         let one = claim(&slab, 1);
         assert!(!slab.claim_all());
         assert_eq!(slab.free(), 129);
-        assert_eq!(slab.give_back(one[0] / 64, 1 << (one[0] % 64)), 0);
+        assert!(slab.give_back_remote(one[0]));
+        assert!(!slab.claim_all(), "not merged yet");
+        assert_eq!(slab.merge(), 0);
         assert!(slab.claim_all());
         assert_eq!(slab.free(), 0);
         slab.clear_memory();
@@ -350,10 +519,29 @@ mod tests {
     #[test]
     fn part_of_a_new_slab_can_be_kept() {
         for keep in [0, 1, 64, 70, 128] {
-            let slab = Slab::new(core::ptr::null_mut());
-            slab.set_memory(core::ptr::null_mut(), Frame::ZERO, Order::ZERO, 128);
-            slab.release_from(keep);
-            assert_eq!(claim(&slab, 512), (keep..128).collect::<Vec<_>>());
+            for remote in [false, true] {
+                let slab = taken(128);
+                if remote {
+                    slab.release_from_remote(keep);
+                    assert_eq!(slab.free(), 0);
+                    assert_eq!(slab.merge(), 0);
+                } else {
+                    slab.release_from(keep);
+                }
+                assert_eq!(slab.free(), 128 - keep);
+                assert_eq!(claim(&slab, 512), (keep..128).collect::<Vec<_>>());
+            }
         }
+    }
+
+    #[test]
+    fn what_was_freed_without_the_lock_can_be_had_without_it() {
+        let slab = slab(100);
+        claim(&slab, 100);
+        assert_eq!(slab.claim_remote(), None);
+        assert!(slab.give_back_remote(64) && slab.give_back_remote(2));
+        assert_eq!(slab.claim_remote(), Some(2));
+        assert_eq!(slab.claim_remote(), Some(64));
+        assert_eq!(slab.claim_remote(), None);
     }
 }

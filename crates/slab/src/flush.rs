@@ -1,0 +1,271 @@
+//! Frees when the loaded array is full, and drains: arrays to the depot, objects to their slabs.
+//!
+//! ```text
+//!   loaded full?   spare -> depot: exchange whole arrays -> slabs: set free bits -> empty slabs go
+//! ```
+//!
+//! The invariants are those of `refill`.
+//!
+//! A flush first finds slab and number of every object, without a lock: loads that do not wait for each other. Then it sets the
+//! bits under the lock.
+
+use core::ptr::{self, NonNull};
+
+use kmem_hal::Cpu;
+use kmem_hal::sync::Ordering;
+
+use crate::array::{Array, Slot};
+use crate::depot::Depot;
+use crate::direct::settle;
+use crate::grow::{object_at, retire};
+use crate::head::{Busy, Head};
+use crate::misuse::Misuse;
+use crate::platform::Platform;
+use crate::raw::RawCache;
+use crate::slab::Slab;
+use crate::system::SlabSystem;
+
+/// Objects that are given to their slabs under one lock.
+const BATCH: usize = 64;
+
+impl<P: Platform> SlabSystem<P> {
+    /// Takes an object back when the loaded array had no room.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn free_slow(&self, cache: &RawCache<P::Lock>, object: NonNull<u8>) {
+        // SAFETY: a cache exists, so the system is ready.
+        let pin = unsafe { self.platform_unchecked() }.cpu().pin();
+        match self.head(cache, &pin).and_then(Head::enter) {
+            Some(busy) => self.put(cache, &busy, object),
+            None => self.free_direct(cache, object),
+        }
+    }
+
+    /// Puts an object into the loaded array after making room.
+    fn put(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>, object: NonNull<u8>) {
+        self.answer_drain(cache, busy);
+        let head = busy.head();
+        if busy.push(object) {
+            return;
+        }
+        if head.capacity() == 0 {
+            if self.install(cache, busy) && busy.push(object) {
+                return;
+            }
+            return self.free_locked(cache, object);
+        }
+        if head.spare_len() > 0 {
+            let streak = busy.note_event();
+            if !self.exchange_full(cache, busy, streak) {
+                cache.adapt_limit(streak, head.capacity());
+                self.flush_spare(cache, busy);
+            }
+        }
+        busy.swap();
+        let pushed = busy.push(object);
+        debug_assert!(pushed, "an empty array has room");
+    }
+
+    /// Exchanges the full spare array for an empty one at the depot; `false` where the depot is full or has none.
+    fn exchange_full(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>, streak: u8) -> bool {
+        let n = busy.head().spare_len();
+        if cache.held.get() as usize + n > cache.limit.get() as usize {
+            return false;
+        }
+        let wanted = Self::wanted_slots(cache, busy, streak);
+        let exchange = |depot: &mut Depot, empty: NonNull<Array>| {
+            if let Some(full) = NonNull::new(busy.replace_spare(empty.as_ptr())) {
+                // SAFETY: the head owned its spare array, whose count is noted, and gives it to the depot.
+                unsafe { depot.full.push(full) };
+            }
+            busy.add_given(n);
+            cache.held.set(depot.full.objects() as u32);
+            depot.exchanges += 1;
+        };
+        let mut other = None;
+        {
+            let mut depot = cache.depot.lock(); // I1: busy is set
+            if let Some(empty) = depot.spare.pop() {
+                // SAFETY: the array was the depot's and is this call's now.
+                if unsafe { empty.as_ref() }.capacity() == wanted {
+                    exchange(&mut depot, empty);
+                    return true;
+                }
+                other = Some(empty);
+            }
+        }
+        // I2: memory without the lock.
+        let empty = match (self.new_array(wanted), other) {
+            (Ok(empty), other) => {
+                if let Some(other) = other {
+                    // SAFETY: empty, taken from the depot above, and nobody else knows it.
+                    unsafe { self.free_array(other) };
+                }
+                empty
+            }
+            (Err(_), Some(other)) => other,
+            (Err(_), None) => return false,
+        };
+        exchange(&mut cache.depot.lock(), empty);
+        true
+    }
+
+    /// Empties the spare array into the slabs.
+    fn flush_spare(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>) {
+        let spare = busy.replace_spare(ptr::null_mut());
+        // SAFETY: the head owned it, and it is this call's now.
+        if let Some(array) = unsafe { spare.as_ref() } {
+            let n = array.len();
+            array.set_len(0);
+            busy.add_given(n);
+            // SAFETY: the first `n` slots hold objects; the busy flag is set.
+            unsafe { self.flush(cache, Array::slots(spare), n) };
+        }
+        busy.replace_spare(spare);
+    }
+
+    /// Empties both arrays into the slabs if a drain was asked for since the last time.
+    pub(crate) fn answer_drain(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>) {
+        let asked = self.drain.load(Ordering::Relaxed) as u32;
+        if busy.head().drained.get() != asked {
+            busy.head().drained.set(asked);
+            self.drain_head(cache, busy);
+        }
+    }
+
+    /// Empties both arrays of a head into the slabs; grown arrays go as well.
+    pub(crate) fn drain_head(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>) {
+        let head = busy.head();
+        let cached = head.cached();
+        if cached == 0 && head.capacity() <= cache.geometry().array() {
+            return;
+        }
+        let arrays = busy.unload();
+        busy.add_given(cached);
+        for array in arrays.into_iter().filter_map(NonNull::new) {
+            // SAFETY: the head owned the array, and it is this call's now; its first `len` slots hold objects; the flag is set.
+            unsafe {
+                let n = array.as_ref().len();
+                array.as_ref().set_len(0);
+                self.flush(cache, Array::slots(array.as_ptr()), n);
+                self.drop_array(cache, array);
+            }
+        }
+        cache.limit.set(cache.geometry().array() as u32);
+    }
+
+    /// Keeps an empty array for the next head that needs one, or frees it where it had grown. The busy flag is set.
+    ///
+    /// # Safety
+    ///
+    /// The array belongs to the caller, who gives it up.
+    pub(crate) unsafe fn drop_array(&self, cache: &RawCache<P::Lock>, array: NonNull<Array>) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            if array.as_ref().capacity() > cache.geometry().array() {
+                self.free_array(array);
+            } else {
+                cache.depot.lock().spare.push(array); // I1: busy is set
+            }
+        }
+    }
+
+    /// Gives `n` objects back to their slabs, and slabs that became empty to the page source.
+    ///
+    /// The slots are used as scratch space.
+    ///
+    /// # Safety
+    ///
+    /// The first `n` slots hold pointers that the caller gives up; the caller has set this CPU's busy flag for the cache, or runs
+    /// where nothing can interrupt it that uses the cache (`I1`).
+    pub(crate) unsafe fn flush(&self, cache: &RawCache<P::Lock>, slots: *mut Slot, n: usize) {
+        let mut done = 0;
+        while done < n {
+            let count = (n - done).min(BATCH);
+            // SAFETY: the next `count` slots hold pointers that the caller gives up.
+            unsafe { self.flush_batch(cache, slots.add(done), count) };
+            done += count;
+        }
+    }
+
+    /// As [`flush`](Self::flush), for at most `BATCH` objects.
+    ///
+    /// # Safety
+    ///
+    /// As `flush`.
+    unsafe fn flush_batch(&self, cache: &RawCache<P::Lock>, slots: *mut Slot, n: usize) {
+        let mut numbers = [0u16; BATCH];
+        // SAFETY: the caller's promise.
+        let n = unsafe { self.resolve(cache, slots, &mut numbers[..n]) };
+        let mut twice = 0;
+        let retired = {
+            let mut depot = cache.depot.lock();
+            settle(cache, &mut depot);
+            depot.flushes += 1;
+            for (at, &number) in numbers[..n].iter().enumerate() {
+                let number = usize::from(number);
+                // SAFETY: `resolve` left `n` pointers to descriptors of this cache, which live as long as it.
+                let slab: &Slab = unsafe { &*(*slots.add(at)).cast::<Slab>() };
+                if slab.give_back(number) {
+                    depot.relist(slab);
+                } else {
+                    // SAFETY: `twice <= at`: a slot whose content has been used.
+                    unsafe { *slots.add(twice) = object_at(cache, slab, number) };
+                    twice += 1;
+                }
+            }
+            if cache.setup.stable {
+                ptr::null_mut()
+            } else {
+                retire(&mut depot, cache.keep_empty())
+            }
+        };
+        for at in 0..twice {
+            // SAFETY: written above.
+            let address = unsafe { *slots.add(at) }.addr();
+            self.report(
+                cache,
+                Misuse::DoubleFree {
+                    cache: cache.setup.name,
+                    address,
+                },
+            );
+        }
+        self.give_slabs_back(cache, retired, |bury| bury(&mut cache.depot.lock()));
+    }
+
+    /// Replaces each pointer by its slab's descriptor and writes its number there to `numbers`; answers how many are left.
+    ///
+    /// What is not the start of an object of this cache is reported and dropped.
+    ///
+    /// # Safety
+    ///
+    /// As many slots as there are numbers hold pointers that the caller gives up.
+    pub(crate) unsafe fn resolve(
+        &self,
+        cache: &RawCache<P::Lock>,
+        slots: *mut Slot,
+        numbers: &mut [u16],
+    ) -> usize {
+        let mut kept = 0;
+        for at in 0..numbers.len() {
+            // SAFETY: as many slots as numbers.
+            let pointer = unsafe { *slots.add(at) };
+            if let Some((slab, number)) = self.check_object(cache, pointer) {
+                numbers[kept] = number;
+                // SAFETY: `kept <= at`.
+                unsafe { *slots.add(kept) = ptr::from_ref(slab).cast_mut().cast() };
+                kept += 1;
+            }
+        }
+        kept
+    }
+
+    /// Gives one object back under the depot's lock, with the busy flag set.
+    fn free_locked(&self, cache: &RawCache<P::Lock>, object: NonNull<u8>) {
+        let mut one = object.as_ptr();
+        cache.direct_frees.fetch_add(1, Ordering::Relaxed);
+        // SAFETY: one object that the caller gave up; the caller has set the busy flag.
+        unsafe { self.flush(cache, &raw mut one, 1) };
+    }
+}

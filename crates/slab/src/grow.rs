@@ -1,0 +1,170 @@
+//! Slabs that come from the page source and go back to it.
+//!
+//! The invariants are those of `refill`.
+
+use core::ptr::{self, NonNull};
+
+use kmem_hal::sync::Ordering;
+use kmem_hal::{AllocError, Frame, FrameRequest, FrameTag, Order, PhysMap, TraceEvent};
+
+use crate::block;
+use crate::depot::Depot;
+use crate::platform::Platform;
+use crate::raw::RawCache;
+use crate::slab::Slab;
+use crate::system::SlabSystem;
+
+impl<P: Platform> SlabSystem<P> {
+    /// A new slab; its first object goes to the caller, the others to everybody.
+    pub(crate) fn grow(
+        &self,
+        cache: &RawCache<P::Lock>,
+        request: &FrameRequest,
+    ) -> Result<NonNull<u8>, AllocError> {
+        let slab = self.new_slab(cache, request)?;
+        let object = object_at(cache, slab, 0);
+        cache.direct_allocs.fetch_add(1, Ordering::Relaxed);
+        let listed = self.with_depot(cache, |depot| {
+            slab.release_from(1);
+            depot.relist(slab);
+        });
+        if listed.is_none() {
+            slab.release_from_remote(1);
+            cache.pending.push(slab);
+        }
+        NonNull::new(object).ok_or(AllocError::OutOfMemory)
+    }
+
+    /// A new slab whose objects all belong to the caller.
+    fn new_slab(
+        &self,
+        cache: &RawCache<P::Lock>,
+        request: &FrameRequest,
+    ) -> Result<&Slab, AllocError> {
+        // SAFETY: a cache exists, so the system is ready.
+        let platform = unsafe { self.platform_unchecked() };
+        let geometry = cache.geometry();
+        let dead = self.with_depot(cache, Depot::exhume).flatten();
+        let slab = match dead {
+            Some(slab) => slab,
+            None => self.new_descriptor(cache)?,
+        };
+        // SAFETY: descriptors live as long as their cache.
+        let slab: &Slab = unsafe { slab.as_ref() };
+        // Large slabs waste less; a fragmented machine still gets small ones.
+        let least = geometry.least_order();
+        let mut order = geometry.order();
+        let (frame, memory) = loop {
+            let request = FrameRequest {
+                order,
+                zeroed: false,
+                ..*request
+            };
+            match block::take_for(platform, &request, FrameTag::Slab) {
+                Ok(block) => break block,
+                Err(error) if order <= least => {
+                    self.bury(cache, slab);
+                    return Err(error);
+                }
+                Err(_) => order = Order::new(order.get() - 1).unwrap_or(least),
+            }
+        };
+        let pages = geometry.pages().min(order.frames());
+        block::trim(platform, frame, order, pages);
+        let owner = ptr::from_ref(slab).expose_provenance() as u64;
+        for offset in 0..pages {
+            let slot = frame
+                .checked_add(offset)
+                .and_then(|frame| platform.table().slot(frame));
+            // `take_for` has checked that the table covers the block.
+            if let Some(slot) = slot {
+                if offset > 0 {
+                    slot.claim(FrameTag::Slab, Order::ZERO);
+                }
+                slot.owner().store(owner, Ordering::Relaxed);
+            }
+        }
+        let objects = geometry.objects_in(pages);
+        slab.set_memory(memory.as_ptr(), pages, objects);
+        if let Some(hooks) = cache.setup.hooks {
+            for index in 0..objects {
+                // SAFETY: the object is memory of the cache's size and alignment that belongs to this call.
+                unsafe { (hooks.construct)(hooks.context, object_at(cache, slab, index)) };
+            }
+        }
+        platform.trace(TraceEvent::Slab(frame, order, true));
+        Ok(slab)
+    }
+
+    /// Puts a descriptor without memory where the next slab finds it.
+    fn bury(&self, cache: &RawCache<P::Lock>, slab: &Slab) {
+        slab.bucket.set(crate::slab::RETIRED);
+        if self.with_depot(cache, |depot| depot.bury(slab)).is_none() {
+            cache.pending.push(slab);
+        }
+    }
+
+    /// Gives a chain of retired slabs back to the page source; `locked` runs its argument under the depot's lock, if it can.
+    ///
+    /// Answers how many frames went back.
+    pub(crate) fn give_slabs_back(
+        &self,
+        cache: &RawCache<P::Lock>,
+        chain: *mut Slab,
+        locked: impl FnOnce(&mut dyn FnMut(&mut Depot)),
+    ) -> u64 {
+        if chain.is_null() {
+            return 0;
+        }
+        // SAFETY: a cache exists, so the system is ready.
+        let platform = unsafe { self.platform_unchecked() };
+        let mut frames = 0;
+        let mut at = chain;
+        // SAFETY: the chain holds descriptors of this cache, which live as long as it.
+        while let Some(slab) = unsafe { at.as_ref() } {
+            at = slab.next.get();
+            if let Some(hooks) = cache.setup.hooks {
+                for index in 0..slab.objects() {
+                    // SAFETY: every object belongs to this call and was built when the slab was made.
+                    unsafe { (hooks.destruct)(object_at(cache, slab, index)) };
+                }
+            }
+            let pages = slab.pages();
+            let first = Frame::containing(platform.map().to_phys(slab.base()));
+            slab.clear_memory();
+            let order = Order::for_frames(pages).unwrap_or(Order::ZERO);
+            platform.trace(TraceEvent::Slab(first, order, false));
+            // SAFETY: the pages came from `new_slab`; every object of them was claimed.
+            unsafe { block::give_pages(platform, first, pages) };
+            frames += pages;
+        }
+        locked(&mut |depot| {
+            let mut at = chain;
+            // SAFETY: as above; `bury` changes the link of the one before.
+            while let Some(slab) = unsafe { at.as_ref() } {
+                at = slab.next.get();
+                depot.bury(slab);
+            }
+        });
+        frames
+    }
+}
+
+/// The address of object `index` of `slab`.
+pub fn object_at<L: kmem_hal::RawLock>(cache: &RawCache<L>, slab: &Slab, index: usize) -> *mut u8 {
+    slab.base().wrapping_add(index * cache.geometry().size())
+}
+
+/// Takes empty slabs until `keep` are left, as a chain; their objects belong to the caller.
+pub fn retire(depot: &mut Depot, keep: usize) -> *mut Slab {
+    let mut chain = ptr::null_mut();
+    while depot.empty > keep {
+        let Some(slab) = depot.take_empty() else {
+            break;
+        };
+        // SAFETY: descriptors live as long as their cache; a retired one's link is free.
+        unsafe { slab.as_ref() }.next.set(chain);
+        chain = slab.as_ptr();
+    }
+    chain
+}

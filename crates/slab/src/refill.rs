@@ -1,0 +1,220 @@
+//! Allocation when the loaded array has no object: spare, depot, slabs, a new slab.
+//!
+//! ```text
+//!   loaded empty?  spare -> depot: exchange whole arrays -> slabs: take free bits -> a new slab
+//! ```
+//!
+//! A context that finds the head busy has interrupted its owner and goes another way (`direct`).
+//!
+//! Invariants, of this module, `flush`, `direct` and `grow`
+//! - `I1`: whoever waits for a depot's lock has set the busy flag of its CPU's head of that cache first. So what interrupts the
+//!   holder on the same CPU sees the flag and never waits.
+//! - `I2`: no lock is held across a call of the page source. Frames go back without the lock as well.
+//! - `I3`: every object is at any time in exactly one of: a user's hands, a CPU's array, an array of the depot, its slab's bits, a
+//!   local variable of one of these functions.
+
+use core::ptr::{self, NonNull};
+
+use kmem_hal::sync::Ordering;
+use kmem_hal::{AllocError, Cpu, FrameRequest};
+
+use crate::array::{Array, Slot};
+use crate::depot::Depot;
+use crate::direct::settle;
+use crate::grow::object_at;
+use crate::head::{Busy, Head};
+use crate::platform::Platform;
+use crate::raw::RawCache;
+use crate::slab::Slab;
+use crate::system::SlabSystem;
+
+/// Slabs that one refill looks at: bounds the time under the lock.
+const VISITS: usize = 16;
+
+/// Events close to each other after which a CPU's arrays grow.
+const GROW_AFTER: u8 = 8;
+
+impl<P: Platform> SlabSystem<P> {
+    /// An object of `cache`, when the loaded array had none.
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn alloc_slow(
+        &self,
+        cache: &RawCache<P::Lock>,
+        request: &FrameRequest,
+    ) -> Result<NonNull<u8>, AllocError> {
+        if let Some(object) = self.alloc_cached(cache) {
+            return Ok(object);
+        }
+        let refused = match self.grow(cache, request) {
+            Ok(object) => return Ok(object),
+            Err(refused) => refused,
+        };
+        // Memory is short: what other caches hold in empty slabs and depots may serve, here or to the page source.
+        if self.shrink() > 0
+            && let Ok(object) = self.grow(cache, request)
+        {
+            return Ok(object);
+        }
+        // Objects of this very cache may have come back meanwhile.
+        self.alloc_cached(cache).ok_or_else(|| {
+            cache.failures.fetch_add(1, Ordering::Relaxed);
+            refused
+        })
+    }
+
+    /// An object that the cache holds already.
+    fn alloc_cached(&self, cache: &RawCache<P::Lock>) -> Option<NonNull<u8>> {
+        // SAFETY: a cache exists, so the system is ready.
+        let pin = unsafe { self.platform_unchecked() }.cpu().pin();
+        match self.head(cache, &pin).and_then(Head::enter) {
+            Some(busy) => self.refill(cache, &busy),
+            None => self.alloc_direct(cache),
+        }
+    }
+
+    /// Fills the loaded array from spare, depot or slabs, and takes one object.
+    fn refill(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>) -> Option<NonNull<u8>> {
+        self.answer_drain(cache, busy);
+        if let Some(object) = busy.pop() {
+            return Some(object);
+        }
+        let head = busy.head();
+        if head.capacity() == 0 && !self.install(cache, busy) {
+            return self.take_one(cache);
+        }
+        if head.spare_len() > 0 {
+            busy.swap();
+            return busy.pop();
+        }
+        let streak = busy.note_event();
+        {
+            let mut depot = cache.depot.lock(); // I1: busy is set
+            settle(cache, &mut depot);
+            if let Some(full) = depot.full.pop() {
+                cache.held.set(depot.full.objects() as u32);
+                depot.exchanges += 1;
+                if let Some(empty) = NonNull::new(busy.loaded()) {
+                    // SAFETY: the head owned its array, which is empty, and gives it to the depot.
+                    unsafe {
+                        empty.as_ref().set_len(0);
+                        depot.spare.push(empty);
+                    }
+                }
+                busy.load(full);
+                busy.add_taken(head.loaded_len());
+                drop(depot);
+                return busy.pop();
+            }
+        }
+        self.resize(cache, busy, streak);
+        cache.adapt_limit(streak, head.capacity());
+        let mut depot = cache.depot.lock(); // I1: busy is set
+        // SAFETY: there are arrays: the loaded one, owned by the head, has `capacity` slots and is empty.
+        let n = unsafe {
+            let slots = Array::slots(busy.loaded());
+            fill(cache, &mut depot, slots, head.capacity())
+        };
+        drop(depot);
+        busy.set_loaded_len(n);
+        busy.add_taken(n);
+        busy.pop()
+    }
+
+    /// One object straight from a slab, where there is no memory for arrays. The busy flag is set.
+    fn take_one(&self, cache: &RawCache<P::Lock>) -> Option<NonNull<u8>> {
+        let mut one: Slot = ptr::null_mut();
+        let mut depot = cache.depot.lock(); // I1: busy is set
+        settle(cache, &mut depot);
+        // SAFETY: room for one.
+        let got = unsafe { fill(cache, &mut depot, &raw mut one, 1) };
+        drop(depot);
+        cache.direct_allocs.fetch_add(got as u64, Ordering::Relaxed);
+        NonNull::new(one)
+    }
+
+    /// Gives a head its two arrays; `false` where there is no memory for them.
+    pub(crate) fn install(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>) -> bool {
+        let slots = cache.geometry().array();
+        let take = || {
+            let spare = cache.depot.lock().spare.pop(); // I1: busy is set
+            spare.or_else(|| self.new_array(slots).ok())
+        };
+        let Some(loaded) = take() else { return false };
+        let Some(spare) = take() else {
+            // SAFETY: the array was just taken and nobody else knows it.
+            unsafe { cache.depot.lock().spare.push(loaded) };
+            return false;
+        };
+        busy.load(loaded);
+        busy.replace_spare(spare.as_ptr());
+        true
+    }
+
+    /// Exchanges the loaded array, which is empty, for one of [`wanted_slots`](Self::wanted_slots), if there is memory.
+    fn resize(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>, streak: u8) {
+        let wanted = Self::wanted_slots(cache, busy, streak);
+        if wanted == busy.head().capacity() {
+            return;
+        }
+        let Ok(other) = self.new_array(wanted) else {
+            return;
+        };
+        let old = busy.loaded();
+        busy.load(other);
+        if let Some(old) = NonNull::new(old) {
+            // SAFETY: the head owned the array, which is empty, and nobody knows it any more.
+            unsafe { self.free_array(old) };
+        }
+    }
+
+    /// How many slots the next array of a CPU should have: twice as many while the cache streams, half as many when it does not.
+    pub(crate) fn wanted_slots(cache: &RawCache<P::Lock>, busy: &Busy<'_>, streak: u8) -> usize {
+        let (slots, geometry) = (busy.head().capacity(), cache.geometry());
+        let wanted = match streak {
+            0 => slots / 2,
+            GROW_AFTER.. => slots * 2,
+            _ => slots,
+        };
+        wanted.clamp(geometry.array(), geometry.array_max())
+    }
+}
+
+/// Takes up to `want` objects from the fullest slabs into `slots`; answers how many.
+///
+/// Of one word the lowest address ends in the highest slot, so that objects leave the array by ascending address.
+///
+/// # Safety
+///
+/// There is room for `want` objects at `slots`.
+pub(crate) unsafe fn fill<L: kmem_hal::RawLock>(
+    cache: &RawCache<L>,
+    depot: &mut Depot,
+    slots: *mut Slot,
+    want: usize,
+) -> usize {
+    let mut n = 0;
+    for _ in 0..VISITS {
+        let Some(slab) = depot.fullest().map(NonNull::from) else {
+            break;
+        };
+        // SAFETY: descriptors live as long as their cache.
+        let slab: &Slab = unsafe { slab.as_ref() };
+        slab.claim(want - n, |word, mut mask| {
+            let count = mask.count_ones() as usize;
+            for place in (n..n + count).rev() {
+                let index = word * 64 + mask.trailing_zeros() as usize;
+                mask &= mask - 1;
+                // SAFETY: `place` is below `want`, and the caller's slots have room for that many.
+                unsafe { *slots.add(place) = object_at(cache, slab, index) };
+            }
+            n += count;
+        });
+        depot.relist(slab);
+        if n == want {
+            break;
+        }
+    }
+    depot.refills += u64::from(n > 0);
+    n
+}

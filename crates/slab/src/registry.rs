@@ -1,0 +1,210 @@
+//! The caches of a system: join, leave, and a walk over all.
+//!
+//! Invariants
+//! - `G1`: the list and the used indices belong to the holder of the registry's lock, who has set the busy flag of the head `GUARD` on its CPU
+//!   first: a context that interrupts it answers `Busy` and never waits.
+//! - `G2`: a cache that is on the list is alive; one that a context looks at by way of the list is counted in `users`, and `leave` waits
+//!   for those.
+
+use core::ptr::{self, NonNull};
+
+use kmem_hal::sync::Ordering;
+use kmem_hal::{AllocError, Cpu, RawLock};
+
+use crate::head::COLUMNS;
+use crate::platform::Platform;
+use crate::raw::{RawCache, Setup};
+use crate::slab::Slab;
+use crate::system::SlabSystem;
+
+/// Rows of heads: 64 caches each.
+pub(crate) const CHUNKS: usize = 16;
+
+/// The index whose head guards the registry (`G1`).
+pub(crate) const GUARD: u32 = COLUMNS as u32 - 1;
+
+/// The caches of a system.
+pub(crate) struct Registry<L> {
+    pub(crate) first: *mut RawCache<L>,
+    pub(crate) used: [u64; CHUNKS],
+}
+
+// SAFETY: the caches belong to the system, and the list to the holder of its lock.
+unsafe impl<L> Send for Registry<L> {}
+
+impl<P: Platform> SlabSystem<P> {
+    /// Runs `f` under the registry's lock; `Busy` where this CPU was interrupted while it held it.
+    fn with_registry<R>(
+        &self,
+        platform: &P,
+        f: impl FnOnce(&mut Registry<P::Lock>) -> R,
+    ) -> Result<R, AllocError> {
+        let pin = platform.cpu().pin();
+        let page = self
+            .head_page(platform, self.first_row(), pin.id())
+            .ok_or(AllocError::OutOfMemory)?;
+        let _busy = page.head(GUARD).enter().ok_or(AllocError::Busy)?;
+        Ok(f(&mut self.registry.lock()))
+    }
+
+    /// Adds a cache.
+    pub(crate) fn join(&self, setup: Setup) -> Result<NonNull<RawCache<P::Lock>>, AllocError> {
+        let platform = self.platform().ok_or(AllocError::NotInitialised)?;
+        let memory = self.caches.alloc(platform)?.cast::<RawCache<P::Lock>>();
+        let joined = self.with_registry(platform, |registry| {
+            let index = registry.free_index().ok_or(AllocError::Unsatisfiable)?;
+            let place = &self.rows[index as usize / COLUMNS];
+            let mut row = place.load(Ordering::Acquire);
+            if row.is_null() {
+                row = self.new_row(platform)?.as_ptr();
+                place.store(row, Ordering::Release);
+            }
+            // SAFETY: the pool gives memory of this size and alignment that belongs to this call.
+            unsafe { memory.write(RawCache::new(setup, row, index, self.token())) };
+            registry.used[index as usize / COLUMNS] |= 1 << (index as usize % COLUMNS);
+            registry.insert(memory);
+            Ok(memory)
+        });
+        let joined = joined.and_then(|inner| inner);
+        if joined.is_err() {
+            // SAFETY: the memory came from this pool and was not published.
+            unsafe { self.caches.free(memory.cast()) };
+        }
+        joined
+    }
+
+    /// Takes a cache out of the registry and gives its memory back.
+    ///
+    /// # Safety
+    ///
+    /// The cache belongs to this system, nobody uses it any more except by way of the registry, it has no slab, and its heads
+    /// and depot have no arrays.
+    pub(crate) unsafe fn leave(&self, cache: NonNull<RawCache<P::Lock>>) -> Result<(), AllocError> {
+        let platform = self.platform().ok_or(AllocError::NotInitialised)?;
+        // SAFETY: the cache is alive until its memory goes back below.
+        let (index, users) = unsafe { (cache.as_ref().index, &cache.as_ref().users) };
+        self.with_registry(platform, |registry| {
+            registry.remove(cache);
+            registry.used[index as usize / COLUMNS] &= !(1 << (index as usize % COLUMNS));
+        })?;
+        // Nobody finds it any more; wait for those who had.
+        while users.load(Ordering::Acquire) != 0 {
+            kmem_hal::sync::spin_loop();
+        }
+        let mut pool_of_descriptors: *mut Slab = ptr::null_mut();
+        // SAFETY: alive as above.
+        unsafe { cache.as_ref() }.for_each_slab(|slab| {
+            slab.next.set(pool_of_descriptors);
+            pool_of_descriptors = ptr::from_ref(slab).cast_mut();
+            true
+        });
+        while let Some(slab) = NonNull::new(pool_of_descriptors) {
+            // SAFETY: the chain was made above of descriptors that nobody uses any more.
+            unsafe {
+                pool_of_descriptors = slab.as_ref().next.get();
+                if let Some(words) = NonNull::new(slab.as_ref().more()) {
+                    self.words.free(words.cast());
+                }
+                self.descriptors.free(slab.cast());
+            }
+        }
+        // SAFETY: nobody points at the cache any more; it came from this pool.
+        unsafe {
+            cache.drop_in_place();
+            self.caches.free(cache.cast());
+        }
+        Ok(())
+    }
+
+    /// Calls `each` with every cache in the order of their index. No lock is held during the call.
+    pub(crate) fn for_each_cache(
+        &self,
+        mut each: impl FnMut(&RawCache<P::Lock>),
+    ) -> Result<(), AllocError> {
+        let platform = self.platform().ok_or(AllocError::NotInitialised)?;
+        let mut from = 0;
+        loop {
+            let found = self.with_registry(platform, |registry| registry.find(from))?;
+            let Some(cache) = found else { return Ok(()) };
+            // SAFETY: `find` counted this context as a user, so `leave` waits.
+            let cache = unsafe { cache.as_ref() };
+            from = cache.index + 1;
+            let _user = User(cache);
+            each(cache);
+        }
+    }
+}
+
+/// A context that looks at a cache by way of the registry; counted off when dropped, a panic of the callback included.
+struct User<'c, L>(&'c RawCache<L>);
+
+impl<L> Drop for User<'_, L> {
+    fn drop(&mut self) {
+        self.0.users.fetch_sub(1, Ordering::Release);
+    }
+}
+
+impl<L> Registry<L> {
+    /// No caches.
+    pub(crate) const fn new() -> Self {
+        Self {
+            first: ptr::null_mut(),
+            used: [0; CHUNKS],
+        }
+    }
+}
+
+impl<L: RawLock> Registry<L> {
+    pub(crate) fn insert(&mut self, cache: NonNull<RawCache<L>>) {
+        // SAFETY: the cache was just written and belongs to the registry from now on.
+        unsafe { cache.as_ref() }.next.set(self.first);
+        self.first = cache.as_ptr();
+    }
+
+    fn remove(&mut self, cache: NonNull<RawCache<L>>) {
+        // SAFETY: caches on the list are alive, and the list belongs to the holder of its lock.
+        let next = unsafe { cache.as_ref() }.next.get();
+        if self.first == cache.as_ptr() {
+            self.first = next;
+            return;
+        }
+        let mut at = self.first;
+        // SAFETY: as above.
+        while let Some(before) = unsafe { at.as_ref() } {
+            if before.next.get() == cache.as_ptr() {
+                before.next.set(next);
+                return;
+            }
+            at = before.next.get();
+        }
+    }
+
+    fn free_index(&self) -> Option<u32> {
+        self.used.iter().enumerate().find_map(|(chunk, &used)| {
+            let index = (!used).trailing_zeros();
+            (index < 64).then_some(chunk as u32 * 64 + index)
+        })
+    }
+
+    /// The cache with the lowest index from `from`, counted as used.
+    fn find(&self, from: u32) -> Option<NonNull<RawCache<L>>> {
+        let mut best: Option<NonNull<RawCache<L>>> = None;
+        let mut at = self.first;
+        // SAFETY: caches on the list are alive, and the list belongs to the holder of its lock.
+        while let Some(cache) = unsafe { at.as_ref() } {
+            // SAFETY: as above.
+            let better = best.is_none_or(|best| cache.index < unsafe { best.as_ref() }.index);
+            if cache.index >= from && better {
+                best = Some(NonNull::from(cache));
+            }
+            at = cache.next.get();
+        }
+        if let Some(best) = best {
+            // SAFETY: as above.
+            unsafe { best.as_ref() }
+                .users
+                .fetch_add(1, Ordering::Acquire);
+        }
+        best
+    }
+}
