@@ -289,6 +289,27 @@ impl Core {
         )
     }
 
+    /// The tables above those of a walk that began at a cached position, if a walk from the root comes to the same.
+    fn upper_tables(
+        &self,
+        context: &WalkContext,
+        linear: u64,
+        walk: &Walk,
+        found: &Translation,
+    ) -> Option<impl Iterator<Item = u64> + use<>> {
+        let fresh = walker::walk(&self.memory, context, linear, None, Touch::Nothing);
+        let now = fresh.outcome.ok()?;
+        let count = fresh.tables().count().checked_sub(walk.tables().count())?;
+        let same = (now.page, now.shift, now.rights, now.key)
+            == (found.page, found.shift, found.rights, found.key)
+            && fresh.tables().skip(count).eq(walk.tables());
+        let mut tables = [0; MAX_LEVELS];
+        for (slot, table) in tables.iter_mut().zip(fresh.tables()) {
+            *slot = table >> 12;
+        }
+        same.then(|| tables.into_iter().take(count))
+    }
+
     /// Caches a finished walk whose A bits are set: the translation and every table on the way.
     fn fill(
         &mut self,
@@ -302,21 +323,28 @@ impl Core {
         let tag = self.cpus[cpu].pcid();
         let caching = self.caching;
         let event = self.frames.now();
-        // I2: as old as what it started from.
-        let mut origin = match start {
-            Some(start) => start.origin,
-            None => Origin {
-                root: context.root(),
-                step: self.step,
-                event,
-                read: event,
-                tables: [0; MAX_LEVELS],
-                reached: [0; MAX_LEVELS],
-                table_count: 0,
-            },
+        // I2: as old as what it started from, unless a walk from the root says the same at this moment.
+        let new = Origin {
+            root: context.root(),
+            step: self.step,
+            event,
+            read: event,
+            tables: [0; MAX_LEVELS],
+            reached: [0; MAX_LEVELS],
+            table_count: 0,
         };
-        // The pointer to the first table was read when the position was cached, the others are read now.
-        let mut reached = origin.read;
+        let (mut origin, mut reached) = match start {
+            Some(start) => match self.upper_tables(context, linear, walk, &found) {
+                Some(tables) => {
+                    let mut origin = new;
+                    tables.for_each(|table| origin.pass(table, event));
+                    (origin, event)
+                }
+                // The pointer to the first table was read when the position was cached, the others are read now.
+                None => (start.origin, start.origin.read),
+            },
+            None => (new, event),
+        };
         origin.read = event;
         let mut rights = start.map_or(Rights::ALL, |start| start.position.rights);
         for step in walk.steps() {

@@ -10,6 +10,10 @@ mod error;
 mod fork;
 pub mod format;
 mod gather;
+#[cfg(kmem_mutants)]
+pub mod mutants;
+#[cfg(not(kmem_mutants))]
+mod mutants;
 mod node;
 mod table;
 

@@ -10,6 +10,8 @@
 
 #[path = "common/crowd.rs"]
 mod crowd;
+#[path = "common/directed.rs"]
+mod directed;
 #[path = "common/hostile.rs"]
 mod hostile;
 #[path = "common/hostile_env.rs"]
@@ -127,4 +129,12 @@ fn a_million_steps_without_a_violation() {
 #[ignore = "a hundred million steps: for the night, in release"]
 fn a_hundred_million_steps_without_a_violation() {
     run(100_000_000);
+}
+
+#[test]
+fn single_situations() {
+    for (name, run) in directed::ALL {
+        println!("{name}");
+        run();
+    }
 }

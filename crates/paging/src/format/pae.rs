@@ -11,6 +11,7 @@ use kmem_hal::{Canonical, Frame};
 use super::x86::{Mode, PRESENT, USER, WRITE, by_mode};
 use super::{Format, Kind, Level};
 use crate::attributes::{Attributes, Payload, Rights};
+use crate::mutants::mutant;
 
 const MODE: Mode = Mode {
     address: 0x000f_ffff_ffff_f000,
@@ -54,7 +55,7 @@ unsafe impl Format for X86Pae {
     fn table(level: usize, frame: Frame) -> u64 {
         let address = frame.start().as_u64() | PRESENT;
         // In the four entries at the top the bits W and U are reserved.
-        if level == 3 {
+        if level == 3 && !mutant!("pae-top-has-w-and-u") {
             address
         } else {
             address | WRITE | USER

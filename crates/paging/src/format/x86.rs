@@ -18,6 +18,7 @@ use kmem_hal::Frame;
 
 use super::Kind;
 use crate::attributes::{Attributes, MemoryType, Payload, Rights, Soft};
+use crate::mutants::mutant;
 
 pub(super) const PRESENT: u64 = 1 << 0;
 pub(super) const WRITE: u64 = 1 << 1;
@@ -105,7 +106,7 @@ impl Mode {
         if self.keys {
             word |= u64::from(attributes.pkey & 15) << PKEY_SHIFT;
         }
-        if self.no_execute && !rights.contains(Rights::EXECUTE) {
+        if self.no_execute && !rights.contains(Rights::EXECUTE) && !mutant!("format-forgets-nx") {
             word |= NO_EXECUTE;
         }
         if rights.contains(Rights::GLOBAL) {
@@ -114,19 +115,19 @@ impl Mode {
         if attributes.accessed {
             word |= ACCESSED;
         }
-        if attributes.dirty {
+        if attributes.dirty && !mutant!("format-loses-dirty") {
             word |= DIRTY;
         }
-        if level > 1 {
+        if level > 1 || mutant!("format-small-leaf-has-ps") {
             word |= PAGE_SIZE;
         }
-        if !rights.grants_access() {
+        if !rights.grants_access() && !mutant!("format-none-is-present") {
             return word | NO_ACCESS | (!address & self.leaf_address(level));
         }
         if rights.contains(Rights::WRITE) {
             word |= WRITE;
         }
-        if rights.contains(Rights::USER) {
+        if rights.contains(Rights::USER) && !mutant!("format-user-forgotten") {
             word |= USER;
         }
         word | PRESENT | address
@@ -135,7 +136,11 @@ impl Mode {
     /// Moves a leaf of frame 0 to another frame: its address bits are all 0, or all 1 where they are inverted.
     #[inline(always)]
     pub fn relocate(self, level: usize, template: u64, frame: Frame) -> u64 {
-        template ^ (frame.start().as_u64() & self.leaf_address(level))
+        let word = template ^ (frame.start().as_u64() & self.leaf_address(level));
+        if mutant!("relocate-drops-a-bit") {
+            return word & !(1 << 12);
+        }
+        word
     }
 
     /// Exchanges the rights of a leaf.
@@ -154,9 +159,15 @@ impl Mode {
     pub fn rights_patch(self, rights: Rights) -> (u64, u64) {
         let mut keep = !(WRITE | USER | GLOBAL);
         let mut set = 0;
+        if mutant!("format-protect-keeps-write") {
+            keep |= WRITE;
+        }
+        if mutant!("format-protect-loses-dirty") {
+            keep &= !DIRTY;
+        }
         if self.no_execute {
             keep &= !NO_EXECUTE;
-            if !rights.contains(Rights::EXECUTE) {
+            if !rights.contains(Rights::EXECUTE) && !mutant!("format-protect-forgets-nx") {
                 set |= NO_EXECUTE;
             }
         }
@@ -179,29 +190,49 @@ impl Mode {
             return false;
         }
         let pat = if level > 1 { PAT_LARGE } else { PAT_SMALL };
-        let lost = PRESENT | WRITE | USER | DIRTY | GLOBAL;
+        let mut lost = PRESENT | WRITE | USER | DIRTY | GLOBAL;
         let mut changed = pat | PCD | PWT;
+        if mutant!("flush-not-for-write") {
+            lost &= !WRITE;
+        }
+        if mutant!("flush-not-for-user") {
+            lost &= !USER;
+        }
+        if mutant!("flush-not-for-dirty") {
+            lost &= !DIRTY;
+        }
+        if mutant!("flush-not-for-global") {
+            lost &= !GLOBAL;
+        }
+        if mutant!("flush-not-for-memory-type") {
+            changed = 0;
+        }
         let mut gained = 0;
-        if self.no_execute {
+        if self.no_execute && !mutant!("flush-not-for-nx") {
             gained |= NO_EXECUTE;
         }
-        if self.keys {
+        if self.keys && !mutant!("flush-not-for-key") {
             changed |= 15 << PKEY_SHIFT;
         }
         (old & !new & lost) | ((old ^ new) & changed) | (new & !old & gained) != 0
     }
 
     #[inline(always)]
-    pub const fn is_global(word: u64) -> bool {
-        word & GLOBAL != 0
+    pub fn is_global(word: u64) -> bool {
+        word & GLOBAL != 0 && !mutant!("format-global-unseen")
     }
 
     #[inline(always)]
     fn memory_type_bits(level: usize, memory_type: MemoryType) -> u64 {
-        let pat = if level > 1 { PAT_LARGE } else { PAT_SMALL };
+        let pat = if level > 1 && !mutant!("format-pat-at-the-small-place") {
+            PAT_LARGE
+        } else {
+            PAT_SMALL
+        };
         match memory_type {
             MemoryType::WriteBack => 0,
             MemoryType::WriteThrough => PWT,
+            MemoryType::Uncached if mutant!("format-pcd-forgotten") => PWT,
             MemoryType::Uncached => PCD | PWT,
             MemoryType::WriteCombining => pat | PWT,
         }
@@ -283,7 +314,12 @@ impl Mode {
     pub fn payload(self, payload: Payload) -> u64 {
         let low = !payload.number() & ((1 << self.payload_low_bits) - 1);
         let high = payload.number() >> self.payload_low_bits;
-        PAYLOAD | low << 12 | high << self.payload_high_shift
+        let payload = if mutant!("format-payload-is-present") {
+            PAYLOAD | PRESENT
+        } else {
+            PAYLOAD
+        };
+        payload | low << 12 | high << self.payload_high_shift
     }
 
     #[inline(always)]
@@ -296,7 +332,10 @@ impl Mode {
     /// Nothing is left to write where the word is not present, or where A is set and either D is set too or the page
     /// cannot be written. (Supervisor writes with CR0.WP clear are excluded: kmem runs with WP set.)
     #[inline(always)]
-    pub const fn is_settled(word: u64) -> bool {
+    pub fn is_settled(word: u64) -> bool {
+        if mutant!("settled-too-early") {
+            return true;
+        }
         word & PRESENT == 0 || word & ACCESSED != 0 && (word & DIRTY != 0 || word & WRITE == 0)
     }
 }

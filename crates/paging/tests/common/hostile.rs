@@ -11,14 +11,16 @@ use std::collections::{BTreeMap, BTreeSet};
 use kmem_hal::{
     Asid, Frame, FrameRequest, FrameSink, FrameSource, Mmu, Order, OwnedFrame, Page, PageRange,
 };
+use kmem_mock_x86::walker::{Stop, Touch, WalkContext, walk};
 use kmem_mock_x86::{
-    AccessKind, Adversary, Machine, MemoryMap, Registers, SeededRng, Stats, Violation,
-    ViolationKind,
+    AccessKind, Adversary, Machine, MemoryMap, Mode, Registers, ReservedInputs, SeededRng, Stats,
+    Violation, ViolationKind, manual,
 };
 use kmem_paging::format::Format;
 use kmem_paging::{
-    Attributes, ChangeError, Cleared, Entry, ForkItem, ForkStep, Gather, Harvest, HugeError, Leaf,
-    MapError, MemoryType, PageTable, Payload, Replaced, Rights, Run, SoftBit, TableCache,
+    Attributes, ChangeError, Cleared, Entry, ForkError, ForkItem, ForkStep, Gather, Harvest,
+    HugeError, Leaf, MapError, MemoryType, MoveError, PageTable, Payload, Replaced, Rights, Run,
+    SoftBit, TableCache,
 };
 
 use super::hostile_env::{Caller, HostileEnv};
@@ -109,6 +111,8 @@ pub struct World<F: Format> {
     leaked: u64,
     /// What the last operation changed: space, first page, pages.
     last: (usize, u64, u64),
+    /// Allocations of the running operation that succeed; `None` for all.
+    fuse: Option<u64>,
 }
 
 fn at(number: u64) -> Page {
@@ -186,10 +190,23 @@ fn level_of<F: Format>(order: Order) -> usize {
         + 1
 }
 
-fn expressed<F: Format>(order: Order, attributes: &Attributes) -> Attributes {
-    let mut attributes = F::expressible(level_of::<F>(order), attributes);
-    (attributes.accessed, attributes.dirty) = (false, false);
-    attributes
+/// What becomes of attributes in a leaf, by the manual alone: any access includes reading, and where there is no XD,
+/// executing; a leaf without access keeps nothing but G. Accessed and dirty are clear in the model.
+fn expressed<F: Format>(attributes: &Attributes) -> Attributes {
+    let has_xd = F::LEVELS[0].bits == 9;
+    let mut rights = attributes.rights & Rights::GLOBAL;
+    if attributes.rights.grants_access() {
+        rights = attributes.rights | Rights::READ;
+        if !has_xd {
+            rights |= Rights::EXECUTE;
+        }
+    }
+    Attributes {
+        rights,
+        accessed: false,
+        dirty: false,
+        ..*attributes
+    }
 }
 
 fn same(first: u64, item: &Item, leaf: &Leaf) {
@@ -337,6 +354,7 @@ impl<F: Format> World<F> {
             operations: 0,
             leaked: 0,
             last: (0, 0x400, 1),
+            fuse: None,
         };
         world.add_space(None);
         world.add_space(None);
@@ -348,6 +366,7 @@ impl<F: Format> World<F> {
     }
 
     fn add_space(&mut self, table: Option<Table<F>>) -> usize {
+        self.env.pool.set_fuse(None);
         let mut table = table.unwrap_or_else(|| match &self.kernel {
             Some(kernel) => {
                 Table::<F>::sharing(self.env, kernel.table, at(self.kernel_base)).unwrap()
@@ -557,8 +576,21 @@ impl<F: Format> World<F> {
         }
     }
 
+    /// A frame of the caller's, which the fuse does not count.
     fn alloc(&self, order: Order) -> Option<OwnedFrame> {
-        self.env.pool.alloc(&FrameRequest::new(order)).ok()
+        self.env.pool.set_fuse(None);
+        let frame = self.env.pool.alloc(&FrameRequest::new(order)).ok();
+        self.env.pool.set_fuse(self.fuse);
+        frame
+    }
+
+    /// After a refusal for want of memory: all is as it was.
+    fn unchanged(&self, space: usize) {
+        let of = &self.spaces[space];
+        of.compare(self.lower());
+        if !F::FIXED_TOP {
+            assert_eq!(of.table.table_count(), of.expected_tables(), "tables");
+        }
     }
 
     /// Commits a gather, now or some operations later.
@@ -622,7 +654,13 @@ impl<F: Format> World<F> {
         // The operation runs on any CPU.
         let cpu = self.rng.below(self.setup.cpus as u64) as usize;
         let machine = self.env.machine;
+        if self.rng.below(6) == 0 {
+            self.fuse = Some(self.rng.below(4));
+        }
+        self.env.pool.set_fuse(self.fuse);
         machine.on_cpu(cpu, || self.operate());
+        self.fuse = None;
+        self.env.pool.set_fuse(None);
         self.revisit();
         for _ in 0..16 {
             self.access();
@@ -661,12 +699,109 @@ impl<F: Format> World<F> {
         let lower = self.lower();
         for space in &self.spaces {
             space.compare(lower);
+            self.agree(space);
             if !F::FIXED_TOP {
                 assert_eq!(space.table.table_count(), space.expected_tables(), "tables");
             }
         }
         if let Some(kernel) = &self.kernel {
             kernel.compare(pages(self.kernel_base, 1024));
+            self.agree(kernel);
+        }
+    }
+
+    /// Holds the tables of a space, read as the manual says, against the model.
+    fn agree(&self, space: &Space<F>) {
+        let memory = self.env.machine.memory();
+        let registers = self.setup.registers;
+        let mode = Mode::of(registers.cr0, registers.cr4, registers.efer).unwrap();
+        let root = space.table.root().frame.start().as_u64();
+        let register = |index: u64| match mode.levels[0].accessed {
+            true => 0,
+            false => memory.load(root + index * 8, 8).unwrap(),
+        };
+        let context = WalkContext {
+            mode,
+            cr3: root,
+            pdptes: [register(0), register(1), register(2), register(3)],
+            inputs: ReservedInputs {
+                max_phys_bits: 46,
+                nxe: registers.efer & manual::efer::NXE != 0,
+                pse: registers.cr4 & manual::cr4::PSE != 0,
+                gigabyte: true,
+            },
+            wp: true,
+            smep: false,
+            smap: false,
+            ac: false,
+            pge: true,
+            pkru: None,
+        };
+        for (&page, item) in &space.model {
+            let walk = walk(
+                memory,
+                &context,
+                mode.wrap(page << 12),
+                None,
+                Touch::Nothing,
+            );
+            let Item::Leaf {
+                frame,
+                order,
+                attributes,
+                dirty,
+            } = *item
+            else {
+                assert_eq!(walk.outcome, Err(Stop::NotPresent), "payload at {page:#x}");
+                continue;
+            };
+            if !attributes.rights.grants_access() {
+                assert_eq!(
+                    walk.outcome,
+                    Err(Stop::NotPresent),
+                    "no access at {page:#x}"
+                );
+                continue;
+            }
+            let found = walk
+                .outcome
+                .unwrap_or_else(|stop| panic!("page {page:#x}: {stop:?}: {:x?}", walk.steps()));
+            // SDM 3A 12.12.2 and table 12-10, with the value that the crate asks kernels to give the register.
+            let memory_type = match 0x0007_0106_0007_0406u64 >> (8 * found.pat) & 0xff {
+                6 => MemoryType::WriteBack,
+                4 => MemoryType::WriteThrough,
+                0 => MemoryType::Uncached,
+                1 => MemoryType::WriteCombining,
+                other => panic!("memory type {other}"),
+            };
+            let has = |right| attributes.rights.contains(right);
+            assert_eq!(
+                (
+                    found.page,
+                    found.shift,
+                    found.rights.writable,
+                    found.rights.user,
+                    found.rights.executable,
+                    found.global,
+                    found.key,
+                    memory_type
+                ),
+                (
+                    frame << 12,
+                    12 + u32::from(order.get()),
+                    has(Rights::WRITE),
+                    has(Rights::USER),
+                    has(Rights::EXECUTE),
+                    has(Rights::GLOBAL),
+                    attributes.pkey,
+                    attributes.memory_type
+                ),
+                "page {page:#x}: {attributes:?}: {:x?}",
+                walk.steps()
+            );
+            if let Some(dirty) = dirty {
+                assert_eq!(found.dirty, dirty, "page {page:#x}");
+            }
         }
     }
 
@@ -706,15 +841,18 @@ impl<F: Format> World<F> {
                             Item::Leaf {
                                 frame: number,
                                 order: Order::ZERO,
-                                attributes: expressed::<F>(Order::ZERO, &rights.into()),
+                                attributes: expressed::<F>(&rights.into()),
                                 dirty: Some(false),
                             },
                         );
                         assert_eq!(before, None);
                     }
                     Err((error, frame)) => {
-                        assert_eq!(error, MapError::Occupied);
-                        assert!(kernel.model.contains_key(&page));
+                        match error {
+                            MapError::Occupied => assert!(kernel.model.contains_key(&page)),
+                            MapError::Memory(_) => {}
+                            other => panic!("{other}"),
+                        }
                         env.pool.free(frame);
                     }
                 }
@@ -735,7 +873,7 @@ impl<F: Format> World<F> {
                 cursor.protect(range, rights, &mut gather).unwrap();
                 for (_, item) in kernel.model.range_mut(page..page + count) {
                     if let Item::Leaf { attributes, .. } = item {
-                        *attributes = expressed::<F>(Order::ZERO, &attributes.rights(rights));
+                        *attributes = expressed::<F>(&attributes.rights(rights));
                     }
                 }
             }
@@ -812,7 +950,7 @@ impl<F: Format> World<F> {
                 let item = Item::Leaf {
                     frame: number,
                     order: Order::ZERO,
-                    attributes: expressed::<F>(Order::ZERO, &attributes),
+                    attributes: expressed::<F>(&attributes),
                     dirty: Some(attributes.dirty),
                 };
                 of.model.insert(page, item);
@@ -823,7 +961,10 @@ impl<F: Format> World<F> {
                 self.env.pool.free(frame);
                 match error {
                     MapError::Occupied => assert!(find(&of.model, page).is_some()),
-                    MapError::Memory(_) => {}
+                    MapError::Memory(_) => {
+                        drop(cursor);
+                        self.unchanged(space);
+                    }
                     other => panic!("{other}"),
                 }
             }
@@ -855,7 +996,7 @@ impl<F: Format> World<F> {
                 let item = Item::Leaf {
                     frame: number,
                     order,
-                    attributes: expressed::<F>(order, &attributes),
+                    attributes: expressed::<F>(&attributes),
                     dirty: Some(attributes.dirty),
                 };
                 of.model.insert(page, item);
@@ -865,6 +1006,8 @@ impl<F: Format> World<F> {
             Err((error, block)) => {
                 assert!(matches!(error, MapError::Memory(_)), "{error}");
                 self.env.pool.free(block);
+                drop(cursor);
+                self.unchanged(space);
             }
         }
     }
@@ -888,8 +1031,13 @@ impl<F: Format> World<F> {
                 if let Some(frame) = stopped.handle {
                     env.pool.free(frame);
                 }
-                if stopped.error == MapError::Occupied {
-                    assert!(find(&of.model, stopped.at.number()).is_some());
+                match stopped.error {
+                    MapError::Occupied => {
+                        assert!(find(&of.model, stopped.at.number()).is_some())
+                    }
+                    MapError::Memory(_) => assert_eq!((stopped.at, given.len()), (at(page), 0)),
+                    MapError::OutOfRange => {}
+                    other => panic!("{other}"),
                 }
                 stopped.at.number()
             }
@@ -899,7 +1047,7 @@ impl<F: Format> World<F> {
             let item = Item::Leaf {
                 frame,
                 order: Order::ZERO,
-                attributes: expressed::<F>(Order::ZERO, &attributes),
+                attributes: expressed::<F>(&attributes),
                 dirty: Some(attributes.dirty),
             };
             of.model.insert(page, item);
@@ -928,7 +1076,7 @@ impl<F: Format> World<F> {
                 }
                 Err(ChangeError::Memory(_)) => {
                     drop(gather);
-                    self.resynchronise(space);
+                    self.unchanged(space);
                     return;
                 }
                 Err(other) => panic!("{other}"),
@@ -961,21 +1109,6 @@ impl<F: Format> World<F> {
         )
     }
 
-    /// After an operation that ran out of memory: it may have cut leaves; the table says which.
-    fn resynchronise(&mut self, space: usize) {
-        let lower = self.lower();
-        let of = &mut self.spaces[space];
-        let mut cursor = of.table.cursor(lower).unwrap();
-        let mut cuts = Vec::new();
-        while let Some(run) = cursor.next_run() {
-            cuts.push(run.range().first().number());
-        }
-        drop(cursor);
-        for page in cuts {
-            cut::<F>(&mut of.model, page);
-        }
-    }
-
     /// Changes rights alone, or everything.
     fn change(&mut self, space: usize, page: u64, count: u64, rights_only: bool) {
         let attributes = self.attributes();
@@ -999,7 +1132,7 @@ impl<F: Format> World<F> {
         if let Err(error) = result {
             assert!(matches!(error, ChangeError::Memory(_)), "{error}");
             drop(gather);
-            return self.resynchronise(space);
+            return self.unchanged(space);
         }
         for (first, item) in inside::<F>(&mut of.model, page, count) {
             if let Item::Leaf {
@@ -1014,7 +1147,7 @@ impl<F: Format> World<F> {
                 } else {
                     attributes
                 };
-                let attributes = expressed::<F>(order, &new);
+                let attributes = expressed::<F>(&new);
                 let item = Item::Leaf {
                     frame,
                     order,
@@ -1055,7 +1188,7 @@ impl<F: Format> World<F> {
                 let item = Item::Leaf {
                     frame: number,
                     order: Order::ZERO,
-                    attributes: expressed::<F>(Order::ZERO, &attributes),
+                    attributes: expressed::<F>(&attributes),
                     dirty: Some(attributes.dirty),
                 };
                 of.model.insert(page, item);
@@ -1120,7 +1253,7 @@ impl<F: Format> World<F> {
         if let Err(error) = result {
             assert!(matches!(error, ChangeError::Memory(_)), "{error}");
             drop(gather);
-            return self.resynchronise(space);
+            return self.unchanged(space);
         }
         for (first, item) in inside::<F>(&mut of.model, page, count) {
             if let Item::Leaf {
@@ -1186,7 +1319,7 @@ impl<F: Format> World<F> {
                     of.model.remove(&(page + offset));
                 }
                 if let Item::Leaf { attributes, .. } = &mut item {
-                    *attributes = expressed::<F>(order, attributes);
+                    *attributes = expressed::<F>(attributes);
                 }
                 of.model.insert(page, item);
                 if quiet {
@@ -1231,8 +1364,9 @@ impl<F: Format> World<F> {
                 of.model.insert(first.wrapping_add(distance), item);
             }
         } else if apart && fits && is_free(&of.model, to, count) {
+            assert!(matches!(result, Err(MoveError::Memory(_))), "{result:?}");
             drop(gather);
-            return self.resynchronise(space);
+            return self.unchanged(space);
         }
         let (from, end) = self.touched(page, count);
         // The target may still be what it was before, if that waits.
@@ -1251,7 +1385,9 @@ impl<F: Format> World<F> {
             return;
         }
         let parent = self.rng.below(self.spaces.len() as u64) as usize;
-        let child = Table::<F>::empty_like(self.env, self.spaces[parent].table).unwrap();
+        let Ok(child) = Table::<F>::empty_like(self.env, self.spaces[parent].table) else {
+            return;
+        };
         let child = self.add_space(Some(child));
         let page = self.areas[self.rng.below(2) as usize];
         let count = 48;
@@ -1278,7 +1414,7 @@ impl<F: Format> World<F> {
                     let item = Item::Leaf {
                         frame: handle.first().number(),
                         order: leaf.order,
-                        attributes: expressed::<F>(leaf.order, &child),
+                        attributes: expressed::<F>(&child),
                         dirty: Some(child.dirty),
                     };
                     copies.push((leaf.page.number(), item));
@@ -1290,6 +1426,13 @@ impl<F: Format> World<F> {
                 }
             },
         );
+        if let Err((ForkError::Memory(_), _)) = result {
+            drop(gather);
+            self.unchanged(parent);
+            assert!(copies.is_empty());
+            assert_eq!(self.spaces[child].table.table_count(), 1);
+            return;
+        }
         if let Err((_, handle)) = result {
             // Out of memory on the way: the child goes again, and the parent keeps what it lost.
             if let Some(handle) = handle {
@@ -1321,7 +1464,7 @@ impl<F: Format> World<F> {
             } = *item
                 && !keep_parent
             {
-                let attributes = expressed::<F>(order, &attributes.write_protected());
+                let attributes = expressed::<F>(&attributes.write_protected());
                 let item = Item::Leaf {
                     frame,
                     order,
@@ -1353,7 +1496,7 @@ impl<F: Format> World<F> {
                         let item = Item::Leaf {
                             frame: first.frame.number() + index * step,
                             order: first.order,
-                            attributes: expressed::<F>(first.order, &first.attributes),
+                            attributes: expressed::<F>(&first.attributes),
                             dirty: Some(first.attributes.dirty),
                         };
                         model.insert(first.page.number() + index * step, item);
@@ -1496,6 +1639,7 @@ fn mergeable(model: &Model, first: u64, order: Order) -> Option<Item> {
 }
 
 /// Adds what a machine did to what others did.
+#[allow(dead_code)]
 pub fn add(total: &mut Stats, more: &Stats) {
     total.accesses += more.accesses;
     total.tlb_hits += more.tlb_hits;

@@ -1,0 +1,590 @@
+// Single situations that a random run meets rarely, each on a machine that forgets nothing.
+use kmem_hal::{
+    Frame, FrameRequest, FrameSink, FrameSource, Mmu, Order, OwnedFrame, Page, PageRange,
+};
+use kmem_mock_x86::{AccessKind, Adversary, Machine, MemoryMap, Registers};
+use kmem_paging::format::X86_64;
+use kmem_paging::{
+    Attributes, ChangeError, ForkItem, ForkStep, Harvest, PageTable, Rights, TableCache,
+};
+
+use super::hostile_env::HostileEnv;
+
+type Table = PageTable<X86_64, &'static HostileEnv, OwnedFrame>;
+
+fn at(page: u64) -> Page {
+    Page::new(page).unwrap()
+}
+
+fn pages(first: u64, count: u64) -> PageRange {
+    PageRange::with_count(at(first), count).unwrap()
+}
+
+/// A machine in plain mode, with two CPUs in one space.
+struct Room {
+    env: &'static HostileEnv,
+    table: Table,
+}
+
+impl Room {
+    fn new() -> Self {
+        let machine = Machine::builder()
+            .memory(MemoryMap::pc(32 << 20))
+            .cpus(2)
+            .registers(Registers::LONG)
+            .adversary(Adversary::OFF)
+            .caching(std::env::var_os("KMEM_MOCK_WITHOUT_TLB").is_none())
+            .watch_kernel(true)
+            .build()
+            .unwrap();
+        let env = HostileEnv::new(machine, 0x400, 0);
+        let table = Table::new(env).unwrap();
+        for cpu in 0..2 {
+            // SAFETY: the machine runs no code from these tables, and they are taken down after the last access.
+            env.machine
+                .on_cpu(cpu, || unsafe { env.mmu.load_root(table.root(), false) });
+        }
+        Self { env, table }
+    }
+
+    fn alloc(&self, order: Order) -> OwnedFrame {
+        self.env.pool.alloc(&FrameRequest::new(order)).unwrap()
+    }
+
+    fn map(&self, page: u64, rights: Rights) -> u64 {
+        let frame = self.alloc(Order::ZERO);
+        let number = frame.first().number();
+        let mut cursor = self.table.cursor(pages(page, 1)).unwrap();
+        cursor.map(at(page), frame, rights).unwrap();
+        number
+    }
+
+    fn touch(&self, cpu: usize, page: u64, kind: AccessKind) -> Option<u64> {
+        let cpu = self.env.machine.cpu(cpu).user();
+        let seen = cpu.translate(page << 12, kind);
+        seen.ok().map(|address| address >> 12)
+    }
+
+    fn write(&self, cpu: usize, page: u64) -> Option<u64> {
+        self.touch(cpu, page, AccessKind::Write)
+    }
+
+    fn unmap(&self, range: PageRange) {
+        let mut gather = self.table.gather::<256>();
+        self.table
+            .cursor(range)
+            .unwrap()
+            .unmap(range, &mut gather)
+            .unwrap();
+        gather.commit_to(&self.env.pool);
+    }
+
+    fn quiet(&self) {
+        let stale = self.env.machine.audit(0, u64::MAX);
+        assert!(stale.is_empty(), "{}", stale[0]);
+    }
+
+    fn finish(self) {
+        let Self { env, table } = self;
+        let idle = Table::new(env).unwrap();
+        for cpu in 0..2 {
+            // SAFETY: as in `new`.
+            env.machine
+                .on_cpu(cpu, || unsafe { env.mmu.load_root(idle.root(), false) });
+        }
+        table.destroy(|_, frame| env.pool.free(frame), |_, _| {});
+        idle.destroy(|_, _| {}, |_, _| {});
+        TableCache::shrink(&env, usize::MAX);
+        assert_eq!(env.pool.in_use(), 0, "frames leaked");
+        // SAFETY: nothing of this environment is left.
+        unsafe { env.retire() };
+    }
+}
+
+/// The hardware sets accessed and dirty between the look at an entry and its change.
+pub fn bits_set_meanwhile_are_kept() {
+    let room = Room::new();
+    let range = pages(0x400, 1);
+    room.map(0x400, Rights::USER_DATA);
+    let clean = || {
+        let mut gather = room.table.gather::<1>();
+        room.table
+            .cursor(range)
+            .unwrap()
+            .update(range, &mut gather, |leaf| {
+                Some(Attributes::new(leaf.attributes.rights))
+            })
+            .unwrap();
+        gather.commit(drop);
+    };
+    let leaf = || room.table.query(at(0x400)).leaf().unwrap();
+    // A change that looks twice.
+    let mut looks = 0;
+    let mut gather = room.table.gather::<1>();
+    room.table
+        .cursor(range)
+        .unwrap()
+        .update(range, &mut gather, |leaf| {
+            looks += 1;
+            if looks == 1 {
+                assert!(room.write(1, 0x400).is_some());
+            }
+            Some(leaf.attributes.write_protected())
+        })
+        .unwrap();
+    gather.commit(drop);
+    assert!(leaf().attributes.dirty && leaf().attributes.accessed && !leaf().is_writable());
+    // The same with a page that was accessed before and is clean: only D is still to come.
+    for first in [AccessKind::Read, AccessKind::Write] {
+        let mut cursor = room.table.cursor(range).unwrap();
+        cursor
+            .protect(range, Rights::USER_DATA, &mut gather)
+            .unwrap();
+        drop(cursor);
+        gather.commit(drop);
+        clean();
+        room.touch(0, 0x400, first);
+        let mut cursor = room.table.cursor(range).unwrap();
+        cursor
+            .harvest(range, Harvest::DIRTY, &mut gather, |_| {})
+            .unwrap();
+        drop(cursor);
+        gather.commit(drop);
+        let mut looks = 0;
+        room.table
+            .cursor(range)
+            .unwrap()
+            .update(range, &mut gather, |leaf| {
+                looks += 1;
+                if looks == 1 {
+                    assert!(room.write(1, 0x400).is_some());
+                }
+                Some(leaf.attributes.write_protected())
+            })
+            .unwrap();
+        gather.commit(drop);
+        assert!(leaf().attributes.dirty, "a write while D was clear");
+    }
+    // Forking asks once, and a CPU writes while it does.
+    let mut cursor = room.table.cursor(range).unwrap();
+    cursor
+        .protect(range, Rights::USER_DATA, &mut gather)
+        .unwrap();
+    drop(cursor);
+    gather.commit(drop);
+    clean();
+    let child = Table::new(room.env).unwrap();
+    room.table
+        .fork_into(&child, range, &mut gather, |item| {
+            let ForkItem::Leaf(leaf) = item else {
+                return ForkStep::Stop;
+            };
+            assert!(!leaf.attributes.dirty);
+            assert!(room.write(1, 0x400).is_some());
+            ForkStep::Leaf {
+                handle: room.alloc(Order::ZERO),
+                child: leaf.attributes.write_protected(),
+                parent: Some(leaf.attributes.write_protected()),
+            }
+        })
+        .unwrap();
+    gather.commit(drop);
+    drop(gather);
+    assert!(leaf().attributes.dirty && !leaf().is_writable());
+    child.destroy(|_, frame| room.env.pool.free(frame), |_, _| {});
+    room.finish();
+}
+
+/// A reserve is enough even where a table that the range shares with a neighbour goes meanwhile.
+pub fn a_reserve_outlives_its_neighbours() {
+    let room = Room::new();
+    let neighbour = 0x400;
+    room.map(neighbour, Rights::USER_DATA);
+    for order in [Order::ZERO, Order::HUGE_2M] {
+        let range = if order == Order::ZERO {
+            // The rest of the neighbour's table.
+            pages(0x401, 0x1ff)
+        } else {
+            // The rest of what its table of the second level covers.
+            pages(0x600, 0x200)
+        };
+        let block = room.alloc(order);
+        let mut cursor = room.table.cursor(range).unwrap();
+        let reserved = cursor.reserve(range, order).unwrap();
+        room.unmap(pages(neighbour, 1));
+        assert_eq!(room.table.table_count(), 1);
+        room.env.pool.set_fuse(Some(0));
+        assert!(reserved >= 3 - usize::from(order > Order::ZERO));
+        cursor
+            .map(range.first(), block, Rights::USER_DATA)
+            .unwrap_or_else(|(error, _)| panic!("the reserve was too small: {error}"));
+        room.env.pool.set_fuse(None);
+        drop(cursor);
+        room.unmap(range);
+        room.map(neighbour, Rights::USER_DATA);
+    }
+    room.finish();
+}
+
+/// A reserve takes exactly what a range can need, and no more.
+pub fn a_reserve_is_not_too_large() {
+    let room = Room::new();
+    for (range, order, most) in [
+        (pages(0x400, 1), Order::ZERO, 3),
+        (pages(0x5ff, 2), Order::ZERO, 4),
+        (pages(0x400, 0x400), Order::ZERO, 4),
+        (pages(0x400, 0x400), Order::HUGE_2M, 2),
+        (pages((1 << 18) - 1, 2), Order::ZERO, 5),
+    ] {
+        let mut cursor = room.table.cursor(range).unwrap();
+        assert_eq!(cursor.reserve(range, order), Ok(most), "{range:?}");
+        drop(cursor);
+    }
+    room.finish();
+}
+
+/// A moved frame is freed from its new page before the old page is flushed (CVE-2018-18281).
+pub fn a_moved_frame_outlives_its_old_page() {
+    let room = Room::new();
+    room.map(0x400, Rights::USER_DATA);
+    assert!(room.write(1, 0x400).is_some());
+    let mut moving = room.table.gather::<1>();
+    room.table
+        .move_range(pages(0x400, 1), at(0x2_0000), &mut moving)
+        .unwrap();
+    room.unmap(pages(0x2_0000, 1));
+    assert_eq!(room.touch(1, 0x400, AccessKind::Read), None);
+    drop(moving);
+    room.quiet();
+    room.finish();
+}
+
+/// A forgotten gather leaks its frame; what is mapped there later is reached by everybody all the same.
+pub fn a_forgotten_gather_is_only_a_leak() {
+    let room = Room::new();
+    let leaked = room.map(0x400, Rights::USER_DATA);
+    room.map(0x401, Rights::USER_DATA);
+    for cpu in 0..2 {
+        room.write(cpu, 0x400).unwrap();
+    }
+    let mut gather = room.table.gather::<1>();
+    room.table
+        .cursor(pages(0x400, 1))
+        .unwrap()
+        .unmap(pages(0x400, 1), &mut gather)
+        .unwrap();
+    std::mem::forget(gather);
+    let frame = room.map(0x400, Rights::USER_DATA);
+    for cpu in 0..2 {
+        assert_eq!(room.write(cpu, 0x400), Some(frame));
+    }
+    room.quiet();
+    // SAFETY: the test knows the number of the frame that it leaked, and it is flushed now.
+    room.env
+        .pool
+        .free(unsafe { OwnedFrame::from_raw(Frame::from_number(leaked), Order::ZERO) });
+    room.finish();
+}
+
+/// Ranges just below and above the number of pages that are flushed one by one, cached everywhere.
+pub fn wide_changes_are_flushed_to_their_ends() {
+    for count in [2, 32, 33, 34, 35, 64, 200] {
+        let room = Room::new();
+        // Across the end of a table.
+        let first = 0x600 - count / 2;
+        for page in first..first + count {
+            room.map(page, Rights::USER_DATA);
+        }
+        let everybody = |expected: bool| {
+            for cpu in 0..2 {
+                for page in first..first + count {
+                    assert_eq!(room.write(cpu, page).is_some(), expected, "{page:#x}");
+                }
+            }
+        };
+        let range = pages(first, count);
+        everybody(true);
+        let mut gather = room.table.gather::<1>();
+        let mut cursor = room.table.cursor(range).unwrap();
+        cursor
+            .protect(range, Rights::READ | Rights::USER, &mut gather)
+            .unwrap();
+        drop(cursor);
+        gather.commit(drop);
+        room.quiet();
+        everybody(false);
+        let mut cursor = room.table.cursor(range).unwrap();
+        cursor
+            .protect(range, Rights::USER_DATA, &mut gather)
+            .unwrap();
+        drop(cursor);
+        gather.commit(drop);
+        drop(gather);
+        everybody(true);
+        room.unmap(range);
+        room.quiet();
+        everybody(false);
+        assert_eq!(room.table.table_count(), 1);
+        room.finish();
+    }
+}
+
+/// Leaves of two sizes in one gather.
+pub fn a_huge_and_a_small_leaf_are_both_flushed() {
+    for small_first in [true, false] {
+        let room = Room::new();
+        let block = room.alloc(Order::HUGE_2M);
+        room.table
+            .cursor(pages(0x600, 512))
+            .unwrap()
+            .map(at(0x600), block, Rights::USER_DATA)
+            .unwrap();
+        for page in [0x5fe, 0x5ff, 0x800, 0x801] {
+            room.map(page, Rights::USER_DATA);
+        }
+        for page in [0x5fe, 0x5ff, 0x600, 0x700, 0x7ff, 0x800, 0x801] {
+            assert!(room.write(1, page).is_some());
+        }
+        let range = if small_first {
+            pages(0x5fe, 514)
+        } else {
+            pages(0x600, 514)
+        };
+        room.unmap(range);
+        room.quiet();
+        room.unmap(pages(0x5fe, 516));
+        room.quiet();
+        room.finish();
+    }
+}
+
+/// A leaf of 1 GiB is cut twice to lose one page; nobody reads its memory, which is not there.
+pub fn a_gigabyte_is_cut_down_to_a_page() {
+    let room = Room::new();
+    let first = 1 << 18;
+    let base = 5u64 << 18;
+    let all = pages(first, 1 << 18);
+    // SAFETY: nobody else has these frames, and nobody reads them.
+    let block = unsafe { OwnedFrame::from_raw(Frame::from_number(base), Order::HUGE_1G) };
+    let mut cursor = room.table.cursor(all).unwrap();
+    cursor.map(at(first), block, Rights::USER_DATA).unwrap();
+    assert_eq!(room.table.table_count(), 2);
+    let hole = first + (7 << 9) + 9;
+    let others = [
+        first,
+        hole - 1,
+        hole + 1,
+        first + (7 << 9),
+        first + (1 << 18) - 1,
+    ];
+    for page in others.into_iter().chain([hole]) {
+        assert_eq!(room.write(1, page), Some(base + page - first));
+    }
+    let mut gather = room.table.gather::<1>();
+    // Without memory for the tables nothing happens.
+    room.env.pool.set_fuse(Some(1));
+    assert!(matches!(
+        cursor.unmap(pages(hole, 1), &mut gather),
+        Err(ChangeError::Memory(_))
+    ));
+    room.env.pool.set_fuse(None);
+    assert_eq!(room.table.table_count(), 2);
+    cursor.unmap(pages(hole, 1), &mut gather).unwrap();
+    cursor.release();
+    gather.commit(|frame| {
+        assert_eq!(frame.first().number(), base + hole - first);
+        let _ = frame.into_raw();
+    });
+    room.quiet();
+    assert_eq!(room.write(1, hole), None);
+    for page in others {
+        assert_eq!(room.write(1, page), Some(base + page - first));
+        let leaf = cursor.query(at(page)).leaf().unwrap();
+        assert!(leaf.attributes.dirty, "D of the whole");
+    }
+    assert_eq!(room.table.table_count(), 4);
+    drop(cursor);
+    // All of it goes, in several gathers.
+    let mut next = first;
+    let mut given = 0;
+    loop {
+        let rest = pages(next, all.last().number() - next + 1);
+        let result = room.table.cursor(rest).unwrap().unmap(rest, &mut gather);
+        gather.commit(|frame| {
+            given += frame.order().frames();
+            let _ = frame.into_raw();
+        });
+        match result {
+            Ok(_) => break,
+            Err(ChangeError::Full { next: from }) => next = from.number(),
+            Err(other) => panic!("{other}"),
+        }
+    }
+    assert_eq!(given, (1 << 18) - 1);
+    drop(gather);
+    assert_eq!(room.table.table_count(), 1);
+    room.quiet();
+    room.finish();
+}
+
+/// A merged page keeps what every part knew, and no CPU keeps a part.
+pub fn a_merge_joins_what_its_parts_knew() {
+    for dirty in [0, 1, 255, 511] {
+        let room = Room::new();
+        let block = room.alloc(Order::HUGE_2M);
+        let base = block.first().number();
+        let all = pages(0x600, 512);
+        let mut gather = room.table.gather::<4>();
+        let mut cursor = room.table.cursor(all).unwrap();
+        cursor.map(at(0x600), block, Rights::USER_DATA).unwrap();
+        cursor.split(at(0x600), &mut gather).unwrap();
+        cursor.release();
+        gather.commit(drop);
+        for cpu in 0..2 {
+            room.touch(cpu, 0x603, AccessKind::Read).unwrap();
+        }
+        assert_eq!(room.write(1, 0x600 + dirty), Some(base + dirty));
+        cursor
+            .merge(at(0x600), Order::HUGE_2M, &mut gather)
+            .unwrap();
+        // Before the commit, and with the lock let go: nobody has a translation of the parts, or the way to their table.
+        cursor.release();
+        room.quiet();
+        let leaf = cursor.query(at(0x600)).leaf().unwrap();
+        assert_eq!(leaf.order, Order::HUGE_2M);
+        assert!(leaf.attributes.dirty && leaf.attributes.accessed);
+        cursor.release();
+        gather.commit(drop);
+        room.quiet();
+        for cpu in 0..2 {
+            assert_eq!(room.write(cpu, 0x777), Some(base + 0x177));
+        }
+        drop(cursor);
+        drop(gather);
+        // The table that went is empty when it comes back.
+        let small = room.map(0x400, Rights::USER_DATA);
+        assert_eq!(room.write(0, 0x400), Some(small));
+        assert_eq!(room.write(0, 0x401), None);
+        room.unmap(all);
+        room.finish();
+    }
+    // Pages that do not belong together stay apart.
+    let room = Room::new();
+    for page in 0x600..0x800 {
+        room.map(page, Rights::USER_DATA);
+    }
+    let all = pages(0x600, 512);
+    let mut gather = room.table.gather::<4>();
+    let mut cursor = room.table.cursor(all).unwrap();
+    let aligned = cursor.query(at(0x600)).leaf().unwrap().frame;
+    let result = cursor.merge(at(0x600), Order::HUGE_2M, &mut gather);
+    assert_eq!(result.is_ok(), aligned.is_aligned(Order::HUGE_2M));
+    cursor.release();
+    drop(gather);
+    drop(cursor);
+    room.finish();
+}
+
+/// A commit interrupts each CPU that has the space once, and nobody else.
+pub fn one_interrupt_for_each_cpu_that_has_the_space() {
+    let room = Room::new();
+    let idle = Table::new(room.env).unwrap();
+    for page in 0x400..0x440 {
+        room.map(page, Rights::USER_DATA);
+    }
+    let count = || room.env.machine.stats().interrupts;
+    let before = count();
+    room.unmap(pages(0x400, 3));
+    assert_eq!(count() - before, 1);
+    // Filling holes and adding rights tells nobody.
+    let before = count();
+    room.map(0x400, Rights::READ | Rights::USER);
+    let mut gather = room.table.gather::<1>();
+    let mut cursor = room.table.cursor(pages(0x400, 1)).unwrap();
+    cursor
+        .protect(pages(0x400, 1), Rights::USER_DATA, &mut gather)
+        .unwrap();
+    drop(cursor);
+    gather.commit(drop);
+    drop(gather);
+    assert_eq!(count(), before);
+    // CPU 1 leaves.
+    // SAFETY: as in `new`.
+    room.env
+        .machine
+        .on_cpu(1, || unsafe { room.env.mmu.load_root(idle.root(), false) });
+    let before = count();
+    room.unmap(pages(0x400, 64));
+    assert_eq!(count(), before, "CPU 1 has nothing of this space");
+    room.quiet();
+    // SAFETY: as in `new`.
+    room.env.machine.on_cpu(1, || unsafe {
+        room.env.mmu.load_root(room.table.root(), false)
+    });
+    idle.destroy(|_, _| {}, |_, _| {});
+    room.finish();
+}
+
+/// A table that was used and freed is empty when it is used again, whoever had its frame meanwhile.
+pub fn a_table_starts_empty() {
+    let room = Room::new();
+    for round in 0..4 {
+        // Frames full of what looks like entries, freed again.
+        let frames: Vec<_> = (0..8).map(|_| room.alloc(Order::ZERO)).collect();
+        for frame in frames {
+            for word in 0..512 {
+                let address = (frame.first().number() << 12) + word * 8;
+                assert!(room.env.machine.memory().store(address, 8, 0x7fff_f067));
+            }
+            room.env.pool.free(frame);
+        }
+        let page = 0x400 + (round << 18);
+        let frame = room.map(page, Rights::USER_DATA);
+        assert_eq!(room.write(0, page), Some(frame));
+        for other in [page + 1, page + 0x200, page + 0x1ff] {
+            assert_eq!(room.write(0, other), None);
+            assert_eq!(room.table.query(at(other)), kmem_paging::Entry::Empty);
+        }
+        room.unmap(pages(page, 1));
+    }
+    room.finish();
+}
+
+/// Every situation of this file.
+pub const ALL: &[(&str, fn())] = &[
+    ("bits set meanwhile are kept", bits_set_meanwhile_are_kept),
+    (
+        "a reserve outlives its neighbours",
+        a_reserve_outlives_its_neighbours,
+    ),
+    ("a reserve is not too large", a_reserve_is_not_too_large),
+    (
+        "a moved frame outlives its old page",
+        a_moved_frame_outlives_its_old_page,
+    ),
+    (
+        "a forgotten gather is only a leak",
+        a_forgotten_gather_is_only_a_leak,
+    ),
+    (
+        "wide changes are flushed to their ends",
+        wide_changes_are_flushed_to_their_ends,
+    ),
+    (
+        "a huge and a small leaf are both flushed",
+        a_huge_and_a_small_leaf_are_both_flushed,
+    ),
+    (
+        "a gigabyte is cut down to a page",
+        a_gigabyte_is_cut_down_to_a_page,
+    ),
+    (
+        "a merge joins what its parts knew",
+        a_merge_joins_what_its_parts_knew,
+    ),
+    (
+        "one interrupt for each CPU that has the space",
+        one_interrupt_for_each_cpu_that_has_the_space,
+    ),
+    ("a table starts empty", a_table_starts_empty),
+];
