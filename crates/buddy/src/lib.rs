@@ -14,6 +14,7 @@ mod free;
 mod range;
 mod state;
 mod view;
+mod watch;
 mod watermark;
 #[cfg(feature = "x86_64")]
 mod x86_frames;
@@ -32,6 +33,7 @@ pub use view::{
     BuddyInfo, FragmentationIndex, MemInfo, PageTypeInfo, Picture, PictureCell, Recount, ShowMem,
     Svg, UnusableIndex, ZoneFree, ZoneInfo,
 };
+pub use watch::{Audit, Owner, PageOwner, Watch, WatchedBuddy};
 #[cfg(feature = "x86_64")]
 pub use x86_frames::X86Frames;
 pub use zone::kind::{MigrateType, ZoneKind, ZoneLimits};

@@ -251,6 +251,19 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         MemInfo::of(self.zones())
     }
 
+    /// Whether all frames of `range` are the allocator's, free or not, in one zone.
+    pub(crate) fn is_own(&self, range: kmem_hal::FrameRange) -> bool {
+        let (first, end) = (range.first().number(), range.end_number());
+        let Some(state) = self.state() else {
+            return false;
+        };
+        let segment = crate::zone::segment::find(state.segments, first);
+        segment
+            .filter(|segment| segment.contains(first, end - first))
+            .and_then(|segment| state.zones.get(segment.zone as usize))
+            .is_some_and(|zone| managed_in(state, zone.kind, first, end) == end - first)
+    }
+
     /// Counts everything from scratch, for a comparison with the figures that are kept.
     ///
     /// Exact while nothing else allocates or frees.
