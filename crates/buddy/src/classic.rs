@@ -56,7 +56,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         // The last byte that has a linear address.
         let last = self.memory().reach().last();
         let last = last.map_or(0, |last| last.start().as_u64() | (PAGE_SIZE - 1));
-        if request.max_address.as_u64() > last && request.mobility == kmem_hal::Mobility::Movable {
+        let mapped = !request.high && request.mobility != kmem_hal::Mobility::Movable;
+        request.high = false;
+        if !mapped && request.max_address.as_u64() > last {
             request.max_address = PhysAddr::new(last);
         }
         let frame = self.alloc(&request)?;

@@ -53,7 +53,11 @@ fn classic_names_give_linear_addresses_of_mapped_memory() {
     window.set_reach((24 << 20) >> 12);
     let buddy = boot(&window, 32);
     assert!(buddy.zones().any(|zone| zone.kind == ZoneKind::HighMem));
-    for request in [FrameRequest::ONE, FrameRequest::ONE.movable()] {
+    for request in [
+        FrameRequest::ONE,
+        FrameRequest::ONE.movable(),
+        FrameRequest::ONE.high(),
+    ] {
         for wanted in [0, 1, 5, 10] {
             let request = FrameRequest {
                 order: order(wanted),

@@ -267,17 +267,17 @@ fn hit_free() {
 
 #[test]
 fn refill() {
-    step("refill", 17, Nmi::Draining, drained, |world| take(world, 0));
+    step("refill", 41, Nmi::Draining, drained, |world| take(world, 0));
 }
 
 #[test]
 fn flush() {
-    step("flush", 17, Nmi::Neutral, full, give);
+    step("flush", 41, Nmi::Neutral, full, give);
 }
 
 #[test]
 fn drain() {
-    step("drain", 23, Nmi::Neutral, full, |world| {
+    step("drain", 61, Nmi::Neutral, full, |world| {
         // What NMIs freed meanwhile may lie in the arrays again.
         let _ = world.buddy.drain_local();
     });
@@ -285,12 +285,12 @@ fn drain() {
 
 #[test]
 fn orders_without_arrays() {
-    step("alloc 6", 17, Nmi::Mixed, drained, |world| take(world, 6));
+    step("alloc 6", 61, Nmi::Mixed, drained, |world| take(world, 6));
     let holding = || World::new(SMALL).hold(6, 1);
-    step("free 6", 17, Nmi::Mixed, holding, give);
+    step("free 6", 61, Nmi::Mixed, holding, give);
     step(
         "alloc 10",
-        101,
+        401,
         Nmi::Mixed,
         || World::new(4096),
         |world| take(world, 10),
@@ -299,12 +299,12 @@ fn orders_without_arrays() {
 
 #[test]
 fn by_place_and_in_batches() {
-    step("alloc_at", 31, Nmi::Mixed, drained, |world| {
+    step("alloc_at", 101, Nmi::Mixed, drained, |world| {
         let first = Frame::new(0x140).unwrap();
         let frame = world.buddy.alloc_at(first, Order::new(2).unwrap()).unwrap();
         assert_eq!(put(&world.got, frame), None);
     });
-    step("batch", 61, Nmi::Draining, drained, |world| {
+    step("batch", 211, Nmi::Draining, drained, |world| {
         let mut give = |frame| assert_eq!(put(&world.got, frame), None);
         let given = world.buddy.alloc_batch(&request(0), 10, &mut give);
         assert_eq!(given, Ok(10));
