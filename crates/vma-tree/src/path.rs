@@ -17,44 +17,71 @@ pub(crate) const HEIGHT_MASK: u64 = 63;
 
 pub(crate) struct Path<const W: usize> {
     nodes: [MaybeUninit<NodePtr<W>>; MAX_HEIGHT],
-    slots: [u8; MAX_HEIGHT],
+    slots: [MaybeUninit<u8>; MAX_HEIGHT],
     height: usize,
-    /// The first page that the leaf answers for.
-    pub(crate) low: u64,
-    /// The last page that the leaf answers for.
-    pub(crate) high: u64,
 }
 
 impl<const W: usize> Path<W> {
+    /// A path that leads nowhere yet.
+    #[inline(always)]
+    pub(crate) const fn unset() -> Self {
+        Self {
+            nodes: [const { MaybeUninit::uninit() }; MAX_HEIGHT],
+            slots: [const { MaybeUninit::uninit() }; MAX_HEIGHT],
+            height: 0,
+        }
+    }
+
     /// The way to the leaf that answers for `page`; `None` in an empty tree.
+    ///
+    /// # Safety
+    ///
+    /// As [`find`](Self::find).
+    #[inline]
+    pub(crate) unsafe fn new(root: u64, page: u64) -> Option<Self> {
+        let mut path = Self::unset();
+        // SAFETY: by contract.
+        unsafe { path.find(root, page) }.then_some(path)
+    }
+
+    /// Leads the path to the leaf that answers for `page`; `false` (and the path is of no use) in an empty tree.
     ///
     /// # Safety
     ///
     /// `root` is the word of a tree whose nodes are alive and not edited by anybody else while the path is used.
     #[inline(always)]
-    pub(crate) unsafe fn new(root: u64, page: u64) -> Option<Self> {
-        let mut path = Self {
-            nodes: [const { MaybeUninit::uninit() }; MAX_HEIGHT],
-            slots: [0; MAX_HEIGHT],
-            height: (root & HEIGHT_MASK) as usize,
-            low: 0,
-            high: Page::MAX.number(),
+    pub(crate) unsafe fn find(&mut self, root: u64, page: u64) -> bool {
+        let Some(mut node) = from_word(root) else {
+            self.height = 0;
+            return false;
         };
-        let mut node = from_word(root)?;
-        let mut level = path.height - 1;
+        self.height = (root & HEIGHT_MASK) as usize;
+        let mut level = self.height - 1;
         while level > 0 {
             // SAFETY: N4, and the contract: the node is alive.
             let inner: &Node<W> = unsafe { node.as_ref() };
             let slot = inner.child_for(page);
-            path.low = inner.first_of(slot, path.low);
-            path.high = inner.last_of(slot, path.high);
-            path.nodes[level].write(node);
-            path.slots[level] = slot as u8;
-            node = inner.child(slot)?;
+            self.take(level, node, slot);
+            let Some(child) = inner.child(slot) else {
+                self.height = 0;
+                return false;
+            };
+            node = child;
             level -= 1;
         }
-        path.nodes[0].write(node);
-        Some(path)
+        self.nodes[0].write(node);
+        true
+    }
+
+    /// Notes the node at `level` and which of its children is taken.
+    #[inline(always)]
+    fn take(&mut self, level: usize, node: NodePtr<W>, slot: usize) {
+        debug_assert!(level < MAX_HEIGHT);
+        // SAFETY: the height is below `MAX_HEIGHT` (no edit makes a tree higher), and levels are below it.
+        unsafe {
+            self.nodes.get_unchecked_mut(level).write(node);
+            self.slots.get_unchecked_mut(level).write(slot as u8);
+        }
     }
 
     /// Number of levels.
@@ -67,15 +94,22 @@ impl<const W: usize> Path<W> {
     #[inline(always)]
     pub(crate) fn pointer(&self, level: usize) -> NodePtr<W> {
         debug_assert!(level < self.height);
-        // SAFETY: `new` wrote every level below the height.
-        unsafe { self.nodes[level].assume_init() }
+        // SAFETY: `find` wrote every level below the height, which is at most `MAX_HEIGHT`.
+        unsafe { self.nodes.get_unchecked(level).assume_init() }
     }
 
     /// The node at `level`.
     #[inline(always)]
     pub(crate) fn node(&self, level: usize) -> &Node<W> {
-        // SAFETY: `new`'s contract: the nodes stay alive while the path is used.
-        unsafe { self.nodes[level].assume_init_ref().as_ref() }
+        debug_assert!(level < self.height);
+        // SAFETY: as in `pointer`; `find`'s contract: the nodes stay alive while the path is used.
+        unsafe { self.nodes.get_unchecked(level).assume_init_ref().as_ref() }
+    }
+
+    /// Notes that another node took the leaf's place.
+    #[inline(always)]
+    pub(crate) fn replace_leaf(&mut self, node: NodePtr<W>) {
+        self.nodes[0].write(node);
     }
 
     /// The leaf.
@@ -87,30 +121,47 @@ impl<const W: usize> Path<W> {
     /// Which child of the node at `level` (1 or above) the path takes.
     #[inline(always)]
     pub(crate) fn slot(&self, level: usize) -> usize {
-        usize::from(self.slots[level])
+        debug_assert!(level > 0 && level < self.height);
+        // SAFETY: as in `pointer`: `find` wrote a slot at every level but 0.
+        usize::from(unsafe { self.slots.get_unchecked(level).assume_init() })
     }
 
     /// Whether the leaf is the tree's last.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn is_last(&self) -> bool {
-        self.high == Page::MAX.number()
+        (1..self.height).all(|level| self.slot(level) + 1 == self.node(level).children())
     }
 
-    /// The pages that the node at `level` answers for.
+    /// The first page that the leaf answers for.
+    #[inline]
+    pub(crate) fn low(&self) -> u64 {
+        self.bounds(0).0
+    }
+
+    /// The last page that the leaf answers for.
+    #[inline]
+    pub(crate) fn high(&self) -> u64 {
+        self.bounds(0).1
+    }
+
+    /// The pages that the node at `level` answers for. Usually the parent knows both ends.
+    #[inline]
     pub(crate) fn bounds(&self, level: usize) -> (u64, u64) {
-        let (mut low, mut high) = (0, Page::MAX.number());
-        for above in (level + 1..self.height).rev() {
-            let (inner, slot) = (self.node(above), self.slot(above));
-            low = inner.first_of(slot, low);
-            high = inner.last_of(slot, high);
-        }
+        let low = (level + 1..self.height)
+            .find(|&above| self.slot(above) > 0)
+            .map_or(0, |above| self.node(above).first_of(self.slot(above), 0));
+        let high = (level + 1..self.height)
+            .find(|&above| self.slot(above) + 1 < self.node(above).children())
+            .map_or(Page::MAX.number(), |above| {
+                self.node(above).last_of(self.slot(above), 0)
+            });
         (low, high)
     }
 
-    /// The largest gap that the leaf's parent has on record for it; `None` where the leaf is the root.
-    #[inline]
-    pub(crate) fn recorded_gap(&self) -> Option<u32> {
-        (self.height > 1).then(|| self.node(1).gap(self.slot(1)))
+    /// The largest gap that the leaf's parent has on record for it. The leaf is not the root.
+    #[inline(always)]
+    pub(crate) fn recorded_gap(&self) -> u32 {
+        self.node(1).gap(self.slot(1))
     }
 
     /// Records the largest gap of the child that the path takes at `level`, and what follows from it above.
@@ -152,7 +203,7 @@ impl<const W: usize> Path<W> {
         for level in 1..self.height {
             let slot = self.slot(level) + 1;
             if slot < self.node(level).children() {
-                self.slots[level] = slot as u8;
+                self.take(level, self.pointer(level), slot);
                 return self.fall(level, false);
             }
         }
@@ -164,28 +215,28 @@ impl<const W: usize> Path<W> {
     pub(crate) fn previous_leaf(&mut self) -> bool {
         for level in 1..self.height {
             if let Some(slot) = self.slot(level).checked_sub(1) {
-                self.slots[level] = slot as u8;
+                self.take(level, self.pointer(level), slot);
                 return self.fall(level, true);
             }
         }
         false
     }
 
-    /// Goes down from the slot taken at `level`, to the first or the last leaf below. The bounds are not kept.
+    /// Goes down from the slot taken at `level`, to the first or the last leaf below.
     fn fall(&mut self, mut level: usize, to_last: bool) -> bool {
         while level > 0 {
             let Some(child) = self.node(level).child(self.slot(level)) else {
                 return false;
             };
             level -= 1;
-            self.nodes[level].write(child);
-            if level > 0 {
-                self.slots[level] = if to_last {
-                    (self.node(level).children() - 1) as u8
-                } else {
-                    0
-                };
-            }
+            // SAFETY: N4: a child of a node in the tree is alive; `find`'s contract.
+            let node = unsafe { child.as_ref() };
+            let slot = if to_last && level > 0 {
+                node.children() - 1
+            } else {
+                0
+            };
+            self.take(level, child, slot);
         }
         true
     }

@@ -8,7 +8,7 @@ use core::fmt;
 use kmem_hal::{AllocError, ObjectAlloc, Page, PageRange};
 
 use crate::edit::{Cut, entry};
-use crate::node::Node;
+use crate::node::{Node, Raw};
 use crate::path::Path;
 use crate::stock::{Exclusive, Sharing};
 use crate::tree::RangeTree;
@@ -177,94 +177,229 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             first: range.first().number(),
             last: range.last().number(),
             value: value.map(V::to_word),
+            shown: (range.first().number(), range.last().number()),
         };
         self.splice(cut, removed)
     }
 
     /// `store_merged_by` for the one writer.
-    pub(crate) fn write_merged(
+    #[inline]
+    pub(crate) fn write_merged<M>(
         &self,
         range: PageRange,
         value: V,
         removed: Removed<'_, V>,
-        merge: MergeRule<'_, V>,
-    ) -> Result<Entry<V>, AllocError> {
+        merge: &mut M,
+    ) -> Result<Entry<V>, AllocError>
+    where
+        M: FnMut(&Entry<V>, &Entry<V>) -> Option<V> + ?Sized,
+    {
+        self.admit()?;
         let mut middle = Entry { range, value };
-        let first = range.first();
-        // SAFETY: the caller is the one writer (E3); nodes in the tree are alive.
-        let Some(path) = (unsafe { Path::new(self.root_word(), first.number()) }) else {
-            self.write(range, Some(value), removed)?;
-            return Ok(middle);
-        };
+        let (first, last) = (range.first().number(), range.last().number());
+        self.with_finger(|path| {
+            if self.aim(path, first, last) {
+                self.merge_at(path, &mut middle, removed, merge)
+            } else {
+                Ok(false)
+            }
+        })
+        .and_then(|done| {
+            if done {
+                Ok(middle)
+            } else {
+                self.write_merged_across(range, value, removed, merge)
+            }
+        })
+    }
+
+    /// [`write_merged`](Self::write_merged) where the way to the range's first page is known. Makes `middle` the range as
+    /// it is merged; `false`, and nothing has changed, where neighbours may lie in other leaves.
+    #[inline(always)]
+    fn merge_at<M>(
+        &self,
+        path: &mut Path<W>,
+        middle: &mut Entry<V>,
+        removed: Removed<'_, V>,
+        merge: &mut M,
+    ) -> Result<bool, AllocError>
+    where
+        M: FnMut(&Entry<V>, &Entry<V>) -> Option<V> + ?Sized,
+    {
+        let range = middle.range;
+        let (first, last) = (range.first().number(), range.last().number());
         let leaf = path.leaf();
-        // What lies right below: the lower part of the entry at `first`, or the entry before it.
-        let at = leaf.first_at_or_after(first.number());
-        let mut in_leaf = true;
-        let below = if at < leaf.count() && leaf.range(at).0 < first.number() {
-            entry(leaf.raw(at)).and_then(|whole| part_below(whole, first))
-        } else if let Some(slot) = at.checked_sub(1) {
-            entry(leaf.raw(slot))
-        } else if path.low == first.number() && path.low > 0 {
-            // E1: the leaf below ends where this one begins.
-            in_leaf = false;
-            first.checked_sub(1).and_then(|page| self.get(page))
+        let rank = leaf.rank(first);
+        if rank > 0 && rank < leaf.count() {
+            let (below, above) = (leaf.range(rank - 1), leaf.range(rank));
+            if below.1 < first && last < above.0 {
+                return self.merge_in_hole(path, middle, (rank, below, above), removed, merge);
+            }
+        }
+        self.merge_ranked(path, middle, rank, removed, merge)
+    }
+
+    /// [`merge_at`](Self::merge_at) where the range lies in a hole between two ranges of the leaf, the upper one at `slot`.
+    #[inline(always)]
+    fn merge_in_hole<M>(
+        &self,
+        path: &mut Path<W>,
+        middle: &mut Entry<V>,
+        (slot, below, above): (usize, (u64, u64), (u64, u64)),
+        removed: Removed<'_, V>,
+        merge: &mut M,
+    ) -> Result<bool, AllocError>
+    where
+        M: FnMut(&Entry<V>, &Entry<V>) -> Option<V> + ?Sized,
+    {
+        let leaf = path.leaf();
+        let range = middle.range;
+        let (first, last) = (range.first().number(), range.last().number());
+        let mut lower = false;
+        if below.1 + 1 == first
+            && let Some(entry) = entry(leaf.raw_of(slot - 1, below))
+            && let Some(value) = merge(&entry, middle)
+        {
+            lower = true;
+            let range = entry.range.hull(middle.range);
+            *middle = Entry { range, value };
+        }
+        let mut upper = false;
+        if last + 1 == above.0
+            && let Some(entry) = entry(leaf.raw_of(slot, above))
+            && let Some(value) = merge(middle, &entry)
+        {
+            upper = true;
+            let range = middle.range.hull(entry.range);
+            *middle = Entry { range, value };
+        }
+        let grown = Raw {
+            first: middle.first().number(),
+            last: middle.last().number(),
+            value: middle.value.to_word(),
+        };
+        if (lower || upper) && leaf.fits(grown.first, grown.last) {
+            let old_gap = above.0 - below.1 - 1;
+            let new_gap = (first - below.1 - 1).max(above.0 - last - 1);
+            let place = slot - usize::from(lower);
+            self.fill(path, place, grown, lower && upper, (old_gap, new_gap))?;
+        } else {
+            let cut = Cut {
+                first: grown.first,
+                last: grown.last,
+                value: Some(grown.value),
+                shown: (first, last),
+            };
+            let touched = (slot - usize::from(lower), slot + usize::from(upper));
+            self.edit_merged(path, &cut, touched, removed)?;
+        }
+        Ok(true)
+    }
+
+    /// [`merge_at`](Self::merge_at) for the rest of the cases: `rank` ranges begin at or below the range's first page.
+    #[inline(never)]
+    fn merge_ranked<M>(
+        &self,
+        path: &mut Path<W>,
+        middle: &mut Entry<V>,
+        rank: usize,
+        removed: Removed<'_, V>,
+        merge: &mut M,
+    ) -> Result<bool, AllocError>
+    where
+        M: FnMut(&Entry<V>, &Entry<V>) -> Option<V> + ?Sized,
+    {
+        let range = middle.range;
+        let (first, last) = (range.first().number(), range.last().number());
+        let leaf = path.leaf();
+        let (mut from, mut to) = leaf.touched(rank, first, last);
+        // E1: a neighbour that touches lies in another leaf only where the range reaches an end of this one.
+        let over_end = to == leaf.count() && last >= leaf.end() && !path.is_last();
+        let at_start = from == 0 && path.low() == first;
+        if over_end || at_start {
+            return Ok(false);
+        }
+        let below = if to > from && leaf.range(from).0 < first {
+            entry(leaf.raw(from)).and_then(|whole| part_below(whole, range.first()))
+        } else if from > 0 && leaf.range(from - 1).1 + 1 == first {
+            entry(leaf.raw(from - 1))
         } else {
             None
         };
         if let Some(below) = below
-            && below.touches(&middle)
-            && let Some(value) = merge(&below, &middle)
+            && let Some(value) = merge(&below, middle)
         {
-            middle = Entry {
-                range: below.range.hull(middle.range),
-                value,
-            };
-        } else {
-            in_leaf = true;
+            let range = below.range.hull(middle.range);
+            from -= usize::from(to == from || leaf.range(from).0 >= first);
+            *middle = Entry { range, value };
         }
-        let above = range.last().checked_add(1).and_then(|next| {
-            let above = if next.number() <= path.high {
-                let slot = leaf.first_at_or_after(next.number());
-                if slot < leaf.count() {
-                    entry(leaf.raw(slot))?
-                } else {
-                    return None;
-                }
-            } else {
-                self.get(next)?
-            };
-            if above.first() >= next {
-                Some(above)
-            } else {
-                part_above(above, range.last())
-            }
-        });
+        let above = if to > from && leaf.range(to - 1).1 > last {
+            entry(leaf.raw(to - 1)).and_then(|whole| part_above(whole, range.last()))
+        } else if to < leaf.count() && leaf.range(to).0 == last + 1 {
+            entry(leaf.raw(to))
+        } else {
+            None
+        };
         if let Some(above) = above
-            && middle.touches(&above)
-            && let Some(value) = merge(&middle, &above)
+            && let Some(value) = merge(middle, &above)
         {
-            middle = Entry {
-                range: middle.range.hull(above.range),
-                value,
-            };
+            let range = middle.range.hull(above.range);
+            to += usize::from(to == 0 || leaf.range(to - 1).1 <= last);
+            *middle = Entry { range, value };
         }
         let cut = Cut {
             first: middle.first().number(),
             last: middle.last().number(),
             value: Some(middle.value.to_word()),
+            shown: (first, last),
         };
-        let mut inside = |piece: Entry<V>| {
-            if let Some(piece) = piece.clipped(range) {
-                removed(piece);
-            }
-        };
-        if in_leaf {
-            let done = self.splice_at(&path, cut, &mut inside);
-            self.stock.trim(&self.alloc);
-            done?;
-        } else {
-            self.splice(cut, &mut inside)?;
+        self.edit_merged(path, &cut, (from, to), removed)?;
+        Ok(true)
+    }
+
+    /// [`write_merged`](Self::write_merged) where neighbours may lie in other leaves.
+    #[inline(never)]
+    fn write_merged_across<M>(
+        &self,
+        range: PageRange,
+        value: V,
+        removed: Removed<'_, V>,
+        merge: &mut M,
+    ) -> Result<Entry<V>, AllocError>
+    where
+        M: FnMut(&Entry<V>, &Entry<V>) -> Option<V> + ?Sized,
+    {
+        let mut middle = Entry { range, value };
+        // The entry below, whole or the part of it that lies below the range.
+        let below = range.first().checked_sub(1).and_then(|page| {
+            let whole = self.get(page)?;
+            part_below(whole, range.first())
+        });
+        if let Some(below) = below
+            && let Some(value) = merge(&below, &middle)
+        {
+            let range = below.range.hull(middle.range);
+            middle = Entry { range, value };
         }
+        let above = range.last().checked_add(1).and_then(|page| {
+            let whole = self.get(page)?;
+            part_above(whole, range.last())
+        });
+        if let Some(above) = above
+            && let Some(value) = merge(&middle, &above)
+        {
+            let range = middle.range.hull(above.range);
+            middle = Entry { range, value };
+        }
+        self.splice(
+            Cut {
+                first: middle.first().number(),
+                last: middle.last().number(),
+                value: Some(middle.value.to_word()),
+                shown: (range.first().number(), range.last().number()),
+            },
+            removed,
+        )?;
         Ok(middle)
     }
 

@@ -3,7 +3,7 @@
 use core::fmt;
 use core::marker::PhantomData;
 
-use kmem_hal::sync::{AtomicU64, LocalUsize, Ordering};
+use kmem_hal::sync::{AtomicU64, LocalUsize, Ordering, UnsafeCell};
 use kmem_hal::{Grace, ObjectAlloc, Page};
 
 use crate::edit::entry;
@@ -28,6 +28,8 @@ pub struct RangeTree<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing = Exclusive, 
     /// Counts edits, so that a finger notices them.
     edits: AtomicU64,
     len: LocalUsize,
+    /// The way to the leaf that was edited last (`E4`). The writer's alone.
+    pub(crate) finger: UnsafeCell<Path<W>>,
     pub(crate) stock: Stock<W>,
     pub(crate) sharing: S,
     pub(crate) alloc: A,
@@ -59,6 +61,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> RangeTree<V, A, Exclusiv
                 root: AtomicU64::new(0),
                 edits: AtomicU64::new(0),
                 len: LocalUsize::new(0),
+                finger: UnsafeCell::new(Path::unset()),
                 stock: Stock::new(),
                 sharing: Exclusive,
                 alloc,
@@ -76,6 +79,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> RangeTree<V, A
                 root: AtomicU64::new(0),
                 edits: AtomicU64::new(0),
                 len: LocalUsize::new(0),
+                finger: UnsafeCell::new(Path::unset()),
                 stock: Stock::new(),
                 sharing: Shared(grace),
                 alloc,
@@ -209,6 +213,11 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         self.root.store(word, self.planted.publish());
     }
 
+    /// Forgets where the last edit was (`E4`). Only for the writer.
+    pub(crate) fn unset_finger(&self) {
+        self.with_finger(|path| *path = Path::unset());
+    }
+
     /// The number of edits so far.
     #[inline(always)]
     pub(crate) fn edits(&self) -> u64 {
@@ -230,6 +239,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let ends = unsafe { (Path::new(root, 0), Path::new(root, Page::MAX.number())) };
         if let (Some(before), Some(after)) = ends {
             self.set_root(0);
+            self.unset_finger();
             self.sweep_all(&before, &after);
             self.count_edit(0, self.len());
         }

@@ -21,10 +21,13 @@
 //!   whole, and a lookup of the next range above never leaves the leaf.
 //! - `E2`: the gap on record for a child is the largest gap in the pages that the child answers for.
 //! - `E3`: one writer edits at a time (`&mut RangeTree`, or the contract of `SharedTree::writer`).
+//! - `E4`: the writer's finger is unset, or it is the way from the root to a leaf of the tree: whoever replaces a node
+//!   on it by another unsets it. So an edit near the last one needs no descent.
 //!
 //! Cost: N ranges, height h = log N; in a leaf one descent and at most one node; across leaves O(h) nodes and O(k) for
 //! k ranges removed.
 
+mod leaf;
 mod rebuild;
 mod sweep;
 
@@ -46,15 +49,23 @@ pub(crate) struct Cut {
     pub(crate) first: u64,
     pub(crate) last: u64,
     pub(crate) value: Option<u64>,
+    /// The pages whose ranges are handed to the caller: not those of neighbours that the new range is merged with.
+    pub(crate) shown: (u64, u64),
 }
 
-/// Shows removed pieces, clipped to the cut.
-pub(crate) fn show<V: Value>(raw: Raw, cut: Cut, removed: &mut dyn FnMut(Entry<V>)) {
+/// Shows a removed range, clipped to what is shown.
+#[inline(always)]
+pub(crate) fn show<V: Value>(raw: Raw, cut: &Cut, removed: &mut dyn FnMut(Entry<V>)) {
+    let (first, last) = (cut.shown.0.max(raw.first), cut.shown.1.min(raw.last));
+    if first <= last {
+        show_part(raw, (first, last), removed);
+    }
+}
+
+#[inline(always)]
+fn show_part<V: Value>(raw: Raw, (first, last): (u64, u64), removed: &mut dyn FnMut(Entry<V>)) {
     if let Some(whole) = entry::<V>(raw)
-        && let Some(inside) = PageRange::new(
-            Page::from_number(cut.first.max(raw.first)),
-            Page::from_number(cut.last.min(raw.last)),
-        )
+        && let Some(inside) = PageRange::new(Page::from_number(first), Page::from_number(last))
         && let Some(piece) = whole.clipped(inside)
     {
         removed(piece);
@@ -79,89 +90,47 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         cut: Cut,
         removed: &mut dyn FnMut(Entry<V>),
     ) -> Result<(), AllocError> {
+        self.admit()?;
+        self.with_finger(|path| {
+            if self.aim(path, cut.first, cut.last) {
+                self.splice_at(path, &cut, removed)
+            } else {
+                self.plant(cut)
+            }
+        })
+    }
+
+    /// Runs `edit` with the writer's finger: the way to the leaf that was edited last, or nothing (`E4`).
+    ///
+    /// Not to be nested.
+    #[inline(always)]
+    pub(crate) fn with_finger<R>(&self, edit: impl FnOnce(&mut Path<W>) -> R) -> R {
+        self.finger.with_mut(|path| {
+            // SAFETY: E3: the finger is the one writer's, and edits are not nested.
+            edit(unsafe { &mut *path })
+        })
+    }
+
+    /// Leads the path to the leaf that answers for `first`; `false` in an empty tree.
+    #[inline(always)]
+    pub(crate) fn aim(&self, path: &mut Path<W>, first: u64, last: u64) -> bool {
+        if path.height() > 0 && path.leaf().spans(first, last) {
+            return true;
+        }
+        // SAFETY: E3: nobody else edits; nodes in the tree are alive (K1).
+        unsafe { path.find(self.root_word(), first) }
+    }
+
+    /// Refuses an edit where too much garbage waits for readers.
+    #[inline(always)]
+    pub(crate) fn admit(&self) -> Result<(), AllocError> {
         if S::SHARED && self.stock.garbage() >= GARBAGE_LIMIT {
             self.stock.collect(&self.sharing);
             if self.stock.garbage() >= GARBAGE_LIMIT && self.stock.hold.get() == 0 {
                 return Err(AllocError::Busy);
             }
         }
-        // SAFETY: E3: nobody else edits; nodes in the tree are alive (K1).
-        let Some(path) = (unsafe { Path::new(self.root_word(), cut.first) }) else {
-            return self.plant(cut);
-        };
-        let done = self.splice_at(&path, cut, removed);
-        self.stock.trim(&self.alloc);
-        done
-    }
-
-    /// [`splice`](Self::splice) where the way to the cut's first page is known.
-    pub(crate) fn splice_at(
-        &self,
-        path: &Path<W>,
-        cut: Cut,
-        removed: &mut dyn FnMut(Entry<V>),
-    ) -> Result<(), AllocError> {
-        let leaf = path.leaf();
-        let from = leaf.first_at_or_after(cut.first);
-        let mut pieces = Pieces::new(Raw::EMPTY);
-        if from < leaf.count() {
-            let raw = leaf.raw(from);
-            if raw.first < cut.first {
-                pieces.push(Raw {
-                    last: cut.first - 1,
-                    ..raw
-                });
-            }
-        }
-        if let Some(value) = cut.value {
-            pieces.push(Raw {
-                first: cut.first,
-                last: cut.last,
-                value,
-            });
-        }
-        if cut.last > path.high {
-            // SAFETY: as above; the tree is not empty.
-            let Some(right) = (unsafe { Path::new(self.root_word(), cut.last) }) else {
-                return Ok(());
-            };
-            let to = right.leaf().rank(cut.last);
-            self.push_rest(&right, to, cut, &mut pieces);
-            return self.rebuild((path, from), (&right, to), &pieces, cut, removed);
-        }
-        let mut to = from;
-        while to < leaf.count() && leaf.range(to).0 <= cut.last {
-            to += 1;
-        }
-        if to > from {
-            self.push_rest(path, to, cut, &mut pieces);
-        } else if pieces.is_empty() {
-            return Ok(());
-        }
-        let count = leaf.count() - (to - from) + pieces.len();
-        let grows = pieces.len() >= to - from;
-        let enough = grows || path.height() == 1 || count >= Node::<W>::LEAF_LOW;
-        if count > 0 && enough && leaf.can_replace(from, to, &pieces) {
-            self.edit_leaf(path, (from, to), &pieces, cut, removed)
-        } else {
-            self.rebuild((path, from), (path, to), &pieces, cut, removed)
-        }
-    }
-
-    /// Pushes what the last range of the cut has above it.
-    #[inline(always)]
-    fn push_rest(&self, right: &Path<W>, to: usize, cut: Cut, pieces: &mut Pieces) {
-        if let Some(at) = to.checked_sub(1) {
-            let raw = right.leaf().raw(at);
-            if raw.last > cut.last {
-                let above = cut.last + 1 - raw.first;
-                pieces.push(Raw {
-                    first: cut.last + 1,
-                    last: raw.last,
-                    value: V::from_word(raw.value).split(above).to_word(),
-                });
-            }
-        }
+        Ok(())
     }
 
     /// The first range of an empty tree.
@@ -183,104 +152,6 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         self.set_root(to_word(node) | 1);
         self.count_edit(1, 0);
         Ok(())
-    }
-
-    /// Replaces the ranges `from .. to` of a leaf that can hold the result.
-    fn edit_leaf(
-        &self,
-        path: &Path<W>,
-        (from, to): (usize, usize),
-        pieces: &[Raw],
-        cut: Cut,
-        removed: &mut dyn FnMut(Entry<V>),
-    ) -> Result<(), AllocError> {
-        let leaf = path.leaf();
-        let copy: Option<NodePtr<W>> = if self.planted.copies(S::SHARED) {
-            Some(self.stock.take(&self.alloc)?)
-        } else {
-            None
-        };
-        // What the change does to the gaps beside it.
-        let is_last = path.is_last();
-        let below = leaf.free_from(from, path.low);
-        let (mut free, mut old_gap) = (below, 0);
-        for slot in from..to {
-            let (first, last) = leaf.range(slot);
-            old_gap = old_gap.max(first - free);
-            free = last + 1;
-        }
-        let at_end = to == leaf.count();
-        let end = if !at_end {
-            leaf.range(to).0
-        } else if is_last {
-            Page::LIMIT
-        } else {
-            free
-        };
-        old_gap = old_gap.max(end - free);
-        let (mut free, mut new_gap) = (below, 0);
-        for raw in pieces {
-            new_gap = new_gap.max(raw.first - free);
-            free = raw.last + 1;
-        }
-        let lowered = at_end && !is_last && free <= path.high;
-        if !at_end || is_last {
-            new_gap = new_gap.max(end - free);
-        }
-        match copy {
-            Some(copy) => {
-                // SAFETY: the node is ours until it is published.
-                let new = unsafe { copy.as_ref() };
-                leaf.replace_into(new, from, to, pieces);
-                self.publish(path, 1, copy);
-                for slot in from..to {
-                    show(leaf.raw(slot), cut, removed);
-                }
-                self.retire(path.pointer(0));
-                self.finish_leaf(path, new, (old_gap, new_gap), lowered.then(|| free - 1));
-            }
-            None => {
-                for slot in from..to {
-                    show(leaf.raw(slot), cut, removed);
-                }
-                leaf.replace(from, to, pieces);
-                self.finish_leaf(
-                    path,
-                    path.node(0),
-                    (old_gap, new_gap),
-                    lowered.then(|| free - 1),
-                );
-            }
-        }
-        self.count_edit(pieces.len(), to - from);
-        Ok(())
-    }
-
-    /// Records what the edit of a leaf did to gaps and boundaries (`E1`, `E2`).
-    #[inline(always)]
-    fn finish_leaf(
-        &self,
-        path: &Path<W>,
-        leaf: &Node<W>,
-        (old_gap, new_gap): (u64, u64),
-        lowered: Option<u64>,
-    ) {
-        let Some(recorded) = path.recorded_gap() else {
-            return;
-        };
-        if let Some(last) = lowered {
-            path.lower_boundary(1, last);
-        }
-        let (old_gap, new_gap) = (saturate(old_gap), saturate(new_gap));
-        if new_gap >= recorded {
-            path.record_gap(1, new_gap);
-        } else if old_gap >= recorded {
-            let gap = leaf.leaf().largest_gap(path.low, path.is_last());
-            path.record_gap(1, saturate(gap));
-        }
-        if lowered.is_some() {
-            self.refresh_gap(path.high + 1);
-        }
     }
 
     /// Makes `node` the child that the path takes at `level`, or the root. The one store that readers see.
@@ -306,7 +177,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     pub(super) fn refresh_gap(&self, page: u64) {
         // SAFETY: E3: nobody else edits; nodes in the tree are alive.
         if let Some(path) = unsafe { Path::<W>::new(self.root_word(), page) } {
-            let gap = path.leaf().largest_gap(path.low, path.is_last());
+            let gap = path.leaf().largest_gap(path.low(), path.is_last());
             path.record_gap(1, saturate(gap));
         }
     }

@@ -73,7 +73,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         left: (&Path<W>, usize),
         right: (&Path<W>, usize),
         pieces: &Pieces,
-        cut: Cut,
+        cut: &Cut,
         removed: &mut dyn FnMut(Entry<V>),
     ) -> Result<(), AllocError> {
         let (before, after) = (left.0, right.0);
@@ -143,6 +143,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         if let Some(end) = stale {
             self.refresh_gap((end + 1).min(Page::MAX.number()));
         }
+        self.stock.trim(&self.alloc);
         Ok(())
     }
 
@@ -152,7 +153,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         (before, from): (&Path<W>, usize),
         (after, to): (&Path<W>, usize),
         pieces: &Pieces,
-        cut: Cut,
+        cut: &Cut,
         taken: &mut Taken<'_, V, A, S, W>,
     ) -> Result<(Row<W>, u64), AllocError> {
         let mut own = List::<Raw, RANGES>::new(Raw::EMPTY);
@@ -164,7 +165,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         for slot in to..right.count() {
             own.push(right.raw(slot));
         }
-        let (mut low, mut high) = (before.low, after.high);
+        let (mut low, mut high) = (before.low(), after.high());
         let mut drawn = Drawn::Nothing;
         let joined;
         let mut ranges = &own;

@@ -17,9 +17,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             first: 0,
             last: u64::MAX,
             value: None,
+            shown: (0, u64::MAX),
         };
         let drawn = [Drawn::Nothing; MAX_HEIGHT];
-        self.sweep(before, after, before.height(), &drawn, cut, &mut |_| ());
+        self.sweep(before, after, before.height(), &drawn, &cut, &mut |_| ());
     }
 
     /// Shows the ranges of the old tree that the cut removed and retires every node below `top` that lies on or between
@@ -32,7 +33,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         after: &Path<W>,
         top: usize,
         drawn: &[Drawn; MAX_HEIGHT],
-        cut: Cut,
+        cut: &Cut,
         removed: &mut dyn FnMut(Entry<V>),
     ) -> usize {
         // Which neighbours were drawn in is read from the old parents, before anything is retired.

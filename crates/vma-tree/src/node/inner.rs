@@ -129,10 +129,13 @@ impl<const W: usize> Node<W> {
 
     /// The largest gap below the node.
     pub(crate) fn largest_child_gap(&self) -> u32 {
-        (0..self.children())
-            .map(|slot| self.gap(slot))
-            .max()
-            .unwrap_or(0)
+        // Half word 0 is the count; those of children that do not exist are 0.
+        let mut largest = (self.word(Self::GAPS) >> 32) as u32;
+        for word in Self::GAPS + 1..W {
+            let word = self.word(word);
+            largest = largest.max(word as u32).max((word >> 32) as u32);
+        }
+        largest
     }
 
     /// The children with a gap of at least `need` (not 0) on record, one bit each. No branch depends on a record.

@@ -49,21 +49,14 @@ impl Coding {
         (1 << self.width) - 1
     }
 
+    #[inline(always)]
     fn fits_length(self, pages_less_one: u64) -> bool {
         pages_less_one <= self.length_mask()
     }
 
-    /// Whether a range can be written.
-    #[inline]
-    pub(crate) fn fits(self, raw: &Raw) -> bool {
-        raw.first >= self.base
-            && raw.first - self.base <= self.reach()
-            && self.fits_length(raw.last - raw.first)
-    }
-
     #[inline(always)]
-    fn key(self, raw: &Raw) -> u64 {
-        (raw.first - self.base) << self.width | (raw.last - raw.first)
+    fn key(self, first: u64, last: u64) -> u64 {
+        (first - self.base) << self.width | (last - first)
     }
 
     /// First and last page of a key.
@@ -116,7 +109,7 @@ impl<const W: usize> Node<W> {
         for slot in 0..Self::RANGES {
             match ranges.get(slot) {
                 Some(raw) => {
-                    self.set_word(slot, coding.key(raw));
+                    self.set_word(slot, coding.key(raw.first, raw.last));
                     self.set_word(Self::VALUES + slot, raw.value);
                 }
                 None => self.set_word(slot, UNUSED),
@@ -133,7 +126,7 @@ impl<const W: usize> Node<W> {
     }
 }
 
-impl<const W: usize> Leaf<'_, W> {
+impl<'a, const W: usize> Leaf<'a, W> {
     /// How many ranges.
     #[inline(always)]
     pub(crate) fn count(&self) -> usize {
@@ -156,6 +149,16 @@ impl<const W: usize> Leaf<'_, W> {
     #[inline(always)]
     pub(crate) fn raw(&self, slot: usize) -> Raw {
         let (first, last) = self.range(slot);
+        Raw {
+            first,
+            last,
+            value: self.value(slot),
+        }
+    }
+
+    /// Range `slot`, whose pages are known, with its value.
+    #[inline(always)]
+    pub(crate) fn raw_of(&self, slot: usize, (first, last): (u64, u64)) -> Raw {
         Raw {
             first,
             last,
@@ -198,15 +201,6 @@ impl<const W: usize> Leaf<'_, W> {
         (page <= raw.last).then_some(raw)
     }
 
-    /// The page after range `slot - 1`; `low` for slot 0.
-    #[inline(always)]
-    pub(crate) fn free_from(&self, slot: usize, low: u64) -> u64 {
-        match slot.checked_sub(1) {
-            Some(below) => self.range(below).1 + 1,
-            None => low,
-        }
-    }
-
     /// The largest gap: before the first range from `low` on, between ranges, and after the last one up to the end of
     /// the space if the leaf is the tree's last.
     pub(crate) fn largest_gap(&self, low: u64, is_last: bool) -> u64 {
@@ -223,28 +217,70 @@ impl<const W: usize> Leaf<'_, W> {
         largest
     }
 
-    /// Whether ranges `from .. to` can become `new` in this leaf.
-    #[inline]
-    pub(crate) fn can_replace(&self, from: usize, to: usize, new: &[Raw]) -> bool {
-        self.count - (to - from) + new.len() <= Node::<W>::RANGES
-            && new.iter().all(|raw| self.coding.fits(raw))
+    /// The last page of the leaf's last range.
+    #[inline(always)]
+    pub(crate) fn end(&self) -> u64 {
+        // N1: a leaf is not empty.
+        self.range(self.count.saturating_sub(1)).1
     }
 
-    /// Replaces ranges `from .. to` by `new`, which [`can_replace`](Self::can_replace), in place.
+    /// Whether both pages lie between the leaf's first and last page.
+    #[inline(always)]
+    pub(crate) fn spans(&self, first: u64, last: u64) -> bool {
+        self.range(0).0 <= first && last <= self.end()
+    }
+
+    /// The ranges `from .. to` that have a page in `first ..= last`; both the place of the next range above if none has.
+    /// `rank` is that of `first`.
+    #[inline(always)]
+    pub(crate) fn touched(&self, rank: usize, first: u64, last: u64) -> (usize, usize) {
+        let covers = rank > 0 && self.range(rank - 1).1 >= first;
+        let from = rank - usize::from(covers);
+        let mut to = rank;
+        // Most edits touch one range or none.
+        while to < self.count && self.range(to).0 <= last {
+            to += 1;
+        }
+        (from, to)
+    }
+
+    /// The node.
+    #[inline(always)]
+    pub(crate) fn node(&self) -> &'a Node<W> {
+        self.node
+    }
+
+    /// Whether a range can be written into this leaf.
+    #[inline(always)]
+    pub(crate) fn fits(&self, first: u64, last: u64) -> bool {
+        // Below the base the distance wraps, and is above every reach.
+        first.wrapping_sub(self.coding.base) <= self.coding.reach()
+            && self.coding.fits_length(last - first)
+    }
+
+    /// Whether a range that begins with `first` and is a part of one of this leaf's can be written into it.
+    #[inline(always)]
+    pub(crate) fn fits_part(&self, first: u64) -> bool {
+        first - self.coding.base <= self.coding.reach()
+    }
+
+    /// Moves the ranges from slot `to` on so that they begin at slot `end`, and counts them.
     ///
-    /// Only for a tree that no reader looks at.
-    pub(crate) fn replace(&self, from: usize, to: usize, new: &[Raw]) {
-        let node = self.node;
-        let values = Node::<W>::VALUES;
-        let end = from + new.len();
-        let count = self.count - (to - from) + new.len();
+    /// Only for a node that no reader can reach, as the setters below. There is room.
+    #[inline(always)]
+    pub(crate) fn make_room(&self, end: usize, to: usize) {
+        let (node, values) = (self.node, Node::<W>::VALUES);
+        if end == to {
+            return;
+        }
+        let count = self.count + end - to;
         if end > to {
             let up = end - to;
             for slot in (to..self.count).rev() {
                 node.set_word(slot + up, node.word(slot));
                 node.set_word(values + slot + up, node.word(values + slot));
             }
-        } else if end < to {
+        } else {
             let down = to - end;
             for slot in to..self.count {
                 node.set_word(slot - down, node.word(slot));
@@ -254,36 +290,18 @@ impl<const W: usize> Leaf<'_, W> {
                 node.set_word(slot, UNUSED);
             }
         }
-        for (slot, raw) in new.iter().enumerate() {
-            node.set_word(from + slot, self.coding.key(raw));
-            node.set_word(values + from + slot, raw.value);
-        }
-        if count != self.count {
-            node.set_header(self.coding, count);
-        }
+        node.set_header(self.coding, count);
     }
 
-    /// Writes this leaf with ranges `from .. to` replaced by `new` into `copy`, which no reader can reach.
-    pub(crate) fn replace_into(&self, copy: &Node<W>, from: usize, to: usize, new: &[Raw]) {
-        let values = Node::<W>::VALUES;
-        let end = from + new.len();
-        let count = self.count - (to - from) + new.len();
-        for slot in 0..from {
-            copy.set_word(slot, self.node.word(slot));
-            copy.set_word(values + slot, self.value(slot));
-        }
-        for (slot, raw) in new.iter().enumerate() {
-            copy.set_word(from + slot, self.coding.key(raw));
-            copy.set_word(values + from + slot, raw.value);
-        }
-        for slot in to..self.count {
-            copy.set_word(slot - to + end, self.node.word(slot));
-            copy.set_word(values + slot - to + end, self.value(slot));
-        }
-        for slot in count..Node::<W>::RANGES {
-            copy.set_word(slot, UNUSED);
-        }
-        copy.set_header(self.coding, count);
-        copy.set_link(0);
+    /// Writes the range of `slot`, which fits.
+    #[inline(always)]
+    pub(crate) fn set_range(&self, slot: usize, first: u64, last: u64) {
+        self.node.set_word(slot, self.coding.key(first, last));
+    }
+
+    /// Writes the value's word of range `slot`.
+    #[inline(always)]
+    pub(crate) fn set_value(&self, slot: usize, value: u64) {
+        self.node.set_word(Node::<W>::VALUES + slot, value);
     }
 }

@@ -124,6 +124,24 @@ impl<const W: usize> Node<W> {
         self.at(index).store(word, Ordering::Relaxed);
     }
 
+    /// Copies every word of `from` into this node, which no reader can reach.
+    ///
+    /// For the writer: what it alone changes it may read as plain memory.
+    #[inline(always)]
+    pub(crate) fn copy_from(&self, from: &Self) {
+        #[cfg(not(loom))]
+        {
+            let (source, target) = (from.words.as_ptr(), self.words.as_ptr().cast_mut());
+            // SAFETY: both are `W` words. `from` is changed by nobody else (E3; readers only load), `self` is reached by
+            // nobody else, and an atomic word may be written through a shared reference.
+            unsafe { core::ptr::copy_nonoverlapping(source, target, W) }
+        }
+        #[cfg(loom)]
+        for index in 0..W {
+            self.set_word(index, from.word(index));
+        }
+    }
+
     /// The link of a node outside of the tree, 0 inside.
     #[inline(always)]
     pub(crate) fn link(&self) -> u64 {

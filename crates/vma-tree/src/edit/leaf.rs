@@ -1,0 +1,430 @@
+//! The edit that stays in one leaf: what nearly every `mmap`, `munmap` and `mprotect` is.
+//!
+//! ```text
+//!   old        [aa] . [bbbbbbbb] . [cc]          from = 1, to = 2: the ranges that the cut touches
+//!                        └cut┘
+//!   new        [aa] . [bb] x [bb] . [cc]         lower rest, new range (if any), upper rest take their places
+//!                   ^            ^
+//!                  low          high             only gaps between these two pages change
+//! ```
+//!
+//! The pieces are keys and not ranges, the tail is moved once, and gap records above are looked at only where the gaps
+//! beside the cut are among the largest. A tree that is shared does the same in a copy of the leaf.
+
+use kmem_hal::{AllocError, ObjectAlloc, Page};
+
+use super::{Cut, Pieces, show};
+use crate::node::{Leaf, Node, NodePtr, Raw, saturate};
+use crate::path::Path;
+use crate::stock::Sharing;
+use crate::tree::RangeTree;
+use crate::value::{Entry, Value};
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
+    /// Makes the pages of `cut` what it says, where the way to its first page is known.
+    ///
+    /// The two most common edits come first: a range that lies inside another one, and a range in a hole with neighbours
+    /// on both sides. There only one gap changes, and no boundary.
+    #[inline(always)]
+    pub(crate) fn splice_at(
+        &self,
+        path: &mut Path<W>,
+        cut: &Cut,
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<(), AllocError> {
+        // SAFETY: E3, E4: the path's nodes are alive, and a leaf that is taken out is kept until its ranges were shown.
+        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let leaf = old.leaf();
+        let rank = leaf.rank(cut.first);
+        if let Some(slot) = rank.checked_sub(1) {
+            let (first, last) = leaf.range(slot);
+            if first < cut.first && cut.last < last {
+                let pieces = 1 + usize::from(cut.value.is_some());
+                if leaf.count() + pieces <= Node::<W>::RANGES && leaf.fits_part(cut.last + 1) {
+                    let raw = Raw {
+                        first,
+                        last,
+                        value: leaf.value(slot),
+                    };
+                    return self.punch(path, old, (slot, raw), cut, removed);
+                }
+            } else if last < cut.first && rank < leaf.count() {
+                let above = leaf.range(rank).0;
+                if cut.last < above {
+                    let Some(value) = cut.value else {
+                        return Ok(());
+                    };
+                    if leaf.count() < Node::<W>::RANGES && leaf.fits(cut.first, cut.last) {
+                        let target = self.writable(old)?;
+                        target.make_room(rank + 1, rank);
+                        target.set_range(rank, cut.first, cut.last);
+                        target.set_value(rank, value);
+                        self.replaced(path, target.node(), || ());
+                        self.count_edit(1, 0);
+                        let gap = (cut.first - last - 1).max(above - cut.last - 1);
+                        self.gap_changed(path, above - last - 1, gap);
+                        return Ok(());
+                    }
+                }
+            }
+        }
+        self.splice_ranked(path, cut, rank, removed)
+    }
+
+    /// Puts what `cut` says into the middle of a range.
+    #[inline(always)]
+    fn punch(
+        &self,
+        path: &mut Path<W>,
+        old: &Node<W>,
+        (slot, raw): (usize, Raw),
+        cut: &Cut,
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<(), AllocError> {
+        let above = V::from_word(raw.value).split(cut.last + 1 - raw.first);
+        let target = self.writable(old)?;
+        if !self.copies() {
+            show(raw, cut, removed);
+        }
+        let mut upper = slot + 1;
+        if let Some(value) = cut.value {
+            target.make_room(slot + 3, slot + 1);
+            target.set_range(slot + 1, cut.first, cut.last);
+            target.set_value(slot + 1, value);
+            upper += 1;
+        } else {
+            target.make_room(slot + 2, slot + 1);
+        }
+        target.set_range(slot, raw.first, cut.first - 1);
+        target.set_range(upper, cut.last + 1, raw.last);
+        target.set_value(upper, above.to_word());
+        self.replaced(path, target.node(), || show(raw, cut, removed));
+        self.count_edit(upper + 1 - slot, 1);
+        if cut.value.is_none() {
+            self.gap_changed(path, 0, cut.last + 1 - cut.first);
+        }
+        Ok(())
+    }
+
+    /// Lets the ranges on both sides of a hole, or one of them, grow into it: range `slot` becomes `first ..= last`, and
+    /// the one above it goes if `both`. The range fits.
+    #[inline(always)]
+    pub(crate) fn fill(
+        &self,
+        path: &mut Path<W>,
+        slot: usize,
+        grown: Raw,
+        both: bool,
+        (old_gap, new_gap): (u64, u64),
+    ) -> Result<(), AllocError> {
+        // SAFETY: as in `splice_at`.
+        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let target = self.writable(old)?;
+        target.set_range(slot, grown.first, grown.last);
+        target.set_value(slot, grown.value);
+        if both {
+            target.make_room(slot + 1, slot + 2);
+        }
+        self.replaced(path, target.node(), || ());
+        self.count_edit(1, 1 + usize::from(both));
+        self.gap_changed(path, old_gap, new_gap);
+        Ok(())
+    }
+
+    /// The leaf to write an edit into: itself, or a copy where readers may look at it.
+    #[inline(always)]
+    fn writable<'n>(&self, old: &'n Node<W>) -> Result<Leaf<'n, W>, AllocError> {
+        if !self.copies() {
+            return Ok(old.leaf());
+        }
+        let copy = self.stock.take(&self.alloc)?;
+        // SAFETY: the node is ours until it is published, and alive while it is in the tree.
+        let copy: &'n Node<W> = unsafe { copy.as_ref() };
+        copy.copy_from(old);
+        Ok(copy.leaf())
+    }
+
+    /// Whether leaves are edited in copies, since readers may look at them.
+    #[inline(always)]
+    fn copies(&self) -> bool {
+        self.planted.copies(S::SHARED)
+    }
+
+    /// Publishes what [`writable`](Self::writable) gave, shows what was removed with `shows` (where nothing was copied that
+    /// was done before), and retires what it is a copy of.
+    #[inline(always)]
+    fn replaced(&self, path: &mut Path<W>, node: &Node<W>, shows: impl FnOnce()) {
+        if self.copies() {
+            let (old, new) = (path.pointer(0), NodePtr::from(node));
+            self.publish(path, 1, new);
+            path.replace_leaf(new);
+            shows();
+            self.retire(old);
+            self.stock.trim(&self.alloc);
+        }
+    }
+
+    /// Records that a gap of `old` pages in the path's leaf has become smaller ones, of which `new` is the largest, or
+    /// that there is a new one (`E2`).
+    #[inline(always)]
+    fn gap_changed(&self, path: &Path<W>, old: u64, new: u64) {
+        if path.height() > 1 {
+            let recorded = u64::from(path.recorded_gap());
+            if new > recorded {
+                path.record_gap(1, saturate(new));
+            } else if new < recorded && old >= recorded {
+                self.measure_gap(path, path.node(0));
+            }
+        }
+    }
+
+    /// [`splice_at`](Self::splice_at) for the rest of the cases: `rank` ranges begin at or below the cut's first page.
+    #[inline(never)]
+    fn splice_ranked(
+        &self,
+        path: &mut Path<W>,
+        cut: &Cut,
+        rank: usize,
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<(), AllocError> {
+        let (from, to) = path.leaf().touched(rank, cut.first, cut.last);
+        self.edit_at(path, cut, (from, to), removed)
+    }
+
+    /// Makes the pages of `cut`, which touches the ranges `from .. to` of the path's leaf first, what it says.
+    #[inline(always)]
+    fn edit_at(
+        &self,
+        path: &mut Path<W>,
+        cut: &Cut,
+        (from, to): (usize, usize),
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<(), AllocError> {
+        let leaf = path.leaf();
+        // E1: the pages between the last range of a leaf and its boundary are none, but in the tree's last leaf.
+        if to == leaf.count() && cut.last > leaf.end() && !path.is_last() {
+            return self.splice_across(path, from, cut, removed);
+        }
+        self.edit_leaf(path, cut, (from, to), removed)
+    }
+
+    /// Makes the pages of `cut`, which touches the ranges `from .. to` of the path's leaf and no other, what it says.
+    #[inline(always)]
+    fn edit_leaf(
+        &self,
+        path: &mut Path<W>,
+        cut: &Cut,
+        (from, to): (usize, usize),
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<(), AllocError> {
+        // SAFETY: E3, E4: the path's nodes are alive, and a leaf that is taken out is kept until its ranges were shown.
+        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let leaf = old.leaf();
+        let touched = to - from;
+        // The lowest and the highest range that is touched, and the largest gap between those that are.
+        let (mut lowest, mut highest, mut old_gap) = ((u64::MAX, 0), (u64::MAX, 0), 0);
+        if touched > 0 {
+            lowest = leaf.range(from);
+            highest = lowest;
+            for slot in from + 1..to {
+                let next = leaf.range(slot);
+                old_gap = old_gap.max(next.0 - highest.1 - 1);
+                highest = next;
+            }
+        }
+        let has_lower = touched > 0 && lowest.0 < cut.first;
+        let has_upper = touched > 0 && highest.1 > cut.last;
+        let has_middle = cut.value.is_some();
+        let pieces = usize::from(has_lower) + usize::from(has_middle) + usize::from(has_upper);
+        if touched + pieces == 0 {
+            return Ok(());
+        }
+        let count = leaf.count() + pieces - touched;
+        let enough = pieces >= touched || count >= Node::<W>::LEAF_LOW || path.height() == 1;
+        let fits = enough
+            && count.wrapping_sub(1) < Node::<W>::RANGES
+            && (!has_middle || leaf.fits(cut.first, cut.last))
+            && (!has_upper || leaf.fits_part(cut.last + 1));
+        if !fits {
+            return self.rebuild_leaf(path, cut, (from, to), removed);
+        }
+        // The pages between which gaps change, and the gaps there. A rest keeps the gap beside it as it is.
+        let mut new_gap = 0;
+        let mut low = cut.first;
+        if !has_lower {
+            low = if from > 0 {
+                leaf.range(from - 1).1 + 1
+            } else {
+                path.low()
+            };
+            let end = if touched > 0 { lowest.0 } else { cut.first };
+            old_gap = old_gap.max(end - low);
+        }
+        let mut high = cut.last + 1;
+        let mut lowered = None;
+        if !has_upper {
+            let end = if touched > 0 { highest.1 } else { cut.last } + 1;
+            if to < leaf.count() {
+                high = leaf.range(to).0;
+                old_gap = old_gap.max(high - end);
+            } else if path.is_last() {
+                high = Page::LIMIT;
+                old_gap = old_gap.max(high - end);
+            } else {
+                // The boundary above the leaf is the end of its last range (E1).
+                high = if has_middle { cut.last + 1 } else { low };
+                if high < end {
+                    lowered = Some((high - 1, end));
+                }
+            }
+        }
+        if touched == 0 {
+            old_gap = high - low;
+        }
+        if has_middle {
+            new_gap = new_gap.max(cut.first - low).max(high - cut.last - 1);
+        } else {
+            new_gap = high - low;
+        }
+        let target = self.writable(old)?;
+        let shows = |removed: &mut dyn FnMut(Entry<V>)| {
+            for slot in from..to {
+                show(leaf.raw(slot), cut, removed);
+            }
+        };
+        if !self.copies() {
+            shows(removed);
+        }
+        let upper_value = if has_upper {
+            V::from_word(leaf.value(to - 1))
+                .split(cut.last + 1 - highest.0)
+                .to_word()
+        } else {
+            0
+        };
+        target.make_room(from + pieces, to);
+        let mut at = from;
+        if has_lower {
+            // Its value stays where it is.
+            target.set_range(at, lowest.0, cut.first - 1);
+            at += 1;
+        }
+        if let Some(value) = cut.value {
+            target.set_range(at, cut.first, cut.last);
+            target.set_value(at, value);
+            at += 1;
+        }
+        if has_upper {
+            target.set_range(at, cut.last + 1, highest.1);
+            target.set_value(at, upper_value);
+        }
+        self.replaced(path, target.node(), || shows(removed));
+        self.count_edit(pieces, touched);
+        if path.height() > 1 {
+            let recorded = u64::from(path.recorded_gap());
+            if new_gap > recorded {
+                path.record_gap(1, saturate(new_gap));
+            } else if new_gap < recorded && old_gap >= recorded {
+                self.measure_gap(path, path.node(0));
+            }
+            if let Some(boundary) = lowered {
+                self.lower(path, boundary);
+            }
+        }
+        Ok(())
+    }
+
+    /// [`edit_leaf`](Self::edit_leaf), out of line.
+    #[inline(never)]
+    pub(crate) fn edit_merged(
+        &self,
+        path: &mut Path<W>,
+        cut: &Cut,
+        touched: (usize, usize),
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<(), AllocError> {
+        self.edit_leaf(path, cut, touched, removed)
+    }
+
+    /// The largest gap of a leaf went: what is the largest now?
+    #[inline(never)]
+    fn measure_gap(&self, path: &Path<W>, leaf: &Node<W>) {
+        let gap = leaf.leaf().largest_gap(path.low(), path.is_last());
+        path.record_gap(1, saturate(gap));
+    }
+
+    /// Moves the boundary above the path's leaf down to `last`; `above`, the page above the old one, is the next leaf's.
+    #[inline(never)]
+    fn lower(&self, path: &Path<W>, (last, above): (u64, u64)) {
+        path.lower_boundary(1, last);
+        self.refresh_gap(above);
+    }
+
+    /// The same edit where the leaf cannot hold what becomes of it, or would hold too little.
+    #[inline(never)]
+    fn rebuild_leaf(
+        &self,
+        path: &mut Path<W>,
+        cut: &Cut,
+        (from, to): (usize, usize),
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<(), AllocError> {
+        let pieces = Self::pieces(path, from, (path, to), cut);
+        let path = core::mem::replace(path, Path::unset());
+        self.rebuild((&path, from), (&path, to), &pieces, cut, removed)
+    }
+
+    /// The edit of a cut that ends beyond the leaf in which it begins.
+    #[inline(never)]
+    fn splice_across(
+        &self,
+        path: &mut Path<W>,
+        from: usize,
+        cut: &Cut,
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<(), AllocError> {
+        let mut right = Path::unset();
+        // SAFETY: E3: nobody else edits; nodes in the tree are alive (K1).
+        if !unsafe { right.find(self.root_word(), cut.last) } {
+            return Ok(());
+        }
+        let to = right.leaf().rank(cut.last);
+        let pieces = Self::pieces(path, from, (&right, to), cut);
+        let left = core::mem::replace(path, Path::unset());
+        self.rebuild((&left, from), (&right, to), &pieces, cut, removed)
+    }
+
+    /// What takes the place of the ranges from slot `from` of the left leaf up to (not including) `to` of the right one.
+    fn pieces(left: &Path<W>, from: usize, (right, to): (&Path<W>, usize), cut: &Cut) -> Pieces {
+        let mut pieces = Pieces::new(Raw::EMPTY);
+        if from < left.leaf().count() {
+            let raw = left.leaf().raw(from);
+            if raw.first < cut.first {
+                pieces.push(Raw {
+                    last: cut.first - 1,
+                    ..raw
+                });
+            }
+        }
+        if let Some(value) = cut.value {
+            pieces.push(Raw {
+                first: cut.first,
+                last: cut.last,
+                value,
+            });
+        }
+        if let Some(at) = to.checked_sub(1) {
+            let raw = right.leaf().raw(at);
+            if raw.last > cut.last {
+                pieces.push(Raw {
+                    first: cut.last + 1,
+                    last: raw.last,
+                    value: V::from_word(raw.value)
+                        .split(cut.last + 1 - raw.first)
+                        .to_word(),
+                });
+            }
+        }
+        pieces
+    }
+}
