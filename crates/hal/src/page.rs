@@ -133,6 +133,21 @@ impl PageRange {
         }
     }
 
+    /// The pages numbered `first ..= last`, for whoever keeps ranges in a form of its own and must not pay for the check.
+    ///
+    /// # Safety
+    ///
+    /// `first <= last` and `last < Page::LIMIT` (`I1`, `I2`).
+    #[must_use]
+    #[inline(always)]
+    pub const unsafe fn from_numbers_unchecked(first: u64, last: u64) -> Self {
+        debug_assert!(first <= last && last < Page::LIMIT);
+        Self {
+            first: Page(first),
+            last: Page(last),
+        }
+    }
+
     /// One page.
     #[must_use]
     pub const fn single(page: Page) -> Self {

@@ -1,12 +1,13 @@
 //! A reader's finger: the entries it found last.
 //!
-//! Programs touch the same few areas over and over: the stack, the heap, a library. A finger remembers eight entries and
+//! Programs touch the same few areas over and over: the stack, the heap, a library. A finger remembers six entries and
 //! answers from them with one comparison each and no descent. It belongs to one reader (a thread, a CPU), so it needs
 //! no lock and writes to no shared line. Linux's `vmacache` was this with four entries a thread.
 //!
 //! Invariants
 //! - `F1`: a remembered entry is trusted only while the tree's count of edits is the one it was remembered at.
-//! - `F2`: unused places hold the range that contains no page (`first` above `last`).
+//! - `F2`: unused places hold the range of one page that is none.
+//! - `F3`: a hint is a guess: any place may be tried first.
 //!
 //! Replacement is the clock: a place that was hit since the hand passed gets a second chance, so that a stray lookup
 //! does not push out what is used.
@@ -23,6 +24,15 @@ use crate::value::{Entry, Value};
 
 /// Entries a finger remembers.
 const PLACES: usize = 8;
+
+/// Hints: a power of two.
+const HINTS: usize = 64;
+
+/// Which hint a page has: areas of a few pages have a few, and large ones all of them.
+#[inline(always)]
+fn hint_of(page: u64) -> usize {
+    (page >> 2 ^ page >> 9) as usize % HINTS
+}
 
 /// The entries that one reader found last.
 ///
@@ -61,6 +71,8 @@ pub struct Finger<V> {
     /// Bit `i`: place `i` was hit since the hand passed.
     used: u32,
     hand: u32,
+    /// Places below `PLACES`.
+    hints: [u8; HINTS],
     _values: core::marker::PhantomData<V>,
 }
 
@@ -76,6 +88,7 @@ impl<V> Finger<V> {
             value: [0; PLACES],
             used: 0,
             hand: 0,
+            hints: [0; HINTS],
             _values: core::marker::PhantomData,
         }
     }
@@ -85,8 +98,29 @@ impl<V> Finger<V> {
         *self = Self::new();
     }
 
+    /// The entry at the place that the hint names, if it covers the page.
     #[inline(always)]
     fn find(&mut self, page: u64) -> Option<Raw> {
+        self.at(usize::from(self.hints[hint_of(page)]) % PLACES, page)
+    }
+
+    /// The entry at `place`, if it covers the page.
+    #[inline(always)]
+    fn at(&mut self, place: usize, page: u64) -> Option<Raw> {
+        let (first, more) = (self.first[place], self.more[place]);
+        if page.wrapping_sub(first) > more {
+            return None;
+        }
+        self.used |= 1 << place;
+        Some(Raw {
+            first,
+            last: first + more,
+            value: self.value[place],
+        })
+    }
+
+    /// The entry that covers the page, wherever it is.
+    fn find_any(&mut self, page: u64) -> Option<Raw> {
         let mut hits = 0_u32;
         for place in 0..PLACES {
             hits |= u32::from(page.wrapping_sub(self.first[place]) <= self.more[place]) << place;
@@ -95,12 +129,8 @@ impl<V> Finger<V> {
             return None;
         }
         let place = hits.trailing_zeros() as usize % PLACES;
-        self.used |= 1 << place;
-        Some(Raw {
-            first: self.first[place],
-            last: self.first[place] + self.more[place],
-            value: self.value[place],
-        })
+        self.hints[hint_of(page)] = place as u8;
+        self.at(place, page)
     }
 
     fn forget(&mut self, tree: usize, edits: u64) {
@@ -111,17 +141,26 @@ impl<V> Finger<V> {
         };
     }
 
-    fn remember(&mut self, raw: Raw) {
-        // At most two rounds: the first clears every bit.
-        while self.used >> self.hand & 1 == 1 {
-            self.used &= !(1 << self.hand);
-            self.hand = (self.hand + 1) % PLACES as u32;
+    fn remember(&mut self, page: u64, raw: Raw) {
+        const ALL: u32 = (1 << PLACES) - 1;
+        if self.used == ALL {
+            self.used = 0;
         }
-        let place = self.hand as usize;
+        // The first place from the hand on that was not hit; those that the hand passes lose their second chance.
+        let above = ALL << self.hand & ALL;
+        let mut free = !self.used & above;
+        if free == 0 {
+            self.used &= !above;
+            free = !self.used & ALL;
+        }
+        let place = free.trailing_zeros() as usize % PLACES;
+        let passed = above & ((1 << place) - 1);
+        self.used &= !passed;
         self.first[place] = raw.first;
         self.more[place] = raw.last - raw.first;
         self.value[place] = raw.value;
-        self.hand = (self.hand + 1) % PLACES as u32;
+        self.hints[hint_of(page)] = place as u8;
+        self.hand = (place as u32 + 1) % PLACES as u32;
     }
 }
 
@@ -155,7 +194,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             && finger.tree == core::ptr::from_ref(self).addr()
             && let Some(raw) = finger.find(page.number())
         {
-            return entry(raw);
+            return Some(entry(raw));
         }
         self.get_slow(finger, page)
     }
@@ -166,11 +205,14 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         if finger.edits != edits || finger.tree != tree {
             finger.forget(tree, edits);
         }
+        if let Some(raw) = finger.find_any(page.number()) {
+            return Some(entry(raw));
+        }
         // SAFETY: nobody edits while `&self` of this tree is out, or a read section is open: the nodes stay.
         let node = unsafe { self.leaf_for(page) }?;
         // SAFETY: as above.
         let raw = unsafe { node.as_ref() }.leaf().find(page.number())?;
-        finger.remember(raw);
-        entry(raw)
+        finger.remember(page.number(), raw);
+        Some(entry(raw))
     }
 }

@@ -181,6 +181,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     #[doc(alias = "unmapped_area")]
     #[doc(alias = "mas_empty_area")]
     pub fn find_gap_up(&self, request: &GapRequest) -> Option<PageRange> {
+        if let Some(place) = self.greedy_up(request) {
+            return Some(place);
+        }
         self.search(Search {
             request,
             usable: None,
@@ -193,6 +196,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     #[doc(alias = "unmapped_area_topdown")]
     #[doc(alias = "mas_empty_area_rev")]
     pub fn find_gap_down(&self, request: &GapRequest) -> Option<PageRange> {
+        if let Some(place) = self.greedy_down(request) {
+            return Some(place);
+        }
         self.search(Search {
             request,
             usable: None,
@@ -280,6 +286,195 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 }
             }
         })
+    }
+
+    /// [`find_gap_up`](Self::find_gap_up) without a way back: `None` where the first gap that is large enough by the
+    /// records does not serve, because the limits clip it or the alignment wastes it.
+    #[inline]
+    fn greedy_up(&self, request: &GapRequest) -> Option<PageRange> {
+        let root = self.root_word();
+        let mut node = from_word::<W>(root)?;
+        let (from, to) = (
+            request.limits.first().number(),
+            request.limits.last().number(),
+        );
+        let need = request.at_least;
+        let small = saturate(need);
+        let (mut low, mut is_last, mut at_limit) = (0, true, from > 0);
+        for _ in 1..root & HEIGHT_MASK {
+            // SAFETY: nobody edits while `&self` of this tree is out, so the nodes stay.
+            let inner = unsafe { node.as_ref() };
+            let mut open = inner.children_with_gap(small);
+            let mut first_child = 0;
+            if at_limit {
+                first_child = inner.child_for(from);
+                open &= u16::MAX << first_child;
+            }
+            if open == 0 {
+                return None;
+            }
+            let slot = open.trailing_zeros() as usize;
+            at_limit &= slot == first_child;
+            low = inner.first_of(slot, low);
+            is_last &= slot + 1 == inner.children();
+            node = inner.child(slot)?;
+        }
+        // SAFETY: as above.
+        let leaf = unsafe { node.as_ref() }.leaf();
+        let start = if at_limit {
+            leaf.first_at_or_after(from)
+        } else {
+            0
+        };
+        let mut free = low.max(from);
+        let serves = |free: u64, end: u64| {
+            let end = end.min(to + 1);
+            if end.saturating_sub(free) < need {
+                return None;
+            }
+            let gap = PageRange::new(Page::from_number(free), Page::from_number(end - 1))?;
+            request.place_low(gap)
+        };
+        if start < leaf.count() {
+            // The gap below the first range that counts; none where the limit lies inside that range.
+            let (first, last) = leaf.range(start);
+            if first > free
+                && let Some(place) = serves(free, first)
+            {
+                return Some(place);
+            }
+            free = last + 1;
+            let mut next = start + 1;
+            while let Some(slot) = leaf.gap_below_up(next..leaf.count(), need) {
+                if let Some(place) = serves(leaf.range(slot - 1).1 + 1, leaf.range(slot).0) {
+                    return Some(place);
+                }
+                next = slot + 1;
+            }
+            if is_last {
+                free = leaf.end() + 1;
+            }
+        }
+        if is_last {
+            serves(free, Page::LIMIT)
+        } else {
+            None
+        }
+    }
+
+    /// [`find_gap_down`](Self::find_gap_down) with one way back, as [`greedy_up`](Self::greedy_up).
+    ///
+    /// A space's upper limit usually lies in the large gap above its last range, which the records count whole. So the
+    /// leaf at the limit is looked at first, and on the way there the nearest level is kept that has a child below it.
+    #[inline]
+    fn greedy_down(&self, request: &GapRequest) -> Option<PageRange> {
+        let root = self.root_word();
+        let mut node = from_word::<W>(root)?;
+        let to = request.limits.last().number();
+        let small = saturate(request.at_least);
+        let top = root & HEIGHT_MASK;
+        // A node, its level, its first page, and its children with a gap below the one on the way to the limit.
+        let mut back = None;
+        let (mut low, mut is_last) = (0, true);
+        for level in (1..top).rev() {
+            // SAFETY: nobody edits while `&self` of this tree is out, so the nodes stay.
+            let inner = unsafe { node.as_ref() };
+            let at = inner.child_for(to);
+            let open = inner.children_with_gap(small);
+            let below = open & !(u16::MAX << at);
+            if below != 0 {
+                back = Some((node, level, low, below));
+            }
+            if open >> at & 1 == 0 {
+                break;
+            }
+            low = inner.first_of(at, low);
+            is_last &= at + 1 == inner.children();
+            node = inner.child(at)?;
+            if level == 1 {
+                // SAFETY: as above.
+                let leaf = unsafe { node.as_ref() }.leaf();
+                let stop = leaf.rank(to);
+                if let Some(place) = Self::highest(request, leaf, stop, low, is_last) {
+                    return Some(place);
+                }
+            }
+        }
+        if top == 1 {
+            // SAFETY: as above.
+            let leaf = unsafe { node.as_ref() }.leaf();
+            return Self::highest(request, leaf, leaf.rank(to), 0, true);
+        }
+        let (mut node, mut level, mut low, mut open) = back?;
+        loop {
+            let slot = 15 - open.leading_zeros() as usize;
+            // SAFETY: as above.
+            let inner = unsafe { node.as_ref() };
+            low = inner.first_of(slot, low);
+            node = inner.child(slot)?;
+            level -= 1;
+            // SAFETY: as above.
+            let child = unsafe { node.as_ref() };
+            if level == 0 {
+                let leaf = child.leaf();
+                return Self::highest(request, leaf, leaf.count(), low, false);
+            }
+            open = child.children_with_gap(small);
+            if open == 0 {
+                return None;
+            }
+        }
+    }
+
+    /// The highest place in the gaps below and between the ranges `.. stop` of a leaf that begins at `low`, and above the
+    /// last of them.
+    #[inline(always)]
+    fn highest(
+        request: &GapRequest,
+        leaf: Leaf<'_, W>,
+        stop: usize,
+        low: u64,
+        is_last: bool,
+    ) -> Option<PageRange> {
+        let (from, to) = (
+            request.limits.first().number(),
+            request.limits.last().number(),
+        );
+        let need = request.at_least;
+        let serves = |free: u64, end: u64| {
+            let free = free.max(from);
+            if end.saturating_sub(free) < need {
+                return None;
+            }
+            let gap = PageRange::new(Page::from_number(free), Page::from_number(end - 1))?;
+            request.place_high(gap)
+        };
+        let above = if stop < leaf.count() {
+            leaf.range(stop).0
+        } else if is_last {
+            Page::LIMIT
+        } else {
+            leaf.end() + 1
+        };
+        let mut end = above.min(to + 1);
+        if let Some(slot) = stop.checked_sub(1) {
+            // The gap above the last range that counts; none where the limit lies inside that range.
+            let last = leaf.range(slot).1;
+            if end > last
+                && let Some(place) = serves(last + 1, end)
+            {
+                return Some(place);
+            }
+            let mut next = stop;
+            while let Some(slot) = leaf.gap_below_down(1..next, need) {
+                if let Some(place) = serves(leaf.range(slot - 1).1 + 1, leaf.range(slot).0) {
+                    return Some(place);
+                }
+                next = slot;
+            }
+            end = end.min(leaf.range(0).0);
+        }
+        if end > low { serves(low, end) } else { None }
     }
 
     fn search(&self, mut search: Search<'_, '_, V>) -> Option<PageRange> {

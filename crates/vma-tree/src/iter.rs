@@ -1,7 +1,8 @@
 //! Going through the ranges in order, from both ends.
 //!
-//! An iterator keeps its path, so a step to the next leaf is a step in the parent and not a descent: per range one
-//! word for the range, one for the value. The two ends know of each other by page numbers only.
+//! An end of an iterator stands in a leaf and knows the leaf's parent: per range one word for the range, one for the
+//! value; from leaf to leaf one word of the parent; from parent to parent a descent. Where an iteration ends is found out
+//! once a leaf, so a step compares a slot and nothing else. The two ends know of each other by page numbers only.
 
 use core::fmt;
 use core::iter::FusedIterator;
@@ -9,47 +10,39 @@ use core::iter::FusedIterator;
 use kmem_hal::{ObjectAlloc, Page, PageRange};
 
 use crate::edit::entry;
-use crate::node::{Leaf, Node, Raw};
+use crate::node::{Leaf, Node};
 use crate::path::Path;
 use crate::stock::{Exclusive, Sharing};
 use crate::tree::RangeTree;
 use crate::value::{Entry, Value};
 
-/// One end: the leaf it is in, decoded, and the next slot.
+/// One end: the leaf it is in, decoded, and where that hangs.
+#[derive(Clone, Copy)]
 struct End<'a, const W: usize> {
-    path: Path<W>,
     leaf: Leaf<'a, W>,
+    /// The leaf's parent, and which child of it the leaf is; none where the leaf is the root.
+    parent: Option<(&'a Node<W>, usize)>,
     /// Front: the next slot to give. Back: one above the next slot to give.
     slot: usize,
+    /// Front: where the end stops in this leaf. Back: not looked at.
+    stop: usize,
 }
 
 impl<'a, const W: usize> End<'a, W> {
     /// # Safety
     ///
     /// The nodes of the path stay alive and unedited for `'a`.
-    unsafe fn new(path: Path<W>, slot: impl FnOnce(&Leaf<'a, W>) -> usize) -> Self {
+    #[inline]
+    unsafe fn new(path: &Path<W>) -> Self {
         // SAFETY: by contract.
-        let leaf = unsafe { path.pointer(0).as_ref() }.leaf();
-        let slot = slot(&leaf);
-        Self { path, leaf, slot }
-    }
-
-    #[inline(never)]
-    fn next_leaf(&mut self) -> bool {
-        let more = self.path.next_leaf();
-        // SAFETY: `new`'s contract.
-        self.leaf = unsafe { self.path.pointer(0).as_ref() }.leaf();
-        self.slot = 0;
-        more
-    }
-
-    #[inline(never)]
-    fn previous_leaf(&mut self) -> bool {
-        let more = self.path.previous_leaf();
-        // SAFETY: `new`'s contract.
-        self.leaf = unsafe { self.path.pointer(0).as_ref() }.leaf();
-        self.slot = self.leaf.count();
-        more
+        let node = |level| unsafe { path.pointer(level).as_ref() };
+        let parent = (path.height() > 1).then(|| (node(1), path.slot(1)));
+        Self {
+            leaf: node(0).leaf(),
+            parent,
+            slot: 0,
+            stop: 0,
+        }
     }
 }
 
@@ -61,7 +54,7 @@ pub struct Iter<'a, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing = Exclusive, c
     tree: &'a RangeTree<V, A, S, W>,
     front: Option<End<'a, W>>,
     back: Option<End<'a, W>>,
-    /// What lies below was given already, or is not asked for.
+    /// What lies below was given from the back's view already, or is not asked for. Behind the front while that is in a leaf.
     low: u64,
     /// What lies above was given already, or is not asked for.
     high: u64,
@@ -71,6 +64,7 @@ pub struct Iter<'a, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing = Exclusive, c
 impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
     /// The entries, ascending.
     #[must_use]
+    #[inline]
     #[doc(alias = "mt_for_each")]
     pub fn iter(&self) -> Iter<'_, V, A, S, W> {
         self.range(PageRange::ALL)
@@ -78,6 +72,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
 
     /// The entries whose last page is at or above `page`, ascending.
     #[must_use]
+    #[inline]
     #[doc(alias = "for_each_vma")]
     pub fn iter_from(&self, page: Page) -> Iter<'_, V, A, S, W> {
         self.range(PageRange::new(page, Page::MAX).unwrap_or(PageRange::ALL))
@@ -85,6 +80,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
 
     /// The entries that overlap `range`, whole, ascending.
     #[must_use]
+    #[inline]
     #[doc(alias = "for_each_vma_range")]
     pub fn range(&self, range: PageRange) -> Iter<'_, V, A, S, W> {
         Iter {
@@ -96,77 +92,122 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             done: false,
         }
     }
+
+    /// The end of an iterator in the leaf that answers for `page`.
+    #[inline(never)]
+    fn end_at(&self, page: u64) -> Option<End<'_, W>> {
+        let mut path = Path::unset();
+        // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
+        unsafe { path.find(self.root_word(), page).then(|| End::new(&path)) }
+    }
+
+    /// The end of an iterator in the leaf before the one that answers for `page`.
+    #[inline(never)]
+    fn end_before(&self, page: u64) -> Option<End<'_, W>> {
+        let mut path = Path::unset();
+        // SAFETY: as in `end_at`.
+        unsafe {
+            (path.find(self.root_word(), page) && path.previous_leaf()).then(|| End::new(&path))
+        }
+    }
 }
 
-impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Iter<'_, V, A, S, W> {
-    #[cold]
-    fn start(&mut self) -> Option<()> {
-        let low = self.low;
+impl<'a, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Iter<'a, V, A, S, W> {
+    /// The front in the next leaf of the same parent, if there is one and every range of it is asked for.
+    #[inline(always)]
+    fn sibling(end: &End<'a, W>, high: u64) -> Option<End<'a, W>> {
+        let (parent, slot) = end.parent?;
+        if high != Page::MAX.number() || slot + 1 >= parent.children() {
+            return None;
+        }
         // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
-        unsafe {
-            let path = Path::new(self.tree.root_word(), low)?;
-            self.front = Some(End::new(path, |leaf| leaf.first_at_or_after(low)));
+        let leaf = unsafe { parent.child(slot + 1)?.as_ref() }.leaf();
+        Some(End {
+            leaf,
+            parent: Some((parent, slot + 1)),
+            slot: 0,
+            stop: leaf.count(),
+        })
+    }
+
+    /// The front in its first leaf, or in the next one; `None` at the end.
+    ///
+    /// Takes and gives values, so that an iterator that is used where it was made lives in registers.
+    #[inline(never)]
+    fn refill(
+        tree: &'a RangeTree<V, A, S, W>,
+        front: Option<End<'a, W>>,
+        low: u64,
+        high: u64,
+    ) -> Option<End<'a, W>> {
+        let Some(end) = front else {
+            let mut end = tree.end_at(low)?;
+            end.slot = end.leaf.first_at_or_after(low);
+            end.stop = end.leaf.rank(high);
+            return Some(end);
+        };
+        let last = end.leaf.end();
+        if end.stop < end.leaf.count() || last >= high {
+            return None;
         }
-        Some(())
+        let mut next = end;
+        match end.parent {
+            Some((parent, slot)) if slot + 1 < parent.children() => {
+                let node = parent.child(slot + 1)?;
+                next.parent = Some((parent, slot + 1));
+                // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
+                next.leaf = unsafe { node.as_ref() }.leaf();
+            }
+            None => return None,
+            Some(_) => {
+                // E1: the next page is the next leaf's, unless this leaf is the tree's last.
+                next = tree.end_at(last + 1)?;
+                if core::ptr::eq(next.leaf.node(), end.leaf.node()) {
+                    return None;
+                }
+            }
+        }
+        next.slot = 0;
+        next.stop = if high == Page::MAX.number() {
+            next.leaf.count()
+        } else {
+            next.leaf.rank(high)
+        };
+        Some(next)
+    }
+
+    /// The page from which on the front has not given anything yet.
+    fn front_page(&self) -> u64 {
+        match &self.front {
+            Some(end) if end.slot > 0 => self.low.max(end.leaf.range(end.slot - 1).1 + 1),
+            _ => self.low,
+        }
     }
 
     #[cold]
-    fn start_back(&mut self) -> Option<()> {
-        let high = self.high;
-        // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
-        unsafe {
-            let path = Path::new(self.tree.root_word(), high)?;
-            self.back = Some(End::new(path, |leaf| leaf.rank(high)));
-        }
-        Some(())
+    fn start_back(&self) -> Option<End<'a, W>> {
+        let mut end = self.tree.end_at(self.high)?;
+        end.slot = end.leaf.rank(self.high);
+        Some(end)
     }
 
-    #[inline]
-    fn next_raw(&mut self) -> Option<Raw> {
-        if self.done {
-            return None;
-        }
-        if self.front.is_none() {
-            self.start()?;
-        }
-        let end = self.front.as_mut()?;
-        if end.slot >= end.leaf.count() && !end.next_leaf() {
-            self.done = true;
-            return None;
-        }
-        let raw = end.leaf.raw(end.slot);
-        end.slot += 1;
-        if raw.first > self.high {
-            self.done = true;
-            return None;
-        }
-        self.done = raw.last >= self.high;
-        self.low = raw.last.wrapping_add(1);
-        Some(raw)
-    }
-
-    #[inline]
-    fn next_back_raw(&mut self) -> Option<Raw> {
-        if self.done {
-            return None;
-        }
-        if self.back.is_none() {
-            self.start_back()?;
-        }
-        let end = self.back.as_mut()?;
-        if end.slot == 0 && !end.previous_leaf() {
-            self.done = true;
-            return None;
-        }
-        end.slot -= 1;
-        let raw = end.leaf.raw(end.slot);
-        if raw.last < self.low {
-            self.done = true;
-            return None;
-        }
-        self.done = raw.first <= self.low;
-        self.high = raw.first.wrapping_sub(1);
-        Some(raw)
+    /// The previous leaf of the back; `None` at the beginning.
+    fn step_back(&self, end: &End<'a, W>) -> Option<End<'a, W>> {
+        let mut next = match end.parent {
+            None => return None,
+            Some((parent, slot)) if slot > 0 => {
+                let node = parent.child(slot - 1)?;
+                End {
+                    parent: Some((parent, slot - 1)),
+                    // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
+                    leaf: unsafe { node.as_ref() }.leaf(),
+                    ..*end
+                }
+            }
+            Some(_) => self.tree.end_before(end.leaf.range(0).0)?,
+        };
+        next.slot = next.leaf.count();
+        Some(next)
     }
 }
 
@@ -175,34 +216,59 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Iterator
 {
     type Item = Entry<V>;
 
-    #[inline]
+    #[inline(always)]
     fn next(&mut self) -> Option<Entry<V>> {
-        entry(self.next_raw()?)
+        loop {
+            if let Some(end) = &mut self.front
+                && end.slot < end.stop
+            {
+                let raw = end.leaf.raw(end.slot);
+                end.slot += 1;
+                return Some(entry(raw));
+            }
+            if self.done {
+                return None;
+            }
+            if let Some(end) = &self.front
+                && end.stop == end.leaf.count()
+                && let Some(next) = Self::sibling(end, self.high)
+            {
+                self.front = Some(next);
+                continue;
+            }
+            match Self::refill(self.tree, self.front, self.low, self.high) {
+                Some(end) => self.front = Some(end),
+                None => {
+                    self.done = true;
+                    return None;
+                }
+            }
+        }
     }
 
     /// A whole leaf at a time.
+    #[inline]
     fn fold<B, F: FnMut(B, Entry<V>) -> B>(mut self, init: B, mut f: F) -> B {
         let mut all = init;
-        let Some(first) = self.next() else {
-            return all;
-        };
-        all = f(all, first);
-        let high = self.high;
-        if let (Some(end), false) = (&mut self.front, self.done) {
+        while let Some(first) = self.next() {
+            all = f(all, first);
+            let Some(mut end) = self.front else {
+                continue;
+            };
             loop {
-                for slot in end.slot..end.leaf.count() {
-                    let raw = end.leaf.raw(slot);
-                    if raw.first > high {
-                        return all;
-                    }
-                    if let Some(entry) = entry(raw) {
-                        all = f(all, entry);
-                    }
+                for slot in end.slot..end.stop {
+                    all = f(all, entry(end.leaf.raw(slot)));
                 }
-                if !end.next_leaf() {
+                end.slot = end.slot.max(end.stop);
+                if end.stop < end.leaf.count() {
                     break;
                 }
+                match Self::sibling(&end, self.high) {
+                    Some(next) => end = next,
+                    None => break,
+                }
             }
+            self.front = Some(end);
         }
         all
     }
@@ -217,7 +283,49 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> DoubleEndedI
 {
     #[inline]
     fn next_back(&mut self) -> Option<Entry<V>> {
-        entry(self.next_back_raw()?)
+        if self.done {
+            return None;
+        }
+        if self.back.is_none() {
+            self.back = self.start_back();
+        }
+        let mut end = self.back?;
+        if end.slot == 0 {
+            match self.step_back(&end) {
+                Some(next) => end = next,
+                None => {
+                    self.done = true;
+                    return None;
+                }
+            }
+        }
+        end.slot -= 1;
+        let raw = end.leaf.raw(end.slot);
+        self.back = Some(end);
+        if raw.last < self.front_page() {
+            self.done = true;
+            if let Some(front) = &mut self.front {
+                front.stop = front.slot;
+            }
+            return None;
+        }
+        // What the front may still give ends below this range.
+        match raw.first.checked_sub(1) {
+            Some(high) => {
+                self.high = high;
+                if let Some(front) = &mut self.front {
+                    front.stop = front.leaf.rank(high).max(front.slot);
+                }
+                self.done = high < self.low;
+            }
+            None => self.done = true,
+        }
+        if self.done
+            && let Some(front) = &mut self.front
+        {
+            front.stop = front.slot;
+        }
+        Some(entry(raw))
     }
 }
 
@@ -230,7 +338,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> fmt::Debug
     for Iter<'_, V, A, S, W>
 {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Iter({:#x}..={:#x})", self.low, self.high)
+        write!(f, "Iter({:#x}..={:#x})", self.front_page(), self.high)
     }
 }
 

@@ -67,6 +67,8 @@ impl<const W: usize> Path<W> {
                 return false;
             };
             node = child;
+            // SAFETY: as above.
+            unsafe { node.as_ref() }.fetch();
             level -= 1;
         }
         self.nodes[0].write(node);
@@ -197,33 +199,20 @@ impl<const W: usize> Path<W> {
         }
     }
 
-    /// Steps to the next leaf upwards; `false` (and nothing changed) after the last.
-    #[inline]
-    pub(crate) fn next_leaf(&mut self) -> bool {
-        for level in 1..self.height {
-            let slot = self.slot(level) + 1;
-            if slot < self.node(level).children() {
-                self.take(level, self.pointer(level), slot);
-                return self.fall(level, false);
-            }
-        }
-        false
-    }
-
     /// Steps to the next leaf downwards; `false` (and nothing changed) before the first.
     #[inline]
     pub(crate) fn previous_leaf(&mut self) -> bool {
         for level in 1..self.height {
             if let Some(slot) = self.slot(level).checked_sub(1) {
                 self.take(level, self.pointer(level), slot);
-                return self.fall(level, true);
+                return self.fall(level);
             }
         }
         false
     }
 
-    /// Goes down from the slot taken at `level`, to the first or the last leaf below.
-    fn fall(&mut self, mut level: usize, to_last: bool) -> bool {
+    /// Goes down from the slot taken at `level`, to the last leaf below.
+    fn fall(&mut self, mut level: usize) -> bool {
         while level > 0 {
             let Some(child) = self.node(level).child(self.slot(level)) else {
                 return false;
@@ -231,11 +220,7 @@ impl<const W: usize> Path<W> {
             level -= 1;
             // SAFETY: N4: a child of a node in the tree is alive; `find`'s contract.
             let node = unsafe { child.as_ref() };
-            let slot = if to_last && level > 0 {
-                node.children() - 1
-            } else {
-                0
-            };
+            let slot = if level > 0 { node.children() - 1 } else { 0 };
             self.take(level, child, slot);
         }
         true

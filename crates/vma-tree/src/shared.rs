@@ -306,7 +306,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> ReadSection<'_
         // SAFETY: the section holds a guard, so the nodes stay (R4).
         let node = unsafe { self.tree.leaf_for(page) }?;
         // SAFETY: as above.
-        entry(unsafe { node.as_ref() }.leaf().find(page.number())?)
+        Some(entry(unsafe { node.as_ref() }.leaf().find(page.number())?))
     }
 
     /// [`get`](Self::get) with a finger of the reader's own.
@@ -394,7 +394,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> Iterator
                 if self.passed.is_some_and(|passed| raw.last <= passed) {
                     continue;
                 }
-                let whole = entry::<V>(raw)?;
+                let whole = entry::<V>(raw);
                 return match self.passed.replace(raw.last) {
                     Some(passed) if passed >= raw.first => {
                         let rest = Page::from_number(passed + 1);

@@ -256,22 +256,22 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let range = middle.range;
         let (first, last) = (range.first().number(), range.last().number());
         let mut lower = false;
-        if below.1 + 1 == first
-            && let Some(entry) = entry(leaf.raw_of(slot - 1, below))
-            && let Some(value) = merge(&entry, middle)
-        {
-            lower = true;
-            let range = entry.range.hull(middle.range);
-            *middle = Entry { range, value };
+        if below.1 + 1 == first {
+            let below = entry(leaf.raw_of(slot - 1, below));
+            if let Some(value) = merge(&below, middle) {
+                lower = true;
+                let range = below.range.hull(middle.range);
+                *middle = Entry { range, value };
+            }
         }
         let mut upper = false;
-        if last + 1 == above.0
-            && let Some(entry) = entry(leaf.raw_of(slot, above))
-            && let Some(value) = merge(middle, &entry)
-        {
-            upper = true;
-            let range = middle.range.hull(entry.range);
-            *middle = Entry { range, value };
+        if last + 1 == above.0 {
+            let above = entry(leaf.raw_of(slot, above));
+            if let Some(value) = merge(middle, &above) {
+                upper = true;
+                let range = middle.range.hull(above.range);
+                *middle = Entry { range, value };
+            }
         }
         let grown = Raw {
             first: middle.first().number(),
@@ -320,9 +320,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             return Ok(false);
         }
         let below = if to > from && leaf.range(from).0 < first {
-            entry(leaf.raw(from)).and_then(|whole| part_below(whole, range.first()))
+            part_below(entry(leaf.raw(from)), range.first())
         } else if from > 0 && leaf.range(from - 1).1 + 1 == first {
-            entry(leaf.raw(from - 1))
+            Some(entry(leaf.raw(from - 1)))
         } else {
             None
         };
@@ -334,9 +334,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             *middle = Entry { range, value };
         }
         let above = if to > from && leaf.range(to - 1).1 > last {
-            entry(leaf.raw(to - 1)).and_then(|whole| part_above(whole, range.last()))
+            part_above(entry(leaf.raw(to - 1)), range.last())
         } else if to < leaf.count() && leaf.range(to).0 == last + 1 {
-            entry(leaf.raw(to))
+            Some(entry(leaf.raw(to)))
         } else {
             None
         };

@@ -120,7 +120,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         // SAFETY: nobody edits while `&self` of this tree is out, so the nodes stay.
         let node = unsafe { self.leaf_for(page) }?;
         // SAFETY: as above.
-        entry(unsafe { node.as_ref() }.leaf().find(page.number())?)
+        Some(entry(unsafe { node.as_ref() }.leaf().find(page.number())?))
     }
 
     /// The leaf that answers for `page`.
@@ -137,6 +137,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             // SAFETY: N4 and the contract: the node is alive.
             let inner = unsafe { node.as_ref() };
             node = inner.child(inner.child_for(page.number()))?;
+            // SAFETY: as above.
+            unsafe { node.as_ref() }.fetch();
             level -= 1;
         }
         Some(node)
@@ -154,7 +156,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         // E1: if there is such a range, it is in this leaf.
         let slot = leaf.first_at_or_after(page.number());
         if slot < leaf.count() {
-            entry(leaf.raw(slot))
+            Some(entry(leaf.raw(slot)))
         } else {
             None
         }
@@ -174,13 +176,13 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     pub(crate) fn last_before_at(&self, mut path: Path<W>, page: u64) -> Option<Entry<V>> {
         let leaf = path.leaf();
         if let Some(slot) = leaf.first_at_or_after(page).checked_sub(1) {
-            return entry(leaf.raw(slot));
+            return Some(entry(leaf.raw(slot)));
         }
         if !path.previous_leaf() {
             return None;
         }
         let leaf = path.leaf();
-        entry(leaf.raw(leaf.count().checked_sub(1)?))
+        Some(entry(leaf.raw(leaf.count().checked_sub(1)?)))
     }
 
     /// The lowest entry.

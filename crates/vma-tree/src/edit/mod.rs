@@ -64,8 +64,8 @@ pub(crate) fn show<V: Value>(raw: Raw, cut: &Cut, removed: &mut dyn FnMut(Entry<
 
 #[inline(always)]
 fn show_part<V: Value>(raw: Raw, (first, last): (u64, u64), removed: &mut dyn FnMut(Entry<V>)) {
-    if let Some(whole) = entry::<V>(raw)
-        && let Some(inside) = PageRange::new(Page::from_number(first), Page::from_number(last))
+    let whole = entry::<V>(raw);
+    if let Some(inside) = PageRange::new(Page::from_number(first), Page::from_number(last))
         && let Some(piece) = whole.clipped(inside)
     {
         removed(piece);
@@ -74,11 +74,12 @@ fn show_part<V: Value>(raw: Raw, (first, last): (u64, u64), removed: &mut dyn Fn
 
 /// The entry of a raw range.
 #[inline(always)]
-pub(crate) fn entry<V: Value>(raw: Raw) -> Option<Entry<V>> {
-    Some(Entry {
-        range: PageRange::new(Page::from_number(raw.first), Page::from_number(raw.last))?,
+pub(crate) fn entry<V: Value>(raw: Raw) -> Entry<V> {
+    Entry {
+        // SAFETY: a `Raw` is a page range: of a caller, a part of one, or read from a leaf as it was written (N1, R2).
+        range: unsafe { PageRange::from_numbers_unchecked(raw.first, raw.last) },
         value: V::from_word(raw.value),
-    })
+    }
 }
 
 impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {

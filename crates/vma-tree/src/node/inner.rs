@@ -141,18 +141,25 @@ impl<const W: usize> Node<W> {
     /// The children with a gap of at least `need` (not 0) on record, one bit each. No branch depends on a record.
     #[inline]
     pub(crate) fn children_with_gap(&self, need: u32) -> u16 {
-        // Two records a word: the upper one is compared where it stands. What falls short is shifted in from above, so
-        // that a comparison and an addition with carry make a bit.
-        let mut short = 0_u32;
-        let upper = u64::from(need) << 32;
-        for word in (Self::GAPS..W).rev() {
-            let word = self.word(word);
-            short = (short << 1) + u32::from(word < upper);
-            short = (short << 1) + u32::from((word as u32) < need);
-        }
-        let bits = !short & ((1 << (Self::CHILDREN + 1)) - 1);
         // Half word 0 is the count; those of children that do not exist are 0.
+        let mut bits = 0_u32;
+        for (half, gap) in self.halves().into_iter().enumerate() {
+            bits |= if gap >= need { 1 << half } else { 0 };
+        }
         (bits >> 1) as u16
+    }
+
+    /// The count and the gap records, unpacked. Only for the writer, who alone looks at them and may read them as plain
+    /// memory.
+    #[inline(always)]
+    fn halves(&self) -> [u32; 14] {
+        let mut halves = [0; 14];
+        for index in 0..W - Self::GAPS {
+            let word = self.leaf_word(Self::GAPS + index);
+            halves[2 * index] = word as u32;
+            halves[2 * index + 1] = (word >> 32) as u32;
+        }
+        halves
     }
 
     /// Child `slot` with its description.

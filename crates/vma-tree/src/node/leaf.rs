@@ -93,7 +93,7 @@ impl<const W: usize> Node<W> {
     /// Views the node, which is a leaf.
     #[inline(always)]
     pub(crate) fn leaf(&self) -> Leaf<'_, W> {
-        let header = self.word(Self::HEADER);
+        let header = self.leaf_word(Self::HEADER);
         Leaf {
             node: self,
             coding: Coding {
@@ -136,13 +136,13 @@ impl<'a, const W: usize> Leaf<'a, W> {
     /// First and last page of range `slot`.
     #[inline(always)]
     pub(crate) fn range(&self, slot: usize) -> (u64, u64) {
-        self.coding.range(self.node.word(slot))
+        self.coding.range(self.node.leaf_word(slot))
     }
 
     /// The value's word of range `slot`.
     #[inline(always)]
     pub(crate) fn value(&self, slot: usize) -> u64 {
-        self.node.word(Node::<W>::VALUES + slot)
+        self.node.leaf_word(Node::<W>::VALUES + slot)
     }
 
     /// Range `slot` with its value.
@@ -174,10 +174,10 @@ impl<'a, const W: usize> Leaf<'a, W> {
         };
         // As in an inner node.
         let step = Node::<W>::RANGES.div_ceil(2);
-        let half = usize::from(self.node.word(step - 1) <= probe) * step;
+        let half = usize::from(self.node.leaf_word(step - 1) <= probe) * step;
         let mut at = half;
         for next in 0..Node::<W>::RANGES - step {
-            at += usize::from(self.node.word(half + next) <= probe);
+            at += usize::from(self.node.leaf_word(half + next) <= probe);
         }
         at
     }
@@ -228,6 +228,49 @@ impl<'a, const W: usize> Leaf<'a, W> {
     #[inline(always)]
     pub(crate) fn spans(&self, first: u64, last: u64) -> bool {
         self.range(0).0 <= first && last <= self.end()
+    }
+
+    /// The lowest of the ranges `slots` with a gap of at least `need` pages right below it; the range below that is in the
+    /// leaf too.
+    #[inline(always)]
+    pub(crate) fn gap_below_up(&self, slots: core::ops::Range<usize>, need: u64) -> Option<usize> {
+        let (shift, mask) = (self.coding.width, self.coding.length_mask());
+        // Distances from the base do: no need to decode.
+        let key = self.node.leaf_word(slots.start.checked_sub(1)?);
+        let mut end = (key >> shift) + (key & mask);
+        for slot in slots {
+            let key = self.node.leaf_word(slot);
+            let first = key >> shift;
+            if first - end > need {
+                return Some(slot);
+            }
+            end = first + (key & mask);
+        }
+        None
+    }
+
+    /// The highest of the ranges `slots` with a gap of at least `need` pages right below it; the range below that is in
+    /// the leaf too.
+    #[inline(always)]
+    pub(crate) fn gap_below_down(
+        &self,
+        slots: core::ops::Range<usize>,
+        need: u64,
+    ) -> Option<usize> {
+        let (shift, mask) = (self.coding.width, self.coding.length_mask());
+        if slots.is_empty() {
+            return None;
+        }
+        let mut above = self.node.leaf_word(slots.end - 1) >> shift;
+        for slot in slots.rev() {
+            let key = self.node.leaf_word(slot - 1);
+            let first = key >> shift;
+            if above - first - (key & mask) > need {
+                return Some(slot);
+            }
+            above = first;
+        }
+        None
     }
 
     /// The ranges `from .. to` that have a page in `first ..= last`; both the place of the next range above if none has.

@@ -119,9 +119,34 @@ impl<const W: usize> Node<W> {
         self.at(index).load(Ordering::Relaxed)
     }
 
+    /// Word `index` of a leaf: N3: while anybody may read a leaf nobody changes it, so the processor and the compiler may
+    /// do with it what they like. A model sees a relaxed load.
+    #[inline(always)]
+    fn leaf_word(&self, index: usize) -> u64 {
+        #[cfg(not(any(loom, shuttle, kmem_counting)))]
+        {
+            // SAFETY: the pointer is to a word of ours; the last store to it happened before the node was published to the
+            // reader, or was the writer's own (N3).
+            unsafe { self.at(index).as_ptr().read() }
+        }
+        #[cfg(any(loom, shuttle, kmem_counting))]
+        self.word(index)
+    }
+
     #[inline(always)]
     fn set_word(&self, index: usize, word: u64) {
         self.at(index).store(word, Ordering::Relaxed);
+    }
+
+    /// Has all lines of the node fetched at once: what a search reads of a node depends on itself, line after line.
+    ///
+    /// Relaxed loads whose values nobody uses; no core waits for them.
+    #[inline(always)]
+    pub(crate) fn fetch(&self) {
+        #[cfg(not(loom))]
+        for index in (8..W).step_by(8) {
+            let _ = self.word(index);
+        }
     }
 
     /// Copies every word of `from` into this node, which no reader can reach.
