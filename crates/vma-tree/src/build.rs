@@ -9,14 +9,16 @@
 //!   level 0   [ r r r r r r ]  <- push
 //! ```
 //!
-//! Leaves get 13 of 15 places, so that the first edits of the new tree stay inside.
+//! Leaves get 13 of 15 places, so that the first edits of the new tree stay inside. A copy takes whole leaves over as they
+//! are, values aside, where they are at least half full and nothing is left out of them.
 
 use core::fmt;
 
 use kmem_hal::{AllocError, ObjectAlloc, Page};
 
+use crate::edit::entry;
 use crate::list::List;
-use crate::node::{Child, Coding, Node, NodePtr, Raw, saturate, to_word};
+use crate::node::{Child, Coding, Leaf, Node, NodePtr, Raw, saturate, to_word};
 use crate::path::{MAX_HEIGHT, Path};
 use crate::stock::{Exclusive, Sharing};
 use crate::tree::RangeTree;
@@ -92,6 +94,40 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> Builder<V, A, W> {
         self.leaf.push(raw);
         self.count += 1;
         Ok(())
+    }
+
+    /// Takes over a leaf with other values; `low` is the first page it answers for in its own tree, `gap` the largest gap
+    /// there. `false`, and nothing is taken, where its ranges had better be pushed one by one.
+    #[inline]
+    fn adopt(
+        &mut self,
+        source: &Leaf<'_, W>,
+        values: &[u64],
+        (low, gap): (u64, u32),
+    ) -> Result<bool, BuildError> {
+        let few = source.count() * 2 < Node::<W>::RANGES;
+        if few || (!self.leaf.is_empty() && self.leaf.len() < Node::<W>::LEAF_LOW) {
+            return Ok(false);
+        }
+        self.close_leaf(false)?;
+        let node = self.tree.stock.take(&self.tree.alloc)?;
+        // SAFETY: the node is ours until the tree is finished.
+        let fresh = unsafe { node.as_ref() };
+        fresh.copy_from(source.node());
+        let leaf = fresh.leaf();
+        for (slot, &value) in values.iter().enumerate() {
+            leaf.set_value(slot, value);
+        }
+        let gap = if self.low == low {
+            gap
+        } else {
+            saturate(leaf.largest_gap(self.low, false))
+        };
+        let last = leaf.end();
+        self.low = last + 1;
+        self.count += leaf.count();
+        self.add(1, Child { node, last, gap })?;
+        Ok(true)
     }
 
     /// Writes the open leaf; as several where its ranges are too far apart or too long to share one.
@@ -186,6 +222,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> Builder<V, A, W> {
                 self.tree.set_root(to_word(row.node) | (level + 1) as u64);
                 self.tree.count_edit(self.count, 0);
                 self.tree.drop_lone_roots();
+                // The gap above the last range is the last leaf's, which was not known when that was written.
+                self.tree.refresh_gap(Page::MAX.number());
                 self.tree.stock.trim(&self.tree.alloc);
                 break;
             }
@@ -264,15 +302,41 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         alloc: B,
         filter: &mut dyn FnMut(Entry<V>) -> Option<V>,
     ) -> Result<RangeTree<V, B, Exclusive, W>, AllocError> {
-        let kept = self.iter().filter_map(|entry| {
-            let value = filter(entry)?;
-            Some(Entry { value, ..entry })
-        });
-        match RangeTree::build_in(alloc, kept) {
-            Ok(copy) => Ok(copy),
-            Err(BuildError::Alloc(error)) => Err(error),
-            // A tree's own entries ascend.
-            Err(BuildError::Order) => Err(AllocError::Unsatisfiable),
+        // A tree's own entries ascend.
+        self.copy_into(alloc, filter).map_err(|error| match error {
+            BuildError::Alloc(error) => error,
+            BuildError::Order => AllocError::Unsatisfiable,
+        })
+    }
+
+    fn copy_into<B: ObjectAlloc<Node<W>>>(
+        &self,
+        alloc: B,
+        filter: &mut dyn FnMut(Entry<V>) -> Option<V>,
+    ) -> Result<RangeTree<V, B, Exclusive, W>, BuildError> {
+        let mut builder = Builder::new(alloc);
+        let mut low = 0;
+        for (leaf, gap) in self.leaves() {
+            let mut values = [0; 15];
+            let mut kept = 0_u32;
+            for slot in 0..leaf.count() {
+                if let Some(value) = filter(entry(leaf.raw(slot))) {
+                    values[slot] = value.to_word();
+                    kept |= 1 << slot;
+                }
+            }
+            let all = kept.count_ones() as usize == leaf.count();
+            let adopted = all && builder.adopt(&leaf, &values[..leaf.count()], (low, gap))?;
+            if !adopted {
+                for slot in (0..leaf.count()).filter(|slot| kept >> slot & 1 == 1) {
+                    builder.push(Raw {
+                        value: values[slot],
+                        ..leaf.raw(slot)
+                    })?;
+                }
+            }
+            low = leaf.end() + 1;
         }
+        builder.finish()
     }
 }

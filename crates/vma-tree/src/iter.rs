@@ -93,6 +93,29 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         }
     }
 
+    /// The leaves, ascending, each with the largest gap on record for it (0 for a leaf that is the root).
+    pub(crate) fn leaves(&self) -> impl Iterator<Item = (Leaf<'_, W>, u32)> {
+        let mut next = self.end_at(0);
+        core::iter::from_fn(move || {
+            let end = next?;
+            next = match Iter::<V, A, S, W>::sibling(&end, Page::MAX.number()) {
+                Some(end) => Some(end),
+                None => Iter::<V, A, S, W>::refill(
+                    self,
+                    Some(End {
+                        slot: end.leaf.count(),
+                        stop: end.leaf.count(),
+                        ..end
+                    }),
+                    0,
+                    Page::MAX.number(),
+                ),
+            };
+            let gap = end.parent.map_or(0, |(parent, slot)| parent.gap(slot));
+            Some((end.leaf, gap))
+        })
+    }
+
     /// The end of an iterator in the leaf that answers for `page`.
     #[inline(never)]
     fn end_at(&self, page: u64) -> Option<End<'_, W>> {

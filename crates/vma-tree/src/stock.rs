@@ -28,6 +28,8 @@ const OUT: u64 = 1;
 const DONE: u64 = 2;
 /// Spare nodes that a tree keeps for its next edit.
 const KEEP: usize = 4;
+/// Spare nodes that a tree keeps for its next reservation, once it has made one: 4 KiB.
+const KEEP_RESERVED: usize = 16;
 /// Garbage nodes above which a shared tree refuses edits: 512 KiB.
 pub(crate) const GARBAGE_LIMIT: usize = 2048;
 
@@ -124,6 +126,8 @@ pub(crate) struct Stock<const W: usize> {
     flying: Chain<W>,
     /// Spare nodes that `trim` leaves, for a reservation.
     pub(crate) hold: LocalUsize,
+    /// Spare nodes that `trim` leaves in any case.
+    keep: LocalUsize,
 }
 
 impl<const W: usize> Stock<W> {
@@ -137,6 +141,7 @@ impl<const W: usize> Stock<W> {
                 open: Chain::new(),
                 flying: Chain::new(),
                 hold: LocalUsize::new(0),
+                keep: LocalUsize::new(KEEP),
             }
         }
     }
@@ -217,9 +222,16 @@ impl<const W: usize> Stock<W> {
     /// Gives spare nodes above what is kept back to the allocator.
     #[inline]
     pub(crate) fn trim<A: ObjectAlloc<Node<W>>>(&self, alloc: &A) {
-        if self.spare.count.get() > KEEP.max(self.hold.get()) {
-            self.trim_to(alloc, KEEP.max(self.hold.get()));
+        let keep = self.keep.get().max(self.hold.get());
+        if self.spare.count.get() > keep {
+            self.trim_to(alloc, keep);
         }
+    }
+
+    /// Keeps what the last reservation took for the next one, within bounds.
+    pub(crate) fn keep_reserved(&self, count: usize) {
+        let keep = self.keep.get().max(count.min(KEEP_RESERVED));
+        self.keep.set(keep);
     }
 
     /// Gives spare nodes above `keep` back to the allocator.

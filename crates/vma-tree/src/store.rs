@@ -490,19 +490,24 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         }
         // How many levels the tree may gain meanwhile: a root that was split needs that many stores to be full again.
         let growth = (Node::<W>::CHILDREN.saturating_sub(3) / 2).max(1);
-        let height = (self.height() + 1 + stores / growth).min(crate::path::MAX_HEIGHT);
-        let one = 3 * height + 1;
+        let levels = |stores: usize| {
+            let height = self.height().max(1) + stores.div_ceil(growth);
+            height.min(crate::path::MAX_HEIGHT)
+        };
+        // Three nodes for each level there is, and two for one more.
+        let one = |height: usize| 3 * height + 2;
         if S::SHARED {
-            stores * one
+            stores * one(levels(stores - 1))
         } else {
-            one + (stores - 1) * (height + 2)
+            one(levels(stores - 1)) + (stores - 1) * (levels(stores - 1) + 2)
         }
     }
 }
 
 /// A tree with nodes set aside: a given number of stores cannot fail.
 ///
-/// Reads go through `Deref`. What is left over goes back when the reservation is dropped.
+/// Reads go through `Deref`. What is left over goes back when the reservation is dropped, but for 16 nodes (4 KiB) that the
+/// tree keeps for its next reservation: a tree that reserves before each edit calls the allocator now and then.
 ///
 /// # Examples
 ///
@@ -542,6 +547,7 @@ impl<'t, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Reserved
         let reserved = Self { tree, stores, held };
         // On failure dropping `reserved` gives back what was taken.
         tree.stock.fill(&tree.alloc, need)?;
+        tree.stock.keep_reserved(need - held);
         Ok(reserved)
     }
 

@@ -156,41 +156,48 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         cut: &Cut,
         taken: &mut Taken<'_, V, A, S, W>,
     ) -> Result<(Row<W>, u64), AllocError> {
-        let mut own = List::<Raw, RANGES>::new(Raw::EMPTY);
         let (left, right) = (before.leaf(), after.leaf());
-        for slot in 0..from {
-            own.push(left.raw(slot));
-        }
-        own.extend(pieces);
-        for slot in to..right.count() {
-            own.push(right.raw(slot));
+        let own = from + pieces.len() + right.count() - to;
+        // Too few ranges for a leaf are joined with the neighbour above, or below where there is none.
+        let mut drawn = Drawn::Nothing;
+        if own > 0 && own < Node::<W>::LEAF_LOW && before.height() > 1 {
+            if after.slot(1) + 1 < after.node(1).children() {
+                drawn = Drawn::Above;
+            } else if before.slot(1) > 0 {
+                drawn = Drawn::Below;
+            }
         }
         let (mut low, mut high) = (before.low(), after.high());
-        let mut drawn = Drawn::Nothing;
-        let joined;
-        let mut ranges = &own;
-        if !ranges.is_empty() && ranges.len() < Node::<W>::LEAF_LOW && before.height() > 1 {
-            let (left_parent, right_parent) = (before.node(1), after.node(1));
-            let mut both = List::<Raw, RANGES>::new(Raw::EMPTY);
+        let mut all = List::<Raw, RANGES>::new(Raw::EMPTY);
+        if drawn == Drawn::Below {
+            all.extend_leaf(before.node(1), before.slot(1) - 1);
+        }
+        let start_of_own = all.len();
+        for slot in 0..from {
+            all.push(left.raw(slot));
+        }
+        all.extend(pieces);
+        for slot in to..right.count() {
+            all.push(right.raw(slot));
+        }
+        if drawn == Drawn::Above {
+            all.extend_leaf(after.node(1), after.slot(1) + 1);
+        }
+        let mut ranges = &all[..];
+        if drawn != Drawn::Nothing {
             let (mut new_low, mut new_high) = (low, high);
-            let mut which = Drawn::Nothing;
-            if after.slot(1) + 1 < right_parent.children() {
-                which = Drawn::Above;
+            if drawn == Drawn::Above {
                 let slot = after.slot(1) + 1;
-                new_high = right_parent.last_of(slot, after.bounds(1).1);
-                both.extend(&own);
-                both.extend_leaf(right_parent, slot);
-            } else if let Some(slot) = before.slot(1).checked_sub(1) {
-                which = Drawn::Below;
-                new_low = left_parent.first_of(slot, before.bounds(1).0);
-                both.extend_leaf(left_parent, slot);
-                both.extend(&own);
+                new_high = after.node(1).last_of(slot, after.bounds(1).1);
+            } else {
+                let slot = before.slot(1) - 1;
+                new_low = before.node(1).first_of(slot, before.bounds(1).0);
             }
-            if which != Drawn::Nothing
-                && plan::<W>(&both, new_low, Shape::Even, None).is_some_and(|plan| plan.len() <= 2)
-            {
-                joined = both;
-                (ranges, low, high, drawn) = (&joined, new_low, new_high, which);
+            if plan::<W>(ranges, new_low, Shape::Even, None).is_some_and(|plan| plan.len() <= 2) {
+                (low, high) = (new_low, new_high);
+            } else {
+                ranges = &all[start_of_own..start_of_own + own];
+                drawn = Drawn::Nothing;
             }
         }
         // An ascending or descending series of new ranges leaves nearly full leaves behind.
@@ -253,39 +260,32 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let high = after.bounds(level).1;
         let start = before.slot(level) - usize::from(below.drawn == Drawn::Below);
         let end = after.slot(level) + 1 + usize::from(below.drawn == Drawn::Above);
+        let own = start + below.children.len() + right.children() - end;
+        // Too few children for a node are joined with the neighbour above, or below where there is none.
+        let mut drawn = Drawn::Nothing;
+        if own > 0 && own < Node::<W>::INNER_LOW && level + 1 < before.height() {
+            if after.slot(level + 1) + 1 < after.node(level + 1).children() {
+                drawn = Drawn::Above;
+            } else if before.slot(level + 1) > 0 {
+                drawn = Drawn::Below;
+            }
+        }
+        if drawn == Drawn::Below {
+            let (parent, slot) = (before.node(level + 1), before.slot(level + 1) - 1);
+            all.extend_node(parent, slot, parent.last_of(slot, high));
+        }
         // `last_of` is asked only of children that are not the last of their node.
         all.extend_children(left, 0..start, high);
         for &child in below.children.iter() {
             all.push(child);
         }
         all.extend_children(right, end..right.children(), high);
-        let ascending = end == right.children() && high == Page::MAX.number();
-        let mut drawn = Drawn::Nothing;
-        let low_water = !all.is_empty() && all.len() < Node::<W>::INNER_LOW;
-        if low_water && level + 1 < before.height() {
-            let (left_parent, right_parent) = (before.node(level + 1), after.node(level + 1));
-            let slot = after.slot(level + 1) + 1;
-            if slot < right_parent.children() {
-                if let Some(neighbour) = right_parent.child(slot) {
-                    drawn = Drawn::Above;
-                    let top = right_parent.last_of(slot, after.bounds(level + 1).1);
-                    // SAFETY: N4: a child of a node in the tree is alive.
-                    let neighbour = unsafe { neighbour.as_ref() };
-                    all.extend_children(neighbour, 0..neighbour.children(), top);
-                }
-            } else if let Some(slot) = before.slot(level + 1).checked_sub(1)
-                && let Some(neighbour) = left_parent.child(slot)
-            {
-                drawn = Drawn::Below;
-                let mut joined = List::<Child<W>, CHILDREN>::new(filler);
-                let top = left_parent.last_of(slot, high);
-                // SAFETY: N4: a child of a node in the tree is alive.
-                let neighbour = unsafe { neighbour.as_ref() };
-                joined.extend_children(neighbour, 0..neighbour.children(), top);
-                joined.extend(&all);
-                all = joined;
-            }
+        if drawn == Drawn::Above {
+            let (parent, slot) = (after.node(level + 1), after.slot(level + 1) + 1);
+            let top = parent.last_of(slot, after.bounds(level + 1).1);
+            all.extend_node(parent, slot, top);
         }
+        let ascending = end == right.children() && high == Page::MAX.number();
         Ok(Row {
             children: self.write_inners(&all, ascending, taken)?,
             drawn,
@@ -363,6 +363,15 @@ impl<const N: usize> List<Raw, N> {
 }
 
 impl<const W: usize, const N: usize> List<Child<W>, N> {
+    /// Pushes all children of child `slot` of `parent`, which ends with page `top`.
+    fn extend_node(&mut self, parent: &Node<W>, slot: usize, top: u64) {
+        if let Some(node) = parent.child(slot) {
+            // SAFETY: N4: a child of a node in the tree is alive.
+            let node = unsafe { node.as_ref() };
+            self.extend_children(node, 0..node.children(), top);
+        }
+    }
+
     fn extend_children(&mut self, node: &Node<W>, slots: core::ops::Range<usize>, top: u64) {
         for slot in slots {
             if let Some(child) = node.describe(slot, top) {
