@@ -83,20 +83,9 @@ impl<K: Rank, const N: usize> Pieces<K, N> {
         while at < end {
             match self.get(index) {
                 // A gap before the next piece, or after the last one: the new piece fills it.
-                None => {
-                    self.place(
-                        index,
-                        Piece {
-                            start: at,
-                            end,
-                            kind,
-                        },
-                    );
-                    at = end;
-                }
-                Some(next) if at < next.start => {
-                    let stop = end.min(next.start);
-                    self.place(
+                next if next.is_none_or(|next| at < next.start) => {
+                    let stop = next.map_or(end, |next| end.min(next.start));
+                    index = self.fill(
                         index,
                         Piece {
                             start: at,
@@ -104,9 +93,9 @@ impl<K: Rank, const N: usize> Pieces<K, N> {
                             kind,
                         },
                     );
-                    index += 1;
                     at = stop;
                 }
+                None => break,
                 // An overlap with a piece that wins or is the same.
                 Some(old) if old.kind.rank() >= kind.rank() => {
                     at = old.end;
@@ -184,27 +173,58 @@ impl<K: Rank, const N: usize> Pieces<K, N> {
         self.len += 1;
     }
 
+    /// Fills the gap before `index`: by a neighbour of the same kind that touches it, else by a new piece; the index of what follows.
+    fn fill(&mut self, index: usize, piece: Piece<K>) -> usize {
+        let left = index.checked_sub(1).and_then(|left| self.get(left));
+        if let Some(left) = left.filter(|left| left.end == piece.start && left.kind == piece.kind) {
+            self.items[index - 1] = Some(Piece {
+                end: piece.end,
+                ..left
+            });
+            return index;
+        }
+        let right = self.get(index);
+        if let Some(right) =
+            right.filter(|right| right.start == piece.end && right.kind == piece.kind)
+        {
+            self.items[index] = Some(Piece {
+                start: piece.start,
+                ..right
+            });
+            return index;
+        }
+        self.place(index, piece);
+        index + 1
+    }
+
     /// How many pieces laying `new` over the others adds at most, before merging.
     fn growth(&self, new: Piece<K>) -> usize {
         let mut growth = 0;
         let mut at = new.start;
-        for old in self.iter() {
-            if old.end <= new.start {
+        // What the piece that ends at `at` will be.
+        let mut left: Option<K> = None;
+        let mut right: Option<K> = None;
+        for old in self.iter().filter(|old| old.end >= new.start) {
+            if old.end == new.start {
+                left = Some(old.kind);
                 continue;
             }
             if old.start >= new.end {
+                right = (old.start == new.end).then_some(old.kind);
                 break;
             }
-            if at < old.start {
-                // The gap before it, unless the piece to its left is of the same kind: then they merge.
+            if at < old.start && left != Some(new.kind) && old.kind != new.kind {
                 growth += 1;
             }
+            left = Some(old.kind);
             if old.kind.rank() < new.kind.rank() {
                 growth += usize::from(old.start < new.start) + usize::from(new.end < old.end);
+                left = Some(new.kind);
             }
             at = old.end;
         }
-        growth + usize::from(at < new.end)
+        let last = at < new.end && left != Some(new.kind) && right != Some(new.kind);
+        growth + usize::from(last)
     }
 
     /// Joins neighbours of one kind (`I2`).
