@@ -21,7 +21,7 @@ use crate::cpu_cache::{Arrays, CpuArea, MAX_BATCH, Refill, class_of, stack_of};
 use crate::cpus::Drained;
 use crate::state::{State, frame_limit};
 use crate::zone::bits::TOP;
-use crate::zone::core::{Core, FEW, STEP};
+use crate::zone::core::{Core, FEW, Give, STEP};
 use crate::zone::kind::{MigrateType, ZoneKind};
 use crate::zone::{Mark, Zone};
 
@@ -43,6 +43,47 @@ pub(crate) struct Wanted {
     pub reserve: bool,
     pub atomic: bool,
     pub strict: Option<NodeId>,
+    /// Whether it may be served by whichever zone a hit of its type would come from.
+    pub plain: bool,
+}
+
+/// Whether the request asks for nothing that a hit could not give: no place, no alignment, no node, no kind of zone.
+#[inline(always)]
+fn is_plain(request: &FrameRequest) -> bool {
+    request.alignment <= request.order
+        && request.max_address.as_u64() == u64::MAX
+        && !request.high
+        && matches!(request.node, NodePolicy::Local)
+}
+
+/// Where blocks that are taken from a zone go: first to the caller, then into an array.
+struct Taken<'a, 'b> {
+    out: &'a mut [u64],
+    given: usize,
+    refill: Option<Refill<'b>>,
+    /// The zone's first frame, from which entries count.
+    start: u64,
+}
+
+impl Give for Taken<'_, '_> {
+    #[inline]
+    fn one(&mut self, first: u64) {
+        self.run(first, 1, 0);
+    }
+
+    #[inline]
+    fn run(&mut self, first: u64, count: usize, order: usize) {
+        let places = &mut self.out[self.given..];
+        let direct = places.len().min(count);
+        for (at, place) in places[..direct].iter_mut().enumerate() {
+            *place = first + ((at as u64) << order);
+        }
+        self.given += direct;
+        if let Some(refill) = self.refill.as_mut().filter(|_| direct < count) {
+            let entry = first + ((direct as u64) << order) - self.start;
+            refill.push(entry as u32, count - direct, 1 << order);
+        }
+    }
 }
 
 /// The highest kind of zone that may serve the request.
@@ -70,6 +111,7 @@ impl Wanted {
                 NodePolicy::Strict(node) => Some(node),
                 _ => None,
             },
+            plain: is_plain(request),
         }
     }
 
@@ -98,7 +140,7 @@ impl Wanted {
 
     /// Takes up to `most` blocks from a zone's bits and hands them to `give`; `true` where it found none and there is more to be
     /// brought up to date before that means anything.
-    fn take(&self, core: &mut Core, most: usize, give: &mut impl FnMut(u64)) -> bool {
+    fn take(&self, core: &mut Core, most: usize, give: &mut impl Give) -> bool {
         let mut left = core.refresh(FEW);
         let mut take = |core: &mut Core, last: bool| -> bool {
             if self.align <= self.order {
@@ -109,7 +151,7 @@ impl Wanted {
                     && let Some(found) = core.find_fallback(self.order, self.migrate, self.limit)
                     && let Some(first) = core.take(&found, self.order)
                 {
-                    give(first);
+                    give.one(first);
                     if core.type_of(found.block) == self.migrate {
                         core.take_batch(self.order, self.migrate, self.limit, most - 1, give);
                     }
@@ -118,7 +160,7 @@ impl Wanted {
                 return false;
             }
             let first = if last { self.take_aligned(core) } else { None };
-            first.map(&mut *give).is_some()
+            first.map(|first| give.one(first)).is_some()
         };
         if left && !take(core, false) {
             left = core.refresh(STEP);
@@ -182,16 +224,26 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     /// The common case: the newest entry of the CPU's array for the zone that served last.
     #[inline(always)]
     fn hit(&self, request: &FrameRequest) -> Option<u64> {
-        let plain = request.alignment <= request.order
-            && request.max_address.as_u64() == u64::MAX
-            && !request.high
-            && matches!(request.node, NodePolicy::Local);
-        if !plain {
+        if !is_plain(request) {
             return None;
         }
         let pin = self.cpu.pin();
         let arrays = self.own_area(&pin)?.enter()?;
         arrays.pop(request.order.index(), MigrateType::of(request.mobility))
+    }
+
+    /// Fills `out` from the array of the zone that served last, else from the zones above the low watermark.
+    fn hit_some(&self, state: &State<L>, request: &FrameRequest, out: &mut [u64]) -> Attempt {
+        if is_plain(request) {
+            let pin = self.cpu.pin();
+            let arrays = self.own_area(&pin).and_then(CpuArea::enter);
+            let (order, migrate) = (request.order.index(), MigrateType::of(request.mobility));
+            let given = arrays.map_or(0, |arrays| arrays.pop_some(order, migrate, out));
+            if given > 0 {
+                return Attempt::Got(given);
+            }
+        }
+        self.attempt(state, request, Mark::Low, out)
     }
 
     /// Looks at all zones once, at one watermark, and fills `out` as far as it goes.
@@ -281,21 +333,20 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let most = (missing + extra)
             .min(MAX_BATCH)
             .min(usize::try_from(spare).unwrap_or(MAX_BATCH));
-        let start = zone.start;
         let before = given;
-        let mut give = |first| {
-            if let Some(place) = out.get_mut(given) {
-                *place = first;
-                given += 1;
-            } else if let Some(refill) = &mut refill {
-                refill.push((first - start) as u32);
-            }
+        let mut taken = Taken {
+            out,
+            given,
+            refill,
+            start: zone.start,
         };
         let mut done = Some(true);
         while done == Some(true) {
-            done = self.locked(area, zone, |core| wanted.take(core, most, &mut give));
+            done = self.locked(area, zone, |core| wanted.take(core, most, &mut taken));
         }
-        if let (Some((_, _, cache)), Some(arrays)) = (array, arrays)
+        given = taken.given;
+        drop(taken);
+        if let (Some((_, _, cache)), Some(arrays), true) = (array, arrays, wanted.plain)
             && given > before
         {
             arrays.serve_from(wanted.migrate, cache);
@@ -468,7 +519,7 @@ unsafe impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> F
             }
             let mut out = [0; CHUNK];
             let some = &mut out[..(count - given).min(CHUNK)];
-            let got = match self.attempt(state, request, Mark::Low, some) {
+            let got = match self.hit_some(state, request, some) {
                 Attempt::Got(got) => got,
                 _ => match self.alloc_slow(state, request, some) {
                     Ok(got) => got,
@@ -476,6 +527,14 @@ unsafe impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> F
                     Err(_) => break,
                 },
             };
+            if !request.zeroed {
+                for &first in &out[..got] {
+                    // SAFETY: O1, O2, O3 as in `finish`: the block was taken for this call.
+                    give(unsafe { OwnedFrame::from_raw(Frame::from_number(first), request.order) });
+                }
+                given += got;
+                continue;
+            }
             for (at, &first) in out[..got].iter().enumerate() {
                 match self.finish(request, first) {
                     Ok(frame) => give(frame),

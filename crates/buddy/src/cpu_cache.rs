@@ -37,7 +37,7 @@ pub(crate) const CACHED_TYPES: usize = 3;
 /// Slots of an array by class and type. Reclaimable memory is mostly slabs of caches, which have arrays of their own.
 #[cfg(not(loom))]
 const CAPACITY: [[u32; CACHED_TYPES]; CLASSES] = [
-    [128, 128, 32],
+    [128, 128, 16],
     [32, 32, 8],
     [16, 16, 8],
     [16, 16, 4],
@@ -47,8 +47,6 @@ const CAPACITY: [[u32; CACHED_TYPES]; CLASSES] = [
 #[cfg(loom)]
 const CAPACITY: [[u32; CACHED_TYPES]; CLASSES] = [[2; CACHED_TYPES]; CLASSES];
 const STACKS: usize = CLASSES * CACHED_TYPES;
-/// Those of no class included.
-const HEADS: usize = STACKS + CACHED_TYPES;
 const SLOTS: usize = STARTS[STACKS] as usize;
 /// Where an array's slots begin; one more than there are arrays.
 const STARTS: [u32; STACKS + 1] = {
@@ -73,7 +71,7 @@ pub(crate) const fn capacity(stack: usize) -> u32 {
     CAPACITY[stack / CACHED_TYPES][stack % CACHED_TYPES]
 }
 
-/// The number of the arrays of orders that have none: they stay empty and have no room.
+/// The class of orders that have none: no array has its numbers.
 const NO_CLASS: usize = CLASSES;
 /// The first array's number by order: no branch on a hit.
 const FIRST_STACK: [u8; 64] = {
@@ -132,7 +130,7 @@ struct Head {
 pub(crate) struct ZoneCache {
     /// The zone's first frame number.
     pub start: u64,
-    heads: [Head; HEADS],
+    heads: [Head; STACKS],
     slots: [LocalU32; SLOTS],
 }
 
@@ -140,13 +138,10 @@ impl ZoneCache {
     pub fn new(start: u64) -> Self {
         Self {
             start,
-            heads: core::array::from_fn(|stack| {
-                let bottom = STARTS[stack.min(STACKS)];
-                Head {
-                    top: LocalU32::new(bottom),
-                    end: LocalU32::new(bottom),
-                    bottom,
-                }
+            heads: core::array::from_fn(|stack| Head {
+                top: LocalU32::new(STARTS[stack]),
+                end: LocalU32::new(STARTS[stack]),
+                bottom: STARTS[stack],
             }),
             slots: core::array::from_fn(|_| LocalU32::new(0)),
         }
@@ -239,7 +234,7 @@ impl ZoneCache {
         Refill {
             slots: &self.slots(stack)[held..held + room],
             added: 0,
-            top: &self.heads[stack].top,
+            head: &self.heads[stack],
         }
     }
 
@@ -271,10 +266,12 @@ impl ZoneCache {
 }
 
 /// Entries on their way into an array: given ascending, so that the lowest is the newest in the end.
+///
+/// They are written from the end of the room downwards, and moved where fewer came than there was room for.
 pub(crate) struct Refill<'a> {
     slots: &'a [LocalU32],
     added: usize,
-    top: &'a LocalU32,
+    head: &'a Head,
 }
 
 impl Refill<'_> {
@@ -284,26 +281,30 @@ impl Refill<'_> {
         self.slots.len() - self.added
     }
 
-    /// Adds an entry; there must be room.
+    /// Adds `count` entries, `step` apart; those that do not fit are left out.
     #[inline]
-    pub fn push(&mut self, entry: u32) {
-        if let Some(slot) = self.slots.get(self.added) {
+    pub fn push(&mut self, first: u32, count: usize, step: u32) {
+        let room = self.room();
+        let count = count.min(room);
+        let mut entry = first;
+        for slot in self.slots[room - count..room].iter().rev() {
             slot.set(entry);
-            self.added += 1;
+            entry = entry.wrapping_add(step);
         }
+        self.added += count;
     }
 }
 
 impl Drop for Refill<'_> {
     fn drop(&mut self) {
-        let slots = &self.slots[..self.added];
-        let (low, high) = slots.split_at(slots.len() / 2);
-        for (low, high) in low.iter().zip(high.iter().rev()) {
-            let entry = low.get();
-            low.set(high.get());
-            high.set(entry);
+        let room = self.room();
+        if room > 0 {
+            for at in 0..self.added {
+                self.slots[at].set(self.slots[room + at].get());
+            }
         }
-        self.top.set(self.top.get() + self.added as u32);
+        let top = &self.head.top;
+        top.set(top.get() + self.added as u32);
     }
 }
 
@@ -464,6 +465,30 @@ impl Arrays<'_> {
         Some(cache.start + u64::from(entry))
     }
 
+    /// Takes up to `out.len()` blocks from the zone that served the type last; how many.
+    #[inline]
+    pub fn pop_some(&self, order: usize, migrate: MigrateType, out: &mut [u64]) -> usize {
+        let Some(current) = self.area.current.get(migrate as usize) else {
+            return 0;
+        };
+        // SAFETY: as in `pop`.
+        let Some(cache) = (unsafe { current.get().as_ref() }) else {
+            return 0;
+        };
+        let stack = first_stack(order) + migrate as usize;
+        if stack >= STACKS {
+            return 0;
+        }
+        let held = cache.count(stack) as usize;
+        let taken = held.min(out.len());
+        let slots = &cache.slots(stack)[held - taken..held];
+        for (place, slot) in out.iter_mut().zip(slots.iter().rev()) {
+            *place = cache.start + u64::from(slot.get());
+        }
+        cache.set_count(stack, held - taken);
+        taken
+    }
+
     /// Notes which zone served a type.
     pub fn serve_from(&self, migrate: MigrateType, cache: &'static ZoneCache) {
         if let Some(current) = self.area.current.get(migrate as usize) {
@@ -607,9 +632,9 @@ mod tests {
             assert_eq!(rest, expected);
             assert_eq!(cache.pop(stack), None);
             let mut refill = cache.refill(stack, 100);
-            for entry in 0..refill.room() as u32 {
-                refill.push(entry);
-            }
+            let room = refill.room() as u32;
+            refill.push(0, room as usize - 1, 1);
+            refill.push(room - 1, 7, 1);
             drop(refill);
             assert_eq!(cache.count(stack), most.min(100));
             let mut popped = Vec::new();

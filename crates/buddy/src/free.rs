@@ -17,7 +17,8 @@ use crate::zone::core::GiveError;
 use crate::zone::kind::UNMANAGED;
 use crate::zone::segment::{self, Segment};
 
-const CHUNK: usize = 32;
+/// Blocks of a batch that are collected before they are put away.
+const CHUNK: usize = 64;
 
 impl From<GiveError> for FreeError {
     fn from(error: GiveError) -> Self {
@@ -282,7 +283,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     fn free_cold(&self, first: u64, order: usize) {
         let pin = self.cpu.pin();
         let area = self.own_area(&pin);
-        let arrays = area.and_then(CpuArea::enter);
+        let cached = class_of(order).is_some();
+        let arrays = area.filter(|_| cached).and_then(CpuArea::enter);
         let done = arrays.is_some_and(|arrays| {
             arrays.guess_for(first);
             arrays.push(first, order)
@@ -319,7 +321,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> FrameSin
         let mut done = false;
         while !done {
             // `next` is the caller's code: it runs outside the pin.
-            let mut blocks = [(0, 0); CHUNK];
+            let mut blocks = [0; CHUNK];
             let mut count = 0;
             while count < CHUNK {
                 let Some(frame) = next() else {
@@ -327,15 +329,21 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> FrameSin
                     break;
                 };
                 let (first, order) = frame.into_raw();
-                blocks[count] = (first.number(), order.index());
+                blocks[count] = first.number() << 8 | u64::from(order.get());
                 count += 1;
             }
             let pin = self.cpu.pin();
             let area = self.own_area(&pin);
-            for &(first, order) in &blocks[..count] {
-                let arrays = area.and_then(CpuArea::enter);
-                if !arrays.is_some_and(|arrays| arrays.push(first, order)) {
-                    self.put_or_note(area, first, order);
+            let mut rest = &blocks[..count];
+            while !rest.is_empty() {
+                if let Some(arrays) = area.and_then(CpuArea::enter) {
+                    let stop = |block: &u64| !arrays.push(block >> 8, (block & 0xff) as usize);
+                    let pushed = rest.iter().position(stop).unwrap_or(rest.len());
+                    rest = &rest[pushed..];
+                }
+                if let Some((block, tail)) = rest.split_first() {
+                    self.put_or_note(area, block >> 8, (block & 0xff) as usize);
+                    rest = tail;
                 }
             }
         }

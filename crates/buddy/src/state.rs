@@ -29,7 +29,7 @@ use crate::zone::segment::Segment;
 
 /// Pieces of the reserved list beyond those at boot: each release may cut one in two.
 #[cfg(not(loom))]
-const SPARE_RESERVED: usize = 16;
+const SPARE_RESERVED: usize = 12;
 #[cfg(loom)]
 const SPARE_RESERVED: usize = 1;
 
@@ -655,6 +655,7 @@ fn build_zone<const N: usize, L: RawLock + 'static>(
         types,
         hints: carver.slice(Core::hint_words(spec.blocks), |_| 0),
         shape: Shape::new(spec.blocks),
+        present: [0; 3],
         free: 0,
         free_cma: 0,
     };

@@ -162,7 +162,10 @@ fn classic_split_gives_highmem_to_movable_only() {
     // vmalloc maps what it gets, so it takes high memory first although its frames do not move, and low memory after.
     let mapped = buddy.alloc(&FrameRequest::ONE.high()).unwrap();
     assert!(mapped.first().number() >= 0x38000);
-    let mut taken = vec![user, kernel, dma, mapped];
+    // An array that was filled for such a request serves no other: kernel data needs memory that is always mapped.
+    let plain = buddy.alloc(&FrameRequest::ONE).unwrap();
+    assert!(plain.first().number() < 0x38000);
+    let mut taken = vec![user, kernel, dma, mapped, plain];
     let low = loop {
         match buddy.alloc(&FrameRequest::new(Order::new(9).unwrap()).high()) {
             Ok(block) if block.first().number() < 0x38000 => break block,
@@ -177,6 +180,29 @@ fn classic_split_gives_highmem_to_movable_only() {
     buddy.drain_all();
     agree(&buddy);
     assert_eq!(buddy.misuse(), None);
+}
+
+/// 0.15 bytes a frame, and 4 KiB a CPU and zone, whole pages included.
+#[test]
+fn tables_stay_small() {
+    for (mib, zones) in [(256, 1), (1024, 1), (4096, 1), (65536, 2)] {
+        let mut map = BootMap::<8>::new();
+        map.push(PhysAddr::new(4 << 30), mib << 20, RegionKind::Usable)
+            .unwrap();
+        if zones == 2 {
+            map.push(PhysAddr::new(1 << 24), 1 << 30, RegionKind::Usable)
+                .unwrap();
+        }
+        let frames = map.present_frames();
+        let window = Window::new((4 << 30) + (mib << 20), 16 << 20);
+        // SAFETY: one thread uses it.
+        let buddy = Machine::new(&window, unsafe { SingleCpu::new() });
+        buddy.init(&mut map, &Config::new()).unwrap();
+        let allowed = frames * 15 / 100 + zones * 4096;
+        let bytes = buddy.metadata().count() * 4096;
+        assert!(bytes <= allowed, "{mib} MiB: {bytes} of {allowed} bytes");
+        assert_eq!(buddy.zones().count() as u64, zones);
+    }
 }
 
 /// Every frame of a zone can be had and given back, up to the last one of an odd end: nothing beyond, nothing less.

@@ -64,17 +64,18 @@ pub(crate) fn set(words: &mut [u64], shape: &Shape, mut at: usize) {
     }
 }
 
-/// Clears bit `at`.
+/// Clears bit `at`; whether no bit is set any more.
 #[inline]
-pub(crate) fn clear(words: &mut [u64], shape: &Shape, mut at: usize) {
+pub(crate) fn clear(words: &mut [u64], shape: &Shape, mut at: usize) -> bool {
     for level in 0..shape.levels {
         let word = &mut words[shape.starts[level] + at / 64];
         *word &= !(1 << (at % 64));
         if *word != 0 {
-            return;
+            return false;
         }
         at /= 64;
     }
+    true
 }
 
 /// The first set bit at or after `from`.
@@ -131,8 +132,9 @@ mod tests {
                 seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
                 let at = (seed >> 33) as usize % bits;
                 if step % 3 == 0 {
-                    clear(&mut words, &shape, at);
+                    let empty = clear(&mut words, &shape, at);
                     model.remove(&at);
+                    assert_eq!(empty, model.is_empty());
                 } else {
                     set(&mut words, &shape, at);
                     model.insert(at);

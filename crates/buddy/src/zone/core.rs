@@ -40,6 +40,8 @@ pub(crate) const FEW: usize = 64;
 pub(crate) const STEP: usize = 512;
 /// Bitmaps: the hints of both sets, and the stale blocks.
 const BITMAPS: usize = 2 * ORDERS + 1;
+/// The set whose only bitmap is that of the stale blocks.
+const STALE_SET: usize = 2;
 
 /// Why a block was not taken back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -48,6 +50,14 @@ pub(crate) enum GiveError {
     Free,
     /// Some frames are free already: a wrong order, or a double free of a part.
     PartlyFree,
+}
+
+/// Where taken blocks go.
+pub(crate) trait Give {
+    /// Takes one block by its first frame's number.
+    fn one(&mut self, first: u64);
+    /// Takes `count` blocks of `order` that follow each other.
+    fn run(&mut self, first: u64, count: usize, order: usize);
 }
 
 /// The frames of `word` that are taken: the first `most` pieces of `order` in its maximal runs of `run` (6 is all of it), below
@@ -59,23 +69,45 @@ fn take_word(
     base: u64,
     limit: u64,
     most: usize,
-    give: &mut impl FnMut(u64),
+    give: &mut impl Give,
 ) -> u64 {
+    // How many blocks from `first` on may be taken.
+    let allowed = |first: u64, left: usize, pieces: usize| -> usize {
+        let below = usize::try_from(limit.saturating_sub(first) >> order).unwrap_or(usize::MAX);
+        left.min(pieces).min(below)
+    };
     let mut taken = 0;
     let mut left = most;
     let mut starts = bits::maximal(word, run);
+    if run == order {
+        while starts != 0 {
+            let start = starts.trailing_zeros();
+            starts &= starts - 1;
+            let first = base + u64::from(start);
+            if allowed(first, left, 1) == 0 {
+                break;
+            }
+            taken |= bits::run_mask(start, order);
+            give.one(first);
+            left -= 1;
+        }
+        return taken;
+    }
     while starts != 0 {
         let start = starts.trailing_zeros();
         starts &= starts - 1;
-        for piece in 0..1u32 << (run - order) {
-            let at = start + (piece << order);
-            let first = base + u64::from(at);
-            if left == 0 || first + (1 << order) > limit {
-                return taken;
-            }
-            taken |= bits::run_mask(at, order);
-            give(first);
-            left -= 1;
+        let first = base + u64::from(start);
+        let pieces = 1 << (run - order);
+        let count = allowed(first, left, pieces);
+        if count == 0 {
+            break;
+        }
+        give.run(first, count, order);
+        let frames = (count as u32) << order;
+        taken |= (!0 >> (64 - frames)) << start;
+        left -= count;
+        if count < pieces {
+            break;
         }
     }
     taken
@@ -91,6 +123,8 @@ pub(crate) struct Core {
     /// Both sets, all orders, one after the other.
     pub hints: &'static mut [u64],
     pub shape: Shape,
+    /// For each set the orders whose bitmap is not empty, a bit each; then whether blocks are stale.
+    pub present: [u16; 3],
     pub free: u64,
     /// Free frames in blocks of type `Cma`, of which movable requests alone may count.
     pub free_cma: u64,
@@ -129,12 +163,15 @@ impl Core {
 
     fn hint_set(&mut self, set: usize, order: usize, block: usize) {
         let shape = self.shape;
+        self.present[set] |= 1 << order;
         bitmap::set(self.hints(set, order), &shape, block);
     }
 
     fn hint_clear(&mut self, set: usize, order: usize, block: usize) {
         let shape = self.shape;
-        bitmap::clear(self.hints(set, order), &shape, block);
+        if bitmap::clear(self.hints(set, order), &shape, block) {
+            self.present[set] &= !(1 << order);
+        }
     }
 
     fn hint_next(&self, set: usize, order: usize, from: usize) -> Option<usize> {
@@ -143,19 +180,13 @@ impl Core {
         bitmap::next(&self.hints[start..start + words], &self.shape, from)
     }
 
-    /// The bitmap of the blocks that have stale words.
-    fn stale_blocks(&mut self) -> &mut [u64] {
-        self.hints(2, 0)
-    }
-
     /// Notes that frames of a word were freed and nothing else was done about it.
     #[inline]
     fn set_stale(&mut self, block: usize, word: usize) {
         let before = self.summaries[block];
         self.summaries[block] = before | 0x80 << (8 * word);
         if before & STALE == 0 {
-            let shape = self.shape;
-            bitmap::set(self.stale_blocks(), &shape, block);
+            self.hint_set(STALE_SET, 0, block);
         }
     }
 
@@ -181,18 +212,20 @@ impl Core {
     }
 
     /// Brings the lowest `most` stale blocks up to date; whether others are left.
+    #[inline]
     pub fn refresh(&mut self, most: usize) -> bool {
-        let shape = self.shape;
         let mut from = 0;
-        for _ in 0..most {
-            let Some(block) = bitmap::next(self.stale_blocks(), &shape, from) else {
-                return false;
+        let mut done = 0;
+        while self.present[STALE_SET] != 0 && done < most {
+            let Some(block) = self.hint_next(STALE_SET, 0, from) else {
+                break;
             };
-            bitmap::clear(self.stale_blocks(), &shape, block);
+            self.hint_clear(STALE_SET, 0, block);
             self.refresh_block(block);
             from = block + 1;
+            done += 1;
         }
-        bitmap::next(self.stale_blocks(), &shape, from).is_some()
+        self.present[STALE_SET] != 0
     }
 
     /// Whether all of a block is free by its words.
@@ -389,7 +422,16 @@ impl Core {
     /// `2^order` frames at or below frame number `limit`.
     pub fn find(&mut self, order: usize, migrate: MigrateType, limit: u64) -> Option<Found> {
         let set = migrate.hint_set()?;
-        (order..=TOP).find_map(|run| self.find_exact(set, run, order, migrate, limit))
+        let mut runs = self.present[set] >> order << order;
+        while runs != 0 {
+            let run = runs.trailing_zeros() as usize;
+            runs &= runs - 1;
+            let found = self.find_exact(set, run, order, migrate, limit);
+            if found.is_some() {
+                return found;
+            }
+        }
+        None
     }
 
     /// The lowest maximal run of exactly order `run`, of which `2^order` frames fit below `limit`.
@@ -402,7 +444,9 @@ impl Core {
         limit: u64,
     ) -> Option<Found> {
         let mut from = 0;
-        while let Some(block) = self.hint_next(set, run, from) {
+        while self.present[set] >> run & 1 != 0
+            && let Some(block) = self.hint_next(set, run, from)
+        {
             if self.type_of(block) == migrate {
                 if self.summaries[block] & STALE != 0 {
                     // The run may be part of a longer one by now.
@@ -447,7 +491,7 @@ impl Core {
         migrate: MigrateType,
         limit: u64,
         most: usize,
-        give: &mut impl FnMut(u64),
+        give: &mut impl Give,
     ) -> usize {
         let mut given = 0;
         while given < most {
@@ -457,8 +501,8 @@ impl Core {
             let Some(&segment) = segment::of_block(self.segments, found.block) else {
                 break;
             };
-            if order > 5 {
-                give(segment.base_of(found.block) + u64::from(found.offset));
+            if order > 5 || most == 1 {
+                give.one(segment.base_of(found.block) + u64::from(found.offset));
                 self.mark(&segment, found.block, found.offset, order, false);
                 given += 1;
                 continue;
@@ -861,6 +905,13 @@ impl Core {
                             return Err("a hint differs from its block");
                         }
                     }
+                }
+            }
+        }
+        for (set, present) in self.present.iter().enumerate() {
+            for order in 0..if set == STALE_SET { 1 } else { ORDERS } {
+                if self.hint_next(set, order, 0).is_some() != (present >> order & 1 != 0) {
+                    return Err("a bitmap is empty and said not to be, or the other way round");
                 }
             }
         }

@@ -85,6 +85,9 @@ impl Segment {
 /// The segment of a sorted table that holds frame `number`.
 #[inline]
 pub(crate) fn find(table: &[Segment], number: u64) -> Option<&Segment> {
+    if let [only] = table {
+        return only.contains(number, 1).then_some(only);
+    }
     let after = table.partition_point(|segment| segment.first <= number);
     let segment = table.get(after.wrapping_sub(1))?;
     (number < segment.end).then_some(segment)
@@ -93,6 +96,9 @@ pub(crate) fn find(table: &[Segment], number: u64) -> Option<&Segment> {
 /// The segment of a zone's table that has block index `block`.
 #[inline]
 pub(crate) fn of_block(table: &[Segment], block: usize) -> Option<&Segment> {
+    if let [only] = table {
+        return Some(only);
+    }
     let after = table.partition_point(|segment| segment.block as usize <= block);
     table.get(after.wrapping_sub(1))
 }
