@@ -16,6 +16,7 @@ use kmem_hal::{
     FrameSink, FrameSlot, FrameSource, FrameTable, Mmu, Order, OwnedFrame, PhysAddr, PhysMap, Root,
     SECTION_FRAMES, Section, Spin,
 };
+use kmem_host::HostBarrier;
 use kmem_slab::{Parts, SlabSystem};
 
 use crate::mixed::Frames;
@@ -331,12 +332,15 @@ unsafe impl Mmu for NoWalks {
 }
 
 /// Grace periods of the threads that play CPUs.
-pub type HostGrace = EpochGrace<'static, ThreadCpus, Spin>;
+pub type HostGrace = EpochGrace<'static, ThreadCpus, Spin, 32, HostBarrier>;
 
 /// Grace periods that live for ever.
 #[must_use]
 pub fn grace() -> &'static HostGrace {
-    let grace: &'static HostGrace = Box::leak(Box::new(EpochGrace::new(ThreadCpus::all())));
+    let grace: &'static HostGrace = Box::leak(Box::new(EpochGrace::with_barrier(
+        ThreadCpus::all(),
+        HostBarrier::new(),
+    )));
     let area = |_| CachePadded::new(EpochArea::new());
     grace.init(Box::leak((0..CPUS).map(area).collect()));
     grace

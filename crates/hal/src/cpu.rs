@@ -102,9 +102,11 @@ unsafe impl<C: Cpu> Cpu for &C {
     where
         Self: 'a;
 
+    #[inline]
     fn raw_pin(&self) -> Self::Guard<'_> {
         (**self).raw_pin()
     }
+    #[inline]
     fn id<'a>(&'a self, guard: &Self::Guard<'a>) -> CpuId {
         (**self).id(guard)
     }

@@ -27,7 +27,10 @@ pub use frame_table::{
 #[cfg(loom)]
 #[doc(hidden)]
 pub use grace::Plant;
-pub use grace::{Deferred, EpochArea, EpochGrace, EpochGuard, Grace, SingleGrace, SingleGuard};
+pub use grace::{
+    Barrier, CallBarrier, Deferred, EpochArea, EpochGrace, EpochGuard, FullBarrier, Grace,
+    SingleGrace, SingleGuard,
+};
 pub use io::{BlockDevice, IoError, IoState, IoTicket, PageProvider};
 pub use lock::{IrqSafe, Lock, LockGuard, RawLock, RawSleepLock, SleepLock, Spin, SpinWait, Wait};
 pub use mmu::{

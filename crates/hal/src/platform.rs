@@ -131,6 +131,7 @@ impl Trace for NoTrace {
 }
 
 impl<T: Trace + ?Sized> Trace for &T {
+    #[inline]
     fn event(&self, event: TraceEvent) {
         (**self).event(event);
     }

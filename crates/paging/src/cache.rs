@@ -21,18 +21,105 @@ use core::fmt;
 
 use kmem_hal::lock::{IrqSafe, Lock};
 use kmem_hal::{
-    AllocError, Context, Frame, FrameRequest, FrameSink, FrameSource, FrameTag, Order, OwnedFrame,
-    PhysAddr, PhysMap,
+    AllocError, Context, Frame, FrameRequest, FrameSink, FrameSlot, FrameSource, FrameTag, Order,
+    OwnedFrame, PhysAddr, PhysMap,
 };
 
 use crate::env::Env;
-use crate::format::Format;
+use crate::format::{Format, Word};
 use crate::node;
 
+/// Frames linked through their slots, newest first.
 #[derive(Debug)]
-struct List {
+pub(crate) struct Chain {
     head: Option<Frame>,
+    tail: Option<Frame>,
     length: usize,
+}
+
+impl Chain {
+    pub const EMPTY: Self = Self {
+        head: None,
+        tail: None,
+        length: 0,
+    };
+
+    #[inline]
+    pub fn is_empty(&self) -> bool {
+        self.head.is_none()
+    }
+
+    #[inline]
+    pub fn length(&self) -> usize {
+        self.length
+    }
+
+    /// The newest.
+    #[inline]
+    pub fn first(&self) -> Option<Frame> {
+        self.head
+    }
+
+    /// Puts a frame in front.
+    #[inline]
+    pub fn push(&mut self, frame: Frame, slot: &FrameSlot) {
+        node::set_next(slot, self.head);
+        self.head = Some(frame);
+        self.tail = self.tail.or(Some(frame));
+        self.length += 1;
+    }
+
+    /// Takes the newest frame out, whose slot this is.
+    #[inline]
+    pub fn pop(&mut self, slot: &FrameSlot) {
+        self.head = node::next(slot);
+        self.length -= 1;
+        if self.head.is_none() {
+            self.tail = None;
+        }
+    }
+
+    /// Takes the newest frame out.
+    fn take<E: Env>(&mut self, env: &E) -> Option<Frame> {
+        let frame = self.head?;
+        self.pop(env.slots().slot(frame)?);
+        Some(frame)
+    }
+
+    /// Puts all of `front` in front.
+    fn prepend<E: Env>(&mut self, env: &E, front: Self) {
+        let Some(slot) = front.tail.and_then(|tail| env.slots().slot(tail)) else {
+            return;
+        };
+        node::set_next(slot, self.head);
+        self.head = front.head;
+        self.tail = self.tail.or(front.tail);
+        self.length += front.length;
+    }
+
+    /// Takes up to `count` frames off the front.
+    fn split_front<E: Env>(&mut self, env: &E, count: usize) -> Self {
+        let mut front = Self::EMPTY;
+        if count >= self.length {
+            return core::mem::replace(self, front);
+        }
+        front.head = self.head;
+        while front.length < count {
+            let Some(frame) = self.head else { break };
+            let Some(slot) = env.slots().slot(frame) else {
+                break;
+            };
+            self.pop(slot);
+            front.tail = Some(frame);
+            front.length += 1;
+        }
+        if let Some(slot) = front.tail.and_then(|tail| env.slots().slot(tail)) {
+            node::set_next(slot, None);
+        } else {
+            front.head = None;
+        }
+        front
+    }
 }
 
 /// Emptied tables, known to be zero, ready to be tables again.
@@ -40,7 +127,7 @@ struct List {
 /// Belongs to an [`Env`]; shared by all its page tables.
 #[derive(Debug)]
 pub struct TableCache {
-    list: Lock<List, IrqSafe>,
+    list: Lock<Chain, IrqSafe>,
     capacity: usize,
 }
 
@@ -53,7 +140,7 @@ impl TableCache {
         #[must_use]
         pub fn new(capacity: usize) -> Self {
             Self {
-                list: Lock::new(List { head: None, length: 0 }),
+                list: Lock::new(Chain::EMPTY),
                 capacity,
             }
         }
@@ -79,14 +166,14 @@ impl TableCache {
     }
 
     fn pop<E: Env>(&self, env: &E) -> Option<OwnedFrame> {
-        let mut list = self.list.lock();
-        let frame = list.head?;
-        let slot = env.slots().slot(frame)?;
-        list.head = node::next(slot);
-        list.length -= 1;
-        drop(list);
+        let frame = self.list.lock().take(env)?;
         // SAFETY: O1, O3: the list owned the frame (T1); O2: order 0.
         Some(unsafe { OwnedFrame::from_raw(frame, Order::ZERO) })
+    }
+
+    /// Takes up to `count` frames.
+    fn pop_chain<E: Env>(&self, env: &E, count: usize) -> Chain {
+        self.list.lock().split_front(env, count)
     }
 
     /// Keeps a frame that `T1` holds for; gives it back where the cache is full.
@@ -100,10 +187,62 @@ impl TableCache {
         }
         let (frame, _) = frame.into_raw();
         slot.claim(FrameTag::Table, Order::ZERO);
-        node::set_next(slot, list.head);
-        list.head = Some(frame);
-        list.length += 1;
+        list.push(frame, slot);
         Ok(())
+    }
+
+    /// Keeps frames that `T1` holds for, as far as there is room; gives the others back.
+    fn push_chain<E: Env>(&self, env: &E, mut frames: Chain) -> Chain {
+        let mut list = self.list.lock();
+        let room = self.capacity.saturating_sub(list.length);
+        let front = frames.split_front(env, room);
+        list.prepend(env, front);
+        frames
+    }
+}
+
+/// Keeps zeroed frames, or frees them.
+///
+/// # Safety
+///
+/// `T1` holds for each, and their slots say that they are tables.
+pub(crate) unsafe fn give_chain<E: Env>(env: &E, frames: Chain) {
+    if frames.is_empty() {
+        return;
+    }
+    let mut rest = env.cache().push_chain(env, frames);
+    while let Some(frame) = rest.take(env) {
+        // SAFETY: O1, O3: the chain owned the frame (T1); O2: order 0.
+        free(env, unsafe { OwnedFrame::from_raw(frame, Order::ZERO) });
+    }
+}
+
+/// Takes one frame for a table whose words will all be written before anybody sees them: zeroed or not.
+pub(crate) fn take_plain<E: Env>(env: &E, limit: u64) -> Result<OwnedFrame, AllocError> {
+    let reach = env.map().reach();
+    let limit = limit.min(reach.end_number());
+    let top = limit << kmem_hal::PAGE_SHIFT;
+    let request = FrameRequest {
+        max_address: PhysAddr::new(top.wrapping_sub(1)),
+        ..FrameRequest::ONE.context(Context::Atomic)
+    };
+    match env.frames().alloc(&request) {
+        Ok(frame) if reach.contains(frame.first()) && env.slots().slot(frame.first()).is_some() => {
+            Ok(frame)
+        }
+        Ok(frame) => {
+            env.frames().free(frame);
+            Err(AllocError::Unsatisfiable)
+        }
+        // Known-zero ones are of more use elsewhere, but not if this is all there is.
+        Err(error) => match env.cache().pop(env) {
+            Some(frame) if frame.first().number() < limit => Ok(frame),
+            Some(frame) => {
+                give(env, frame);
+                Err(error)
+            }
+            None => Err(error),
+        },
     }
 }
 
@@ -138,8 +277,8 @@ pub(crate) fn give<E: Env>(env: &E, frame: OwnedFrame) {
     }
 }
 
-/// Frees a frame whose slot may say that it is a table.
-fn free<E: Env>(env: &E, frame: OwnedFrame) {
+/// Frees a frame whose slot may say that it is a table, whatever its words are.
+pub(crate) fn free<E: Env>(env: &E, frame: OwnedFrame) {
     if let Some(slot) = env.slots().slot(frame.first()) {
         slot.release();
     }
@@ -155,31 +294,50 @@ fn free<E: Env>(env: &E, frame: OwnedFrame) {
 #[must_use = "a reserve that is dropped gives its frames back"]
 pub struct TableReserve<'e, E: Env> {
     env: &'e E,
-    list: List,
+    /// Zeroed.
+    list: Chain,
+    /// Not zeroed: for tables that are written whole.
+    plain: Chain,
+    /// How many frames to take from the cache at the next need.
+    batch: usize,
 }
 
+/// The most frames that a cursor takes from the cache at once, beyond what it asked for.
+const MOST_AT_ONCE: usize = 16;
+
 impl<'e, E: Env> TableReserve<'e, E> {
+    #[inline]
     pub(crate) fn empty(env: &'e E) -> Self {
         Self {
             env,
-            list: List {
-                head: None,
-                length: 0,
-            },
+            list: Chain::EMPTY,
+            plain: Chain::EMPTY,
+            batch: 1,
         }
     }
 
-    /// Takes frames until there are `count`.
+    fn push(env: &E, list: &mut Chain, frame: OwnedFrame) {
+        let (frame, _) = frame.into_raw();
+        if let Some(slot) = env.slots().slot(frame) {
+            slot.claim(FrameTag::Table, Order::ZERO);
+            list.push(frame, slot);
+        }
+    }
+
+    /// Takes zeroed frames until there are `count`.
     pub(crate) fn fill<F: Format>(&mut self, count: usize) -> Result<(), AllocError> {
-        while self.list.length < count {
+        while self.list.length() < count {
             let frame = take(self.env, F::TABLE_FRAME_LIMIT)?;
-            let (frame, _) = frame.into_raw();
-            if let Some(slot) = self.env.slots().slot(frame) {
-                slot.claim(FrameTag::Table, Order::ZERO);
-                node::set_next(slot, self.list.head);
-            }
-            self.list.head = Some(frame);
-            self.list.length += 1;
+            Self::push(self.env, &mut self.list, frame);
+        }
+        Ok(())
+    }
+
+    /// Takes frames that need not be zeroed until there are `count`.
+    pub(crate) fn fill_plain<F: Format>(&mut self, count: usize) -> Result<(), AllocError> {
+        while self.plain.length() < count {
+            let frame = take_plain(self.env, F::TABLE_FRAME_LIMIT)?;
+            Self::push(self.env, &mut self.plain, frame);
         }
         Ok(())
     }
@@ -187,29 +345,62 @@ impl<'e, E: Env> TableReserve<'e, E> {
     /// Frames in it.
     #[must_use]
     pub fn length(&self) -> usize {
-        self.list.length
+        self.list.length() + self.plain.length()
     }
 
+    /// A zeroed frame of the reserve.
     pub(crate) fn take(&mut self) -> Option<OwnedFrame> {
-        let frame = self.list.head?;
-        let slot = self.env.slots().slot(frame)?;
-        self.list.head = node::next(slot);
-        self.list.length -= 1;
+        let frame = self.list.take(self.env)?;
         // SAFETY: O1, O3: the list owned the frame (T1); O2: order 0.
         Some(unsafe { OwnedFrame::from_raw(frame, Order::ZERO) })
+    }
+
+    /// A frame of the reserve that need not be zeroed.
+    pub(crate) fn take_plain(&mut self) -> Option<OwnedFrame> {
+        let frame = self.plain.take(self.env)?;
+        // SAFETY: as in `take`.
+        Some(unsafe { OwnedFrame::from_raw(frame, Order::ZERO) })
+    }
+
+    /// A zeroed frame: of the reserve, of the cache (some more come along, twice as many each time), or fresh.
+    #[inline]
+    pub(crate) fn take_or_fresh<F: Format>(&mut self) -> Result<OwnedFrame, AllocError> {
+        // Frames of the cache lie in reach; a format with a smaller space has them looked at one by one.
+        let all_fit = F::TABLE_FRAME_LIMIT >= 1 << 40;
+        if self.list.is_empty() && all_fit {
+            self.list = self.env.cache().pop_chain(self.env, self.batch);
+            self.batch = (self.batch * 2).min(MOST_AT_ONCE);
+        }
+        if let Some(frame) = self.take() {
+            return Ok(frame);
+        }
+        match self.take_plain() {
+            Some(frame) => {
+                // SAFETY: the frame is the reserve's own, and in reach.
+                for word in unsafe { F::Word::words(self.env.map(), frame.first()) } {
+                    F::Word::store(word, 0);
+                }
+                Ok(frame)
+            }
+            None => take(self.env, F::TABLE_FRAME_LIMIT),
+        }
     }
 }
 
 impl<E: Env> Drop for TableReserve<'_, E> {
+    #[inline]
     fn drop(&mut self) {
-        while let Some(frame) = self.take() {
-            give(self.env, frame);
+        let frames = core::mem::replace(&mut self.list, Chain::EMPTY);
+        // SAFETY: T1 holds for what is on the list, and `push` or the cache marked the slots.
+        unsafe { give_chain(self.env, frames) };
+        while let Some(frame) = self.take_plain() {
+            free(self.env, frame);
         }
     }
 }
 
 impl<E: Env> fmt::Debug for TableReserve<'_, E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "TableReserve({} frames)", self.list.length)
+        write!(f, "TableReserve({} frames)", self.length())
     }
 }

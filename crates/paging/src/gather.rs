@@ -16,6 +16,8 @@
 //!   and whoever fills a hole meanwhile flushes what it filled. So a frame that moved from one page to another, or
 //!   a gather that was forgotten, never leaves a translation that a later operation relied on to be gone.
 //! - `G2`: what is in the gather is in no table, and no handle for it exists.
+//! - `G4`: a leaf table that an operation covers whole is detached whole: its leaves stay in it, their handles belong to the gather, and
+//!   the commit takes them out after the flush, when no CPU writes accessed or dirty bits into it any more, by plain loads and stores.
 //! - `G3`: a gather is bound to one table; an operation on another one refuses it.
 //!
 //! Dropping a gather commits it and drops the handles. Forgetting one (`core::mem::forget`) leaks its frames, and
@@ -29,17 +31,20 @@
 use core::fmt;
 use core::mem::MaybeUninit;
 
-use kmem_hal::{Frame, FrameHandle, FrameSink, Grace, Order, OwnedFrame, PageRange};
+use kmem_hal::{Frame, FrameHandle, FrameSink, Grace, Order, OwnedFrame, Page, PageRange};
 
-use crate::cache;
+use crate::cache::{self, Chain};
 use crate::env::Env;
-use crate::format::Format;
-use crate::node::{self, Node};
+use crate::format::{Format, Kind, Word, level};
+use crate::node::Node;
 use crate::table::PageTable;
 
 /// Single-page invalidations above which the whole space is flushed, as Linux has it.
 #[doc(alias = "tlb_single_page_flush_ceiling")]
 pub const FLUSH_CEILING: u64 = 33;
+
+/// Room for an order beside a frame number in a word.
+const ORDER_BITS: u32 = 8;
 
 /// The translations that a change may have left in TLBs.
 #[derive(Clone, Copy, Debug)]
@@ -63,15 +68,42 @@ impl Stale {
             local: !global,
         }
     }
+}
 
-    #[inline]
-    fn join(self, other: Self) -> Self {
-        Self {
-            range: self.range.hull(other.range),
-            stride: self.stride.min(other.stride),
-            global: self.global || other.global,
-            local: self.local || other.local,
+/// What is noted of all changes: the hull of their pages. Empty where `first` is above `last`.
+#[derive(Clone, Copy)]
+struct Hull {
+    first: u64,
+    last: u64,
+    stride: u64,
+    global: bool,
+    local: bool,
+}
+
+impl Hull {
+    const EMPTY: Self = Self {
+        first: u64::MAX,
+        last: 0,
+        stride: u64::MAX,
+        global: false,
+        local: false,
+    };
+
+    fn is_empty(self) -> bool {
+        self.first > self.last
+    }
+
+    fn stale(self) -> Option<Stale> {
+        if self.is_empty() {
+            return None;
         }
+        let (first, last) = (Page::from_number(self.first), Page::from_number(self.last));
+        Some(Stale {
+            range: PageRange::new(first, last)?,
+            stride: self.stride,
+            global: self.global,
+            local: self.local,
+        })
     }
 }
 
@@ -94,10 +126,13 @@ impl Stale {
 #[must_use = "what a gather holds comes free only when it is committed"]
 pub struct Gather<'t, F: Format, E: Env, H: FrameHandle, const N: usize = 32> {
     table: &'t PageTable<F, E, H>,
-    blocks: [(u64, Order); N],
+    /// The first `length` are set: frame number and order.
+    blocks: [MaybeUninit<u64>; N],
     length: usize,
-    stale: Option<Stale>,
-    tables: Option<Frame>,
+    stale: Hull,
+    tables: Chain,
+    /// Leaf tables that were detached with their leaves (`G4`).
+    whole: Chain,
     announced: bool,
 }
 
@@ -108,10 +143,11 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
         }
         Self {
             table,
-            blocks: [(0, Order::ZERO); N],
+            blocks: [MaybeUninit::uninit(); N],
             length: 0,
-            stale: None,
-            tables: None,
+            stale: Hull::EMPTY,
+            tables: Chain::EMPTY,
+            whole: Chain::EMPTY,
             announced: false,
         }
     }
@@ -125,21 +161,19 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             assert!(N > 0, "a gather without room for one block can do nothing");
         }
         let gather = place.as_mut_ptr();
-        // SAFETY: each write goes to a field of `place`, and after them all fields are initialised.
+        // SAFETY: each write goes to a field of `place`, and after them all fields are initialised; the blocks need not be.
         unsafe {
             (&raw mut (*gather).table).write(table);
-            for index in 0..N {
-                (&raw mut (*gather).blocks[index]).write((0, Order::ZERO));
-            }
             (&raw mut (*gather).length).write(0);
-            (&raw mut (*gather).stale).write(None);
-            (&raw mut (*gather).tables).write(None);
+            (&raw mut (*gather).stale).write(Hull::EMPTY);
+            (&raw mut (*gather).tables).write(Chain::EMPTY);
+            (&raw mut (*gather).whole).write(Chain::EMPTY);
             (&raw mut (*gather).announced).write(false);
             place.assume_init_mut()
         }
     }
 
-    /// Blocks that it holds.
+    /// Blocks that it holds, those in tables that were detached whole excepted.
     #[must_use]
     pub fn length(&self) -> usize {
         self.length
@@ -154,10 +188,11 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
     /// Whether there is nothing to flush and nothing to give back.
     #[must_use]
     pub fn is_empty(&self) -> bool {
-        self.stale.is_none() && self.length == 0 && self.tables.is_none()
+        self.stale.is_empty() && self.length == 0 && self.tables.is_empty() && self.whole.is_empty()
     }
 
     /// Whether this gather may take what comes out of `table` (`G3`).
+    #[inline]
     pub(crate) fn belongs_to(&self, table: &PageTable<F, E, H>) -> bool {
         core::ptr::eq(self.table, table)
     }
@@ -174,25 +209,49 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
     /// Notes translations to flush. Announced before.
     #[inline]
     pub(crate) fn note(&mut self, stale: Stale) {
+        let (first, last) = (stale.range.first().number(), stale.range.last().number());
+        self.note_pages(first, last, stale.stride, stale.global, stale.local);
+    }
+
+    /// As [`note`](Self::note), by numbers: leaves of `stride` pages each in pages `first ..= last`.
+    #[inline(always)]
+    pub(crate) fn note_pages(
+        &mut self,
+        first: u64,
+        last: u64,
+        stride: u64,
+        global: bool,
+        local: bool,
+    ) {
         debug_assert!(self.announced);
-        self.stale = Some(match self.stale {
-            Some(before) => before.join(stale),
-            None => stale,
-        });
+        let hull = &mut self.stale;
+        hull.first = hull.first.min(first);
+        hull.last = hull.last.max(last);
+        hull.stride = hull.stride.min(stride);
+        hull.global |= global;
+        hull.local |= local;
     }
 
     /// Takes a block whose entry was cleared. There is room.
     #[inline]
     pub(crate) fn push(&mut self, frame: Frame, order: Order) {
-        self.blocks[self.length] = (frame.number(), order);
+        let packed = frame.number() << ORDER_BITS | u64::from(order.get());
+        self.blocks[self.length] = MaybeUninit::new(packed);
         self.length += 1;
     }
 
-    /// Takes a table that was detached.
+    /// Takes a table that was detached empty.
+    #[inline]
     pub(crate) fn push_table(&mut self, table: &Node<'_, F>) {
         debug_assert!(self.announced);
-        table.set_next(self.tables);
-        self.tables = Some(table.frame);
+        self.tables.push(table.frame, table.slot);
+    }
+
+    /// Takes a leaf table that was detached with its leaves (`G4`).
+    #[inline]
+    pub(crate) fn push_whole(&mut self, table: &Node<'_, F>) {
+        debug_assert!(self.announced);
+        self.whole.push(table.frame, table.slot);
     }
 
     /// Flushes every CPU that may hold what was taken away, waits for their answers, and hands every block back.
@@ -202,20 +261,53 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
     #[doc(alias = "tlb_finish_mmu")]
     pub fn commit(&mut self, mut give: impl FnMut(H)) {
         if self.announced {
-            self.table.flush(self.stale, self.tables.is_some(), 1);
+            let freed = !self.tables.is_empty() || !self.whole.is_empty();
+            self.table.flush(self.stale.stale(), freed, 1);
             self.announced = false;
-            self.stale = None;
+            self.stale = Hull::EMPTY;
             self.table.retract();
         }
         while let Some(last) = self.length.checked_sub(1) {
             self.length = last;
-            let (number, order) = self.blocks[last];
+            // SAFETY: `push` set it, and `length` went beyond it since.
+            let packed = unsafe { self.blocks[last].assume_init() };
+            let frame = Frame::from_number(packed >> ORDER_BITS);
+            let order = Order::new((packed & ((1 << ORDER_BITS) - 1)) as u8).unwrap_or(Order::ZERO);
             // SAFETY: the numbers were in an entry, which `into_entry` of this type filled; the entry is gone (G2) and
             // its translations were flushed above, since it was noted before it was pushed.
-            give(unsafe { H::from_entry(Frame::from_number(number), order) });
+            give(unsafe { H::from_entry(frame, order) });
         }
-        if self.tables.is_some() {
+        if !self.whole.is_empty() {
+            self.empty_whole(&mut give);
+        }
+        if !self.tables.is_empty() {
             self.free_tables();
+        }
+    }
+
+    /// Takes the leaves out of tables that were detached whole.
+    fn empty_whole(&mut self, give: &mut impl FnMut(H)) {
+        let env = self.table.env();
+        while let Some(frame) = self.whole.first() {
+            // SAFETY: a detached table that the list owns, of the format's level 1.
+            let table = unsafe { Node::<F>::new(env, frame, 1) };
+            let mut cleared = 0;
+            for entry in table.entries(0, level::<F>(1).entries()) {
+                let word = F::Word::load(entry);
+                if word == 0 {
+                    continue;
+                }
+                // No CPU reaches the entry after the flush, so nothing else writes to it (G4).
+                F::Word::store(entry, 0);
+                cleared += 1;
+                if F::kind(1, word) == Kind::Leaf {
+                    // SAFETY: `into_entry` of this type filled the entry; it is gone, and its translations were flushed.
+                    give(unsafe { H::from_entry(F::leaf_frame(1, word), Order::ZERO) });
+                }
+            }
+            table.sub_live(cleared);
+            self.whole.pop(table.slot);
+            self.tables.push(frame, table.slot);
         }
     }
 
@@ -224,17 +316,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
         let env = self.table.env();
         // Lock-free readers may be in the tables until now.
         env.grace().synchronize();
-        while let Some(frame) = self.tables {
-            let Some(slot) = env.slots().slot(frame) else {
-                break;
-            };
-            self.tables = node::next(slot);
-            // SAFETY: O1: a detached table is on this list alone (G2) and has no reader after the grace period; O2:
-            // order 0; O3: the flush above was told that tables are freed.
-            let table = unsafe { OwnedFrame::from_raw(frame, Order::ZERO) };
-            // It holds zeros (N2), so T1 holds.
-            cache::give(env, table);
-        }
+        // SAFETY: a detached table is on this list alone (G2) and has no reader after the grace period; the flush above was told
+        // that tables are freed; they hold zeros (N2, G4). So T1 holds.
+        unsafe { cache::give_chain(env, core::mem::replace(&mut self.tables, Chain::EMPTY)) };
     }
 }
 
@@ -261,8 +345,8 @@ impl<F: Format, E: Env, H: FrameHandle, const N: usize> fmt::Debug for Gather<'_
         f.debug_struct("Gather")
             .field("length", &self.length)
             .field("capacity", &N)
-            .field("stale", &self.stale)
-            .field("tables", &self.tables.is_some())
+            .field("stale", &self.stale.stale())
+            .field("tables", &(self.tables.length() + self.whole.length()))
             .finish()
     }
 }

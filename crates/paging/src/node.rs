@@ -13,10 +13,13 @@
 //! - `N1`: the words of an attached table change only under its lock (the hardware's accessed and dirty bits
 //!   excepted), and the live count only together with them: it is the number of words that are not zero, plus one for
 //!   each hold (a table that must stay though empty).
-//! - `N2`: a table is detached under its parent's lock and its own, when its live count is 0: so it holds 512 zeros. It
-//!   is stray from then on and never attached again before its frame has been through flush and grace period.
+//! - `N2`: a table is detached under its parent's lock and its own. It is stray from then on, and never attached again before its
+//!   frame has been through flush and grace period. It holds zeros, unless it is a leaf table that went into the gather whole
+//!   ([`Gather`](crate::Gather) `G4`).
 //! - `N3`: locks are taken parent before child; nobody waits for a parent's lock while holding a child's.
 //! - `N4`: the lock is never taken in interrupts, nor with interrupts off.
+//! - `N5`: word 0 of the slot changes only under the lock, or while nobody else can reach the table; so unlocking is a plain
+//!   store, and a table costs one locked instruction to lock and unlock.
 
 use kmem_hal::sync::Ordering;
 use kmem_hal::{Frame, FrameSlot, Page, SlotFlags, TableOwner, TableSlot};
@@ -156,19 +159,21 @@ impl<'t, F: Format> Node<'t, F> {
         }
     }
 
+    /// Lets the lock go, by a plain store: word 0 of a table's slot changes only under the lock (`N5`).
     #[inline]
     pub fn unlock(&self) {
-        self.slot.unlock();
+        self.slot.unlock_owned(SlotFlags::empty());
+    }
+
+    /// Lets the lock of a table go that was just detached, and says so (`N2`).
+    #[inline]
+    pub fn unlock_stray(&self) {
+        self.slot.unlock_owned(SlotFlags::STRAY);
     }
 
     #[inline]
     pub fn is_stray(&self) -> bool {
         self.slot.flags().contains(SlotFlags::STRAY)
-    }
-
-    /// Notes that the table is detached. The caller holds the lock.
-    pub fn set_stray(&self) {
-        self.slot.set_flags(SlotFlags::STRAY);
     }
 
     /// Words that are not zero, and holds. The caller holds the lock, or wants an old value.
@@ -196,14 +201,17 @@ impl<'t, F: Format> Node<'t, F> {
         (now & LIVE_MASK) as u32
     }
 
-    /// Makes the slot of a private, zero frame that of an empty table of the space with this root, from `page` on.
-    pub fn claim(&self, page: Page, root: Frame) {
-        TableSlot::claim(self.slot, self.level as u8, page).set_owner(TableOwner::Space(root));
+    /// As [`claim`](Self::claim), with the lock taken for the caller.
+    #[inline]
+    pub fn claim_locked(&self, page: Page, root: Frame) {
+        self.claim(page, root);
+        self.slot.lock_private();
     }
 
-    /// Puts another table behind this one.
-    pub fn set_next(&self, next: Option<Frame>) {
-        set_next(self.slot, next);
+    /// Makes the slot of a private, zero frame that of an empty table of the space with this root, from `page` on.
+    #[inline]
+    pub fn claim(&self, page: Page, root: Frame) {
+        TableSlot::claim(self.slot, self.level as u8, page).set_owner(TableOwner::Space(root));
     }
 }
 

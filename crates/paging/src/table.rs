@@ -20,14 +20,14 @@ use kmem_hal::{
     Mmu, Order, OwnedFrame, Page, PageRange, Root, Trace, TraceEvent,
 };
 
-use crate::attributes::{Leaf, Payload};
+use crate::attributes::{Leaf, Payload, Rights};
 use crate::cache::{self, TableReserve};
 use crate::cursor::Cursor;
 use crate::env::Env;
 use crate::error::{RangeError, TableError};
-use crate::format::{Format, Kind, level};
+use crate::format::{Format, Kind, Word, level};
 use crate::gather::{FLUSH_CEILING, Gather, Stale};
-use crate::node::{Node, View};
+use crate::node::Node;
 
 /// The most levels that any format has.
 pub(crate) const MAX_LEVELS: usize = 5;
@@ -70,6 +70,8 @@ pub struct PageTable<F: Format, E: Env, H: FrameHandle> {
     unflushed: AtomicUsize,
     tables: AtomicUsize,
     exposed: AtomicBool,
+    /// Whether a leaf was ever global.
+    global: AtomicBool,
     // Handles go in and come out on any thread that has a reference.
     handles: PhantomData<(F, Lock<H, ()>)>,
 }
@@ -104,6 +106,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             unflushed: AtomicUsize::new(0),
             tables: AtomicUsize::new(1),
             exposed: AtomicBool::new(false),
+            global: AtomicBool::new(false),
             handles: PhantomData,
         };
         if F::FIXED_TOP
@@ -165,6 +168,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             unflushed: AtomicUsize::new(0),
             tables: AtomicUsize::new(1),
             exposed: AtomicBool::new(false),
+            global: AtomicBool::new(false),
             handles: PhantomData,
         };
         {
@@ -281,8 +285,14 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
 
     /// The levels in use.
     #[must_use]
+    #[inline(always)]
     pub fn levels(&self) -> usize {
-        self.levels
+        // Known when compiled, for most formats.
+        if F::MIN_LEVELS == F::LEVELS.len() {
+            F::MIN_LEVELS
+        } else {
+            self.levels
+        }
     }
 
     /// Table frames that belong to this table, the root included and borrowed ones excepted.
@@ -348,20 +358,29 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     #[inline]
     #[must_use]
     pub fn query(&self, page: Page) -> Entry {
-        if !F::canonical(self.levels).contains(page.start()) {
+        let levels = self.levels();
+        if !F::canonical(levels).contains(page.start()) {
             return Entry::Empty;
         }
-        let _reading = self.env.grace().read();
+        // SAFETY: the closure makes no guard and does not panic: an index is below the entries of its table.
+        unsafe { self.env.grace().read_with(|| self.descend(page)) }
+    }
+
+    /// As `query`, inside a read section.
+    #[inline(always)]
+    fn descend(&self, page: Page) -> Entry {
+        let levels = self.levels();
+        let map = self.env.map();
         let mut frame = self.root;
         // Written out, so that every shift and mask is a constant: half the instructions of the loop.
         macro_rules! descend {
             ($($number:literal)*) => {$(
-                if $number <= F::LEVELS.len() && $number <= self.levels {
+                if $number <= F::LEVELS.len() && $number <= levels {
                     // SAFETY: the root is attached (P1), and a table that an entry pointed to during this read section stays
-                    // a table until the section ends: it is freed only after a grace period.
-                    let view = unsafe { View::<F>::new(&self.env, frame, $number) };
-                    let word = view.load(index_at::<F>(page.number(), $number));
-                    if F::kind($number, word) != Kind::Table {
+                    // a table until the section ends: it is freed only after a grace period. Tables are in reach.
+                    let words = unsafe { F::Word::words(map, frame) };
+                    let word = F::Word::load(&words[index_at::<F>(page.number(), $number)]);
+                    if !F::is_table($number, word) {
                         return decode::<F>(page, $number, word);
                     }
                     frame = F::table_frame(word);
@@ -405,6 +424,21 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         self.env
             .trace()
             .event(TraceEvent::TableFreed(frame, level as u8));
+    }
+
+    /// Notes that a leaf gets these rights.
+    #[inline(always)]
+    pub(crate) fn note_global(&self, rights: Rights) {
+        if rights.contains(Rights::GLOBAL) {
+            // Before the entry that it is about.
+            self.global.store(true, Ordering::Release);
+        }
+    }
+
+    /// Whether a leaf may be global.
+    #[inline]
+    pub(crate) fn may_be_global(&self) -> bool {
+        self.global.load(Ordering::Acquire)
     }
 
     pub(crate) fn announce(&self) {

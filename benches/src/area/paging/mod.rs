@@ -6,7 +6,7 @@
 //!
 //! | workload | an operation |
 //! |---|---|
-//! | `map_4k`, `protect_4k`, `unmap_4k` | a page, one call a page, through a held cursor where there is one |
+//! | `map_4k`, `protect_4k`, `unmap_4k` | a page, one call a page, through a held cursor where there is one; leaves with A and D set |
 //! | `map_range_4k`, `map_range_2m`, `unmap_range` | a leaf of one call for the range |
 //! | `protect_range_live`, `protect_range_worst` | the same, leaves with A and D set (no locked instruction is needed) and clear |
 //! | `translate_4k`, `translate_2m` | the frame of a random page |
@@ -15,7 +15,7 @@
 //! | `meta_per_page` | bytes beyond the tables themselves by mapped page |
 //!
 //! kmem gives an emptied table back at once and keeps empty tables in its cache (here without a limit, as long as `sparse_remap` runs);
-//! the peers keep tables until the root is dropped. Limits: `limit:store` stores entries in a row, `limit:load-store` loads and stores
+//! x86_64 and page_table_multiarch keep tables until the root is dropped, page-table-generic frees them. Limits: `limit:store` stores entries in a row, `limit:load-store` loads and stores
 //! them, `limit:locked-and` clears a bit in each by a locked instruction, `limit:zero-table` zeroes 4 KiB that are not in a cache.
 
 use std::hint::black_box;
@@ -36,8 +36,10 @@ use crate::rng::Rng;
 
 const AREA: &str = "paging";
 
+mod generic;
 mod tables;
 
+use generic::Generic;
 use tables::*;
 
 /// Runs the workloads of this area.
@@ -62,6 +64,7 @@ macro_rules! programs {
             .with("kmem", $make::<Kmem>($($argument),*))
             .with("x86_64", $make::<Offset>($($argument),*))
             .with("page_table_multiarch", $make::<Multiarch>($($argument),*))
+            .with("page-table-generic", $make::<Generic>($($argument),*))
     };
 }
 
@@ -71,6 +74,7 @@ macro_rules! ranged {
         $workload
             .with("kmem", $make::<Kmem>($($argument),*))
             .with("page_table_multiarch", $make::<Multiarch>($($argument),*))
+            .with("page-table-generic", $make::<Generic>($($argument),*))
     };
 }
 

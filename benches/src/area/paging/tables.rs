@@ -32,7 +32,7 @@ pub(super) struct Pool {
 }
 
 impl Pool {
-    fn take(&self, zeroed: bool) -> Option<u64> {
+    pub(super) fn take(&self, zeroed: bool) -> Option<u64> {
         let frame = self.free.lock().pop()?;
         if zeroed {
             // SAFETY: the frame was free and is in the region.
@@ -41,11 +41,12 @@ impl Pool {
         Some(frame)
     }
 
-    fn give(&self, frame: u64) {
+    pub(super) fn give(&self, frame: u64) {
         self.free.lock().push(frame);
     }
 
-    fn pointer(&self, frame: u64) -> *mut u8 {
+    #[inline]
+    pub(super) fn pointer(&self, frame: u64) -> *mut u8 {
         self.region.to_ptr(PhysAddr::new(frame * 4096))
     }
 }
@@ -217,7 +218,8 @@ impl Kmem {
             .table()
             .cursor(pages(count * step))
             .expect("a valid range");
-        let attributes = Attributes::new(Rights::USER_DATA);
+        // As a fault leaves them: used and written.
+        let attributes = Attributes::new(Rights::USER_DATA).accessed().dirty();
         for index in 0..count {
             cursor
                 .map(
@@ -344,6 +346,8 @@ pub(super) fn x86_frame<S: x86::PageSize>(index: u64) -> x86::PhysFrame<S> {
 
 pub(super) fn x86_flags(writable: bool) -> x86::PageTableFlags {
     let mut flags = x86::PageTableFlags::PRESENT
+        | x86::PageTableFlags::ACCESSED
+        | x86::PageTableFlags::DIRTY
         | x86::PageTableFlags::USER_ACCESSIBLE
         | x86::PageTableFlags::NO_EXECUTE;
     flags.set(x86::PageTableFlags::WRITABLE, writable);

@@ -220,6 +220,26 @@ impl FrameSlot {
         self.clear_flags(SlotFlags::LOCKED);
     }
 
+    /// Takes the lock bit of a slot that nobody else can reach yet, by a plain store.
+    #[inline]
+    pub fn lock_private(&self) {
+        let locked = u64::from(SlotFlags::LOCKED.bits()) << FLAGS_SHIFT;
+        let state = self.state.load(Ordering::Relaxed);
+        self.state.store(state | locked, Ordering::Relaxed);
+    }
+
+    /// Lets the lock bit go by a plain store, and sets `flags`.
+    ///
+    /// For owners whose every change of word 0 is made under the lock bit, as with page tables: what else changed the word meanwhile
+    /// would be lost. Costs no locked instruction.
+    #[inline]
+    pub fn unlock_owned(&self, flags: SlotFlags) {
+        let locked = u64::from(SlotFlags::LOCKED.bits()) << FLAGS_SHIFT;
+        let state = self.state.load(Ordering::Relaxed);
+        let set = u64::from(flags.bits()) << FLAGS_SHIFT;
+        self.state.store(state & !locked | set, Ordering::Release);
+    }
+
     /// Spins until the lock bit is free and takes it; lets go when the guard is dropped.
     ///
     /// Not for interrupts: the bit does not keep them out.

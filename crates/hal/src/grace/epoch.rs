@@ -17,10 +17,11 @@
 //! own and finds each such reader gone.
 //!
 //! Invariants
-//! - `I1`: while a CPU's `depth` is not 0 and `fenced` is set, its word says "active", and a full fence lies between the
-//!   store of the word and every load of the reader.
-//! - `I2`: `depth` is the number of guards alive on the CPU; a nested context leaves all three words as a guard that
-//!   was never there would, so it may interrupt a reader between any two instructions.
+//! - `I1`: while a CPU's `depth` is not 0 and `fenced` is set, or `read_with` runs, its word says "active", and a full fence lies between the
+//!   store of the word and every load of the reader (or what a `Barrier` puts in its place).
+//! - `I2`: `depth` is the number of guards alive on the CPU; a nested context leaves all three words as it found them, so it may
+//!   interrupt a reader between any two instructions. It announces itself only where nobody is announced: otherwise what it interrupted
+//!   speaks for it, and goes on to do so until it is done.
 //! - `I3`: tags in a queue ascend, so the front is the oldest.
 //! - `I4`: a call is made outside every lock, once, by whoever took it out of its queue.
 //! - `I5`: a CPU that has no area yet counts its readers in `strays`, and the epoch stands still while there are any.
@@ -29,9 +30,12 @@
 //!
 //! The outermost `read` of a CPU is a load of the global epoch, one store to its own word, **one full fence** (an `MFENCE`
 //! or a locked instruction on x86, 6 to 18 ns), and two plain stores; dropping it is three stores and no fence. A nested
-//! one is a load, a test and a store. The fence cannot be left out: the processor may hold the store in its store buffer while
+//! one is a load, a test and a store; `read_with` is two stores, two loads and the fence. The fence cannot be left out where nothing stands in for it: the processor may hold the store in its store buffer while
 //! it already executes the reader's loads (x86 reorders exactly this pair, Intel SDM volume 3A 9.2.3.4), and then a writer's
 //! scan finds the CPU idle while it reads. Readers of different CPUs write to no common line.
+//!
+//! A kernel that can interrupt its CPUs moves the fence to the writers, and a reader then pays 1 to 2 ns: a [`CallBarrier`](super::CallBarrier)
+//! in place of the [`FullBarrier`].
 //!
 //! A scan costs one load per CPU, and every CPU's word is a line that its owner writes: `poll` and `synchronize` are for
 //! slow paths. Memory: one [`EpochArea`] per CPU, about 1.2 KiB with the default queue of 32 calls.
@@ -47,6 +51,7 @@ use core::fmt;
 use core::marker::PhantomData;
 use core::ptr;
 
+use super::barrier::{Barrier, FullBarrier};
 use super::{Deferred, Grace};
 use crate::cpu::{Cpu, Pinned};
 use crate::lock::{IrqSafe, Lock, RawLock};
@@ -79,19 +84,33 @@ impl Announcement {
 
     /// Begins a section on the own CPU. The order of the lines is what `I2` rests on.
     #[inline]
-    fn enter(&self, global: &AtomicU64, plant: Plant) {
+    fn enter(&self, global: &AtomicU64, barrier: &impl Barrier, plant: Plant) {
         self.depth.set(self.depth.get() + 1);
         compiler_fence(Ordering::SeqCst);
         if !self.fenced.get() {
-            let epoch = global.load(Ordering::Relaxed);
-            self.word.store(epoch << 1 | ACTIVE, Ordering::Relaxed);
-            // Announced before anything is read (I1). See "What a reader pays".
+            // Where a context is announced that this one interrupted, or that calls it from inside `read_with`, the word is
+            // that one's, and stays until this one is done.
+            let own = self.announce(global);
             if plant != Plant::NoReaderFence {
-                fence(Ordering::SeqCst);
+                barrier.reader();
             }
-            self.fenced.set(true);
+            if own {
+                self.fenced.set(true);
+            }
         }
         compiler_fence(Ordering::SeqCst);
+    }
+
+    /// Announces a reader where none is announced; whether that was so.
+    #[inline(always)]
+    fn announce(&self, global: &AtomicU64) -> bool {
+        let own = self.word.load(Ordering::Relaxed) == 0;
+        if own {
+            // Acquire: no read of the section is older than the epoch that it announces.
+            let epoch = global.load(Ordering::Acquire);
+            self.word.store(epoch << 1 | ACTIVE, Ordering::Relaxed);
+        }
+        own
     }
 
     /// Ends a section on the own CPU.
@@ -100,13 +119,19 @@ impl Announcement {
         compiler_fence(Ordering::SeqCst);
         let depth = self.depth.get() - 1;
         self.depth.set(depth);
-        if depth == 0 {
-            compiler_fence(Ordering::SeqCst);
+        compiler_fence(Ordering::SeqCst);
+        if depth == 0 && self.fenced.get() {
             self.fenced.set(false);
-            compiler_fence(Ordering::SeqCst);
-            // Release: what was read happens before whatever the grace period allows (G3).
-            self.word.store(0, Ordering::Release);
+            self.silence();
         }
+    }
+
+    /// Takes the own announcement back.
+    #[inline(always)]
+    fn silence(&self) {
+        compiler_fence(Ordering::SeqCst);
+        // Release: what was read happens before whatever the grace period allows (G3).
+        self.word.store(0, Ordering::Release);
     }
 
     /// Whether a reader here began in another epoch than `epoch`.
@@ -209,8 +234,9 @@ impl<L: RawLock, const Q: usize> Default for EpochArea<L, Q> {
 /// ```
 #[doc(alias = "rcu")]
 #[doc(alias = "ebr")]
-pub struct EpochGrace<'m, C, L = IrqSafe, const Q: usize = 32> {
+pub struct EpochGrace<'m, C, L = IrqSafe, const Q: usize = 32, B = FullBarrier> {
     cpu: C,
+    barrier: B,
     epoch: CachePadded<AtomicU64>,
     /// Readers on CPUs that have no area (`I5`).
     strays: AtomicUsize,
@@ -240,26 +266,11 @@ pub enum Plant {
     OneStep,
 }
 
-impl<'m, C: Cpu, L: RawLock, const Q: usize> EpochGrace<'m, C, L, Q> {
-    const NOT_EMPTY: () = assert!(Q > 0, "a queue of deferred calls holds at least one");
-
+impl<C: Cpu, L: RawLock, const Q: usize> EpochGrace<'_, C, L, Q> {
     crate::const_new! {
         /// Grace periods for the CPUs of `cpu`, none of which has an area yet.
         pub fn new(cpu: C) -> Self {
-            #[allow(clippy::let_unit_value)]
-            let () = Self::NOT_EMPTY;
-            Self {
-                cpu,
-                epoch: CachePadded::new(AtomicU64::new(2)),
-                strays: AtomicUsize::new(0),
-                running: AtomicUsize::new(0),
-                areas: AtomicPtr::new(ptr::null_mut()),
-                count: AtomicUsize::new(0),
-                shared: EpochArea::new(),
-                #[cfg(loom)]
-                plant: Plant::Nothing,
-                _areas: PhantomData,
-            }
+            Self::with_barrier(cpu, FullBarrier)
         }
     }
 
@@ -270,6 +281,31 @@ impl<'m, C: Cpu, L: RawLock, const Q: usize> EpochGrace<'m, C, L, Q> {
         Self {
             plant,
             ..Self::new(cpu)
+        }
+    }
+}
+
+impl<'m, C: Cpu, L: RawLock, const Q: usize, B: Barrier> EpochGrace<'m, C, L, Q, B> {
+    const NOT_EMPTY: () = assert!(Q > 0, "a queue of deferred calls holds at least one");
+
+    crate::const_new! {
+        /// The same, with another barrier between readers and writers than two full fences.
+        pub fn with_barrier(cpu: C, barrier: B) -> Self {
+            #[allow(clippy::let_unit_value)]
+            let () = Self::NOT_EMPTY;
+            Self {
+                cpu,
+                barrier,
+                epoch: CachePadded::new(AtomicU64::new(2)),
+                strays: AtomicUsize::new(0),
+                running: AtomicUsize::new(0),
+                areas: AtomicPtr::new(ptr::null_mut()),
+                count: AtomicUsize::new(0),
+                shared: EpochArea::new(),
+                #[cfg(loom)]
+                plant: Plant::Nothing,
+                _areas: PhantomData,
+            }
         }
     }
 
@@ -315,12 +351,31 @@ impl<'m, C: Cpu, L: RawLock, const Q: usize> EpochGrace<'m, C, L, Q> {
         unsafe { core::slice::from_raw_parts(first, count) }
     }
 
+    /// A CPU's area.
+    #[inline(always)]
+    fn area(&self, index: usize) -> Option<&EpochArea<L, Q>> {
+        if index >= self.count.load(Ordering::Acquire) {
+            return None;
+        }
+        let first = self.areas.load(Ordering::Relaxed);
+        // SAFETY: as in `areas`; the index is below the count.
+        Some(unsafe { &*first.add(index) })
+    }
+
+    /// A section on a CPU without an area.
+    #[cold]
+    fn stray(&self) -> Section<'_> {
+        self.strays.fetch_add(1, Ordering::SeqCst);
+        fence(Ordering::SeqCst);
+        Section::Stray(&self.strays)
+    }
+
     /// Moves the epoch on if nobody prevents it; gives the epoch seen last.
     fn try_advance(&self) -> u64 {
         let epoch = self.epoch.load(Ordering::Acquire);
         // Every reader that began before the writer's fence is visible to the loads below.
         if self.plant() != Plant::NoScannerFence {
-            fence(Ordering::SeqCst);
+            self.barrier.writer();
         }
         let blocked = self.strays.load(Ordering::Acquire) != 0
             || self
@@ -376,7 +431,7 @@ impl<'m, C: Cpu, L: RawLock, const Q: usize> EpochGrace<'m, C, L, Q> {
     }
 }
 
-impl<C: fmt::Debug, L, const Q: usize> fmt::Debug for EpochGrace<'_, C, L, Q> {
+impl<C: fmt::Debug, L, const Q: usize, B> fmt::Debug for EpochGrace<'_, C, L, Q, B> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(
             f,
@@ -390,7 +445,9 @@ impl<C: fmt::Debug, L, const Q: usize> fmt::Debug for EpochGrace<'_, C, L, Q> {
 // SAFETY: G1, G2: a call is made, and `synchronize` returns, after two steps of the epoch, and the module's comment
 // says why no guard survives both; G3: a guard's release store is acquired by the scan that passes it, and the
 // exchange of the epoch hands that on; G4: `read` writes the CPU's own area only (a shared counter where there is none).
-unsafe impl<'m, C: Cpu, L: RawLock, const Q: usize> Grace for EpochGrace<'m, C, L, Q> {
+unsafe impl<'m, C: Cpu, L: RawLock, const Q: usize, B: Barrier> Grace
+    for EpochGrace<'m, C, L, Q, B>
+{
     type Guard<'a>
         = EpochGuard<'a, C>
     where
@@ -399,18 +456,48 @@ unsafe impl<'m, C: Cpu, L: RawLock, const Q: usize> Grace for EpochGrace<'m, C, 
     #[inline]
     fn read(&self) -> EpochGuard<'_, C> {
         let pin = self.cpu.pin();
-        let section = match self.areas().get(pin.id().index()) {
+        let section = match self.area(pin.id().index()) {
             Some(area) => {
-                area.announcement.enter(&self.epoch, self.plant());
+                area.announcement
+                    .enter(&self.epoch, &self.barrier, self.plant());
                 Section::Own(&area.announcement)
             }
-            None => {
-                self.strays.fetch_add(1, Ordering::SeqCst);
-                fence(Ordering::SeqCst);
-                Section::Stray(&self.strays)
-            }
+            None => self.stray(),
         };
         EpochGuard { section, _pin: pin }
+    }
+
+    #[inline]
+    unsafe fn read_with<R>(&self, f: impl FnOnce() -> R) -> R {
+        let pin = self.cpu.pin();
+        let area = self.area(pin.id().index());
+        let own = match area {
+            Some(area) => {
+                let announcement = &area.announcement;
+                let own = announcement.announce(&self.epoch);
+                // A guard's fence lies behind every load here; an announcement that this context interrupted may have none yet.
+                if (own || !announcement.fenced.get()) && self.plant() != Plant::NoReaderFence {
+                    self.barrier.reader();
+                }
+                compiler_fence(Ordering::SeqCst);
+                own
+            }
+            None => {
+                let _ = self.stray();
+                true
+            }
+        };
+        let answer = f();
+        match area {
+            // What `f` began it ended, and it ended nothing else (the caller's promise): the word is this section's.
+            Some(area) if own => area.announcement.silence(),
+            Some(_) => {}
+            None => {
+                self.strays.fetch_sub(1, Ordering::Release);
+            }
+        }
+        drop(pin);
+        answer
     }
 
     fn defer(&self, call: Deferred) -> Result<(), Deferred> {

@@ -12,11 +12,13 @@
 //!
 //! Source: McKenney and Slingwine, "Read-Copy Update", PDCS 1998; Fraser, "Practical lock-freedom", 2004 (epochs).
 
+mod barrier;
 mod epoch;
 mod single;
 
 use core::ptr::NonNull;
 
+pub use barrier::{Barrier, CallBarrier, FullBarrier};
 #[cfg(loom)]
 pub use epoch::Plant;
 pub use epoch::{EpochArea, EpochGrace, EpochGuard};
@@ -85,6 +87,20 @@ pub unsafe trait Grace {
     #[doc(alias = "rcu_read_lock")]
     fn read(&self) -> Self::Guard<'_>;
 
+    /// Runs `f` inside a read section, which costs less than a guard does.
+    ///
+    /// # Safety
+    ///
+    /// Guards of this value that `f` makes are dropped before it returns, it drops no others, and it does not unwind.
+    #[inline]
+    unsafe fn read_with<R>(&self, f: impl FnOnce() -> R) -> R
+    where
+        Self: Sized,
+    {
+        let _reading = self.read();
+        f()
+    }
+
     /// Arranges for `call` to be made after a grace period.
     ///
     /// # Errors
@@ -114,8 +130,14 @@ unsafe impl<G: Grace> Grace for &G {
     where
         Self: 'a;
 
+    #[inline]
     fn read(&self) -> Self::Guard<'_> {
         (**self).read()
+    }
+    #[inline]
+    unsafe fn read_with<R>(&self, f: impl FnOnce() -> R) -> R {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { (**self).read_with(f) }
     }
     fn defer(&self, call: Deferred) -> Result<(), Deferred> {
         (**self).defer(call)

@@ -60,15 +60,159 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
     /// As [`update`](Self::update).
     #[doc(alias = "change_protection")]
     #[doc(alias = "pte_modify")]
+    #[inline]
     pub fn protect<const N: usize>(
         &mut self,
         range: PageRange,
         rights: Rights,
         gather: &mut Gather<'_, F, E, H, N>,
     ) -> Result<u64, ChangeError> {
+        // The held leaf table: no walk.
+        if let Some(node) = self.held_leaves(range)
+            && self.range.contains_range(range)
+            && gather.belongs_to(self.table)
+            && let Some(patch) = F::rights_patch(1, rights)
+        {
+            self.table.note_global(rights);
+            let page = range.first().number();
+            if page == range.last().number()
+                && let Some(changed) = self.patch_one(&node, page, patch, gather)
+            {
+                return Ok(changed);
+            }
+            gather.announce();
+            let count = range.count() as usize;
+            return Ok(self.patch_leaves(&node, page, count, rights, patch, gather));
+        }
+        self.protect_slowly(range, rights, gather)
+    }
+
+    #[inline(never)]
+    fn protect_slowly<const N: usize>(
+        &mut self,
+        range: PageRange,
+        rights: Rights,
+        gather: &mut Gather<'_, F, E, H, N>,
+    ) -> Result<u64, ChangeError> {
+        self.check_change(range, gather)?;
+        self.table.note_global(rights);
+        let patch = F::rights_patch(1, rights).map(|patch| (rights, patch));
         let mut change = |number, _, word| Ok(Some(F::with_rights(number, word, rights)));
-        let patch = F::rights_patch(1, rights);
         self.change_words(range, gather, patch, &mut change)
+    }
+
+    /// Gives a present leaf to which the hardware has nothing to write other rights, by a patch of bits; `None` where it is another.
+    #[inline(always)]
+    fn patch_one<const N: usize>(
+        &self,
+        node: &Node<'t, F>,
+        page: u64,
+        (keep, set): (u64, u64),
+        gather: &mut Gather<'_, F, E, H, N>,
+    ) -> Option<u64> {
+        let entry = node.entry(index_at::<F>(page, 1));
+        let word = F::Word::load(entry);
+        if !F::is_present(1, word) || !F::is_settled(word) {
+            return None;
+        }
+        let new = word & keep | set;
+        if F::needs_flush(1, word, new) {
+            gather.announce();
+            let global = F::is_global(1, word);
+            gather.note_pages(page, page, 1, global, !global);
+            let page = PageRange::single(Page::from_number(page));
+            self.table.env().trace().event(TraceEvent::Restricted(page));
+        }
+        F::Word::store(entry, new);
+        Some(u64::from(new != word))
+    }
+
+    /// Gives `count` leaves of a leaf table from `page` on other rights, by a patch of bits where they are present; gives how many
+    /// changed. The gather was announced.
+    ///
+    /// Works on runs: leaves to which the hardware has nothing to write (`F4`) are changed by plain stores, others by a locked AND where
+    /// bits are only to be cleared. Of a run only the union and the intersection of the words are kept, which say whether it must be
+    /// flushed.
+    #[inline(always)]
+    fn patch_leaves<const N: usize>(
+        &self,
+        node: &Node<'t, F>,
+        page: u64,
+        count: usize,
+        rights: Rights,
+        (keep, set): (u64, u64),
+        gather: &mut Gather<'_, F, E, H, N>,
+    ) -> u64 {
+        let trace = self.table.env().trace();
+        let entries = node.entries(index_at::<F>(page, 1), count);
+        let mut changed = 0u64;
+        let mut at = 0;
+        while at < count {
+            let (mut union, mut common) = (0u64, u64::MAX);
+            let mut run = 0u64;
+            let first = at;
+            for entry in &entries[at..] {
+                let word = F::Word::load(entry);
+                if !F::is_present(1, word) {
+                    break;
+                }
+                let new = word & keep | set;
+                if F::is_settled(word) {
+                    F::Word::store(entry, new);
+                } else if word & set == set {
+                    if new != word {
+                        F::Word::and(entry, keep | set);
+                    }
+                } else {
+                    break;
+                }
+                run += u64::from(new != word);
+                union |= word;
+                common &= word;
+                at += 1;
+            }
+            changed += run;
+            if run > 0
+                && (F::needs_flush(1, union, union & keep | set)
+                    || F::needs_flush(1, common, common & keep | set))
+            {
+                let first = Page::from_number(page + first as u64);
+                let last = Page::from_number(page + (at as u64 - 1));
+                if let Some(range) = PageRange::new(first, last) {
+                    gather.note(Stale {
+                        range,
+                        stride: 1,
+                        global: F::is_global(1, union),
+                        local: !F::is_global(1, common),
+                    });
+                    trace.event(TraceEvent::Restricted(range));
+                }
+            }
+            // What ended the run, one by one.
+            while at < count {
+                let entry = &entries[at];
+                let word = F::Word::load(entry);
+                if F::is_present(1, word) && (F::is_settled(word) || word & set == set) {
+                    break;
+                }
+                let page = Page::from_number(page + at as u64);
+                at += 1;
+                if F::kind(1, word) != Kind::Leaf {
+                    continue;
+                }
+                let mut restricted = Restricted::new(gather, 1);
+                let mut change = |number, _, word| Ok(Some(F::with_rights(number, word, rights)));
+                match change_entry(1, entry, page, word, &mut restricted, &mut change) {
+                    Ok(Change::None) | Err(Unencodable) => {}
+                    Ok(Change::Relaxed) => changed += 1,
+                    Ok(Change::Restricted) => {
+                        changed += 1;
+                        trace.event(TraceEvent::Restricted(PageRange::single(page)));
+                    }
+                }
+            }
+        }
+        changed
     }
 
     /// Shows every leaf in `range` to `change` and gives it the attributes that this answers; `None` leaves it alone.
@@ -89,6 +233,8 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         gather: &mut Gather<'_, F, E, H, N>,
         mut change: impl FnMut(&Leaf) -> Option<Attributes>,
     ) -> Result<u64, ChangeError> {
+        self.check_change(range, gather)?;
+        let table = self.table;
         self.change_words(range, gather, None, &mut |number, page, word| {
             let Entry::Leaf(leaf) = decode::<F>(page, number, word) else {
                 return Ok(None);
@@ -99,27 +245,21 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
             if !F::can_encode(number, leaf.frame, &attributes) {
                 return Err(Unencodable);
             }
+            table.note_global(attributes.rights);
             Ok(Some(F::leaf(number, leaf.frame, &attributes)))
         })
     }
 
     /// Gives every leaf's word in `range` to `change`, with its level and first page. Where there is a patch of bits, it is
-    /// what `change` does to a present leaf of level 1.
+    /// what `change` does to a present leaf of level 1, as are the rights.
     #[inline]
     fn change_words<const N: usize>(
         &mut self,
         range: PageRange,
         gather: &mut Gather<'_, F, E, H, N>,
-        patch: Option<(u64, u64)>,
+        patch: Option<(Rights, (u64, u64))>,
         change: &mut impl FnMut(usize, Page, u64) -> Result<Option<u64>, Unencodable>,
     ) -> Result<u64, ChangeError> {
-        if !self.range.contains_range(range) {
-            return Err(ChangeError::OutOfRange);
-        }
-        if !gather.belongs_to(self.table) {
-            return Err(ChangeError::ForeignGather);
-        }
-        self.reserve_splits(range).map_err(ChangeError::Memory)?;
         let mut pages = 0;
         let mut page = range.first().number();
         loop {
@@ -168,39 +308,25 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         page: u64,
         last: u64,
         gather: &mut Gather<'_, F, E, H, N>,
-        patch: Option<(u64, u64)>,
+        patch: Option<(Rights, (u64, u64))>,
         change: &mut impl FnMut(usize, Page, u64) -> Result<Option<u64>, Unencodable>,
     ) -> Result<(u64, Option<u64>), u64> {
         let index = index_at::<F>(page, 1);
         let room = (level::<F>(1).entries() - index) as u64;
         let count = (last - page + 1).min(room);
         let trace = self.table.env().trace();
-        if patch.is_some() {
+        let end = page + (count - 1);
+        let next = (end < last).then(|| end + 1);
+        if let Some((rights, patch)) = patch {
             // Before the first store that may need it.
             gather.announce();
+            let changed = self.patch_leaves(node, page, count as usize, rights, patch, gather);
+            return Ok((changed, next));
         }
         let mut restricted = Restricted::new(gather, 1);
         let mut changed = 0;
         for (at, entry) in (page..).zip(node.entries(index, count as usize)) {
             let word = F::Word::load(entry);
-            if let Some((keep, set)) = patch
-                && F::is_present(1, word)
-                && F::is_settled(word)
-            {
-                // Nothing is left for the hardware to write (F4), and the lock is ours.
-                let new = word & keep | set;
-                if new == word {
-                    continue;
-                }
-                F::Word::store(entry, new);
-                changed += 1;
-                if F::needs_flush(1, word, new) {
-                    restricted.add(at, F::is_global(1, word));
-                    let page = PageRange::single(Page::from_number(at));
-                    trace.event(TraceEvent::Restricted(page));
-                }
-                continue;
-            }
             if F::kind(1, word) != Kind::Leaf {
                 continue;
             }
@@ -215,8 +341,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 Err(Unencodable) => return Err(at.number()),
             }
         }
-        let end = page + (count - 1);
-        Ok((changed, (end < last).then(|| end + 1)))
+        Ok((changed, next))
     }
 
     /// As `change_leaves`, for tables of any level: finds tables below, and huge leaves that must be split.

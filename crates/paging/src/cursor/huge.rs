@@ -70,6 +70,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
             return Ok(());
         }
         let table = self.make_table(node.level - 1, page)?;
+        table.unlock();
         let entries = level::<F>(table.level).entries();
         let part = level::<F>(table.level).order();
         gather.announce();
@@ -96,11 +97,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
     /// Takes the frames for the tables that `range`'s two ends need, where they cut huge leaves.
     #[inline(always)]
     pub(super) fn reserve_splits(&mut self, range: PageRange) -> Result<(), AllocError> {
-        if let Some(node) = self.held
-            && node.level == 1
-            && range.first().number().wrapping_sub(self.span.0) < self.span.1
-            && range.last().number().wrapping_sub(self.span.0) < self.span.1
-        {
+        if self.held_leaves(range).is_some() {
             // A leaf table: nothing huge is in the range.
             return Ok(());
         }
@@ -188,9 +185,8 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
             table.store(entry, 0);
         }
         table.sub_live(level::<F>(table.level).entries() as u32);
-        table.set_stray();
         node.store(index, F::leaf(target, frame, &attributes));
-        table.unlock();
+        table.unlock_stray();
         self.table.discount_table(table.frame, table.level);
         gather.push_table(&table);
         Ok(())

@@ -7,13 +7,13 @@
 //! Tables that are missing are built from the leaf up, in private, and appear by one store: a walker sees the hole or
 //! the finished branch.
 
-use kmem_hal::{Frame, FrameHandle, Order, Page, PageRange, Trace, TraceEvent};
+use kmem_hal::{AllocError, Frame, FrameHandle, Order, Page, PageRange, Trace, TraceEvent};
 
 use super::Cursor;
 use crate::attributes::{Attributes, Leaf, Payload, Rights};
 use crate::env::Env;
 use crate::error::{ChangeError, MapError};
-use crate::format::{Format, Kind, leaf_level, level};
+use crate::format::{Format, Kind, Word, leaf_level, level};
 use crate::gather::{Gather, Stale};
 use crate::node::Node;
 use crate::table::{Entry, decode, index_at};
@@ -48,6 +48,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
     /// [`MapError`] with the handle; nothing changed.
     #[doc(alias = "set_pte_at")]
     #[doc(alias = "remap_pfn_range")]
+    #[inline]
     pub fn map(
         &mut self,
         page: Page,
@@ -56,7 +57,37 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
     ) -> Result<(), (MapError, H)> {
         let attributes = attributes.into();
         let (frame, order) = handle.into_entry();
-        match self.map_raw(page, frame, order, &attributes) {
+        // The next page of the held leaf table: no walk, and every shift is a constant.
+        if let Some(node) = self.held
+            && node.level == 1
+            && order == Order::ZERO
+            && page.number().wrapping_sub(self.span.0) < self.span.1
+            && self.range.contains(page)
+            && F::can_encode(1, frame, &attributes)
+        {
+            let entry = node.entry(index_at::<F>(page.number(), 1));
+            if F::Word::load(entry) == 0 {
+                self.table.note_global(attributes.rights);
+                node.add_live(1);
+                F::Word::store(entry, F::leaf(1, frame, &attributes));
+                self.settle(PageRange::single(page), order);
+                let trace = self.table.env().trace();
+                trace.event(TraceEvent::Mapped(PageRange::single(page), frame));
+                return Ok(());
+            }
+        }
+        self.map_slowly(page, frame, order, &attributes)
+    }
+
+    #[inline(never)]
+    fn map_slowly(
+        &mut self,
+        page: Page,
+        frame: Frame,
+        order: Order,
+        attributes: &Attributes,
+    ) -> Result<(), (MapError, H)> {
+        match self.map_raw(page, frame, order, attributes) {
             Ok(()) => {
                 self.settle(block(page, order), order);
                 self.table
@@ -93,13 +124,29 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         if !self.range.contains_range(range) {
             return stopped(MapError::OutOfRange, page, None);
         }
-        if let Err(error) = self.reserve(range, smallest) {
+        if let Err(error) = self.reserve_for_map(range, smallest) {
             return stopped(MapError::Memory(error), page, None);
         }
         // What `next` gave that did not continue the run before it.
         let mut given: Option<Option<H>> = None;
         loop {
             let left = range.last().number() - page.number() + 1;
+            if given.is_none()
+                && let Some(built) = self.build(page, left, smallest, &attributes, &mut next)
+            {
+                if built.pages > 0 {
+                    let end = page.number() + (built.pages - 1);
+                    if let Some(filled) = PageRange::new(page, Page::from_number(end)) {
+                        self.settle(filled, smallest);
+                    }
+                    if end == range.last().number() {
+                        return Ok(());
+                    }
+                    page = Page::from_number(end + 1);
+                }
+                given = built.given;
+                continue;
+            }
             let handle = match given.take() {
                 Some(handle) => handle,
                 None => next(page, left),
@@ -134,6 +181,80 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             }
             page = Page::from_number(end + 1);
         }
+    }
+
+    /// Takes the frames for the tables that mapping `range` with leaves of `order` and larger needs.
+    fn reserve_for_map(&mut self, range: PageRange, order: Order) -> Result<(), AllocError> {
+        let ((parts, whole), above) = self.missing_by_level(range, order);
+        self.reserve.fill::<F>(parts + above)?;
+        self.reserve.fill_plain::<F>(whole)
+    }
+
+    /// Where the table of leaves of `order` from `page` on is missing, and all of it is to be mapped: builds it in private, so that
+    /// nobody has to zero it first, and attaches it under the lock of its parent. `None` where that is not so.
+    #[inline(always)]
+    fn build(
+        &mut self,
+        page: Page,
+        left: u64,
+        order: Order,
+        attributes: &Attributes,
+        next: &mut impl FnMut(Page, u64) -> Option<H>,
+    ) -> Option<Built<H>> {
+        let number = leaf_level::<F>(self.table.levels(), order)?;
+        let level = level::<F>(number);
+        let pages = 1u64 << (level.shift + level.bits);
+        if page.number() & (pages - 1) != 0 || left < pages || number == self.table.levels() {
+            return None;
+        }
+        let parent = self.seek(page, number + 1);
+        let index = index_at::<F>(page.number(), parent.level);
+        if parent.level != number + 1 || parent.load(index) != 0 {
+            return None;
+        }
+        let node = self.make_plain_table(number, page)?;
+        self.table.note_global(attributes.rights);
+        let template = F::leaf(number, Frame::ZERO, attributes);
+        let trace = self.table.env().trace();
+        let blocks = order.frames();
+        let entries = node.entries(0, level.entries());
+        let mut filled = 0u64;
+        let mut at = page.number();
+        let mut left = left;
+        let mut given = None;
+        for entry in entries {
+            let page = Page::from_number(at);
+            let Some(handle) = next(page, left) else {
+                given = Some(None);
+                break;
+            };
+            let (frame, found) = handle.into_entry();
+            if found != order || !F::can_encode(number, frame, attributes) {
+                // SAFETY: H2: the numbers came from `into_entry` above, and no entry got them.
+                given = Some(Some(unsafe { H::from_entry(frame, found) }));
+                break;
+            }
+            F::Word::store(entry, F::relocate(number, template, frame));
+            trace.event(TraceEvent::Mapped(block(page, order), frame));
+            filled += 1;
+            at += blocks;
+            left -= blocks;
+        }
+        for entry in &entries[filled as usize..] {
+            F::Word::store(entry, 0);
+        }
+        if filled == 0 {
+            self.unmake_table(node);
+        } else {
+            node.add_live(filled as u32);
+            self.table.count_table(node.frame, number);
+            parent.add_live(1);
+            parent.store(index, F::table(parent.level, node.frame));
+        }
+        Some(Built {
+            pages: filled * blocks,
+            given,
+        })
     }
 
     /// Goes on mapping blocks of `order` behind page `end` of the held table, as long as its entries are empty and `next`
@@ -367,6 +488,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         if !F::can_encode(target, frame, attributes) {
             return Err(MapError::Unencodable);
         }
+        self.table.note_global(attributes.rights);
         Ok((target, F::leaf(target, frame, attributes)))
     }
 
@@ -419,9 +541,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             self.table.count_table(table.frame, number);
             word = F::table(number + 1, table.frame);
             if lowest.is_none() {
-                // Nobody knows the table yet, so the lock is free.
-                table.lock(self.table.env());
                 lowest = Some(table);
+            } else {
+                table.unlock();
             }
         }
         let index = index_at::<F>(page.number(), node.level);
@@ -453,6 +575,14 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             local: true,
         });
     }
+}
+
+/// What [`Cursor::build`] did.
+struct Built<H> {
+    /// Pages mapped.
+    pages: u64,
+    /// What `next` gave last, where that ended it.
+    given: Option<Option<H>>,
 }
 
 /// Entries of a locked table that were filled and are not in its live count yet; they are when this is dropped.

@@ -119,6 +119,16 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         decode::<F>(page, node.level, word)
     }
 
+    /// The held table, if it is a leaf table that has all of `range`.
+    #[inline(always)]
+    fn held_leaves(&self, range: PageRange) -> Option<Node<'t, F>> {
+        self.held.filter(|node| {
+            node.level == 1
+                && range.first().number().wrapping_sub(self.span.0) < self.span.1
+                && range.last().number().wrapping_sub(self.span.0) < self.span.1
+        })
+    }
+
     /// Goes to the lowest table for `page` that exists and is not below level `target`; locks and holds it.
     ///
     /// The page's entry in the result is no table, unless the result's level is `target`.
@@ -128,8 +138,10 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             && page.number().wrapping_sub(self.span.0) < self.span.1
             && (node.level == target
                 || node.level > target
-                    && node.kind(node.load(index_at::<F>(page.number(), node.level)))
-                        != Kind::Table)
+                    && !F::is_table(
+                        node.level,
+                        node.load(index_at::<F>(page.number(), node.level)),
+                    ))
         {
             return node;
         }
@@ -138,27 +150,27 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
 
     #[inline(never)]
     fn walk(&mut self, page: Page, target: usize) -> Node<'t, F> {
-        self.release();
         let env = self.table.env();
+        // Begins while the held lock keeps the path attached (U1): its tables stay tables until the section ends.
         let _reading = env.grace().read();
+        let (frame, level) = self.leave_for(page, target);
+        // SAFETY: a table of the path (U2), inside the section; or P1.
+        let mut view = unsafe { View::<F>::new(env, frame, level) };
         'root: loop {
-            // SAFETY: P1: the root is attached.
-            let mut view =
-                unsafe { View::<F>::new(env, self.table.root_frame(), self.table.levels()) };
             loop {
                 self.path[view.level] = view.frame;
                 let index = index_at::<F>(page.number(), view.level);
                 let mut word = view.load(index);
                 let level = view.level;
-                if level == target || F::kind(level, word) != Kind::Table {
+                if level == target || !F::is_table(level, word) {
                     let node = view.node(env);
                     node.lock(env);
                     if node.is_stray() {
                         node.unlock();
-                        continue 'root;
+                        break;
                     }
                     word = node.load(index);
-                    if level == target || F::kind(level, word) != Kind::Table {
+                    if level == target || !F::is_table(level, word) {
                         self.hold(node, page);
                         return node;
                     }
@@ -168,7 +180,27 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
                 // the section began, points to a table until the section ends (U3).
                 view = unsafe { View::new(env, F::table_frame(word), level - 1) };
             }
+            // SAFETY: P1: the root is attached.
+            view = unsafe { View::<F>::new(env, self.table.root_frame(), self.table.levels()) };
+            continue 'root;
         }
+    }
+
+    /// Lets the held table go; gives the lowest table of its path that covers `page` and is at `target` or above.
+    #[inline]
+    fn leave_for(&mut self, page: Page, target: usize) -> (Frame, usize) {
+        let levels = self.table.levels();
+        if let Some(node) = self.held.take() {
+            node.unlock();
+            let differ = page.number() ^ self.span.0;
+            for number in (node.level + 1).max(target)..levels {
+                let level = level::<F>(number);
+                if differ >> (level.shift + level.bits) == 0 {
+                    return (self.path[number], number);
+                }
+            }
+        }
+        (self.table.root_frame(), levels)
     }
 
     /// Makes a locked table the held one.
@@ -181,20 +213,25 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         self.held = Some(node);
     }
 
-    /// A private, empty table of `level` that will cover `page`, from the reserve or fresh.
+    /// A private, empty, locked table of `level` that will cover `page`, from the reserve or fresh.
+    #[inline]
     fn make_table(&mut self, number: usize, page: Page) -> Result<Node<'t, F>, AllocError> {
         let env = self.table.env();
-        let frame = match self.reserve.take() {
-            Some(frame) => frame,
-            None => cache::take(env, F::TABLE_FRAME_LIMIT)?,
-        };
-        let (frame, _) = frame.into_raw();
+        let (frame, _) = self.reserve.take_or_fresh::<F>()?.into_raw();
         // SAFETY: the frame is private, zero, in reach and has a slot (T1).
         let node = unsafe { Node::<F>::new(env, frame, number) };
-        let level = level::<F>(number);
-        let first = page.number() & !((1u64 << (level.shift + level.bits)) - 1);
-        node.claim(Page::from_number(first), self.table.root_frame());
+        node.claim_locked(first_page::<F>(number, page), self.table.root_frame());
         Ok(node)
+    }
+
+    /// A private table of `level` that will cover `page`, whose words may be anything: the caller writes them all.
+    fn make_plain_table(&mut self, number: usize, page: Page) -> Option<Node<'t, F>> {
+        let env = self.table.env();
+        let (frame, _) = self.reserve.take_plain()?.into_raw();
+        // SAFETY: the frame is private, in reach and has a slot.
+        let node = unsafe { Node::<F>::new(env, frame, number) };
+        node.claim(first_page::<F>(number, page), self.table.root_frame());
+        Some(node)
     }
 
     /// Gives back a private, zero table.
@@ -207,11 +244,17 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
 
     /// How many tables mapping `range` with leaves of `order` may need at most.
     fn missing_tables(&self, range: PageRange, order: Order) -> usize {
+        let (lowest, above) = self.missing_by_level(range, order);
+        lowest.0 + lowest.1 + above
+    }
+
+    /// As `missing_tables`, as those of leaves of `order` that the range covers in part and whole, and those above.
+    fn missing_by_level(&self, range: PageRange, order: Order) -> ((usize, usize), usize) {
         let env = self.table.env();
         let levels = self.table.levels();
         let target = crate::format::leaf_level::<F>(levels, order).unwrap_or(1);
         let _reading = env.grace().read();
-        let mut missing = 0usize;
+        let (mut parts, mut whole, mut above) = (0usize, 0usize, 0usize);
         // Level by level from below: which tables of level `target`, `target + 1`, .. cover the range?
         for number in target..levels {
             let pages = 1u64 << (level::<F>(number).shift + level::<F>(number).bits);
@@ -220,7 +263,12 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
                 let end = first + (pages - 1);
                 let straddles = first < range.first().number() || end > range.last().number();
                 if straddles || !self.has_table(Page::from_number(first), number) {
-                    missing += 1;
+                    let missing = match (number == target, straddles) {
+                        (true, false) => &mut whole,
+                        (true, true) => &mut parts,
+                        (false, _) => &mut above,
+                    };
+                    *missing += 1;
                 }
                 if end >= range.last().number() {
                     break;
@@ -228,7 +276,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
                 first = end + 1;
             }
         }
-        missing
+        ((parts, whole), above)
     }
 
     /// The lowest table for `page`, locked and held.
@@ -287,17 +335,25 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
     /// Whether a table of level `number` exists for `page`. Inside a read section.
     fn has_table(&self, page: Page, number: usize) -> bool {
         let env = self.table.env();
-        let mut node = self.table.root_node();
-        while node.level > number {
-            let word = node.load(index_at::<F>(page.number(), node.level));
-            if node.kind(word) != Kind::Table {
+        // SAFETY: P1.
+        let mut view = unsafe { View::<F>::new(env, self.table.root_frame(), self.table.levels()) };
+        while view.level > number {
+            let word = view.load(index_at::<F>(page.number(), view.level));
+            if !F::is_table(view.level, word) {
                 return false;
             }
             // SAFETY: as in `walk`; the caller is in a read section.
-            node = unsafe { Node::new(env, F::table_frame(word), node.level - 1) };
+            view = unsafe { View::new(env, F::table_frame(word), view.level - 1) };
         }
         true
     }
+}
+
+/// The first page that a table of `level` with `page` in it covers.
+#[inline(always)]
+fn first_page<F: Format>(number: usize, page: Page) -> Page {
+    let level = level::<F>(number);
+    Page::from_number(page.number() & !((1u64 << (level.shift + level.bits)) - 1))
 }
 
 impl<F: Format, E: Env, H: FrameHandle> Drop for Cursor<'_, F, E, H> {

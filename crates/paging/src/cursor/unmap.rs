@@ -15,7 +15,7 @@ use crate::attributes::{Leaf, Payload};
 use crate::env::Env;
 use crate::error::ChangeError;
 use crate::format::{Format, Kind, Word, level};
-use crate::gather::{Gather, Stale};
+use crate::gather::{FLUSH_CEILING, Gather, Stale};
 use crate::node::{self, Node};
 use crate::table::{Entry, decode, index_at};
 
@@ -91,12 +91,56 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
     /// As [`unmap_with`](Self::unmap_with).
     #[doc(alias = "zap_page_range")]
     #[doc(alias = "unmap_page_range")]
+    #[inline]
     pub fn unmap<const N: usize>(
         &mut self,
         range: PageRange,
         gather: &mut Gather<'_, F, E, H, N>,
     ) -> Result<u64, ChangeError> {
-        self.unmap_with(range, gather, |_| {})
+        // A leaf of the held leaf table, and not its last: no walk, and nothing to detach.
+        let page = range.first().number();
+        if page == range.last().number()
+            && let Some(node) = self.held_leaves(range)
+            && self.range.contains(range.first())
+            && gather.belongs_to(self.table)
+            && !gather.is_full()
+            && node.live() > 1
+        {
+            let entry = node.entry(index_at::<F>(page, 1));
+            let word = F::Word::load(entry);
+            if F::is_present(1, word) {
+                gather.announce();
+                let word = node::take::<F>(entry);
+                node.sub_live(1);
+                let global = F::is_global(1, word);
+                gather.note_pages(page, page, 1, global, !global);
+                gather.push(F::leaf_frame(1, word), Order::ZERO);
+                self.table.env().trace().event(TraceEvent::Unmapped(range));
+                return Ok(1);
+            }
+        }
+        self.unmap_slowly(range, gather)
+    }
+
+    #[inline(never)]
+    fn unmap_slowly<const N: usize>(
+        &mut self,
+        range: PageRange,
+        gather: &mut Gather<'_, F, E, H, N>,
+    ) -> Result<u64, ChangeError> {
+        self.check_change(range, gather)?;
+        let mut pages = 0;
+        let mut page = range.first().number();
+        loop {
+            let next = match self.detach_whole(page, range.last().number(), gather, &mut pages) {
+                Some(next) => next,
+                None => self.unmap_step(page, range, gather, &mut |_| {}, &mut pages)?,
+            };
+            match next {
+                Some(next) => page = next,
+                None => return Ok(pages),
+            }
+        }
     }
 
     /// Clears every leaf and payload in `range`, shows each to `visit`; gives how many pages they covered.
@@ -114,46 +158,147 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         gather: &mut Gather<'_, F, E, H, N>,
         mut visit: impl FnMut(Cleared),
     ) -> Result<u64, ChangeError> {
+        self.check_change(range, gather)?;
+        let mut pages = 0;
+        let mut page = range.first().number();
+        while let Some(next) = self.unmap_step(page, range, gather, &mut visit, &mut pages)? {
+            page = next;
+        }
+        Ok(pages)
+    }
+
+    /// What every change of a range begins with.
+    #[inline]
+    pub(super) fn check_change<const N: usize>(
+        &mut self,
+        range: PageRange,
+        gather: &Gather<'_, F, E, H, N>,
+    ) -> Result<(), ChangeError> {
         if !self.range.contains_range(range) {
             return Err(ChangeError::OutOfRange);
         }
         if !gather.belongs_to(self.table) {
             return Err(ChangeError::ForeignGather);
         }
-        self.reserve_splits(range).map_err(ChangeError::Memory)?;
-        let mut pages = 0;
-        let mut page = range.first().number();
-        loop {
-            let node = self.seek(Page::from_number(page), 1);
-            let step = if node.level == 1 {
-                self.clear_leaves(
-                    &node,
-                    page,
-                    range.last().number(),
-                    gather,
-                    &mut visit,
-                    &mut pages,
-                )
-            } else {
-                self.clear(&node, page, range, gather, &mut visit, &mut pages)
-            };
-            if let Step::Split(page) = step {
-                self.split_held(Page::from_number(page), gather)
-                    .map_err(ChangeError::Memory)?;
-            } else if node.live() == 0 && node.level < self.table.levels() {
-                self.prune(gather);
-            }
-            match step {
-                Step::Done => return Ok(pages),
-                Step::Next(next) | Step::Split(next) => page = next,
-                Step::Full(next) => {
-                    self.release();
-                    return Err(ChangeError::Full {
-                        next: Page::from_number(next),
-                    });
-                }
+        self.reserve_splits(range).map_err(ChangeError::Memory)
+    }
+
+    /// Clears what one table has of the range from `page` on; gives where to go on.
+    #[inline]
+    fn unmap_step<const N: usize>(
+        &mut self,
+        page: u64,
+        range: PageRange,
+        gather: &mut Gather<'_, F, E, H, N>,
+        visit: &mut impl FnMut(Cleared),
+        pages: &mut u64,
+    ) -> Result<Option<u64>, ChangeError> {
+        let node = self.seek(Page::from_number(page), 1);
+        let step = if node.level == 1 {
+            self.clear_leaves(&node, page, range.last().number(), gather, visit, pages)
+        } else {
+            self.clear(&node, page, range, gather, visit, pages)
+        };
+        if let Step::Split(page) = step {
+            self.split_held(Page::from_number(page), gather)
+                .map_err(ChangeError::Memory)?;
+        } else if node.live() == 0 && node.level < self.table.levels() {
+            self.prune(gather);
+        }
+        match step {
+            Step::Done => Ok(None),
+            Step::Next(next) | Step::Split(next) => Ok(Some(next)),
+            Step::Full(next) => {
+                self.release();
+                Err(ChangeError::Full {
+                    next: Page::from_number(next),
+                })
             }
         }
+    }
+
+    /// Detaches the well-filled leaf tables that `page ..= last` covers whole, as far as one level-2 table has them one after the other; gives
+    /// where to go on, or `None` where there is none at `page`.
+    ///
+    /// Costs two locks and a store a table, whatever is in it; the commit looks at the leaves (`G4` of the gather).
+    fn detach_whole<const N: usize>(
+        &mut self,
+        page: u64,
+        last: u64,
+        gather: &mut Gather<'_, F, E, H, N>,
+        pages: &mut u64,
+    ) -> Option<Option<u64>> {
+        // Tables right below the root may be held (`N1`).
+        if self.table.levels() < 3 {
+            return None;
+        }
+        let covered = 1u64 << level::<F>(2).shift;
+        if page & (covered - 1) != 0 || last - page < covered - 1 {
+            return None;
+        }
+        let node = self.seek(Page::from_number(page), 2);
+        if node.level != 2 {
+            return None;
+        }
+        let env = self.table.env();
+        let trace = env.trace();
+        let mut index = index_at::<F>(page, 2);
+        let mut at = page;
+        let mut detached = 0;
+        let next = loop {
+            let word = node.load(index);
+            if F::is_table(2, word) {
+                // SAFETY: an entry of a locked table points to an attached table.
+                let table: Node<'t, F> = unsafe { Node::new(env, F::table_frame(word), 1) };
+                if u64::from(table.live()) <= FLUSH_CEILING {
+                    // Few leaves: cleared one by one they need no full flush.
+                    break Some(at);
+                }
+                // Before the first store.
+                gather.announce();
+                table.lock(env);
+                *pages += u64::from(table.live());
+                node.store(index, 0);
+                table.unlock_stray();
+                gather.push_whole(&table);
+                self.table.discount_table(table.frame, 1);
+                trace.event(TraceEvent::Unmapped(super::map::block(
+                    Page::from_number(at),
+                    level::<F>(2).order(),
+                )));
+                detached += 1;
+            } else if word != 0 {
+                // A huge leaf or a payload.
+                break Some(at);
+            }
+            if last - at < covered {
+                break None;
+            }
+            at += covered;
+            index += 1;
+            if index == level::<F>(2).entries() || last - at < covered - 1 {
+                break Some(at);
+            }
+        };
+        if detached > 0 {
+            let end = match next {
+                Some(next) => next - 1,
+                None => last,
+            };
+            if let Some(range) = PageRange::new(Page::from_number(page), Page::from_number(end)) {
+                gather.note(Stale {
+                    range,
+                    stride: 1,
+                    global: self.table.may_be_global(),
+                    local: true,
+                });
+            }
+            if node.sub_live(detached) == 0 {
+                self.prune(gather);
+            }
+        }
+        // Nothing was done at all: the other way has to go on from here.
+        (next != Some(page)).then_some(next)
     }
 
     /// Clears the entries of a leaf table from `page` to `last` or to its end.
@@ -318,10 +463,9 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 return;
             }
             gather.announce();
-            child.set_stray();
             parent.store(index, 0);
             let left = parent.sub_live(1);
-            child.unlock();
+            child.unlock_stray();
             self.table.discount_table(child.frame, child.level);
             gather.push_table(&child);
             parent.unlock();

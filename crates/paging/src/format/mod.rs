@@ -161,6 +161,12 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
     /// What a word in a table of `level` is.
     fn kind(level: usize, word: u64) -> Kind;
 
+    /// Whether a word in a table of `level` is of kind `Table`.
+    #[inline(always)]
+    fn is_table(level: usize, word: u64) -> bool {
+        level > 1 && Self::kind(level, word) == Kind::Table
+    }
+
     /// The table that an entry of kind `Table` points to.
     fn table_frame(word: u64) -> Frame;
 
@@ -192,6 +198,9 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
 
     /// For present leaves of `level`: the bits to keep and the bits to set that give them `rights`. `None` where that takes
     /// more than bits.
+    ///
+    /// What the hardware writes is kept. Some leaf of a run needs a flush for it exactly where the union of their words does, or
+    /// their intersection ([`needs_flush`](Self::needs_flush)).
     #[inline(always)]
     fn rights_patch(level: usize, rights: Rights) -> Option<(u64, u64)> {
         let _ = (level, rights);

@@ -33,6 +33,9 @@ pub trait Word: sealed::Sealed + 'static {
     /// Exchanges a word in one locked step.
     fn swap(entry: &Self::Atomic, word: u64) -> u64;
 
+    /// Clears the bits of a word that are not in `keep`, in one locked step.
+    fn and(entry: &Self::Atomic, keep: u64);
+
     /// Writes `new` where the word is `current`.
     ///
     /// # Errors
@@ -65,6 +68,11 @@ macro_rules! word {
             #[inline(always)]
             fn swap(entry: &$atomic, word: u64) -> u64 {
                 u64::from(entry.swap(word as $word, Ordering::AcqRel))
+            }
+
+            #[inline(always)]
+            fn and(entry: &$atomic, keep: u64) {
+                entry.fetch_and(keep as $word, Ordering::AcqRel);
             }
 
             #[inline(always)]

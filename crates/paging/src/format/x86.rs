@@ -255,6 +255,12 @@ impl Mode {
         }
     }
 
+    /// Whether a word above level 1 points to a table.
+    #[inline(always)]
+    pub const fn is_table(word: u64) -> bool {
+        word & (PRESENT | PAGE_SIZE) == PRESENT
+    }
+
     #[inline(always)]
     pub fn table_frame(self, word: u64) -> Frame {
         Frame::from_number((word & self.address) >> 12)
@@ -381,6 +387,11 @@ macro_rules! by_mode {
         #[inline(always)]
         fn kind(level: usize, word: u64) -> Kind {
             $mode.kind(level, word)
+        }
+
+        #[inline(always)]
+        fn is_table(level: usize, word: u64) -> bool {
+            level > 1 && Mode::is_table(word)
         }
 
         #[inline(always)]
