@@ -18,8 +18,6 @@
 //!   ([`Gather`](crate::Gather) `G4`).
 //! - `N3`: locks are taken parent before child; nobody waits for a parent's lock while holding a child's.
 //! - `N4`: the lock is never taken in interrupts, nor with interrupts off.
-//! - `N5`: word 0 of the slot changes only under the lock, or while nobody else can reach the table; so unlocking is a plain
-//!   store, and a table costs one locked instruction to lock and unlock.
 
 use kmem_hal::sync::Ordering;
 use kmem_hal::{Frame, FrameSlot, Page, SlotFlags, TableOwner, TableSlot};
@@ -159,16 +157,16 @@ impl<'t, F: Format> Node<'t, F> {
         }
     }
 
-    /// Lets the lock go, by a plain store: word 0 of a table's slot changes only under the lock (`N5`).
+    /// Lets the lock go.
     #[inline]
     pub fn unlock(&self) {
-        self.slot.unlock_owned(SlotFlags::empty());
+        self.slot.unlock();
     }
 
     /// Lets the lock of a table go that was just detached, and says so (`N2`).
     #[inline]
     pub fn unlock_stray(&self) {
-        self.slot.unlock_owned(SlotFlags::STRAY);
+        self.slot.unlock_with(SlotFlags::STRAY);
     }
 
     #[inline]

@@ -228,16 +228,11 @@ impl FrameSlot {
         self.state.store(state | locked, Ordering::Relaxed);
     }
 
-    /// Lets the lock bit go by a plain store, and sets `flags`.
-    ///
-    /// For owners whose every change of word 0 is made under the lock bit, as with page tables: what else changed the word meanwhile
-    /// would be lost. Costs no locked instruction.
+    /// Lets the lock bit go and sets `flags`, which are clear, in one step.
     #[inline]
-    pub fn unlock_owned(&self, flags: SlotFlags) {
-        let locked = u64::from(SlotFlags::LOCKED.bits()) << FLAGS_SHIFT;
-        let state = self.state.load(Ordering::Relaxed);
-        let set = u64::from(flags.bits()) << FLAGS_SHIFT;
-        self.state.store(state & !locked | set, Ordering::Release);
+    pub fn unlock_with(&self, flags: SlotFlags) {
+        let bits = u64::from((flags | SlotFlags::LOCKED).bits()) << FLAGS_SHIFT;
+        self.state.fetch_xor(bits, Ordering::AcqRel);
     }
 
     /// Spins until the lock bit is free and takes it; lets go when the guard is dropped.
