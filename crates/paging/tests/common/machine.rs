@@ -45,6 +45,8 @@ struct State {
     /// Allocations until the next one fails.
     fuse: Option<usize>,
     calls: usize,
+    /// Whether there was no frame left for an allocation.
+    exhausted: bool,
 }
 
 impl Frames {
@@ -57,6 +59,11 @@ impl Frames {
     #[allow(dead_code)]
     pub fn calls(&self) -> usize {
         self.state.lock().unwrap().calls
+    }
+    /// Whether there was no frame left for an allocation since this was asked last.
+    #[allow(dead_code)]
+    pub fn was_exhausted(&self) -> bool {
+        std::mem::take(&mut self.state.lock().unwrap().exhausted)
     }
     /// Makes every allocation after `count` more fail; `None` makes all succeed.
     #[allow(dead_code)]
@@ -78,11 +85,11 @@ unsafe impl FrameSource for Frames {
         }
         assert_eq!(request.order, Order::ZERO);
         let limit = request.max_address.as_u64() >> 12;
-        let at = state
-            .free
-            .iter()
-            .rposition(|&frame| frame <= limit)
-            .ok_or(AllocError::OutOfMemory)?;
+        let at = state.free.iter().rposition(|&frame| frame <= limit);
+        let Some(at) = at else {
+            state.exhausted = true;
+            return Err(AllocError::OutOfMemory);
+        };
         let number = state.free.remove(at);
         state.out.insert(number);
         // SAFETY: O1, O3: the number was free; O2: order 0.
@@ -151,6 +158,7 @@ impl Machine {
                 out: Default::default(),
                 fuse: None,
                 calls: 0,
+                exhausted: false,
             }),
             map,
         });
