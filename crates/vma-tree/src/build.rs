@@ -89,7 +89,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> Builder<V, A, W> {
             return Err(BuildError::Order);
         }
         if self.leaf.len() >= Self::FILL {
-            self.close_leaf(false)?;
+            self.close_leaf()?;
         }
         self.leaf.push(raw);
         self.count += 1;
@@ -109,7 +109,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> Builder<V, A, W> {
         if few || (!self.leaf.is_empty() && self.leaf.len() < Node::<W>::LEAF_LOW) {
             return Ok(false);
         }
-        self.close_leaf(false)?;
+        self.close_leaf()?;
         let node = self.tree.stock.take(&self.tree.alloc)?;
         // SAFETY: the node is ours until the tree is finished.
         let fresh = unsafe { node.as_ref() };
@@ -121,7 +121,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> Builder<V, A, W> {
         let gap = if self.low == low {
             gap
         } else {
-            saturate(leaf.largest_gap(self.low, false))
+            saturate(leaf.largest_gap(self.low))
         };
         let last = leaf.end();
         self.low = last + 1;
@@ -131,7 +131,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> Builder<V, A, W> {
     }
 
     /// Writes the open leaf; as several where its ranges are too far apart or too long to share one.
-    fn close_leaf(&mut self, is_last: bool) -> Result<(), BuildError> {
+    fn close_leaf(&mut self) -> Result<(), BuildError> {
         let mut start = 0;
         while start < self.leaf.len() {
             let rest = &self.leaf[start..];
@@ -148,8 +148,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> Builder<V, A, W> {
             // SAFETY: the node is ours until the tree is finished.
             let leaf = unsafe { node.as_ref() };
             leaf.write_leaf(coding, group);
-            let is_last = is_last && size == rest.len();
-            let gap = saturate(leaf.leaf().largest_gap(self.low, is_last));
+            let gap = saturate(leaf.leaf().largest_gap(self.low));
             let last = group[size - 1].last;
             self.low = last + 1;
             start += size;
@@ -213,7 +212,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> Builder<V, A, W> {
     }
 
     fn finish(mut self) -> Result<RangeTree<V, A, Exclusive, W>, BuildError> {
-        self.close_leaf(true)?;
+        self.close_leaf()?;
         for level in 1..MAX_HEIGHT {
             let Some(row) = self.rows[level].take() else {
                 continue;
@@ -222,8 +221,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> Builder<V, A, W> {
                 self.tree.set_root(to_word(row.node) | (level + 1) as u64);
                 self.tree.count_edit(self.count, 0);
                 self.tree.drop_lone_roots();
-                // The gap above the last range is the last leaf's, which was not known when that was written.
-                self.tree.refresh_gap(Page::MAX.number());
+                self.tree.measure_top();
                 self.tree.stock.trim(&self.tree.alloc);
                 break;
             }

@@ -28,6 +28,8 @@ pub enum Broken {
     Boundary(u64),
     /// `E2`: the largest gap on record is not the largest gap.
     Gap(u64),
+    /// `E2`: the page on record is not the one after the last range.
+    Top(u64),
     /// The number of ranges is not [`RangeTree::len`].
     Count(u64),
 }
@@ -41,6 +43,7 @@ impl fmt::Display for Broken {
             Self::Outside(page) => ("a range lies outside of its leaf", page),
             Self::Boundary(page) => ("a boundary is not the end of a range (E1)", page),
             Self::Gap(page) => ("a recorded gap is wrong (E2)", page),
+            Self::Top(page) => ("the end of the last range is recorded wrong (E2)", page),
             Self::Count(count) => return write!(f, "{count} ranges were counted"),
         };
         write!(f, "{what}, near page {page:#x}")
@@ -219,7 +222,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                     return Err(Broken::Boundary(at.high));
                 }
                 count += leaf.count();
-                saturate(leaf.largest_gap(at.low, is_last))
+                saturate(leaf.largest_gap(at.low))
             } else {
                 let children = at.node.children();
                 if children == 0 || children > Node::<W>::CHILDREN {
@@ -245,6 +248,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             }
             Ok(())
         })?;
+        let top = self.last().map_or(0, |last| last.last().number() + 1);
+        if self.top() != top {
+            return Err(Broken::Top(top));
+        }
         if count == self.len() {
             Ok(())
         } else {

@@ -237,6 +237,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     /// Pages in the largest free range; 0 where every page is covered. O(log N).
     #[must_use]
     pub fn largest_gap(&self) -> u64 {
+        let above = Page::LIMIT - self.top();
         let recorded = match self.height() {
             0 => return Page::LIMIT,
             1 => 0,
@@ -246,10 +247,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             }),
         };
         if self.height() > 1 && recorded < u64::from(u32::MAX) {
-            return recorded;
+            return recorded.max(above);
         }
         // Gaps too large for a record, or a single leaf: look at each. There are at most 2^20 of the former.
-        let mut largest = 0;
+        let mut largest = above;
         let request = GapRequest::new(1).at_least(recorded);
         let _ = self.find_gap_up_with(&request, &mut |gap| {
             largest = largest.max(gap.range.count());
@@ -300,33 +301,28 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         );
         let need = request.at_least;
         let small = saturate(need);
-        let (mut low, mut is_last, mut at_limit) = (0, true, from > 0);
+        let mut low = 0;
         for _ in 1..root & HEIGHT_MASK {
             // SAFETY: nobody edits while `&self` of this tree is out, so the nodes stay.
             let inner = unsafe { node.as_ref() };
             let mut open = inner.children_with_gap(small);
-            let mut first_child = 0;
-            if at_limit {
-                first_child = inner.child_for(from);
-                open &= u16::MAX << first_child;
+            if low < from {
+                open &= u16::MAX << inner.child_for(from);
             }
             if open == 0 {
                 return None;
             }
             let slot = open.trailing_zeros() as usize;
-            at_limit &= slot == first_child;
             low = inner.first_of(slot, low);
-            is_last &= slot + 1 == inner.children();
             node = inner.child(slot)?;
         }
         // SAFETY: as above.
         let leaf = unsafe { node.as_ref() }.leaf();
-        let start = if at_limit {
+        let start = if low < from {
             leaf.first_at_or_after(from)
         } else {
             0
         };
-        let mut free = low.max(from);
         let serves = |free: u64, end: u64| {
             let end = end.min(to + 1);
             if end.saturating_sub(free) < need {
@@ -335,94 +331,84 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             let gap = PageRange::new(Page::from_number(free), Page::from_number(end - 1))?;
             request.place_low(gap)
         };
-        if start < leaf.count() {
-            // The gap below the first range that counts; none where the limit lies inside that range.
-            let (first, last) = leaf.range(start);
-            if first > free
-                && let Some(place) = serves(free, first)
-            {
+        if start == leaf.count() {
+            return None;
+        }
+        // The gap below the first range that counts; none where the limit lies inside that range.
+        let free = low.max(from);
+        let first = leaf.range(start).0;
+        if first > free
+            && let Some(place) = serves(free, first)
+        {
+            return Some(place);
+        }
+        let mut next = start + 1;
+        while let Some(slot) = leaf.gap_below_up(next..leaf.count(), need) {
+            if let Some(place) = serves(leaf.range(slot - 1).1 + 1, leaf.range(slot).0) {
                 return Some(place);
             }
-            free = last + 1;
-            let mut next = start + 1;
-            while let Some(slot) = leaf.gap_below_up(next..leaf.count(), need) {
-                if let Some(place) = serves(leaf.range(slot - 1).1 + 1, leaf.range(slot).0) {
-                    return Some(place);
-                }
-                next = slot + 1;
-            }
-            if is_last {
-                free = leaf.end() + 1;
-            }
+            next = slot + 1;
         }
-        if is_last {
-            serves(free, Page::LIMIT)
-        } else {
-            None
-        }
+        None
     }
 
-    /// [`find_gap_down`](Self::find_gap_down) with one way back, as [`greedy_up`](Self::greedy_up).
-    ///
-    /// A space's upper limit usually lies in the large gap above its last range, which the records count whole. So the
-    /// leaf at the limit is looked at first, and on the way there the nearest level is kept that has a child below it.
+    /// [`find_gap_down`](Self::find_gap_down) without a way back, as [`greedy_up`](Self::greedy_up).
     #[inline]
     fn greedy_down(&self, request: &GapRequest) -> Option<PageRange> {
+        if let Some(place) = self.above_all(request, false) {
+            return Some(place);
+        }
         let root = self.root_word();
         let mut node = from_word::<W>(root)?;
         let to = request.limits.last().number();
         let small = saturate(request.at_least);
-        let top = root & HEIGHT_MASK;
-        // A node, its level, its first page, and its children with a gap below the one on the way to the limit.
-        let mut back = None;
-        let (mut low, mut is_last) = (0, true);
-        for level in (1..top).rev() {
+        // The pages above the last range were seen to: what is below is clipped only by a limit below its end.
+        let mut at_limit = to + 1 < self.top();
+        let mut low = 0;
+        for _ in 1..root & HEIGHT_MASK {
             // SAFETY: nobody edits while `&self` of this tree is out, so the nodes stay.
             let inner = unsafe { node.as_ref() };
-            let at = inner.child_for(to);
-            let open = inner.children_with_gap(small);
-            let below = open & !(u16::MAX << at);
-            if below != 0 {
-                back = Some((node, level, low, below));
+            let mut open = inner.children_with_gap(small);
+            let mut last_child = usize::MAX;
+            if at_limit {
+                last_child = inner.child_for(to);
+                open &= u16::MAX >> (15 - last_child);
             }
-            if open >> at & 1 == 0 {
-                break;
-            }
-            low = inner.first_of(at, low);
-            is_last &= at + 1 == inner.children();
-            node = inner.child(at)?;
-            if level == 1 {
-                // SAFETY: as above.
-                let leaf = unsafe { node.as_ref() }.leaf();
-                let stop = leaf.rank(to);
-                if let Some(place) = Self::highest(request, leaf, stop, low, is_last) {
-                    return Some(place);
-                }
-            }
-        }
-        if top == 1 {
-            // SAFETY: as above.
-            let leaf = unsafe { node.as_ref() }.leaf();
-            return Self::highest(request, leaf, leaf.rank(to), 0, true);
-        }
-        let (mut node, mut level, mut low, mut open) = back?;
-        loop {
-            let slot = 15 - open.leading_zeros() as usize;
-            // SAFETY: as above.
-            let inner = unsafe { node.as_ref() };
-            low = inner.first_of(slot, low);
-            node = inner.child(slot)?;
-            level -= 1;
-            // SAFETY: as above.
-            let child = unsafe { node.as_ref() };
-            if level == 0 {
-                let leaf = child.leaf();
-                return Self::highest(request, leaf, leaf.count(), low, false);
-            }
-            open = child.children_with_gap(small);
             if open == 0 {
                 return None;
             }
+            let slot = 15 - open.leading_zeros() as usize;
+            at_limit &= slot == last_child;
+            low = inner.first_of(slot, low);
+            node = inner.child(slot)?;
+        }
+        // SAFETY: as above.
+        let leaf = unsafe { node.as_ref() }.leaf();
+        let stop = if at_limit {
+            leaf.rank(to)
+        } else {
+            leaf.count()
+        };
+        Self::highest(request, leaf, stop, low)
+    }
+
+    /// A place in the free pages above the last range.
+    #[inline(always)]
+    fn above_all(&self, request: &GapRequest, up: bool) -> Option<PageRange> {
+        let last = request.limits.last();
+        if last.number() < self.top() {
+            return None;
+        }
+        let free = PageRange::new(
+            Page::from_number(self.top()).max(request.limits.first()),
+            last,
+        )?;
+        if free.count() < request.at_least {
+            None
+        } else if up {
+            request.place_low(free)
+        } else {
+            request.place_high(free)
         }
     }
 
@@ -434,7 +420,6 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         leaf: Leaf<'_, W>,
         stop: usize,
         low: u64,
-        is_last: bool,
     ) -> Option<PageRange> {
         let (from, to) = (
             request.limits.first().number(),
@@ -451,8 +436,6 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         };
         let above = if stop < leaf.count() {
             leaf.range(stop).0
-        } else if is_last {
-            Page::LIMIT
         } else {
             leaf.end() + 1
         };
@@ -482,13 +465,36 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let Some(node) = from_word::<W>(root) else {
             return search.consider(self, (0, Page::MAX.number()));
         };
+        let above = (self.top(), Page::MAX.number());
+        if !search.up
+            && above.0 <= above.1
+            && let Some(place) = search.consider(self, above)
+        {
+            return Some(place);
+        }
+        if let Some(place) = self.search_below(&mut search, root, node) {
+            return Some(place);
+        }
+        if search.up && above.0 <= above.1 {
+            return search.consider(self, above);
+        }
+        None
+    }
+
+    /// Searches the gaps below and between the ranges.
+    fn search_below(
+        &self,
+        search: &mut Search<'_, '_, V>,
+        root: u64,
+        node: NodePtr<W>,
+    ) -> Option<PageRange> {
         let limits = search.request.limits;
         let need = saturate(search.request.at_least);
         let top = (root & HEIGHT_MASK) as usize - 1;
         if top == 0 {
             // SAFETY: nobody edits while `&self` of this tree is out, so the nodes stay.
             let leaf = unsafe { node.as_ref() }.leaf();
-            return search.leaf(self, leaf, (0, Page::MAX.number()));
+            return search.leaf(self, leaf, 0);
         }
         // The way down: a node, the pages it answers for, and its children still to look into.
         let mut way = [const { MaybeUninit::<Step<W>>::uninit() }; MAX_HEIGHT];
@@ -536,7 +542,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                     low,
                     high,
                 };
-            } else if let Some(place) = search.leaf(self, below.leaf(), (low, high)) {
+            } else if let Some(place) = search.leaf(self, below.leaf(), low) {
                 return Some(place);
             }
         }
@@ -554,16 +560,15 @@ struct Step<const W: usize> {
 }
 
 impl<V: Value> Search<'_, '_, V> {
-    /// Looks at the gaps of a leaf that answers for the pages `low ..= high`.
+    /// Looks at the gaps below and between the ranges of a leaf that begins at `low`.
     #[inline]
     fn leaf<A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize>(
         &mut self,
         tree: &RangeTree<V, A, S, W>,
         leaf: Leaf<'_, W>,
-        (low, high): (u64, u64),
+        low: u64,
     ) -> Option<PageRange> {
         let need = self.request.at_least;
-        let tail = (high == Page::MAX.number()).then_some(Page::LIMIT);
         if self.up {
             let mut free = low;
             for slot in 0..leaf.count() {
@@ -575,12 +580,8 @@ impl<V: Value> Search<'_, '_, V> {
                 }
                 free = last + 1;
             }
-            let end = tail?;
-            if end - free >= need {
-                return self.consider(tree, (free, end - 1));
-            }
         } else {
-            let mut end = tail.unwrap_or(0);
+            let mut end = leaf.end();
             for slot in (0..leaf.count()).rev() {
                 let (first, last) = leaf.range(slot);
                 if end > last

@@ -79,13 +79,14 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> SharedTree<V, 
     /// Shares a tree that was built alone: fork fills the child's tree first.
     #[must_use]
     pub fn from_tree(tree: RangeTree<V, A, Exclusive, W>, grace: G) -> Self {
-        let (root, len) = (tree.root_word(), tree.len());
+        let (root, len, top) = (tree.root_word(), tree.len(), tree.top());
         tree.stock.trim_to(&tree.alloc, 0);
         let tree = ManuallyDrop::new(tree);
         // SAFETY: `tree` is neither used nor dropped any more, and its stock is empty: the allocator moves once.
         let alloc = unsafe { core::ptr::read(&tree.alloc) };
         let shared = RangeTree::new_shared(alloc, grace);
         shared.set_root(root);
+        shared.set_top(top);
         shared.count_edit(len, 0);
         Self { tree: shared }
     }

@@ -3,7 +3,7 @@
 use core::fmt;
 use core::marker::PhantomData;
 
-use kmem_hal::sync::{AtomicU64, LocalUsize, Ordering, UnsafeCell};
+use kmem_hal::sync::{AtomicU64, LocalU64, LocalUsize, Ordering, UnsafeCell};
 use kmem_hal::{Grace, ObjectAlloc, Page};
 
 use crate::edit::entry;
@@ -28,6 +28,8 @@ pub struct RangeTree<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing = Exclusive, 
     /// Counts edits, so that a finger notices them.
     edits: AtomicU64,
     len: LocalUsize,
+    /// The page after the last range, 0 in an empty tree (`E2`). Not for readers beside a writer.
+    top: LocalU64,
     /// The way to the leaf that was edited last (`E4`). The writer's alone.
     pub(crate) finger: UnsafeCell<Path<W>>,
     pub(crate) stock: Stock<W>,
@@ -61,6 +63,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> RangeTree<V, A, Exclusiv
                 root: AtomicU64::new(0),
                 edits: AtomicU64::new(0),
                 len: LocalUsize::new(0),
+                top: LocalU64::new(0),
                 finger: UnsafeCell::new(Path::unset()),
                 stock: Stock::new(),
                 sharing: Exclusive,
@@ -79,6 +82,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> RangeTree<V, A
                 root: AtomicU64::new(0),
                 edits: AtomicU64::new(0),
                 len: LocalUsize::new(0),
+                top: LocalU64::new(0),
                 finger: UnsafeCell::new(Path::unset()),
                 stock: Stock::new(),
                 sharing: Shared(grace),
@@ -220,6 +224,18 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         self.with_finger(|path| *path = Path::unset());
     }
 
+    /// The page after the last range; 0 in an empty tree.
+    #[inline(always)]
+    pub(crate) fn top(&self) -> u64 {
+        self.top.get()
+    }
+
+    /// Records where the last range ends. Only for the writer.
+    #[inline(always)]
+    pub(crate) fn set_top(&self, top: u64) {
+        self.top.set(top);
+    }
+
     /// The number of edits so far.
     #[inline(always)]
     pub(crate) fn edits(&self) -> u64 {
@@ -241,6 +257,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let ends = unsafe { (Path::new(root, 0), Path::new(root, Page::MAX.number())) };
         if let (Some(before), Some(after)) = ends {
             self.set_root(0);
+            self.set_top(0);
             self.unset_finger();
             self.sweep_all(&before, &after);
             self.count_edit(0, self.len());

@@ -5,7 +5,7 @@
 
 use core::fmt;
 
-use kmem_hal::{ObjectAlloc, Page, PageRange};
+use kmem_hal::{ObjectAlloc, PageRange};
 
 use crate::node::Node;
 use crate::stock::{Exclusive, Sharing};
@@ -47,7 +47,8 @@ const WIDTH: u64 = 1000;
 const STEP: usize = 40;
 
 impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
-    /// The nodes as text.
+    /// The nodes as text: what each answers for, and the largest gap there as its parent has it on record (the free pages
+    /// above the last range are on record nowhere).
     ///
     /// # Examples
     ///
@@ -60,7 +61,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     /// tree.store(PageRange::with_count(Page::new(16).unwrap(), 4).unwrap(), Some(9), &mut |_| ())?;
     /// assert_eq!(
     ///     tree.dump().to_string(),
-    ///     "leaf  0x0..=0xfffffffffffff ranges=1 gap=0xfffffffffffec\n  0x10..=0x13 -> 0x9\n",
+    ///     "leaf  0x0..=0xfffffffffffff ranges=1 gap=0x10\n  0x10..=0x13 -> 0x9\n",
     /// );
     /// # Ok::<(), kmem_hal::AllocError>(())
     /// ```
@@ -102,7 +103,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> fmt::Display
                 );
             }
             let leaf = at.node.leaf();
-            let gap = leaf.largest_gap(at.low, at.high == Page::MAX.number());
+            let gap = leaf.largest_gap(at.low);
             writeln!(
                 f,
                 "{:indent$}leaf  {:#x}..={:#x} ranges={} gap={gap:#x}",

@@ -11,7 +11,7 @@
 //! The pieces are keys and not ranges, the tail is moved once, and gap records above are looked at only where the gaps
 //! beside the cut are among the largest. A tree that is shared does the same in a copy of the leaf.
 
-use kmem_hal::{AllocError, ObjectAlloc, Page};
+use kmem_hal::{AllocError, ObjectAlloc};
 
 use super::{Cut, Pieces, show};
 use crate::node::{Leaf, Node, NodePtr, Raw, saturate};
@@ -261,24 +261,23 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             old_gap = old_gap.max(end - low);
         }
         let mut high = cut.last + 1;
-        let mut lowered = None;
+        let (mut lowered, mut top) = (None, None);
         if !has_upper {
             let end = if touched > 0 { highest.1 } else { cut.last } + 1;
             if to < leaf.count() {
                 high = leaf.range(to).0;
                 old_gap = old_gap.max(high - end);
-            } else if path.is_last() {
-                high = Page::LIMIT;
-                old_gap = old_gap.max(high - end);
             } else {
-                // The boundary above the leaf is the end of its last range (E1).
+                // The boundary above the leaf is the end of its last range (E1), and no gap lies above that (E2).
                 high = if has_middle { cut.last + 1 } else { low };
-                if high < end {
+                if path.is_last() {
+                    top = Some(high);
+                } else if high < end {
                     lowered = Some((high - 1, end));
                 }
             }
         }
-        if touched == 0 {
+        if touched == 0 && to < leaf.count() {
             old_gap = high - low;
         }
         if has_middle {
@@ -320,6 +319,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         }
         self.replaced(path, target.node(), || shows(removed));
         self.count_edit(pieces, touched);
+        if let Some(top) = top {
+            self.set_top(top);
+        }
         if path.height() > 1 {
             let recorded = u64::from(path.recorded_gap());
             if new_gap > recorded {
@@ -349,7 +351,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     /// The largest gap of a leaf went: what is the largest now?
     #[inline(never)]
     fn measure_gap(&self, path: &Path<W>, leaf: &Node<W>) {
-        let gap = leaf.leaf().largest_gap(path.low(), path.is_last());
+        let gap = leaf.leaf().largest_gap(path.low());
         path.record_gap(1, saturate(gap));
     }
 

@@ -19,7 +19,9 @@
 //! Invariants
 //! - `E1`: the boundary above a leaf that is not the last is the last page of its last range. So a gap lies in one leaf
 //!   whole, and a lookup of the next range above never leaves the leaf.
-//! - `E2`: the gap on record for a child is the largest gap in the pages that the child answers for.
+//! - `E2`: the gap on record for a child is the largest gap in the pages that the child answers for, without the free pages
+//!   above the tree's last range. Those are known from the page after that range, which is on record for the tree: no
+//!   search from above, where that gap is large and beyond the limit, looks at it in vain.
 //! - `E3`: one writer edits at a time (`&mut RangeTree`, or the contract of `SharedTree::writer`).
 //! - `E4`: the writer's finger is unset, or it is the way from the root to a leaf of the tree: whoever replaces a node
 //!   on it by another unsets it. So an edit near the last one needs no descent.
@@ -151,6 +153,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         // SAFETY: the node is ours until it is published.
         unsafe { node.as_ref() }.write_leaf(coding, &raw);
         self.set_root(to_word(node) | 1);
+        self.set_top(cut.last + 1);
         self.count_edit(1, 0);
         Ok(())
     }
@@ -174,11 +177,18 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         }
     }
 
+    /// Finds out anew where the last range ends.
+    pub(crate) fn measure_top(&self) {
+        // SAFETY: E3: nobody else edits; nodes in the tree are alive.
+        let path = unsafe { Path::<W>::new(self.root_word(), Page::MAX.number()) };
+        self.set_top(path.map_or(0, |path| path.leaf().end() + 1));
+    }
+
     /// Records the largest gap of the leaf that answers for `page` anew.
     pub(super) fn refresh_gap(&self, page: u64) {
         // SAFETY: E3: nobody else edits; nodes in the tree are alive.
         if let Some(path) = unsafe { Path::<W>::new(self.root_word(), page) } {
-            let gap = path.leaf().largest_gap(path.low(), path.is_last());
+            let gap = path.leaf().largest_gap(path.low());
             path.record_gap(1, saturate(gap));
         }
     }

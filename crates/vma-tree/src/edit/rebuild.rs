@@ -87,7 +87,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let mut drawn = [Drawn::Nothing; MAX_HEIGHT];
         let (mut row, end) = self.leaf_row(left, right, pieces, cut, &mut taken)?;
         drawn[0] = row.drawn;
-        // The leaf above what was rebuilt has a larger gap below it now, or the last leaf is another one.
+        // The leaf above what was rebuilt has a larger gap below it now.
         let stale = match row.children.last() {
             Some(last) if last.last == end => None,
             _ => Some(end),
@@ -142,6 +142,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         }
         if let Some(end) = stale {
             self.refresh_gap((end + 1).min(Page::MAX.number()));
+        }
+        if end == Page::MAX.number() {
+            self.measure_top();
         }
         self.stock.trim(&self.alloc);
         Ok(())
@@ -235,7 +238,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             children.push(Child {
                 node,
                 last,
-                gap: saturate(leaf.leaf().largest_gap(from_page, is_last)),
+                gap: saturate(leaf.leaf().largest_gap(from_page)),
             });
             from_page = last.wrapping_add(1);
         }

@@ -1,7 +1,5 @@
 //! The leaf: how ranges are packed into words, found, put in and taken out.
 
-use kmem_hal::Page;
-
 use super::{Node, Raw, UNUSED};
 
 /// How many bits of a key may hold the length. The first that fits is taken.
@@ -201,18 +199,14 @@ impl<'a, const W: usize> Leaf<'a, W> {
         (page <= raw.last).then_some(raw)
     }
 
-    /// The largest gap: before the first range from `low` on, between ranges, and after the last one up to the end of
-    /// the space if the leaf is the tree's last.
-    pub(crate) fn largest_gap(&self, low: u64, is_last: bool) -> u64 {
+    /// The largest gap below the first range, from `low` on, and between ranges.
+    pub(crate) fn largest_gap(&self, low: u64) -> u64 {
         let mut free = low;
         let mut largest = 0;
         for slot in 0..self.count {
             let (first, last) = self.range(slot);
             largest = largest.max(first - free);
             free = last + 1;
-        }
-        if is_last {
-            largest = largest.max(Page::LIMIT - free);
         }
         largest
     }
