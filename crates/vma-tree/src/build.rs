@@ -317,9 +317,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         for (leaf, gap) in self.leaves() {
             let mut values = [0; 15];
             let mut kept = 0_u32;
-            for slot in 0..leaf.count() {
+            for (slot, place) in values.iter_mut().enumerate().take(leaf.count()) {
                 if let Some(value) = filter(entry(leaf.raw(slot))) {
-                    values[slot] = value.to_word();
+                    *place = value.to_word();
                     kept |= 1 << slot;
                 }
             }

@@ -222,7 +222,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             last: 0,
             gap: 0,
         });
-        let (mut rest, mut from_page) = (&ranges[..], low);
+        let (mut rest, mut from_page) = (ranges, low);
         for &(size, coding) in groups.iter() {
             let (group, others) = rest.split_at(usize::from(size));
             rest = others;

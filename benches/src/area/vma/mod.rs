@@ -7,13 +7,16 @@
 //! | workload | an operation |
 //! |---|---|
 //! | `lookup` | the value at a random page; the next page depends on it |
-//! | `lookup_local` | the same, near the page before |
+//! | `lookup_local` | the same, nine of ten in four ranges; kmem uses its finger |
 //! | `insert_remove` | a range removed or put back |
 //! | `gap_up`, `gap_down` | the lowest or highest gap of 4096 pages: half of all ranges lie before it |
 //! | `iterate` | one range of a pass over all |
 //! | `punch_merge` | a page taken out of the middle of a range and put back, so that one range is left |
 //! | `duplicate` | a range of a whole copy |
 //! | `bytes_per_range` | heap by range |
+//! | `readers_2t` | a lookup, two threads at it |
+//! | `reader_with_writer` | a lookup while another thread edits |
+//! | `trace_mix_*` | a step of what a real program did to its address space |
 //!
 //! kmem's nodes come from kmem-slab, the others' from the host's malloc. A gap search that a crate does not have is a scan of its
 //! iterator of gaps or of ranges.
@@ -22,7 +25,7 @@ use std::collections::BTreeMap;
 
 use kmem_hal::{Page, PageRange};
 use kmem_slab::Cache;
-use kmem_vma_tree::{GapRequest, Node, RangeTree};
+use kmem_vma_tree::{Finger, GapRequest, Node, RangeTree};
 use nodit::{Interval, NoditMap, interval::ii};
 use rangemap::RangeMap;
 
@@ -31,6 +34,12 @@ use crate::harness::{Competitor, Runner, Slice, Workload};
 use crate::output::Unit;
 use crate::platform::{Machine, Region, SlabParts};
 use crate::rng::Rng;
+
+use rbtree::Red;
+
+mod rbtree;
+mod readers;
+mod traces;
 
 const AREA: &str = "vma";
 
@@ -68,9 +77,17 @@ fn ranges(n: u64) -> (Vec<Vma>, u64) {
 
 /// A map of ranges as the workloads see it.
 trait Ranges: Sized {
+    /// What a reader keeps between lookups.
+    type Finger: Default;
+
     /// A map of these ranges, which come descending.
     fn build(vmas: &[Vma]) -> Self;
     fn lookup(&self, page: u64) -> Option<u64>;
+    /// A lookup near earlier ones.
+    #[inline]
+    fn lookup_near(&self, _finger: &mut Self::Finger, page: u64) -> Option<u64> {
+        self.lookup(page)
+    }
     fn insert(&mut self, vma: Vma);
     fn remove(&mut self, vma: Vma);
     fn gap_up(&self, pages: u64) -> Option<u64>;
@@ -85,6 +102,8 @@ trait Ranges: Sized {
 }
 
 impl Ranges for BTreeMap<u64, (u64, u64)> {
+    type Finger = ();
+
     fn build(vmas: &[Vma]) -> Self {
         vmas.iter()
             .map(|&(first, last, value)| (first, (last, value)))
@@ -143,6 +162,8 @@ impl Ranges for BTreeMap<u64, (u64, u64)> {
 }
 
 impl Ranges for RangeMap<u64, u64> {
+    type Finger = ();
+
     fn build(vmas: &[Vma]) -> Self {
         vmas.iter()
             .map(|&(first, last, value)| (first..last + 1, value))
@@ -193,6 +214,8 @@ impl Ranges for RangeMap<u64, u64> {
 type Nodit = NoditMap<u64, Interval<u64>, u64>;
 
 impl Ranges for Nodit {
+    type Finger = ();
+
     fn build(vmas: &[Vma]) -> Self {
         let mut map = Self::new();
         for &vma in vmas {
@@ -248,6 +271,8 @@ impl Ranges for Nodit {
 struct Sorted(Vec<Vma>);
 
 impl Ranges for Sorted {
+    type Finger = ();
+
     fn build(vmas: &[Vma]) -> Self {
         let mut vmas = vmas.to_vec();
         vmas.sort_unstable();
@@ -319,6 +344,8 @@ fn page_range(first: u64, last: u64) -> PageRange {
 }
 
 impl Ranges for Kmem {
+    type Finger = Finger<u64>;
+
     fn build(vmas: &[Vma]) -> Self {
         let mut tree = Self::new_in(nodes());
         for &vma in vmas {
@@ -329,6 +356,10 @@ impl Ranges for Kmem {
     #[inline]
     fn lookup(&self, page: u64) -> Option<u64> {
         Some(self.get(Page::from_number(page))?.value)
+    }
+    #[inline]
+    fn lookup_near(&self, finger: &mut Finger<u64>, page: u64) -> Option<u64> {
+        Some(self.get_with(finger, Page::from_number(page))?.value)
     }
     fn insert(&mut self, (first, last, value): Vma) {
         self.store(page_range(first, last), Some(value), &mut |_| ())
@@ -397,6 +428,7 @@ macro_rules! programs {
             .with("btreemap", $make::<BTreeMap<u64, (u64, u64)>>($input $(, $argument)*))
             .with("rangemap", $make::<RangeMap<u64, u64>>($input $(, $argument)*))
             .with("nodit", $make::<Nodit>($input $(, $argument)*))
+            .with("rbtree", $make::<Red>($input $(, $argument)*))
     };
 }
 
@@ -442,7 +474,9 @@ pub fn run(runner: &mut Runner) {
         if runner.wants("bytes_per_range") {
             runner.run(bytes(&input, workload("bytes_per_range", Unit::Bytes)));
         }
+        readers::run(runner, &input, n);
     }
+    traces::run(runner);
 }
 
 /// Builds a map in the first slice, so that a failure costs a row and not the run.
@@ -476,24 +510,31 @@ fn lookup<'i, R: Ranges + 'i>(input: &'i Input, is_local: bool) -> impl Competit
     move |index: u64, watch: &mut Watch| {
         let mut rng = Rng::new(index);
         let count = input.vmas.len() as u64;
-        let mut near = 1 + rng.below(count - 1);
+        let hot: [u64; 4] = std::array::from_fn(|_| 1 + rng.below(count - 1));
         let pages: Vec<u64> = (0..PAGES)
             .map(|_| {
-                near = if is_local {
-                    (near + rng.below(3)).clamp(2, count - 1) - 1
+                let at = if is_local && rng.below(10) > 0 {
+                    hot[rng.below(4) as usize]
                 } else {
                     1 + rng.below(count - 1)
                 };
-                let (first, last, _) = input.vmas[near as usize];
+                let (first, last, _) = input.vmas[at as usize];
                 first + rng.below(last - first + 1)
             })
             .collect();
         let map = built.map();
+        let mut finger = R::Finger::default();
         let ops = input.ops;
         let sum = watch.time(|| {
             let (mut sum, mut at) = (0u64, 0usize);
             for _ in 0..ops {
-                let value = map.lookup(pages[at % PAGES]).expect("a page in a range");
+                let page = pages[at % PAGES];
+                let value = if is_local {
+                    map.lookup_near(&mut finger, page)
+                } else {
+                    map.lookup(page)
+                };
+                let value = value.expect("a page in a range");
                 sum = sum.wrapping_add(value);
                 // The next page is known only when this value is.
                 at += 1 + (value & 1) as usize;
