@@ -19,10 +19,11 @@ pvh_entry:
     lea esp, [boot_stack_end]
     mov esi, ebx
 
-    # The top table reaches the first 4 GiB of physical memory three times: where it is (0, until the
-    # CPU has left this file), at the direct map (entry 256), and at the image (entry 511).
+    # The top table reaches physical memory three times: the first 4 GiB where they are (entry 0, until the CPU
+    # has left this file) and at the image (entry 511), and 512 GiB at the direct map (entry 256).
     lea eax, [boot_pdpt + 3]
     mov dword ptr [boot_pml4], eax
+    lea eax, [boot_pdpt_direct + 3]
     mov dword ptr [boot_pml4 + 256 * 8], eax
     lea eax, [boot_pdpt_image + 3]
     mov dword ptr [boot_pml4 + 511 * 8], eax
@@ -41,20 +42,46 @@ pvh_entry:
     inc ecx
     cmp ecx, 2048
     jne 3b
+    xor ecx, ecx
+    mov eax, 0x83                   # present, writable, 1 GiB; the address is 64 bits wide
+    xor edx, edx
+4:  mov dword ptr [boot_pdpt_direct + ecx * 8], eax
+    mov dword ptr [boot_pdpt_direct + ecx * 8 + 4], edx
+    add eax, 0x40000000
+    adc edx, 0
+    inc ecx
+    cmp ecx, 512
+    jne 4b
+    lea eax, [boot_pml4 + 3]        # with five levels the old top table stands below a new one
+    mov dword ptr [boot_pml5], eax
+    mov dword ptr [boot_pml5 + 511 * 8], eax
 
     call enter_long_mode
     lgdt [boot_gdt_pointer]
     ljmp 0x08, offset boot64
 
 enter_long_mode:
+    mov eax, 7
+    xor ecx, ecx
+    cpuid
+    lea edx, [boot_pml4]
     mov eax, cr4
     or eax, 0x6a0                   # PAE, PGE, OSFXSR, OSXMMEXCPT
-    mov cr4, eax
-    lea eax, [boot_pml4]
-    mov cr3, eax
+    bt ecx, 16                      # LA57: five levels where the CPU has them
+    jnc 5f
+    or eax, 0x1000
+    lea edx, [boot_pml5]
+5:  test ebx, 0x80                  # SMEP
+    jz 6f
+    or eax, 0x100000
+6:  test ebx, 0x100000              # SMAP
+    jz 7f
+    or eax, 0x200000
+7:  mov cr4, eax
+    mov cr3, edx
     mov ecx, 0xc0000080             # EFER
     rdmsr
-    or eax, 0x900                   # LME, NXE
+    or eax, 0x901                   # SCE, LME, NXE
     wrmsr
     mov eax, cr0
     and eax, 0xfffffffb             # EM off: the prebuilt core uses SSE
@@ -142,7 +169,10 @@ boot64_further:
 .p2align 12
 .globl boot_pml4
 boot_pml4:       .skip 4096
+boot_pml5:       .skip 4096
+.globl boot_pml5, boot_pdpt
 boot_pdpt:       .skip 4096
+boot_pdpt_direct: .skip 4096
 boot_pdpt_image: .skip 4096
 boot_pd:         .skip 4 * 4096
                  .skip 256
@@ -152,87 +182,3 @@ boot_stack_end:
 .p2align 12
     .skip 65536
 kernel_stack_end:
-
-# ---------------------------------------------------------------- exceptions
-# One stub a vector. Each pushes an error code where the CPU pushed none, and its own number; the rest is
-# shared. Every gate switches to a stack of its own (IST): the prebuilt core keeps data below rsp.
-.section .text.traps, "ax", @progbits
-.macro stub vector, has_error
-    .p2align 4
-    .if \has_error == 0
-    push 0
-    .endif
-    push \vector
-    jmp trap_common
-.endm
-
-.p2align 4
-.globl trap_stubs
-trap_stubs:                         # 16 bytes each
-    stub 0, 0
-    stub 1, 0
-    stub 2, 0
-    stub 3, 0
-    stub 4, 0
-    stub 5, 0
-    stub 6, 0
-    stub 7, 0
-    stub 8, 1
-    stub 9, 0
-    stub 10, 1
-    stub 11, 1
-    stub 12, 1
-    stub 13, 1
-    stub 14, 1
-    stub 15, 0
-    stub 16, 0
-    stub 17, 1
-    stub 18, 0
-    stub 19, 0
-    stub 20, 0
-    stub 21, 1
-    stub 64, 0                      # slot 22: a call from another CPU (smp.rs)
-    .p2align 4
-
-trap_common:
-    push rax
-    push rbx
-    push rcx
-    push rdx
-    push rsi
-    push rdi
-    push rbp
-    push r8
-    push r9
-    push r10
-    push r11
-    push r12
-    push r13
-    push r14
-    push r15
-    mov rdi, rsp                    # &mut TrapFrame
-    mov rbp, rsp
-    sub rsp, 512
-    and rsp, -16
-    fxsave64 [rsp]                  # the interrupted code's vector registers
-    cld
-    call trap
-    fxrstor64 [rsp]
-    mov rsp, rbp
-    pop r15
-    pop r14
-    pop r13
-    pop r12
-    pop r11
-    pop r10
-    pop r9
-    pop r8
-    pop rbp
-    pop rdi
-    pop rsi
-    pop rdx
-    pop rcx
-    pop rbx
-    pop rax
-    add rsp, 16
-    iretq

@@ -57,6 +57,26 @@ pub fn write(text: fmt::Arguments<'_>) {
     BUSY.store(false, Ordering::Release);
 }
 
+/// Writes bytes as they are.
+pub fn write_bytes(bytes: &[u8]) {
+    match core::str::from_utf8(bytes) {
+        Ok(text) => write(format_args!("{text}")),
+        Err(_) => write(format_args!("{bytes:?}")),
+    }
+}
+
+static TRACE: AtomicBool = AtomicBool::new(false);
+
+/// Has every system call printed, as strace does.
+pub fn trace_calls() {
+    TRACE.store(true, Ordering::Relaxed);
+}
+
+/// Whether system calls shall be printed.
+pub fn traces_calls() -> bool {
+    TRACE.load(Ordering::Relaxed)
+}
+
 /// Frees the serial port whoever holds it, so that a panic inside `println!` is seen.
 pub fn force() {
     BUSY.store(false, Ordering::Release);
@@ -64,8 +84,18 @@ pub fn force() {
 
 /// Ends QEMU: status 33 says success, 35 failure.
 pub fn exit(success: bool) -> ! {
+    end(if success { 0x10 } else { 0x11 })
+}
+
+/// Ends QEMU with status 37: something that the scenario needs is missing.
+pub fn skip(why: &str) -> ! {
+    crate::println!("SKIPPED: {why}");
+    end(0x12)
+}
+
+fn end(code: u8) -> ! {
     // SAFETY: the exit device ends the machine.
-    unsafe { outb(DEBUG_EXIT, if success { 0x10 } else { 0x11 }) };
+    unsafe { outb(DEBUG_EXIT, code) };
     halt()
 }
 

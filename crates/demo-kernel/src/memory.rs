@@ -1,23 +1,33 @@
-//! The kernel's memory: kmem's heap from the boot map, and a page table of its own.
+//! The kernel's memory: kmem put together.
 //!
 //! ```text
 //!   pvh::Boot ─> BootMap ─> HEAP: frame slots, page frames, objects, #[global_allocator]
-//!                             └─> MACHINE ─> PageTable
+//!                             └─> MACHINE ─> kernel table: direct map, image, fixmap
+//!                                    │            ├─> vmalloc: kernel stacks
+//!                                    └─> WORLD ─> Mm ─> address spaces, which share the kernel's half
 //! ```
 
+use alloc::boxed::Box;
+use core::sync::atomic::{AtomicPtr, Ordering};
+
+use kmem::cow_mm::{self, AddressSpace, Layout, Mm, Object, Vma};
+use kmem::hal::lock::SpinWait;
 use kmem::hal::{
-    CachePadded, CpuId, DeviceFrame, EpochArea, EpochGrace, FrameHandle, Page, PageRange,
+    CachePadded, CpuId, DeviceFrame, EpochArea, EpochGrace, Mmu, Page, PageRange, VirtAddr,
 };
-use kmem::paging::format::X86_64;
-use kmem::paging::{Divisible, PageTable, Parts, Rights};
+use kmem::paging::format::X86_64La57;
+use kmem::paging::{Attributes, MemoryType, PageTable, Parts, Rights, TableCache};
+use kmem::vma_tree::Node;
+use kmem::vmalloc::{FixMap, KernelPage, Vmalloc};
 use kmem::{
-    BootMap, Buddy, Config, Frame, Heap, InitError, OffsetMap, Order, OwnedFrame, PhysAddr,
-    Reservation, VirtAddr, boot,
+    BootMap, Buddy, Cache, Config, Frame, Heap, InitError, IrqSafe, OffsetMap, Order, PhysAddr,
+    Reservation, SlabParts, boot,
 };
 
-use crate::platform::{self, DIRECT, DIRECT_BYTES, IMAGE_BASE, MAX_CPUS, Machine, image_end};
+use crate::layout::{self, DIRECT, FIXMAP_END, IMAGE_BASE};
+use crate::platform::{self, KERNEL_ROOT, MAX_CPUS, Machine};
 use crate::pvh::Boot;
-use crate::smp;
+use crate::{apic, smp};
 
 /// Everything that is allocated in this kernel comes from here.
 #[global_allocator]
@@ -57,10 +67,65 @@ type TableParts = Parts<
     Machine,
 >;
 
-/// The kernel's page table.
-pub type Table = PageTable<X86_64, &'static TableParts, KernelFrame>;
+/// Objects of the address spaces, by type.
+type Objects<T> = Cache<'static, T, SlabParts<OffsetMap, Machine>>;
+type Backing = Object<&'static Objects<Node>, SpinWait>;
+static NODES: Objects<Node> = Cache::new(HEAP.memory().slab(), "vma_node");
+static VMAS: Objects<Vma> = Cache::new(HEAP.memory().slab(), "vm_area_struct");
+static BACKINGS: Objects<Backing> = Cache::new(HEAP.memory().slab(), "object");
 
-/// Takes over the memory of the boot map.
+/// What address spaces stand on.
+pub type World = cow_mm::Parts<
+    &'static TableParts,
+    X86_64La57,
+    &'static Objects<Node>,
+    &'static Objects<Vma>,
+    &'static Objects<Backing>,
+    SpinWait,
+>;
+// SAFETY: E2 as for MACHINE; a static does not move.
+static WORLD: World = unsafe { cow_mm::Parts::new(&MACHINE, &NODES, &VMAS, &BACKINGS) };
+
+/// A process's memory.
+pub type Space = AddressSpace<'static, World>;
+/// The kernel's page table; `X86_64La57` has four levels or five.
+pub type Table = PageTable<X86_64La57, &'static TableParts, KernelPage>;
+/// The kernel's virtual memory.
+pub type KernelAreas =
+    Vmalloc<'static, X86_64La57, &'static TableParts, &'static Objects<Node>, IrqSafe>;
+type Fixed = FixMap<'static, X86_64La57, &'static TableParts, FIXMAP_END, 1>;
+
+static TABLE: AtomicPtr<Table> = AtomicPtr::new(core::ptr::null_mut());
+static MM: AtomicPtr<Mm<'static, World>> = AtomicPtr::new(core::ptr::null_mut());
+static AREAS: AtomicPtr<KernelAreas> = AtomicPtr::new(core::ptr::null_mut());
+
+fn get<T>(place: &'static AtomicPtr<T>) -> &'static T {
+    let value = place.load(Ordering::Acquire);
+    // SAFETY: `init` stores boxes there that are never freed.
+    unsafe { value.as_ref() }.expect("memory::init comes first")
+}
+
+fn keep<T>(place: &'static AtomicPtr<T>, value: T) -> &'static T {
+    place.store(Box::into_raw(Box::new(value)), Ordering::Release);
+    get(place)
+}
+
+/// The kernel's page table.
+pub fn table() -> &'static Table {
+    get(&TABLE)
+}
+
+/// What all address spaces share.
+pub fn mm() -> &'static Mm<'static, World> {
+    get(&MM)
+}
+
+/// vmalloc.
+pub fn areas() -> &'static KernelAreas {
+    get(&AREAS)
+}
+
+/// Takes over the memory of the boot map, and runs on page tables of our own from then on.
 ///
 /// # Safety
 /// Once, on the first CPU; the map is right, and what it calls usable is used by nobody but the image.
@@ -70,7 +135,7 @@ pub unsafe fn init(map: &Boot) -> Result<(), InitError> {
     boot::pvh(&mut boot, map.map()).map_err(InitError::Map)?;
     boot.reserve(
         image,
-        image_end() - image.as_u64(),
+        layout::image_end() - image.as_u64(),
         Reservation::KernelImage,
     )
     .map_err(InitError::Map)?;
@@ -80,7 +145,27 @@ pub unsafe fn init(map: &Boot) -> Result<(), InitError> {
     // SAFETY: what is in use is reserved.
     unsafe { HEAP.init_mapped(&mut boot, &Config::new().cpus(1))? };
     GRACE.init(&GRACE_AREAS);
+    let table = keep(&TABLE, kernel_table(map));
+    KERNEL_ROOT.store(table.root().frame.number(), Ordering::Release);
+    // SAFETY: the table maps the image and the stacks in it, and the direct map, where they are.
+    unsafe { load_kernel_table() };
+    let registers = Fixed::new(table)
+        .set(0, PhysAddr::new(apic::PHYSICAL), MemoryType::Uncached)
+        .expect("a fixed page");
+    apic::set_registers(registers.as_u64());
+    let (from, to) = layout::VMALLOC;
+    keep(&AREAS, Vmalloc::new(table, pages(from, to - from), &NODES));
+    keep(&MM, Mm::new(&WORLD).expect("a zero page"));
     Ok(())
+}
+
+/// Makes this CPU translate through the kernel's own table.
+///
+/// # Safety
+/// The CPU uses nothing below the kernel's half.
+pub unsafe fn load_kernel_table() {
+    // SAFETY: the table is never freed; the caller's promise.
+    unsafe { Machine.load_root(table().root(), false) };
 }
 
 /// Gives a CPU that is online its arrays.
@@ -90,8 +175,11 @@ pub fn cpu_online(cpu: CpuId) {
         .expect("memory for a CPU's arrays");
 }
 
-/// Free frames, counted anew, with every CPU's arrays of objects and of frames emptied.
+/// Free frames, counted anew, with every CPU's arrays of objects and of frames emptied, and frames of objects added.
+///
+/// What is missing from this number belongs to somebody.
 pub fn free_frames() -> u64 {
+    areas().purge();
     for _ in 0..2 {
         // Arrays are emptied by the CPU they belong to; what one gives back may fill another's.
         smp::each(|_| {
@@ -99,64 +187,81 @@ pub fn free_frames() -> u64 {
             frames().drain_local();
         });
     }
+    TableCache::shrink(&&MACHINE, usize::MAX);
+    smp::each(|_| {
+        frames().drain_local();
+    });
     let count = frames().recount();
     count.free + count.cached
 }
 
-/// What an entry of the kernel's table stands for: a frame of its own, or memory that nobody owns.
-///
-/// The two differ by their size: what is owned is mapped by single frames, the rest by leaves of 2 MiB.
-#[derive(Debug)]
-pub enum KernelFrame {
-    /// An owned frame.
-    Owned(OwnedFrame),
-    /// The direct map, or the image.
-    Window(DeviceFrame),
+/// Frames that hold objects.
+pub fn object_frames() -> u64 {
+    let objects = HEAP.memory().slab().totals();
+    objects.slab_frames + objects.overhead_frames
 }
 
-/// Frames of 2 MiB.
-const HUGE: Order = Order::new(9).expect("an order");
-
-// SAFETY: H1, H2: each variant passes through the numbers as its own type does, and the order tells which it was.
-unsafe impl FrameHandle for KernelFrame {
-    fn into_entry(self) -> (Frame, Order) {
-        match self {
-            Self::Owned(frame) => frame.into_entry(),
-            Self::Window(frame) => frame.into_entry(),
-        }
-    }
-    unsafe fn from_entry(first: Frame, order: Order) -> Self {
-        // SAFETY: the caller's promise is passed on.
-        unsafe {
-            if order == Order::ZERO {
-                Self::Owned(OwnedFrame::from_entry(first, order))
-            } else {
-                Self::Window(DeviceFrame::from_entry(first, order))
-            }
-        }
-    }
+/// The pages of a range of bytes.
+pub fn pages(start: u64, bytes: u64) -> PageRange {
+    let first = Page::starting_at(VirtAddr::new(start)).expect("a page's address");
+    PageRange::with_count(first, bytes >> 12).expect("not empty")
 }
-// SAFETY: D1: this kernel splits none of its 2 MiB leaves, and single frames cannot be split.
-unsafe impl Divisible for KernelFrame {}
 
-/// Makes a page table with the direct map and the image in it.
-pub fn new_table() -> Table {
-    let table = Table::new(&MACHINE).expect("a frame for the root");
-    for (linear, bytes) in [
-        (DIRECT, DIRECT_BYTES),
-        (IMAGE_BASE, image_end().next_multiple_of(2 << 20)),
-    ] {
-        let first = Page::starting_at(VirtAddr::new(linear)).expect("aligned");
-        let range = PageRange::with_count(first, bytes >> 12).expect("not empty");
-        let mut cursor = table.cursor(range).expect("canonical");
-        let rights = Rights::KERNEL_DATA | Rights::EXECUTE;
-        let window = |page: Page, _| {
-            let frame = Frame::new(page.number() - first.number())?;
-            Some(KernelFrame::Window(DeviceFrame::new(frame, HUGE)?))
+/// Leaves of 1 GiB, 2 MiB and 4 KiB.
+const LEAVES: [Order; 3] = [
+    Order::new(18).expect("an order"),
+    Order::new(9).expect("an order"),
+    Order::ZERO,
+];
+
+/// Maps physical memory from `from` on at `linear`, with the largest leaves that fit.
+fn window(table: &Table, linear: u64, from: u64, bytes: u64, rights: Rights) {
+    let mut done = 0;
+    while done < bytes {
+        let fits = |order: &Order| {
+            let leaf = order.frames() << 12;
+            (from + done) % leaf == 0 && (linear + done) % leaf == 0 && bytes - done >= leaf
         };
+        let order = LEAVES.into_iter().find(fits).expect("whole pages");
+        let range = pages(linear + done, order.frames() << 12);
+        let frame = Frame::containing(PhysAddr::new(from + done));
+        let mut cursor = table.cursor(range).expect("canonical");
+        let leaf = |_, _| Some(KernelPage::borrowed(DeviceFrame::new(frame, order)?));
+        let attributes = Attributes::new(rights | Rights::GLOBAL).accessed().dirty();
         cursor
-            .map_range(range, HUGE, rights, window)
+            .map_range(range, order, attributes, leaf)
             .expect("room for tables");
+        done += order.frames() << 12;
     }
+}
+
+/// Makes the kernel's table: all usable memory at the direct map, and the image with the rights of its parts.
+fn kernel_table(map: &Boot) -> Table {
+    let levels = if layout::five_levels() { 5 } else { 4 };
+    let table = Table::with_levels(&MACHINE, levels).expect("a frame for the root");
+    let mut end = 0; // of what is mapped
+    for entry in map.usable() {
+        let from = (entry.base & !0x1f_ffff).max(end);
+        let to = (entry.base + entry.length).next_multiple_of(0x20_0000);
+        if from < to {
+            window(&table, DIRECT + from, from, to - from, Rights::KERNEL_DATA);
+            end = to;
+        }
+    }
+    let [text, constants, data, end] = layout::image();
+    let part = |from: u64, to: u64, rights| {
+        window(&table, from, from - IMAGE_BASE, to - from, rights);
+    };
+    part(text, constants, Rights::READ | Rights::EXECUTE);
+    part(constants, data, Rights::READ);
+    part(data, end, Rights::KERNEL_DATA);
+    let half = Page::starting_at(VirtAddr::new(DIRECT)).expect("aligned");
+    table.lend_from(half).expect("tables for the shared half");
     table
+}
+
+/// Makes an address space that shares the kernel's half.
+pub fn new_space() -> Option<Space> {
+    let half = Page::starting_at(VirtAddr::new(DIRECT)).expect("aligned");
+    AddressSpace::with_kernel(mm(), Layout::x86_64(), table(), half).ok()
 }

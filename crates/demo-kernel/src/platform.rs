@@ -4,31 +4,34 @@
 //! |---|---|---|
 //! | `PhysMap` | [`phys`], hal's own `OffsetMap` | physical memory is mapped at [`DIRECT`] |
 //! | `Cpu` | [`Machine`] | the number stands in a per-CPU word behind `gs` |
-//! | `CpuCall` | [`Machine`] | an interrupt to each CPU (`smp.rs`) |
+//! | `CpuCall` | [`Machine`] | a mailbox and an interrupt to each CPU |
 //! | `Mmu` | [`Machine`] | CR3, `invlpg`, and a call to the other CPUs |
-//! | `RawLock` | hal's own `IrqSafe` | `cli` and spin |
+//! | `UserAccess` | [`Machine`] | a copy that the page-fault handler may cut short |
+//! | `PageProvider` | [`MemoryFile`] | a file whose bytes lie in memory |
+//! | `RawLock`, `RawSleepLock` | hal's own `IrqSafe`, `SpinWait` | `cli` and spin; spin |
 //!
-//! A kernel with one CPU needs none of this but `load_root` and `flush_local`: hal has `SingleCpu`.
+//! A kernel with one CPU needs `load_root` and `flush_local`: hal has `SingleCpu`. User access and files are for user mode.
 
-use core::arch::asm;
+use core::arch::{asm, global_asm};
+use core::ptr::{self, slice_from_raw_parts_mut};
+use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
 
 use kmem::hal::{
-    Completion, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FlushRequest, FlushScope, Mmu,
-    OffsetMap, Root,
+    Completion, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FlushRequest, FlushScope, Frame,
+    IoError, IoState, IoTicket, Mmu, OffsetMap, PageProvider, PhysMap, Root, UserAccess, UserFault,
+    VirtAddr,
 };
+
+use crate::layout::{DIRECT, DIRECT_BYTES}; // *Yours may come from the boot loader.*
+use crate::plant::{self, Plant};
+use crate::{apic, smp};
 
 /// CPUs that this kernel can run. *Change it to what your tables have room for.*
 pub const MAX_CPUS: usize = 4;
-/// Where `boot.s` maps physical memory (top-table entry 256). *Yours may come from the boot loader.*
-pub const DIRECT: u64 = 0xffff_8000_0000_0000;
-/// Physical memory that is mapped there from boot on, in bytes.
-pub const DIRECT_BYTES: u64 = 4 << 30;
-/// Linear minus physical address of the image (`kernel.ld`).
-pub const IMAGE_BASE: u64 = 0xffff_ffff_8000_0000;
 
 /// Physical memory, as kmem reaches it.
 pub const fn phys() -> OffsetMap {
-    // SAFETY: P1, P2: boot.s maps frames 0 to 2^20 there, write-back; kmem touches only what the memory map calls usable.
+    // SAFETY: P1, P2: boot.s maps it all there, write-back; kmem touches only what the memory map calls usable.
     unsafe { OffsetMap::new(DIRECT as usize, DIRECT_BYTES >> 12) }
 }
 
@@ -36,40 +39,15 @@ pub const fn phys() -> OffsetMap {
 #[derive(Clone, Copy, Debug)]
 pub struct Machine;
 
-/// Behind `gs` on each CPU.
-#[repr(C)]
-struct Area {
-    id: u32,
-}
-static AREAS: [Area; MAX_CPUS] = [
-    Area { id: 0 },
-    Area { id: 1 },
-    Area { id: 2 },
-    Area { id: 3 },
-];
-
-/// Tells this CPU its number.
-///
-/// # Safety
-/// Once on each CPU, before anything asks for the number, each with a number of its own.
-pub unsafe fn set_this_cpu(cpu: usize) {
-    let area = &raw const AREAS[cpu] as u64;
-    // SAFETY: IA32_GS_BASE takes any canonical address; nothing else here uses gs.
-    unsafe {
-        asm!("wrmsr", in("ecx") 0xc000_0101u32, in("eax") area as u32, in("edx") (area >> 32) as u32,
-            options(nostack, preserves_flags));
-    }
-}
-
 /// The CPU that runs this code.
 pub fn this_cpu() -> CpuId {
     let id: u32;
-    // SAFETY: `set_this_cpu` made gs point to an `Area`, whose first word is the number.
+    // SAFETY: `cpu::install` made gs point to this CPU's area, whose first word is the number.
     unsafe { asm!("mov {:e}, gs:[0]", out(reg) id, options(nostack, preserves_flags, readonly)) };
     CpuId::new(id)
 }
 
-// SAFETY: C1, C2, C4: this kernel never moves or preempts code, so that a pin needs nothing. *With a scheduler, count
+// SAFETY: C1, C2, C4: this kernel never moves or preempts kernel code, so that a pin needs nothing. *If yours does, count
 // preemption here.* C3: ids are below MAX_CPUS. C5: a CPU sees its own stores.
 unsafe impl Cpu for Machine {
     type Guard<'a> = ();
@@ -85,48 +63,113 @@ unsafe impl Cpu for Machine {
     }
 }
 
-// SAFETY: R1 to R3: `smp::call` returns when every CPU has run `f` and answered with a release store.
+/// A function that other CPUs shall run.
+struct Call<'a> {
+    function: &'a (dyn Fn(CpuId) + Sync),
+    remaining: AtomicU32,
+}
+/// Invariant: a mailbox that is not null points to a call on the stack of a CPU that waits for it.
+static MAILBOXES: [AtomicPtr<Call<'static>>; MAX_CPUS] =
+    [const { AtomicPtr::new(ptr::null_mut()) }; MAX_CPUS];
+
+// SAFETY: R1 to R3: `run_on` returns when every CPU has run `f` and said so with a release store.
 unsafe impl CpuCall for Machine {
     fn run_on(&self, cpus: &CpuSet, f: &(dyn Fn(CpuId) + Sync)) -> Result<(), CpuCallError> {
-        crate::smp::call(cpus, f);
+        let (this, online) = (this_cpu(), smp::online());
+        let others = || cpus.iter().filter(|cpu| *cpu != this && online.contains(*cpu));
+        let remaining = AtomicU32::new(others().count() as u32);
+        let call = Call { function: f, remaining };
+        let pointer = (&raw const call).cast_mut().cast::<Call<'static>>();
+        for cpu in others() {
+            let mailbox = &MAILBOXES[cpu.index()];
+            // Whoever waits answers its own mailbox, so that two CPUs that call each other do not wait for ever.
+            while mailbox
+                .compare_exchange(ptr::null_mut(), pointer, Ordering::Release, Ordering::Relaxed)
+                .is_err()
+            {
+                answer_calls();
+            }
+            apic::send(cpu, apic::CALL);
+        }
+        if cpus.contains(this) {
+            f(this);
+        }
+        while call.remaining.load(Ordering::Acquire) != 0 {
+            answer_calls();
+        }
         Ok(())
     }
 }
 
+/// Runs what stands in this CPU's mailbox: the handler of the interrupt that `run_on` sends.
+pub fn answer_calls() {
+    let this = this_cpu();
+    let call = MAILBOXES[this.index()].swap(ptr::null_mut(), Ordering::Acquire);
+    if call.is_null() {
+        return core::hint::spin_loop();
+    }
+    // SAFETY: the mailbox's invariant: the caller waits until `remaining` is 0, and the subtraction is the last use.
+    unsafe {
+        ((*call).function)(this);
+        (*call).remaining.fetch_sub(1, Ordering::Release);
+    }
+}
+
+/// The root that a CPU has loaded, and the one that it loads; a CPU without a user task keeps the last one (lazy).
+struct Loaded(AtomicU64, AtomicU64, AtomicBool);
+static LOADED: [Loaded; MAX_CPUS] =
+    [const { Loaded(AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false)) }; MAX_CPUS];
+/// The kernel's own root, whose upper half all spaces share.
+pub static KERNEL_ROOT: AtomicU64 = AtomicU64::new(0);
+
+/// Says that this CPU keeps its root for no task: a shootdown makes it leave the space for good.
+pub fn set_lazy(lazy: bool) {
+    LOADED[this_cpu().index()].2.store(lazy, Ordering::Relaxed);
+}
+
 // SAFETY: M1: invlpg and a write to CR3 are serialising and drop paging-structure caches too. M2: `shootdown` returns
-// when every CPU has flushed. M3: all CPUs share the one kernel space, so that all online ones are active. M4: an
+// when every CPU has flushed. M3: a CPU counts from before it loads a root until after it has loaded another; the fence
+// orders the change of an entry before the look, and a load of CR3 orders the announcement before the walks. M4: an
 // interrupt arrives after the stores made before it was sent.
 unsafe impl Mmu for Machine {
     unsafe fn load_root(&self, root: Root, _keep: bool) {
+        let loaded = &LOADED[this_cpu().index()];
+        loaded.1.store(root.frame.number(), Ordering::SeqCst);
         // SAFETY: the caller's promise: the tables map what runs. No PCIDs here, so that nothing is kept.
         unsafe { asm!("mov cr3, {}", in(reg) root.frame.start().as_u64(), options(nostack)) };
+        loaded.0.store(root.frame.number(), Ordering::SeqCst);
     }
 
     fn flush_local(&self, request: &FlushRequest) {
         match request.scope {
+            _ if plant::is(Plant::LostFlush) => {}
             FlushScope::Pages { range, stride } if range.count() / stride.max(1) <= 32 => {
                 for page in range.iter().step_by(stride.max(1) as usize) {
                     // SAFETY: drops cached translations; no effect on memory.
                     unsafe { asm!("invlpg [{}]", in(reg) page.start().as_u64(), options(nostack)) };
                 }
             }
-            FlushScope::Space if !request.global => {
-                // SAFETY: the same root again.
-                unsafe { asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack)) };
-            }
-            // Global entries survive a write to CR3: switch CR4.PGE (bit 7) off and on.
-            _ => {
-                // SAFETY: the bit is set again at once; interrupts do no harm in between.
-                unsafe {
-                    asm!("mov {0}, cr4", "mov {1}, {0}", "and {1}, -129", "mov cr4, {1}", "mov cr4, {0}",
-                        out(reg) _, out(reg) _, options(nostack));
-                }
-            }
+            // SAFETY: the same root again.
+            FlushScope::Space if !request.global => unsafe {
+                asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack));
+            },
+            // SAFETY: global entries survive a write to CR3: CR4.PGE (bit 7) goes off and on.
+            _ => unsafe {
+                asm!("mov {0}, cr4", "mov {1}, {0}", "and {1}, -129", "mov cr4, {1}", "mov cr4, {0}",
+                    out(reg) _, out(reg) _, options(nostack));
+            },
         }
     }
 
-    fn active_cpus(&self, _root: Root) -> CpuSet {
-        crate::smp::online()
+    fn active_cpus(&self, root: Root) -> CpuSet {
+        fence(Ordering::SeqCst);
+        let frame = root.frame.number();
+        if frame == KERNEL_ROOT.load(Ordering::Relaxed) {
+            return smp::online();
+        }
+        let has = |word: &AtomicU64| word.load(Ordering::SeqCst) == frame;
+        let active = |cpu: &CpuId| has(&LOADED[cpu.index()].0) || has(&LOADED[cpu.index()].1);
+        smp::online().iter().filter(active).collect()
     }
 
     fn this_cpu(&self) -> CpuId {
@@ -134,55 +177,94 @@ unsafe impl Mmu for Machine {
     }
 
     fn shootdown(&self, cpus: &CpuSet, request: &FlushRequest) -> Completion {
-        crate::smp::shootdown(cpus, &|_| self.flush_local(request));
+        let flush = move |cpu: CpuId| {
+            let kernel = Frame::from_number(KERNEL_ROOT.load(Ordering::Relaxed));
+            if LOADED[cpu.index()].2.load(Ordering::Relaxed) && request.root.frame != kernel {
+                // SAFETY: a lazy CPU runs in the kernel's half alone.
+                unsafe { self.load_root(Root { frame: kernel, ..request.root }, false) };
+            } else {
+                self.flush_local(request);
+            }
+        };
+        if !plant::spoils_shootdown(cpus, request) {
+            let _ = self.run_on(cpus, &flush);
+        }
         Completion::DONE
     }
 }
 
-/// The root table that is loaded.
-pub fn current_root() -> u64 {
-    let root: u64;
-    // SAFETY: reading CR3 has no effect.
-    unsafe { asm!("mov {}, cr3", out(reg) root, options(nostack, nomem)) };
-    root & !0xfff
-}
+// user_copy(to, from, bytes) -> bytes left: with user memory open (SMAP) while it runs, and cut short by the page-fault
+// handler (`traps.rs`), which goes on at user_copy_end.
+global_asm!(
+    ".globl user_copy, user_copy_end",
+    "user_copy: mov rcx, rdx; stac; rep movsb; user_copy_end: clac; mov rax, rcx; ret"
+);
 
-/// The root table of `boot.s`.
-pub fn boot_root() -> u64 {
+fn copy(to: *mut u8, from: *const u8, length: usize, user: VirtAddr) -> Result<(), UserFault> {
     unsafe extern "C" {
-        static boot_pml4: u8;
+        fn user_copy(to: *mut u8, from: *const u8, length: usize) -> usize;
     }
-    &raw const boot_pml4 as u64
+    let inside = |end| end <= 0x7fff_ffff_f000;
+    let left = match user.as_u64().checked_add(length as u64).is_some_and(inside) {
+        // SAFETY: one side is the caller's slice; the other lies in user space, and a bad address ends the copy.
+        true => unsafe { user_copy(to, from, length) },
+        false => length,
+    };
+    let (copied, address) = (length - left, user.as_u64() + (length - left) as u64);
+    if left == 0 { Ok(()) } else { Err(UserFault { address: VirtAddr::new(address), copied }) }
 }
 
-/// A pointer to physical memory below 4 GiB.
-pub fn direct(physical: u64) -> *mut u8 {
-    assert!(
-        physical < DIRECT_BYTES,
-        "{physical:#x} is beyond the direct map"
-    );
-    (DIRECT + physical) as *mut u8
-}
-
-/// The first physical byte after the image.
-pub fn image_end() -> u64 {
-    unsafe extern "C" {
-        static __image_end: u8;
+// SAFETY: U1: CR0.WP makes the kernel obey read-only pages. U2: an unresolved fault ends `user_copy`.
+unsafe impl UserAccess for Machine {
+    fn copy_from_user(&self, to: &mut [u8], from: VirtAddr) -> Result<(), UserFault> {
+        copy(to.as_mut_ptr(), from.as_u64() as *const u8, to.len(), from)
     }
-    &raw const __image_end as u64 - IMAGE_BASE
+
+    fn copy_to_user(&self, to: VirtAddr, from: &[u8]) -> Result<(), UserFault> {
+        copy(to.as_u64() as *mut u8, from.as_ptr(), from.len(), to)
+    }
 }
 
-/// Switches the identity map of `boot.s` (top-table entry 0) off or on again.
-///
-/// # Safety
-/// To switch it off, nothing may run or point below the direct map any more.
-pub unsafe fn identity_map(on: bool) {
-    // SAFETY: entries 0 and 256 of boot.s's top table reach the same tables; the caller's promise; loading CR3 again
-    // flushes.
-    unsafe {
-        let top = direct(boot_root()).cast::<u64>();
-        let entry = if on { top.add(256).read_volatile() } else { 0 };
-        top.write_volatile(entry);
-        asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack));
+/// A file whose bytes lie in memory that nobody else writes; the pointer is to `'static` bytes.
+pub struct MemoryFile { pub bytes: *mut [u8], pub writable: bool }
+// SAFETY: pages are read and written whole, by the page cache, which keeps two transfers of one page apart.
+unsafe impl Sync for MemoryFile {}
+
+impl MemoryFile {
+    /// The bytes of page `index`, and the frame's.
+    fn page(&self, index: u64, frame: Frame) -> Result<(*mut [u8], *mut u8), IoError> {
+        let (start, end) = ((index << 12) as usize, self.bytes.len());
+        let length = end.checked_sub(start).ok_or(IoError::OutOfRange)?.min(4096);
+        let part = slice_from_raw_parts_mut(self.bytes.cast::<u8>().wrapping_add(start), length);
+        Ok((part, phys().to_ptr(frame.start())))
+    }
+}
+
+// SAFETY: W1 to W3: all is done before a call returns, for 4096 bytes.
+unsafe impl PageProvider for MemoryFile {
+    fn size(&self) -> u64 {
+        self.bytes.len() as u64
+    }
+
+    fn read(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
+        let (part, frame) = self.page(index, frame)?;
+        // SAFETY: the part is inside the file; the caller owns the frame.
+        unsafe {
+            frame.copy_from_nonoverlapping(part.cast::<u8>(), part.len());
+            frame.add(part.len()).write_bytes(0, 4096 - part.len());
+        }
+        Ok(IoState::Done)
+    }
+
+    fn write(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
+        let (part, frame) = self.page(index, frame)?;
+        if !self.writable { return Err(IoError::ReadOnly); }
+        // SAFETY: as for `read`, the other way round.
+        unsafe { part.cast::<u8>().copy_from_nonoverlapping(frame, part.len()) };
+        Ok(IoState::Done)
+    }
+
+    fn poll(&self, _: IoTicket) -> Result<IoState, IoError> {
+        Err(IoError::UnknownTicket) // nothing is ever pending
     }
 }

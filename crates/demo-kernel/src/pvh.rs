@@ -5,7 +5,7 @@
 
 use kmem::boot::PvhEntry;
 
-use crate::platform::direct;
+use crate::layout::direct;
 
 /// Entries kept; QEMU's machines have fewer than 16.
 const MAX: usize = 64;
@@ -82,6 +82,11 @@ impl Boot {
         &self.map[..self.entries]
     }
 
+    /// The entries that are memory, in the order of their addresses.
+    pub fn usable(&self) -> impl Iterator<Item = &PvhEntry> {
+        self.map().iter().filter(|entry| entry.kind == 1)
+    }
+
     /// The word after `scenario=` on the command line.
     pub fn scenario(&self) -> &str {
         self.word("scenario=").unwrap_or("boot")
@@ -94,7 +99,8 @@ impl Boot {
             .unwrap_or(1)
     }
 
-    fn word(&self, name: &str) -> Option<&str> {
+    /// The word after `name`, which ends in `=`.
+    pub fn word(&self, name: &str) -> Option<&str> {
         let line = core::str::from_utf8(&self.line[..self.line_length]).unwrap_or("");
         line.split_ascii_whitespace()
             .find_map(|word| word.strip_prefix(name))

@@ -1,105 +1,215 @@
-//! GDT, TSS, IDT, and the road of an exception: stub (boot.s) -> [`trap`] -> the scenario's page-fault
-//! handler, or a report and the end.
+//! GDT, TSS, IDT, and the road of an exception: stub (entry.s) -> [`trap`] -> whoever answers.
 //!
-//! Each gate runs on an interrupt stack of its own. A gate must therefore not be re-entered on the same
-//! stack: a page fault inside the page-fault handler is reported and ends the run.
+//! | vector | stack in kernel mode | answered by |
+//! |---|---|---|
+//! | page fault | the one in use | the process's address space, a scenario, or the copy to user memory that it cuts short |
+//! | double fault, NMI | interrupt stack 1 | a report, and the end |
+//! | timer, calls of other CPUs | interrupt stack 2 | `sched`, `platform` |
+//! | others | interrupt stack 3 | a signal to the process, or a report and the end |
+//!
+//! A page fault needs no stack of its own: the kernel faults only where it means to, and never inside the prebuilt core,
+//! which keeps data below rsp. So a kernel stack that runs into its guard page faults while it pushes, and the double
+//! fault that follows has a stack to stand on.
 
 use core::arch::asm;
 use core::cell::UnsafeCell;
 use core::mem::size_of;
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use crate::platform::MAX_CPUS;
-use crate::{console, println};
+use crate::platform::{MAX_CPUS, answer_calls};
+use crate::plant::{self, Plant};
+use crate::{apic, console, cpu, println, process, sched, smp, syscall};
 
 /// Exceptions that the processor defines.
 const EXCEPTIONS: usize = 22;
-/// The vector by which one CPU asks another to run a function.
-pub const CALL_VECTOR: u64 = 64;
+const STUBS: usize = EXCEPTIONS + 2;
 const STUB_BYTES: usize = 16;
-const STACK_BYTES: usize = 16384;
+const STACK_BYTES: usize = 32768;
 const BREAKPOINT: u64 = 3;
+const DOUBLE_FAULT: u64 = 8;
 const PAGE_FAULT: u64 = 14;
+const TIMER: u64 = apic::TIMER as u64;
+const CALL: u64 = apic::CALL as u64;
+/// The vector that `entry.s` gives a system call.
+const SYSTEM_CALL: u64 = 256;
+/// Interrupts are on, in rflags.
+const IF: u64 = 1 << 9;
 
-/// Registers at an exception, as the stub pushed them (last pushed first) and as the CPU did.
+/// Selectors of user mode, as on Linux.
+pub const USER_CODE: u64 = 0x33;
+/// See [`USER_CODE`].
+pub const USER_DATA: u64 = 0x2b;
+
+/// Registers at an entry to the kernel, as the stub pushed them (last pushed first) and as the CPU did.
+#[derive(Clone, Copy, Default)]
 #[repr(C)]
+#[allow(missing_docs)]
 pub struct TrapFrame {
-    registers: [u64; 15],
-    vector: u64,
-    /// The CPU's error code, or 0.
+    pub r15: u64,
+    pub r14: u64,
+    pub r13: u64,
+    pub r12: u64,
+    pub r11: u64,
+    pub r10: u64,
+    pub r9: u64,
+    pub r8: u64,
+    pub rbp: u64,
+    pub rdi: u64,
+    pub rsi: u64,
+    pub rdx: u64,
+    pub rcx: u64,
+    pub rbx: u64,
+    pub rax: u64,
+    pub vector: u64,
+    /// The CPU's error code; 0 where it has none, and the number of a system call.
     pub error: u64,
-    /// The interrupted instruction.
     pub rip: u64,
-    cs: u64,
-    rflags: u64,
-    /// The interrupted stack pointer.
+    pub cs: u64,
+    pub rflags: u64,
     pub rsp: u64,
-    ss: u64,
+    pub ss: u64,
+}
+
+impl TrapFrame {
+    /// Whether user mode was left.
+    pub fn from_user(&self) -> bool {
+        self.cs & 3 != 0
+    }
 }
 
 /// Handles a page fault at a linear address with the CPU's error code; true when the access may be retried.
 pub type PageFaultHandler = fn(address: u64, error: u64) -> bool;
 
-/// The handler's address; 0 while there is none.
+/// A scenario's handler for faults in kernel memory; 0 while there is none.
 static HANDLER: AtomicUsize = AtomicUsize::new(0);
-/// CPUs that are in the page-fault handler, a bit each.
-static IN_PAGE_FAULT: AtomicU64 = AtomicU64::new(0);
 /// Breakpoints taken so far: `boot` counts them.
 pub static BREAKPOINTS: AtomicU64 = AtomicU64::new(0);
+/// What a scenario runs in every timer interrupt; 0 while there is nothing.
+static ON_TIMER: AtomicUsize = AtomicUsize::new(0);
+/// Timer interrupts taken.
+pub static TICKS: AtomicU64 = AtomicU64::new(0);
+/// What a scenario wants to see of a double fault: given CR2, it ends the run. 0 while none is expected.
+static ON_DOUBLE_FAULT: AtomicUsize = AtomicUsize::new(0);
 
-/// Installs the page-fault handler.
+/// Installs a handler for page faults in kernel memory.
 pub fn on_page_fault(handler: PageFaultHandler) {
     HANDLER.store(handler as usize, Ordering::Release);
+}
+
+/// Has `work` run in every timer interrupt.
+pub fn on_timer(work: fn()) {
+    ON_TIMER.store(work as usize, Ordering::Release);
+}
+
+/// Expects a double fault.
+pub fn on_double_fault(report: fn(address: u64, stack: u64) -> bool) {
+    ON_DOUBLE_FAULT.store(report as usize, Ordering::Release);
 }
 
 #[unsafe(no_mangle)]
 extern "C" fn trap(frame: &mut TrapFrame) {
     match frame.vector {
-        BREAKPOINT => {
-            BREAKPOINTS.fetch_add(1, Ordering::Relaxed);
-            return;
+        SYSTEM_CALL => {
+            cpu::interrupts(true);
+            syscall::call(frame);
         }
-        CALL_VECTOR => {
-            crate::smp::on_call_interrupt();
-            return;
-        }
-        PAGE_FAULT => {
-            let address: u64;
-            // SAFETY: reading CR2 has no side effect.
-            unsafe { asm!("mov {}, cr2", out(reg) address, options(nomem, nostack)) };
-            let handler = HANDLER.load(Ordering::Acquire);
-            let this = 1 << crate::platform::this_cpu().get();
-            if handler != 0 && IN_PAGE_FAULT.fetch_or(this, Ordering::Relaxed) & this == 0 {
-                // What was interrupted with interrupts on may wait for other CPUs, which may wait for this one.
-                let interrupts = frame.rflags & 1 << 9 != 0;
-                if interrupts {
-                    // SAFETY: other gates have stacks of their own.
-                    unsafe { asm!("sti", options(nomem, nostack)) };
-                }
-                // SAFETY: only `on_page_fault` stores there, and it stores such a function.
-                let handler: PageFaultHandler = unsafe { core::mem::transmute(handler) };
-                let handled = handler(address, frame.error);
-                // SAFETY: the stub's way back must not be interrupted.
-                unsafe { asm!("cli", options(nomem, nostack)) };
-                IN_PAGE_FAULT.fetch_and(!this, Ordering::Relaxed);
-                if handled {
-                    return;
-                }
+        PAGE_FAULT => page_fault(frame),
+        TIMER => {
+            apic::end_of_interrupt();
+            TICKS.fetch_add(1, Ordering::Relaxed);
+            cpu::area().share_used.store(true, Ordering::Relaxed);
+            smp::do_posted();
+            let work = ON_TIMER.load(Ordering::Acquire);
+            if work != 0 {
+                // SAFETY: only `on_timer` stores there.
+                unsafe { core::mem::transmute::<usize, fn()>(work)() };
             }
-            console::force();
-            println!(
-                "unhandled page fault at {address:#x}, error {:#x}, rip {:#x}",
-                frame.error, frame.rip
-            );
         }
-        vector => {
-            console::force();
-            println!(
-                "exception {vector}, error {:#x}, rip {:#x}, rsp {:#x}",
-                frame.error, frame.rip, frame.rsp
-            );
+        CALL => {
+            answer_calls();
+            apic::end_of_interrupt();
+        }
+        DOUBLE_FAULT => double_fault(frame),
+        BREAKPOINT if !frame.from_user() => {
+            BREAKPOINTS.fetch_add(1, Ordering::Relaxed);
+        }
+        _ if frame.from_user() => {
+            cpu::interrupts(true);
+            process::exception(frame);
+        }
+        vector => die(frame, format_args!("exception {vector}")),
+    }
+    if frame.from_user() {
+        cpu::interrupts(true);
+        sched::before_user();
+    }
+}
+
+fn fault_address() -> u64 {
+    let address: u64;
+    // SAFETY: reading CR2 has no side effect.
+    unsafe { asm!("mov {}, cr2", out(reg) address, options(nomem, nostack)) };
+    address
+}
+
+fn page_fault(frame: &mut TrapFrame) {
+    unsafe extern "C" {
+        static user_copy: u8;
+        static user_copy_end: u8;
+    }
+    let address = fault_address();
+    // What was interrupted with interrupts on may wait for other CPUs, which may wait for this one.
+    if frame.rflags & IF != 0 {
+        cpu::interrupts(true);
+    }
+    if plant::is(Plant::WrongErrorBit) {
+        frame.error &= !2;
+    }
+    if (address >> 63 == 0 || frame.from_user()) && process::page_fault(frame, address) {
+        return;
+    }
+    let copying = &raw const user_copy as u64..&raw const user_copy_end as u64;
+    if !frame.from_user() && copying.contains(&frame.rip) {
+        frame.rip = copying.end; // rcx says how many bytes are left
+        return;
+    }
+    let handler = HANDLER.load(Ordering::Acquire);
+    if handler != 0 && !frame.from_user() {
+        // SAFETY: only `on_page_fault` stores there, and it stores such a function.
+        let handler: PageFaultHandler = unsafe { core::mem::transmute(handler) };
+        if handler(address, frame.error) {
+            return;
         }
     }
+    die(
+        frame,
+        format_args!("unhandled page fault at {address:#x}, error {:#x}", frame.error),
+    )
+}
+
+fn double_fault(frame: &TrapFrame) -> ! {
+    let address = fault_address();
+    let report = ON_DOUBLE_FAULT.load(Ordering::Acquire);
+    if report != 0 {
+        // SAFETY: only `on_double_fault` stores there.
+        let report = unsafe { core::mem::transmute::<usize, fn(u64, u64) -> bool>(report) };
+        console::force();
+        let success = report(address, frame.rsp);
+        println!("{}", if success { "OK" } else { "FAILED" });
+        console::exit(success);
+    }
+    die(frame, format_args!("double fault, CR2 {address:#x}"))
+}
+
+fn die(frame: &TrapFrame, what: core::fmt::Arguments<'_>) -> ! {
+    console::force();
+    println!(
+        "{what} on CPU {}, rip {:#x}, rsp {:#x}, error {:#x}",
+        crate::platform::this_cpu(),
+        frame.rip,
+        frame.rsp,
+        frame.error
+    );
     console::exit(false)
 }
 
@@ -124,20 +234,20 @@ struct Gate([u64; 2]);
 
 #[repr(C, align(16))]
 struct Tables {
-    gdt: [u64; 4],
-    idt: [Gate; CALL_VECTOR as usize + 1],
+    gdt: [u64; 9],
+    idt: [Gate; apic::TIMER as usize + 1],
     tss: Tss,
-    /// 0 for the page fault, 1 for double fault and NMI, 2 for the rest.
+    /// 0 for double fault and NMI, 1 for interrupts, 2 for the rest.
     stacks: [Stack; 3],
 }
 
 struct PerCpu(UnsafeCell<Tables>);
-// SAFETY: element `i` is written once, by CPU `i` in `install`, before it loads it.
+// SAFETY: element `i` is written by CPU `i` alone: in `install`, and `rsp[0]` with interrupts off.
 unsafe impl Sync for PerCpu {}
 static TABLES: [PerCpu; MAX_CPUS] = [const {
     PerCpu(UnsafeCell::new(Tables {
-        gdt: [0; 4],
-        idt: [Gate([0; 2]); CALL_VECTOR as usize + 1],
+        gdt: [0; 9],
+        idt: [Gate([0; 2]); apic::TIMER as usize + 1],
         tss: Tss {
             reserved0: 0,
             rsp: [0; 3],
@@ -151,6 +261,14 @@ static TABLES: [PerCpu; MAX_CPUS] = [const {
     }))
 }; MAX_CPUS];
 
+/// Says where the CPU pushes when it leaves user mode.
+pub fn set_kernel_stack(top: u64) {
+    cpu::area().kernel_stack.store(top, Ordering::Relaxed);
+    let tables = TABLES[crate::platform::this_cpu().index()].0.get();
+    // SAFETY: this CPU's own TSS; the CPU reads it only when it comes from user mode.
+    unsafe { (&raw mut (*tables).tss.rsp[0]).write_unaligned(top) };
+}
+
 #[repr(C, packed)]
 struct Pointer {
     limit: u16,
@@ -163,7 +281,7 @@ struct Pointer {
 /// Called once on each CPU, with its own number and interrupts off.
 pub unsafe fn install(cpu: usize) {
     unsafe extern "C" {
-        static trap_stubs: [u8; (EXCEPTIONS + 1) * STUB_BYTES];
+        static trap_stubs: [u8; STUBS * STUB_BYTES];
     }
     // SAFETY: called once a CPU, so that no other reference to the element exists.
     let tables = unsafe { &mut *TABLES[cpu].0.get() };
@@ -171,17 +289,23 @@ pub unsafe fn install(cpu: usize) {
         tables.tss.ist[slot] = tables.stacks[slot].0.as_ptr_range().end as u64;
     }
     let (tss, limit) = (&raw const tables.tss as u64, size_of::<Tss>() as u64 - 1);
-    tables.gdt[1] = 0x00af_9b00_0000_ffff; // 0x08: 64-bit code, as in boot.s
-    tables.gdt[2] = limit | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56; // 0x10: TSS
-    tables.gdt[3] = tss >> 32;
-    for slot in 0..=EXCEPTIONS {
+    tables.gdt[1] = 0x00af_9b00_0000_ffff; // 0x08: kernel code, as in boot.s
+    tables.gdt[2] = 0x00cf_9300_0000_ffff; // 0x10: kernel data
+    tables.gdt[3] = 0x00cf_9b00_0000_ffff; // 0x18: 32-bit kernel code
+    tables.gdt[5] = 0x00cf_f300_0000_ffff; // 0x28: user data
+    tables.gdt[6] = 0x00af_fb00_0000_ffff; // 0x30: user code
+    tables.gdt[7] = limit | (tss & 0xff_ffff) << 16 | 0x89 << 40 | (tss >> 24 & 0xff) << 56; // 0x38: TSS
+    tables.gdt[8] = tss >> 32;
+    for slot in 0..STUBS {
         let stub = &raw const trap_stubs as u64 + (slot * STUB_BYTES) as u64;
         let (vector, stack) = match slot {
-            14 => (14, 1),
-            2 | 8 => (slot, 2),
-            EXCEPTIONS => (CALL_VECTOR as usize, 3),
+            14 => (14, 0),
+            2 | 8 => (slot, 1),
+            EXCEPTIONS => (apic::CALL as usize, 2),
+            23 => (apic::TIMER as usize, 2),
             _ => (slot, 3),
         };
+        let stack = plant::interrupt_stack(vector, stack);
         let low =
             stub & 0xffff | 0x08 << 16 | stack << 32 | 0x8e00 << 32 | (stub >> 16 & 0xffff) << 48;
         tables.idt[vector] = Gate([low, stub >> 32]);
@@ -196,7 +320,7 @@ pub unsafe fn install(cpu: usize) {
     };
     // SAFETY: the tables are complete, static, and give code the selector it runs with.
     unsafe {
-        asm!("lgdt [{}]", "lidt [{}]", "ltr {:x}", in(reg) &gdt, in(reg) &idt, in(reg) 0x10u64,
+        asm!("lgdt [{}]", "lidt [{}]", "ltr {:x}", in(reg) &gdt, in(reg) &idt, in(reg) 0x38u64,
             options(nostack));
     }
 }
