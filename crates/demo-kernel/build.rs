@@ -30,6 +30,13 @@ fn main() {
 fn programs(folder: &Path, out: &Path) {
     let mut list = String::new();
     let mut count = 0;
+    // Beside the kernel's image, for the runner: OUT_DIR is PROFILE/build/PACKAGE/out.
+    let copies = out
+        .ancestors()
+        .nth(3)
+        .expect("cargo's layout")
+        .join("programs");
+    std::fs::create_dir_all(&copies).expect("the build folder");
     for (folder, freestanding) in [(folder.to_owned(), true), (folder.join("hosted"), false)] {
         let mut files: Vec<PathBuf> = std::fs::read_dir(&folder)
             .expect("the folder of programs")
@@ -38,7 +45,10 @@ fn programs(folder: &Path, out: &Path) {
             .collect();
         files.sort();
         for source in files {
-            let name = source.file_stem().and_then(|name| name.to_str()).expect("a name");
+            let name = source
+                .file_stem()
+                .and_then(|name| name.to_str())
+                .expect("a name");
             let program = out.join(name);
             let _ = std::fs::remove_file(&program);
             let mut compiler = Command::new("cc");
@@ -49,11 +59,16 @@ fn programs(folder: &Path, out: &Path) {
             }
             compiler.arg(&source).arg("-o").arg(&program);
             let built = compiler.status().is_ok_and(|status| status.success());
-            assert!(built || !freestanding, "cc cannot build {}", source.display());
+            assert!(
+                built || !freestanding,
+                "cc cannot build {}",
+                source.display()
+            );
             if !built {
                 // No static C library here: the scenario says that it was skipped.
                 std::fs::write(&program, "").expect("the build folder");
             }
+            std::fs::copy(&program, copies.join(name)).expect("the build folder");
             count += 1;
             list += &format!(
                 "    Inode::program(\"/bin/{name}\", {}, include_bytes!(\"{}\")),\n",

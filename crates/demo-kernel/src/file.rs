@@ -250,10 +250,7 @@ pub fn write(number: u64, from: VirtAddr, length: u64) -> Result<u64, Error> {
     while done < length {
         let part = (length - done).min(512) as usize;
         let source = VirtAddr::new(from.as_u64() + done);
-        if Machine
-            .copy_from_user(&mut buffer[..part], source)
-            .is_err()
-        {
+        if Machine.copy_from_user(&mut buffer[..part], source).is_err() {
             return if done == 0 {
                 Err(Error::EFAULT)
             } else {

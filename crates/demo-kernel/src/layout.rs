@@ -85,7 +85,11 @@ pub unsafe fn identity_map(on: bool) {
     // SAFETY: entry 0 of boot.s's four-level table is the identity map, and nothing else is below it; the caller's
     // promise; loading CR3 again flushes.
     unsafe {
-        let entry = if on { &raw const boot_pdpt as u64 | 3 } else { 0 };
+        let entry = if on {
+            &raw const boot_pdpt as u64 | 3
+        } else {
+            0
+        };
         direct(&raw const boot_pml4 as u64)
             .cast::<u64>()
             .write_volatile(entry);

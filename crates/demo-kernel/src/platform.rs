@@ -76,15 +76,26 @@ static MAILBOXES: [AtomicPtr<Call<'static>>; MAX_CPUS] =
 unsafe impl CpuCall for Machine {
     fn run_on(&self, cpus: &CpuSet, f: &(dyn Fn(CpuId) + Sync)) -> Result<(), CpuCallError> {
         let (this, online) = (this_cpu(), smp::online());
-        let others = || cpus.iter().filter(|cpu| *cpu != this && online.contains(*cpu));
+        let others = || {
+            cpus.iter()
+                .filter(|cpu| *cpu != this && online.contains(*cpu))
+        };
         let remaining = AtomicU32::new(others().count() as u32);
-        let call = Call { function: f, remaining };
+        let call = Call {
+            function: f,
+            remaining,
+        };
         let pointer = (&raw const call).cast_mut().cast::<Call<'static>>();
         for cpu in others() {
             let mailbox = &MAILBOXES[cpu.index()];
             // Whoever waits answers its own mailbox, so that two CPUs that call each other do not wait for ever.
             while mailbox
-                .compare_exchange(ptr::null_mut(), pointer, Ordering::Release, Ordering::Relaxed)
+                .compare_exchange(
+                    ptr::null_mut(),
+                    pointer,
+                    Ordering::Release,
+                    Ordering::Relaxed,
+                )
                 .is_err()
             {
                 answer_calls();
@@ -181,7 +192,15 @@ unsafe impl Mmu for Machine {
             let kernel = Frame::from_number(KERNEL_ROOT.load(Ordering::Relaxed));
             if LOADED[cpu.index()].2.load(Ordering::Relaxed) && request.root.frame != kernel {
                 // SAFETY: a lazy CPU runs in the kernel's half alone.
-                unsafe { self.load_root(Root { frame: kernel, ..request.root }, false) };
+                unsafe {
+                    self.load_root(
+                        Root {
+                            frame: kernel,
+                            ..request.root
+                        },
+                        false,
+                    )
+                };
             } else {
                 self.flush_local(request);
             }
@@ -211,7 +230,14 @@ fn copy(to: *mut u8, from: *const u8, length: usize, user: VirtAddr) -> Result<(
         false => length,
     };
     let (copied, address) = (length - left, user.as_u64() + (length - left) as u64);
-    if left == 0 { Ok(()) } else { Err(UserFault { address: VirtAddr::new(address), copied }) }
+    if left == 0 {
+        Ok(())
+    } else {
+        Err(UserFault {
+            address: VirtAddr::new(address),
+            copied,
+        })
+    }
 }
 
 // SAFETY: U1: CR0.WP makes the kernel obey read-only pages. U2: an unresolved fault ends `user_copy`.
@@ -226,7 +252,10 @@ unsafe impl UserAccess for Machine {
 }
 
 /// A file whose bytes lie in memory that nobody else writes; the pointer is to `'static` bytes.
-pub struct MemoryFile { pub bytes: *mut [u8], pub writable: bool }
+pub struct MemoryFile {
+    pub bytes: *mut [u8],
+    pub writable: bool,
+}
 // SAFETY: pages are read and written whole, by the page cache, which keeps two transfers of one page apart.
 unsafe impl Sync for MemoryFile {}
 
@@ -258,9 +287,14 @@ unsafe impl PageProvider for MemoryFile {
 
     fn write(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
         let (part, frame) = self.page(index, frame)?;
-        if !self.writable { return Err(IoError::ReadOnly); }
+        if !self.writable {
+            return Err(IoError::ReadOnly);
+        }
         // SAFETY: as for `read`, the other way round.
-        unsafe { part.cast::<u8>().copy_from_nonoverlapping(frame, part.len()) };
+        unsafe {
+            part.cast::<u8>()
+                .copy_from_nonoverlapping(frame, part.len())
+        };
         Ok(IoState::Done)
     }
 

@@ -16,8 +16,8 @@ use kmem::{FrameSink, FrameSource, IrqSafe, OwnedFrame};
 use crate::error::Error;
 use crate::file::{self, Files};
 use crate::memory::{self, Space, frames};
-use crate::platform::{KERNEL_ROOT, Machine};
 use crate::plant::{self, Plant};
+use crate::platform::{KERNEL_ROOT, Machine};
 use crate::sched::{self, THREADS, Thread};
 use crate::signal::{self, Action, SIGBUS, SIGFPE, SIGILL, SIGKILL, SIGSEGV, SIGTRAP};
 use crate::traps::{TrapFrame, USER_CODE, USER_DATA};
@@ -235,7 +235,13 @@ pub fn fork(frame: &TrapFrame) -> Result<u32, Error> {
     *TABLE[index].files.lock() = process.files.lock().duplicate();
     *TABLE[index].action.lock() = *process.action.lock();
     let pid = FAMILIES.lock()[index].pid;
-    begin(child, thread, pid, frame, thread.fs_base.load(Ordering::Relaxed));
+    begin(
+        child,
+        thread,
+        pid,
+        frame,
+        thread.fs_base.load(Ordering::Relaxed),
+    );
     Ok(pid)
 }
 
@@ -261,7 +267,13 @@ pub fn clone_thread(
     child.clear_at_exit.store(clear_at_exit, Ordering::Relaxed);
     let rsp = if stack == 0 { frame.rsp } else { stack };
     let own = thread.fs_base.load(Ordering::Relaxed);
-    begin(child, thread, id, &TrapFrame { rsp, ..*frame }, fs_base.unwrap_or(own));
+    begin(
+        child,
+        thread,
+        id,
+        &TrapFrame { rsp, ..*frame },
+        fs_base.unwrap_or(own),
+    );
     Ok(id)
 }
 
@@ -366,12 +378,10 @@ fn bury(index: usize, status: Status) {
 /// exit_group: ends every thread of the running process.
 pub fn exit_process(status: Status) -> ! {
     let (_, process) = current();
-    let _ = process.killed.compare_exchange(
-        0,
-        status as u32 + 1,
-        Ordering::AcqRel,
-        Ordering::Relaxed,
-    );
+    let _ =
+        process
+            .killed
+            .compare_exchange(0, status as u32 + 1, Ordering::AcqRel, Ordering::Relaxed);
     exit_thread(status)
 }
 
@@ -421,12 +431,37 @@ pub fn reap(pid: u32) -> Option<Status> {
     Some(status)
 }
 
+/// Faults in a row of one instruction at one address that end a process: whatever is answered does not help.
+const REPEATS: u64 = 1000;
+
+/// Whether the running thread makes no progress.
+fn is_stuck(thread: &Thread, rip: u64, address: u64) -> bool {
+    let [last_rip, last_address, count] = &thread.last_fault;
+    let same = last_rip.swap(rip, Ordering::Relaxed) == rip
+        && last_address.swap(address, Ordering::Relaxed) == address;
+    let before = if same {
+        count.load(Ordering::Relaxed)
+    } else {
+        0
+    };
+    count.store(before + 1, Ordering::Relaxed);
+    before >= REPEATS
+}
+
 /// Handles a page fault in user space; false where the kernel itself must give up its access.
 pub fn page_fault(frame: &mut TrapFrame, address: u64) -> bool {
     if cpu::thread().is_none() {
         return false;
     }
-    let (_, process) = current();
+    let (thread, process) = current();
+    if is_stuck(thread, frame.rip, address) {
+        kill(
+            frame,
+            SIGBUS,
+            format_args!("the fault at {address:#x} never ends"),
+        );
+        return frame.from_user();
+    }
     let fault = PageFault {
         address: VirtAddr::new(address),
         code: FaultCode::from_bits_truncate(frame.error as u32),
@@ -478,10 +513,9 @@ fn kill(frame: &TrapFrame, signal: u32, what: fmt::Arguments<'_>) {
     let (rip, error) = (frame.rip, frame.error);
     println!("[{}] killed: {what}, error {error:#x}, rip {rip:#x}", pid());
     let (_, process) = current();
-    let _ =
-        process
-            .killed
-            .compare_exchange(0, signal + 1, Ordering::AcqRel, Ordering::Relaxed);
+    let _ = process
+        .killed
+        .compare_exchange(0, signal + 1, Ordering::AcqRel, Ordering::Relaxed);
 }
 
 /// The flags of a mapping that a process asks for; what is unknown is refused.

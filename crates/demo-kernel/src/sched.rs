@@ -45,6 +45,8 @@ pub struct Thread {
     pub id: AtomicU32,
     /// The user's `fs` base.
     pub fs_base: AtomicU64,
+    /// The access that faulted last, and how often in a row.
+    pub last_fault: [AtomicU64; 3],
     /// A user word that becomes 0 when the thread ends (`set_tid_address`).
     pub clear_at_exit: AtomicU64,
 }
@@ -58,6 +60,7 @@ static TABLE: [Thread; THREADS] = [const {
         process: AtomicUsize::new(0),
         id: AtomicU32::new(0),
         fs_base: AtomicU64::new(0),
+        last_fault: [const { AtomicU64::new(0) }; 3],
         clear_at_exit: AtomicU64::new(0),
     }
 }; THREADS];
@@ -108,10 +111,9 @@ impl Thread {
 /// Takes a free slot and a kernel stack; `None` where there is no more of one or the other.
 pub fn prepare(process: usize) -> Option<&'static Thread> {
     let thread = TABLE.iter().find(|thread| {
-        let taken =
-            thread
-                .state
-                .compare_exchange(FREE, NEW, Ordering::Acquire, Ordering::Relaxed);
+        let taken = thread
+            .state
+            .compare_exchange(FREE, NEW, Ordering::Acquire, Ordering::Relaxed);
         taken.is_ok()
     })?;
     let Ok(stack) = memory::areas().alloc_stack(STACK_PAGES) else {
@@ -148,9 +150,7 @@ pub fn start(thread: &'static Thread, frame: &TrapFrame, vectors: Option<&[u8; 5
             .write(vectors.copied().unwrap_or_else(fresh));
         let bottom = (top - ENTRY_BYTES) as *mut [u64; 7];
         bottom.sub(1).write(switch);
-        thread
-            .saved
-            .store(bottom.sub(1) as u64, Ordering::Relaxed);
+        thread.saved.store(bottom.sub(1) as u64, Ordering::Relaxed);
     }
     thread.state.store(READY, Ordering::Release);
 }
@@ -179,12 +179,10 @@ pub fn run_one() -> bool {
     let ready = (0..THREADS)
         .map(|step| &TABLE[(first + step) % THREADS])
         .find(|thread| {
-            let taken = thread.state.compare_exchange(
-                READY,
-                RUNNING,
-                Ordering::Acquire,
-                Ordering::Relaxed,
-            );
+            let taken =
+                thread
+                    .state
+                    .compare_exchange(READY, RUNNING, Ordering::Acquire, Ordering::Relaxed);
             taken.is_ok()
         });
     let Some(thread) = ready else {
@@ -202,7 +200,12 @@ pub fn run_one() -> bool {
     area.thread
         .store(core::ptr::from_ref(thread).cast_mut(), Ordering::Relaxed);
     // SAFETY: T1, T2: the thread stands complete in its stack, and only this CPU goes there.
-    unsafe { switch_stacks(area.own_stack.as_ptr(), thread.saved.load(Ordering::Relaxed)) };
+    unsafe {
+        switch_stacks(
+            area.own_stack.as_ptr(),
+            thread.saved.load(Ordering::Relaxed),
+        )
+    };
     area.thread.store(core::ptr::null_mut(), Ordering::Relaxed);
     platform::set_lazy(true); // the space stays loaded: the next thread may be of the same process
     let dead = thread.state.load(Ordering::Relaxed) == DEAD;

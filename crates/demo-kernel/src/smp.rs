@@ -129,8 +129,7 @@ extern "C" fn further_main() -> ! {
 }
 
 /// What the broken shootdown of `plant.rs` has other CPUs do at their next timer interrupt.
-static POSTED: [AtomicPtr<Flush>; MAX_CPUS] =
-    [const { AtomicPtr::new(ptr::null_mut()) }; MAX_CPUS];
+static POSTED: [AtomicPtr<Flush>; MAX_CPUS] = [const { AtomicPtr::new(ptr::null_mut()) }; MAX_CPUS];
 type Flush = &'static (dyn Fn(CpuId) + Sync);
 
 /// Leaves `flush` for other CPUs, and does not wait.

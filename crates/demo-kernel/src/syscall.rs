@@ -99,7 +99,9 @@ fn dispatch(frame: &mut TrapFrame) -> Result<Answer, Error> {
         150 => done(space.munlock(a, b)),
         158 => arch_prctl(a, b),
         160 => limit(b, a, 0),
-        186 => Ok(u64::from(thread.id.load(core::sync::atomic::Ordering::Relaxed))),
+        186 => Ok(u64::from(
+            thread.id.load(core::sync::atomic::Ordering::Relaxed),
+        )),
         202 => {
             sched::yield_now(); // futex: a wake-up without cause is allowed, so that a wait may end at once
             Ok(0)
@@ -182,9 +184,8 @@ fn mincore(start: u64, length: u64, vector: u64) -> Result<u64, Error> {
 }
 
 fn clone(frame: &TrapFrame) -> Result<u64, Error> {
-    let [flags, stack, parent_word, child_word, fs_base] = [
-        frame.rdi, frame.rsi, frame.rdx, frame.r10, frame.r8,
-    ];
+    let [flags, stack, parent_word, child_word, fs_base] =
+        [frame.rdi, frame.rsi, frame.rdx, frame.r10, frame.r8];
     if flags & CLONE_VM == 0 || flags & CLONE_VFORK != 0 {
         return process::fork(frame).map(u64::from); // vfork may copy
     }

@@ -16,8 +16,8 @@ use core::cell::UnsafeCell;
 use core::mem::size_of;
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use crate::platform::{MAX_CPUS, answer_calls};
 use crate::plant::{self, Plant};
+use crate::platform::{MAX_CPUS, answer_calls};
 use crate::{apic, console, cpu, println, process, sched, smp, syscall};
 
 /// Exceptions that the processor defines.
@@ -183,7 +183,10 @@ fn page_fault(frame: &mut TrapFrame) {
     }
     die(
         frame,
-        format_args!("unhandled page fault at {address:#x}, error {:#x}", frame.error),
+        format_args!(
+            "unhandled page fault at {address:#x}, error {:#x}",
+            frame.error
+        ),
     )
 }
 
