@@ -15,6 +15,7 @@ pub struct Inode {
     /// The path.
     pub path: &'static str,
     contents: MemoryFile,
+    writable: bool,
     number: u64,
     cache: Lock<Option<FileRef>, IrqSafe>,
 }
@@ -24,10 +25,8 @@ impl Inode {
         let bytes = core::ptr::from_ref(bytes).cast_mut();
         Self {
             path,
-            contents: MemoryFile {
-                bytes,
-                writable: false,
-            },
+            contents: MemoryFile(bytes),
+            writable: false,
             number,
             cache: Lock::new(None),
         }
@@ -57,7 +56,7 @@ impl Inode {
 
     /// Bytes.
     pub fn size(&self) -> u64 {
-        self.contents.bytes.len() as u64
+        self.contents.0.len() as u64
     }
 
     fn read(&self, at: u64, to: &mut [u8]) -> usize {
@@ -67,7 +66,7 @@ impl Inode {
             // SAFETY: inside the file, whose bytes are static; a mapping is written back by msync alone.
             *byte = unsafe {
                 self.contents
-                    .bytes
+                    .0
                     .cast::<u8>()
                     .add(at as usize + index)
                     .read_volatile()
@@ -82,10 +81,8 @@ const SCRATCH_BYTES: usize = 65536;
 static mut SCRATCH: [u8; SCRATCH_BYTES] = [0; SCRATCH_BYTES];
 static SCRATCH_FILE: Inode = Inode {
     path: "/tmp/scratch",
-    contents: MemoryFile {
-        bytes: &raw mut SCRATCH,
-        writable: true,
-    },
+    contents: MemoryFile(&raw mut SCRATCH),
+    writable: true,
     number: 99,
     cache: Lock::new(None),
 };
@@ -192,7 +189,7 @@ pub fn open(path: &str, flags: u64) -> Result<u64, Error> {
     } else {
         let inode = find(path).ok_or(Error::ENOENT)?;
         let writable = flags & 3 != 0;
-        if writable && !inode.contents.writable {
+        if writable && !inode.writable {
             return Err(Error::EACCES);
         }
         let open = OpenFile {

@@ -13,8 +13,9 @@
 //! A kernel with one CPU needs `load_root` and `flush_local`: hal has `SingleCpu`. User access and files are for user mode.
 
 use core::arch::{asm, global_asm};
-use core::ptr::{self, slice_from_raw_parts_mut};
-use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, Ordering, fence};
+use core::ptr;
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
+use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, fence};
 
 use kmem::hal::{
     Completion, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FlushRequest, FlushScope, Frame,
@@ -53,11 +54,9 @@ unsafe impl Cpu for Machine {
     type Guard<'a> = ();
 
     fn raw_pin(&self) {}
-
     fn id(&self, _guard: &()) -> CpuId {
         this_cpu()
     }
-
     fn count(&self) -> u32 {
         MAX_CPUS as u32
     }
@@ -65,7 +64,7 @@ unsafe impl Cpu for Machine {
 
 /// A function that other CPUs shall run.
 struct Call<'a> {
-    function: &'a (dyn Fn(CpuId) + Sync),
+    f: &'a (dyn Fn(CpuId) + Sync),
     remaining: AtomicU32,
 }
 /// Invariant: a mailbox that is not null points to a call on the stack of a CPU that waits for it.
@@ -75,29 +74,17 @@ static MAILBOXES: [AtomicPtr<Call<'static>>; MAX_CPUS] =
 // SAFETY: R1 to R3: `run_on` returns when every CPU has run `f` and said so with a release store.
 unsafe impl CpuCall for Machine {
     fn run_on(&self, cpus: &CpuSet, f: &(dyn Fn(CpuId) + Sync)) -> Result<(), CpuCallError> {
-        let (this, online) = (this_cpu(), smp::online());
-        let others = || {
-            cpus.iter()
-                .filter(|cpu| *cpu != this && online.contains(*cpu))
-        };
-        let remaining = AtomicU32::new(others().count() as u32);
-        let call = Call {
-            function: f,
-            remaining,
-        };
+        let (this, mut others) = (this_cpu(), smp::online());
+        others.remove(this);
+        let others: CpuSet = others.iter().filter(|cpu| cpus.contains(*cpu)).collect();
+        let remaining = AtomicU32::new(others.len());
+        let call = Call { f, remaining };
         let pointer = (&raw const call).cast_mut().cast::<Call<'static>>();
-        for cpu in others() {
-            let mailbox = &MAILBOXES[cpu.index()];
+        for cpu in others.iter() {
+            let (mailbox, empty) = (&MAILBOXES[cpu.index()], ptr::null_mut());
+            let post = || mailbox.compare_exchange(empty, pointer, Release, Relaxed);
             // Whoever waits answers its own mailbox, so that two CPUs that call each other do not wait for ever.
-            while mailbox
-                .compare_exchange(
-                    ptr::null_mut(),
-                    pointer,
-                    Ordering::Release,
-                    Ordering::Relaxed,
-                )
-                .is_err()
-            {
+            while post().is_err() {
                 answer_calls();
             }
             apic::send(cpu, apic::CALL);
@@ -105,7 +92,7 @@ unsafe impl CpuCall for Machine {
         if cpus.contains(this) {
             f(this);
         }
-        while call.remaining.load(Ordering::Acquire) != 0 {
+        while call.remaining.load(Acquire) != 0 {
             answer_calls();
         }
         Ok(())
@@ -114,29 +101,21 @@ unsafe impl CpuCall for Machine {
 
 /// Runs what stands in this CPU's mailbox: the handler of the interrupt that `run_on` sends.
 pub fn answer_calls() {
-    let this = this_cpu();
-    let call = MAILBOXES[this.index()].swap(ptr::null_mut(), Ordering::Acquire);
+    let call = MAILBOXES[this_cpu().index()].swap(ptr::null_mut(), Acquire);
     if call.is_null() {
         return core::hint::spin_loop();
     }
     // SAFETY: the mailbox's invariant: the caller waits until `remaining` is 0, and the subtraction is the last use.
     unsafe {
-        ((*call).function)(this);
-        (*call).remaining.fetch_sub(1, Ordering::Release);
+        ((*call).f)(this_cpu());
+        (*call).remaining.fetch_sub(1, Release);
     }
 }
 
-/// The root that a CPU has loaded, and the one that it loads; a CPU without a user task keeps the last one (lazy).
-struct Loaded(AtomicU64, AtomicU64, AtomicBool);
-static LOADED: [Loaded; MAX_CPUS] =
-    [const { Loaded(AtomicU64::new(0), AtomicU64::new(0), AtomicBool::new(false)) }; MAX_CPUS];
+/// The root that each CPU has loaded, and the one that it loads. A CPU without a task keeps its root (lazy).
+static LOADED: [[AtomicU64; 2]; MAX_CPUS] = [const { [const { AtomicU64::new(0) }; 2] }; MAX_CPUS];
 /// The kernel's own root, whose upper half all spaces share.
 pub static KERNEL_ROOT: AtomicU64 = AtomicU64::new(0);
-
-/// Says that this CPU keeps its root for no task: a shootdown makes it leave the space for good.
-pub fn set_lazy(lazy: bool) {
-    LOADED[this_cpu().index()].2.store(lazy, Ordering::Relaxed);
-}
 
 // SAFETY: M1: invlpg and a write to CR3 are serialising and drop paging-structure caches too. M2: `shootdown` returns
 // when every CPU has flushed. M3: a CPU counts from before it loads a root until after it has loaded another; the fence
@@ -144,11 +123,11 @@ pub fn set_lazy(lazy: bool) {
 // interrupt arrives after the stores made before it was sent.
 unsafe impl Mmu for Machine {
     unsafe fn load_root(&self, root: Root, _keep: bool) {
-        let loaded = &LOADED[this_cpu().index()];
-        loaded.1.store(root.frame.number(), Ordering::SeqCst);
+        let [loaded, next] = &LOADED[this_cpu().index()];
+        next.store(root.frame.number(), SeqCst);
         // SAFETY: the caller's promise: the tables map what runs. No PCIDs here, so that nothing is kept.
         unsafe { asm!("mov cr3, {}", in(reg) root.frame.start().as_u64(), options(nostack)) };
-        loaded.0.store(root.frame.number(), Ordering::SeqCst);
+        loaded.store(root.frame.number(), SeqCst);
     }
 
     fn flush_local(&self, request: &FlushRequest) {
@@ -173,13 +152,11 @@ unsafe impl Mmu for Machine {
     }
 
     fn active_cpus(&self, root: Root) -> CpuSet {
-        fence(Ordering::SeqCst);
+        fence(SeqCst);
         let frame = root.frame.number();
-        if frame == KERNEL_ROOT.load(Ordering::Relaxed) {
-            return smp::online();
-        }
-        let has = |word: &AtomicU64| word.load(Ordering::SeqCst) == frame;
-        let active = |cpu: &CpuId| has(&LOADED[cpu.index()].0) || has(&LOADED[cpu.index()].1);
+        let everywhere = frame == KERNEL_ROOT.load(Relaxed);
+        let has = |word: &AtomicU64| word.load(SeqCst) == frame;
+        let active = |cpu: &CpuId| everywhere || LOADED[cpu.index()].iter().any(has);
         smp::online().iter().filter(active).collect()
     }
 
@@ -188,25 +165,8 @@ unsafe impl Mmu for Machine {
     }
 
     fn shootdown(&self, cpus: &CpuSet, request: &FlushRequest) -> Completion {
-        let flush = move |cpu: CpuId| {
-            let kernel = Frame::from_number(KERNEL_ROOT.load(Ordering::Relaxed));
-            if LOADED[cpu.index()].2.load(Ordering::Relaxed) && request.root.frame != kernel {
-                // SAFETY: a lazy CPU runs in the kernel's half alone.
-                unsafe {
-                    self.load_root(
-                        Root {
-                            frame: kernel,
-                            ..request.root
-                        },
-                        false,
-                    )
-                };
-            } else {
-                self.flush_local(request);
-            }
-        };
         if !plant::spoils_shootdown(cpus, request) {
-            let _ = self.run_on(cpus, &flush);
+            let _ = self.run_on(cpus, &|_| self.flush_local(request));
         }
         Completion::DONE
     }
@@ -229,15 +189,11 @@ fn copy(to: *mut u8, from: *const u8, length: usize, user: VirtAddr) -> Result<(
         true => unsafe { user_copy(to, from, length) },
         false => length,
     };
-    let (copied, address) = (length - left, user.as_u64() + (length - left) as u64);
-    if left == 0 {
-        Ok(())
-    } else {
-        Err(UserFault {
-            address: VirtAddr::new(address),
-            copied,
-        })
-    }
+    let copied = length - left;
+    let address = VirtAddr::new(user.as_u64() + copied as u64);
+    (left == 0)
+        .then_some(())
+        .ok_or(UserFault { address, copied })
 }
 
 // SAFETY: U1: CR0.WP makes the kernel obey read-only pages. U2: an unresolved fault ends `user_copy`.
@@ -245,59 +201,46 @@ unsafe impl UserAccess for Machine {
     fn copy_from_user(&self, to: &mut [u8], from: VirtAddr) -> Result<(), UserFault> {
         copy(to.as_mut_ptr(), from.as_u64() as *const u8, to.len(), from)
     }
-
     fn copy_to_user(&self, to: VirtAddr, from: &[u8]) -> Result<(), UserFault> {
         copy(to.as_u64() as *mut u8, from.as_ptr(), from.len(), to)
     }
 }
 
-/// A file whose bytes lie in memory that nobody else writes; the pointer is to `'static` bytes.
-pub struct MemoryFile {
-    pub bytes: *mut [u8],
-    pub writable: bool,
-}
+/// A file whose `'static` bytes nobody else writes.
+pub struct MemoryFile(pub *mut [u8]);
 // SAFETY: pages are read and written whole, by the page cache, which keeps two transfers of one page apart.
 unsafe impl Sync for MemoryFile {}
 
 impl MemoryFile {
-    /// The bytes of page `index`, and the frame's.
-    fn page(&self, index: u64, frame: Frame) -> Result<(*mut [u8], *mut u8), IoError> {
-        let (start, end) = ((index << 12) as usize, self.bytes.len());
+    fn transfer(&self, index: u64, frame: Frame, write: bool) -> Result<IoState, IoError> {
+        let (start, end) = ((index << 12) as usize, self.0.len());
         let length = end.checked_sub(start).ok_or(IoError::OutOfRange)?.min(4096);
-        let part = slice_from_raw_parts_mut(self.bytes.cast::<u8>().wrapping_add(start), length);
-        Ok((part, phys().to_ptr(frame.start())))
+        let file = self.0.cast::<u8>().wrapping_add(start);
+        let frame = phys().to_ptr(frame.start());
+        // SAFETY: `length` bytes from `start` on are the file's; the caller owns the frame.
+        unsafe {
+            if write {
+                file.copy_from_nonoverlapping(frame, length);
+            } else {
+                frame.copy_from_nonoverlapping(file, length);
+                frame.add(length).write_bytes(0, 4096 - length);
+            }
+        }
+        Ok(IoState::Done)
     }
 }
 
 // SAFETY: W1 to W3: all is done before a call returns, for 4096 bytes.
 unsafe impl PageProvider for MemoryFile {
     fn size(&self) -> u64 {
-        self.bytes.len() as u64
+        self.0.len() as u64
     }
-
     fn read(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
-        let (part, frame) = self.page(index, frame)?;
-        // SAFETY: the part is inside the file; the caller owns the frame.
-        unsafe {
-            frame.copy_from_nonoverlapping(part.cast::<u8>(), part.len());
-            frame.add(part.len()).write_bytes(0, 4096 - part.len());
-        }
-        Ok(IoState::Done)
+        self.transfer(index, frame, false)
     }
-
     fn write(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
-        let (part, frame) = self.page(index, frame)?;
-        if !self.writable {
-            return Err(IoError::ReadOnly);
-        }
-        // SAFETY: as for `read`, the other way round.
-        unsafe {
-            part.cast::<u8>()
-                .copy_from_nonoverlapping(frame, part.len())
-        };
-        Ok(IoState::Done)
+        self.transfer(index, frame, true)
     }
-
     fn poll(&self, _: IoTicket) -> Result<IoState, IoError> {
         Err(IoError::UnknownTicket) // nothing is ever pending
     }

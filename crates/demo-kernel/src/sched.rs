@@ -16,7 +16,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering
 use kmem::VirtAddr;
 
 use crate::traps::{self, TrapFrame};
-use crate::{cpu, memory, platform, process};
+use crate::{cpu, memory, process};
 
 /// Threads that the kernel has room for: what bounds a fork bomb.
 pub const THREADS: usize = 64;
@@ -192,7 +192,6 @@ pub fn run_one() -> bool {
         core::hint::spin_loop(); // another CPU is about to leave its stack (T1)
     }
     let area = cpu::area();
-    platform::set_lazy(false);
     process::enter_space(thread.process.load(Ordering::Relaxed));
     traps::set_kernel_stack(thread.stack.load(Ordering::Relaxed));
     cpu::set_fs_base(thread.fs_base.load(Ordering::Relaxed));
@@ -207,7 +206,7 @@ pub fn run_one() -> bool {
         )
     };
     area.thread.store(core::ptr::null_mut(), Ordering::Relaxed);
-    platform::set_lazy(true); // the space stays loaded: the next thread may be of the same process
+    // The thread's space stays loaded: the next thread may be of the same process, and the kernel needs none (lazy TLB).
     let dead = thread.state.load(Ordering::Relaxed) == DEAD;
     thread.on_cpu.store(false, Ordering::Release);
     if dead {

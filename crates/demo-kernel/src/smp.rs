@@ -128,7 +128,7 @@ extern "C" fn further_main() -> ! {
     }
 }
 
-/// What the broken shootdown of `plant.rs` has other CPUs do at their next timer interrupt.
+/// What the broken shootdown of `plant.rs` has other CPUs do some timer interrupts later.
 static POSTED: [AtomicPtr<Flush>; MAX_CPUS] = [const { AtomicPtr::new(ptr::null_mut()) }; MAX_CPUS];
 type Flush = &'static (dyn Fn(CpuId) + Sync);
 
@@ -140,9 +140,15 @@ pub fn post(cpus: &CpuSet, flush: &'static (dyn Fn(CpuId) + Sync)) {
     }
 }
 
-/// Does what [`post`] left.
-pub fn do_posted() {
+/// Timer interrupts from [`post`] to the flush.
+const LATE: u64 = 8;
+
+/// Does what [`post`] left, in every eighth timer interrupt.
+pub fn do_posted(tick: u64) {
     let cpu = this_cpu();
+    if !tick.is_multiple_of(LATE) {
+        return;
+    }
     let flush = POSTED[cpu.index()].swap(ptr::null_mut(), Ordering::Acquire);
     // SAFETY: `post` leaked it.
     if let Some(flush) = unsafe { flush.as_ref() } {

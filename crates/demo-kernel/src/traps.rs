@@ -116,9 +116,9 @@ extern "C" fn trap(frame: &mut TrapFrame) {
         PAGE_FAULT => page_fault(frame),
         TIMER => {
             apic::end_of_interrupt();
-            TICKS.fetch_add(1, Ordering::Relaxed);
+            let tick = TICKS.fetch_add(1, Ordering::Relaxed);
             cpu::area().share_used.store(true, Ordering::Relaxed);
-            smp::do_posted();
+            smp::do_posted(tick);
             let work = ON_TIMER.load(Ordering::Acquire);
             if work != 0 {
                 // SAFETY: only `on_timer` stores there.

@@ -62,7 +62,6 @@ const PLANTED: &[(&str, &str, u32)] = &[
     ("paging", "deaf", 2),
     ("reuse", "deaf", 2),
     ("reuse", "no-wait", 2),
-    ("threads", "no-wait", 2),
     ("red-zone", "red-zone", 1),
     ("demand", "wrong-error-bit", 1),
     ("fork", "double-free", 1),
