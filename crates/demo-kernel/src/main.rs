@@ -7,6 +7,7 @@ extern crate alloc;
 mod apic;
 mod console;
 mod cpu;
+mod differential;
 mod error;
 mod file;
 mod layout;

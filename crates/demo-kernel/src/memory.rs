@@ -220,7 +220,10 @@ fn window(table: &Table, linear: u64, from: u64, bytes: u64, rights: Rights) {
     while done < bytes {
         let fits = |order: &Order| {
             let leaf = order.frames() << 12;
-            (from + done) % leaf == 0 && (linear + done) % leaf == 0 && bytes - done >= leaf
+            [from + done, linear + done]
+                .iter()
+                .all(|at| at.is_multiple_of(leaf))
+                && bytes - done >= leaf
         };
         let order = LEAVES.into_iter().find(fits).expect("whole pages");
         let range = pages(linear + done, order.frames() << 12);

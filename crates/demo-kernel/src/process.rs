@@ -460,7 +460,7 @@ pub fn page_fault(frame: &mut TrapFrame, address: u64) -> bool {
             SIGBUS,
             format_args!("the fault at {address:#x} never ends"),
         );
-        return frame.from_user();
+        return frame.is_user();
     }
     let fault = PageFault {
         address: VirtAddr::new(address),
@@ -474,13 +474,13 @@ pub fn page_fault(frame: &mut TrapFrame, address: u64) -> bool {
                 OUT_OF_MEMORY.fetch_add(1, Ordering::Relaxed);
                 println!("[{}] out of memory at {address:#x}: killed", pid());
                 process.killed.store(SIGKILL + 1, Ordering::Release);
-                return frame.from_user();
+                return frame.is_user();
             }
             Outcome::Signal { signal, .. } => break signal,
             Outcome::KernelFault => break Signal::MapError,
         }
     };
-    if !frame.from_user() {
+    if !frame.is_user() {
         return false;
     }
     let (number, code) = match signal {

@@ -18,7 +18,7 @@ use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use crate::plant::{self, Plant};
 use crate::platform::{MAX_CPUS, answer_calls};
-use crate::{apic, console, cpu, println, process, sched, smp, syscall};
+use crate::{apic, console, cpu, differential, println, process, sched, smp, syscall};
 
 /// Exceptions that the processor defines.
 const EXCEPTIONS: usize = 22;
@@ -72,7 +72,7 @@ pub struct TrapFrame {
 
 impl TrapFrame {
     /// Whether user mode was left.
-    pub fn from_user(&self) -> bool {
+    pub fn is_user(&self) -> bool {
         self.cs & 3 != 0
     }
 }
@@ -110,8 +110,10 @@ pub fn on_double_fault(report: fn(address: u64, stack: u64) -> bool) {
 extern "C" fn trap(frame: &mut TrapFrame) {
     match frame.vector {
         SYSTEM_CALL => {
-            cpu::interrupts(true);
-            syscall::call(frame);
+            if !differential::intercept(frame, 0, false) {
+                cpu::interrupts(true);
+                syscall::call(frame);
+            }
         }
         PAGE_FAULT => page_fault(frame),
         TIMER => {
@@ -130,16 +132,16 @@ extern "C" fn trap(frame: &mut TrapFrame) {
             apic::end_of_interrupt();
         }
         DOUBLE_FAULT => double_fault(frame),
-        BREAKPOINT if !frame.from_user() => {
+        BREAKPOINT if !frame.is_user() => {
             BREAKPOINTS.fetch_add(1, Ordering::Relaxed);
         }
-        _ if frame.from_user() => {
+        _ if frame.is_user() => {
             cpu::interrupts(true);
             process::exception(frame);
         }
         vector => die(frame, format_args!("exception {vector}")),
     }
-    if frame.from_user() {
+    if frame.is_user() {
         cpu::interrupts(true);
         sched::before_user();
     }
@@ -158,6 +160,9 @@ fn page_fault(frame: &mut TrapFrame) {
         static user_copy_end: u8;
     }
     let address = fault_address();
+    if differential::intercept(frame, address, true) {
+        return;
+    }
     // What was interrupted with interrupts on may wait for other CPUs, which may wait for this one.
     if frame.rflags & IF != 0 {
         cpu::interrupts(true);
@@ -165,16 +170,16 @@ fn page_fault(frame: &mut TrapFrame) {
     if plant::is(Plant::WrongErrorBit) {
         frame.error &= !2;
     }
-    if (address >> 63 == 0 || frame.from_user()) && process::page_fault(frame, address) {
+    if (address >> 63 == 0 || frame.is_user()) && process::page_fault(frame, address) {
         return;
     }
     let copying = &raw const user_copy as u64..&raw const user_copy_end as u64;
-    if !frame.from_user() && copying.contains(&frame.rip) {
+    if !frame.is_user() && copying.contains(&frame.rip) {
         frame.rip = copying.end; // rcx says how many bytes are left
         return;
     }
     let handler = HANDLER.load(Ordering::Acquire);
-    if handler != 0 && !frame.from_user() {
+    if handler != 0 && !frame.is_user() {
         // SAFETY: only `on_page_fault` stores there, and it stores such a function.
         let handler: PageFaultHandler = unsafe { core::mem::transmute(handler) };
         if handler(address, frame.error) {

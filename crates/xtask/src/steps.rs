@@ -61,7 +61,7 @@ fn fmt(gate: &mut Gate) -> Result<String, Stop> {
         if folder == "fuzz" && fuzz_targets(gate.shell.root()).is_empty() {
             continue; // cargo takes no package without a target
         }
-        let mut command = gate.shell.cargo(["fmt", "--check"]);
+        let mut command = gate.shell.cargo(["fmt", "--all", "--check"]);
         command.current_dir(gate.shell.root().join(folder));
         gate.shell.run(&mut command)?;
     }
@@ -91,7 +91,9 @@ fn clippy(gate: &mut Gate) -> Result<String, Stop> {
         "warnings",
     ]);
     gate.shell.run(&mut command)?;
-    let mut command = gate.shell.cargo(["clippy", "--", "-D", "warnings"]);
+    let mut command = gate
+        .shell
+        .cargo(["clippy", "--workspace", "--", "-D", "warnings"]);
     command.current_dir(gate.shell.root().join("crates/demo-kernel"));
     gate.shell.run(&mut command)?;
     Ok(String::new())

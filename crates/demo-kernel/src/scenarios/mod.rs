@@ -7,7 +7,7 @@ use kmem::hal::CpuId;
 
 use crate::memory::{self, frames};
 use crate::pvh::Boot;
-use crate::{apic, console, file, println, sched, smp};
+use crate::{apic, console, differential, file, println, sched, smp};
 
 /// Runs the named scenario; false when there is none of that name or it failed.
 pub fn run(name: &str, boot: &Boot) -> bool {
@@ -25,6 +25,11 @@ pub fn run(name: &str, boot: &Boot) -> bool {
         "paging" => kernel::paging(boot),
         "overflow" => kernel::overflow(boot),
         "memory" => kernel::all_memory(boot),
+        "differential" => {
+            let baseline = start(boot);
+            let only = boot.word("only=").and_then(|number| number.parse().ok());
+            differential::run(only) && end(baseline)
+        }
         "fail" => false,
         "panic" => panic!("asked for"),
         "triple" => kernel::triple_fault(),
@@ -52,6 +57,10 @@ fn start(boot: &Boot) -> Baseline {
     unsafe { smp::start(boot.cpus()) };
     (1..boot.cpus()).for_each(|cpu| memory::cpu_online(CpuId::new(cpu)));
     smp::each(|_| apic::start_timer());
+    // What the first stack brings and the last one leaves: vmalloc's working page.
+    let stack = memory::areas().alloc_stack(sched::STACK_PAGES);
+    let freed = memory::areas().free_stack(stack.expect("memory for a stack"), sched::STACK_PAGES);
+    freed.expect("a stack of ours");
     Baseline {
         frames: memory::free_frames() + memory::object_frames(),
     }

@@ -4,6 +4,7 @@
 //! with 0, a hang ends with the time limit's 124: both are failures. A scenario that cannot run here is counted as
 //! skipped, and a summary with one is never a success: it ends with 77.
 
+mod differential;
 mod linux;
 mod machine;
 mod table;
@@ -93,6 +94,7 @@ pub fn gate(shell: &mut Shell) -> Result<String, Stop> {
 struct Images {
     kernel: std::path::PathBuf,
     programs: std::path::PathBuf,
+    oracle: std::path::PathBuf,
 }
 
 fn build(shell: &mut Shell, debug: bool) -> Result<Images, Stop> {
@@ -104,15 +106,20 @@ fn build(shell: &mut Shell, debug: bool) -> Result<Images, Stop> {
     let folder = shell.root().join("crates/demo-kernel");
     let mut cargo = shell.cargo(["build", "--bin", "demo-kernel"]);
     cargo.current_dir(&folder);
+    let mut oracle = shell.cargo(["build", "-p", "kmem-demo-oracle"]);
+    oracle.current_dir(&folder);
     if !debug {
         cargo.arg("--release");
+        oracle.arg("--release");
     }
     shell.run(&mut cargo)?;
+    shell.run(&mut oracle)?;
     let profile = if debug { "debug" } else { "release" };
     let built = folder.join("target/x86_64-unknown-linux-gnu").join(profile);
     Ok(Images {
         kernel: built.join("demo-kernel"),
         programs: built.join("programs"),
+        oracle: built.join("demo-oracle"),
     })
 }
 
@@ -142,6 +149,7 @@ fn one(shell: &mut Shell, images: &Images, name: &str, options: &Options) -> Res
 fn judge(images: &Images, machine: &Machine, end: &End, text: &str) -> End {
     let compared = match (end, machine.scenario.as_str()) {
         (End::Passed, "maps") => linux::compare_maps(&images.programs.join("maps"), text),
+        (End::Passed, "differential") => differential::compare(&images.oracle, text),
         _ => return end.clone(),
     };
     match compared {

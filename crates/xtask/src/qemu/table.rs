@@ -31,6 +31,10 @@ pub const SCENARIOS: &[(&str, &str)] = &[
         "overflow",
         "a kernel stack's overflow is a double fault on its own stack that names the guard page",
     ),
+    (
+        "differential",
+        "page tables and faults as on the mock machine",
+    ),
     ("demand", "demand zero, a stack that grows"),
     ("fork", "copy on write both ways, three generations deep"),
     ("shared", "shared memory and a mapped file over a fork"),
