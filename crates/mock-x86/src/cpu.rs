@@ -114,6 +114,13 @@ pub enum Fault {
         /// The address or value.
         value: u64,
     },
+    /// `#NP` (vector 11), `#SS` (12) or `#GP` (13) of a segment: the error code is the selector without its RPL, or 0.
+    Selector {
+        /// The vector.
+        vector: u8,
+        /// The error code.
+        code: u16,
+    },
     /// `#UD`: an instruction that the processor does not have.
     InvalidOpcode,
 }
@@ -134,6 +141,14 @@ impl fmt::Display for Fault {
                 write!(f, ")")
             }
             Self::GeneralProtection { value } => write!(f, "#GP(0) for {value:#x}"),
+            Self::Selector { vector, code } => {
+                let name = match vector {
+                    11 => "#NP",
+                    12 => "#SS",
+                    _ => "#GP",
+                };
+                write!(f, "{name}({code:#x})")
+            }
             Self::InvalidOpcode => write!(f, "#UD"),
         }
     }
@@ -220,6 +235,10 @@ pub(crate) struct CpuState {
     pub regs: Registers,
     pub features: Features,
     pub caches: Caches,
+    /// Segment registers and tables.
+    pub segments: crate::segment::Segmentation,
+    /// A mode of the tester's own, in place of the one that the registers select.
+    pub own_mode: Option<&'static Mode>,
     /// The last flushes, with their steps: evidence for stories.
     pub flushes: VecDeque<(u64, Flush)>,
     /// The root last loaded under each PCID whose entries may still be cached.
@@ -232,6 +251,8 @@ impl CpuState {
             regs,
             features,
             caches: Caches::new(),
+            segments: crate::segment::Segmentation::default(),
+            own_mode: None,
             flushes: VecDeque::new(),
             tagged_roots: BTreeMap::new(),
         }
@@ -248,7 +269,8 @@ impl CpuState {
     }
 
     pub(crate) fn mode(&self) -> Option<&'static Mode> {
-        Mode::of(self.regs.cr0, self.regs.cr4, self.regs.efer)
+        let selected = Mode::of(self.regs.cr0, self.regs.cr4, self.regs.efer)?;
+        Some(self.own_mode.unwrap_or(selected))
     }
 
     /// What decides a walk now; `None` while paging is off.

@@ -413,6 +413,57 @@ impl Core {
         entry
     }
 
+    /// Caches the tables on the way of a speculative walk that found no page.
+    fn fill_upper(
+        &mut self,
+        cpu: usize,
+        context: &WalkContext,
+        linear: u64,
+        start: Option<&WalkEntry>,
+        walk: &Walk,
+    ) {
+        if !self.caching || start.is_some() {
+            return;
+        }
+        let event = self.frames.now();
+        let mut origin = Origin {
+            root: context.root(),
+            step: self.step,
+            event,
+            read: event,
+            tables: [0; MAX_LEVELS],
+            reached: [0; MAX_LEVELS],
+            table_count: 0,
+        };
+        let tag = self.cpus[cpu].pcid();
+        let mut rights = Rights::ALL;
+        let Some((_, upper)) = walk.steps().split_last() else {
+            return;
+        };
+        for step in upper {
+            if let Some(address) = step.address {
+                origin.pass(address >> 12, event);
+            }
+            let level = &context.mode.levels[step.index];
+            if !level.accessed {
+                continue;
+            }
+            rights = rights.and(step.entry, context.mode.has_xd);
+            let position = Position {
+                index: step.index + 1,
+                table: context.mode.address(step.index, step.entry, false),
+                rights,
+            };
+            self.cpus[cpu].caches.fill_walk(WalkEntry {
+                linear: linear >> level.shift << level.shift,
+                shift: level.shift,
+                position,
+                tag,
+                origin,
+            });
+        }
+    }
+
     /// Caches that a walk from the root found an entry not present.
     fn remember_absent(&mut self, cpu: usize, context: &WalkContext, linear: u64, walk: &Walk) {
         if let (true, Some(step)) = (self.caching, walk.steps().last()) {
@@ -604,6 +655,10 @@ impl Core {
         let walk = self.walk_once(cpu, context, linear, start.as_ref());
         if self.caches_absent && start.is_none() && walk.outcome == Err(Stop::NotPresent) {
             self.remember_absent(cpu, context, linear, &walk);
+        }
+        if walk.outcome == Err(Stop::NotPresent) {
+            // The way to a missing page may be cached too, and no fault tells (SDM 3A 4.10.3.1).
+            self.fill_upper(cpu, context, linear, start.as_ref(), &walk);
         }
         let Ok(found) = walk.outcome else { return };
         let leaf = *walk.steps().last().expect("a translation has a leaf");

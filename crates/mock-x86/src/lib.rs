@@ -21,6 +21,7 @@ mod memory_map;
 mod mode;
 mod rng;
 mod sched;
+mod segment;
 mod sleep_lock;
 mod slots;
 mod story;
@@ -45,6 +46,10 @@ pub use memory_map::{FRAME_BYTES, MemoryKind, MemoryMap, MemoryMapError, MemoryR
 pub use mode::{LEGACY32, LONG4, LONG5, Level, Mode, PAE, ReservedInputs};
 pub use rng::SeededRng;
 pub use sched::{Run, Scheduler};
+pub use segment::{
+    Descriptor, LINUX_GDT_32, LINUX_GDT_32_FIRST, LINUX_GDT_64, Segment, SegmentRegister,
+    SegmentedCpu, Selector,
+};
 pub use sleep_lock::MachineSleepLock;
 pub use vcpu::VirtualCpu;
 pub use violation::{OnViolation, Violation, ViolationKind};

@@ -27,6 +27,7 @@ use crate::hal_trace::Changes;
 use crate::interrupt::Interrupts;
 use crate::memory::PhysMemory;
 use crate::memory_map::MemoryMap;
+use crate::mode::Mode;
 use crate::sched;
 use crate::vcpu::VirtualCpu;
 use crate::violation::{OnViolation, Violation};
@@ -58,6 +59,7 @@ pub struct MachineBuilder {
     caching: bool,
     caches_absent: bool,
     watch_kernel: bool,
+    mode: Option<&'static Mode>,
 }
 
 impl MachineBuilder {
@@ -135,6 +137,13 @@ impl MachineBuilder {
         self
     }
 
+    /// A paging mode of the tester's own, in place of the one that the registers select while CR0.PG = 1: no processor has it, and the
+    /// walker does not care.
+    pub fn mode(mut self, mode: &'static Mode) -> Self {
+        self.mode = Some(mode);
+        self
+    }
+
     /// Builds the machine.
     ///
     /// # Errors
@@ -144,7 +153,11 @@ impl MachineBuilder {
         let memory = Arc::new(PhysMemory::new(self.map)?);
         let frames = Frames::new(memory.frame_limit(), self.history)?;
         let cpus = (0..self.cpus)
-            .map(|_| CpuState::new(self.registers, self.features))
+            .map(|_| {
+                let mut cpu = CpuState::new(self.registers, self.features);
+                cpu.own_mode = self.mode;
+                cpu
+            })
             .collect();
         let mut core = Core::new(Arc::clone(&memory), cpus, frames, self.seed);
         core.adversary = self.adversary;
@@ -212,6 +225,7 @@ impl Machine {
             caching: true,
             caches_absent: false,
             watch_kernel: false,
+            mode: None,
         }
     }
 

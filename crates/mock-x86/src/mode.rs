@@ -153,12 +153,12 @@ impl Mode {
         ((address << unused) as i64 >> unused) as u64 == address
     }
 
-    /// Brings an address into the mode: 32-bit modes drop the upper half.
+    /// Brings an address into the mode: modes without canonical forms drop what is above their bits.
     pub fn wrap(&self, address: u64) -> u64 {
-        if self.linear_bits == 32 {
-            address & 0xffff_ffff
-        } else {
+        if self.canonical {
             address
+        } else {
+            address & bits(0, self.linear_bits - 1)
         }
     }
 

@@ -71,6 +71,19 @@ impl<'m> VirtualCpu<'m> {
         }
     }
 
+    /// The same CPU, with accesses through its segments.
+    pub fn segments(self) -> crate::segment::SegmentedCpu<'m> {
+        crate::segment::SegmentedCpu::new(self)
+    }
+
+    pub(crate) fn with_segments<R>(
+        &self,
+        run: impl FnOnce(&mut crate::segment::Segmentation) -> R,
+    ) -> R {
+        self.machine
+            .with(|inner| run(&mut inner.core.cpus[self.number].segments))
+    }
+
     fn access(&self, kind: AccessKind) -> Access {
         Access {
             kind,

@@ -343,10 +343,12 @@ impl Worker<'_> {
             let _ = self.me.read_u64(other << 12);
         }
         // Without a lock.
-        let other = self.rng.below(CPUS);
-        let page = self.segment(other) + self.rng.below(OWN);
-        if let Entry::Leaf(leaf) = self.table.query(at(page)) {
-            assert_eq!(leaf.page.number(), page);
+        for _ in 0..4 {
+            let other = self.rng.below(CPUS);
+            let page = self.segment(other) + self.rng.below(OWN);
+            if let Entry::Leaf(leaf) = self.table.query(at(page)) {
+                assert_eq!(leaf.page.number(), page);
+            }
         }
         let own = self.page();
         let seen = self.table.query(at(own));

@@ -550,6 +550,218 @@ pub fn a_table_starts_empty() {
     room.finish();
 }
 
+/// Global pages of a table that is nobody else's, more than are flushed one by one.
+pub fn global_pages_go_with_a_wide_flush() {
+    for count in [3, 40] {
+        let room = Room::new();
+        let range = pages(0x400, count);
+        let global = Rights::USER_DATA | Rights::GLOBAL;
+        for page in 0x400..0x400 + count {
+            room.map(page, global);
+        }
+        let everybody = |expected: bool| {
+            for cpu in 0..2 {
+                for page in 0x400..0x400 + count {
+                    assert_eq!(room.write(cpu, page).is_some(), expected, "{page:#x}");
+                }
+            }
+        };
+        everybody(true);
+        let mut gather = room.table.gather::<1>();
+        let mut cursor = room.table.cursor(range).unwrap();
+        cursor
+            .protect(range, global.difference(Rights::WRITE), &mut gather)
+            .unwrap();
+        drop(cursor);
+        gather.commit(drop);
+        room.quiet();
+        everybody(false);
+        drop(gather);
+        room.unmap(range);
+        room.quiet();
+        room.finish();
+    }
+}
+
+/// Single pages through a cursor that keeps its table.
+pub fn a_held_cursor_does_all_that_others_do() {
+    let room = Room::new();
+    let area = pages(0x400, 16);
+    let mut cursor = room.table.cursor(area).unwrap();
+    let mut gather = room.table.gather::<8>();
+    let mut map =
+        |cursor: &mut kmem_paging::Cursor<'_, X86_64, &'static HostileEnv, OwnedFrame>,
+         page: u64| {
+            let frame = room.alloc(Order::ZERO);
+            let number = frame.first().number();
+            cursor.map(at(page), frame, Rights::USER_DATA).unwrap();
+            number
+        };
+    for page in 0x400..0x404 {
+        map(&mut cursor, page);
+    }
+    for cpu in 0..2 {
+        for page in 0x400..0x404 {
+            assert!(room.write(cpu, page).is_some());
+        }
+    }
+    // A right is taken away, and the flush is not forgotten.
+    let read = Rights::READ | Rights::USER;
+    cursor.protect(pages(0x401, 1), read, &mut gather).unwrap();
+    gather.commit(drop);
+    room.quiet();
+    for cpu in 0..2 {
+        assert!(room.write(cpu, 0x401).is_none());
+    }
+    // A page goes, another comes to its place before the flush: everybody sees the other.
+    let cached = cursor.query(at(0x402)).leaf().unwrap().frame.number();
+    cursor.unmap(pages(0x402, 1), &mut gather).unwrap();
+    assert!(cursor.query(at(0x403)).leaf().is_some());
+    let fresh = map(&mut cursor, 0x402);
+    assert_ne!(fresh, cached);
+    for cpu in 0..2 {
+        assert_eq!(room.write(cpu, 0x402), Some(fresh));
+    }
+    gather.commit_to(&room.env.pool);
+    room.quiet();
+    // The last page of the table takes the table with it.
+    for page in 0x400..0x404 {
+        assert!(cursor.query(at(page)).leaf().is_some());
+        cursor.unmap(pages(page, 1), &mut gather).unwrap();
+    }
+    cursor.release();
+    assert_eq!(room.table.table_count(), 1);
+    gather.commit_to(&room.env.pool);
+    room.quiet();
+    drop((cursor, gather));
+    room.finish();
+}
+
+/// A range that ends in the middle of a table which a whole one was begun for, in frames full of other things.
+pub fn a_table_built_in_part_is_empty_behind() {
+    let room = Room::new();
+    let frames: Vec<_> = (0..600).map(|_| room.alloc(Order::ZERO)).collect();
+    for frame in frames {
+        for word in 0..512 {
+            let address = (frame.first().number() << 12) + word * 8;
+            assert!(room.env.machine.memory().store(address, 8, 0x7fff_f067));
+        }
+        room.env.pool.free(frame);
+    }
+    for given in [0u64, 1, 100, 511] {
+        let all = pages(0x800, 512);
+        let mut left = given;
+        let mut cursor = room.table.cursor(all).unwrap();
+        let result = cursor.map_range(all, Order::ZERO, Rights::USER_DATA, |_, _| {
+            left = left.checked_sub(1)?;
+            room.env.pool.alloc(&FrameRequest::ONE).ok()
+        });
+        drop(cursor);
+        assert_eq!(result.unwrap_err().at, at(0x800 + given));
+        for page in 0..512 {
+            let leaf = room.table.query(at(0x800 + page)).leaf();
+            assert_eq!(leaf.is_some(), page < given, "{page}");
+            assert_eq!(room.write(1, 0x800 + page).is_some(), page < given);
+        }
+        for chunk in (0..512).step_by(128) {
+            room.unmap(pages(0x800 + chunk, 128));
+        }
+        room.quiet();
+        assert_eq!(room.table.table_count(), 1);
+    }
+    room.finish();
+}
+
+/// Pages in the wrong order are not one block.
+pub fn a_merge_wants_frames_in_order() {
+    for (a, b) in [(100u64, 101u64), (510, 511), (1, 511)] {
+        let room = Room::new();
+        let base = room.alloc(Order::HUGE_2M).into_raw().0.number();
+        let mut cursor = room.table.cursor(pages(0x600, 512)).unwrap();
+        for offset in 0..512 {
+            let offset_of = match offset {
+                other if other == a => b,
+                other if other == b => a,
+                other => other,
+            };
+            let number = Frame::from_number(base + offset_of);
+            // SAFETY: a page of the block above, each once.
+            let frame = unsafe { OwnedFrame::from_raw(number, Order::ZERO) };
+            cursor
+                .map(at(0x600 + offset), frame, Rights::USER_DATA)
+                .unwrap();
+        }
+        let mut gather = room.table.gather::<4>();
+        assert_eq!(
+            cursor.merge(at(0x600), Order::HUGE_2M, &mut gather),
+            Err(kmem_paging::HugeError::NotPossible)
+        );
+        cursor.release();
+        drop((cursor, gather));
+        room.finish();
+    }
+}
+
+/// A move over several tables has what it needs before it starts.
+pub fn a_move_without_memory_moves_nothing() {
+    let room = Room::new();
+    let first = 0x600 - 40;
+    for page in first..first + 80 {
+        room.map(page, Rights::USER_DATA);
+    }
+    // Next to the target there is a page, so that only leaf tables are missing there.
+    room.map((1 << 17) + 5, Rights::USER_DATA);
+    let to = (1 << 17) + 0x600 - 40;
+    for fuse in 0..2 {
+        let mut gather = room.table.gather::<1>();
+        room.env.pool.set_fuse(Some(fuse));
+        let moved = room.table.move_range(pages(first, 80), at(to), &mut gather);
+        room.env.pool.set_fuse(None);
+        assert!(moved.is_err(), "two tables are missing");
+        drop(gather);
+        for page in 0..80 {
+            assert!(room.table.query(at(first + page)).leaf().is_some());
+            assert!(room.table.query(at(to + page)).leaf().is_none());
+        }
+    }
+    let mut gather = room.table.gather::<1>();
+    assert_eq!(
+        room.table.move_range(pages(first, 80), at(to), &mut gather),
+        Ok(80)
+    );
+    gather.commit(drop);
+    drop(gather);
+    room.quiet();
+    room.finish();
+}
+
+/// A fork that lacks memory for its child's tables has copied nothing.
+pub fn a_fork_without_memory_changes_nothing() {
+    let room = Room::new();
+    for page in (0x400..0x2000).step_by(0x200) {
+        room.map(page, Rights::USER_DATA);
+    }
+    let child = Table::new(room.env).unwrap();
+    for fuse in 0..8 {
+        let mut gather = room.table.gather::<1>();
+        room.env.pool.set_fuse(Some(fuse));
+        let result = room
+            .table
+            .fork_into(&child, pages(0x400, 0x1c00), &mut gather, |_| {
+                panic!("asked before the tables are there")
+            });
+        room.env.pool.set_fuse(None);
+        assert!(result.is_err());
+        assert_eq!(child.table_count(), 1);
+        drop(gather);
+    }
+    for page in (0x400..0x2000).step_by(0x200) {
+        assert!(room.table.query(at(page)).leaf().unwrap().is_writable());
+    }
+    child.destroy(|_, _| {}, |_, _| {});
+    room.finish();
+}
+
 /// Every situation of this file.
 pub const ALL: &[(&str, fn())] = &[
     ("bits set meanwhile are kept", bits_set_meanwhile_are_kept),
@@ -587,4 +799,28 @@ pub const ALL: &[(&str, fn())] = &[
         one_interrupt_for_each_cpu_that_has_the_space,
     ),
     ("a table starts empty", a_table_starts_empty),
+    (
+        "global pages go with a wide flush",
+        global_pages_go_with_a_wide_flush,
+    ),
+    (
+        "a held cursor does all that others do",
+        a_held_cursor_does_all_that_others_do,
+    ),
+    (
+        "a table built in part is empty behind",
+        a_table_built_in_part_is_empty_behind,
+    ),
+    (
+        "a merge wants frames in order",
+        a_merge_wants_frames_in_order,
+    ),
+    (
+        "a move without memory moves nothing",
+        a_move_without_memory_moves_nothing,
+    ),
+    (
+        "a fork without memory changes nothing",
+        a_fork_without_memory_changes_nothing,
+    ),
 ];

@@ -610,12 +610,7 @@ impl<F: Format> World<F> {
     fn commit(&mut self, space: usize, mut gather: Pending<F>) {
         let of = &mut self.spaces[space];
         let flushes = !gather.is_empty();
-        let by_drop = self.rng.below(8) == 0 && gather.length() == 0;
-        if by_drop {
-            drop(gather);
-        } else {
-            gather.commit_to(&self.env.pool);
-        }
+        gather.commit_to(&self.env.pool);
         if flushes {
             // Where others wait, a commit flushes their pages too.
             of.waiting.clear();
@@ -917,12 +912,26 @@ impl<F: Format> World<F> {
         match choice {
             15..=24 => self.map(space, page),
             25..=26 => self.map_huge(space),
-            27..=34 => self.map_range(space, page, count),
+            27..=32 => self.map_range(space, page, count),
+            33 => {
+                // Whole leaf tables, or all but a little of them.
+                let (first, order) = self.huge_page();
+                let skip = [0, 0, 0, 1, 30][self.rng.below(5) as usize];
+                let count = order.frames() - skip + self.rng.below(3);
+                self.map_range(space, first + skip, count);
+            }
+            34 => {
+                let (first, order) = self.huge_page();
+                let skip = [0, 0, 0, 1, 480][self.rng.below(5) as usize];
+                let count = order.frames() * (1 + self.rng.below(2)) - skip;
+                self.unmap(space, first + skip, count);
+            }
             35..=39 => self.unmap(space, page, count),
             40..=45 => self.change(space, page, count, choice < 43),
             46..=48 => self.replace(space, page),
-            49..=50 => self.payload(space, page),
-            51..=53 => self.harvest(space, page, count),
+            49 => self.payload(space, page),
+            50..=51 => self.session(space, page),
+            52..=53 => self.harvest(space, page, count),
             54..=55 => self.split(space),
             56..=58 => self.merge(space),
             _ => self.relocate(space, page, count),
@@ -1060,11 +1069,17 @@ impl<F: Format> World<F> {
         let mut first = page;
         let end = page + count;
         let mut cleared = Vec::new();
+        // Shown one by one, or not: then whole tables may go at once.
+        let shown = self.rng.below(2) == 0;
         loop {
             let of = &mut self.spaces[space];
             let range = pages(first, end - first);
             let mut cursor = of.table.cursor(range).unwrap();
-            let result = cursor.unmap_with(range, &mut gather, |item| cleared.push(item));
+            let result = if shown {
+                cursor.unmap_with(range, &mut gather, |item| cleared.push(item))
+            } else {
+                cursor.unmap(range, &mut gather)
+            };
             drop(cursor);
             match result {
                 Ok(_) => break,
@@ -1084,7 +1099,12 @@ impl<F: Format> World<F> {
         }
         let of = &mut self.spaces[space];
         let expected = inside::<F>(&mut of.model, page, count);
-        assert_eq!(cleared.len(), expected.len(), "what was cleared");
+        for (first, _) in &expected {
+            of.model.remove(first);
+        }
+        if shown {
+            assert_eq!(cleared.len(), expected.len(), "what was cleared");
+        }
         for ((first, item), cleared) in expected.iter().zip(cleared) {
             match cleared {
                 Cleared::Leaf(leaf) => same(*first, item, &leaf),
@@ -1093,7 +1113,6 @@ impl<F: Format> World<F> {
                     (page.number(), Item::Payload(payload.number()))
                 ),
             }
-            of.model.remove(first);
         }
         let (from, to) = self.touched(page, count);
         self.settle(space, gather, from, to - from);
@@ -1159,6 +1178,92 @@ impl<F: Format> World<F> {
         }
         let (from, to) = self.touched(page, count);
         self.settle(space, gather, from, to - from);
+    }
+
+    /// Single pages through one cursor, which keeps the table that it is in.
+    fn session(&mut self, space: usize, page: u64) {
+        let area = pages(page & !0xf, 64);
+        let turns = 2 + self.rng.below(12);
+        let table = self.spaces[space].table;
+        let mut cursor = table.cursor(area).unwrap();
+        let mut gather = table.gather::<16>();
+        for _ in 0..turns {
+            let page = area.first().number() + self.rng.below(24);
+            let attributes = self.attributes();
+            let choice = self.rng.below(4);
+            let frame = self.alloc(Order::ZERO);
+            let of = &mut self.spaces[space];
+            let old = find(&of.model, page);
+            if matches!(old, Some((_, Item::Leaf { order, .. })) if order > Order::ZERO) {
+                if let Some(frame) = frame {
+                    self.env.pool.free(frame);
+                }
+                continue;
+            }
+            match (choice, frame) {
+                (0..=1, Some(frame)) => {
+                    let number = frame.first().number();
+                    // What this gather has taken away is flushed by whoever fills the hole.
+                    match cursor.map(at(page), frame, attributes) {
+                        Ok(()) => {
+                            assert_eq!(old, None);
+                            of.model.insert(
+                                page,
+                                Item::Leaf {
+                                    frame: number,
+                                    order: Order::ZERO,
+                                    attributes: expressed::<F>(&attributes),
+                                    dirty: Some(attributes.dirty),
+                                },
+                            );
+                            of.waiting.remove(&page);
+                        }
+                        Err((error, frame)) => {
+                            self.env.pool.free(frame);
+                            match error {
+                                MapError::Occupied => assert!(old.is_some()),
+                                MapError::Memory(_) => {}
+                                other => panic!("{other}"),
+                            }
+                        }
+                    }
+                }
+                (2, frame) => {
+                    if let Some(frame) = frame {
+                        self.env.pool.free(frame);
+                    }
+                    let cleared = cursor.unmap(pages(page, 1), &mut gather).unwrap();
+                    assert_eq!(cleared == 1, old.is_some());
+                    of.model.remove(&page);
+                    of.waiting.insert(page);
+                }
+                (_, frame) => {
+                    if let Some(frame) = frame {
+                        self.env.pool.free(frame);
+                    }
+                    cursor
+                        .protect(pages(page, 1), attributes.rights, &mut gather)
+                        .unwrap();
+                    if let Some(Item::Leaf {
+                        attributes: old, ..
+                    }) = of.model.get_mut(&page)
+                    {
+                        *old = expressed::<F>(&old.rights(attributes.rights));
+                    }
+                    of.waiting.insert(page);
+                }
+            }
+            assert_eq!(
+                cursor.query(at(page)) == Entry::Empty,
+                self.spaces[space].model.get(&page).is_none()
+            );
+        }
+        drop(cursor);
+        let idle = gather.is_empty();
+        self.settle(space, gather, page, 1);
+        if idle && self.spaces[space].gathers.is_empty() {
+            self.spaces[space].waiting.clear();
+        }
     }
 
     fn replace(&mut self, space: usize, page: u64) {
@@ -1396,6 +1501,7 @@ impl<F: Format> World<F> {
         let mut copies = Vec::new();
         let mut gather = self.spaces[parent].table.gather::<16>();
         let out_of_frames = Cell::new(false);
+        let fuse = self.fuse;
         let result = self.spaces[parent].table.fork_into(
             self.spaces[child].table,
             pages(page, count),
@@ -1406,7 +1512,11 @@ impl<F: Format> World<F> {
                     ForkStep::Payload(payload)
                 }
                 ForkItem::Leaf(leaf) => {
-                    let Ok(handle) = env.pool.alloc(&FrameRequest::new(leaf.order)) else {
+                    // Frames of pages are the caller's: the fuse is for tables.
+                    env.pool.set_fuse(None);
+                    let frame = env.pool.alloc(&FrameRequest::new(leaf.order));
+                    env.pool.set_fuse(fuse.map(|_| 0));
+                    let Ok(handle) = frame else {
                         out_of_frames.set(true);
                         return ForkStep::Stop;
                     };
@@ -1433,7 +1543,8 @@ impl<F: Format> World<F> {
             assert_eq!(self.spaces[child].table.table_count(), 1);
             return;
         }
-        if let Err((_, handle)) = result {
+        if let Err((error, handle)) = result {
+            assert!(out_of_frames.get(), "tables were reserved: {error}");
             // Out of memory on the way: the child goes again, and the parent keeps what it lost.
             if let Some(handle) = handle {
                 env.pool.free(handle);

@@ -181,8 +181,10 @@ unsafe impl PhysMap for HostileMap {
     fn to_ptr(&self, address: PhysAddr) -> *mut u8 {
         let mut rng = SeededRng::new(self.rng.get());
         self.rng.set(rng.next());
-        if rng.below(8) == 0 {
-            self.machine.yield_now();
+        match rng.below(128) {
+            0 => (0..60).for_each(|_| self.machine.yield_now()),
+            1..16 => self.machine.yield_now(),
+            _ => {}
         }
         self.machine.to_ptr(address)
     }
