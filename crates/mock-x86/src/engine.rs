@@ -21,6 +21,7 @@ use std::panic::Location;
 use std::sync::Arc;
 
 use crate::adversary::{Adversary, Stats};
+use crate::bus::Bus;
 use crate::cpu::{CpuState, Fault};
 use crate::frames::{FrameEventKind, FrameState, Frames};
 use crate::memory::PhysMemory;
@@ -64,6 +65,8 @@ pub(crate) struct Core {
     pub caches_absent: bool,
     /// Linear ranges that may map free frames: a kernel's map of all memory.
     pub exempt: Vec<(u64, u64)>,
+    /// Devices.
+    pub bus: Bus,
     /// Violations not yet handed over.
     pub raised: Vec<Violation>,
     settled: VecDeque<Settled>,
@@ -90,6 +93,7 @@ impl Core {
             caching: true,
             caches_absent: false,
             exempt: Vec::new(),
+            bus: Bus::default(),
             raised: Vec::new(),
             settled: VecDeque::new(),
             recent: [0; RECENT],

@@ -2,6 +2,7 @@
 
 mod adversary;
 mod arena;
+mod bus;
 mod cpu;
 mod engine;
 mod frames;
@@ -31,6 +32,7 @@ mod violation;
 pub mod walker;
 
 pub use adversary::{Adversary, Stats};
+pub use bus::{Device, Dma, DmaError};
 pub use cpu::{Fault, Features, Flush, Invpcid, Registers};
 pub use frames::{FrameEvent, FrameEventKind, FrameState};
 pub use hal_cpu::MachinePin;

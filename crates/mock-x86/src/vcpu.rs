@@ -84,6 +84,21 @@ impl<'m> VirtualCpu<'m> {
             .with(|inner| run(&mut inner.core.cpus[self.number].segments))
     }
 
+    /// An access of the port space, which is the kernel's.
+    pub(crate) fn at_port<R>(
+        &self,
+        run: impl FnOnce(&mut crate::bus::Bus) -> R,
+    ) -> Result<R, Fault> {
+        if self.user {
+            return Err(Fault::Selector {
+                vector: 13,
+                code: 0,
+            });
+        }
+        sched::yield_point(self.machine);
+        Ok(self.machine.with(|inner| run(&mut inner.core.bus)))
+    }
+
     fn access(&self, kind: AccessKind) -> Access {
         Access {
             kind,
@@ -395,7 +410,7 @@ impl Core {
             }
             answered
         };
-        if !answered {
+        if !answered && !self.bus.read(physical, into) {
             self.no_memory(cpu, linear, physical, "page");
         }
     }
@@ -412,7 +427,7 @@ impl Core {
         } else {
             self.memory.write(physical, from)
         };
-        if !answered {
+        if !answered && !self.bus.write(physical, from) {
             self.no_memory(cpu, linear, physical, "page");
         }
     }

@@ -27,6 +27,7 @@ use kmem_hal::{
 
 use crate::env::Env;
 use crate::format::{Format, Word};
+use crate::mutants::mutant;
 use crate::node;
 
 /// Frames linked through their slots, newest first.
@@ -260,7 +261,12 @@ pub(crate) fn take<E: Env>(env: &E, limit: u64) -> Result<OwnedFrame, AllocError
     let top = limit << kmem_hal::PAGE_SHIFT;
     let request = FrameRequest {
         max_address: PhysAddr::new(top.wrapping_sub(1)),
-        ..FrameRequest::ONE.zeroed().context(Context::Atomic)
+        ..if mutant!("tables-not-zeroed") {
+            FrameRequest::ONE
+        } else {
+            FrameRequest::ONE.zeroed()
+        }
+        .context(Context::Atomic)
     };
     let frame = env.frames().alloc(&request)?;
     if !reach.contains(frame.first()) || env.slots().slot(frame.first()).is_none() {

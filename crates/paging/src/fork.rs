@@ -23,6 +23,7 @@ use crate::env::Env;
 use crate::error::ForkError;
 use crate::format::{Format, Kind, level};
 use crate::gather::Gather;
+use crate::mutants::mutant;
 use crate::table::{Entry, PageTable, decode, index_at};
 
 /// What fork found at a page of the parent.
@@ -84,7 +85,11 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
         let mut parent = Cursor::new(self, range);
         let mut child = Cursor::new(child, range);
         child
-            .fill_reserve(parent.tables_in_range())
+            .fill_reserve(if mutant!("fork-reserves-nothing") {
+                0
+            } else {
+                parent.tables_in_range()
+            })
             .map_err(|error| (ForkError::Memory(error), None))?;
         let mut copied = 0;
         let mut page = range.first().number();
@@ -120,7 +125,9 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
                             child: attributes,
                             parent: own,
                         } => {
-                            if let Some(own) = own {
+                            if let Some(own) = own
+                                && !mutant!("fork-keeps-the-parent-writable")
+                            {
                                 let mut restricted = Restricted::new(gather, node.level);
                                 let mut change = |number, page, word| {
                                     let Entry::Leaf(leaf) = decode::<F>(page, number, word) else {
@@ -128,7 +135,9 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
                                     };
                                     let own = Attributes {
                                         accessed: own.accessed || leaf.attributes.accessed,
-                                        dirty: own.dirty || leaf.attributes.dirty,
+                                        dirty: own.dirty
+                                            || leaf.attributes.dirty
+                                                && !mutant!("fork-loses-dirty"),
                                         ..own
                                     };
                                     if !F::can_encode(number, leaf.frame, &own) {
@@ -169,6 +178,10 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
                 }
                 page = first + covered;
                 index += 1;
+                if mutant!("fork-skips-the-last") && index + 1 == level.entries() {
+                    page += covered;
+                    index += 1;
+                }
                 if index == level.entries() {
                     break;
                 }

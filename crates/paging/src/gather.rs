@@ -36,6 +36,7 @@ use kmem_hal::{Frame, FrameHandle, FrameSink, Grace, Order, OwnedFrame, Page, Pa
 use crate::cache::{self, Chain};
 use crate::env::Env;
 use crate::format::{Format, Kind, Word, level};
+use crate::mutants::mutant;
 use crate::node::Node;
 use crate::table::PageTable;
 
@@ -225,6 +226,23 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
     ) {
         debug_assert!(self.announced);
         let hull = &mut self.stale;
+        if !hull.is_empty() && mutant!("hull-keeps-the-first") {
+            return;
+        }
+        if mutant!("hull-takes-the-larger-stride") {
+            hull.stride = if hull.is_empty() { 0 } else { hull.stride }.max(stride);
+            hull.first = hull.first.min(first);
+            hull.last = hull.last.max(last);
+            hull.global |= global;
+            hull.local |= local;
+            return;
+        }
+        let last = if mutant!("hull-ends-early") && last > first {
+            last - 1
+        } else {
+            last
+        };
+        let global = global && !mutant!("hull-forgets-global");
         hull.first = hull.first.min(first);
         hull.last = hull.last.max(last);
         hull.stride = hull.stride.min(stride);
@@ -260,9 +278,28 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
     /// environment's [`Grace`](kmem_hal::Grace). The gather can be used again.
     #[doc(alias = "tlb_finish_mmu")]
     pub fn commit(&mut self, mut give: impl FnMut(H)) {
+        if mutant!("commit-gives-before-the-flush") {
+            while let Some(last) = self.length.checked_sub(1) {
+                self.length = last;
+                // SAFETY: none, on purpose: the fault is that the translations are not flushed yet.
+                let packed = unsafe { self.blocks[last].assume_init() };
+                let order = Order::new((packed & ((1 << ORDER_BITS) - 1)) as u8);
+                let frame = Frame::from_number(packed >> ORDER_BITS);
+                // SAFETY: as above.
+                give(unsafe { H::from_entry(frame, order.unwrap_or(Order::ZERO)) });
+            }
+        }
         if self.announced {
             let freed = !self.tables.is_empty() || !self.whole.is_empty();
-            self.table.flush(self.stale.stale(), freed, 1);
+            if !mutant!("commit-does-not-flush") {
+                let freed = freed && !mutant!("commit-hides-freed-tables");
+                let own = if mutant!("commit-thinks-it-is-alone") {
+                    usize::MAX
+                } else {
+                    1
+                };
+                self.table.flush(self.stale.stale(), freed, own);
+            }
             self.announced = false;
             self.stale = Hull::EMPTY;
             self.table.retract();
@@ -298,7 +335,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
                     continue;
                 }
                 // No CPU reaches the entry after the flush, so nothing else writes to it (G4).
-                F::Word::store(entry, 0);
+                if !mutant!("whole-keeps-its-words") {
+                    F::Word::store(entry, 0);
+                }
                 cleared += 1;
                 if F::kind(1, word) == Kind::Leaf {
                     // SAFETY: `into_entry` of this type filled the entry; it is gone, and its translations were flushed.
@@ -315,7 +354,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
     fn free_tables(&mut self) {
         let env = self.table.env();
         // Lock-free readers may be in the tables until now.
-        env.grace().synchronize();
+        if !mutant!("tables-freed-without-grace") {
+            env.grace().synchronize();
+        }
         // SAFETY: a detached table is on this list alone (G2) and has no reader after the grace period; the flush above was told
         // that tables are freed; they hold zeros (N2, G4). So T1 holds.
         unsafe { cache::give_chain(env, core::mem::replace(&mut self.tables, Chain::EMPTY)) };

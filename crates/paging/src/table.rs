@@ -27,6 +27,7 @@ use crate::env::Env;
 use crate::error::{RangeError, TableError};
 use crate::format::{Format, Kind, Word, level};
 use crate::gather::{FLUSH_CEILING, Gather, Stale};
+use crate::mutants::mutant;
 use crate::node::Node;
 
 /// The most levels that any format has.
@@ -176,6 +177,9 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             let levels = lender.levels;
             let lender = lender.root_node();
             for index in index..level::<F>(levels).entries() {
+                if mutant!("sharing-forgets-the-top") && index % 256 == 0 {
+                    continue;
+                }
                 own.store(index, lender.load(index));
             }
         }
@@ -452,7 +456,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// Whether a change of this table has not been flushed yet, by this context or another.
     #[inline]
     pub(crate) fn has_unflushed(&self) -> bool {
-        self.unflushed.load(Ordering::Acquire) != 0
+        self.unflushed.load(Ordering::Acquire) != 0 && !mutant!("unflushed-not-counted")
     }
 
     /// Whether translations of this table are in the caches of CPUs that run other spaces.
@@ -464,15 +468,24 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// caller's.
     pub(crate) fn flush(&self, stale: Option<Stale>, tables_freed: bool, own: usize) {
         let others = self.unflushed.load(Ordering::Acquire) > own;
-        let lent = self.is_lent();
+        let lent = self.is_lent() && !mutant!("flush-of-a-lender-is-local");
         let global = stale.is_some_and(|stale| stale.global);
         // A lent table's translations sit under the tags of all spaces, where only a flush of everything reaches those
         // that are not global, and paging-structure caches.
         let everywhere = lent && (tables_freed || stale.is_none_or(|stale| stale.local));
         let scope = match stale {
             Some(Stale { range, stride, .. })
-                if !others && !everywhere && range.count().div_ceil(stride) <= FLUSH_CEILING =>
+                if !others
+                    && !everywhere
+                    && (range.count().div_ceil(stride) <= FLUSH_CEILING
+                        || mutant!("flush-takes-thirty-three")) =>
             {
+                let range = if mutant!("flush-takes-thirty-three") {
+                    let count = range.count().min(FLUSH_CEILING * stride);
+                    PageRange::with_count(range.first(), count).unwrap_or(range)
+                } else {
+                    range
+                };
                 FlushScope::Pages { range, stride }
             }
             None if !tables_freed && !others => return,
@@ -480,9 +493,16 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             _ => FlushScope::Space,
         };
         let request = FlushRequest {
-            root: self.root_quietly(),
+            root: if mutant!("flush-under-tag-zero") {
+                Root {
+                    asid: Asid::ZERO,
+                    ..self.root_quietly()
+                }
+            } else {
+                self.root_quietly()
+            },
             scope,
-            global: global || lent,
+            global: (global || lent) && !mutant!("flush-spares-global"),
             tables_freed: tables_freed || others,
         };
         let mmu = self.env.mmu();
@@ -493,13 +513,17 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             mmu.active_cpus(request.root)
         };
         cpus.remove(mmu.this_cpu());
-        let sent = if cpus.is_empty() {
+        let sent = if cpus.is_empty() || mutant!("flush-interrupts-nobody") {
             Completion::DONE
         } else {
             mmu.shootdown(&cpus, &request)
         };
-        mmu.flush_local(&request);
-        mmu.complete(sent);
+        if !mutant!("flush-forgets-this-cpu") {
+            mmu.flush_local(&request);
+        }
+        if !mutant!("flush-does-not-wait") {
+            mmu.complete(sent);
+        }
         drop(pin);
         self.env.trace().event(TraceEvent::Flushed(request));
     }
@@ -522,7 +546,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             return;
         }
         // Nobody loads the root any more, so what is dropped now does not come back.
-        if self.exposed.load(Ordering::Relaxed) {
+        if self.exposed.load(Ordering::Relaxed) && !mutant!("destroy-does-not-flush") {
             self.flush(None, true, 0);
         }
         let mut node = self.root_node();
@@ -534,7 +558,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             let entries = if number == self.levels {
                 level::<F>(number).entries().min(self.borrowed_from)
             } else {
-                level::<F>(number).entries()
+                level::<F>(number).entries() - usize::from(mutant!("destroy-forgets-an-entry"))
             };
             let shift = level::<F>(number).shift;
             let mut below = None;

@@ -9,6 +9,7 @@ mod gate;
 mod golden;
 mod image;
 mod models;
+mod mutants;
 mod oracle;
 mod package;
 mod qemu;
@@ -45,6 +46,8 @@ enum Command {
     NoStd(image::Options),
     /// Counts instructions with callgrind and compares with the committed figures.
     Counts(counts::Options),
+    /// Plants faults in the page tables, one at a time, and sees each noticed on the mock machine.
+    Mutants(mutants::Options),
     /// Replays the recorded runs of Linux and compares with the list of those that pass.
     Oracle(oracle::Options),
     /// Builds the demo kernel and boots it in QEMU; only the kernel's own success code counts.
@@ -57,6 +60,7 @@ fn main() -> ExitCode {
         Command::Gate(options) => gate::run(&root, &options),
         Command::Golden(options) => golden::main(&root, &options),
         Command::NoStd(options) => image::main(&root, &options),
+        Command::Mutants(options) => mutants::main(&root, &options),
         Command::Oracle(options) => oracle::main(&root, &options),
         Command::Counts(options) => counts::main(&root, &options),
         Command::Qemu(options) => qemu::main(&root, &options),

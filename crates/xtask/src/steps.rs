@@ -4,7 +4,9 @@ use std::path::Path;
 
 use crate::gate::Gate;
 use crate::sh::{Stop, fail};
-use crate::{book, counts, golden, image, models, oracle, package, qemu, tools, workspace};
+use crate::{
+    book, counts, golden, image, models, mutants, oracle, package, qemu, tools, workspace,
+};
 
 /// One named check.
 pub struct Step {
@@ -42,6 +44,7 @@ pub const STEPS: &[Step] = &[
     step("counting", "counts of locked instructions", counting),
     step("loom", "all interleavings of small models", loom),
     step("shuttle", "random schedules of large models", shuttle),
+    step("mutants", "each planted fault is noticed", planted_faults),
     step("asan", "the tests under AddressSanitizer", asan),
     step("fuzz", "each fuzz target for a while", fuzz),
 ];
@@ -164,6 +167,10 @@ fn counting(gate: &mut Gate) -> Result<String, Stop> {
 
 fn loom(gate: &mut Gate) -> Result<String, Stop> {
     models::run(&mut gate.shell, &models::LOOM)
+}
+
+fn planted_faults(gate: &mut Gate) -> Result<String, Stop> {
+    mutants::check(&mut gate.shell)
 }
 
 fn shuttle(gate: &mut Gate) -> Result<String, Stop> {

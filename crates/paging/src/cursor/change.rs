@@ -22,6 +22,7 @@ use crate::env::Env;
 use crate::error::ChangeError;
 use crate::format::{Format, Kind, Word, level};
 use crate::gather::{Gather, Stale};
+use crate::mutants::mutant;
 use crate::node::{self, Node};
 use crate::table::{Entry, decode, index_at};
 
@@ -119,7 +120,9 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         if F::needs_flush(1, word, new) {
             gather.announce();
             let global = F::is_global(1, word);
-            gather.note_pages(page, page, 1, global, !global);
+            if !mutant!("patch-one-not-noted") {
+                gather.note_pages(page, page, 1, global, !global);
+            }
             let page = PageRange::single(Page::from_number(page));
             self.table.env().trace().event(TraceEvent::Restricted(page));
         }
@@ -173,8 +176,10 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
             }
             changed += run;
             if run > 0
+                && !mutant!("patch-not-noted")
                 && (F::needs_flush(1, union, union & keep | set)
-                    || F::needs_flush(1, common, common & keep | set))
+                    || (F::needs_flush(1, common, common & keep | set)
+                        && !mutant!("patch-looks-at-the-union")))
             {
                 let first = Page::from_number(page + first as u64);
                 let last = Page::from_number(page + (at as u64 - 1));
@@ -368,7 +373,9 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 Kind::Empty | Kind::Payload => {}
                 Kind::Table => return Step::Next(page),
                 Kind::Leaf => {
-                    if first < range.first().number() || last - first < covered - 1 {
+                    if (first < range.first().number() || last - first < covered - 1)
+                        && !mutant!("change-cuts-no-leaf")
+                    {
                         return Step::Split(page);
                     }
                     let at = Page::from_number(first);
@@ -533,10 +540,18 @@ pub(crate) fn change_entry<F: Format, E: Env, H: Divisible, const N: usize>(
         }
         match node::change::<F>(entry, word, new) {
             Ok(()) if flush => {
-                restricted.add(page.number(), F::is_global(number, word));
+                if !mutant!("change-not-noted") {
+                    restricted.add(page.number(), F::is_global(number, word));
+                }
                 return Ok(Change::Restricted);
             }
             Ok(()) => return Ok(Change::Relaxed),
+            Err(found) if mutant!("change-overwrites") => {
+                let _ = found;
+                F::Word::store(entry, new);
+                restricted.add(page.number(), F::is_global(number, word));
+                return Ok(Change::Restricted);
+            }
             Err(found) => word = found,
         }
     }

@@ -15,6 +15,7 @@ use crate::env::Env;
 use crate::error::HugeError;
 use crate::format::{Format, Kind, leaf_level, level};
 use crate::gather::{Gather, Stale};
+use crate::mutants::mutant;
 use crate::node::Node;
 use crate::table::{Entry, decode, index_at};
 
@@ -80,14 +81,23 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
             };
             for entry in 0..entries {
                 let frame = Frame::from_number(leaf.frame.number() + entry as u64 * part.frames());
-                table.store(entry, F::leaf(table.level, frame, &leaf.attributes));
+                let attributes = Attributes {
+                    dirty: leaf.attributes.dirty && !mutant!("split-loses-dirty"),
+                    ..leaf.attributes
+                };
+                let frame = if mutant!("split-repeats-the-frame") {
+                    leaf.frame
+                } else {
+                    frame
+                };
+                table.store(entry, F::leaf(table.level, frame, &attributes));
             }
             match node.change(index, word, F::table(node.level, table.frame)) {
                 Ok(()) => break leaf,
                 Err(found) => word = found,
             }
         };
-        table.add_live(entries as u32);
+        table.add_live(entries as u32 - u32::from(mutant!("split-counts-one-less")));
         let global = leaf.attributes.rights.contains(Rights::GLOBAL);
         gather.note(Stale::leaf(leaf.range(), global));
         self.table.count_table(table.frame, table.level);
@@ -107,7 +117,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
     fn reserve_splits_slowly(&mut self, range: PageRange) -> Result<(), AllocError> {
         let first = self.splits_at(range.first(), range.first().number());
         let last = self.splits_at(range.last(), range.last().number().wrapping_add(1));
-        if first + last == 0 {
+        if first + last == 0 || mutant!("split-reserves-nothing") {
             return Ok(());
         }
         self.reserve.fill::<F>(first + last)
@@ -179,10 +189,14 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         let mut stale = Stale::leaf(range, true);
         stale.local = true;
         stale.stride = level::<F>(target - 1).order().frames();
-        self.table.flush(Some(stale), true, 1);
+        if !mutant!("merge-does-not-flush") {
+            self.table.flush(Some(stale), true, 1);
+        }
         let attributes = mergeable(&table, order).map_or(Attributes::default(), |found| found.1);
         for entry in 0..level::<F>(table.level).entries() {
-            table.store(entry, 0);
+            if !mutant!("merge-leaves-words") {
+                table.store(entry, 0);
+            }
         }
         table.sub_live(level::<F>(table.level).entries() as u32);
         node.store(index, F::leaf(target, frame, &attributes));
@@ -208,16 +222,17 @@ fn mergeable<F: Format>(table: &Node<'_, F>, order: Order) -> Option<(Frame, Att
         let (frame, joined) = *all.get_or_insert((leaf.frame, attributes));
         let expected = frame.checked_add(entry as u64 * level.order().frames())?;
         attributes.accessed |= joined.accessed;
-        attributes.dirty |= joined.dirty;
+        attributes.dirty =
+            (attributes.dirty && !mutant!("merge-takes-the-first-dirty")) || joined.dirty;
         let same = Attributes {
             accessed: attributes.accessed,
             dirty: attributes.dirty,
             ..joined
         };
-        if leaf.frame != expected || attributes != same {
+        if leaf.frame != expected && !mutant!("merge-ignores-frames") || attributes != same {
             return None;
         }
         all = Some((frame, attributes));
     }
-    all.filter(|(frame, _)| frame.is_aligned(order))
+    all.filter(|(frame, _)| frame.is_aligned(order) || mutant!("merge-ignores-alignment"))
 }

@@ -15,6 +15,7 @@ use crate::env::Env;
 use crate::error::{ChangeError, MapError};
 use crate::format::{Format, Kind, Word, leaf_level, level};
 use crate::gather::{Gather, Stale};
+use crate::mutants::mutant;
 use crate::node::Node;
 use crate::table::{Entry, decode, index_at};
 
@@ -68,9 +69,13 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             let entry = node.entry(index_at::<F>(page.number(), 1));
             if F::Word::load(entry) == 0 {
                 self.table.note_global(attributes.rights);
-                node.add_live(1);
+                if !mutant!("map-held-not-counted") {
+                    node.add_live(1);
+                }
                 F::Word::store(entry, F::leaf(1, frame, &attributes));
-                self.settle(PageRange::single(page), order);
+                if !mutant!("map-held-does-not-settle") {
+                    self.settle(PageRange::single(page), order);
+                }
                 let trace = self.table.env().trace();
                 trace.event(TraceEvent::Mapped(PageRange::single(page), frame));
                 return Ok(());
@@ -241,7 +246,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             left -= blocks;
         }
         for entry in &entries[filled as usize..] {
-            F::Word::store(entry, 0);
+            if !mutant!("build-leaves-garbage") {
+                F::Word::store(entry, 0);
+            }
         }
         if filled == 0 {
             self.unmake_table(node);
@@ -372,8 +379,10 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
                     _ => unreachable!("a locked leaf became something else"),
                 };
                 let global = leaf.attributes.rights.contains(Rights::GLOBAL);
-                self.table
-                    .flush(Some(Stale::leaf(leaf.range(), global)), false, 1);
+                if !mutant!("replace-does-not-flush") {
+                    self.table
+                        .flush(Some(Stale::leaf(leaf.range(), global)), false, 1);
+                }
                 self.table.retract();
                 node.store(index, word);
                 // SAFETY: the entry is gone, and its translations were flushed.
@@ -446,8 +455,12 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         let entry = decode::<F>(page, 1, before);
         if let Entry::Leaf(leaf) = entry {
             let global = leaf.attributes.rights.contains(Rights::GLOBAL);
-            gather.note(Stale::leaf(leaf.range(), global));
-            gather.push(leaf.frame, leaf.order);
+            if !mutant!("payload-not-noted") {
+                gather.note(Stale::leaf(leaf.range(), global));
+            }
+            if !mutant!("payload-leaks") {
+                gather.push(leaf.frame, leaf.order);
+            }
             self.table
                 .env()
                 .trace()
@@ -497,11 +510,13 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
     pub(super) fn place(&mut self, page: Page, target: usize, word: u64) -> Result<(), MapError> {
         let node = self.seek(page, target);
         let index = index_at::<F>(page.number(), node.level);
-        if node.load(index) != 0 {
+        if node.load(index) != 0 && !(node.level == target && mutant!("map-over-anything")) {
             return Err(MapError::Occupied);
         }
         if node.level == target {
-            node.add_live(1);
+            if !mutant!("map-not-counted") {
+                node.add_live(1);
+            }
             node.store(index, word);
             return Ok(());
         }
@@ -523,6 +538,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
                 Ok(table) => made[number - 1] = Some(table),
                 Err(error) => {
                     for table in made.into_iter().flatten() {
+                        if mutant!("grow-leaks") {
+                            continue;
+                        }
                         self.unmake_table(table);
                     }
                     return Err(MapError::Memory(error));
@@ -547,7 +565,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             }
         }
         let index = index_at::<F>(page.number(), node.level);
-        node.add_live(1);
+        if !mutant!("grow-not-counted") {
+            node.add_live(1);
+        }
         node.store(index, word);
         if let Some(lowest) = lowest {
             node.unlock();
@@ -595,7 +615,8 @@ impl<F: Format> Drop for Filled<'_, '_, F> {
     #[inline]
     fn drop(&mut self) {
         if self.entries > 0 {
-            self.node.add_live(self.entries);
+            self.node
+                .add_live(self.entries - u32::from(mutant!("fill-counts-one-less")));
         }
     }
 }

@@ -41,6 +41,7 @@ pub use unmap::Cleared;
 use crate::cache::{self, TableReserve};
 use crate::env::Env;
 use crate::format::{Format, Kind, level};
+use crate::mutants::mutant;
 use crate::node::{Node, View};
 use crate::table::{Entry, MAX_LEVELS, PageTable, decode, index_at};
 
@@ -165,7 +166,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
                 if level == target || !F::is_table(level, word) {
                     let node = view.node(env);
                     node.lock(env);
-                    if node.is_stray() {
+                    if node.is_stray() && !mutant!("walk-ignores-stray") {
                         node.unlock();
                         break;
                     }
@@ -262,10 +263,13 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             loop {
                 let end = first + (pages - 1);
                 let straddles = first < range.first().number() || end > range.last().number();
-                if straddles || !self.has_table(Page::from_number(first), number) {
+                if straddles && !mutant!("reserve-not-for-straddling")
+                    || !self.has_table(Page::from_number(first), number)
+                {
                     let missing = match (number == target, straddles) {
                         (true, false) => &mut whole,
                         (true, true) => &mut parts,
+                        (false, _) if mutant!("reserve-forgets-upper-levels") => &mut 0,
                         (false, _) => &mut above,
                     };
                     *missing += 1;

@@ -15,6 +15,7 @@ use crate::env::Env;
 use crate::error::{MapError, MoveError};
 use crate::format::{Format, Kind, leaf_level, level};
 use crate::gather::{Gather, Stale};
+use crate::mutants::mutant;
 use crate::table::{Entry, PageTable, decode, index_at};
 
 /// Entries that are taken out of one table before they are put into another.
@@ -53,8 +54,12 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
         sink.release();
         let splits = source.splits_to_move(target);
         source.fill_reserve(splits).map_err(MoveError::Memory)?;
-        sink.fill_reserve(source.tables_to_move(splits, &sink))
-            .map_err(MoveError::Memory)?;
+        sink.fill_reserve(if mutant!("move-forgets-tables") {
+            0
+        } else {
+            source.tables_to_move(splits, &sink)
+        })
+        .map_err(MoveError::Memory)?;
         // Splits come first; nothing can fail from here on, unless others interfere.
         source.split_for_move(target, gather)?;
         let mut moved = 0;
@@ -218,12 +223,16 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 Kind::Leaf => {
                     gather.announce();
                     let word = node.take(index);
-                    node.sub_live(1);
+                    if !mutant!("move-keeps-the-place") {
+                        node.sub_live(1);
+                    }
                     if let Entry::Leaf(leaf) =
                         decode::<F>(Page::from_number(first), node.level, word)
                     {
                         let global = leaf.attributes.rights.contains(Rights::GLOBAL);
-                        gather.note(Stale::leaf(leaf.range(), global));
+                        if !mutant!("move-not-noted") {
+                            gather.note(Stale::leaf(leaf.range(), global));
+                        }
                         self.table
                             .env()
                             .trace()

@@ -16,6 +16,7 @@ use crate::env::Env;
 use crate::error::ChangeError;
 use crate::format::{Format, Kind, Word, level};
 use crate::gather::{FLUSH_CEILING, Gather, Stale};
+use crate::mutants::mutant;
 use crate::node::{self, Node};
 use crate::table::{Entry, decode, index_at};
 
@@ -55,7 +56,14 @@ impl<F: Format, E: Env, H: Divisible, const N: usize> Batch<'_, '_, '_, F, E, H,
     #[inline(always)]
     fn add(&mut self, first: u64, global: bool) {
         self.cleared += 1;
+        if mutant!("unmap-not-noted") {
+            return;
+        }
+        let before = self.stale;
         self.stale = Some((self.stale.map_or(first, |stale| stale.0), first));
+        if before.is_some() && mutant!("unmap-notes-the-first-page") {
+            self.stale = before;
+        }
         self.global |= global;
         self.local |= !global;
     }
@@ -65,7 +73,8 @@ impl<F: Format, E: Env, H: Divisible, const N: usize> Drop for Batch<'_, '_, '_,
     #[inline]
     fn drop(&mut self) {
         if self.cleared > 0 {
-            self.node.sub_live(self.cleared);
+            let few = u32::from(self.cleared > 1 && mutant!("unmap-counts-one-less"));
+            self.node.sub_live(self.cleared - few);
         }
         if let Some((first, last)) = self.stale {
             let last = Page::from_number(last + (self.stride - 1));
@@ -111,9 +120,13 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
             if F::is_present(1, word) {
                 gather.announce();
                 let word = node::take::<F>(entry);
-                node.sub_live(1);
+                if !mutant!("unmap-one-not-counted") {
+                    node.sub_live(1);
+                }
                 let global = F::is_global(1, word);
-                gather.note_pages(page, page, 1, global, !global);
+                if !mutant!("unmap-one-not-noted") {
+                    gather.note_pages(page, page, 1, global, !global);
+                }
                 gather.push(F::leaf_frame(1, word), Order::ZERO);
                 self.table.env().trace().event(TraceEvent::Unmapped(range));
                 return Ok(1);
@@ -258,7 +271,9 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 gather.announce();
                 table.lock(env);
                 *pages += u64::from(table.live());
-                node.store(index, 0);
+                if !mutant!("whole-stays-attached") {
+                    node.store(index, 0);
+                }
                 table.unlock_stray();
                 gather.push_whole(&table);
                 self.table.discount_table(table.frame, 1);
@@ -285,7 +300,9 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 Some(next) => next - 1,
                 None => last,
             };
-            if let Some(range) = PageRange::new(Page::from_number(page), Page::from_number(end)) {
+            if let Some(range) = PageRange::new(Page::from_number(page), Page::from_number(end))
+                && !mutant!("whole-not-noted")
+            {
                 gather.note(Stale {
                     range,
                     stride: 1,
@@ -293,7 +310,12 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                     local: true,
                 });
             }
-            if node.sub_live(detached) == 0 {
+            if node.sub_live(if mutant!("whole-not-counted") {
+                0
+            } else {
+                detached
+            }) == 0
+            {
                 self.prune(gather);
             }
         }
@@ -325,7 +347,8 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
             global: false,
             local: false,
         };
-        for (at, entry) in (page..).zip(node.entries(index, count as usize)) {
+        let few = u64::from(count > 1 && mutant!("unmap-stops-early"));
+        for (at, entry) in (page..).zip(node.entries(index, (count - few) as usize)) {
             let word = F::Word::load(entry);
             if word == 0 {
                 continue;
@@ -343,7 +366,9 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
             batch.gather.announce();
             let word = node::take::<F>(entry);
             batch.add(at, F::is_global(1, word));
-            batch.gather.push(F::leaf_frame(1, word), Order::ZERO);
+            if !mutant!("unmap-leaks") {
+                batch.gather.push(F::leaf_frame(1, word), Order::ZERO);
+            }
             *pages += 1;
             trace.event(TraceEvent::Unmapped(PageRange::single(Page::from_number(
                 at,
@@ -401,7 +426,9 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                     ));
                 }
                 Kind::Leaf => {
-                    if first < range.first().number() || last - first < covered - 1 {
+                    if (first < range.first().number() || last - first < covered - 1)
+                        && !mutant!("unmap-cuts-no-leaf")
+                    {
                         return Step::Split(page);
                     }
                     if batch.gather.is_full() {
@@ -410,9 +437,14 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                     batch.gather.announce();
                     let word = node.take(index);
                     batch.add(first, F::is_global(number, word));
-                    batch
-                        .gather
-                        .push(F::leaf_frame(number, word), level.order());
+                    batch.gather.push(
+                        F::leaf_frame(number, word),
+                        if mutant!("unmap-huge-gives-one-frame") {
+                            Order::ZERO
+                        } else {
+                            level.order()
+                        },
+                    );
                     *pages += covered;
                     if let Entry::Leaf(leaf) = decode::<F>(Page::from_number(first), number, word) {
                         trace.event(TraceEvent::Unmapped(leaf.range()));
@@ -457,19 +489,27 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 return;
             }
             child.lock(env);
-            if child.live() != 0 {
+            if child.live() != 0 && !mutant!("prune-does-not-look-again") {
                 child.unlock();
                 parent.unlock();
                 return;
             }
             gather.announce();
-            parent.store(index, 0);
+            if !mutant!("prune-forgets-the-parent") {
+                parent.store(index, 0);
+            }
             let left = parent.sub_live(1);
-            child.unlock_stray();
+            if mutant!("prune-not-stray") {
+                child.unlock();
+            } else {
+                child.unlock_stray();
+            }
             self.table.discount_table(child.frame, child.level);
-            gather.push_table(&child);
+            if !mutant!("prune-leaks") {
+                gather.push_table(&child);
+            }
             parent.unlock();
-            if left != 0 {
+            if left != 0 || mutant!("prune-stops-at-one") {
                 return;
             }
             child = parent;

@@ -19,9 +19,6 @@ use super::hostile_env::{Caller, HostileEnv};
 type Table = PageTable<X86_64, &'static HostileEnv, OwnedFrame>;
 
 const CPUS: u64 = 3;
-/// Pages that one CPU has in each leaf table, next to each other.
-const OWN: u64 = 3;
-const TABLES: u64 = 3;
 /// Where each CPU has a huge page of its own.
 const HUGE: u64 = 0x4_0000;
 
@@ -45,24 +42,29 @@ struct Worker<'a> {
     model: BTreeMap<u64, Item>,
     /// First frame of the huge page, if there is one.
     huge: Option<u64>,
+    /// Leaf tables in use; with few, each is emptied and made again and again.
+    tables: u64,
+    /// Pages that one CPU has in each leaf table, next to each other.
+    own: u64,
 }
 
 fn at(page: u64) -> Page {
     Page::new(page).unwrap()
 }
 
-fn first_of(cpu: u64, table: u64) -> u64 {
-    0x400 + table * 0x200 + cpu * OWN
-}
-
 impl Worker<'_> {
+    fn first_of(&self, cpu: u64, table: u64) -> u64 {
+        0x400 + table * 0x200 + cpu * self.own
+    }
+
     fn segment(&mut self, cpu: u64) -> u64 {
-        first_of(cpu, self.rng.below(TABLES))
+        let table = self.rng.below(self.tables);
+        self.first_of(cpu, table)
     }
 
     fn page(&mut self) -> u64 {
         let segment = self.segment(self.cpu);
-        segment + self.rng.below(OWN)
+        segment + self.rng.below(self.own)
     }
 
     fn alloc(&self) -> OwnedFrame {
@@ -125,7 +127,7 @@ impl Worker<'_> {
             5 => {
                 // A whole segment, as a range.
                 let first = self.segment(self.cpu);
-                let range = PageRange::with_count(at(first), OWN).unwrap();
+                let range = PageRange::with_count(at(first), self.own).unwrap();
                 let rights = self.rights();
                 let mut given = Vec::new();
                 let mut cursor = table.cursor(range).unwrap();
@@ -136,7 +138,7 @@ impl Worker<'_> {
                 });
                 drop(cursor);
                 let end = match result {
-                    Ok(()) => first + OWN,
+                    Ok(()) => first + self.own,
                     Err(stopped) => {
                         assert_eq!(stopped.error, MapError::Occupied);
                         env.pool.free(stopped.handle.unwrap());
@@ -150,7 +152,7 @@ impl Worker<'_> {
             }
             6..=8 => {
                 let first = self.segment(self.cpu);
-                let range = PageRange::with_count(at(first), OWN).unwrap();
+                let range = PageRange::with_count(at(first), self.own).unwrap();
                 let mut cleared = Vec::new();
                 let mut gather = table.gather::<4>();
                 let mut cursor = table.cursor(range).unwrap();
@@ -170,7 +172,7 @@ impl Worker<'_> {
                         ),
                     }
                 }
-                for page in first..first + OWN {
+                for page in first..first + self.own {
                     assert_eq!(self.model.get(&page), None);
                 }
             }
@@ -237,13 +239,13 @@ impl Worker<'_> {
             14 => {
                 let (from, to) = (self.segment(self.cpu), self.segment(self.cpu));
                 let mut gather = table.gather::<1>();
-                let range = PageRange::with_count(at(from), OWN).unwrap();
+                let range = PageRange::with_count(at(from), self.own).unwrap();
                 let moved = table.move_range(range, at(to), &mut gather);
                 gather.commit(drop);
-                let free = (to..to + OWN).all(|page| !self.model.contains_key(&page));
+                let free = (to..to + self.own).all(|page| !self.model.contains_key(&page));
                 assert_eq!(moved.is_ok(), free && from != to, "{moved:?}");
                 if moved.is_ok() {
-                    for offset in 0..OWN {
+                    for offset in 0..self.own {
                         if let Some(item) = self.model.remove(&(from + offset)) {
                             self.model.insert(to + offset, item);
                         }
@@ -337,7 +339,7 @@ impl Worker<'_> {
             }
             // And at what others have, which may be gone at any moment.
             let other = self.rng.below(CPUS);
-            let other = self.segment(other) + self.rng.below(OWN);
+            let other = self.segment(other) + self.rng.below(self.own);
             let _ = self.me.read_u64(other << 12);
             let other = HUGE + self.rng.below(CPUS * 512);
             let _ = self.me.read_u64(other << 12);
@@ -345,7 +347,7 @@ impl Worker<'_> {
         // Without a lock.
         for _ in 0..4 {
             let other = self.rng.below(CPUS);
-            let page = self.segment(other) + self.rng.below(OWN);
+            let page = self.segment(other) + self.rng.below(self.own);
             if let Entry::Leaf(leaf) = self.table.query(at(page)) {
                 assert_eq!(leaf.page.number(), page);
             }
@@ -363,9 +365,10 @@ impl Worker<'_> {
 
     /// Takes the CPU's pages down again.
     fn finish(&mut self) {
-        let ranges = (0..TABLES)
-            .map(|table| (first_of(self.cpu, table), OWN))
-            .chain([(HUGE + self.cpu * 512, 512)]);
+        let ranges: Vec<_> = (0..self.tables)
+            .map(|table| (self.first_of(self.cpu, table), self.own))
+            .chain([(HUGE + self.cpu * 512, 512)])
+            .collect();
         for (first, count) in ranges {
             let range = PageRange::with_count(at(first), count).unwrap();
             let mut gather = self.table.gather::<8>();
@@ -410,6 +413,8 @@ pub fn crowd(seed: u64, turns: u32, adversary: Adversary, caller: Caller) -> Sta
                 rng: SeededRng::new(seed * 7 + cpu),
                 model: BTreeMap::new(),
                 huge: None,
+                tables: 1 + seed % 3,
+                own: 1 + seed / 3 % 3,
             };
             for _ in 0..turns {
                 worker.operate();

@@ -589,14 +589,13 @@ pub fn a_held_cursor_does_all_that_others_do() {
     let area = pages(0x400, 16);
     let mut cursor = room.table.cursor(area).unwrap();
     let mut gather = room.table.gather::<8>();
-    let mut map =
-        |cursor: &mut kmem_paging::Cursor<'_, X86_64, &'static HostileEnv, OwnedFrame>,
-         page: u64| {
-            let frame = room.alloc(Order::ZERO);
-            let number = frame.first().number();
-            cursor.map(at(page), frame, Rights::USER_DATA).unwrap();
-            number
-        };
+    let map = |cursor: &mut kmem_paging::Cursor<'_, X86_64, &'static HostileEnv, OwnedFrame>,
+               page: u64| {
+        let frame = room.alloc(Order::ZERO);
+        let number = frame.first().number();
+        cursor.map(at(page), frame, Rights::USER_DATA).unwrap();
+        number
+    };
     for page in 0x400..0x404 {
         map(&mut cursor, page);
     }
@@ -648,6 +647,8 @@ pub fn a_table_built_in_part_is_empty_behind() {
         }
         room.env.pool.free(frame);
     }
+    // The table of the second level is there already, so that the new one is written whole.
+    room.map(0x400, Rights::USER_DATA);
     for given in [0u64, 1, 100, 511] {
         let all = pages(0x800, 512);
         let mut left = given;
@@ -667,8 +668,32 @@ pub fn a_table_built_in_part_is_empty_behind() {
             room.unmap(pages(0x800 + chunk, 128));
         }
         room.quiet();
-        assert_eq!(room.table.table_count(), 1);
+        assert_eq!(room.table.table_count(), 4);
     }
+    room.finish();
+}
+
+/// A table that held payloads alone is freed: no page was there, and yet a CPU may have cached the way to the table.
+pub fn a_table_of_payloads_is_flushed_before_it_is_freed() {
+    let room = Room::new();
+    let page = 0x410;
+    let mut cursor = room.table.cursor(pages(page, 1)).unwrap();
+    let payload = kmem_paging::Payload::new::<X86_64>(77).unwrap();
+    cursor.map_payload(at(page), payload).unwrap();
+    drop(cursor);
+    room.env.machine.set_adversary(Adversary {
+        speculate: 1024,
+        ..Adversary::OFF
+    });
+    for cpu in 0..2 {
+        for _ in 0..32 {
+            assert_eq!(room.touch(cpu, page, AccessKind::Read), None);
+        }
+    }
+    room.env.machine.set_adversary(Adversary::OFF);
+    room.unmap(pages(page, 1));
+    assert_eq!(room.table.table_count(), 1);
+    room.quiet();
     room.finish();
 }
 
@@ -810,6 +835,10 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "a table built in part is empty behind",
         a_table_built_in_part_is_empty_behind,
+    ),
+    (
+        "a table of payloads is flushed before it is freed",
+        a_table_of_payloads_is_flushed_before_it_is_freed,
     ),
     (
         "a merge wants frames in order",
