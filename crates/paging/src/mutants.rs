@@ -1,4 +1,4 @@
-//! Faults on purpose: `mutant!("name")` is `true` where a test has chosen that fault, and the literal `false` in every build
+//! Faults on purpose: `mutant!("name")` is `true` where a test has chosen that fault, and the constant `false` in every build
 //! without `--cfg kmem_mutants`, so that nothing of it is left there.
 //!
 //! A fault is one line of logic turned: a flush forgotten, a frame given back early, a bit lost. The tests choose one at run
@@ -13,9 +13,13 @@
 #[cfg(not(kmem_mutants))]
 macro_rules! mutant {
     ($name:literal) => {
-        false
+        $crate::mutants::OFF
     };
 }
+
+/// A constant, and no literal for the lints to fold.
+#[cfg(not(kmem_mutants))]
+pub(crate) const OFF: bool = false;
 
 /// Whether the fault of this name is on.
 #[cfg(kmem_mutants)]

@@ -175,11 +175,14 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 at += 1;
             }
             changed += run;
+            let (noted, both) = (
+                !mutant!("patch-not-noted"),
+                !mutant!("patch-looks-at-the-union"),
+            );
             if run > 0
-                && !mutant!("patch-not-noted")
+                && noted
                 && (F::needs_flush(1, union, union & keep | set)
-                    || (F::needs_flush(1, common, common & keep | set)
-                        && !mutant!("patch-looks-at-the-union")))
+                    || both && F::needs_flush(1, common, common & keep | set))
             {
                 let first = Page::from_number(page + first as u64);
                 let last = Page::from_number(page + (at as u64 - 1));

@@ -1255,7 +1255,7 @@ impl<F: Format> World<F> {
             }
             assert_eq!(
                 cursor.query(at(page)) == Entry::Empty,
-                self.spaces[space].model.get(&page).is_none()
+                !self.spaces[space].model.contains_key(&page)
             );
         }
         drop(cursor);
