@@ -386,6 +386,11 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             return Err(AllocError::Unsatisfiable);
         }
         self.pressure.pressure(node, PressureLevel::Low, request);
+        state
+            .zones
+            .iter()
+            .filter(|zone| wanted.admits(zone))
+            .for_each(Zone::calm);
         if let ControlFlow::Break(result) = look(Mark::Min) {
             return result;
         }

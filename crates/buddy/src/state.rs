@@ -656,6 +656,7 @@ fn build_zone<const N: usize, L: RawLock + 'static>(
         hints: carver.slice(Core::hint_words(spec.blocks), |_| 0),
         shape: Shape::new(spec.blocks),
         present: [0; 3],
+        stolen: 0,
         free: 0,
         free_cma: 0,
     };

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   free   high   nobody is woken
-//!          low    first tries stop here; reclaim is told
+//!          low    first tries stop here; reclaim is told; this and high are raised for a while when types mix
 //!          min    ordinary requests stop here
 //!          min/2  requests that cannot wait stop here
 //!          0      requests with `reserve`

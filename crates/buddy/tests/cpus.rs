@@ -331,3 +331,38 @@ fn watermarks_tell_and_reclaim_saves() {
     assert!(reclaim.spare.borrow().len() < spare);
     buddy.free(saved);
 }
+
+/// Types mix where memory is short: reclaim is told earlier then, once.
+#[test]
+fn a_stolen_page_block_raises_the_watermarks_until_reclaim_was_told() {
+    let reclaim: &'static Reclaim = Box::leak(Box::new(Reclaim {
+        told: RefCell::default(),
+        spare: RefCell::default(),
+        sink: Cell::new(None),
+    }));
+    let config = Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .min_free_kib(1024);
+    let buddy = boot::<_, _, Spin>(1 << 14, Played, reclaim, &config);
+    let marks = || buddy.zones().next().unwrap().marks;
+    let calm = marks();
+    // All page blocks are movable until somebody needs another type.
+    let _leaked = buddy.alloc(&FrameRequest::ONE).unwrap();
+    let boosted = marks();
+    assert_eq!(boosted[0], calm[0], "the min watermark stays");
+    assert_eq!(boosted[1] - calm[1], boosted[2] - calm[2]);
+    assert!(boosted[1] > calm[1] && boosted[1] - calm[1] <= calm[2] / 2 * 3);
+    let shown = format!("boost    {}", boosted[1] - calm[1]);
+    assert!(buddy.zone_info().to_string().contains(&shown));
+    let movable = FrameRequest::ONE.movable();
+    while reclaim.told.borrow().is_empty() {
+        let _leaked = buddy.alloc(&movable).unwrap();
+    }
+    assert_eq!(reclaim.told.borrow()[..], [PressureLevel::Low]);
+    let zone = buddy.zones().next().unwrap();
+    assert!(
+        zone.free > calm[1],
+        "reclaim was told no earlier than before"
+    );
+    assert_eq!(zone.marks, calm);
+}

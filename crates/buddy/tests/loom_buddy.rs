@@ -46,11 +46,16 @@ unsafe impl PhysMap for Memory {
     }
 }
 
-/// Every interleaving with at most two involuntary switches. Booting is part of each run, and long.
+/// Every interleaving. Booting is part of each run, and long.
 fn explore(model: impl Fn() + Sync + Send + 'static) {
+    explore_to(None, model);
+}
+
+/// Every interleaving with at most so many involuntary switches.
+fn explore_to(switches: impl Into<Option<usize>>, model: impl Fn() + Sync + Send + 'static) {
     let mut builder = loom::model::Builder::new();
     builder.max_branches = 100_000;
-    builder.preemption_bound = None;
+    builder.preemption_bound = switches.into();
     builder.check(model);
 }
 
@@ -62,7 +67,7 @@ fn boot() -> &'static Machine {
         .unwrap();
     map.reserve(PhysAddr::new(FIRST << 12), 0x3000, Reservation::Initrd)
         .unwrap();
-    let buddy = Machine::new(Memory::new(), ModelCpu::new(2));
+    let buddy = Machine::new(Memory::new(), ModelCpu::new(3));
     let config = Config::new()
         .limits(ZoneLimits::NORMAL_ONLY)
         .min_free_kib(0);
@@ -253,5 +258,287 @@ fn a_reserved_frame_is_refused_while_its_neighbour_is_released() {
         );
         drop(rest);
         settled(buddy, held, 1);
+    });
+}
+
+/// Takes a block of an order out of what `fill` gave, cut from a larger one if need be.
+fn block_of(rest: &mut Vec<OwnedFrame>, order: u8) -> OwnedFrame {
+    let fits = rest.iter().filter(|block| block.order().get() >= order);
+    let smallest = fits.map(|block| block.order().get()).min().unwrap();
+    let at = rest
+        .iter()
+        .position(|block| block.order().get() == smallest);
+    let mut block = rest.swap_remove(at.unwrap());
+    while block.order().get() > order {
+        let (lower, upper) = block.split().unwrap();
+        rest.push(upper);
+        block = lower;
+    }
+    block
+}
+
+fn refused(error: AllocError) -> Vec<OwnedFrame> {
+    assert!(matches!(
+        error,
+        AllocError::OutOfMemory | AllocError::OutOfMemoryHere
+    ));
+    Vec::new()
+}
+
+fn ask(buddy: &Machine, request: FrameRequest) -> Vec<OwnedFrame> {
+    match buddy.alloc(&request) {
+        Ok(frame) => vec![frame],
+        Err(error) => refused(error),
+    }
+}
+
+fn order(order: u8) -> FrameRequest {
+    FrameRequest::new(Order::new(order).unwrap())
+}
+
+#[test]
+fn a_huge_request_against_a_small_one() {
+    explore(|| {
+        let buddy = boot();
+        let mut rest = fill(buddy, 0);
+        let large = block_of(&mut rest, 5);
+        buddy.free(large);
+        let held = on_two_cpus(move || ask(buddy, order(5)), move || ask(buddy, order(4)));
+        // Whoever came first was served, and the other was not given a part of it.
+        assert_eq!(held.len(), 1);
+        settled(buddy, held, 32);
+    });
+}
+
+#[test]
+fn two_blocks_at_one_place() {
+    explore(|| {
+        let buddy = boot();
+        let mut rest = fill(buddy, 0);
+        let large = block_of(&mut rest, 5);
+        let place = large.first();
+        buddy.free(large);
+        let at = move || -> Vec<OwnedFrame> {
+            buddy
+                .alloc_at(place, Order::new(5).unwrap())
+                .into_iter()
+                .collect()
+        };
+        let held = on_two_cpus(at, at);
+        assert_eq!(held.len(), 1, "a place has two owners, or none");
+        settled(buddy, held, 32);
+    });
+}
+
+#[test]
+fn a_drain_beside_an_allocation() {
+    explore(|| {
+        let buddy = boot();
+        let mut rest = fill(buddy, 0);
+        let (lower, upper) = block_of(&mut rest, 2).split().unwrap();
+        // Both halves lie in the array of CPU 0.
+        buddy.free(lower);
+        buddy.free(upper);
+        let held = on_two_cpus(
+            move || {
+                assert!(buddy.drain_local());
+                Vec::new()
+            },
+            move || ask(buddy, order(1)),
+        );
+        settled(buddy, held, 4);
+    });
+}
+
+#[test]
+fn a_type_is_stolen_beside_an_allocation() {
+    explore(|| {
+        let buddy = boot();
+        let mut rest = fill(buddy, 0);
+        buddy.free(block_of(&mut rest, 5));
+        // Both types have nothing of their own: the block of the other's type is taken, or changes sides.
+        let held = on_two_cpus(
+            move || ask(buddy, order(4).movable()),
+            move || ask(buddy, order(4)),
+        );
+        assert_eq!(held.len(), 2, "there was room for both");
+        settled(buddy, held, 32);
+    });
+}
+
+#[test]
+fn a_refill_beside_a_flush() {
+    explore(|| {
+        let buddy = boot();
+        let mut rest = fill(buddy, 0);
+        let (lower, upper) = block_of(&mut rest, 2).split().unwrap();
+        let (first, second) = lower.split().unwrap();
+        let (third, fourth) = upper.split().unwrap();
+        buddy.free(first);
+        buddy.free(second);
+        // CPU 0's array is full: one more is a flush.
+        let mut held = on_two_cpus(
+            move || {
+                buddy.free(third);
+                Vec::new()
+            },
+            move || ask(buddy, FrameRequest::ONE),
+        );
+        held.push(fourth);
+        settled(buddy, held, 4);
+    });
+}
+
+#[test]
+fn a_range_beside_the_free_that_completes_it() {
+    explore(|| {
+        let buddy = boot();
+        let mut rest = fill(buddy, 0);
+        let (lower, upper) = block_of(&mut rest, 6).split().unwrap();
+        buddy.free(lower);
+        let held = on_two_cpus(
+            move || match buddy.alloc_range(48, Order::ZERO, &FrameRequest::ONE) {
+                Ok(range) => range.into_blocks(Order::MAX_BUDDY).collect(),
+                Err(error) => refused(error),
+            },
+            move || {
+                buddy.free(upper);
+                Vec::new()
+            },
+        );
+        let frames: u64 = held.iter().map(|block| block.order().frames()).sum();
+        assert!(frames == 0 || frames == 48);
+        settled(buddy, held, 64);
+    });
+}
+
+/// Nobody's pages can be moved.
+struct Immovable;
+
+impl kmem_hal::Migrate for Immovable {
+    fn migrate(
+        &self,
+        _from: Frame,
+        to: OwnedFrame,
+    ) -> Result<OwnedFrame, (kmem_hal::MigrateError, OwnedFrame)> {
+        Err((kmem_hal::MigrateError::NotMovable, to))
+    }
+}
+
+#[test]
+fn a_claim_beside_a_free() {
+    explore_to(3, || {
+        let buddy = boot();
+        let mut rest = fill(buddy, 0);
+        let (lower, upper) = block_of(&mut rest, 6).split().unwrap();
+        let range = FrameRange::new(lower.first(), 64).unwrap();
+        buddy.free(lower);
+        // A frame to move to, in another page block.
+        let spare = rest.pop().unwrap();
+        let spares = spare.order().frames();
+        buddy.free(spare);
+        let held = on_two_cpus(
+            move || match buddy.claim(range, &Immovable) {
+                Ok(range) => range.into_blocks(Order::MAX_BUDDY).collect(),
+                Err(_) => Vec::new(),
+            },
+            move || {
+                buddy.free(upper);
+                Vec::new()
+            },
+        );
+        let frames: u64 = held.iter().map(|block| block.order().frames()).sum();
+        assert!(frames == 0 || frames == 64);
+        settled(buddy, held, 64 + spares);
+    });
+}
+
+#[test]
+fn a_claim_beside_an_allocation() {
+    explore_to(3, || {
+        let buddy = boot();
+        let mut rest = fill(buddy, 0);
+        let whole = block_of(&mut rest, 6);
+        let range = whole.range();
+        buddy.free(whole);
+        let held = on_two_cpus(
+            move || match buddy.claim(range, &Immovable) {
+                Ok(range) => range.into_blocks(Order::MAX_BUDDY).collect(),
+                Err(_) => Vec::new(),
+            },
+            move || ask(buddy, order(5)),
+        );
+        // One of the two at least; never both.
+        let frames: u64 = held.iter().map(|block| block.order().frames()).sum();
+        assert!(frames <= 64);
+        settled(buddy, held, 64);
+    });
+}
+
+#[test]
+fn a_batch_beside_a_batch_of_frees() {
+    explore(|| {
+        let buddy = boot();
+        let mut rest = fill(buddy, 2);
+        let (first, second) = block_of(&mut rest, 1).split().unwrap();
+        let mut blocks = vec![first, second];
+        let held = on_two_cpus(
+            move || {
+                let mut got = Vec::new();
+                let result = buddy.alloc_batch(&FrameRequest::ONE, 3, &mut |frame| got.push(frame));
+                assert_eq!(result.unwrap_or(0), got.len());
+                assert!(got.len() >= 2, "two were free all the time");
+                got
+            },
+            move || {
+                buddy.free_batch(&mut || blocks.pop());
+                Vec::new()
+            },
+        );
+        settled(buddy, held, 4);
+    });
+}
+
+#[test]
+fn three_cpus_and_two_frames() {
+    explore_to(2, || {
+        let buddy = boot();
+        let mut rest = fill(buddy, 1);
+        let last = block_of(&mut rest, 0);
+        let third = thread::spawn(move || {
+            ModelCpu::bind(2);
+            buddy.free(last);
+            assert!(buddy.drain_local());
+        });
+        let held = on_two_cpus(
+            move || ask(buddy, FrameRequest::ONE),
+            move || ask(buddy, FrameRequest::ONE),
+        );
+        third.join().unwrap();
+        // One frame was free all the time; a refill may have taken both.
+        assert!(!held.is_empty());
+        settled(buddy, held, 2);
+    });
+}
+
+#[test]
+fn figures_beside_an_allocation_and_a_free() {
+    explore(|| {
+        let buddy = boot();
+        let mut rest = fill(buddy, 0);
+        let large = block_of(&mut rest, 5);
+        let held = on_two_cpus(
+            move || {
+                let zone = buddy.zones().next().unwrap();
+                assert_eq!(zone.sum(), zone.free, "the lists and the count differ");
+                assert!(zone.free == 0 || zone.free == 32);
+                Vec::new()
+            },
+            move || {
+                buddy.free(large);
+                Vec::new()
+            },
+        );
+        settled(buddy, held, 32);
     });
 }

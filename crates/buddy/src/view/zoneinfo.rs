@@ -22,10 +22,11 @@ impl<L: RawLock> fmt::Display for ZoneInfo<L> {
         };
         for (index, zone) in state.zones.iter().enumerate() {
             let limit = zone.limits[0].load(kmem_hal::sync::Ordering::Relaxed);
+            let boost = zone.boost();
             let zone = figures(state, index, zone);
             writeln!(f, "Node {}, zone {:>8}", zone.node, zone.kind)?;
             writeln!(f, "  pages free     {}", zone.free)?;
-            writeln!(f, "        boost    0")?;
+            writeln!(f, "        boost    {boost}")?;
             let [min, low, high] = zone.marks;
             let lines = [
                 ("min", min),

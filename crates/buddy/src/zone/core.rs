@@ -125,6 +125,8 @@ pub(crate) struct Core {
     pub shape: Shape,
     /// For each set the orders whose bitmap is not empty, a bit each; then whether blocks are stale.
     pub present: [u16; 3],
+    /// Page blocks that changed their type for a request of another, since the zone last looked.
+    pub stolen: u64,
     pub free: u64,
     /// Free frames in blocks of type `Cma`, of which movable requests alone may count.
     pub free_cma: u64,
@@ -650,6 +652,7 @@ impl Core {
                 let segment = *segment::of_block(self.segments, found.block)?;
                 if run >= BLOCK_ORDER || self.free_in(found.block) >= BLOCK_FRAMES / 2 {
                     self.set_type(&segment, found.block, migrate);
+                    self.stolen += 1;
                     if run > BLOCK_ORDER {
                         self.set_type(&segment, found.block + 1, migrate);
                     }

@@ -41,6 +41,8 @@ pub(crate) struct Zone<L> {
     core: Lock<Core, L>,
     free: AtomicU64,
     free_cma: AtomicU64,
+    /// Frames by which the low and high watermarks are raised for a while.
+    boost: AtomicU64,
     /// min, low, high in frames.
     pub marks: [AtomicU64; 3],
     /// Frames kept from requests that could also use a zone of kind i.
@@ -63,6 +65,7 @@ impl<L: RawLock> Zone<L> {
             core: Lock::new(core),
             free: AtomicU64::new(0),
             free_cma: AtomicU64::new(0),
+            boost: AtomicU64::new(0),
             marks: [const_zero(), const_zero(), const_zero()],
             protection: ::core::array::from_fn(|_| const_zero()),
             limits: ::core::array::from_fn(|_| AtomicU32::new(0)),
@@ -90,6 +93,9 @@ impl<L: RawLock> Zone<L> {
         let result = f(core);
         self.free.store(core.free, Ordering::Relaxed);
         self.free_cma.store(core.free_cma, Ordering::Relaxed);
+        if core.stolen > 0 {
+            self.raise(::core::mem::take(&mut core.stolen));
+        }
         result
     }
 
@@ -115,8 +121,32 @@ impl<L: RawLock> Zone<L> {
         }
     }
 
+    /// A watermark; the low and the high one with their boost.
     pub fn mark(&self, mark: Mark) -> u64 {
-        self.marks[mark as usize].load(Ordering::Relaxed)
+        let boost = if mark == Mark::Min { 0 } else { self.boost() };
+        self.marks[mark as usize].load(Ordering::Relaxed) + boost
+    }
+
+    /// Frames by which the low and high watermarks are raised until reclaim has been told.
+    pub fn boost(&self) -> u64 {
+        self.boost.load(Ordering::Relaxed)
+    }
+
+    /// Raises the watermarks by a page block for each that changed its type, to 250 % of the high one at most: types mix where memory
+    /// is short, so reclaim is to begin earlier.
+    ///
+    /// The min watermark stays, so that nothing is refused for it. Source: Linux mm/page_alloc.c, `boost_watermark`, and
+    /// vm.watermark_boost_factor in Documentation/admin-guide/sysctl/vm.rst.
+    #[cold]
+    fn raise(&self, blocks: u64) {
+        let most = self.marks[Mark::High as usize].load(Ordering::Relaxed) / 2 * 3;
+        let boost = (self.boost() + blocks * bits::BLOCK_FRAMES).min(most);
+        self.boost.store(boost, Ordering::Relaxed);
+    }
+
+    /// Reclaim has been told: the watermarks are what they were.
+    pub fn calm(&self) {
+        self.boost.store(0, Ordering::Relaxed);
     }
 
     /// How many frames may be taken before fewer than `mark` and the reserve for requests that could use `class` are left.
