@@ -119,16 +119,16 @@ fn many_operations_keep_every_frame() {
     let count = operations();
     for step in 0..count {
         let dice = rng.below(1 << 20);
-        if dice % 4096 == 0 {
+        if dice.is_multiple_of(4096) {
             level = total * (1 + rng.below(32)) / 32;
         }
-        if dice % 65536 == 0 {
+        if dice.is_multiple_of(65536) {
             assert!(buddy.drain_local());
             buddy.check().unwrap();
             assert_eq!(buddy.recount().free + owners.used, total, "step {step}");
             continue;
         }
-        if owners.used >= level && !live.is_empty() || dice % 8 == 0 && !live.is_empty() {
+        if owners.used >= level && !live.is_empty() || dice.is_multiple_of(8) && !live.is_empty() {
             let at = rng.below(live.len() as u64) as usize;
             if dice % 64 == 1 {
                 // Many in one call.
