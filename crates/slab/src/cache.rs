@@ -10,15 +10,18 @@
 use core::fmt;
 use core::marker::PhantomData;
 use core::mem::MaybeUninit;
+use core::panic::Location;
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::{AtomicPtr, Ordering};
 use kmem_hal::{AllocError, Cpu, ObjectAlloc, Reserve};
 
 use crate::geometry::Geometry;
+use crate::harden::GRAIN;
 use crate::info::CacheInfo;
 use crate::kmalloc::Flags;
 use crate::platform::Platform;
+use crate::policy::{Features, Policy};
 use crate::raw::{Hooks, RawCache, Setup};
 use crate::slab_box::{Full, SlabBox};
 use crate::system::SlabSystem;
@@ -28,15 +31,23 @@ use crate::system::SlabSystem;
 /// `STABLE` caches keep their slabs until they are destroyed, so that lock-free readers may look at freed objects and doubt what they
 /// read (`SLAB_TYPESAFE_BY_RCU`).
 ///
+/// `H` is the cache's [`Policy`], the system's where it does not say otherwise.
+///
 /// Dropping a cache whose objects are all back gives its memory back; with objects still out (leaked boxes, raw pointers) the
 /// memory stays, and the cache stays in `slabinfo`. [`destroy`](Self::destroy) says which of the two it was.
 #[doc(alias = "kmem_cache")]
-pub struct Cache<'s, T, P: Platform, const STABLE: bool = false> {
+pub struct Cache<
+    's,
+    T,
+    P: Platform,
+    const STABLE: bool = false,
+    H: Policy = <P as Platform>::Policy,
+> {
     system: &'s SlabSystem<P>,
     raw: AtomicPtr<RawCache<P::Lock>>,
     name: &'static str,
     pub(crate) hooks: Option<Hooks>,
-    _objects: PhantomData<fn(T) -> T>,
+    _objects: PhantomData<fn(T, H) -> T>,
 }
 
 /// Objects were still out when a cache or a system was to be destroyed.
@@ -60,7 +71,7 @@ impl fmt::Display for Leaked {
 
 impl core::error::Error for Leaked {}
 
-impl<'s, T, P: Platform> Cache<'s, T, P> {
+impl<'s, T, P: Platform, H: Policy> Cache<'s, T, P, false, H> {
     kmem_hal::const_new! {
         /// A cache of `system`, called `name` in `slabinfo`.
         #[doc(alias = "kmem_cache_create")]
@@ -70,7 +81,7 @@ impl<'s, T, P: Platform> Cache<'s, T, P> {
     }
 }
 
-impl<'s, T, P: Platform> Cache<'s, T, P, true> {
+impl<'s, T, P: Platform, H: Policy> Cache<'s, T, P, true, H> {
     kmem_hal::const_new! {
         /// A cache whose memory stays memory for `T` until it is destroyed.
         #[doc(alias = "SLAB_TYPESAFE_BY_RCU")]
@@ -80,13 +91,15 @@ impl<'s, T, P: Platform> Cache<'s, T, P, true> {
     }
 }
 
-impl<'s, T, P: Platform, const STABLE: bool> Cache<'s, T, P, STABLE> {
+impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, H> {
     const GEOMETRY: Geometry = {
         assert!(
             align_of::<T>() <= 4096,
             "a cache serves alignments up to a page"
         );
-        match Geometry::new(size_of::<T>(), align_of::<T>()) {
+        let least = if H::FEATURES.check { GRAIN } else { 0 };
+        let size = size_of::<T>() + H::FEATURES.extra();
+        match Geometry::new(if size < least { least } else { size }, align_of::<T>()) {
             Some(geometry) => geometry,
             None => panic!("a cache serves objects up to 4 MiB"),
         }
@@ -129,6 +142,16 @@ impl<'s, T, P: Platform, const STABLE: bool> Cache<'s, T, P, STABLE> {
         }
     }
 
+    /// What the policy switches on here: freed objects of type-stable and reused ones keep their content.
+    #[inline(always)]
+    fn features(&self) -> Features {
+        if STABLE || self.hooks.is_some() {
+            H::FEATURES.keeping_content()
+        } else {
+            H::FEATURES
+        }
+    }
+
     #[cold]
     fn join_now(&self) -> Result<&RawCache<P::Lock>, AllocError> {
         let joined = self.system.join(Setup {
@@ -136,6 +159,7 @@ impl<'s, T, P: Platform, const STABLE: bool> Cache<'s, T, P, STABLE> {
             geometry: Self::GEOMETRY,
             stable: STABLE,
             hooks: self.hooks,
+            features: self.features(),
         })?;
         let won = self.raw.compare_exchange(
             ptr::null_mut(),
@@ -158,18 +182,35 @@ impl<'s, T, P: Platform, const STABLE: bool> Cache<'s, T, P, STABLE> {
 
     /// Memory for one object, uninitialised.
     #[inline]
+    #[track_caller]
     pub(crate) fn alloc_memory(&self, flags: Flags) -> Result<NonNull<T>, AllocError> {
         if size_of::<T>() == 0 {
             return Ok(NonNull::dangling());
         }
         let raw = self.raw()?;
         // SAFETY: the row of a cache of this system.
-        match unsafe { self.system.pop_local(raw.row, raw.column) } {
-            Some(object) => Ok(object.cast()),
-            None => self
-                .system
-                .alloc_slow(raw, &flags.request())
-                .map(NonNull::cast),
+        let object = match unsafe { self.system.pop_local(raw.row, raw.column) } {
+            Some(object) => object,
+            None => self.system.alloc_slow(raw, &flags.request())?,
+        };
+        self.mark(raw, object, Location::caller());
+        Ok(object.cast())
+    }
+
+    /// Tells the policy of an object that is given.
+    #[inline(always)]
+    fn mark(
+        &self,
+        raw: &RawCache<P::Lock>,
+        object: NonNull<u8>,
+        place: &'static Location<'static>,
+    ) {
+        if H::FEATURES.check {
+            let raw_of = || Some(NonNull::from(raw));
+            let features = self.features();
+            // What has hooks keeps its content, and so does a red zone over the whole object: only its state is marked.
+            self.system
+                .on_alloc(features, raw_of, raw.column, object, size_of::<T>(), place);
         }
     }
 
@@ -186,7 +227,19 @@ impl<'s, T, P: Platform, const STABLE: bool> Cache<'s, T, P, STABLE> {
         // SAFETY: a cache that gave an object has joined (I1).
         if let Some(raw) = unsafe { self.raw.load(Ordering::Acquire).as_ref() } {
             // SAFETY: the caller's promise.
-            unsafe { self.system.free_object(raw, object.cast()) };
+            unsafe {
+                let left = self.system.on_free(
+                    self.features(),
+                    || Some(NonNull::from(raw)),
+                    raw.column,
+                    Self::GEOMETRY.size(),
+                    object.cast(),
+                    Some(size_of::<T>()),
+                );
+                if let Some(object) = left {
+                    self.system.free_object(raw, object);
+                }
+            }
         }
     }
 
@@ -197,7 +250,8 @@ impl<'s, T, P: Platform, const STABLE: bool> Cache<'s, T, P, STABLE> {
     /// [`Full`], which gives the value back.
     #[doc(alias = "kmem_cache_alloc")]
     #[inline]
-    pub fn alloc(&self, value: T) -> Result<SlabBox<'_, T, P, STABLE>, Full<T>> {
+    #[track_caller]
+    pub fn alloc(&self, value: T) -> Result<SlabBox<'_, T, P, STABLE, H>, Full<T>> {
         self.alloc_with(value, Flags::empty())
     }
 
@@ -207,7 +261,12 @@ impl<'s, T, P: Platform, const STABLE: bool> Cache<'s, T, P, STABLE> {
     ///
     /// [`Full`], which gives the value back.
     #[inline]
-    pub fn alloc_with(&self, value: T, flags: Flags) -> Result<SlabBox<'_, T, P, STABLE>, Full<T>> {
+    #[track_caller]
+    pub fn alloc_with(
+        &self,
+        value: T,
+        flags: Flags,
+    ) -> Result<SlabBox<'_, T, P, STABLE, H>, Full<T>> {
         match self.alloc_memory(flags) {
             Ok(object) => {
                 // SAFETY: memory for a `T` that belongs to this call (I2).
@@ -224,10 +283,11 @@ impl<'s, T, P: Platform, const STABLE: bool> Cache<'s, T, P, STABLE> {
     /// # Errors
     ///
     /// [`AllocError`]; `build` is not called then.
+    #[track_caller]
     pub fn alloc_in_place(
         &self,
         build: impl FnOnce(&mut MaybeUninit<T>) -> &mut T,
-    ) -> Result<SlabBox<'_, T, P, STABLE>, AllocError> {
+    ) -> Result<SlabBox<'_, T, P, STABLE, H>, AllocError> {
         let object = self.alloc_memory(Flags::empty())?;
         // SAFETY: memory for a `T` that belongs to this call (I2).
         let place = unsafe { object.cast::<MaybeUninit<T>>().as_mut() };
@@ -324,7 +384,7 @@ impl<'s, T, P: Platform, const STABLE: bool> Cache<'s, T, P, STABLE> {
     }
 }
 
-impl<T, P: Platform, const STABLE: bool> Drop for Cache<'_, T, P, STABLE> {
+impl<T, P: Platform, const STABLE: bool, H: Policy> Drop for Cache<'_, T, P, STABLE, H> {
     fn drop(&mut self) {
         // Leaked objects keep their memory; `slabinfo` shows them.
         let _ = self.dismantle();
@@ -333,7 +393,9 @@ impl<T, P: Platform, const STABLE: bool> Drop for Cache<'_, T, P, STABLE> {
 
 // SAFETY: B1: objects come from slabs of this cache, sized and aligned for `T` (I2), each out once (slab I1); B2: a refusal changes nothing
 // that can be seen; B3: slabs of a STABLE cache go back only when it is destroyed.
-unsafe impl<T, P: Platform, const STABLE: bool> ObjectAlloc<T> for Cache<'_, T, P, STABLE> {
+unsafe impl<T, P: Platform, const STABLE: bool, H: Policy> ObjectAlloc<T>
+    for Cache<'_, T, P, STABLE, H>
+{
     const TYPE_STABLE: bool = STABLE;
 
     #[inline]
@@ -355,13 +417,23 @@ unsafe impl<T, P: Platform, const STABLE: bool> ObjectAlloc<T> for Cache<'_, T, 
             return out.len();
         }
         match self.raw() {
-            Ok(raw) => self.system.alloc_many(raw, out),
+            Ok(raw) => {
+                let given = self.system.alloc_many(raw, out);
+                if H::FEATURES.check {
+                    for object in &out[..given] {
+                        // SAFETY: the first `given` places were written.
+                        let object = unsafe { object.assume_init() };
+                        self.mark(raw, object.cast(), Location::caller());
+                    }
+                }
+                given
+            }
             Err(_) => 0,
         }
     }
 }
 
-impl<T, P: Platform, const STABLE: bool> Cache<'_, T, P, STABLE> {
+impl<T, P: Platform, const STABLE: bool, H: Policy> Cache<'_, T, P, STABLE, H> {
     /// Takes back the memory of many objects at once.
     ///
     /// # Safety
@@ -372,6 +444,13 @@ impl<T, P: Platform, const STABLE: bool> Cache<'_, T, P, STABLE> {
         if size_of::<T>() == 0 {
             return;
         }
+        if H::FEATURES.check {
+            for &object in objects {
+                // SAFETY: the caller's promise.
+                unsafe { self.free_memory(object) };
+            }
+            return;
+        }
         // SAFETY: a cache that gave objects has joined (I1).
         if let Some(raw) = unsafe { self.raw.load(Ordering::Acquire).as_ref() } {
             // SAFETY: the caller's promise.
@@ -380,7 +459,7 @@ impl<T, P: Platform, const STABLE: bool> Cache<'_, T, P, STABLE> {
     }
 }
 
-impl<T, P: Platform, const STABLE: bool> fmt::Debug for Cache<'_, T, P, STABLE> {
+impl<T, P: Platform, const STABLE: bool, H: Policy> fmt::Debug for Cache<'_, T, P, STABLE, H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Cache({}, {} bytes)", self.name, Self::GEOMETRY.size())
     }

@@ -17,7 +17,7 @@
 
 use core::ptr::{self, NonNull};
 
-use crate::array::ArrayStack;
+use crate::array::{Array, ArrayStack};
 use crate::slab::{BURIED, NEW, RETIRED, Slab, UNLISTED};
 
 /// Lists by fullness; the last holds slabs with every object free.
@@ -33,6 +33,11 @@ pub struct Depot {
     pub(crate) spare: ArrayStack,
     lists: [*mut Slab; BUCKETS],
     dead: *mut Slab,
+    /// Objects in quarantine: a ring, and its oldest place.
+    pub(crate) waiting: *mut Array,
+    pub(crate) oldest: usize,
+    /// Where `Shuffle` is.
+    pub(crate) random: u64,
     /// Live slabs, the objects in them, and their frames.
     pub(crate) slabs: u64,
     pub(crate) objects: u64,
@@ -56,6 +61,9 @@ impl Depot {
             spare: ArrayStack::new(),
             lists: [ptr::null_mut(); BUCKETS],
             dead: ptr::null_mut(),
+            waiting: ptr::null_mut(),
+            oldest: 0,
+            random: 0,
             slabs: 0,
             objects: 0,
             frames: 0,
@@ -131,6 +139,12 @@ impl Depot {
         if bucket == EMPTY {
             self.empty -= 1;
         }
+    }
+
+    /// Objects in quarantine.
+    pub(crate) fn waiting_len(&self) -> u64 {
+        // SAFETY: the depot owns the array.
+        unsafe { self.waiting.as_ref() }.map_or(0, |array| array.len() as u64)
     }
 
     /// The fullest slab that has a free object.

@@ -26,6 +26,8 @@ pub struct CacheInfo {
     pub in_arrays: u64,
     /// Objects in arrays of the depot.
     pub in_depot: u64,
+    /// Objects in quarantine.
+    pub waiting: u64,
     /// Objects free in their slabs.
     pub in_slabs: u64,
     /// Live slabs.
@@ -140,6 +142,7 @@ impl<P: Platform> SlabSystem<P> {
             (
                 [
                     depot.full.objects() as u64,
+                    depot.waiting_len(),
                     depot.exchanges,
                     depot.refills,
                     depot.flushes,
@@ -147,16 +150,17 @@ impl<P: Platform> SlabSystem<P> {
                 [depot.slabs, depot.objects, depot.frames],
             )
         });
-        let ([in_depot, exchanges, refills, flushes], [slabs, total_objects, frames]) =
+        let ([in_depot, waiting, exchanges, refills, flushes], [slabs, total_objects, frames]) =
             depot.unwrap_or_default();
         let geometry = cache.geometry();
         CacheInfo {
             name: cache.setup.name,
             object_size: geometry.size(),
-            active_objects: total_objects.saturating_sub(in_slabs + in_arrays + in_depot),
+            active_objects: total_objects.saturating_sub(in_slabs + in_arrays + in_depot + waiting),
             total_objects,
             in_arrays,
             in_depot,
+            waiting,
             in_slabs,
             slabs,
             active_slabs,
@@ -165,7 +169,7 @@ impl<P: Platform> SlabSystem<P> {
             frames_per_slab: geometry.pages(),
             array: geometry.array(),
             allocs,
-            frees,
+            frees: frees.wrapping_add(waiting),
             exchanges,
             refills,
             flushes,

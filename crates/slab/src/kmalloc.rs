@@ -4,6 +4,7 @@
 //! finds the slab through the frame table.
 
 use core::alloc::Layout;
+use core::panic::Location;
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
@@ -13,6 +14,7 @@ use crate::class::{CLASSES, class_of, class_size};
 use crate::head::COLUMNS;
 use crate::misuse::Misuse;
 use crate::platform::Platform;
+use crate::policy::{Features, Policy};
 use crate::raw::RawCache;
 use crate::system::SlabSystem;
 
@@ -101,6 +103,8 @@ impl<P: Platform> SlabSystem<P> {
     ///
     /// [`AllocError`]; out of memory is an ordinary answer.
     #[doc(alias = "kzalloc")]
+    #[inline]
+    #[track_caller]
     pub fn kmalloc(&self, size: usize, flags: Flags) -> Result<NonNull<u8>, AllocError> {
         self.serve(size.max(1), 8, flags)
     }
@@ -111,6 +115,7 @@ impl<P: Platform> SlabSystem<P> {
     ///
     /// [`AllocError`].
     #[inline]
+    #[track_caller]
     pub fn kmalloc_layout(&self, layout: Layout, flags: Flags) -> Result<NonNull<u8>, AllocError> {
         if layout.size() == 0 {
             return Ok(dangling(layout.align()));
@@ -118,12 +123,27 @@ impl<P: Platform> SlabSystem<P> {
         self.serve(layout.size(), layout.align(), flags)
     }
 
+    /// The class that serves so many bytes and what the policy adds to them.
     #[inline(always)]
+    fn class_for(size: usize, align: usize) -> Option<usize> {
+        // A sum beyond the address space is beyond every class too.
+        class_of(size.saturating_add(Self::FEATURES.extra()), align)
+    }
+
+    const FEATURES: Features = P::Policy::FEATURES;
+
+    #[inline(always)]
+    #[track_caller]
     fn serve(&self, size: usize, align: usize, flags: Flags) -> Result<NonNull<u8>, AllocError> {
-        let class = match class_of(size, align) {
+        let class = match Self::class_for(size, align) {
             Some(class) if !flags.limited() => class,
             _ => return self.alloc_large(size, align, &flags.request()),
         };
+        if Self::FEATURES.sample > 0
+            && let Some(object) = self.alloc_guarded(size, align, flags)
+        {
+            return Ok(object);
+        }
         let row = self.first_row();
         if row.is_null() {
             return Err(AllocError::NotInitialised);
@@ -134,11 +154,37 @@ impl<P: Platform> SlabSystem<P> {
             Some(object) => object,
             None => self.serve_slow(class, flags)?,
         };
+        self.on_alloc(
+            Self::FEATURES,
+            || self.class(class).map(NonNull::from),
+            class as u32,
+            object,
+            size,
+            Location::caller(),
+        );
         if flags.contains(Flags::ZERO) {
             // SAFETY: the object has at least `size` bytes and belongs to this call.
             unsafe { object.write_bytes(0, size) };
         }
         Ok(object)
+    }
+
+    /// One in so many allocations, at the end of a page of its own, where the large source has room and a guard page behind.
+    #[cold]
+    fn alloc_guarded(&self, size: usize, align: usize, flags: Flags) -> Option<NonNull<u8>> {
+        let turn = self.sampled.fetch_add(1, Ordering::Relaxed);
+        let page = PAGE_SIZE as usize;
+        if !turn.is_multiple_of(u64::from(Self::FEATURES.sample)) || size > page || align > page {
+            return None;
+        }
+        let memory = self.platform()?.large().alloc_large(page, page).ok()?;
+        // SAFETY: inside the page, which belongs to this call.
+        let object = unsafe { memory.add((page - size) & !(align - 1)) };
+        if flags.contains(Flags::ZERO) {
+            // SAFETY: as above.
+            unsafe { object.write_bytes(0, size) };
+        }
+        Some(object)
     }
 
     #[cold]
@@ -177,12 +223,23 @@ impl<P: Platform> SlabSystem<P> {
             return;
         };
         match self.find(platform, memory) {
-            // SAFETY: the object belongs to that cache, and the caller gives it up.
-            Found::Object(cache) => unsafe { self.free_object(cache, memory) },
+            // SAFETY: the caller gives the object up; what `on_free` leaves of it belongs to that cache.
+            Found::Object(cache) => unsafe {
+                let (features, slot) = (cache.setup.features, cache.geometry().size());
+                let cache_of = || Some(NonNull::from(cache));
+                let left = self.on_free(features, cache_of, cache.column, slot, memory, None);
+                if let Some(object) = left {
+                    self.free_object(cache, object);
+                }
+            },
             // SAFETY: the numbers are those of the allocation that the caller gives up.
             Found::Pages(frame, count) => unsafe { self.free_pages(platform, frame, count) },
             // SAFETY: the large source says that the memory is its own.
-            Found::Large => unsafe { platform.large().free_large(memory) },
+            Found::Large => unsafe {
+                platform
+                    .large()
+                    .free_large(area_of(platform.large(), memory))
+            },
             Found::Stranger => {
                 self.foreign.fetch_add(1, Ordering::Relaxed);
                 platform.misuse(&Misuse::ForeignFree {
@@ -200,7 +257,7 @@ impl<P: Platform> SlabSystem<P> {
     /// not freed twice.
     #[inline]
     pub unsafe fn kfree_layout(&self, memory: NonNull<u8>, layout: Layout) {
-        let Some(class) = class_of(layout.size(), layout.align()) else {
+        let Some(class) = Self::class_for(layout.size(), layout.align()) else {
             // SAFETY: the caller's promise.
             return unsafe { self.kfree(memory.as_ptr()) };
         };
@@ -208,6 +265,22 @@ impl<P: Platform> SlabSystem<P> {
         if layout.size() == 0 || row.is_null() {
             return;
         }
+        if Self::FEATURES.sample > 0 && self.is_guarded(memory) {
+            // SAFETY: the caller's promise.
+            return unsafe { self.kfree(memory.as_ptr()) };
+        }
+        // SAFETY: the caller gives the object up.
+        let left = unsafe {
+            self.on_free(
+                Self::FEATURES,
+                || self.class(class).map(NonNull::from),
+                class as u32,
+                class_size(class).unwrap_or(0),
+                memory,
+                Some(layout.size()),
+            )
+        };
+        let Some(memory) = left else { return };
         // SAFETY: the first row, not null; the object's class follows from its layout, and the caller gives it up.
         if !unsafe { self.push_local(row, class as u32, memory) } {
             self.free_class_slow(class, memory);
@@ -222,14 +295,25 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
+    /// Whether the memory lies in an area of the large source.
+    #[cold]
+    fn is_guarded(&self, memory: NonNull<u8>) -> bool {
+        self.platform()
+            .is_some_and(|platform| platform.large().contains(memory.as_ptr()))
+    }
+
     /// The usable size in bytes of memory from this system; `None` for any other pointer.
     #[must_use]
     pub fn ksize(&self, memory: NonNull<u8>) -> Option<usize> {
         let platform = self.platform()?;
         match self.find(platform, memory) {
-            Found::Object(cache) => Some(cache.geometry().size()),
+            Found::Object(cache) => Some(self.usable(cache, memory)),
             Found::Pages(_, count) => Some((count * PAGE_SIZE) as usize),
-            Found::Large => platform.large().size_of(memory),
+            Found::Large => {
+                let area = area_of(platform.large(), memory);
+                let before = memory.as_ptr().addr() - area.as_ptr().addr();
+                Some(platform.large().size_of(area)?.saturating_sub(before))
+            }
             Found::Stranger => None,
         }
     }
@@ -255,7 +339,7 @@ impl<P: Platform> SlabSystem<P> {
             return self.kmalloc(size, flags);
         };
         let had = self.ksize(old).ok_or(AllocError::Unsatisfiable)?;
-        if fits_in_place(had, size.max(1), 8) {
+        if self.fits_in_place(had, size.max(1), 8) {
             return Ok(old);
         }
         let new = self.kmalloc(size, flags)?;
@@ -305,12 +389,14 @@ impl<P: Platform> SlabSystem<P> {
     /// `memory` came from this system with `layout`; `new_size` is not 0 and does not overflow when rounded up to the alignment.
     pub unsafe fn realloc(&self, memory: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
         let align = layout.align();
-        let old_class = class_of(layout.size(), align);
-        let same = match (old_class, class_of(new_size, align)) {
-            (Some(old), Some(new)) => old == new,
+        let old_class = Self::class_for(layout.size(), align);
+        let same = match (old_class, Self::class_for(new_size, align)) {
+            (Some(old), Some(new)) => {
+                old == new && (Self::FEATURES.extra() == 0 && Self::FEATURES.sample == 0)
+            }
             (None, None) => NonNull::new(memory)
                 .and_then(|memory| self.ksize(memory))
-                .is_some_and(|had| fits_in_place(had, new_size, align)),
+                .is_some_and(|had| self.fits_in_place(had, new_size, align)),
             _ => false,
         };
         if same {
@@ -328,14 +414,27 @@ impl<P: Platform> SlabSystem<P> {
         }
         new
     }
-}
 
-/// Whether an allocation with `had` usable bytes is what `size` bytes would get.
-fn fits_in_place(had: usize, size: usize, align: usize) -> bool {
-    match class_of(size, align).and_then(class_size) {
-        Some(class) => class == had,
-        None => {
-            size <= had && size.div_ceil(PAGE_SIZE as usize) == had.div_ceil(PAGE_SIZE as usize)
+    /// Whether an allocation with `had` usable bytes is what `size` bytes would get.
+    fn fits_in_place(&self, had: usize, size: usize, align: usize) -> bool {
+        if Self::FEATURES.extra() > 0 || Self::FEATURES.sample > 0 {
+            return had == size;
+        }
+        match class_of(size, align).and_then(class_size) {
+            Some(class) => class == had,
+            None => {
+                size <= had && size.div_ceil(PAGE_SIZE as usize) == had.div_ceil(PAGE_SIZE as usize)
+            }
         }
     }
+}
+
+/// The area of the large source that `memory`, which may be a guarded object at the end of a page, belongs to.
+fn area_of(large: &impl LargeSource, memory: NonNull<u8>) -> NonNull<u8> {
+    if large.size_of(memory).is_some() {
+        return memory;
+    }
+    let before = memory.as_ptr().addr() % PAGE_SIZE as usize;
+    // SAFETY: the page's start is not null: it is inside the area.
+    unsafe { memory.sub(before) }
 }

@@ -1,7 +1,8 @@
 //! What a caller did wrong, where the allocator found out.
 //!
 //! The default build finds these late: a pointer is checked when its array is flushed to the slabs. That costs
-//! nothing on the fast path, and what is found is dropped instead of being handed out again.
+//! nothing on the fast path, and what is found is dropped instead of being handed out again. With a policy that checks
+//! ([`crate::Check`] and others) a wrong free is found at the call, and changes nothing.
 
 use core::fmt;
 use core::ptr;
@@ -40,6 +41,35 @@ pub enum Misuse {
         /// The address that was freed.
         address: usize,
     },
+    /// A free object was written to. Found by [`Poison`](crate::Poison).
+    UseAfterFree {
+        /// The name of the cache.
+        cache: &'static str,
+        /// The address of the object.
+        address: usize,
+        /// The first byte that changed, from the object's start.
+        offset: usize,
+    },
+    /// Bytes behind an object were written to. Found by [`Redzone`](crate::Redzone).
+    Overrun {
+        /// The name of the cache.
+        cache: &'static str,
+        /// The address of the object.
+        address: usize,
+        /// The first byte that changed, from the object's start.
+        offset: usize,
+    },
+    /// The size that an object was freed with is not the one that was asked for. Found by [`Redzone`](crate::Redzone).
+    WrongSize {
+        /// The name of the cache.
+        cache: &'static str,
+        /// The address of the object.
+        address: usize,
+        /// The size that was asked for, in bytes.
+        allocated: usize,
+        /// The size that it was freed with, in bytes.
+        freed: usize,
+    },
     /// The address is in no slab, in no block of pages and in no large area of this system.
     ForeignFree {
         /// The address that was freed.
@@ -66,6 +96,31 @@ impl fmt::Display for Misuse {
             } => write!(
                 f,
                 "{address:#x} was freed to {cache} and belongs to {belongs_to}"
+            ),
+            Self::UseAfterFree {
+                cache,
+                address,
+                offset,
+            } => write!(
+                f,
+                "{cache}: byte {offset} of {address:#x} was written after the free"
+            ),
+            Self::Overrun {
+                cache,
+                address,
+                offset,
+            } => write!(
+                f,
+                "{cache}: byte {offset} of {address:#x} was written, behind the object"
+            ),
+            Self::WrongSize {
+                cache,
+                address,
+                allocated,
+                freed,
+            } => write!(
+                f,
+                "{cache}: {address:#x} was allocated with {allocated} bytes and freed with {freed}"
             ),
             Self::ForeignFree { address } => {
                 write!(f, "{address:#x} was freed and was never allocated here")

@@ -11,6 +11,7 @@ use kmem_hal::{
 };
 
 use crate::misuse::Misuse;
+use crate::policy::{Plain, Policy};
 
 /// The parts that a slab system is built from.
 ///
@@ -31,6 +32,8 @@ pub unsafe trait Platform {
     type Lock: RawLock;
     /// Where large sizes come from.
     type Large: LargeSource;
+    /// How much kmalloc checks, and typed caches that do not say otherwise.
+    type Policy: Policy;
 
     /// The page source.
     fn frames(&self) -> &Self::Frames;
@@ -57,7 +60,7 @@ pub unsafe trait Platform {
     }
 }
 
-/// Ready-made parts put together: by value or by reference, both work.
+/// Ready-made parts put together: by value or by reference, both work. `H` is the policy, [`Plain`] or more.
 ///
 /// # Examples
 ///
@@ -81,16 +84,16 @@ pub unsafe trait Platform {
 /// let system = SlabSystem::new();
 /// assert!(system.init(parts).is_err(), "no frame for the first page of heads");
 /// ```
-pub struct Parts<F, M, C, L = IrqSafe, V = NoLarge, T = &'static FrameTable> {
+pub struct Parts<F, M, C, L = IrqSafe, V = NoLarge, T = &'static FrameTable, H = Plain> {
     frames: F,
     map: M,
     cpu: C,
     table: T,
     large: V,
-    lock: PhantomData<fn() -> L>,
+    lock: PhantomData<fn() -> (L, H)>,
 }
 
-impl<F, M, C, L, T> Parts<F, M, C, L, NoLarge, T> {
+impl<F, M, C, L, T, H> Parts<F, M, C, L, NoLarge, T, H> {
     /// Parts without a source of large sizes.
     ///
     /// # Safety
@@ -102,7 +105,7 @@ impl<F, M, C, L, T> Parts<F, M, C, L, NoLarge, T> {
     }
 }
 
-impl<F, M, C, L, V, T> Parts<F, M, C, L, V, T> {
+impl<F, M, C, L, V, T, H> Parts<F, M, C, L, V, T, H> {
     /// Parts with a source of large sizes.
     ///
     /// # Safety
@@ -121,7 +124,7 @@ impl<F, M, C, L, V, T> Parts<F, M, C, L, V, T> {
 }
 
 // SAFETY: S1: the fields are private and never change; S2, S3: promised to the constructors.
-unsafe impl<F, M, C, L, V, T> Platform for Parts<F, M, C, L, V, T>
+unsafe impl<F, M, C, L, V, T, H> Platform for Parts<F, M, C, L, V, T, H>
 where
     F: FrameSource + FrameSink,
     M: PhysMap,
@@ -129,12 +132,14 @@ where
     L: RawLock,
     V: LargeSource,
     T: core::ops::Deref<Target = FrameTable>,
+    H: Policy,
 {
     type Frames = F;
     type Map = M;
     type Cpu = C;
     type Lock = L;
     type Large = V;
+    type Policy = H;
 
     fn frames(&self) -> &F {
         &self.frames
@@ -156,7 +161,7 @@ where
     }
 }
 
-impl<F, M, C, L, V, T> fmt::Debug for Parts<F, M, C, L, V, T> {
+impl<F, M, C, L, V, T, H> fmt::Debug for Parts<F, M, C, L, V, T, H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("Parts(..)")
     }

@@ -12,6 +12,7 @@ use kmem_hal::{Lock, RawLock};
 use crate::depot::Depot;
 use crate::geometry::Geometry;
 use crate::head::Row;
+use crate::policy::Features;
 use crate::slab::{Pending, Slab};
 
 /// What runs once for each object of a new slab, and before a slab goes back.
@@ -38,6 +39,8 @@ pub struct Setup {
     /// Slabs never go back while the cache lives (type-stable memory).
     pub stable: bool,
     pub hooks: Option<Hooks>,
+    /// What the cache's policy switches on.
+    pub features: Features,
 }
 
 /// A cache without its type.

@@ -216,5 +216,25 @@ pub(crate) unsafe fn fill<L: kmem_hal::RawLock>(
         }
     }
     depot.refills += u64::from(n > 0);
+    if cache.setup.features.shuffle {
+        // SAFETY: the first `n` slots hold objects.
+        shuffle(&mut depot.random, unsafe {
+            core::slice::from_raw_parts_mut(slots, n)
+        });
+    }
     n
+}
+
+/// Puts objects into an order that is hard to guess (Fisher and Yates, with xorshift).
+fn shuffle(random: &mut u64, slots: &mut [Slot]) {
+    if *random == 0 {
+        // Where things lie is as random as the kernel's layout; a platform with a random source sets the seed.
+        *random = (ptr::from_mut(random).addr() as u64 ^ 0x9e37_79b9_7f4a_7c15) | 1;
+    }
+    for last in (1..slots.len()).rev() {
+        *random ^= *random << 13;
+        *random ^= *random >> 7;
+        *random ^= *random << 17;
+        slots.swap(last, (*random % (last as u64 + 1)) as usize);
+    }
 }

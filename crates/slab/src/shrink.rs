@@ -32,6 +32,7 @@ impl<P: Platform> SlabSystem<P> {
 
     /// As [`shrink`](Self::shrink) for one cache.
     pub(crate) fn shrink_cache(&self, cache: &RawCache<P::Lock>) -> u64 {
+        self.end_quarantine(cache);
         self.drain_own(cache);
         self.drain_depot(cache);
         if cache.setup.stable {

@@ -8,6 +8,7 @@ use kmem_hal::AllocError;
 
 use crate::cache::Cache;
 use crate::platform::Platform;
+use crate::policy::Policy;
 
 /// A value in an object of a cache; dropping it drops the value and gives the object back.
 ///
@@ -20,30 +21,40 @@ use crate::platform::Platform;
 ///     drop(boxed);
 /// }
 /// ```
-pub struct SlabBox<'c, T, P: Platform, const STABLE: bool = false> {
-    cache: &'c Cache<'c, T, P, STABLE>,
+pub struct SlabBox<
+    'c,
+    T,
+    P: Platform,
+    const STABLE: bool = false,
+    H: Policy = <P as Platform>::Policy,
+> {
+    cache: &'c Cache<'c, T, P, STABLE, H>,
     object: NonNull<T>,
 }
 
 // SAFETY: the box owns its value; the cache is shared by all CPUs.
-unsafe impl<T: Send, P: Platform + Sync, const STABLE: bool> Send for SlabBox<'_, T, P, STABLE> where
-    P::Lock: Send + Sync
+unsafe impl<T: Send, P: Platform + Sync, const STABLE: bool, H: Policy> Send
+    for SlabBox<'_, T, P, STABLE, H>
+where
+    P::Lock: Send + Sync,
 {
 }
 // SAFETY: as above.
-unsafe impl<T: Sync, P: Platform + Sync, const STABLE: bool> Sync for SlabBox<'_, T, P, STABLE> where
-    P::Lock: Send + Sync
+unsafe impl<T: Sync, P: Platform + Sync, const STABLE: bool, H: Policy> Sync
+    for SlabBox<'_, T, P, STABLE, H>
+where
+    P::Lock: Send + Sync,
 {
 }
 
-impl<'c, T, P: Platform, const STABLE: bool> SlabBox<'c, T, P, STABLE> {
+impl<'c, T, P: Platform, const STABLE: bool, H: Policy> SlabBox<'c, T, P, STABLE, H> {
     /// Makes a box of an object.
     ///
     /// # Safety
     ///
     /// `object` came from `cache`, holds a value, and nobody else owns it.
     #[inline]
-    pub unsafe fn from_raw(cache: &'c Cache<'c, T, P, STABLE>, object: NonNull<T>) -> Self {
+    pub unsafe fn from_raw(cache: &'c Cache<'c, T, P, STABLE, H>, object: NonNull<T>) -> Self {
         Self { cache, object }
     }
 
@@ -67,7 +78,7 @@ impl<'c, T, P: Platform, const STABLE: bool> SlabBox<'c, T, P, STABLE> {
     }
 }
 
-impl<T, P: Platform, const STABLE: bool> Deref for SlabBox<'_, T, P, STABLE> {
+impl<T, P: Platform, const STABLE: bool, H: Policy> Deref for SlabBox<'_, T, P, STABLE, H> {
     type Target = T;
 
     #[inline]
@@ -77,7 +88,7 @@ impl<T, P: Platform, const STABLE: bool> Deref for SlabBox<'_, T, P, STABLE> {
     }
 }
 
-impl<T, P: Platform, const STABLE: bool> DerefMut for SlabBox<'_, T, P, STABLE> {
+impl<T, P: Platform, const STABLE: bool, H: Policy> DerefMut for SlabBox<'_, T, P, STABLE, H> {
     #[inline]
     fn deref_mut(&mut self) -> &mut T {
         // SAFETY: the box owns an initialised object and is borrowed exclusively.
@@ -85,7 +96,7 @@ impl<T, P: Platform, const STABLE: bool> DerefMut for SlabBox<'_, T, P, STABLE> 
     }
 }
 
-impl<T, P: Platform, const STABLE: bool> Drop for SlabBox<'_, T, P, STABLE> {
+impl<T, P: Platform, const STABLE: bool, H: Policy> Drop for SlabBox<'_, T, P, STABLE, H> {
     #[inline]
     fn drop(&mut self) {
         // SAFETY: the box owned the value and the object; neither is used afterwards.
@@ -96,13 +107,17 @@ impl<T, P: Platform, const STABLE: bool> Drop for SlabBox<'_, T, P, STABLE> {
     }
 }
 
-impl<T: fmt::Debug, P: Platform, const STABLE: bool> fmt::Debug for SlabBox<'_, T, P, STABLE> {
+impl<T: fmt::Debug, P: Platform, const STABLE: bool, H: Policy> fmt::Debug
+    for SlabBox<'_, T, P, STABLE, H>
+{
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Debug::fmt(&**self, f)
     }
 }
 
-impl<T: fmt::Display, P: Platform, const STABLE: bool> fmt::Display for SlabBox<'_, T, P, STABLE> {
+impl<T: fmt::Display, P: Platform, const STABLE: bool, H: Policy> fmt::Display
+    for SlabBox<'_, T, P, STABLE, H>
+{
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(&**self, f)
     }

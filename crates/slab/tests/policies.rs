@@ -1,0 +1,540 @@
+//! Each misuse that a policy is there to find, planted; and that a system with the policy works as one without.
+
+mod common;
+
+use std::alloc::Layout;
+use std::marker::PhantomData;
+use std::ptr::NonNull;
+use std::sync::{Arc, Mutex};
+
+use common::{Arena, TestParts, parts, run_as};
+use kmem_hal::{AllocError, FrameTable, LargeSource, OffsetMap, Spin};
+use kmem_slab::{
+    Cache, Check, Flags, Guard, Misuse, Owner, Plain, Platform, Poison, Policy, Quarantine,
+    Redzone, Shuffle, SlabSystem,
+};
+
+/// The parts of the other tests with a policy, a log of what was reported, and a source of pages for guarded objects.
+struct Hardened<H> {
+    parts: TestParts,
+    log: Arc<Mutex<Vec<Misuse>>>,
+    large: Pages,
+    policy: PhantomData<fn() -> H>,
+}
+
+/// Pages of the host's heap, as a large source.
+struct Pages(Mutex<Vec<usize>>);
+
+// SAFETY: V1, V2: the host's heap gives each page once.
+unsafe impl LargeSource for Pages {
+    fn alloc_large(&self, size: usize, _align: usize) -> Result<NonNull<u8>, AllocError> {
+        assert!(size <= 4096);
+        // SAFETY: the layout is not empty.
+        let page = unsafe { std::alloc::alloc(Layout::from_size_align(4096, 4096).unwrap()) };
+        self.0.lock().unwrap().push(page.expose_provenance());
+        NonNull::new(page).ok_or(AllocError::OutOfMemory)
+    }
+    unsafe fn free_large(&self, memory: NonNull<u8>) {
+        let mut pages = self.0.lock().unwrap();
+        let at = pages
+            .iter()
+            .position(|&page| page == memory.as_ptr().addr());
+        pages.swap_remove(at.expect("a page that was given"));
+        // SAFETY: from `alloc_large`, and only once.
+        unsafe {
+            std::alloc::dealloc(
+                memory.as_ptr(),
+                Layout::from_size_align(4096, 4096).unwrap(),
+            )
+        };
+    }
+    fn contains(&self, address: *const u8) -> bool {
+        self.0.lock().unwrap().contains(&(address.addr() & !4095))
+    }
+    fn size_of(&self, memory: NonNull<u8>) -> Option<usize> {
+        self.0
+            .lock()
+            .unwrap()
+            .contains(&memory.as_ptr().addr())
+            .then_some(4096)
+    }
+}
+
+// SAFETY: S1 to S3: those of the parts.
+unsafe impl<H: Policy> Platform for Hardened<H> {
+    type Frames = &'static Arena;
+    type Map = OffsetMap;
+    type Cpu = common::ThreadCpu;
+    type Lock = Spin;
+    type Large = Pages;
+    type Policy = H;
+
+    fn frames(&self) -> &&'static Arena {
+        self.parts.frames()
+    }
+    fn map(&self) -> &OffsetMap {
+        self.parts.map()
+    }
+    fn table(&self) -> &FrameTable {
+        self.parts.table()
+    }
+    fn cpu(&self) -> &common::ThreadCpu {
+        self.parts.cpu()
+    }
+    fn large(&self) -> &Pages {
+        &self.large
+    }
+    fn misuse(&self, misuse: &Misuse) {
+        self.log.lock().unwrap().push(*misuse);
+    }
+}
+
+struct World<H: Policy> {
+    arena: &'static Arena,
+    system: SlabSystem<Hardened<H>>,
+    log: Arc<Mutex<Vec<Misuse>>>,
+}
+
+impl<H: Policy> World<H> {
+    fn new() -> Self {
+        run_as(0);
+        let (arena, log) = (Arena::new(2048), Arc::default());
+        let system = SlabSystem::new();
+        system
+            .init(Hardened {
+                parts: parts(arena, 2),
+                log: Arc::clone(&log),
+                large: Pages(Mutex::default()),
+                policy: PhantomData,
+            })
+            .unwrap();
+        Self { arena, system, log }
+    }
+
+    fn take(&self, size: usize) -> NonNull<u8> {
+        self.system.kmalloc(size, Flags::empty()).unwrap()
+    }
+
+    /// What was reported since the last look.
+    fn seen(&self) -> Vec<Misuse> {
+        std::mem::take(&mut self.log.lock().unwrap())
+    }
+
+    fn end(mut self) {
+        assert_eq!(self.seen(), []);
+        self.system.teardown().unwrap();
+        assert_eq!(self.arena.used(), 0);
+        self.arena.check_slots();
+    }
+}
+
+#[test]
+fn check_finds_a_double_free_at_the_call_and_goes_on() {
+    let world: World<Check> = World::new();
+    for size in [8, 24, 40, 64, 100, 5000] {
+        let (a, b) = (world.take(size), world.take(size));
+        // SAFETY: the second free of `a` is the misuse under test, which the policy refuses.
+        unsafe {
+            world.system.kfree(a.as_ptr());
+            world.system.kfree(a.as_ptr());
+        }
+        let address = a.as_ptr().addr();
+        assert!(
+            matches!(world.seen()[..], [Misuse::DoubleFree { address: at, .. }] if at == address),
+            "size {size}"
+        );
+        let layout = Layout::from_size_align(size, 8).unwrap();
+        // SAFETY: as above, with the layout.
+        unsafe { world.system.kfree_layout(a, layout) };
+        assert!(matches!(world.seen()[..], [Misuse::DoubleFree { .. }]));
+        // SAFETY: a live allocation.
+        unsafe { world.system.kfree_layout(b, layout) };
+        assert_eq!(world.seen(), []);
+    }
+    world.end();
+}
+
+#[test]
+fn check_finds_an_address_inside_an_object() {
+    let world: World<Check> = World::new();
+    for (size, offsets) in [
+        (64, &[8, 16, 48][..]),
+        (24, &[8, 16]),
+        (40, &[8, 16, 24, 32]),
+    ] {
+        let objects = [world.take(size), world.take(size), world.take(size)];
+        for &offset in offsets {
+            // SAFETY: the misuse under test; nothing is written.
+            unsafe { world.system.kfree(objects[1].as_ptr().add(offset)) };
+            assert!(
+                matches!(world.seen()[..], [Misuse::InvalidFree { .. }]),
+                "{offset} of {size}"
+            );
+        }
+        for object in objects {
+            // SAFETY: live allocations.
+            unsafe { world.system.kfree(object.as_ptr()) };
+        }
+    }
+    world.end();
+}
+
+#[test]
+fn check_finds_the_wrong_class_the_wrong_cache_and_strangers() {
+    let world: World<Check> = World::new();
+    {
+        let one: Cache<'_, [u64; 8], _> = Cache::new(&world.system, "one");
+        let other: Cache<'_, [u64; 8], _> = Cache::new(&world.system, "other");
+        let boxed = one.alloc([1; 8]).unwrap();
+        drop(other.alloc([1; 8]).unwrap());
+        let raw = kmem_slab::SlabBox::into_raw(boxed);
+        // SAFETY: the misuse under test: an object of one cache in a box of the other.
+        drop(unsafe { kmem_slab::SlabBox::from_raw(&other, raw) });
+        assert!(matches!(
+            world.seen()[..],
+            [Misuse::WrongCache {
+                cache: "other",
+                belongs_to: "one",
+                ..
+            }]
+        ));
+        // SAFETY: the object is still in use.
+        drop(unsafe { kmem_slab::SlabBox::from_raw(&one, raw) });
+    }
+    let a = world.take(64);
+    // SAFETY: the misuse under test: the layout is that of another class.
+    unsafe {
+        world
+            .system
+            .kfree_layout(a, Layout::from_size_align(200, 8).unwrap())
+    };
+    assert!(matches!(
+        world.seen()[..],
+        [Misuse::WrongCache {
+            cache: "kmalloc-224",
+            belongs_to: "kmalloc-64",
+            ..
+        }]
+    ));
+    let mut local = 0u64;
+    // SAFETY: the misuse under test.
+    unsafe {
+        world
+            .system
+            .kfree_layout(NonNull::from(&mut local).cast(), Layout::new::<u64>())
+    };
+    assert!(matches!(world.seen()[..], [Misuse::ForeignFree { .. }]));
+    // SAFETY: a live allocation.
+    unsafe { world.system.kfree(a.as_ptr()) };
+    world.end();
+}
+
+#[test]
+fn redzone_finds_writes_behind_the_object_and_the_wrong_size() {
+    let world: World<Redzone> = World::new();
+    for size in [1, 60, 64, 1000] {
+        for behind in [0, 1, 15] {
+            let a = world.take(size);
+            assert_eq!(world.system.ksize(a), Some(size));
+            // SAFETY: inside the slot, behind the object: the misuse under test.
+            unsafe {
+                a.add(size + behind).write(1);
+                world.system.kfree(a.as_ptr());
+            }
+            let at = size + behind;
+            assert!(
+                matches!(world.seen()[..], [Misuse::Overrun { offset, .. }] if offset == at),
+                "{size} + {behind}"
+            );
+        }
+    }
+    let a = world.take(60);
+    // SAFETY: the misuse under test: one byte less than was asked for.
+    unsafe {
+        world
+            .system
+            .kfree_layout(a, Layout::from_size_align(59, 8).unwrap())
+    };
+    assert!(matches!(
+        world.seen()[..],
+        [Misuse::WrongSize {
+            allocated: 60,
+            freed: 59,
+            ..
+        }]
+    ));
+    world.end();
+}
+
+#[test]
+fn poison_finds_writes_after_the_free() {
+    let world: World<Poison> = World::new();
+    for offset in [0, 8, 63] {
+        let a = world.take(64);
+        // SAFETY: the write after the free is the misuse under test; the slab is still there.
+        unsafe {
+            world.system.kfree(a.as_ptr());
+            a.add(offset).write(7);
+        }
+        let b = world.take(64);
+        assert_eq!(a, b);
+        assert!(
+            matches!(world.seen()[..], [Misuse::UseAfterFree { offset: at, .. }] if at == offset)
+        );
+        // SAFETY: a live allocation.
+        unsafe { world.system.kfree(b.as_ptr()) };
+    }
+    world.end();
+}
+
+#[test]
+fn poison_shows_in_what_is_not_initialised() {
+    let world: World<Poison> = World::new();
+    let a = world.take(32);
+    // SAFETY: allocated, and written by the policy.
+    assert_eq!(unsafe { a.add(31).read() }, 0x5a);
+    let b = world.system.kmalloc(32, Flags::ZERO).unwrap();
+    // SAFETY: as above.
+    assert_eq!(unsafe { b.add(31).read() }, 0);
+    for object in [a, b] {
+        // SAFETY: live allocations.
+        unsafe { world.system.kfree(object.as_ptr()) };
+    }
+    world.end();
+}
+
+#[test]
+fn quarantine_keeps_freed_objects_from_coming_back_at_once() {
+    let world: World<(Quarantine<8>, Poison)> = World::new();
+    let mut freed = Vec::new();
+    for round in 0..100 {
+        let a = world.take(64);
+        assert!(
+            !freed.iter().rev().take(8).any(|&old| old == a),
+            "round {round}: given again within 8 frees"
+        );
+        freed.push(a);
+        // SAFETY: a live allocation.
+        unsafe { world.system.kfree(a.as_ptr()) };
+    }
+    let old = *freed.last().unwrap();
+    // SAFETY: the write after the free and the double free are the misuses under test.
+    unsafe {
+        world.system.kfree(old.as_ptr());
+        assert!(matches!(world.seen()[..], [Misuse::DoubleFree { .. }]));
+        old.add(5).write(1);
+    }
+    let mut waiting = 0;
+    world
+        .system
+        .caches(|cache| waiting += cache.waiting)
+        .unwrap();
+    assert_eq!(waiting, 8);
+    // It is found when the object leaves the quarantine.
+    for _ in 0..8 {
+        let a = world.take(64);
+        // SAFETY: a live allocation.
+        unsafe { world.system.kfree(a.as_ptr()) };
+    }
+    assert!(matches!(
+        world.seen()[..],
+        [Misuse::UseAfterFree { offset: 5, .. }]
+    ));
+    // What was found is poisoned again before the teardown looks.
+    world.system.shrink();
+    let mut active = 0;
+    world
+        .system
+        .caches(|cache| active += cache.active_objects + cache.waiting)
+        .unwrap();
+    assert_eq!(active, 0);
+}
+
+#[test]
+fn shuffle_gives_addresses_out_of_order() {
+    let plain: World<Plain> = World::new();
+    let shuffled: World<Shuffle> = World::new();
+    fn ascending<H: Policy>(world: &World<H>) -> usize {
+        let objects: Vec<_> = (0..60).map(|_| world.take(64)).collect();
+        let count = objects.windows(2).filter(|pair| pair[0] < pair[1]).count();
+        for object in objects {
+            // SAFETY: live allocations.
+            unsafe { world.system.kfree(object.as_ptr()) };
+        }
+        count
+    }
+    assert!(ascending(&plain) >= 57);
+    assert!((10..50).contains(&ascending(&shuffled)));
+    plain.end();
+    shuffled.end();
+}
+
+#[test]
+fn owner_tells_which_line_leaked() {
+    let mut world: World<Owner> = World::new();
+    let line = line!() + 1;
+    let leaked = world.system.kmalloc(100, Flags::empty()).unwrap();
+    let other = world.take(100);
+    // SAFETY: a live allocation.
+    unsafe { world.system.kfree(other.as_ptr()) };
+    let mut owned = Vec::new();
+    world.system.owners(|object| owned.push(*object));
+    let [object] = owned[..] else {
+        panic!("{owned:?}")
+    };
+    assert_eq!((object.cache, object.size), ("kmalloc-128", 100));
+    assert_eq!(object.address, leaked.as_ptr().addr());
+    let place = object.place.unwrap();
+    assert_eq!((place.file(), place.line()), (file!(), line));
+    assert!(object.to_string().contains("policies.rs"), "{object}");
+    let refused = world.system.teardown().unwrap_err();
+    assert_eq!((refused.cache, refused.objects), ("kmalloc-128", 1));
+    // SAFETY: the allocation is still there.
+    unsafe { world.system.kfree(leaked.as_ptr()) };
+    world.end();
+}
+
+#[test]
+fn owner_tells_the_line_of_a_box() {
+    let mut world: World<Plain> = World::new();
+    {
+        let cache: Cache<'_, u64, _, false, Owner> = Cache::new(&world.system, "owned");
+        let line = line!() + 1;
+        let boxed = cache.alloc(5).unwrap();
+        let mut owned = Vec::new();
+        // SAFETY: nobody else uses the system.
+        unsafe { world.system.owners_shared(|object| owned.push(*object)) };
+        assert_eq!(owned.len(), 1);
+        assert_eq!((owned[0].cache, owned[0].size), ("owned", 8));
+        assert_eq!(owned[0].place.unwrap().line(), line);
+        drop(boxed);
+    }
+    let mut owned = 0;
+    world.system.owners(|_| owned += 1);
+    assert_eq!(owned, 0);
+    world.end();
+}
+
+#[test]
+fn guard_puts_one_in_so_many_at_the_end_of_its_own_page() {
+    let world: World<Guard<4>> = World::new();
+    let mut at_an_end = 0;
+    for size in [16, 48, 100, 1024] {
+        let objects: Vec<_> = (0..8).map(|_| world.take(size)).collect();
+        for object in objects {
+            let end = object.as_ptr().addr() + size.next_multiple_of(8);
+            let guarded = end.is_multiple_of(4096);
+            at_an_end += usize::from(guarded);
+            // SAFETY: a live allocation.
+            unsafe {
+                object.write_bytes(1, size);
+                if object.as_ptr().addr() & 16 == 0 {
+                    world.system.kfree(object.as_ptr());
+                } else {
+                    let layout = Layout::from_size_align(size, 8).unwrap();
+                    world.system.kfree_layout(object, layout);
+                }
+            }
+        }
+    }
+    assert!(at_an_end >= 8, "{at_an_end} of 32");
+    world.end();
+}
+
+/// A mixed run: contents stay, counts agree, nothing is reported, all memory goes back.
+fn works<H: Policy>() {
+    let world: World<H> = World::new();
+    let mut held: Vec<(NonNull<u8>, usize, u8)> = Vec::new();
+    let mut state = 9u64;
+    for step in 0..6000u32 {
+        state = state
+            .wrapping_mul(6_364_136_223_846_793_005)
+            .wrapping_add(1);
+        let random = (state >> 33) as usize;
+        if !random.is_multiple_of(3) && held.len() < 300 || held.is_empty() {
+            let size = 1 + random % [40, 300, 3000][random % 3];
+            let Ok(object) = world.system.kmalloc(size, Flags::empty()) else {
+                continue;
+            };
+            // SAFETY: a live allocation of `size` bytes.
+            unsafe { object.write_bytes(step as u8, size) };
+            held.push((object, size, step as u8));
+        } else {
+            let (object, size, fill) = held.swap_remove(random % held.len());
+            // SAFETY: a live allocation, filled above.
+            let bytes = unsafe { std::slice::from_raw_parts(object.as_ptr(), size) };
+            assert!(bytes.iter().all(|&byte| byte == fill));
+            let layout = Layout::from_size_align(size, 8).unwrap();
+            // SAFETY: a live allocation.
+            unsafe {
+                if random % 2 == 0 {
+                    world.system.kfree(object.as_ptr());
+                } else if random % 5 == 0 {
+                    let grown = world.system.realloc(object.as_ptr(), layout, size + 40);
+                    let grown = NonNull::new(grown).unwrap();
+                    assert_eq!(grown.as_ptr().read(), fill);
+                    grown.write_bytes(fill, size + 40);
+                    held.push((grown, size + 40, fill));
+                } else {
+                    world.system.kfree_layout(object, layout);
+                }
+            }
+        }
+        if step % 1500 == 700 {
+            world.system.shrink();
+        }
+        run_as(u32::from(step % 64 < 20));
+    }
+    run_as(0);
+    for (object, ..) in held {
+        // SAFETY: live allocations.
+        unsafe { world.system.kfree(object.as_ptr()) };
+    }
+    world
+        .system
+        .caches(|cache| {
+            assert_eq!(cache.active_objects, 0, "{cache:?}");
+            assert_eq!(cache.allocs, cache.frees, "{cache:?}");
+        })
+        .unwrap();
+    world.end();
+}
+
+#[test]
+fn systems_with_any_policy_work() {
+    works::<Plain>();
+    works::<Check>();
+    works::<Redzone>();
+    works::<Poison>();
+    works::<Quarantine<16>>();
+    works::<Shuffle>();
+    works::<Owner>();
+    works::<Guard<10>>();
+    works::<(Check, Redzone, Poison, Quarantine<32>, Shuffle, Owner)>();
+}
+
+#[test]
+fn memory_for_states_may_run_out_anywhere() {
+    for fail in 0..40 {
+        let mut world: World<(Check, Owner)> = World::new();
+        world
+            .arena
+            .fail_at
+            .store(fail, std::sync::atomic::Ordering::Relaxed);
+        let objects: Vec<_> = (0..200)
+            .filter_map(|n| world.system.kmalloc(40 + n, Flags::empty()).ok())
+            .collect();
+        world
+            .arena
+            .fail_at
+            .store(u64::MAX, std::sync::atomic::Ordering::Relaxed);
+        assert!(objects.len() >= 199, "one refusal costs at most one object");
+        for object in objects {
+            // SAFETY: live allocations.
+            unsafe { world.system.kfree(object.as_ptr()) };
+        }
+        world.system.teardown().unwrap();
+        assert_eq!(world.arena.used(), 0);
+        world.arena.check_slots();
+    }
+}
