@@ -124,27 +124,49 @@ mod measure {
         runner.run(Workload::new("buddy", "shared_rmw_mixed", Unit::Count).with("kmem", step));
     }
 
-    /// Locked instructions of the slab system for each 64 objects that it has to take out of slabs; those of the page allocator
-    /// below it are part of that price.
+    /// Locked instructions for each 64 objects of a page that leave their slabs and come back, by way of the arrays of one CPU: refills and
+    /// flushes. And for each 64 objects of new slabs, the page allocator included.
     fn refills(runner: &mut Runner) {
         const OBJECTS: usize = 64 * 1024;
         let machine = Machine::leak(Region::new(1 << 14));
         let layout = Layout::new::<[u64; 8]>();
-        let mut objects = Vec::with_capacity(OBJECTS);
-        let refill = |_: u64, _: &mut Watch| {
-            let count = locked((OBJECTS / 64) as u64, || {
-                for _ in 0..OBJECTS {
-                    objects.push(machine.slab.alloc(layout));
-                }
-            });
-            for object in objects.drain(..) {
+        let take = |objects: &mut Vec<*mut u8>, count| {
+            for _ in 0..count {
+                let object = machine.slab.alloc(layout);
                 assert!(!object.is_null());
-                // SAFETY: allocated above with this layout.
+                objects.push(object);
+            }
+        };
+        let give = |objects: &mut Vec<*mut u8>| {
+            for object in objects.drain(..) {
+                // SAFETY: allocated with this layout, freed once.
                 unsafe { machine.slab.dealloc(object, layout) };
             }
+        };
+        let mut objects = Vec::with_capacity(OBJECTS);
+        let new = |_: u64, _: &mut Watch| {
+            let count = locked((OBJECTS / 64) as u64, || take(&mut objects, OBJECTS));
+            give(&mut objects);
             machine.slab.shrink();
             Slice::value(count)
         };
-        runner.run(Workload::new("slab", "rmw_per_64", Unit::Count).with("kmem", refill));
+        runner.run(Workload::new("slab", "rmw_per_64_new", Unit::Count).with("kmem", new));
+        let (mut held, mut kept) = (Vec::with_capacity(OBJECTS), Vec::new());
+        let again = |_: u64, _: &mut Watch| {
+            // One page in two stays in use, so that no slab goes back and every object comes from one.
+            take(&mut held, OBJECTS);
+            let mut free: Vec<_> = held
+                .extract_if(.., |object| object.addr() & 4096 == 0)
+                .collect();
+            kept.append(&mut held);
+            let batches = (free.len() / 64) as u64;
+            let count = locked(batches, || give(&mut free))
+                + locked(batches, || take(&mut free, OBJECTS / 2));
+            give(&mut free);
+            give(&mut kept);
+            machine.slab.shrink();
+            Slice::value(count / 2.0)
+        };
+        runner.run(Workload::new("slab", "rmw_per_64", Unit::Count).with("kmem", again));
     }
 }

@@ -13,11 +13,11 @@ use std::cell::Cell;
 use kmem_buddy::{BootMap, Buddy, Config, RegionKind};
 use kmem_hal::{
     CachePadded, Cpu, CpuId, EpochArea, EpochGrace, FlushRequest, Frame, FrameRange, FrameRequest,
-    FrameSink, FrameSlot, FrameSource, FrameTable, Mmu, Order, OwnedFrame, PhysAddr, PhysMap, Root,
-    SECTION_FRAMES, Section, Spin,
+    FrameSink, FrameSlot, FrameSource, FrameTable, Mmu, NoLarge, Order, OwnedFrame, PhysAddr,
+    PhysMap, Root, SECTION_FRAMES, Section, Spin,
 };
 use kmem_host::HostBarrier;
-use kmem_slab::{Parts, SlabSystem};
+use kmem_slab::{Parts, Plain, Policy, SlabSystem};
 
 use crate::mixed::Frames;
 
@@ -264,7 +264,11 @@ pub fn frame_table(region: &Region) -> &'static FrameTable {
 }
 
 /// The parts of [`HostSlab`].
-pub type SlabParts = Parts<&'static HostBuddy, &'static Region, ThreadCpus, Spin>;
+pub type SlabParts = PolicyParts<Plain>;
+
+/// The same with a hardening policy.
+pub type PolicyParts<H> =
+    Parts<&'static HostBuddy, &'static Region, ThreadCpus, Spin, NoLarge, &'static FrameTable, H>;
 
 /// The slab system that the workloads use.
 pub type HostSlab = SlabSystem<SlabParts>;
@@ -309,6 +313,20 @@ impl Machine {
                 .expect("memory for a second CPU");
         }
         machine
+    }
+
+    /// A slab system with a hardening policy over the frames of this machine, which lives for ever as well.
+    ///
+    /// # Panics
+    ///
+    /// Where it does not start.
+    #[must_use]
+    pub fn with_policy<H: Policy>(&self) -> &'static SlabSystem<PolicyParts<H>> {
+        let slab = Box::leak(Box::new(SlabSystem::new()));
+        // SAFETY: S2, S3: as in `leak`.
+        let parts = unsafe { Parts::new(self.buddy, self.region, ThreadCpus::all(), self.table) };
+        slab.init(parts).expect("slab starts");
+        slab
     }
 
     /// Frames that are not free.

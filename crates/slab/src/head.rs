@@ -60,7 +60,8 @@ const _: () = {
 };
 
 impl Head {
-    pub(crate) fn new() -> Self {
+    /// A head without arrays.
+    pub fn new() -> Self {
         Self {
             busy: LocalU8::new(0),
             streak: LocalU8::new(0),
@@ -122,6 +123,12 @@ impl Head {
             word.set(0);
         }
         self.streak.set(0);
+    }
+}
+
+impl Default for Head {
+    fn default() -> Self {
+        Self::new()
     }
 }
 

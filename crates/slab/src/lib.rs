@@ -1,6 +1,13 @@
 #![doc = include_str!("../README.md")]
 #![no_std]
+#![cfg_attr(feature = "nightly", feature(allocator_api))]
 
+#[cfg(any(
+    feature = "allocator-api2-02",
+    feature = "allocator-api2-04",
+    feature = "nightly"
+))]
+mod api;
 mod array;
 mod block;
 mod bulk;
@@ -55,5 +62,6 @@ pub mod model {
     //! What the loom and shuttle models take apart.
     pub use crate::array::{Array, ArrayStack};
     pub use crate::depot::Depot;
+    pub use crate::head::{Busy, Head};
     pub use crate::slab::{Pending, Slab};
 }

@@ -1,4 +1,5 @@
 //! Typed caches.
+#![cfg(not(any(loom, shuttle)))]
 
 mod common;
 

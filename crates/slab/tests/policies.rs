@@ -1,4 +1,5 @@
 //! Each misuse that a policy is there to find, planted; and that a system with the policy works as one without.
+#![cfg(not(any(loom, shuttle)))]
 
 mod common;
 

@@ -4,9 +4,12 @@ use std::alloc::Layout;
 use std::cell::Cell;
 use std::ptr::NonNull;
 
+use kmem_slab::{Check, SlabSystem};
+
+use super::peers::{Good, Rusty, Slabs};
 use super::{SMALL, verify};
 use crate::lock::Locked;
-use crate::platform::{Machine, Region};
+use crate::platform::{Machine, PolicyParts, Region};
 
 /// A heap as the workloads see it.
 pub(super) trait Heap: Sync {
@@ -42,6 +45,21 @@ impl Heap for Machine {
     unsafe fn free(&self, memory: *mut u8, layout: Layout) {
         // SAFETY: the caller's promise.
         unsafe { self.slab.dealloc(memory, layout) }
+    }
+}
+
+/// kmem with the policy `Check`.
+pub(super) struct Checked(pub(super) &'static SlabSystem<PolicyParts<Check>>);
+
+impl Heap for Checked {
+    #[inline]
+    fn alloc(&self, layout: Layout) -> *mut u8 {
+        self.0.alloc(layout)
+    }
+    #[inline]
+    unsafe fn free(&self, memory: *mut u8, layout: Layout) {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.dealloc(memory, layout) }
     }
 }
 
@@ -166,18 +184,6 @@ impl Heap for HostMalloc {
     }
 }
 
-#[cfg(feature = "c-peers")]
-impl Heap for mimalloc::MiMalloc {
-    fn alloc(&self, layout: Layout) -> *mut u8 {
-        // SAFETY: no layout of these workloads has size 0.
-        unsafe { std::alloc::GlobalAlloc::alloc(self, layout) }
-    }
-    unsafe fn free(&self, memory: *mut u8, layout: Layout) {
-        // SAFETY: the caller's promise.
-        unsafe { std::alloc::GlobalAlloc::dealloc(self, memory, layout) }
-    }
-}
-
 /// Addresses in a row, from the start again at the end.
 pub(super) struct Bump(pub(super) Region);
 
@@ -242,6 +248,9 @@ impl Heap for Stack {
 /// The programs, over arenas that stay for all workloads of the area.
 pub(super) struct Heaps {
     pub(super) kmem: &'static Machine,
+    pub(super) checked: Checked,
+    pub(super) slabs: Slabs,
+    pub(super) good: Good,
     pub(super) tlsf: Tlsf,
     pub(super) talc: Talc,
     pub(super) list: List,
@@ -252,8 +261,12 @@ pub(super) struct Heaps {
 impl Heaps {
     pub(super) fn new(frames: u64) -> Self {
         let arena = || Region::new(frames).touched();
+        let kmem = Machine::leak(arena());
         Self {
-            kmem: Machine::leak(arena()),
+            kmem,
+            checked: Checked(kmem.with_policy::<Check>()),
+            slabs: Slabs::new(arena()),
+            good: Good::new(arena()),
             tlsf: Tlsf::new(arena()),
             talc: Talc::new(arena()),
             list: List::new(arena()),
@@ -264,6 +277,10 @@ impl Heaps {
 
     pub(super) fn verify(&self) -> Result<(), String> {
         verify("kmem", self.kmem)?;
+        verify("kmem with Check", &self.checked)?;
+        verify("rusty_alloc", &Rusty)?;
+        verify("slab_allocator_rs", &self.slabs)?;
+        verify("good_memory_allocator", &self.good)?;
         verify("rlsf", &self.tlsf)?;
         verify("talc", &self.talc)?;
         verify("linked_list_allocator", &self.list)?;

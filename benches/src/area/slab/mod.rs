@@ -1,7 +1,9 @@
 //! Heaps: kmem-slab over kmem-buddy beside the heaps that kernels take from the registry, and the host's malloc.
 //!
 //! Each has an arena of the same size whose pages are committed before anything is timed. Programs that ask for `&mut self` stand
-//! behind one spin lock. `libc` is the malloc of the host, which keeps caches per thread and lives in user space. `limit:stack` is an array of
+//! behind one spin lock. mimalloc, jemalloc and snmalloc need the feature `c-peers` and a C++ compiler, and run in the process's own memory, as
+//! rusty_alloc does. slab_allocator_rs gives each size an eighth of its arena and good_memory_allocator spreads over all of it: they run the
+//! workloads of one size only. `libc` is the malloc of the host, which keeps caches per thread and lives in user space. `limit:stack` is an array of
 //! objects without a lock, the last freed first; `limit:bump` hands out the addresses of 32 MiB in a row and takes nothing back: what
 //! the workload itself costs.
 //!
@@ -13,6 +15,7 @@
 //! | `replace` | a random one of N live objects freed and another allocated, 8 to 4096 bytes, sizes spread evenly over their logarithm |
 //! | `prodcons` | an object of 64 bytes allocated by one thread, handed over in a ring of 1024, freed by another (wall time) |
 //! | `replace_2t` | `replace` by two threads with N objects each, an operation of each thread (wall time) |
+//! | `pair64_check`, `replace_check` | the same with kmem's policy `Check`, beside kmem without it |
 //! | `overhead` | bytes taken by bytes asked for, after all live objects were replaced many times |
 //! | `overhead_shrunk` | the same after nine in ten objects were freed and the heap was shrunk, where it can be |
 //!
@@ -35,8 +38,19 @@ use crate::platform::{Machine, Region, SlabParts, run_as};
 use crate::rng::Rng;
 
 mod heaps;
+mod peers;
 
 use heaps::{Heap, Heaps, HostMalloc, List, Talc, Tlsf};
+#[cfg(feature = "c-peers")]
+use peers::Global;
+use peers::Rusty;
+
+#[cfg(feature = "c-peers")]
+static MIMALLOC: Global<mimalloc::MiMalloc> = Global(mimalloc::MiMalloc);
+#[cfg(feature = "c-peers")]
+static JEMALLOC: Global<tikv_jemallocator::Jemalloc> = Global(tikv_jemallocator::Jemalloc);
+#[cfg(feature = "c-peers")]
+static SNMALLOC: Global<snmalloc_rs::SnMalloc> = Global(snmalloc_rs::SnMalloc);
 
 const AREA: &str = "slab";
 
@@ -48,9 +62,15 @@ macro_rules! programs {
             .with("rlsf", $make(&$heaps.tlsf $(, $argument)*))
             .with("talc", $make(&$heaps.talc $(, $argument)*))
             .with("linked_list_allocator", $make(&$heaps.list $(, $argument)*))
-            .with("libc", $make(HostMalloc $(, $argument)*));
+            .with("slab_allocator_rs", $make(&$heaps.slabs $(, $argument)*))
+            .with("good_memory_allocator", $make(&$heaps.good $(, $argument)*))
+            .with("rusty_alloc", $make(&Rusty $(, $argument)*))
+            .with("libc", $make(&HostMalloc $(, $argument)*));
         #[cfg(feature = "c-peers")]
-        let workload = workload.with("mimalloc", $make(mimalloc::MiMalloc $(, $argument)*));
+        let workload = workload
+            .with("mimalloc", $make(&MIMALLOC $(, $argument)*))
+            .with("jemalloc", $make(&JEMALLOC $(, $argument)*))
+            .with("snmalloc", $make(&SNMALLOC $(, $argument)*));
         workload.with(concat!("limit:", stringify!($limit)), $make(&$heaps.$limit $(, $argument)*))
     }};
 }
@@ -64,11 +84,12 @@ pub fn run(runner: &mut Runner) {
         return;
     }
     small(runner, &heaps);
+    checked(runner, &heaps);
     bulk(runner, &heaps);
     replacing(runner, &heaps);
     handing_over(runner, &heaps);
     overheads(runner);
-    counted(runner, AREA, &["rmw_per_64"]);
+    counted(runner, AREA, &["rmw_per_64", "rmw_per_64_new"]);
 }
 
 const SMALL: Layout = Layout::new::<[u64; 8]>();
@@ -159,6 +180,27 @@ fn batch(heap: impl Heap, lifo: bool) -> impl Competitor {
     }
 }
 
+/// kmem as it is and with the policy `Check`, one after the other.
+fn checked(runner: &mut Runner, heaps: &Heaps) {
+    let workload = |name| Workload::new(AREA, name, Unit::Ns);
+    let pairs = workload("pair64_check")
+        .with("kmem", pair(&heaps.checked))
+        .with("kmem unchecked", pair(heaps.kmem));
+    #[cfg(feature = "c-peers")]
+    let pairs = pairs.with("mimalloc", pair(&MIMALLOC));
+    runner.run(pairs);
+    if runner.wants("replace_check") {
+        let count = runner.size(10_000, 50_000);
+        let replaces = workload("replace_check")
+            .n(count)
+            .with("kmem", replace(&heaps.checked, count, false))
+            .with("kmem unchecked", replace(heaps.kmem, count, false));
+        #[cfg(feature = "c-peers")]
+        let replaces = replaces.with("mimalloc", replace(&MIMALLOC, count, false));
+        runner.run(replaces);
+    }
+}
+
 fn small(runner: &mut Runner, heaps: &Heaps) {
     let workload = |name| Workload::new(AREA, name, Unit::Ns);
     runner.run(programs!(workload("pair64"), heaps, stack, pair()));
@@ -222,9 +264,13 @@ fn bulk(runner: &mut Runner, heaps: &Heaps) {
         .with("rlsf", bulk_of_singles(&heaps.tlsf))
         .with("talc", bulk_of_singles(&heaps.talc))
         .with("linked_list_allocator", bulk_of_singles(&heaps.list))
-        .with("libc", bulk_of_singles(HostMalloc));
+        .with("kmem one by one", bulk_of_singles(heaps.kmem))
+        .with("rusty_alloc", bulk_of_singles(&Rusty))
+        .with("libc", bulk_of_singles(&HostMalloc));
     #[cfg(feature = "c-peers")]
-    let workload = workload.with("mimalloc", bulk_of_singles(mimalloc::MiMalloc));
+    let workload = workload
+        .with("mimalloc", bulk_of_singles(&MIMALLOC))
+        .with("jemalloc", bulk_of_singles(&JEMALLOC));
     runner.run(workload.with("limit:stack", bulk_of_singles(&heaps.stack)));
 }
 
@@ -350,9 +396,13 @@ macro_rules! replacing {
             .with("rlsf", $make(&$heaps.tlsf, $count, false))
             .with("talc", $make(&$heaps.talc, $count, false))
             .with("linked_list_allocator", $make(&$heaps.list, $count, false))
+            .with("rusty_alloc", $make(&Rusty, $count, false))
             .with("libc", $make(&HostMalloc, $count, false));
         #[cfg(feature = "c-peers")]
-        let workload = workload.with("mimalloc", $make(&mimalloc::MiMalloc, $count, false));
+        let workload = workload
+            .with("mimalloc", $make(&MIMALLOC, $count, false))
+            .with("jemalloc", $make(&JEMALLOC, $count, false))
+            .with("snmalloc", $make(&SNMALLOC, $count, false));
         workload.with("limit:bump", $make(&$heaps.bump, $count, true))
     }};
 }
@@ -494,11 +544,11 @@ fn overhead_of_kmem(machine: &Machine, count: u64, replaces: u64, seed: u64) -> 
 }
 
 fn overheads(runner: &mut Runner) {
-    let count = runner.size(5_000, 50_000);
+    let count = runner.size(5_000, 100_000);
     // The first-fit list needs a walk of all holes for each replacement.
-    let replaces = runner.size(5_000, 200_000);
+    let replaces = runner.size(5_000, 2_000_000);
     let of_list = count / 5;
-    let frames = runner.size(1 << 13, 1 << 15);
+    let frames = runner.size(1 << 13, 1 << 16);
     let machine = Machine::leak(Region::new(frames));
     for (name, is_full) in [("overhead", true), ("overhead_shrunk", false)] {
         if !runner.wants(name) {
