@@ -468,9 +468,9 @@ fn works<H: Policy>() {
             let layout = Layout::from_size_align(size, 8).unwrap();
             // SAFETY: a live allocation.
             unsafe {
-                if random % 2 == 0 {
+                if random.is_multiple_of(2) {
                     world.system.kfree(object.as_ptr());
-                } else if random % 5 == 0 {
+                } else if random.is_multiple_of(5) {
                     let grown = world.system.realloc(object.as_ptr(), layout, size + 40);
                     let grown = NonNull::new(grown).unwrap();
                     assert_eq!(grown.as_ptr().read(), fill);

@@ -1,6 +1,8 @@
 //! Adapters of the peers that other languages wrote, and of those that serve one kind of workload only.
 
-use std::alloc::{GlobalAlloc, Layout};
+#[cfg(feature = "c-peers")]
+use std::alloc::GlobalAlloc;
+use std::alloc::Layout;
 use std::ptr::NonNull;
 
 use super::heaps::{Heap, or_null, start};
@@ -8,8 +10,10 @@ use crate::lock::Locked;
 use crate::platform::Region;
 
 /// A heap of the process that others use as their global allocator.
+#[cfg(feature = "c-peers")]
 pub(super) struct Global<G>(pub(super) G);
 
+#[cfg(feature = "c-peers")]
 impl<G: GlobalAlloc + Sync> Heap for Global<G> {
     #[inline]
     fn alloc(&self, layout: Layout) -> *mut u8 {
