@@ -28,8 +28,8 @@ const OUT: u64 = 1;
 const DONE: u64 = 2;
 /// Spare nodes that a tree keeps for its next edit.
 const KEEP: usize = 4;
-/// Spare nodes that a tree keeps for its next reservation, once it has made one: 4 KiB.
-const KEEP_RESERVED: usize = 16;
+/// Spare nodes that a tree keeps for its next reservation, once it has made one: 6 KiB, two stores and more in most trees.
+const KEEP_RESERVED: usize = 24;
 /// Garbage nodes above which a shared tree refuses edits: 512 KiB.
 pub(crate) const GARBAGE_LIMIT: usize = 2048;
 

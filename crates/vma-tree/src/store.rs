@@ -488,25 +488,29 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         if stores == 0 {
             return 0;
         }
-        // How many levels the tree may gain meanwhile: a root that was split needs that many stores to be full again.
-        let growth = (Node::<W>::CHILDREN.saturating_sub(3) / 2).max(1);
-        let levels = |stores: usize| {
-            let height = self.height().max(1) + stores.div_ceil(growth);
-            height.min(crate::path::MAX_HEIGHT)
-        };
-        // Three nodes for each level there is, and two for one more.
-        let one = |height: usize| 3 * height + 2;
-        if S::SHARED {
-            stores * one(levels(stores - 1))
+        // How many levels the tree may gain meanwhile. A store makes two more leaves at most, and one more node of each
+        // level above; so a new root of two children is full after so many stores.
+        let children = Node::<W>::CHILDREN;
+        let growth = if self.height() < 2 {
+            (children.saturating_sub(3) / 2).max(1)
         } else {
-            one(levels(stores - 1)) + (stores - 1) * (levels(stores - 1) + 2)
+            children - 1
+        };
+        let height = self.height().max(1);
+        let levels = (height + (stores - 1).div_ceil(growth)).min(crate::path::MAX_HEIGHT);
+        // What one store takes before it gives anything back: three nodes a level, and two for one more level.
+        let one = 3 * levels + 2;
+        if S::SHARED {
+            stores * one
+        } else {
+            one + (stores - 1) * (levels + 1) + (levels - height)
         }
     }
 }
 
 /// A tree with nodes set aside: a given number of stores cannot fail.
 ///
-/// Reads go through `Deref`. What is left over goes back when the reservation is dropped, but for 16 nodes (4 KiB) that the
+/// Reads go through `Deref`. What is left over goes back when the reservation is dropped, but for 24 nodes (6 KiB) that the
 /// tree keeps for its next reservation: a tree that reserves before each edit calls the allocator now and then.
 ///
 /// # Examples

@@ -64,7 +64,7 @@ fn any_request() -> impl Strategy<Value = Request> {
 fn cases(cases: u32) -> ProptestConfig {
     let long = std::env::var("KMEM_LONG").is_ok();
     ProptestConfig {
-        cases: if long { cases * 100 } else { cases },
+        cases: if long { cases * 600 } else { cases },
         failure_persistence: None,
         ..ProptestConfig::default()
     }
