@@ -9,6 +9,7 @@ use crate::flags::VmFlags;
 use crate::merge::Candidate;
 use crate::space::{AddressSpace, Brk, State};
 use crate::vma::Label;
+use crate::vma_set::STORES_TO_ADD;
 
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// Says where the heap begins, empty: what exec does behind the image's data.
@@ -61,7 +62,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             label: Label::None,
         };
         let first = old <= state.brk.start.next_multiple_of(PAGE_SIZE);
-        match state.vmas.edit() {
+        match state.vmas.edit_with(STORES_TO_ADD) {
             Ok(mut edit) if first => edit.insert(candidate_vma(range, heap)),
             Ok(mut edit) => edit.add(range, heap, false),
             Err(_) => return false,

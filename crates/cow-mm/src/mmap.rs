@@ -20,6 +20,7 @@ use crate::object::FileRef;
 use crate::place::Placement;
 use crate::space::{AddressSpace, State};
 use crate::vma::Label;
+use crate::vma_set::{STORES_TO_ADD, STORES_TO_CLEAR};
 
 /// The arguments of an mmap call.
 #[derive(Clone, Copy, Debug)]
@@ -314,7 +315,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         } else {
             None
         };
-        let outcome = state.vmas.edit().map(|mut edit| {
+        let stores = STORES_TO_CLEAR + STORES_TO_ADD;
+        let outcome = state.vmas.edit_with(stores).map(|mut edit| {
             edit.clear(checked.range);
             let file = checked.file.or(made);
             let (flags, offset) = (checked.flags, checked.offset);

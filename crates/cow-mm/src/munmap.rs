@@ -12,6 +12,7 @@ use crate::layout::MAX_MAP_COUNT;
 use crate::mmap::is_accounted;
 use crate::space::{AddressSpace, State};
 use crate::vma::Vma;
+use crate::vma_set::{STORES_TO_CLEAR, STORES_TO_MODIFY};
 
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// Unmaps whole pages; holes are fine.
@@ -63,7 +64,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if makes_one_more && state.vmas.len() >= MAX_MAP_COUNT {
             return Err(Errno::ENOMEM);
         }
-        state.vmas.edit()?.clear(range);
+        state.vmas.edit_with(STORES_TO_CLEAR)?.clear(range);
         self.zap(range);
         Ok(())
     }
@@ -127,7 +128,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         } else if vma.flags.contains(VmFlags::ACCOUNT) && vma.is_anonymous() && vma.anon.is_none() {
             flags -= VmFlags::ACCOUNT;
         }
-        state.vmas.edit()?.modify(part, |new| new.flags = flags);
+        state
+            .vmas
+            .edit_with(STORES_TO_MODIFY)?
+            .modify(part, |new| new.flags = flags);
         self.restrict(part, flags);
         Ok(())
     }

@@ -22,8 +22,14 @@ use crate::vma::Vma;
 
 /// VMAs that an edit may need: two splits and a new one.
 const STOCK: usize = 3;
-/// Stores that an edit may need: two splits, an erasure, and a merge on both sides.
+/// Stores that any edit may need.
 const STORES: usize = 8;
+/// Stores of [`Edit::insert`], and of an [`Edit::add`] that merges on both sides.
+pub(crate) const STORES_TO_ADD: usize = 2;
+/// Stores of [`Edit::clear`]: two splits and an erasure.
+pub(crate) const STORES_TO_CLEAR: usize = 3;
+/// Stores of [`Edit::modify`]: what is given away is reshaped, and merged on both sides.
+pub(crate) const STORES_TO_MODIFY: usize = 4;
 
 pub(crate) struct VmaSet<'m, E: Env> {
     mm: &'m Mm<'m, E>,
@@ -112,8 +118,18 @@ impl<'m, E: Env> VmaSet<'m, E> {
     ///
     /// [`Errno::ENOMEM`]; nothing has changed.
     pub fn edit(&mut self) -> Result<Edit<'_, 'm, E>, Errno> {
+        self.edit_with(STORES)
+    }
+
+    /// [`edit`](Self::edit) for changes of which it is known how many stores they make. What they need at most is nearly
+    /// always at hand: the tree keeps it from call to call.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn edit_with(&mut self, stores: usize) -> Result<Edit<'_, 'm, E>, Errno> {
         let stock = Reserve::new(self.mm.env().vmas(), STOCK)?;
-        let tree = self.tree.reserve(STORES)?;
+        let tree = self.tree.reserve(stores)?;
         Ok(Edit {
             mm: self.mm,
             tree,
