@@ -459,6 +459,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             return true;
         }
         range.iter().all(|frame| {
+            // A temporary mapping is its CPU's.
+            let _pin = self.cpu.pin();
             let Some(pointer) = self.memory.map_temporary(frame) else {
                 return false;
             };

@@ -53,6 +53,9 @@ pub unsafe trait PhysMap {
     /// Maps one frame, in reach or not, for a short time (`kmap_local_page`).
     ///
     /// `None` where no window is free or the frame cannot be mapped. The default serves the frames in reach.
+    ///
+    /// Context: any, interrupts included. The caller stays on its CPU until it unmaps (pinned, or preemption off), and code that
+    /// interrupts it has unmapped its own by the time it returns.
     #[doc(alias = "kmap_local_page")]
     #[doc(alias = "kmap_atomic")]
     fn map_temporary(&self, frame: Frame) -> Option<NonNull<u8>> {

@@ -123,17 +123,20 @@ impl FrameSlot {
 
     /// The order of the block whose head this frame is.
     #[must_use]
+    #[inline]
     pub fn order(&self) -> Order {
         let bits = (self.state.load(Ordering::Acquire) >> ORDER_SHIFT) as u8;
         Order::new(bits).unwrap_or(Order::ZERO)
     }
 
     /// Takes the slot of a frame that the caller owns: tag, order, no flags, count 0, words zero.
+    #[inline]
     pub fn claim(&self, tag: FrameTag, order: Order) {
         self.claim_with(tag, order, 0, |_| {});
     }
 
     /// As [`claim`](Self::claim), with a count, and with `words` writing words 1 to 3 before word 0 publishes them.
+    #[inline]
     pub(super) fn claim_with(
         &self,
         tag: FrameTag,
@@ -177,6 +180,7 @@ impl FrameSlot {
     }
 
     /// Makes the slot say "free" again.
+    #[inline]
     pub fn release(&self) {
         self.state.store(0, Ordering::Release);
     }
