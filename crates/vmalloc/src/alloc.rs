@@ -6,10 +6,7 @@
 //! ```
 //!
 //! Memory of 2 MiB and more (the format's second smallest leaf) begins at a multiple of that and gets blocks of that size as
-//! long as there are any; what is left, and every block that cannot be had, is made of single frames. Single frames are asked
-//! for some at a time.
-
-use core::panic::Location;
+//! long as there are any; what is left, and every block that cannot be had, is made of single frames.
 
 use kmem_hal::{
     DeviceFrame, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, ObjectAlloc, Order,
@@ -19,64 +16,10 @@ use kmem_paging::format::Format;
 use kmem_paging::{Attributes, Env, MapError, MemoryType, Rights};
 use kmem_vma_tree::Node;
 
-use crate::area::{Area, AreaKind};
+use crate::area::AreaKind;
 use crate::page::KernelPage;
 use crate::request::{DmaMask, NotAnArea, Request, VmallocError, check_rights};
-use crate::vmalloc::Vmalloc;
-
-/// Frames that are asked for at a time.
-const SOME: usize = 16;
-
-/// Frames taken and not mapped yet; what is left is freed when this is dropped.
-struct Taken<'e, E: Env> {
-    env: &'e E,
-    frames: [Option<OwnedFrame>; SOME],
-    next: usize,
-    length: usize,
-}
-
-impl<'e, E: Env> Taken<'e, E> {
-    fn new(env: &'e E) -> Self {
-        Self {
-            env,
-            frames: [const { None }; SOME],
-            next: 0,
-            length: 0,
-        }
-    }
-
-    /// The next single frame; asks for up to `left` more where none is left.
-    fn next(&mut self, request: &FrameRequest, left: u64) -> Option<OwnedFrame> {
-        if self.is_empty() {
-            (self.next, self.length) = (0, 0);
-            let count = left.min(SOME as u64) as usize;
-            let (frames, length) = (&mut self.frames, &mut self.length);
-            let sink = self.env.frames();
-            let _ = sink.alloc_batch(request, count, &mut |frame| match frames.get_mut(*length) {
-                Some(place) => {
-                    *place = Some(frame);
-                    *length += 1;
-                }
-                None => sink.free(frame),
-            });
-        }
-        let frame = self.frames.get_mut(self.next)?.take();
-        self.next += usize::from(frame.is_some());
-        frame
-    }
-
-    fn is_empty(&self) -> bool {
-        self.next == self.length
-    }
-}
-
-impl<E: Env> Drop for Taken<'_, E> {
-    fn drop(&mut self) {
-        for frame in self.frames.iter_mut().filter_map(Option::take) {
-            self.env.frames().free(frame);
-        }
-    }
-}
+use crate::vmalloc::{Made, Vmalloc};
 
 /// A buffer that the kernel and a device see: see [`Vmalloc::alloc_dma`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -133,15 +76,15 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
     /// As [`alloc`](Self::alloc).
     #[track_caller]
     pub fn alloc_memory(&self, request: Request) -> Result<VirtAddr, VmallocError> {
-        let area = Area::new(request.kind, request.guard_below).called_from(Location::caller());
+        let made = Made::here();
         let huge = self
             .huge_order()
             .filter(|huge| request.huge && request.pages >= huge.frames());
         let wide = huge.map(|huge| request.aligned(request.alignment.max(huge.frames())));
-        let range = match wide.map(|wide| self.take_range(&wide, 0, area)) {
+        let range = match wide.map(|wide| self.take_range(&wide, 0, made)) {
             Some(Ok(range)) => range,
             // Aligned as asked, on small leaves, where no gap is that wide.
-            None | Some(Err(VmallocError::NoSpace)) => self.take_range(&request, 0, area)?,
+            None | Some(Err(VmallocError::NoSpace)) => self.take_range(&request, 0, made)?,
             Some(Err(error)) => return Err(error),
         };
         let mut single = self.frames;
@@ -159,21 +102,20 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         huge: Option<Order>,
     ) -> Result<(), VmallocError> {
         let env = self.table.env();
-        let mut taken = Taken::new(env);
         self.fill(range, attributes, true, |page, left| {
             let block = huge
-                .filter(|huge| {
-                    taken.is_empty()
-                        && left >= huge.frames()
-                        && page.number().is_multiple_of(huge.frames())
-                })
+                .filter(|huge| left >= huge.frames() && page.number().is_multiple_of(huge.frames()))
                 .and_then(|order| {
                     let request = FrameRequest { order, ..*single };
                     env.frames().alloc(&request).ok()
                 });
             let frame = match block {
                 Some(block) => block,
-                None => taken.next(single, until_boundary(page, left, huge))?,
+                // Spelled out, so that the common case is compiled for what it is.
+                None if *single == FrameRequest::ONE => {
+                    env.frames().alloc(&FrameRequest::ONE).ok()?
+                }
+                None => env.frames().alloc(single).ok()?,
             };
             KernelPage::owned(frame, env.slots())
                 .map_err(|frame| env.frames().free(frame))
@@ -194,8 +136,8 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         mut frames: impl FnMut() -> Option<OwnedFrame>,
     ) -> Result<VirtAddr, VmallocError> {
         let request = Request::new(pages).of(AreaKind::Vmap);
-        let area = Area::new(request.kind, 0).called_from(Location::caller());
-        let range = self.take_range(&request, 0, area)?;
+        let made = Made::here();
+        let range = self.take_range(&request, 0, made)?;
         let env = self.table.env();
         let outcome = self.fill(range, &request.attributes, true, |_, _| {
             let frame = frames()?;
@@ -227,10 +169,8 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
     ) -> Result<VirtAddr, VmallocError> {
         let mut request = Request::new(pages).of(AreaKind::Vmap);
         request.attributes = attributes.rights(attributes.rights.union(Rights::GLOBAL));
-        let area = Area::new(request.kind, 0)
-            .called_from(Location::caller())
-            .borrowed();
-        let range = self.take_range(&request, 0, area)?;
+        let made = Made::here().borrowed();
+        let range = self.take_range(&request, 0, made)?;
         let outcome = self.fill(range, &request.attributes, false, |_, _| {
             let frame = frames()?;
             DeviceFrame::new(frame, Order::ZERO).map(KernelPage::borrowed)
@@ -267,15 +207,15 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         let request = Request::new(frames.count())
             .of(AreaKind::Ioremap)
             .memory_type(memory_type);
-        let mut area = Area::new(request.kind, 0).called_from(Location::caller());
+        let mut made = Made::here();
         let slots = self.table.env().slots();
         let known = slots.slot(frames.first()).is_some()
             || frames.last().is_some_and(|last| slots.slot(last).is_some());
         if known {
-            area = area.borrowed();
+            made = made.borrowed();
         }
-        let range = match self.take_range(&request.aligned(align), first % align, area) {
-            Err(VmallocError::NoSpace) if align > 1 => self.take_range(&request, 0, area)?,
+        let range = match self.take_range(&request.aligned(align), first % align, made) {
+            Err(VmallocError::NoSpace) if align > 1 => self.take_range(&request, 0, made)?,
             taken => taken?,
         };
         let start = range.first().number();
@@ -316,14 +256,14 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         let request = Request::bytes(bytes)
             .of(AreaKind::Dma)
             .memory_type(memory_type);
-        let area = Area::new(request.kind, 0).called_from(Location::caller());
+        let made = Made::here();
         let order = Order::for_frames(request.pages).ok_or(VmallocError::BadSize)?;
         let mut asked = FrameRequest::new(order)
             .zeroed()
             .context(self.frames.context);
         asked.node = self.frames.node;
         asked.max_address = mask.last();
-        let range = self.take_range(&request, 0, area)?;
+        let range = self.take_range(&request, 0, made)?;
         let env = self.table.env();
         let block = match env.frames().alloc(&asked) {
             Ok(block) => block,
@@ -407,8 +347,13 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             .table
             .cursor(range)
             .map_err(|_| VmallocError::Table(MapError::OutOfRange))?;
+        // The tables are nearly always there, and a call that finds no memory for one is undone: so no more than those of the
+        // uppermost levels are reserved.
+        let levels = F::LEVELS.iter().take(self.table.levels());
+        let largest = levels.rev().find(|level| level.leaf);
+        let reserved = largest.map_or(Order::ZERO, |level| level.order());
         cursor
-            .map_range(range, Order::ZERO, *attributes, next)
+            .map_range(range, reserved, *attributes, next)
             .map_err(|stopped| {
                 let Some(handle) = stopped.handle else {
                     return VmallocError::Memory;
@@ -450,13 +395,5 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             return Err(error);
         }
         Ok(range.start())
-    }
-}
-
-/// Single frames to ask for at `page`: no more than up to the next place where a block is tried.
-fn until_boundary(page: Page, left: u64, huge: Option<Order>) -> u64 {
-    match huge {
-        Some(huge) => left.min(huge.frames() - page.number() % huge.frames()),
-        None => left,
     }
 }

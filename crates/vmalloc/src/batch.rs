@@ -19,7 +19,7 @@ use kmem_paging::{Env, Gather, PageTable};
 
 use crate::page::KernelPage;
 
-/// Leaves that one shootdown of a purge serves.
+/// Leaves that one shootdown of a purge serves at most.
 pub const BATCH: usize = 240;
 
 /// A frame for a gather of [`BATCH`] leaves.

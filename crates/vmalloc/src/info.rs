@@ -16,9 +16,9 @@ use core::fmt;
 use kmem_hal::{ObjectAlloc, PAGE_SIZE, Page, PageRange, RawLock};
 use kmem_paging::Env;
 use kmem_paging::format::Format;
-use kmem_vma_tree::{Entry, Node};
+use kmem_vma_tree::Node;
 
-use crate::area::{Area, AreaKind};
+use crate::area::{Area, AreaKind, Stage};
 use crate::vmalloc::Vmalloc;
 
 /// Prints the areas, a line each; see [`Vmalloc::info`].
@@ -43,13 +43,13 @@ pub struct AreaInfo {
 }
 
 impl AreaInfo {
-    fn of(entry: Entry<Area>) -> Option<Self> {
-        Some(Self {
-            range: entry.range,
-            mapped: entry.value.usable(entry.range)?,
-            kind: entry.value.kind(),
-            caller: entry.value.caller(),
-            freed: entry.value.is_freed(),
+    fn of(area: &Area) -> Option<Self> {
+        (area.stage != Stage::Ready).then_some(Self {
+            range: area.range,
+            mapped: area.usable()?,
+            kind: area.kind,
+            caller: area.caller,
+            freed: area.stage == Stage::Freed,
         })
     }
 }
@@ -66,18 +66,20 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
     pub fn for_each(&self, mut show: impl FnMut(AreaInfo)) {
         let mut next = Some(self.window().first());
         while let Some(page) = next {
-            let Some(entry) = self.entry_from(page) else {
+            let Some(area) = self.area_from(page) else {
                 return;
             };
-            next = entry.range.last().checked_add(1);
-            if let Some(area) = AreaInfo::of(entry) {
+            next = area.range.last().checked_add(1);
+            if let Some(area) = AreaInfo::of(&area) {
                 show(area);
             }
         }
     }
 
-    fn entry_from(&self, page: Page) -> Option<Entry<Area>> {
-        self.state.lock().tree.first_at_or_after(page)
+    fn area_from(&self, page: Page) -> Option<Area> {
+        let state = self.state.lock();
+        let at = state.tree.first_at_or_after(page)?.value;
+        Some(state.areas.get(at))
     }
 
     /// Areas in use and their mapped pages: what meminfo calls `VmallocUsed`.

@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![no_std]
 
+mod adopt;
 mod alloc;
 mod area;
 mod batch;
@@ -12,11 +13,13 @@ mod linear;
 mod local;
 mod page;
 mod purge;
+mod ready;
 mod request;
 mod stacks;
 mod vmalloc;
 mod window;
 
+pub use adopt::adopt;
 pub use alloc::DmaBuffer;
 pub use area::AreaKind;
 pub use batch::BATCH;

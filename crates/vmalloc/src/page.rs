@@ -25,6 +25,7 @@ impl KernelPage {
     /// # Errors
     ///
     /// The frame, where the table has no slot for it.
+    #[inline]
     pub fn owned(frame: OwnedFrame, slots: &FrameTable) -> Result<Self, OwnedFrame> {
         match slots.slot(frame.first()) {
             Some(slot) => {
@@ -45,6 +46,7 @@ impl KernelPage {
     }
 
     /// Ends the mapping: frees the frame if vmalloc owns it.
+    #[inline]
     pub fn release(self, slots: &FrameTable, sink: &impl FrameSink) {
         let Some(slot) = slots
             .slot(self.first)
@@ -61,10 +63,12 @@ impl KernelPage {
 
 // SAFETY: H1, H2: the value is its numbers; ownership is in the slot.
 unsafe impl FrameHandle for KernelPage {
+    #[inline]
     fn into_entry(self) -> (Frame, Order) {
         (self.first, self.order)
     }
 
+    #[inline]
     unsafe fn from_entry(first: Frame, order: Order) -> Self {
         Self { first, order }
     }

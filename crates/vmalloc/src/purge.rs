@@ -5,7 +5,7 @@
 //! come free.
 //!
 //! ```text
-//!   lazy.head ─> area freed last ─> .. ─> area freed first        the links are in the areas' words in the tree
+//!   lazy.head ─> area freed last ─> .. ─> area freed first        the links are in the areas' descriptions
 //! ```
 //!
 //! Areas whose frames belong to somebody else do not wait: their owner may free the frames as soon as the call returns.
@@ -16,9 +16,9 @@ use kmem_hal::sync::Ordering;
 use kmem_hal::{ObjectAlloc, Page, PageRange, RawLock, VirtAddr};
 use kmem_paging::format::Format;
 use kmem_paging::{ChangeError, Env, Gather};
-use kmem_vma_tree::{Entry, Node};
+use kmem_vma_tree::Node;
 
-use crate::area::Area;
+use crate::area::{Area, AreaRef, Stage};
 use crate::batch::BATCH;
 use crate::page::KernelPage;
 use crate::request::NotAnArea;
@@ -26,8 +26,10 @@ use crate::vmalloc::{State, Vmalloc};
 
 /// Leaves that are flushed together where the frame for a whole batch cannot be had.
 const SMALL: usize = 16;
+/// Leaves of a batch for each doubling of the number of CPUs.
+const LEAVES_BY_DOUBLING: u64 = 48;
 /// Areas of the chain that are read in one turn of the lock.
-const TURN: usize = 8;
+const TURN: usize = 16;
 
 /// How much freed memory may wait for a purge.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,7 +38,7 @@ pub struct LazyLimit {
 }
 
 impl LazyLimit {
-    /// 32 MiB, which Linux allows a machine of one CPU. Small areas reach [`BATCH`] leaves long before.
+    /// 32 MiB, which Linux allows a machine of one CPU. Small areas make a [batch](Vmalloc::batch_leaves) long before.
     pub const DEFAULT: Self = Self::frames(8192);
 
     /// At most about so many frames: a free that goes beyond purges. 0: each free purges.
@@ -49,8 +51,8 @@ impl LazyLimit {
 /// The areas that wait.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Lazy {
-    /// The area that was freed last, as an offset in the window.
-    head: Option<u64>,
+    /// The area that was freed last.
+    head: Option<AreaRef>,
     frames: u64,
     leaves: u64,
 }
@@ -90,45 +92,37 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
             return Err(NotAnArea(address));
         }
         let mut state = self.state.lock();
-        let entry = state.tree.get(page).ok_or(NotAnArea(address))?;
-        let usable = entry.value.usable(entry.range).ok_or(NotAnArea(address))?;
-        if usable.first() != page || entry.value.is_freed() {
+        let (at, area) = state.find(page).ok_or(NotAnArea(address))?;
+        let usable = area.usable().ok_or(NotAnArea(address))?;
+        if usable.first() != page || area.stage != Stage::Used {
             return Err(NotAnArea(address));
         }
-        if entry.value.is_borrowed() {
+        if area.borrowed {
             // Nobody else may free it from here on; it is in no chain.
-            let freed = entry.value.freed(None);
-            let _ = state.tree.store(entry.range, Some(freed), &mut |_| {});
+            let stage = Stage::Freed;
+            state.areas.set(at, Area { stage, ..area });
             drop(state);
             self.unmap_borrowed(usable);
             self.give_range(page);
             return Ok(());
         }
-        let chained = self.chain(&mut state, entry, usable.count());
-        let due = state.lazy.frames >= self.limit.frames || state.lazy.leaves >= BATCH as u64;
+        self.chain(&mut state, at, usable.count());
+        let due =
+            state.lazy.frames >= self.limit.frames || state.lazy.leaves >= self.batch_leaves();
         drop(state);
-        if !chained {
-            self.unmap(usable);
-            self.give_range(page);
-        } else if due {
+        if due {
             self.purge();
         }
         Ok(())
     }
 
-    /// Adds an area with `frames` mapped frames to those that wait; `false` where the tree had no memory to say so.
-    pub(crate) fn chain(&self, state: &mut State<N>, entry: Entry<Area>, frames: u64) -> bool {
-        let offset = entry.first().number() - self.window().first().number();
-        let freed = entry.value.freed(state.lazy.head);
-        if state
-            .tree
-            .store(entry.range, Some(freed), &mut |_| {})
-            .is_err()
-        {
-            return false;
-        }
+    /// Adds an area with `frames` mapped frames to those that wait.
+    pub(crate) fn chain(&self, state: &mut State<N>, at: AreaRef, frames: u64) {
+        let mut area = state.areas.get(at);
+        (area.stage, area.next) = (Stage::Freed, state.lazy.head);
+        state.areas.set(at, area);
         let huge = self.huge_order().map_or(1, |order| order.frames());
-        state.lazy.head = Some(offset);
+        state.lazy.head = Some(at);
         state.lazy.frames += frames;
         // An area of huge leaves has about as many as its size by theirs.
         state.lazy.leaves += if frames >= huge {
@@ -136,7 +130,19 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
         } else {
             frames
         };
-        true
+    }
+
+    /// Freed leaves that make a batch: a free that reaches as many purges.
+    ///
+    /// More on machines with more CPUs, where a shootdown costs more: 48 for one, 48 more whenever their number doubles, up to
+    /// [`BATCH`]. (Linux lets 32 MiB wait by the same rule, for frames that come free before the flush; here they wait for it,
+    /// and a small batch goes back into the array that the CPU takes its next frames from.)
+    #[doc(alias = "lazy_max_pages")]
+    #[must_use]
+    pub fn batch_leaves(&self) -> u64 {
+        let cpus = kmem_hal::Cpu::count(self.table.env().cpu());
+        let doublings = u64::from(u32::BITS - cpus.leading_zeros());
+        (LEAVES_BY_DOUBLING * doublings.max(1)).min(BATCH as u64)
     }
 
     /// Unmaps every freed area, flushes once, and gives frames and addresses back.
@@ -163,7 +169,7 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
 
     #[cold]
     #[inline(never)]
-    fn unmap_waiting_small(&self, head: Option<u64>) {
+    fn unmap_waiting_small(&self, head: Option<AreaRef>) {
         let mut gather = self.table.gather::<SMALL>();
         self.unmap_waiting(head, &mut gather);
     }
@@ -171,7 +177,7 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
     /// Unmaps the areas of a chain that this call took, with one flush for as much as the gather holds.
     fn unmap_waiting<const G: usize>(
         &self,
-        mut next: Option<u64>,
+        mut next: Option<AreaRef>,
         gather: &mut Gather<'_, F, E, KernelPage, G>,
     ) {
         let Ok(mut cursor) = self.table.cursor(self.window()) else {
@@ -181,13 +187,9 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
         while next.is_some() {
             let state = self.state.lock();
             for place in &mut turn {
-                *place = None;
-                let Some(entry) = self.entry_at(&state, next) else {
-                    next = None;
-                    continue;
-                };
-                *place = entry.value.usable(entry.range);
-                next = entry.value.next_freed();
+                let area = next.map(|at| state.areas.get(at));
+                *place = area.and_then(|area| area.usable());
+                next = area.and_then(|area| area.next);
             }
             drop(state);
             for &range in turn.iter().flatten() {
@@ -211,22 +213,13 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
         gather.commit(|page: KernelPage| page.release(env.slots(), env.frames()));
     }
 
-    /// Takes the areas of a chain out of the tree.
-    fn give_waiting(&self, mut next: Option<u64>) {
+    /// Makes the areas of a chain ready.
+    fn give_waiting(&self, mut next: Option<AreaRef>) {
         let mut state = self.state.lock();
-        while let Some(entry) = self.entry_at(&state, next) {
-            next = entry.value.next_freed();
-            if state.tree.store(entry.range, None, &mut |_| {}).is_err() {
-                // Nothing is mapped there; the addresses wait for the next purge.
-                let _ = self.chain(&mut state, entry, 0);
-            }
+        while let Some(at) = next {
+            next = state.areas.get(at).next;
+            self.end(&mut state, at);
         }
-    }
-
-    /// The area at an offset in the window.
-    fn entry_at(&self, state: &State<N>, offset: Option<u64>) -> Option<Entry<Area>> {
-        let page = self.window().first().checked_add(offset?)?;
-        state.tree.get(page).filter(|entry| entry.value.is_freed())
     }
 
     /// Unmaps and flushes the pages of one area now, and frees its frames.

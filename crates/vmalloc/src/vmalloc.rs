@@ -9,39 +9,77 @@
 //! - `I1`: every leaf in the window lies in the usable part of an area of the tree.
 //! - `I2`: a range leaves the tree only after its leaves are gone and flushed, so no stale translation reaches the next
 //!   owner.
-//! - `I3`: a freed area is in the chain of `lazy` at most once, and then nobody may use it any more.
+//! - `I3`: a freed area is in the chain of `lazy`, and nobody may use it any more; a ready one is in a chain of `ready`, and
+//!   nothing is mapped in it. No area is in two chains.
 //!
-//! Costs: a tree edit and one table store a page; frees cost a flush once in [`BATCH`](crate::BATCH) leaves. Locks: one,
-//! for short; frames are taken, tables written and CPUs waited for without it.
+//! Costs: one table store a page; a free looks the area up in the tree, which is edited only for sizes that are not ready; a
+//! flush once a batch ([`Vmalloc::batch_leaves`]). Locks: one, for short; frames are taken, tables written and CPUs waited for without it.
 //!
 //! Context: task context, interrupts on. [`Vmalloc::bytes_at`] may be called with interrupts off.
 //!
 //! Source: vmalloc as in Linux `mm/vmalloc.c` (lazy purging, guard pages); Bonwick and Adams, "Magazines and Vmem", 2001.
 
 use core::fmt;
+use core::panic::Location;
 use core::ptr::NonNull;
 
 use kmem_hal::sync::{AtomicU32, Ordering};
 use kmem_hal::{
-    AllocError, FrameRequest, LargeSource, Lock, ObjectAlloc, PAGE_SIZE, Page, PageRange, RawLock,
-    VirtAddr,
+    AllocError, FrameRequest, FrameSink, FrameSource, LargeSource, Lock, ObjectAlloc, PAGE_SIZE,
+    Page, PageRange, RawLock, VirtAddr,
 };
 use kmem_paging::format::Format;
 use kmem_paging::{Env, PageTable};
 use kmem_vma_tree::{GapRequest, Node, RangeTree};
 
-use crate::area::Area;
+use crate::area::{Area, AreaRef, Areas, Stage};
 use crate::batch::Batch;
 use crate::page::KernelPage;
 use crate::purge::{Lazy, LazyLimit};
+use crate::ready::Ready;
 use crate::request::{Request, VmallocError};
 
 /// Purges that one search for addresses asks for: others may take what the first gave.
 const PURGES: u32 = 3;
 
 pub(crate) struct State<N: ObjectAlloc<Node>> {
-    pub tree: RangeTree<Area, N>,
+    pub tree: RangeTree<AreaRef, N>,
+    pub areas: Areas,
     pub lazy: Lazy,
+    pub ready: Ready,
+}
+
+impl<N: ObjectAlloc<Node>> State<N> {
+    /// The area that takes `page`.
+    #[inline]
+    pub fn find(&self, page: Page) -> Option<(AreaRef, Area)> {
+        let at = self.tree.get(page)?.value;
+        Some((at, self.areas.get(at)))
+    }
+
+    /// Takes an area out of the tree; `false` where that needs memory that there is not.
+    pub fn erase(&mut self, at: AreaRef) -> bool {
+        let range = self.areas.get(at).range;
+        let erased = self.tree.store(range, None, &mut |_| {}).is_ok();
+        if erased {
+            self.areas.give(at);
+        }
+        erased
+    }
+
+    /// Takes every area that waits for its size to be asked for out of the tree; whether there was one.
+    #[cold]
+    fn erase_ready(&mut self) -> bool {
+        let any = !self.ready.is_empty();
+        while let Some(at) = self.ready.take_any(&self.areas) {
+            if !self.erase(at) {
+                // No memory to make the tree smaller: what is left stays as it is.
+                let _ = self.ready.put(&mut self.areas, at);
+                return false;
+            }
+        }
+        any
+    }
 }
 
 /// vmalloc, vmap, ioremap, DMA buffers, module memory and guarded stacks in one window of the kernel's table.
@@ -65,7 +103,9 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
     pub fn new(table: &'a PageTable<F, E, KernelPage>, window: PageRange, nodes: N) -> Self {
         let state = State {
             tree: RangeTree::new_in(nodes),
+            areas: Areas::new(),
             lazy: Lazy::new(),
+            ready: Ready::new(window.count() / 16),
         };
         Self {
             table,
@@ -127,15 +167,14 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         Some((usable.last().number() - page.number() + 1) * PAGE_SIZE - address.page_offset())
     }
 
-    /// The mapped pages and the word of the area in use that `page` is a mapped page of.
+    /// The mapped pages of the area in use that `page` is a mapped page of.
     pub(crate) fn area_at(&self, page: Page) -> Option<(PageRange, Area)> {
         if !self.window.contains(page) {
             return None;
         }
-        let state = self.state.lock();
-        let entry = state.tree.get(page)?;
-        let usable = entry.value.usable(entry.range)?;
-        (usable.contains(page) && !entry.value.is_freed()).then_some((usable, entry.value))
+        let (_, area) = self.state.lock().find(page)?;
+        let usable = area.usable()?;
+        (usable.contains(page) && area.stage == Stage::Used).then_some((usable, area))
     }
 
     /// Puts an area into the tree where there is room for it and its guards; gives its mapped pages.
@@ -145,10 +184,33 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         &self,
         request: &Request,
         offset: u64,
-        area: Area,
+        made: Made,
     ) -> Result<PageRange, VmallocError> {
         request.check(self.window.count())?;
         let all = request.pages + request.guard_below + 1;
+        let mut state = self.state.lock();
+        if request.alignment == 1
+            && let State { areas, ready, .. } = &mut *state
+            && let Some(at) = ready.take(areas, all)
+        {
+            let range = areas.get(at).range;
+            let area = made.area(request, range);
+            areas.set(at, area);
+            return area.usable().ok_or(VmallocError::BadSize);
+        }
+        drop(state);
+        self.search(request, offset, all, made)
+    }
+
+    /// Looks for a gap.
+    #[inline(never)]
+    fn search(
+        &self,
+        request: &Request,
+        offset: u64,
+        all: u64,
+        made: Made,
+    ) -> Result<PageRange, VmallocError> {
         let offset = offset.wrapping_sub(request.guard_below) & (request.alignment - 1);
         let mut gap = GapRequest::new(all).limits(self.window);
         if request.alignment > 1 {
@@ -159,11 +221,23 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             // Read before the tree: a purge that ends in between has given its ranges back where this search sees them.
             let purging = self.purging.load(Ordering::Acquire);
             let mut state = self.state.lock();
+            if state.areas.is_empty() {
+                drop(state);
+                self.extend_areas()?;
+                continue;
+            }
             if let Some(range) = state.tree.find_gap_up(&gap) {
-                state.tree.store(range, Some(area), &mut |_| {})?;
-                return area.usable(range).ok_or(VmallocError::BadSize);
+                let at = state.areas.take().ok_or(VmallocError::Memory)?;
+                let area = made.area(request, range);
+                state.areas.set(at, area);
+                if let Err(error) = state.tree.store(range, Some(at), &mut |_| {}) {
+                    state.areas.give(at);
+                    return Err(error.into());
+                }
+                return area.usable().ok_or(VmallocError::BadSize);
             }
             let waiting = !state.lazy.is_empty();
+            let erased = state.erase_ready();
             drop(state);
             if waiting && purges < PURGES {
                 purges += 1;
@@ -171,23 +245,77 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             } else if purging > 0 {
                 // Addresses are about to come free on another CPU.
                 self.table.env().relax();
-            } else {
+            } else if !erased {
                 return Err(VmallocError::NoSpace);
             }
         }
     }
 
-    /// Takes an area whose leaves are gone out of the tree; any page of it names it.
-    ///
-    /// Where the tree finds no memory to get smaller, the area waits for the next purge; nothing is mapped there.
+    /// Takes a frame for descriptions.
+    #[cold]
+    #[inline(never)]
+    fn extend_areas(&self) -> Result<(), VmallocError> {
+        let env = self.table.env();
+        let frame = env.frames().alloc(&FrameRequest::ONE)?;
+        let refused = self.state.lock().areas.extend(env, frame);
+        refused.map_err(|frame| {
+            env.frames().free(frame);
+            VmallocError::Memory
+        })
+    }
+
+    /// Ends an area whose leaves are gone, flushed; any page of it names it.
     pub(crate) fn give_range(&self, page: Page) {
         let mut state = self.state.lock();
-        let Some(entry) = state.tree.get(page) else {
+        if let Some((at, _)) = state.find(page) {
+            self.end(&mut state, at);
+        }
+    }
+
+    /// Keeps an area's addresses for the next one of its size, or takes them out of the tree.
+    pub(crate) fn end(&self, state: &mut State<N>, at: AreaRef) {
+        let mut area = state.areas.get(at);
+        area.stage = Stage::Ready;
+        state.areas.set(at, area);
+        let State { areas, ready, .. } = &mut *state;
+        if ready.put(areas, at) || state.erase(at) {
             return;
-        };
-        if state.tree.store(entry.range, None, &mut |_| {}).is_err() {
-            // Where even marking it needs memory, the addresses stay taken.
-            let _ = self.chain(&mut state, entry, 0);
+        }
+        // The tree found no memory to get smaller: the next purge tries again; nothing is mapped there.
+        self.chain(state, at, 0);
+    }
+}
+
+/// Who asks for an area, and whose its frames are.
+#[derive(Clone, Copy)]
+pub(crate) struct Made {
+    pub caller: &'static Location<'static>,
+    pub borrowed: bool,
+}
+
+impl Made {
+    #[track_caller]
+    pub const fn here() -> Self {
+        Self {
+            caller: Location::caller(),
+            borrowed: false,
+        }
+    }
+
+    pub const fn borrowed(mut self) -> Self {
+        self.borrowed = true;
+        self
+    }
+
+    fn area(self, request: &Request, range: PageRange) -> Area {
+        Area {
+            range,
+            next: None,
+            caller: Some(self.caller),
+            kind: request.kind,
+            stage: Stage::Used,
+            guard_below: request.guard_below as u8,
+            borrowed: self.borrowed,
         }
     }
 }
@@ -230,7 +358,11 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Drop for Vmalloc<'_, F
     /// Purges what waits. Areas in use stay mapped: they belong to their users.
     fn drop(&mut self) {
         self.purge();
-        self.batch.free(self.table.env());
+        let env = self.table.env();
+        self.batch.free(env);
+        let state = self.state.get_mut();
+        state.tree.clear();
+        state.areas.destroy(env);
     }
 }
 

@@ -7,15 +7,15 @@ use std::cell::Cell;
 
 use common::{Env, Low, Pae, Setup, Two, on_table, on_window};
 use kmem_hal::{
-    Cpu, CpuId, Frame, FrameRange, Order, PAGE_SIZE, Page, PageRange, PhysAddr, PhysMap, Spin,
-    VirtAddr, Wait,
+    Cpu, CpuId, DeviceFrame, Frame, FrameRange, Mmu, Order, PAGE_SIZE, Page, PageRange, PhysAddr,
+    PhysMap, Spin, VirtAddr, Wait,
 };
 use kmem_mock_x86::Machine;
-use kmem_paging::Env as _;
 use kmem_paging::format::{Format, X86_64};
+use kmem_paging::{Attributes, Env as _, MapError, MemoryType, PageTable, Rights};
 use kmem_vmalloc::{
     KernelLayout, KernelPage, KernelRegion, Kmap, KmapError, KmapSlot, LOCAL_DEPTH, LinearMapped,
-    LocalMap, LocalSlots, map_linear,
+    LocalMap, LocalSlots, adopt, map_linear,
 };
 
 /// 896 MiB in frames.
@@ -417,4 +417,128 @@ fn temporary<F: Format>(setup: Setup, high: u64) {
 fn temporary_mappings_nest_and_ask_nobody() {
     temporary::<Two>(Setup::classic(), LOW);
     temporary::<Pae>(Setup::pae(), 1 << 20);
+}
+
+/// A boot loader's tables: an identity map on large leaves, the kernel's image on small ones, a frame buffer.
+fn loader<F: Format>(table: &common::Table<'_, F>, kernel: u64) {
+    let map = |page: u64, frame: u64, order: Order, attributes: Attributes| {
+        let page = Page::from_number(page);
+        let range = PageRange::with_count(page, order.frames()).unwrap();
+        let block = DeviceFrame::new(Frame::from_number(frame), order).unwrap();
+        let mut cursor = table.cursor(range).unwrap();
+        assert!(
+            cursor
+                .map(page, KernelPage::borrowed(block), attributes)
+                .is_ok()
+        );
+    };
+    let huge = F::LEVELS[1].order();
+    let data = Attributes::new(Rights::KERNEL_DATA).accessed().dirty();
+    for block in 0..4 {
+        map(block * huge.frames(), block * huge.frames(), huge, data);
+    }
+    for page in 0..5 {
+        let rights = if page < 2 {
+            Rights::READ | Rights::EXECUTE
+        } else {
+            Rights::KERNEL_DATA
+        };
+        map(
+            kernel + page,
+            0x700 + 2 * page,
+            Order::ZERO,
+            Attributes::new(rights),
+        );
+    }
+    let registers = data.memory_type(MemoryType::Uncached);
+    map(
+        kernel + huge.frames() * 2,
+        0xf_d000 & !(huge.frames() - 1),
+        huge,
+        registers,
+    );
+}
+
+fn takes_over<F: Format>(setup: Setup, kernel: u64) {
+    on_table::<F>(setup.adversarial(11), |machine, table, plan| {
+        let theirs: common::Table<'_, F> = PageTable::new(*table.env()).unwrap();
+        loader(&theirs, kernel);
+        let lower = PageRange::with_count(Page::ZERO, 8 * F::LEVELS[1].order().frames()).unwrap();
+        let upper = PageRange::with_count(Page::from_number(kernel), 4096).unwrap();
+        let load = |root| {
+            for cpu in 0..2 {
+                // SAFETY: the mock's kernel code does not run in the tables.
+                machine.on_cpu(cpu, || unsafe { machine.load_root(root, false) });
+            }
+        };
+        load(theirs.root());
+        let stack = (kernel + 3) << 12;
+        machine.cpu(0).write_u64(stack + 8, 77).unwrap();
+        let root = theirs.root().frame;
+        // No memory for a table: nothing but the caller's own table is at stake.
+        plan.fail_at(1);
+        // SAFETY: live tables of this format, which nobody changes.
+        let refused = unsafe { adopt(table, root, upper, |_, _, _| true) };
+        plan.stop();
+        assert!(matches!(refused, Err(MapError::Memory(_))));
+        let mut seen = 0;
+        // SAFETY: as above.
+        let (leaves, pages) = unsafe {
+            adopt(table, root, upper, |_, _, _| {
+                seen += 1;
+                true
+            })
+        }
+        .unwrap();
+        let huge = F::LEVELS[1].order().frames();
+        assert_eq!((leaves, pages, seen), (6, 5 + huge, 6));
+        // The identity map is left behind, one block of it excepted.
+        // SAFETY: as above.
+        let (leaves, _) = unsafe {
+            adopt(table, root, lower, |page, frame, attributes| {
+                assert_eq!(page.number(), frame.number());
+                assert!(attributes.dirty);
+                page.number() == huge
+            })
+        }
+        .unwrap();
+        assert_eq!(leaves, 1);
+        load(table.root());
+        assert_eq!(
+            machine.cpu(0).read_u64(stack + 8),
+            Ok(77),
+            "the stack moved"
+        );
+        assert!(machine.cpu(1).fetch(kernel << 12).is_ok());
+        assert!(machine.cpu(1).write_u64(kernel << 12, 0).is_err());
+        assert!(machine.cpu(0).read_u64(0x1000).is_err());
+        assert!(machine.cpu(0).read_u64((huge << 12) + 8).is_ok());
+        for page in [kernel, kernel + 4, kernel + 2 * huge, huge] {
+            let page = Page::from_number(page);
+            let (old, new) = (
+                theirs.query(page).leaf().unwrap(),
+                table.query(page).leaf().unwrap(),
+            );
+            assert_eq!((old.frame, old.order), (new.frame, new.order));
+            assert_eq!(old.attributes.rights, new.attributes.rights);
+            assert_eq!(old.attributes.memory_type, new.attributes.memory_type);
+        }
+        // The boot loader's tables are free memory now; whoever still walked them would be caught.
+        theirs.destroy(
+            |_, page| {
+                let _ = page;
+            },
+            |_, _| {},
+        );
+        assert_eq!(machine.cpu(0).read_u64(stack + 8), Ok(77));
+        unmap_all(table, upper);
+        unmap_all(table, lower);
+    });
+}
+
+#[test]
+fn a_boot_loaders_tables_are_taken_over() {
+    takes_over::<X86_64>(Setup::long(), 0xf_ffff_fff8_0000);
+    takes_over::<Two>(Setup::classic(), 0xc_0000);
+    takes_over::<Pae>(Setup::pae(), 0xc_0000);
 }

@@ -54,7 +54,10 @@ fn memory_is_contiguous_and_its_ends_are_guarded() {
 fn a_batch_of_frees_is_one_shootdown() {
     on_machine(1024, |machine, vmalloc, _| {
         let per = 4;
-        let areas: Vec<_> = (0..BATCH as u64 / per)
+        // Two CPUs.
+        assert_eq!(vmalloc.batch_leaves(), 96);
+        assert!(vmalloc.batch_leaves() <= BATCH as u64);
+        let areas: Vec<_> = (0..vmalloc.batch_leaves() / per)
             .map(|_| vmalloc.alloc(per * PAGE_SIZE).unwrap())
             .collect();
         for at in &areas {
