@@ -1,14 +1,24 @@
 #![doc = include_str!("../README.md")]
 #![no_std]
 
+// The book's chapters on coming here compile.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/boot.md")]
+pub mod chapter_boot {}
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/migration.md")]
+pub mod chapter_migration {}
+
 pub mod boot;
 mod explain;
 mod heap;
+mod large;
 mod memory;
 mod table;
 
 pub use explain::Explanation;
 pub use heap::{Heap, SlabReport};
+pub use large::LateLarge;
 pub use memory::{InitError, Memory, SlabParts};
 
 #[doc(no_inline)]

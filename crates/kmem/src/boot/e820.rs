@@ -1,12 +1,18 @@
-//! Boot maps from the tables that boot protocols hand over.
+//! E820 and PVH: what a PC's BIOS, Linux's zero page and Xen's start info hold.
 //!
-//! Each adapter reads the raw entries of one protocol, in whatever order and overlap they come, and pushes them into
-//! a [`BootMap`]. Errors name the entry, its field and the value.
-
-use core::fmt;
+//! | not excluded by the table | reserve it as |
+//! |---|---|
+//! | the kernel's image, modules, command line | `KernelImage`, `Initrd`, `BootStructures` |
+//! | PVH: the start info, the module list and the table itself | `BootStructures` |
+//! | the real-mode IVT and BDA (frame 0) | nothing: [`BootMap`] leaves frame 0 alone |
+//!
+//! The BIOS's own range (640 KiB to 1 MiB) is reserved here, whatever the table says.
 
 use kmem_buddy::{BootMap, BootMapError, RegionKind};
 use kmem_hal::PhysAddr;
+
+use super::bytes::number;
+use super::error::TableError;
 
 /// Where a PC's BIOS keeps ROMs and video memory, whatever its table says (Linux `trim_bios_range`).
 const BIOS_START: u64 = 0xa_0000;
@@ -40,43 +46,6 @@ pub struct PvhEntry {
     pub kind: u32,
     /// Zero.
     pub reserved: u32,
-}
-
-/// Why a table could not be read.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum TableError {
-    /// The bytes end inside an entry.
-    Truncated {
-        /// Bytes of the table.
-        bytes: usize,
-        /// Bytes of an entry.
-        entry: usize,
-    },
-    /// An entry that cannot be.
-    Entry(BootMapError),
-}
-
-impl fmt::Display for TableError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Truncated { bytes, entry } => {
-                write!(
-                    f,
-                    "a table of {bytes} bytes is no multiple of an entry's {entry}"
-                )
-            }
-            Self::Entry(error) => error.fmt(f),
-        }
-    }
-}
-
-impl core::error::Error for TableError {}
-
-impl From<BootMapError> for TableError {
-    fn from(error: BootMapError) -> Self {
-        Self::Entry(error)
-    }
 }
 
 fn push<const N: usize>(
@@ -161,11 +130,4 @@ pub fn raw<const N: usize>(
         )
     });
     Ok(push(map, entries)?)
-}
-
-fn number(bytes: &[u8]) -> u64 {
-    bytes
-        .iter()
-        .rev()
-        .fold(0, |sum, &byte| sum << 8 | u64::from(byte))
 }
