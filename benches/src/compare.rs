@@ -30,7 +30,7 @@ mod program {
 
     const USAGE: &str = "\
 usage: compare [AREA] [--quick] [--json FILE] [--only PREFIX]
-  AREA           buddy, slab, paging, fork, vma or all (the default)
+  AREA           buddy, slab, paging, fork, vma, vmalloc or all (the default)
   --quick        small sizes and budgets: less than a minute an area
   --json FILE    writes all figures there as one JSON array
   --only PREFIX  runs the workloads whose names begin so

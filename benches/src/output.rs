@@ -137,7 +137,7 @@ pub fn parse(text: &str) -> Result<Vec<Row>, String> {
 #[must_use]
 pub fn heading() -> String {
     format!(
-        "{:<7}{:<24}{:>9} {:<24}{:>2} {:>11} {:>11} {:>11} {:>11} {:<6} {:>8}",
+        "{:<8}{:<24}{:>9} {:<24}{:>2} {:>11} {:>11} {:>11} {:>11} {:<6} {:>8}",
         "area", "workload", "n", "program", "t", "median", "min", "max", "p99.9", "unit", "ratio"
     )
 }
@@ -149,7 +149,7 @@ pub fn line(row: &Row, rows: &[Row]) -> String {
     let n = row.n.map_or("-".into(), |n| n.to_string());
     let _ = write!(
         text,
-        "{:<7}{:<24}{n:>9} {:<24}{:>2}",
+        "{:<8}{:<24}{n:>9} {:<24}{:>2}",
         row.area, row.workload, row.program, row.threads
     );
     let summary = &row.summary;

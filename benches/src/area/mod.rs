@@ -7,9 +7,10 @@ pub mod fork;
 pub mod paging;
 pub mod slab;
 pub mod vma;
+pub mod vmalloc;
 
 /// All areas, in the order in which they run.
-pub const AREAS: [&str; 5] = ["buddy", "slab", "paging", "fork", "vma"];
+pub const AREAS: [&str; 6] = ["buddy", "slab", "paging", "fork", "vma", "vmalloc"];
 
 /// Runs the workloads of one area.
 ///
@@ -23,6 +24,7 @@ pub fn run(area: &str, runner: &mut Runner) {
         "paging" => paging::run(runner),
         "fork" => fork::run(runner),
         "vma" => vma::run(runner),
+        "vmalloc" => vmalloc::run(runner),
         other => panic!("there is no area {other}"),
     }
 }
