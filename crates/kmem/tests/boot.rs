@@ -209,10 +209,7 @@ fn uefi_descriptors_as_bytes_and_as_types() {
         bytes: bytes.len(),
         entry: 40,
     };
-    assert_eq!(
-        boot::uefi(&mut map, &bytes[..bytes.len() - 8], 39).is_err(),
-        true
-    );
+    assert!(boot::uefi(&mut map, &bytes[..bytes.len() - 8], 39).is_err());
     assert!(bytes.len() % 40 == 0 || boot::uefi(&mut map, &bytes, 40) == Err(cut));
     let endless = [
         descriptor(7, 0x1000, 0, 8),
