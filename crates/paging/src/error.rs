@@ -42,6 +42,8 @@ pub enum MapError {
     Unencodable,
     /// No frame for a table.
     Memory(AllocError),
+    /// The page's table is shared with another space: [`unshare`](crate::Cursor::unshare) it first.
+    Shared,
 }
 
 /// Why a range was changed in part or not at all.
@@ -64,6 +66,12 @@ pub enum ChangeError {
         /// The page of the leaf.
         at: Page,
     },
+    /// The table of page `at` is shared with another space: [`unshare`](crate::Cursor::unshare) it and go on at `at`. What is below was
+    /// done.
+    Shared {
+        /// The first page that was not done.
+        at: Page,
+    },
 }
 
 /// Why a range was not moved.
@@ -78,6 +86,11 @@ pub enum MoveError {
     Occupied,
     /// No frame for a table. Nothing changed.
     Memory(AllocError),
+    /// The table of page `at` is shared with another space: [`unshare`](crate::Cursor::unshare) it first. Nothing changed.
+    Shared {
+        /// A page of the table.
+        at: Page,
+    },
 }
 
 /// Why huge leaves were not made.
@@ -92,6 +105,27 @@ pub enum HugeError {
     NotPossible,
     /// No frame for a table.
     Memory(AllocError),
+    /// The page's table is shared with another space: [`unshare`](crate::Cursor::unshare) it first.
+    Shared,
+}
+
+/// Why a table is still shared. Nothing changed but that the other spaces' leaves may have lost the right to write, for which
+/// they fault.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum UnshareError {
+    /// The page is outside the cursor's range.
+    OutOfRange,
+    /// The gather belongs to another table.
+    ForeignGather,
+    /// The gather has no room for the table: commit it.
+    Full,
+    /// No frame for the copy.
+    Memory(AllocError),
+    /// The callback stopped.
+    Stopped,
+    /// A table has as many sharers as can be counted.
+    Saturated,
 }
 
 /// Why a fork stopped.
@@ -141,6 +175,15 @@ errors! {
         Self::Occupied => "something is mapped there";
         Self::Unencodable => "the page-table format cannot express these attributes or this frame";
         Self::Memory(error) => "no frame for a page table: {}", error;
+        Self::Shared => "the page's table is shared with another space";
+    }
+    UnshareError {
+        Self::OutOfRange => "the page is outside the cursor's range";
+        Self::ForeignGather => "the gather belongs to another table";
+        Self::Full => "the gather has no room for the table";
+        Self::Memory(error) => "no frame for a page table: {}", error;
+        Self::Stopped => "the copy of a table was stopped";
+        Self::Saturated => "a table has too many sharers";
     }
     ChangeError {
         Self::OutOfRange => "the pages are outside the cursor's range";
@@ -148,18 +191,21 @@ errors! {
         Self::Full { next } => "the gather is full at page {}", next;
         Self::Memory(error) => "no frame to split a huge leaf: {}", error;
         Self::Unencodable { at } => "the page-table format cannot express the change at page {}", at;
+        Self::Shared { at } => "the table of page {} is shared with another space", at;
     }
     MoveError {
         Self::OutOfRange => "the pages cannot be moved there";
         Self::ForeignGather => "the gather belongs to another table";
         Self::Occupied => "something is mapped at the target";
         Self::Memory(error) => "no frame for a page table: {}", error;
+        Self::Shared { at } => "the table of page {} is shared with another space", at;
     }
     HugeError {
         Self::OutOfRange => "the pages are outside the cursor's range";
         Self::ForeignGather => "the gather belongs to another table";
         Self::NotPossible => "no huge leaf can be split or made there";
         Self::Memory(error) => "no frame for a page table: {}", error;
+        Self::Shared => "the page's table is shared with another space";
     }
     ForkError {
         Self::ForeignGather => "the gather belongs to another table than the parent's";

@@ -13,12 +13,15 @@
 //!
 //! The child's tables are reserved before the first store, so a fork that lacks memory for tables has changed nothing.
 //!
-//! Does not handle: leaf tables that both spaces share; every entry is copied.
+//! [`PageTable::fork_sharing`] copies entries above tables instead, and the tables themselves at their first change
+//! ([`Cursor::unshare`](crate::Cursor::unshare)).
 
 use kmem_hal::{Page, PageRange, Trace, TraceEvent};
 
 use crate::attributes::{Attributes, Leaf, Payload};
-use crate::cursor::{Change, Cursor, Divisible, Restricted, Unencodable, change_entry};
+use crate::cursor::{
+    Change, Cursor, Divisible, Restricted, Unencodable, change_entry, child as below, mark_shared,
+};
 use crate::env::Env;
 use crate::error::ForkError;
 use crate::format::{Format, Kind, level};
@@ -56,6 +59,85 @@ pub enum ForkStep<H> {
     Stop,
 }
 
+/// Shares tables of level `number` from `page` on, as far as they lie in `page ..= last` whole and one after the other below one table;
+/// gives the pages of their entries that are in use (of those one level down, for tables of tables) and where to go on. `None` where none is
+/// there to share; the page where the child has no room.
+fn share_run<F: Format, E: Env, H: Divisible, const N: usize>(
+    parent: &mut Cursor<'_, F, E, H>,
+    child: &mut Cursor<'_, F, E, H>,
+    number: usize,
+    page: u64,
+    last: u64,
+    gather: &mut Gather<'_, F, E, H, N>,
+) -> Result<Option<(u64, Option<u64>)>, u64> {
+    if number + 1 > parent.table().levels() {
+        return Ok(None);
+    }
+    let upper = level::<F>(number + 1);
+    let covered = 1u64 << upper.shift;
+    if page & (covered - 1) != 0 || last - page < covered - 1 {
+        return Ok(None);
+    }
+    let node = parent.seek_level(Page::from_number(page), number + 1);
+    if node.level != number + 1 {
+        return Ok(None);
+    }
+    let env = parent.table().env();
+    let mut index = index_at::<F>(page, number + 1);
+    let mut at = page;
+    let mut pages = 0;
+    let mut marked = false;
+    let next = loop {
+        let word = node.load(index);
+        if !F::is_table(number + 1, word) || F::shared_table(number + 1, word).is_none() {
+            break Some(at);
+        }
+        let table = below(env, &node, index);
+        if table.has_pins() || !table.add_share() {
+            break Some(at);
+        }
+        gather.announce();
+        let Some(word) = mark_shared(&node, index) else {
+            unreachable!("asked above")
+        };
+        marked = true;
+        if child
+            .place_table(Page::from_number(at), number + 1, word)
+            .is_err()
+        {
+            let _ = table.drop_share();
+            note_shared(parent, gather, page, at + (covered - 1));
+            return Err(at);
+        }
+        let live = u64::from(table.live());
+        pages += live << level::<F>(number).shift;
+        let tables = if number == 1 { 1 } else { 1 + live as usize };
+        child.table().count_shared(tables, true);
+        if last - at < covered {
+            break None;
+        }
+        at += covered;
+        index += 1;
+        if index == upper.entries() || last - at < covered - 1 {
+            break Some(at);
+        }
+    };
+    if marked {
+        note_shared(parent, gather, page, next.map_or(last, |next| next - 1));
+    }
+    Ok((next != Some(page)).then_some((pages, next)))
+}
+
+/// Notes that nothing in these pages may be written to any more.
+fn note_shared<F: Format, E: Env, H: Divisible, const N: usize>(
+    parent: &Cursor<'_, F, E, H>,
+    gather: &mut Gather<'_, F, E, H, N>,
+    first: u64,
+    last: u64,
+) {
+    gather.note_pages(first, last, 1, parent.table().may_be_global(), true);
+}
+
 impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
     /// Copies what is mapped in `range` to the same pages of `child`, entry by entry, as `step` decides; gives how many
     /// pages the child got.
@@ -76,6 +158,45 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
         gather: &mut Gather<'_, F, E, H, N>,
         mut step: impl FnMut(ForkItem) -> ForkStep<H>,
     ) -> Result<u64, (ForkError, Option<H>)> {
+        self.fork_tables(child, range, 0, gather, &mut step)
+    }
+
+    /// As [`fork_into`](Self::fork_into), but tables of level `most` and below that lie in `range` whole are shared: both sides lose the right to
+    /// write at the entry above, and what is in them is copied at the first change ([`Cursor::unshare`](crate::Cursor::unshare)). `step` is asked
+    /// about the rest.
+    ///
+    /// `most` is 1 for tables of leaves, 2 for a level more: then 1 GiB of 4 KiB pages costs one entry, and its first change two
+    /// copies. A shared table's leaves stand for one handle each, however many spaces share it. Tables with pins are not shared, nor is anything in
+    /// formats that cannot forbid writing above the leaves ([`Format::shared_table`]).
+    ///
+    /// # Errors
+    ///
+    /// As [`fork_into`](Self::fork_into); want of memory for the child's upper tables is [`ForkError::Stopped`].
+    ///
+    /// # Safety
+    ///
+    /// No cursor is open on either table but inside this call, and nobody runs in this space with the old rights after the gather's
+    /// commit, which comes before anything else is changed in either.
+    #[doc(alias = "copy_page_range")]
+    pub unsafe fn fork_sharing<const N: usize>(
+        &self,
+        child: &Self,
+        range: PageRange,
+        most: usize,
+        gather: &mut Gather<'_, F, E, H, N>,
+        mut step: impl FnMut(ForkItem) -> ForkStep<H>,
+    ) -> Result<u64, (ForkError, Option<H>)> {
+        self.fork_tables(child, range, most.min(2), gather, &mut step)
+    }
+
+    fn fork_tables<const N: usize>(
+        &self,
+        child: &Self,
+        range: PageRange,
+        most: usize,
+        gather: &mut Gather<'_, F, E, H, N>,
+        step: &mut impl FnMut(ForkItem) -> ForkStep<H>,
+    ) -> Result<u64, (ForkError, Option<H>)> {
         if !gather.belongs_to(self) {
             return Err((ForkError::ForeignGather, None));
         }
@@ -84,17 +205,30 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
             .map_err(|error| (ForkError::Range(error), None))?;
         let mut parent = Cursor::new(self, range);
         let mut child = Cursor::new(child, range);
-        child
-            .fill_reserve(if mutant!("fork-reserves-nothing") {
-                0
-            } else {
-                parent.tables_in_range()
-            })
-            .map_err(|error| (ForkError::Memory(error), None))?;
+        if most == 0 && !mutant!("fork-reserves-nothing") {
+            child
+                .fill_reserve(parent.tables_in_range())
+                .map_err(|error| (ForkError::Memory(error), None))?;
+        }
         let mut copied = 0;
         let mut page = range.first().number();
         let last = range.last().number();
         'tables: loop {
+            for number in (1..=most).rev() {
+                match share_run(&mut parent, &mut child, number, page, last, gather) {
+                    Ok(None) => {}
+                    Ok(Some((pages, next))) => {
+                        copied += pages;
+                        let Some(next) = next else { return Ok(copied) };
+                        page = next;
+                        continue 'tables;
+                    }
+                    Err(at) => {
+                        let at = Page::from_number(at);
+                        return Err((ForkError::Stopped { at }, None));
+                    }
+                }
+            }
             let node = parent.seek_lowest(Page::from_number(page));
             let level = level::<F>(node.level);
             let covered = 1u64 << level.shift;

@@ -34,6 +34,7 @@ use core::mem::MaybeUninit;
 use kmem_hal::{Frame, FrameHandle, FrameSink, Grace, Order, OwnedFrame, Page, PageRange};
 
 use crate::cache::{self, Chain};
+use crate::cursor::child;
 use crate::env::Env;
 use crate::format::{Format, Kind, Word, level};
 use crate::mutants::mutant;
@@ -46,6 +47,9 @@ pub const FLUSH_CEILING: u64 = 33;
 
 /// Room for an order beside a frame number in a word.
 const ORDER_BITS: u32 = 8;
+
+/// In place of an order: a share of a table, with its level.
+const SHARE: u64 = 1 << 7;
 
 /// The translations that a change may have left in TLBs.
 #[derive(Clone, Copy, Debug)]
@@ -134,6 +138,8 @@ pub struct Gather<'t, F: Format, E: Env, H: FrameHandle, const N: usize = 32> {
     tables: Chain,
     /// Leaf tables that were detached with their leaves (`G4`).
     whole: Chain,
+    /// Blocks that are shares of tables.
+    shares: usize,
     announced: bool,
 }
 
@@ -149,6 +155,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             stale: Hull::EMPTY,
             tables: Chain::EMPTY,
             whole: Chain::EMPTY,
+            shares: 0,
             announced: false,
         }
     }
@@ -169,6 +176,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             (&raw mut (*gather).stale).write(Hull::EMPTY);
             (&raw mut (*gather).tables).write(Chain::EMPTY);
             (&raw mut (*gather).whole).write(Chain::EMPTY);
+            (&raw mut (*gather).shares).write(0);
             (&raw mut (*gather).announced).write(false);
             place.assume_init_mut()
         }
@@ -258,6 +266,16 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
         self.length += 1;
     }
 
+    /// Takes a share of a table of `level` that this space gives up. There is room.
+    #[inline]
+    pub(crate) fn push_share(&mut self, table: Frame, level: usize) {
+        debug_assert!(self.announced);
+        let packed = table.number() << ORDER_BITS | (SHARE | level as u64);
+        self.blocks[self.length] = MaybeUninit::new(packed);
+        self.length += 1;
+        self.shares += 1;
+    }
+
     /// Takes a table that was detached empty.
     #[inline]
     pub(crate) fn push_table(&mut self, table: &Node<'_, F>) {
@@ -290,7 +308,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             }
         }
         if self.announced {
-            let freed = !self.tables.is_empty() || !self.whole.is_empty();
+            let freed = !self.tables.is_empty() || !self.whole.is_empty() || self.shares > 0;
             if !mutant!("commit-does-not-flush") {
                 let freed = freed && !mutant!("commit-hides-freed-tables");
                 let own = if mutant!("commit-thinks-it-is-alone") {
@@ -309,6 +327,11 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             // SAFETY: `push` set it, and `length` went beyond it since.
             let packed = unsafe { self.blocks[last].assume_init() };
             let frame = Frame::from_number(packed >> ORDER_BITS);
+            if packed & SHARE != 0 {
+                self.shares -= 1;
+                self.give_share(frame, (packed & (SHARE - 1)) as usize, &mut give);
+                continue;
+            }
             let order = Order::new((packed & ((1 << ORDER_BITS) - 1)) as u8).unwrap_or(Order::ZERO);
             // SAFETY: the numbers were in an entry, which `into_entry` of this type filled; the entry is gone (G2) and
             // its translations were flushed above, since it was noted before it was pushed.
@@ -320,6 +343,51 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
         if !self.tables.is_empty() {
             self.free_tables();
         }
+    }
+
+    /// Gives up a share of a table: where it is the last, the table comes down.
+    #[cold]
+    fn give_share(&mut self, frame: Frame, number: usize, give: &mut impl FnMut(H)) {
+        let env = self.table.env();
+        // SAFETY: the share keeps the table.
+        let table = unsafe { Node::<F>::new(env, frame, number) };
+        table.lock(env);
+        if table.drop_share() {
+            table.unlock();
+            return;
+        }
+        // Nobody else leads here, and after the flush no CPU walks here.
+        table.unlock_stray();
+        let mut cleared = 0;
+        for (index, entry) in table
+            .entries(0, level::<F>(number).entries())
+            .iter()
+            .enumerate()
+        {
+            let word = F::Word::load(entry);
+            if word == 0 {
+                continue;
+            }
+            if F::is_table(number, word) {
+                let below = child(env, &table, index);
+                below.lock(env);
+                if below.drop_share() {
+                    below.unlock();
+                } else {
+                    below.unlock_stray();
+                    self.whole.push(below.frame, below.slot);
+                }
+            } else if F::kind(number, word) == Kind::Leaf {
+                let order = level::<F>(number).order();
+                // SAFETY: `into_entry` of this type filled the entry; nobody leads to it, and its translations were flushed by
+                // each space that gave its share up.
+                give(unsafe { H::from_entry(F::leaf_frame(number, word), order) });
+            }
+            F::Word::store(entry, 0);
+            cleared += 1;
+        }
+        table.sub_live(cleared);
+        self.tables.push(frame, table.slot);
     }
 
     /// Takes the leaves out of tables that were detached whole.

@@ -19,10 +19,13 @@ mod table;
 
 pub use attributes::{Attributes, Leaf, MemoryType, Payload, Rights, Soft, SoftBit};
 pub use cache::{TableCache, TableReserve};
+pub use cursor::UnshareStep;
 pub use cursor::{Cleared, Cursor, Divisible, Harvest, Harvested, MapStopped, Replaced, Run};
 pub use dump::Dump;
 pub use env::{Env, Parts};
-pub use error::{ChangeError, ForkError, HugeError, MapError, MoveError, RangeError, TableError};
+pub use error::{
+    ChangeError, ForkError, HugeError, MapError, MoveError, RangeError, TableError, UnshareError,
+};
 pub use fork::{ForkItem, ForkStep};
 pub use gather::{FLUSH_CEILING, Gather};
 pub use table::{Entry, PageTable};

@@ -174,6 +174,30 @@ impl<'t, F: Format> Node<'t, F> {
         self.slot.flags().contains(SlotFlags::STRAY)
     }
 
+    /// Upper entries that point to it, in all spaces.
+    #[inline]
+    pub fn shares(&self) -> u32 {
+        self.slot.count()
+    }
+
+    /// Whether frames that it maps are pinned.
+    #[inline]
+    pub fn has_pins(&self) -> bool {
+        self.slot.as_table().is_some_and(|slot| slot.pins() > 0)
+    }
+
+    /// Counts one more upper entry; `false` where that cannot be counted. The caller holds the lock.
+    #[inline]
+    pub fn add_share(&self) -> bool {
+        self.slot.add_count(1).is_ok()
+    }
+
+    /// Counts one upper entry less; `false`, and nothing is changed, where it is the only one. The caller holds the lock.
+    #[inline]
+    pub fn drop_share(&self) -> bool {
+        self.shares() > 1 && self.slot.sub_count(1).is_ok()
+    }
+
     /// Words that are not zero, and holds. The caller holds the lock, or wants an old value.
     #[inline(always)]
     pub fn live(&self) -> u32 {

@@ -299,7 +299,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         }
     }
 
-    /// Table frames that belong to this table, the root included and borrowed ones excepted.
+    /// Table frames of this table: the root and those shared with other spaces included, borrowed ones excepted.
     #[must_use]
     pub fn table_count(&self) -> usize {
         self.tables.load(Ordering::Relaxed)
@@ -375,6 +375,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     fn descend(&self, page: Page) -> Entry {
         let levels = self.levels();
         let map = self.env.map();
+        let mut shared = false;
         let mut frame = self.root;
         // Written out, so that every shift and mask is a constant: half the instructions of the loop.
         macro_rules! descend {
@@ -385,14 +386,15 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
                     let words = unsafe { F::Word::words(map, frame) };
                     let word = F::Word::load(&words[index_at::<F>(page.number(), $number)]);
                     if !F::is_table($number, word) {
-                        return decode::<F>(page, $number, word);
+                        return seen_from::<F>(decode::<F>(page, $number, word), shared);
                     }
+                    shared |= F::is_shared_table($number, word);
                     frame = F::table_frame(word);
                 }
             )*};
         }
         descend!(5 4 3 2 1);
-        let _ = frame;
+        let _ = (frame, shared);
         unreachable!("level 1 has no tables below it")
     }
 
@@ -443,6 +445,15 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     #[inline]
     pub(crate) fn may_be_global(&self) -> bool {
         self.global.load(Ordering::Acquire)
+    }
+
+    /// Counts tables that are reachable since a table was shared, or no more since one was given back.
+    pub(crate) fn count_shared(&self, tables: usize, more: bool) {
+        if more {
+            self.tables.fetch_add(tables, Ordering::Relaxed);
+        } else {
+            self.tables.fetch_sub(tables, Ordering::Relaxed);
+        }
     }
 
     pub(crate) fn announce(&self) {
@@ -574,6 +585,17 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
                     F::canonical(self.levels)
                         .sign_extend(Page::from_number(first | (index as u64) << shift).start()),
                 );
+                if F::is_table(number, word) && F::is_shared_table(number, word) {
+                    // SAFETY: an entry of an attached table pointed to it, and its share is this table's until it is dropped.
+                    let table: Node<'_, F> =
+                        unsafe { Node::new(&self.env, F::table_frame(word), number - 1) };
+                    table.lock(&self.env);
+                    let others = table.drop_share();
+                    table.unlock();
+                    if others {
+                        continue;
+                    }
+                }
                 match decode::<F>(page, number, word) {
                     Entry::Leaf(leaf) => {
                         // SAFETY: the entry is gone, and every translation was flushed above, after the root was
@@ -618,6 +640,18 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
                 }
             }
         }
+    }
+}
+
+/// What an entry is worth below tables that are shared, if they are: rights are the AND over all levels.
+#[inline(always)]
+pub(crate) fn seen_from<F: Format>(entry: Entry, shared: bool) -> Entry {
+    match entry {
+        Entry::Leaf(mut leaf) if shared => {
+            leaf.attributes = leaf.attributes.write_protected();
+            Entry::Leaf(leaf)
+        }
+        entry => entry,
     }
 }
 

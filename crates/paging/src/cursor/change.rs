@@ -271,7 +271,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         let mut pages = 0;
         let mut page = range.first().number();
         loop {
-            let node = self.seek(Page::from_number(page), 1);
+            let node = self.seek_own(Page::from_number(page), 1)?;
             if node.level == 1 {
                 match self.change_leaves(&node, page, range.last().number(), gather, patch, change)
                 {

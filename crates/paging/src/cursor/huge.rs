@@ -50,7 +50,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         if !gather.belongs_to(self.table) {
             return Err(HugeError::ForeignGather);
         }
-        let node = self.seek(page, 1);
+        let node = self.seek_own(page, 1)?;
         let word = node.load(index_at::<F>(page.number(), node.level));
         if node.level == 1 || node.kind(word) != Kind::Leaf {
             return Err(HugeError::NotPossible);
@@ -168,7 +168,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         if !gather.belongs_to(self.table) {
             return Err(HugeError::ForeignGather);
         }
-        let node = self.seek(page, target);
+        let node = self.seek_own(page, target)?;
         let index = index_at::<F>(page.number(), node.level);
         let word = node.load(index);
         if node.level != target || node.kind(word) != Kind::Table {

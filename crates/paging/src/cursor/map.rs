@@ -212,7 +212,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         if page.number() & (pages - 1) != 0 || left < pages || number == self.table.levels() {
             return None;
         }
-        let parent = self.seek(page, number + 1);
+        let parent = self.seek_own(page, number + 1).ok()?;
         let index = index_at::<F>(page.number(), parent.level);
         if parent.level != number + 1 || parent.load(index) != 0 {
             return None;
@@ -360,7 +360,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         attributes: &Attributes,
     ) -> Result<Replaced<H>, MapError> {
         let (target, word) = self.encode(page, frame, order, attributes)?;
-        let node = self.seek(page, target);
+        let node = self.seek_own(page, target)?;
         let index = index_at::<F>(page.number(), node.level);
         let before = node.load(index);
         if node.level != target || before == 0 {
@@ -426,13 +426,14 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             return Err(ChangeError::ForeignGather);
         }
         let word = F::payload(payload);
-        let node = self.seek(page, 1);
+        let node = self.seek_own(page, 1)?;
         let index = index_at::<F>(page.number(), node.level);
         let before = node.load(index);
         if before == 0 {
             return match self.place(page, 1, word) {
                 Ok(()) => Ok(Entry::Empty),
                 Err(MapError::Memory(error)) => Err(ChangeError::Memory(error)),
+                Err(MapError::Shared) => Err(ChangeError::Shared { at: page }),
                 Err(_) => Err(ChangeError::Unencodable { at: page }),
             };
         }
@@ -508,7 +509,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
     /// Puts `word` into the empty entry of `page` in a table of level `target`, with the tables that lead there.
     #[inline]
     pub(super) fn place(&mut self, page: Page, target: usize, word: u64) -> Result<(), MapError> {
-        let node = self.seek(page, target);
+        let node = self.seek_own(page, target)?;
         let index = index_at::<F>(page.number(), node.level);
         if node.load(index) != 0 && !(node.level == target && mutant!("map-over-anything")) {
             return Err(MapError::Occupied);

@@ -12,19 +12,20 @@
 //! - `U1`: `held`, if any, is attached, and its lock is this cursor's. So the tables above it are attached too: each has
 //!   a live entry.
 //! - `U2`: `path[l]` for the levels above the held one are the tables from the root to it.
+//! - `U4`: a table to which an entry points that says "shared", and everything below it, is changed by nobody, but that leaves and
+//!   entries in it may lose the right to write. A held table of that kind is only read.
 //! - `U3`: a walk runs inside a read section of the environment's `Grace`, and keeps nothing from it but a table that
 //!   it locked and found attached.
 //!
 //! Context: task context, interrupts on (`N4` in `node.rs`). A context that has a cursor with a held table must not open
 //! another one on the same pages; [`Cursor::release`] lets go. Lock-free queries are always possible.
 //!
-//! Does not handle: tables shared between spaces.
-
 mod change;
 mod huge;
 mod map;
 mod moving;
 mod run;
+mod share;
 mod unmap;
 
 use core::fmt;
@@ -36,6 +37,8 @@ pub use change::{Harvest, Harvested};
 pub use huge::Divisible;
 pub use map::{MapStopped, Replaced};
 pub use run::Run;
+pub use share::UnshareStep;
+pub(crate) use share::{Shared, child, mark_shared};
 pub use unmap::Cleared;
 
 use crate::cache::{self, TableReserve};
@@ -43,7 +46,7 @@ use crate::env::Env;
 use crate::format::{Format, Kind, level};
 use crate::mutants::mutant;
 use crate::node::{Node, View};
-use crate::table::{Entry, MAX_LEVELS, PageTable, decode, index_at};
+use crate::table::{Entry, MAX_LEVELS, PageTable, decode, index_at, seen_from};
 
 /// A position in a range of a [`PageTable`]'s pages, and the only way to change them.
 ///
@@ -60,6 +63,8 @@ pub struct Cursor<'t, F: Format, E: Env, H: FrameHandle> {
     /// The first page and the page count of what `held` covers.
     span: (u64, u64),
     path: [Frame; MAX_LEVELS + 1],
+    /// Whether an entry above `held` says that it is shared (`U4`).
+    shared: bool,
     reserve: TableReserve<'t, E>,
 }
 
@@ -72,6 +77,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             held: None,
             span: (0, 0),
             path: [Frame::ZERO; MAX_LEVELS + 1],
+            shared: false,
             reserve: TableReserve::empty(table.env()),
         }
     }
@@ -117,7 +123,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         }
         let node = self.seek(page, 1);
         let word = node.load(index_at::<F>(page.number(), node.level));
-        decode::<F>(page, node.level, word)
+        seen_from::<F>(decode::<F>(page, node.level, word), self.shared)
     }
 
     /// The held table, if it is a leaf table that has all of `range`.
@@ -157,6 +163,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         let (frame, level) = self.leave_for(page, target);
         // SAFETY: a table of the path (U2), inside the section; or P1.
         let mut view = unsafe { View::<F>::new(env, frame, level) };
+        let mut shared = false;
         'root: loop {
             loop {
                 self.path[view.level] = view.frame;
@@ -172,15 +179,26 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
                     }
                     word = node.load(index);
                     if level == target || !F::is_table(level, word) {
+                        if shared && !self.is_path_of(page, level) {
+                            node.unlock();
+                            break;
+                        }
                         self.hold(node, page);
+                        self.shared = shared;
+                        if shared {
+                            // Looked up again at every call.
+                            self.span.1 = 0;
+                        }
                         return node;
                     }
                     node.unlock();
                 }
+                shared |= F::is_shared_table(level, word);
                 // SAFETY: an entry that this read section found in an attached table, or in one that was attached when
                 // the section began, points to a table until the section ends (U3).
                 view = unsafe { View::new(env, F::table_frame(word), level - 1) };
             }
+            shared = false;
             // SAFETY: P1: the root is attached.
             view = unsafe { View::<F>::new(env, self.table.root_frame(), self.table.levels()) };
             continue 'root;
@@ -193,6 +211,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         let levels = self.table.levels();
         if let Some(node) = self.held.take() {
             node.unlock();
+            if self.shared {
+                return (self.table.root_frame(), levels);
+            }
             let differ = page.number() ^ self.span.0;
             for number in (node.level + 1).max(target)..levels {
                 let level = level::<F>(number);
@@ -202,6 +223,36 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             }
         }
         (self.table.root_frame(), levels)
+    }
+
+    /// Whether the path still leads to its table of `level`, whose lock is this cursor's: a shared one may have been exchanged for a
+    /// copy before it was locked. Inside a read section.
+    #[cold]
+    fn is_path_of(&self, page: Page, level: usize) -> bool {
+        let env = self.table.env();
+        let mut number = self.table.levels();
+        while number > level {
+            // SAFETY: a table that this read section found.
+            let view = unsafe { View::<F>::new(env, self.path[number], number) };
+            let word = view.load(index_at::<F>(page.number(), number));
+            if !F::is_table(number, word) || F::table_frame(word) != self.path[number - 1] {
+                return false;
+            }
+            number -= 1;
+        }
+        true
+    }
+
+    /// As `seek`, for a change: the path is this space's alone, or becomes so where nobody shares it any more.
+    #[inline]
+    fn seek_own(&mut self, page: Page, target: usize) -> Result<Node<'t, F>, Shared> {
+        loop {
+            let node = self.seek(page, target);
+            if !self.shared {
+                return Ok(node);
+            }
+            self.retake(page)?;
+        }
     }
 
     /// Makes a locked table the held one.
@@ -286,6 +337,21 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
     /// The lowest table for `page`, locked and held.
     pub(crate) fn seek_lowest(&mut self, page: Page) -> Node<'t, F> {
         self.seek(page, 1)
+    }
+
+    /// A table for `page` of level `target` or above, locked and held, to be read.
+    pub(crate) fn seek_level(&mut self, page: Page, target: usize) -> Node<'t, F> {
+        self.seek(page, target)
+    }
+
+    /// Puts an entry that points to a table into an empty one of level `target`.
+    pub(crate) fn place_table(
+        &mut self,
+        page: Page,
+        target: usize,
+        word: u64,
+    ) -> Result<(), crate::error::MapError> {
+        self.place(page, target, word)
     }
 
     /// Takes `count` frames for tables into reserve.

@@ -9,6 +9,7 @@
 
 use kmem_hal::{Order, Page, PageRange, Trace, TraceEvent};
 
+use super::share::Shared;
 use super::{Cursor, Divisible, Run};
 use crate::attributes::Rights;
 use crate::env::Env;
@@ -52,6 +53,8 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
             }
         }
         sink.release();
+        source.own_range()?;
+        sink.own_range()?;
         let splits = source.splits_to_move(target);
         source.fill_reserve(splits).map_err(MoveError::Memory)?;
         sink.fill_reserve(if mutant!("move-forgets-tables") {
@@ -106,6 +109,26 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
 }
 
 impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
+    /// Makes sure that no table of the range is shared.
+    fn own_range(&mut self) -> Result<(), Shared> {
+        let mut page = self.range.first().number();
+        loop {
+            let node = self.seek_own(Page::from_number(page), 1)?;
+            let level = level::<F>(node.level);
+            let shift = if node.level == 1 {
+                level.bits
+            } else {
+                level.shift
+            };
+            let end = page | ((1u64 << shift) - 1);
+            if end >= self.range.last().number() {
+                self.release();
+                return Ok(());
+            }
+            page = end + 1;
+        }
+    }
+
     /// How many tables the target may need for what is in this cursor's range, once `splits` tables more are there.
     ///
     /// Each table's span falls on at most two at the target. A small range counts what is missing there instead, which is

@@ -6,7 +6,7 @@ use super::Cursor;
 use crate::attributes::{Leaf, Payload};
 use crate::env::Env;
 use crate::format::{Format, Kind, level};
-use crate::table::{Entry, decode, index_at};
+use crate::table::{Entry, decode, index_at, seen_from};
 
 /// A run of pages with one kind of content.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -78,7 +78,10 @@ impl<F: Format, E: Env, H: FrameHandle> Cursor<'_, F, E, H> {
             if kind == Kind::Payload {
                 break Run::Payload(start, F::payload_of(word));
             }
-            let Entry::Leaf(leaf) = decode::<F>(Page::from_number(first), node.level, word) else {
+            let Entry::Leaf(leaf) = seen_from::<F>(
+                decode::<F>(Page::from_number(first), node.level, word),
+                self.shared,
+            ) else {
                 unreachable!("the kind is that of a leaf")
             };
             let mut end = leaf.range().last().number();
@@ -86,7 +89,9 @@ impl<F: Format, E: Env, H: FrameHandle> Cursor<'_, F, E, H> {
             while index + 1 < entries && end < last {
                 index += 1;
                 let next = Page::from_number(end + 1);
-                let Entry::Leaf(other) = decode::<F>(next, node.level, node.load(index)) else {
+                let Entry::Leaf(other) =
+                    seen_from::<F>(decode::<F>(next, node.level, node.load(index)), self.shared)
+                else {
                     break;
                 };
                 if other.attributes != leaf.attributes

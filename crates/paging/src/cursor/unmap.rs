@@ -206,7 +206,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         visit: &mut impl FnMut(Cleared),
         pages: &mut u64,
     ) -> Result<Option<u64>, ChangeError> {
-        let node = self.seek(Page::from_number(page), 1);
+        let node = self.seek_own(Page::from_number(page), 1)?;
         let step = if node.level == 1 {
             self.clear_leaves(&node, page, range.last().number(), gather, visit, pages)
         } else {
@@ -249,7 +249,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
         if page & (covered - 1) != 0 || last - page < covered - 1 {
             return None;
         }
-        let node = self.seek(Page::from_number(page), 2);
+        let node = self.seek_own(Page::from_number(page), 2).ok()?;
         if node.level != 2 {
             return None;
         }
@@ -263,20 +263,33 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
             if F::is_table(2, word) {
                 // SAFETY: an entry of a locked table points to an attached table.
                 let table: Node<'t, F> = unsafe { Node::new(env, F::table_frame(word), 1) };
-                if u64::from(table.live()) <= FLUSH_CEILING {
-                    // Few leaves: cleared one by one they need no full flush.
-                    break Some(at);
-                }
                 // Before the first store.
                 gather.announce();
                 table.lock(env);
-                *pages += u64::from(table.live());
-                if !mutant!("whole-stays-attached") {
+                if F::is_shared_table(2, word) && table.shares() > 1 {
+                    // What is in it stays with the others: a share is given up.
+                    let live = u64::from(table.live());
+                    table.unlock();
+                    if gather.is_full() {
+                        break Some(at);
+                    }
+                    *pages += live;
                     node.store(index, 0);
+                    gather.push_share(table.frame, 1);
+                    self.table.count_shared(1, false);
+                } else if u64::from(table.live()) <= FLUSH_CEILING {
+                    // Few leaves: cleared one by one they need no full flush.
+                    table.unlock();
+                    break Some(at);
+                } else {
+                    *pages += u64::from(table.live());
+                    if !mutant!("whole-stays-attached") {
+                        node.store(index, 0);
+                    }
+                    table.unlock_stray();
+                    gather.push_whole(&table);
+                    self.table.discount_table(table.frame, 1);
                 }
-                table.unlock_stray();
-                gather.push_whole(&table);
-                self.table.discount_table(table.frame, 1);
                 trace.event(TraceEvent::Unmapped(super::map::block(
                     Page::from_number(at),
                     level::<F>(2).order(),

@@ -155,6 +155,35 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
     /// An entry of a table of `level` that points to a table of `level - 1`. As permissive as can be: leaves decide.
     fn table(level: usize, frame: Frame) -> u64;
 
+    /// An entry that points to a table, with the right to write taken away from everything below: the table is shared with another
+    /// space. `None` where the format cannot say so at this level; then tables are copied.
+    #[inline(always)]
+    fn shared_table(level: usize, word: u64) -> Option<u64> {
+        let _ = (level, word);
+        None
+    }
+
+    /// Whether [`shared_table`](Self::shared_table) made this entry of kind `Table`.
+    #[inline(always)]
+    fn is_shared_table(level: usize, word: u64) -> bool {
+        let _ = (level, word);
+        false
+    }
+
+    /// Undoes [`shared_table`](Self::shared_table).
+    #[inline(always)]
+    fn own_table(level: usize, word: u64) -> u64 {
+        let _ = level;
+        word
+    }
+
+    /// A leaf without the right to write, all else as it is.
+    #[inline(always)]
+    fn write_protected(level: usize, word: u64) -> u64 {
+        let rights = Self::attributes(level, word).rights;
+        Self::with_rights(level, word, rights.difference(Rights::WRITE))
+    }
+
     /// A word that is not present and carries `payload`.
     fn payload(payload: Payload) -> u64;
 

@@ -64,6 +64,30 @@ macro_rules! long_mode {
             }
 
             #[inline(always)]
+            fn shared_table(_level: usize, word: u64) -> Option<u64> {
+                Some(word & !WRITE)
+            }
+
+            #[inline(always)]
+            fn is_shared_table(_level: usize, word: u64) -> bool {
+                word & WRITE == 0
+            }
+
+            #[inline(always)]
+            fn own_table(_level: usize, word: u64) -> u64 {
+                word | WRITE
+            }
+
+            #[inline(always)]
+            fn write_protected(_level: usize, word: u64) -> u64 {
+                if word & PRESENT == 0 {
+                    word
+                } else {
+                    word & !WRITE
+                }
+            }
+
+            #[inline(always)]
             fn table(_level: usize, frame: Frame) -> u64 {
                 frame.start().as_u64() | PRESENT | WRITE | USER
             }

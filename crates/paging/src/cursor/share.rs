@@ -1,0 +1,356 @@
+//! Tables that several spaces share since a fork: taking one back, copying one.
+//!
+//! ```text
+//!   parent  entry, not writable ──┐                  parent  entry, not writable ──> table, 1 share: retaken at the next change
+//!                                 ├─> table, 2 shares    ── unshare (child) ──>
+//!   child   entry, not writable ──┘                  child   entry, writable ──────> a copy of it
+//! ```
+//!
+//! A shared table is changed by nobody (`U4`), so its change needs no flush in other spaces: what a space changes is a copy first, to which only its own
+//! root leads. The handles of a shared table's leaves are the table's, not each space's; a copy has handles of its own, which a
+//! callback makes. Where a copy is made, the leaves of both sides lose the right to write, since both now stand for the same
+//! frames.
+//!
+//! The share that the space gives up is counted until the gather is committed: until then a CPU may still walk through it.
+//!
+//! Lock order: a table's before those it points to, whichever space leads there.
+
+use kmem_hal::{AllocError, FrameHandle, Grace, Page, PageRange};
+
+use super::{Cursor, Divisible};
+use crate::env::Env;
+use crate::error::{ChangeError, HugeError, MapError, MoveError, UnshareError};
+use crate::fork::ForkItem;
+use crate::format::{Format, Kind, level};
+use crate::gather::{Gather, Stale};
+use crate::node::{self, Node, View};
+use crate::table::{Entry, decode, index_at};
+
+/// The table of this page is shared.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Shared(pub Page);
+
+impl From<Shared> for MapError {
+    fn from(_: Shared) -> Self {
+        Self::Shared
+    }
+}
+
+impl From<Shared> for HugeError {
+    fn from(_: Shared) -> Self {
+        Self::Shared
+    }
+}
+
+impl From<Shared> for MoveError {
+    fn from(Shared(at): Shared) -> Self {
+        Self::Shared { at }
+    }
+}
+
+impl From<Shared> for ChangeError {
+    fn from(Shared(at): Shared) -> Self {
+        Self::Shared { at }
+    }
+}
+
+impl From<AllocError> for UnshareError {
+    fn from(error: AllocError) -> Self {
+        Self::Memory(error)
+    }
+}
+
+/// What [`Cursor::unshare`] does about an entry.
+#[derive(Debug, PartialEq, Eq)]
+pub enum UnshareStep<H> {
+    /// The copy gets a leaf for this handle: another reference to the frame. Both sides lose the right to write.
+    Protected(H),
+    /// The copy gets a leaf for this handle. Both sides keep their rights: the pages are shared memory.
+    Kept(H),
+    /// The copy gets the payload too.
+    Payload,
+    /// The copy gets nothing here.
+    Skip,
+    /// Stop here: a reference could not be counted.
+    Stop,
+}
+
+impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
+    /// Makes the path to `page` writable again where nobody else shares its tables any more.
+    #[cold]
+    pub(super) fn retake(&mut self, page: Page) -> Result<(), Shared> {
+        self.release();
+        while let Some((parent, index)) = self.lock_shared(page) {
+            let env = self.table.env();
+            let table = child(env, &parent, index);
+            table.lock(env);
+            let alone = table.shares() == 1;
+            if alone {
+                own(&parent, index);
+            }
+            table.unlock();
+            parent.unlock();
+            if !alone {
+                return Err(Shared(page));
+            }
+        }
+        self.shared = false;
+        Ok(())
+    }
+
+    /// The highest entry on the way to `page` that says "shared", with its table locked. The cursor holds nothing.
+    fn lock_shared(&mut self, page: Page) -> Option<(Node<'t, F>, usize)> {
+        let env = self.table.env();
+        let _reading = env.grace().read();
+        'root: loop {
+            // SAFETY: P1: the root is attached.
+            let mut view =
+                unsafe { View::<F>::new(env, self.table.root_frame(), self.table.levels()) };
+            loop {
+                let number = view.level;
+                let index = index_at::<F>(page.number(), number);
+                let word = view.load(index);
+                if !F::is_table(number, word) {
+                    return None;
+                }
+                if F::is_shared_table(number, word) {
+                    let node = view.node(env);
+                    node.lock(env);
+                    // Above it nothing is shared, so it is this space's, unless it was detached.
+                    if !node.is_stray() && node.load(index) == word {
+                        return Some((node, index));
+                    }
+                    node.unlock();
+                    continue 'root;
+                }
+                // SAFETY: as in `walk`, inside the read section.
+                view = unsafe { View::new(env, F::table_frame(word), number - 1) };
+            }
+        }
+    }
+}
+
+impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
+    /// Makes the tables that lead to `page` this space's own, by copies where others share them; gives whether a table was copied.
+    ///
+    /// A shared table of leaves is copied entry by entry: `step` says for each what the copy gets, and counts a reference for its handle.
+    /// Of a shared level-2 table the copy shares the leaf tables, and that of `page` is copied after it. Where the other spaces have
+    /// given a table up, nothing is copied. `step` runs under tables' locks: it must not use cursors of any space that shares them.
+    ///
+    /// The share comes back when the gather is committed, which is due before the copy matters to another CPU of this space.
+    ///
+    /// # Errors
+    ///
+    /// [`UnshareError`]. Handles that `step` had given for a copy that was not finished go to `undo`.
+    #[doc(alias = "copy_pte_range")]
+    pub fn unshare<const N: usize>(
+        &mut self,
+        page: Page,
+        gather: &mut Gather<'_, F, E, H, N>,
+        mut step: impl FnMut(ForkItem) -> UnshareStep<H>,
+        mut undo: impl FnMut(H),
+    ) -> Result<bool, UnshareError> {
+        if !self.range().contains(page) {
+            return Err(UnshareError::OutOfRange);
+        }
+        if !gather.belongs_to(self.table) {
+            return Err(UnshareError::ForeignGather);
+        }
+        self.release();
+        let mut copied = false;
+        while let Some((parent, index)) = self.lock_shared(page) {
+            let outcome = self.unshare_one(&parent, index, page, gather, &mut step, &mut undo);
+            parent.unlock();
+            copied |= outcome?;
+        }
+        self.shared = false;
+        Ok(copied)
+    }
+
+    /// Makes the shared table below a locked entry of this space's its own; whether it was copied.
+    fn unshare_one<const N: usize>(
+        &mut self,
+        parent: &Node<'t, F>,
+        index: usize,
+        page: Page,
+        gather: &mut Gather<'_, F, E, H, N>,
+        step: &mut impl FnMut(ForkItem) -> UnshareStep<H>,
+        undo: &mut impl FnMut(H),
+    ) -> Result<bool, UnshareError> {
+        let env = self.table.env();
+        let table = child(env, parent, index);
+        if gather.is_full() {
+            return Err(UnshareError::Full);
+        }
+        let copy = self.make_table(table.level, page)?;
+        table.lock(env);
+        if table.shares() == 1 {
+            own(parent, index);
+            table.unlock();
+            self.unmake_table(copy);
+            return Ok(false);
+        }
+        let first = super::first_page::<F>(table.level, page);
+        let outcome = copy_table(env, &table, &copy, first, step);
+        table.unlock();
+        if let Err(error) = outcome {
+            self.take_back(&copy, undo);
+            self.unmake_table(copy);
+            return Err(error);
+        }
+        gather.announce();
+        // The old entry lost no dirty bit: it points to a table.
+        parent.store(index, F::table(parent.level, copy.frame));
+        copy.unlock();
+        // The other pages' translations stay right: the same frames, not to be written to. What must go are the paths to the table.
+        gather.note(Stale::leaf(
+            PageRange::single(page),
+            self.table.may_be_global(),
+        ));
+        gather.push_share(table.frame, table.level);
+        Ok(true)
+    }
+
+    /// Empties a private copy that was not finished.
+    fn take_back(&self, copy: &Node<'t, F>, undo: &mut impl FnMut(H)) {
+        let env = self.table.env();
+        for index in 0..level::<F>(copy.level).entries() {
+            let word = copy.load(index);
+            copy.store(index, 0);
+            match copy.kind(word) {
+                Kind::Table => {
+                    // SAFETY: `copy_table` counted a share of it.
+                    let below: Node<'_, F> =
+                        unsafe { Node::new(env, F::table_frame(word), copy.level - 1) };
+                    below.lock(env);
+                    let _ = below.drop_share();
+                    below.unlock();
+                }
+                Kind::Leaf => {
+                    let order = level::<F>(copy.level).order();
+                    // SAFETY: H2: `into_entry` gave the numbers, and no CPU ever saw the entry.
+                    undo(unsafe { H::from_entry(F::leaf_frame(copy.level, word), order) });
+                }
+                Kind::Empty | Kind::Payload => {}
+            }
+        }
+    }
+}
+
+/// The table below an entry of a locked, attached table.
+pub(crate) fn child<'t, F: Format, E: Env>(
+    env: &'t E,
+    parent: &Node<'t, F>,
+    index: usize,
+) -> Node<'t, F> {
+    // SAFETY: an entry of a locked, attached table points to an attached table.
+    unsafe { Node::new(env, F::table_frame(parent.load(index)), parent.level - 1) }
+}
+
+/// Makes an entry of a locked table this space's own again. A right is added, so nobody needs to be told.
+fn own<F: Format>(parent: &Node<'_, F>, index: usize) {
+    let mut word = parent.load(index);
+    while let Err(found) = exchange(parent, index, word, F::own_table(parent.level, word)) {
+        word = found;
+    }
+}
+
+/// Changes an entry that points to a table, whose accessed bit the hardware may set meanwhile.
+pub(crate) fn exchange<F: Format>(
+    parent: &Node<'_, F>,
+    index: usize,
+    old: u64,
+    new: u64,
+) -> Result<(), u64> {
+    use crate::format::Word;
+    F::Word::compare_exchange(parent.entry(index), old, new)
+}
+
+/// Says "shared" in an entry of a locked table. The word that it has then.
+pub(crate) fn mark_shared<F: Format>(parent: &Node<'_, F>, index: usize) -> Option<u64> {
+    let mut word = parent.load(index);
+    loop {
+        let new = F::shared_table(parent.level, word)?;
+        if new == word {
+            return Some(word);
+        }
+        match exchange(parent, index, word, new) {
+            Ok(()) => return Some(new),
+            Err(found) => word = found,
+        }
+    }
+}
+
+/// Writes a copy of a locked table, which covers from `first`, into a private one that holds zeros.
+fn copy_table<F: Format, E: Env, H: Divisible>(
+    env: &E,
+    table: &Node<'_, F>,
+    copy: &Node<'_, F>,
+    first: Page,
+    step: &mut impl FnMut(ForkItem) -> UnshareStep<H>,
+) -> Result<(), UnshareError> {
+    let number = table.level;
+    let shift = level::<F>(number).shift;
+    let mut live = 0;
+    for index in 0..level::<F>(number).entries() {
+        let mut word = table.load(index);
+        if word == 0 {
+            continue;
+        }
+        if F::is_table(number, word) {
+            // No lock: the count is changed in one step, and while this table leads to it nobody finds it at 1 by another way.
+            let below: Node<'_, F> = child(env, table, index);
+            if !below.add_share() {
+                return Err(UnshareError::Saturated);
+            }
+            let Some(word) = mark_shared(table, index) else {
+                return Err(UnshareError::Saturated);
+            };
+            copy.store(index, word);
+            live += 1;
+            continue;
+        }
+        let page = Page::from_number(first.number() + ((index as u64) << shift));
+        let item = match decode::<F>(page, number, word) {
+            Entry::Leaf(leaf) => ForkItem::Leaf(leaf),
+            Entry::Payload(payload) => ForkItem::Payload(page, payload),
+            Entry::Empty => continue,
+        };
+        let protect = match step(item) {
+            UnshareStep::Skip => continue,
+            UnshareStep::Stop => return Err(UnshareError::Stopped),
+            UnshareStep::Payload => {
+                copy.store(index, word);
+                live += 1;
+                continue;
+            }
+            UnshareStep::Protected(handle) => {
+                let _ = handle.into_entry();
+                true
+            }
+            UnshareStep::Kept(handle) => {
+                let _ = handle.into_entry();
+                false
+            }
+        };
+        if protect {
+            loop {
+                let new = F::write_protected(number, word);
+                if new == word {
+                    break;
+                }
+                match node::change::<F>(table.entry(index), word, new) {
+                    Ok(()) => {
+                        word = new;
+                        break;
+                    }
+                    Err(found) => word = found,
+                }
+            }
+        }
+        copy.store(index, word);
+        live += 1;
+    }
+    copy.add_live(live);
+    Ok(())
+}
