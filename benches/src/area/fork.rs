@@ -3,12 +3,15 @@
 //! kmem's calls are function calls over kmem's whole stack (frames, slab, tables, ranges) with a fault handed in as a value; the host's are
 //! real system calls and real page faults under whatever hypervisor there is, with everything that its kernel does besides. The two
 //! are printed together to show orders of magnitude, not who is faster at the same work. Limits of the same run: `limit:memcpy` copies the
-//! words of the tables, `limit:eager-copy` copies entries, clears their write bits and counts a reference for each, `limit:zero-frame` and
+//! words of the tables, `limit:eager-copy` copies entries, clears their write bits and counts a reference for each, `limit:copy-table` copies the 512 entries
+//! of a table and counts a reference for each, `limit:zero-frame` and
 //! `limit:copy-frame` zero and copy 4 KiB that are not in a cache.
 //!
 //! | workload | an operation |
 //! |---|---|
-//! | `fork_1g_tables` | a fork's work on the tables of 1 GiB in pages of 4 KiB, without counting references |
+//! | `fork_1g_tables`, `fork_64g_tables` | a fork's work on the tables of 1 GiB in pages of 4 KiB, which shares leaf tables; of 64 GiB, level-2 tables |
+//! | `fork_exit_tables` | the first of these and the end of the child's tables |
+//! | `first_write_table`, `first_write_level2` | a table copied at its first change, with a count for each frame; a level-2 table and a leaf table |
 //! | `fork_1g` | a fork of a space with 1 GiB of touched pages, in the parent |
 //! | `fork_exit` | the same and the child's end, in parent and child |
 //! | `fork_write_all` | one page of a fork, a child that writes to all pages, and its end |
@@ -24,7 +27,7 @@ use kmem_hal::{
     DeviceFrame, FaultCode, Frame, Order, Page, PageFault, PageRange, SpinWait, VirtAddr,
 };
 use kmem_paging::format::X86_64;
-use kmem_paging::{Attributes, ForkItem, ForkStep, PageTable, Parts, Rights};
+use kmem_paging::{Attributes, ForkItem, ForkStep, PageTable, Parts, Rights, UnshareStep};
 use kmem_slab::Cache;
 use kmem_vma_tree::Node;
 
@@ -319,8 +322,15 @@ impl Drop for Child {
 
 /// Runs the workloads of this area.
 pub fn run(runner: &mut Runner) {
-    if ["fork_1g_tables"].iter().any(|name| runner.wants(name)) {
-        runner.run(tables());
+    let of_tables = [
+        "fork_1g_tables",
+        "fork_exit_tables",
+        "fork_64g_tables",
+        "first_write_table",
+        "first_write_level2",
+    ];
+    if of_tables.iter().any(|name| runner.wants(name)) {
+        tables(runner);
     }
     if runner.wants("fork_1g") || runner.wants("fork_exit") {
         whole(runner);
@@ -367,44 +377,155 @@ fn copy_tables() -> impl Competitor {
     }
 }
 
-fn tables() -> Workload<'static> {
-    type Table = PageTable<X86_64, &'static Paging, DeviceFrame>;
-    let mm = World::leak(Region::new(1 << 13).touched());
-    let env = &mm.env().paging;
-    let range = PageRange::with_count(Page::from_number(1 << 20), GIB).expect("not empty");
-    let frame = |number| DeviceFrame::new(Frame::from_number(number), Order::ZERO);
-    let parent = Table::new(env).expect("memory for a root");
-    parent
+type Table = PageTable<X86_64, &'static Paging, DeviceFrame>;
+
+fn device(number: u64) -> DeviceFrame {
+    DeviceFrame::new(Frame::from_number(number), Order::ZERO).expect("order 0")
+}
+
+/// Tables that map so many GiB in pages of 4 KiB, with A and D set, and their pages.
+fn filled(mm: &'static Mm<'static, World>, gibs: u64) -> (Table, PageRange) {
+    let range = PageRange::with_count(Page::from_number(1 << 20), gibs * GIB).expect("not empty");
+    let table = Table::new(&mm.env().paging).expect("memory for a root");
+    let attributes = Attributes::new(Rights::USER_DATA).accessed().dirty();
+    table
         .cursor(range)
         .expect("a valid range")
-        .map_range(range, Order::ZERO, Rights::USER_DATA, |page, _left| {
-            frame((1 << 24) + page.number())
+        .map_range(range, Order::ZERO, attributes, |page, _left| {
+            Some(device((1 << 24) + page.number()))
         })
         .expect("memory for tables");
-    let of_kmem = move |_: u64, watch: &mut Watch| {
-        let child = Table::new(env).expect("memory for a root");
-        let mut gather = parent.gather::<8>();
-        let shared = |attributes: Attributes| attributes.write_protected();
-        let copied = watch.time(|| {
-            parent.fork_into(&child, range, &mut gather, |item| match item {
-                ForkItem::Leaf(leaf) => ForkStep::Leaf {
-                    handle: DeviceFrame::new(leaf.frame, Order::ZERO).expect("order 0"),
-                    child: shared(leaf.attributes),
-                    parent: Some(shared(leaf.attributes)),
-                },
-                _ => ForkStep::Skip,
-            })
+    (table, range)
+}
+
+/// A child that shares tables of level `most` and below.
+fn sharing(parent: &Table, range: PageRange, most: usize, watch: Option<&mut Watch>) -> Table {
+    let child = Table::new(*parent.env()).expect("memory for a root");
+    let mut gather = parent.gather::<8>();
+    let fork = || {
+        // SAFETY: one thread, without an open cursor; no processor uses these tables.
+        unsafe { parent.fork_sharing(&child, range, most, &mut gather, |_| ForkStep::Skip) }
+    };
+    let shared = match watch {
+        Some(watch) => watch.time(fork),
+        None => fork(),
+    };
+    assert!(shared.is_ok(), "memory for the child's tables");
+    gather.commit(|_| {});
+    drop(gather);
+    child
+}
+
+fn end(child: Table) {
+    child.destroy(|_leaf, _frame| {}, |_page, _payload| {});
+}
+
+/// Makes the table of `page` the space's own, with a count for each frame.
+fn own(table: &Table, page: Page, counts: &mut [u32]) -> bool {
+    let mut gather = table.gather::<8>();
+    let copied = table
+        .cursor(PageRange::single(page))
+        .expect("a valid range")
+        .unshare(
+            page,
+            &mut gather,
+            |item| match item {
+                ForkItem::Leaf(leaf) => {
+                    counts[leaf.frame.number() as usize % GIB as usize] += 1;
+                    UnshareStep::Protected(device(leaf.frame.number()))
+                }
+                _ => UnshareStep::Skip,
+            },
+            drop,
+        )
+        .expect("memory for a table");
+    gather.commit(|_| {});
+    copied
+}
+
+/// Copies the entries of one table and counts a reference for each frame.
+fn copy_one_table() -> impl Competitor {
+    let from: Vec<u64> = (0..GIB).map(|frame| frame << 12 | 0x67).collect();
+    let mut to = vec![0u64; GIB as usize];
+    let mut counts = vec![1u32; GIB as usize];
+    move |index: u64, watch: &mut Watch| {
+        let first = (index * 64 * 512 % GIB) as usize;
+        watch.time(|| {
+            for (from, to) in from.iter().zip(&mut to).skip(first).take(64 * 512) {
+                *to = *from;
+                counts[(*from >> 12) as usize] += 1;
+            }
         });
-        assert_eq!(copied, Ok(GIB));
-        gather.commit(|_| {});
-        drop(gather);
-        child.destroy(|_leaf, _frame| {}, |_page, _payload| {});
+        std::hint::black_box((&to, &counts));
+        Slice::limit(64)
+    }
+}
+
+fn tables(runner: &mut Runner) {
+    let mm = World::leak(Region::new(1 << 13).touched());
+    let (parent, range) = filled(mm, 1);
+    let mut counts = vec![1u32; GIB as usize];
+    let of_kmem = |_: u64, watch: &mut Watch| {
+        end(sharing(&parent, range, 1, Some(watch)));
         Slice::ops(1, GIB)
     };
-    workload("fork_1g_tables")
-        .with("kmem", of_kmem)
-        .with("limit:eager-copy", eager_copy())
-        .with("limit:memcpy", copy_tables())
+    runner.run(
+        workload("fork_1g_tables")
+            .with("kmem", of_kmem)
+            .with("limit:eager-copy", eager_copy())
+            .with("limit:memcpy", copy_tables()),
+    );
+    let of_kmem = |_: u64, watch: &mut Watch| {
+        watch.time(|| end(sharing(&parent, range, 1, None)));
+        Slice::ops(1, GIB)
+    };
+    runner.run(
+        workload("fork_exit_tables")
+            .with("kmem", of_kmem)
+            .with("limit:eager-copy", eager_copy()),
+    );
+    let of_kmem = |_: u64, watch: &mut Watch| {
+        let child = sharing(&parent, range, 1, None);
+        watch.time(|| {
+            for number in 0..64 {
+                let page = Page::from_number(range.first().number() + number * 512);
+                assert!(own(&child, page, &mut counts), "nothing was shared");
+            }
+        });
+        end(child);
+        Slice::ops(64, 64)
+    };
+    runner.run(
+        workload("first_write_table")
+            .with("kmem", of_kmem)
+            .with("limit:copy-table", copy_one_table()),
+    );
+    let mut counts = vec![1u32; GIB as usize];
+    let of_kmem = |_: u64, watch: &mut Watch| {
+        let child = sharing(&parent, range, 2, None);
+        watch.time(|| {
+            assert!(
+                own(&child, range.first(), &mut counts),
+                "nothing was shared"
+            )
+        });
+        end(child);
+        Slice::ops(1, 1)
+    };
+    runner.run(
+        workload("first_write_level2")
+            .with("kmem", of_kmem)
+            .with("limit:copy-table", copy_one_table()),
+    );
+    if runner.wants("fork_64g_tables") {
+        let mm = World::leak(Region::new(1 << 16).touched());
+        let (parent, range) = filled(mm, 64);
+        let of_kmem = move |_: u64, watch: &mut Watch| {
+            end(sharing(&parent, range, 2, Some(watch)));
+            Slice::ops(1, 64 * GIB)
+        };
+        runner.run(workload("fork_64g_tables").with("kmem", of_kmem));
+    }
 }
 
 fn whole(runner: &mut Runner) {
