@@ -402,7 +402,7 @@ fn filled(mm: &'static Mm<'static, World>, gibs: u64) -> (Table, PageRange) {
 fn sharing(parent: &Table, range: PageRange, most: usize, watch: Option<&mut Watch>) -> Table {
     let child = Table::new(*parent.env()).expect("memory for a root");
     let mut gather = parent.gather::<8>();
-    let fork = || {
+    let mut fork = || {
         // SAFETY: one thread, without an open cursor; no processor uses these tables.
         unsafe { parent.fork_sharing(&child, range, most, &mut gather, |_| ForkStep::Skip) }
     };
