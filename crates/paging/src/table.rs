@@ -386,7 +386,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
                     let words = unsafe { F::Word::words(map, frame) };
                     let word = F::Word::load(&words[index_at::<F>(page.number(), $number)]);
                     if !F::is_table($number, word) {
-                        return seen_from::<F>(decode::<F>(page, $number, word), shared);
+                        return seen_from(decode::<F>(page, $number, word), shared);
                     }
                     shared |= F::is_shared_table($number, word);
                     frame = F::table_frame(word);
@@ -645,7 +645,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
 
 /// What an entry is worth below tables that are shared, if they are: rights are the AND over all levels.
 #[inline(always)]
-pub(crate) fn seen_from<F: Format>(entry: Entry, shared: bool) -> Entry {
+pub(crate) fn seen_from(entry: Entry, shared: bool) -> Entry {
     match entry {
         Entry::Leaf(mut leaf) if shared => {
             leaf.attributes = leaf.attributes.write_protected();

@@ -123,7 +123,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         }
         let node = self.seek(page, 1);
         let word = node.load(index_at::<F>(page.number(), node.level));
-        seen_from::<F>(decode::<F>(page, node.level, word), self.shared)
+        seen_from(decode::<F>(page, node.level, word), self.shared)
     }
 
     /// The held table, if it is a leaf table that has all of `range`.

@@ -78,7 +78,7 @@ impl<F: Format, E: Env, H: FrameHandle> Cursor<'_, F, E, H> {
             if kind == Kind::Payload {
                 break Run::Payload(start, F::payload_of(word));
             }
-            let Entry::Leaf(leaf) = seen_from::<F>(
+            let Entry::Leaf(leaf) = seen_from(
                 decode::<F>(Page::from_number(first), node.level, word),
                 self.shared,
             ) else {
@@ -90,7 +90,7 @@ impl<F: Format, E: Env, H: FrameHandle> Cursor<'_, F, E, H> {
                 index += 1;
                 let next = Page::from_number(end + 1);
                 let Entry::Leaf(other) =
-                    seen_from::<F>(decode::<F>(next, node.level, node.load(index)), self.shared)
+                    seen_from(decode::<F>(next, node.level, node.load(index)), self.shared)
                 else {
                     break;
                 };
