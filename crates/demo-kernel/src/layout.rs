@@ -41,6 +41,7 @@ unsafe extern "C" {
     static __data_start: u8;
     static __image_end: u8;
     static boot_pml4: u8;
+    static boot_pml5: u8;
 }
 
 /// Linear addresses at which the image's text, constants and data begin, and where it ends.
@@ -72,6 +73,15 @@ pub fn current_root() -> Frame {
     // SAFETY: reading CR3 has no effect.
     unsafe { asm!("mov {}, cr3", out(reg) root, options(nostack)) };
     Frame::containing(PhysAddr::new(root))
+}
+
+/// The root table of `boot.s`.
+pub fn boot_root() -> u64 {
+    if five_levels() {
+        &raw const boot_pml5 as u64
+    } else {
+        &raw const boot_pml4 as u64
+    }
 }
 
 /// Switches the identity map of `boot.s` (top-table entry 0) off or on again.

@@ -26,6 +26,7 @@ mod traps;
 
 core::arch::global_asm!(include_str!("boot.s"));
 core::arch::global_asm!(include_str!("entry.s"));
+core::arch::global_asm!(include_str!("legacy.s"));
 
 /// Rust's entry, called by `boot.s` with the physical address of PVH's start info.
 #[unsafe(no_mangle)]

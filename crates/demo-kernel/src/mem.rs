@@ -1,8 +1,8 @@
 //! The symbols that a `core` prebuilt for a hosted target expects to find.
 //!
-//! The five memory functions are `rep` instructions or volatile loops: a plain Rust loop would be compiled
-//! back into a call of the function itself. The two unwinding symbols are never reached with
-//! `panic = "abort"`, but the linker asks for them.
+//! The five memory functions are `rep` instructions (whole words first: QEMU takes them one by one) or volatile loops:
+//! a plain Rust loop would be compiled back into a call of the function itself. The two unwinding symbols are never
+//! reached with `panic = "abort"`, but the linker asks for them.
 
 use core::arch::asm;
 
@@ -10,8 +10,8 @@ use core::arch::asm;
 unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, n: usize) -> *mut u8 {
     // SAFETY: C's contract: both ranges hold `n` bytes and do not overlap.
     unsafe {
-        asm!("rep movsb", inout("rcx") n => _, inout("rdi") to => _, inout("rsi") from => _,
-            options(nostack, preserves_flags));
+        asm!("rep movsq", "mov rcx, rdx", "rep movsb", inout("rcx") n / 8 => _, in("rdx") n % 8,
+            inout("rdi") to => _, inout("rsi") from => _, options(nostack, preserves_flags));
     }
     to
 }
@@ -36,7 +36,8 @@ unsafe extern "C" fn memmove(to: *mut u8, from: *const u8, n: usize) -> *mut u8 
 unsafe extern "C" fn memset(to: *mut u8, byte: i32, n: usize) -> *mut u8 {
     // SAFETY: C's contract: the range holds `n` bytes.
     unsafe {
-        asm!("rep stosb", inout("rcx") n => _, inout("rdi") to => _, in("al") byte as u8,
+        asm!("rep stosq", "mov rcx, rdx", "rep stosb", inout("rcx") n / 8 => _, in("rdx") n % 8,
+            inout("rdi") to => _, in("rax") u64::from(byte as u8) * 0x0101_0101_0101_0101,
             options(nostack, preserves_flags));
     }
     to

@@ -1,6 +1,7 @@
 //! The scenarios that `cargo xtask qemu NAME` runs, by name.
 
 mod kernel;
+mod legacy;
 mod user;
 
 use kmem::hal::CpuId;
@@ -29,6 +30,10 @@ pub fn run(name: &str, boot: &Boot) -> bool {
             let baseline = start(boot);
             let only = boot.word("only=").and_then(|number| number.parse().ok());
             differential::run(only) && end(baseline)
+        }
+        "legacy" => {
+            let baseline = start(boot);
+            legacy::run() & end(baseline)
         }
         "fail" => false,
         "panic" => panic!("asked for"),

@@ -35,6 +35,7 @@ pub const SCENARIOS: &[(&str, &str)] = &[
         "differential",
         "page tables and faults as on the mock machine",
     ),
+    ("legacy", "32-bit and PAE tables walked by the MMU"),
     ("demand", "demand zero, a stack that grows"),
     ("fork", "copy on write both ways, three generations deep"),
     ("shared", "shared memory and a mapped file over a fork"),
@@ -62,7 +63,7 @@ pub const SCENARIOS: &[(&str, &str)] = &[
 /// Faults of `plant.rs` and scenarios that report them.
 const PLANTED: &[(&str, &str, u32)] = &[
     ("paging", "lost-flush", 1),
-    ("threads", "lost-flush", 2),
+    ("paging", "lost-flush", 2),
     ("paging", "deaf", 2),
     ("reuse", "deaf", 2),
     ("reuse", "no-wait", 2),
@@ -97,7 +98,10 @@ pub fn good() -> Vec<Machine> {
     for name in ["boot", "memory", "fork"] {
         runs.push(machine(name, 2, "8G"));
     }
-    for name in ["boot", "paging", "fork", "threads", "overflow", "maps"] {
+    let five = [
+        "boot", "paging", "legacy", "fork", "threads", "overflow", "maps",
+    ];
+    for name in five {
         runs.push(Machine {
             five_levels: true,
             ..machine(name, 2, "64M")
