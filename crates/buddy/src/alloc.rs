@@ -321,7 +321,12 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         // Half an array more than what is missing, as far as the watermark lets.
         let mut refill = None;
         if let Some((class, stack, cache)) = array {
-            let limit = zone.limits[class].load(kmem_hal::sync::Ordering::Relaxed);
+            let closed = self.state().is_some_and(State::is_refusing);
+            let limit = if closed {
+                0
+            } else {
+                zone.limits[class].load(kmem_hal::sync::Ordering::Relaxed)
+            };
             cache.set_limit(stack, limit);
             let half = cache.limit(stack) as usize / 2;
             // A batch call takes what it needs and leaves the array as it is.
@@ -397,10 +402,11 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         self.pressure.pressure(node, PressureLevel::Min, request);
         let mut retries = 0;
         loop {
-            let drained = self.drain();
-            if let ControlFlow::Break(result) = look(Mark::Min) {
-                return result;
-            }
+            let found = self.look_honestly(state, || look(Mark::Min).break_value());
+            let drained = match found {
+                Ok(result) => return result,
+                Err(drained) => drained,
+            };
             // Only a caller that may wait may ask for reclaim; a caller that is part of reclaim must not.
             let may_reclaim = request.context >= Context::NoIo && retries < RETRIES;
             if may_reclaim

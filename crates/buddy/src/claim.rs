@@ -287,6 +287,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             core.restore(segment, first, end);
             free
         })
+        .inspect(|_| state.gave())
         .and_then(|taken| {
             emptied?;
             // A frame that came and went between the last look and the lock.

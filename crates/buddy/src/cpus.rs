@@ -28,6 +28,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             return false;
         };
         let mut all = true;
+        let closing = state.is_refusing();
         for (index, zone) in state.zones.iter().enumerate() {
             let Some(cache) = arrays.zone(index) else {
                 continue;
@@ -37,11 +38,15 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
                 if count > 0 {
                     all &= self.flush(state, area, zone, cache, (stack, order), count);
                 }
+                if closing {
+                    cache.set_limit(stack, 0);
+                }
             }
         }
         drop(arrays);
         self.settle(state, Some(area));
-        all
+        // Blocks that wait for an interrupted call are in no zone.
+        all && !area.has_pending()
     }
 
     /// Empties this CPU's arrays into the zones; `false` where the caller interrupted their user.

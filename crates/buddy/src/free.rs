@@ -115,6 +115,7 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
             core.mark_range(segment, first, end, true);
             Ok(())
         });
+        state.gave();
         match given {
             Some(result) => Ok(result?),
             None => {
@@ -176,6 +177,7 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
             self.note_misuse(state, error.into(), first, order);
             state.misuse_count.fetch_add(more - 1, Ordering::Relaxed);
         }
+        state.gave();
         done.is_some()
     }
 
@@ -248,7 +250,11 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         let Some(zone) = state.zones.get(index) else {
             return false;
         };
-        let limit = zone.limits[class].load(Ordering::Relaxed);
+        let limit = if state.is_refusing() {
+            0
+        } else {
+            zone.limits[class].load(Ordering::Relaxed)
+        };
         let count = cache.count(stack);
         cache.set_limit(stack, limit);
         let limit = cache.limit(stack);

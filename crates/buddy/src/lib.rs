@@ -12,6 +12,7 @@ mod cpus;
 mod error;
 mod free;
 mod range;
+mod refusal;
 mod state;
 mod view;
 mod watch;

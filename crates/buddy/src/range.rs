@@ -82,15 +82,17 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if frames == 0 || !state.zones.iter().any(fits) {
             return Err(AllocError::Unsatisfiable);
         }
-        let mut drained = None;
-        loop {
-            match self.look_for_range(state, frames, align, &wanted) {
-                Ok(Some(range)) => return Ok(range),
-                Ok(None) if drained.is_none() => drained = Some(self.drain()),
-                Ok(None) if drained == Some(Drained::All) => return Err(AllocError::OutOfMemory),
-                Ok(None) => return Err(AllocError::OutOfMemoryHere),
-                Err(error) => return Err(error),
-            }
+        let look = || {
+            self.look_for_range(state, frames, align, &wanted)
+                .transpose()
+        };
+        if let Some(result) = look() {
+            return result;
+        }
+        match self.look_honestly(state, look) {
+            Ok(result) => result,
+            Err(Drained::All) => Err(AllocError::OutOfMemory),
+            Err(Drained::Here) => Err(AllocError::OutOfMemoryHere),
         }
     }
 
@@ -210,6 +212,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             }
             taken.then_some(()).ok_or(FreeError::WrongOrder)
         });
+        state.gave();
         self.settle(state, area);
         match freed {
             Some(Ok(())) => Ok(()),
@@ -450,6 +453,7 @@ fn join<L: RawLock + 'static>(state: &State<L>, range: FrameRange, reach: FrameR
             continue;
         }
         take_over(state, part, reach);
+        state.gave();
         clear_flags(zone, segment, part);
     }
     managed(state) - old
@@ -489,6 +493,7 @@ fn release_run<L: RawLock + 'static>(
             let zone = &state.zones[segment.zone as usize];
             let before = zone.managed();
             take_over(state, part, reach);
+            state.gave();
             clear_flags(zone, segment, part);
             freed += zone.managed() - before;
         }

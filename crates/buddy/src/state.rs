@@ -193,6 +193,10 @@ pub(crate) struct State<L: 'static> {
     pub misuse_kind: AtomicU32,
     /// Blocks that nested calls freed and that found no place to wait.
     pub lost: AtomicU64,
+    /// How many calls are about to refuse: meanwhile arrays stay empty (see [`crate::refusal`]).
+    pub refusing: AtomicU32,
+    /// Counts what came to the zones while somebody was about to refuse.
+    pub gives: AtomicU64,
     pub metadata: FrameRange,
     pub min_free_kib: Option<u64>,
     pub reserve_ratio: [u32; 5],
@@ -563,6 +567,8 @@ pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
             misuse_last: AtomicU64::new(0),
             misuse_kind: AtomicU32::new(0),
             lost: AtomicU64::new(0),
+            refusing: AtomicU32::new(0),
+            gives: AtomicU64::new(0),
             metadata: FrameRange::touching(piece, bytes),
             min_free_kib: config.min_free_kib,
             reserve_ratio: config.reserve_ratio,

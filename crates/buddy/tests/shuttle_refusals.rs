@@ -183,13 +183,13 @@ unsafe impl PhysMap for Memory {
 
 type Machine = Buddy<&'static Memory, ModelCpu, Spin, &'static Bus>;
 
-/// Memory for tables is taken from the host once: schedules are many, and use it one after the other.
-fn memory() -> &'static Memory {
-    static MEMORY: std::sync::OnceLock<Memory> = std::sync::OnceLock::new();
-    MEMORY.get_or_init(|| {
+thread_local! {
+    /// Memory of all machines of a test, whose schedules come one after the other on one thread of the host.
+    static MEMORY: &'static Memory = {
         let bytes = vec![0u64; (FRAMES << 12) as usize / 8 + 512].leak();
-        Memory((bytes.as_mut_ptr().expose_provenance() + 4095) & !4095)
-    })
+        let base = (bytes.as_mut_ptr().expose_provenance() + 4095) & !4095;
+        Box::leak(Box::new(Memory(base)))
+    };
 }
 
 /// A machine of which the island alone is free, and its bus.
@@ -199,7 +199,7 @@ fn boot() -> (&'static Machine, &'static Bus) {
         .unwrap();
     let bus: &'static Bus = Box::leak(Box::new(Bus::new()));
     let buddy: &'static Machine = Box::leak(Box::new(Buddy::with(
-        memory(),
+        MEMORY.with(|memory| *memory),
         ModelCpu::new(CPUS),
         bus,
         NoPressure,
