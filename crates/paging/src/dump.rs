@@ -7,16 +7,20 @@
 //!   0x0000000000400000-0x0000000000402000  frame 0x40    4K  r-xu-  WB A-
 //!   0x0000000000600000-0x0000000000800000  frame 0x200   2M  rw-u-  WB AD
 //! ```
+//!
+//! Or as a graph in Graphviz's language, which `dot -Tsvg` draws: a box for each table, an arrow for each entry that
+//! points to one, and how many leaves and payloads it has.
 
 use core::fmt;
 
-use kmem_hal::{FrameHandle, PAGE_SIZE, Page, PageRange};
+use kmem_hal::{Frame, FrameHandle, Grace, PAGE_SIZE, Page, PageRange};
 
 use crate::attributes::{Leaf, MemoryType, Rights};
 use crate::cursor::Run;
 use crate::env::Env;
-use crate::format::Format;
-use crate::table::PageTable;
+use crate::format::{Format, Kind, level};
+use crate::node::View;
+use crate::table::{MAX_LEVELS, PageTable};
 
 /// Shows a page table; see [`PageTable::dump`].
 pub struct Dump<'t, F: Format, E: Env, H: FrameHandle> {
@@ -119,5 +123,77 @@ fn line(f: &mut fmt::Formatter<'_>, range: PageRange, leaf: &Leaf) -> fmt::Resul
 impl<F: Format, E: Env, H: FrameHandle> fmt::Debug for Dump<'_, F, E, H> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Dump({:?})", self.table)
+    }
+}
+
+/// Draws a page table; see [`PageTable::graph`].
+pub struct Graph<'t, F: Format, E: Env, H: FrameHandle> {
+    table: &'t PageTable<F, E, H>,
+}
+
+impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
+    /// The tables as a graph for Graphviz (`dot -Tsvg`), those of a shared upper part included. Takes no lock; what changes
+    /// meanwhile is drawn as it was or as it is.
+    #[must_use]
+    pub fn graph(&self) -> Graph<'_, F, E, H> {
+        Graph { table: self }
+    }
+}
+
+impl<F: Format, E: Env, H: FrameHandle> fmt::Display for Graph<'_, F, E, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let env = self.table.env();
+        let top = self.table.levels();
+        writeln!(f, "digraph \"{}\" {{", F::NAME)?;
+        writeln!(f, "  rankdir=LR; node [shape=box, fontname=monospace];")?;
+        let _reading = env.grace().read();
+        // Where the walk stands, by level: the table, its next entry, its leaves and payloads so far.
+        let mut frames = [Frame::ZERO; MAX_LEVELS + 1];
+        let mut counts = [(0usize, 0u32, 0u32); MAX_LEVELS + 1];
+        let mut number = top;
+        frames[top] = self.table.root_frame();
+        loop {
+            // SAFETY: the root is attached, and a table that an entry pointed to during this read section stays one.
+            let view = unsafe { View::<F>::new(env, frames[number], number) };
+            let (index, leaves, payloads) = counts[number];
+            if index == level::<F>(number).entries() {
+                writeln!(
+                    f,
+                    "  t{:x} [label=\"level {number}\\nframe {:#x}\\n{leaves} leaves, {payloads} payloads\"];",
+                    frames[number].number(),
+                    frames[number].number(),
+                )?;
+                if number == top {
+                    return writeln!(f, "}}");
+                }
+                number += 1;
+                continue;
+            }
+            counts[number].0 += 1;
+            let word = view.load(index);
+            match F::kind(number, word) {
+                Kind::Empty => {}
+                Kind::Leaf => counts[number].1 += 1,
+                Kind::Payload => counts[number].2 += 1,
+                Kind::Table => {
+                    let below = F::table_frame(word);
+                    writeln!(
+                        f,
+                        "  t{:x} -> t{:x} [label=\"{index:#x}\"];",
+                        frames[number].number(),
+                        below.number()
+                    )?;
+                    number -= 1;
+                    frames[number] = below;
+                    counts[number] = (0, 0, 0);
+                }
+            }
+        }
+    }
+}
+
+impl<F: Format, E: Env, H: FrameHandle> fmt::Debug for Graph<'_, F, E, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Graph({:?})", self.table)
     }
 }

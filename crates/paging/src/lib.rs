@@ -21,7 +21,7 @@ pub use attributes::{Attributes, Leaf, MemoryType, Payload, Rights, Soft, SoftBi
 pub use cache::{TableCache, TableReserve};
 pub use cursor::UnshareStep;
 pub use cursor::{Cleared, Cursor, Divisible, Harvest, Harvested, MapStopped, Replaced, Run};
-pub use dump::Dump;
+pub use dump::{Dump, Graph};
 pub use env::{Env, Parts};
 pub use error::{
     ChangeError, ForkError, HugeError, MapError, MoveError, RangeError, TableError, UnshareError,

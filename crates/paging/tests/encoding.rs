@@ -344,3 +344,31 @@ fn a_walk_by_the_manual_finds_what_was_mapped() {
     assert_eq!(walk(6 << 12), None);
     table.destroy(|_, _| {}, |_, _| {});
 }
+
+#[test]
+fn the_graph_has_a_box_for_each_table() {
+    use kmem_hal::{DeviceFrame, Page, PageRange};
+    use kmem_paging::PageTable;
+
+    let machine = machine::Machine::new(64);
+    let table = PageTable::<X86_64, _, DeviceFrame>::new(machine.env()).unwrap();
+    for page in [0x400, 0x401, 1 << 27] {
+        let page = Page::new(page).unwrap();
+        let block = DeviceFrame::new(Frame::from_number(7), Order::ZERO).unwrap();
+        let mut cursor = table.cursor(PageRange::single(page)).unwrap();
+        cursor.map(page, block, Rights::READ).unwrap();
+    }
+    let graph = table.graph().to_string();
+    assert!(
+        graph.starts_with("digraph") && graph.ends_with("}\n"),
+        "{graph}"
+    );
+    assert_eq!(
+        graph.matches("[label=\"level ").count(),
+        table.table_count()
+    );
+    assert_eq!(graph.matches(" -> ").count(), table.table_count() - 1);
+    assert_eq!(graph.matches("2 leaves, 0 payloads").count(), 1, "{graph}");
+    assert_eq!(graph.matches("level 1\\n").count(), 2);
+    table.destroy(|_, _| {}, |_, _| {});
+}

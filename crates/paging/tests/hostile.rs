@@ -138,3 +138,10 @@ fn single_situations() {
         run();
     }
 }
+
+#[test]
+fn one_table_made_and_emptied_by_three() {
+    for seed in 0..6 {
+        crowd::duel(seed, 60);
+    }
+}

@@ -72,6 +72,12 @@ fn trials() -> Vec<Trial> {
     for &(name, run) in directed::ALL {
         trials.push((name.to_owned(), Box::new(move |_| run())));
     }
+    for seed in 0..4 {
+        trials.push((
+            format!("duel {seed}"),
+            Box::new(move |_| crowd::duel(seed, 100)),
+        ));
+    }
     for seed in 0..6 {
         trials.push((
             format!("crowd {seed}"),
@@ -92,6 +98,12 @@ fn trials() -> Vec<Trial> {
         for kind in Kind::ALL {
             random(kind, seed, 1000);
         }
+    }
+    for seed in 4..12 {
+        trials.push((
+            format!("duel {seed}"),
+            Box::new(move |_| crowd::duel(seed, 200)),
+        ));
     }
     for seed in 6..16 {
         trials.push((

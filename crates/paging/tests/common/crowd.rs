@@ -442,3 +442,53 @@ pub fn crowd(seed: u64, turns: u32, adversary: Adversary, caller: Caller) -> Sta
     unsafe { env.retire() };
     stats
 }
+
+/// Three CPUs that make and empty one leaf table as often as they can, and look into it without a lock.
+pub fn duel(seed: u64, turns: u32) {
+    let machine = Machine::builder()
+        .memory(MemoryMap::pc(16 << 20))
+        .cpus(CPUS as usize)
+        .registers(Registers::LONG)
+        .seed(seed)
+        .caching(std::env::var_os("KMEM_MOCK_WITHOUT_TLB").is_none())
+        .watch_kernel(true)
+        .history(1 << 12)
+        .build()
+        .unwrap();
+    let env = HostileEnv::new(machine, 0x400, 0);
+    let table = Table::new(env).unwrap();
+    let mut scheduler = Scheduler::new(env.machine, seed);
+    for cpu in 0..CPUS {
+        let table = &table;
+        scheduler.spawn(cpu as usize, move || {
+            let page = 0x400 + cpu;
+            let one = PageRange::single(at(page));
+            for turn in 0..turns {
+                let frame = env.pool.alloc(&FrameRequest::ONE).unwrap();
+                let number = frame.first();
+                let mut cursor = table.cursor(one).unwrap();
+                cursor.map(at(page), frame, Rights::USER_DATA).unwrap();
+                drop(cursor);
+                for other in 0..CPUS {
+                    let seen = table.query(at(0x400 + (cpu + other) % CPUS)).leaf();
+                    assert!(seen.is_none_or(|leaf| leaf.order == Order::ZERO));
+                }
+                let seen = table.query(at(page)).leaf();
+                assert_eq!(seen.map(|leaf| leaf.frame), Some(number), "turn {turn}");
+                let mut gather = table.gather::<1>();
+                let mut cursor = table.cursor(one).unwrap();
+                assert_eq!(cursor.unmap(one, &mut gather), Ok(1), "turn {turn}");
+                drop(cursor);
+                gather.commit_to(&env.pool);
+                assert_eq!(table.query(at(page)), Entry::Empty);
+            }
+        });
+    }
+    scheduler.run();
+    assert_eq!(table.table_count(), 1, "empty tables are gone");
+    table.destroy(|_, _| panic!("all was unmapped"), |_, _| {});
+    TableCache::shrink(&env, usize::MAX);
+    assert_eq!(env.pool.in_use(), 0, "frames leaked");
+    // SAFETY: nothing of this environment is left.
+    unsafe { env.retire() };
+}
