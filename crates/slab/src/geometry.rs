@@ -177,7 +177,8 @@ const fn objects(size: usize, bytes: u64) -> u16 {
 /// What a slab of so many pages wastes, in millionths of the slab: the tail, the descriptor, and the holes.
 ///
 /// Holes: with objects that die at random, a cache of `k` objects a slab holds about 1.1 % more memory for every doubling
-/// of `k`, since a slab goes back with its last object (simulated for 1400 live objects; decision 005).
+/// of `k`, since a slab goes back with its last object (simulated for 1400 live objects, and
+/// rounded up for what arrays hold back; decision 005).
 pub const fn waste(size: usize, pages: u64) -> u64 {
     const DESCRIPTOR: u64 = 96;
     const HOLES: u64 = 11_000;
