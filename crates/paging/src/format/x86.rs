@@ -207,7 +207,8 @@ impl Mode {
         if mutant!("flush-not-for-memory-type") {
             changed = 0;
         }
-        let mut gained = 0;
+        // Under SMEP and SMAP a page that becomes the user's is no longer the kernel's to run or touch (SDM 4.10.4.2).
+        let mut gained = USER;
         if self.no_execute && !mutant!("flush-not-for-nx") {
             gained |= NO_EXECUTE;
         }
