@@ -90,6 +90,9 @@ pub fn gate(shell: &mut Shell) -> Result<String, Stop> {
     everything(shell, &images, 2)
 }
 
+/// Further boots of a machine with a planted fault whose first boots reported none.
+const PLANT_TRIES: u32 = 4;
+
 /// Where what was built lies.
 struct Images {
     kernel: std::path::PathBuf,
@@ -178,10 +181,18 @@ fn everything(shell: &mut Shell, images: &Images, repeat: u32) -> Result<String,
             scope.spawn(|| {
                 while let Some((machine, good)) = runs.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let begin = Instant::now();
-                    let (end, text) = match machine.boot(&images.kernel) {
+                    let boot = || match machine.boot(&images.kernel) {
                         Ok(run) => (judge(images, machine, &run.end, &run.text), run.text),
                         Err(stop) => (End::Failed(stop.to_string()), String::new()),
                     };
+                    let (mut end, mut text) = boot();
+                    // A race that is planted needs two CPUs at the right places: not every boot brings them there.
+                    for _ in 0..PLANT_TRIES {
+                        if *good || !matches!(end, End::Passed) {
+                            break;
+                        }
+                        (end, text) = boot();
+                    }
                     let took = begin.elapsed().as_secs_f32();
                     let mut shell = shared.lock().expect("no panic");
                     let mut counts = counts.lock().expect("no panic");
