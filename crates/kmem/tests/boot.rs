@@ -113,7 +113,7 @@ fn firmware(lines: &[Line]) -> Vec<MemoryDescriptor> {
     for (at, &(base, length, kind)) in lines.iter().enumerate() {
         match kind {
             1 if length > 1 << 24 => {
-                let part = length / 4 & !0xfff;
+                let part = (length / 4) & !0xfff;
                 for (index, kind) in [7, 4, 2].into_iter().enumerate() {
                     all.push(descriptor(
                         kind,
@@ -210,10 +210,10 @@ fn uefi_descriptors_as_bytes_and_as_types() {
         entry: 40,
     };
     assert!(boot::uefi(&mut map, &bytes[..bytes.len() - 8], 39).is_err());
-    assert!(bytes.len() % 40 == 0 || boot::uefi(&mut map, &bytes, 40) == Err(cut));
+    assert!(bytes.len().is_multiple_of(40) || boot::uefi(&mut map, &bytes, 40) == Err(cut));
     let endless = [
         descriptor(7, 0x1000, 0, 8),
-        descriptor(7, u64::MAX & !0xfff, 1 << 40, 8),
+        descriptor(7, !0xfff, 1 << 40, 8),
     ];
     assert!(matches!(
         boot::uefi_descriptors(&mut map, &endless),
