@@ -193,6 +193,11 @@ fn features(gate: &mut Gate) -> Result<String, Stop> {
             if !set.is_empty() {
                 command.arg("--features").arg(set.join(","));
             }
+            if set.contains(&"nightly") {
+                // What the language has not settled yet.
+                tools::nightly(&mut gate.shell)?;
+                command.env("RUSTUP_TOOLCHAIN", "nightly");
+            }
             gate.shell.run(&mut command)?;
             built += 1;
         }
