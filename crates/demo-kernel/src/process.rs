@@ -488,7 +488,10 @@ pub fn page_fault(frame: &mut TrapFrame, address: u64) -> bool {
         Signal::AccessError => (SIGSEGV, 2),
         Signal::BusError => (SIGBUS, 2),
     };
-    if !signal::deliver(frame, number, code, address) {
+    if signal::deliver(frame, number, code, address) {
+        // The program's handler decides how often it tries; only answers of the kernel's own can be in vain.
+        thread.last_fault[2].store(0, Ordering::Relaxed);
+    } else {
         kill(frame, number, format_args!("{signal:?} at {address:#x}"));
     }
     true
