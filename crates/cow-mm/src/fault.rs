@@ -75,7 +75,7 @@ pub enum Outcome {
 }
 
 /// A fault that ends before a page is installed.
-enum Stop {
+pub(crate) enum Stop {
     Outcome(Outcome),
     Errno(Errno),
 }
@@ -114,7 +114,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         }
     }
 
-    fn fault_locked(
+    pub(crate) fn fault_locked(
         &self,
         state: &mut State<'m, E>,
         address: VirtAddr,

@@ -4,7 +4,7 @@
 //!
 //! Source: madvise(2), mlock(2), msync(2), mincore(2); Linux `mm/madvise.c`, `mm/mlock.c`, `mm/msync.c`.
 
-use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
+use kmem_hal::{PAGE_SIZE, Page, PageRange};
 
 use crate::env::Env;
 use crate::errno::Errno;
@@ -28,10 +28,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         };
         match advice {
             Advice::PopulateRead => {
-                return self.populate(address, range.count() * PAGE_SIZE, false);
+                return self.populate(address, range.count() * PAGE_SIZE, Populate::Read);
             }
             Advice::PopulateWrite => {
-                return self.populate(address, range.count() * PAGE_SIZE, true);
+                return self.populate(address, range.count() * PAGE_SIZE, Populate::Write);
             }
             _ => {}
         }
@@ -78,6 +78,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             Advice::DontDump => (VmFlags::DONTDUMP, VmFlags::empty()),
             Advice::DoDump if special => return Err(Errno::EINVAL),
             Advice::DoDump => (VmFlags::empty(), VmFlags::DONTDUMP),
+            // What is shared anyway is passed over (`vma_ksm_compatible`).
+            Advice::Mergeable if special || vma.flags.contains(VmFlags::MAYSHARE) => return Ok(()),
             Advice::Mergeable => (VmFlags::MERGEABLE, VmFlags::empty()),
             Advice::Unmergeable => (VmFlags::empty(), VmFlags::MERGEABLE),
             Advice::HugePage => (VmFlags::HUGEPAGE, VmFlags::NOHUGEPAGE),
@@ -99,6 +101,23 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             state.vmas.edit()?.modify(part, |new| new.flags = flags);
         }
         Ok(())
+    }
+
+    /// Calls `f` with each mapping's part of the range; ENOMEM at the first hole.
+    fn for_each_part_up_to_a_hole(
+        &self,
+        state: &mut State<'m, E>,
+        range: PageRange,
+        mut f: impl FnMut(&mut State<'m, E>, &Vma, PageRange) -> Result<(), Errno>,
+    ) -> Result<(), Errno> {
+        let mut at = range.first();
+        self.for_each_part(state, range, |state, vma, part| {
+            if part.first() != at {
+                return Err(Errno::ENOMEM);
+            }
+            at = part.last().checked_add(1).unwrap_or(at);
+            f(state, vma, part)
+        })
     }
 
     /// Calls `f` with each mapping's part of the range; holes make the whole answer ENOMEM in the end.
@@ -134,8 +153,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// # Errors
     ///
-    /// [`Errno::EINVAL`] for a length that wraps; [`Errno::EAGAIN`] beyond the limit; [`Errno::ENOMEM`] where there was a
-    /// hole or no memory.
+    /// [`Errno::EINVAL`] for a length that wraps; [`Errno::ENOMEM`] where there was a hole, or a page that cannot be accessed;
+    /// [`Errno::EAGAIN`] beyond the limit, and where no memory is left.
     pub fn mlock(&self, address: u64, length: u64) -> Result<(), Errno> {
         let start = address & !(PAGE_SIZE - 1);
         let length = length.checked_add(address - start).ok_or(Errno::EINVAL)?;
@@ -147,11 +166,16 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             if !self.may_lock(&state, range.count()) {
                 return Err(Errno::EAGAIN);
             }
-            self.for_each_part(&mut state, range, |state, vma, part| {
+            self.for_each_part_up_to_a_hole(&mut state, range, |state, vma, part| {
                 self.set_flags(state, vma, part, VmFlags::LOCKED, VmFlags::empty())
             })?;
         }
-        self.populate(start, length, false)
+        self.populate(start, length, Populate::AsMapped)
+            .map_err(|error| match error {
+                // What POSIX wants to hear (`__mlock_posix_error_return`).
+                Errno::ENOMEM => Errno::EAGAIN,
+                _ => Errno::ENOMEM,
+            })
     }
 
     /// Lets a range go that `mlock` keeps.
@@ -166,7 +190,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             return Ok(());
         };
         let mut state = self.lock();
-        self.for_each_part(&mut state, range, |state, vma, part| {
+        self.for_each_part_up_to_a_hole(&mut state, range, |state, vma, part| {
             self.set_flags(state, vma, part, VmFlags::empty(), VmFlags::LOCKED)
         })
     }
@@ -217,18 +241,23 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         })
     }
 
-    /// Faults a range in ahead of use.
+    /// Faults a range in ahead of use, as `how` says.
     ///
     /// # Errors
     ///
     /// [`Errno::ENOMEM`] where a page is not mapped or no memory is left; [`Errno::EFAULT`] where a page cannot be
     /// brought in; [`Errno::EINVAL`] where a page may not be accessed so.
-    pub(crate) fn populate(&self, address: u64, length: u64, write: bool) -> Result<(), Errno> {
+    pub(crate) fn populate(&self, address: u64, length: u64, how: Populate) -> Result<(), Errno> {
         let Some(range) = self.advised_range(address, length)? else {
             return Ok(());
         };
         for page in range.iter() {
             let vma = self.vma_at(page.start()).ok_or(Errno::ENOMEM)?;
+            let write = match how {
+                Populate::Read => false,
+                Populate::Write => true,
+                Populate::AsMapped => vma.flags.contains(VmFlags::WRITE) && !vma.is_shared(),
+            };
             let wanted = if write {
                 VmFlags::WRITE
             } else {
@@ -237,8 +266,20 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             if !vma.flags.intersects(wanted) {
                 return Err(Errno::EINVAL);
             }
-            self.bring_in(VirtAddr::new(page.start().as_u64()), write)?;
+            self.bring_in(page.start(), write)?;
         }
         Ok(())
     }
+}
+
+/// With what accesses pages are brought in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Populate {
+    /// By reading.
+    Read,
+    /// By writing.
+    Write,
+    /// By writing where the process writes its own copies, else by reading: what locked memory is brought in with
+    /// (`populate_vma_page_range`).
+    AsMapped,
 }

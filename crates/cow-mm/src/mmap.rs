@@ -15,6 +15,7 @@ use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{MapFlags, Prot, VmFlags};
 use crate::layout::MAX_MAP_COUNT;
+use crate::madvise::Populate;
 use crate::merge::Candidate;
 use crate::object::FileRef;
 use crate::place::Placement;
@@ -105,11 +106,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             .intersects(MapFlags::POPULATE | MapFlags::LOCKED)
         {
             // As in Linux, a page that cannot be populated now is no error of mmap.
-            let _ = self.populate(
-                start.as_u64(),
-                request.length,
-                request.prot.contains(Prot::WRITE),
-            );
+            let _ = self.populate(start.as_u64(), request.length, Populate::AsMapped);
         }
         Ok(start)
     }

@@ -4,7 +4,7 @@
 //!   new < old   unmap the tail
 //!   new = old   nothing, unless it must move
 //!   new > old   room behind? grow in place. MAYMOVE? move. else ENOMEM
-//!   FIXED       unmap the target first (it stays unmapped if the rest fails), then move, mapping by mapping
+//!   FIXED       unmap the target first (it stays unmapped if the rest fails), then move, mapping by mapping; holes do not move
 //! ```
 //!
 //! Source: mremap(2); Linux 6.17 and later `mm/mremap.c` (several VMAs can be moved at once).
@@ -15,6 +15,7 @@ use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{RemapFlags, VmFlags};
 use crate::layout::MAX_MAP_COUNT;
+use crate::madvise::Populate;
 use crate::merge::Candidate;
 use crate::place::Placement;
 use crate::space::{AddressSpace, State};
@@ -26,7 +27,10 @@ struct Remap {
     address: u64,
     old: u64,
     new: u64,
+    /// Where it must go (`FIXED`).
     target: Option<u64>,
+    /// Where it would go best: `DONTUNMAP` without `FIXED`.
+    hint: u64,
     flags: RemapFlags,
 }
 
@@ -54,15 +58,20 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             address,
             old: align(old_length),
             new: align(new_length),
-            target: (flags.contains(RemapFlags::FIXED)
-                || flags.contains(RemapFlags::DONTUNMAP) && new_address != 0)
-                .then_some(new_address),
+            target: flags.contains(RemapFlags::FIXED).then_some(new_address),
+            hint: new_address,
             flags,
         };
         let mut state = self.lock();
         self.check_remap(&state, &remap, fixed, new_address)?;
         if fixed {
-            return self.remap_to(&mut state, &remap);
+            let start = self.remap_to(&mut state, &remap)?;
+            let moved = state.vmas.get(kmem_hal::Page::containing(start.into()));
+            drop(state);
+            if let Some(vma) = moved {
+                self.populate_growth(&vma, &remap, start);
+            }
+            return Ok(start);
         }
         let vma = self.remapped_vma(&state, &remap)?;
         if remap.new < remap.old {
@@ -72,7 +81,17 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if remap.new == remap.old {
             return Ok(address);
         }
-        self.grow(&mut state, &vma, &remap)
+        let start = self.grow(&mut state, &vma, &remap)?;
+        drop(state);
+        self.populate_growth(&vma, &remap, start);
+        Ok(start)
+    }
+
+    /// Brings in what locked memory grew by; as in Linux, a page that cannot be had is no error.
+    fn populate_growth(&self, vma: &Vma, remap: &Remap, start: u64) {
+        if vma.flags.contains(VmFlags::LOCKED) && remap.new > remap.old {
+            let _ = self.populate(start + remap.old, remap.new - remap.old, Populate::AsMapped);
+        }
     }
 
     fn check_remap(
@@ -109,22 +128,30 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         Ok(())
     }
 
-    /// The one mapping that a call without `FIXED` is about (`check_prep_vma`).
+    /// The one mapping that the call is about (`check_prep_vma`).
+    ///
+    /// A call that shrinks it in place, or does nothing to it, may go past its end.
     fn remapped_vma(&self, state: &State<'m, E>, remap: &Remap) -> Result<Vma, Errno> {
         let page = kmem_hal::Page::containing(kmem_hal::VirtAddr::new(remap.address));
         let vma = state.vmas.get(page).ok_or(Errno::EFAULT)?;
+        let moves = remap
+            .flags
+            .intersects(RemapFlags::FIXED | RemapFlags::DONTUNMAP);
+        if remap.new <= remap.old && !moves {
+            return Ok(vma);
+        }
         if remap.old == 0 && !vma.flags.intersects(VmFlags::SHARED | VmFlags::MAYSHARE) {
             return Err(Errno::EINVAL);
         }
         if remap.flags.contains(RemapFlags::DONTUNMAP) && vma.flags.intersects(VmFlags::SPECIAL) {
             return Err(Errno::EINVAL);
         }
-        if remap.new <= remap.old {
-            return Ok(vma);
-        }
         let room = vma.range.last().start().as_u64() + PAGE_SIZE - remap.address;
         if remap.old > room {
             return Err(Errno::EFAULT);
+        }
+        if remap.new == remap.old {
+            return Ok(vma);
         }
         if vma.flags.intersects(VmFlags::SPECIAL) {
             return Err(Errno::EFAULT);
@@ -183,7 +210,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let Some(target) = remap.target else {
             let vma = self.remapped_vma(state, remap)?;
             let placement = Placement {
-                hint: 0,
+                hint: remap.hint,
                 pages: remap.new / PAGE_SIZE,
                 low: false,
                 huge_align: vma.is_anonymous(),
@@ -197,6 +224,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         };
         // Several mappings can be moved at once, as long as none changes its length.
         let several = remap.old == remap.new;
+        // What shrinks is cut first, and then what is left moves.
+        let shrunk = Remap {
+            old: remap.old.min(remap.new),
+            ..*remap
+        };
         let page = |address: u64| kmem_hal::Page::containing(kmem_hal::VirtAddr::new(address));
         let first = match several {
             true => state
@@ -204,23 +236,19 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 .at_or_after(page(remap.address))
                 .filter(|vma| vma.range.first().start().as_u64() < remap.address + remap.old)
                 .ok_or(Errno::EFAULT)?,
-            false => self.remapped_vma(state, remap)?,
+            false => self.remapped_vma(state, &shrunk)?,
         };
         if first.range.first() > page(remap.address) {
             return Err(Errno::EFAULT);
         }
-        self.munmap_locked(state, target, remap.new)?;
+        if !several {
+            self.munmap_locked(state, target, remap.new)?;
+        }
         if remap.new < remap.old {
             self.munmap_locked(state, remap.address + remap.new, remap.old - remap.new)?;
         }
         if !several {
-            let vma = self.remapped_vma(
-                state,
-                &Remap {
-                    old: remap.old.min(remap.new),
-                    ..*remap
-                },
-            )?;
+            let vma = self.remapped_vma(state, &shrunk)?;
             let range = self
                 .user_range(target, remap.new / PAGE_SIZE)
                 .ok_or(Errno::EINVAL)?;
@@ -243,8 +271,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         {
             let from = at.max(vma.range.first().start().as_u64());
             let until = end.min(vma.range.last().start().as_u64() + PAGE_SIZE);
+            // Holes are not moved: what is mapped at their place stays.
+            let to = target + (from - remap.address);
+            self.munmap_locked(state, to, until - from)?;
             let range = self
-                .user_range(target + (from - remap.address), (until - from) / PAGE_SIZE)
+                .user_range(to, (until - from) / PAGE_SIZE)
                 .ok_or(Errno::EINVAL)?;
             self.move_part(state, &vma, from, until - from, range, keep)?;
             at = until;
@@ -285,6 +316,17 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if let Some(from) = from.filter(|_| !keep) {
             // The pages are at the target already; this takes the mapping itself away.
             edit.clear(from);
+        }
+        drop(edit);
+        if keep {
+            // What stays holds no pages: nothing to lock, and if all of it was moved, no reverse map (`dontunmap_complete`).
+            let all = from == Some(vma.range);
+            state.vmas.update(first, |vma| {
+                vma.flags -= VmFlags::LOCKED;
+                if all {
+                    vma.anon = None;
+                }
+            });
         }
         Ok(())
     }

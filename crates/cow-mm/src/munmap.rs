@@ -3,7 +3,7 @@
 //! Source: munmap(2), mprotect(2); Linux `mm/vma.c` (`do_vmi_munmap`), `mm/mprotect.c` (`do_mprotect_pkey`,
 //! `mprotect_fixup`).
 
-use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
+use kmem_hal::{Access, PAGE_SIZE, Page, PageRange, VirtAddr};
 
 use crate::env::Env;
 use crate::errno::Errno;
@@ -133,6 +133,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             .edit_with(STORES_TO_MODIFY)?
             .modify(part, |new| new.flags = flags);
         self.restrict(part, flags);
+        let copies = VmFlags::WRITE | VmFlags::SHARED | VmFlags::LOCKED;
+        if vma.flags & copies == VmFlags::LOCKED && flags.contains(VmFlags::WRITE) {
+            // Locked memory that may be written gets its own copies now, not by faults.
+            for page in part.iter() {
+                let _ = self.fault_locked(state, page.start(), Access::Write);
+            }
+        }
         Ok(())
     }
 

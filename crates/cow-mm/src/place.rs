@@ -51,7 +51,8 @@ impl<E: Env> State<'_, E> {
         {
             return Some(range);
         }
-        let huge = placement.huge_align && layout.huge_align && placement.hint == 0;
+        // A hint within the first page is none (`round_hint_to_min`).
+        let huge = placement.huge_align && layout.huge_align && placement.hint < PAGE_SIZE;
         if huge && placement.pages.is_multiple_of(HUGE) {
             // A gap of 2 MiB more always holds an aligned place; the place is the highest (lowest) in the searched run.
             let padded = placement.pages + HUGE;

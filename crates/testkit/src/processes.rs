@@ -321,8 +321,11 @@ impl Processes {
                 if table[first].is_none() {
                     return Answer::NothingThere;
                 }
+                // Holes do not move: what is mapped at their place stays.
                 for offset in 0..last - first {
-                    table[to + offset] = table[first + offset].take();
+                    if let Some(moved) = table[first + offset].take() {
+                        table[to + offset] = Some(moved);
+                    }
                 }
                 Answer::Done
             }

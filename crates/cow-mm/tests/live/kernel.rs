@@ -1,0 +1,457 @@
+//! The running kernel, asked through a child process: each call is made for real, in a window that holds nothing else.
+//!
+//! ```text
+//!   test ── request (8 words) ──> child: makes the call ── result, and its whole /proc/self/maps ──> test
+//! ```
+//!
+//! The child is forked from a process with threads, so it allocates nothing and calls nothing but the kernel. Everything
+//! outside the window is filled with one mapping, so that a search for a free range can only end inside.
+
+use std::ffi::{c_int, c_long, c_void};
+use std::sync::atomic::{AtomicI64, Ordering};
+
+/// The window, in which nothing is mapped at first.
+pub const WINDOW: std::ops::Range<u64> = 0x4000_0000..0x8000_0000;
+/// Pages of each file.
+pub const FILE_PAGES: u64 = 64;
+/// Files; each is opened twice, the second time for reading only.
+pub const FILES: usize = 2;
+
+const LOWEST: u64 = 0x1_0000;
+const TASK_SIZE: u64 = 0x7fff_ffff_f000;
+/// The gap below a stack that no mapping may enter.
+const STACK_GUARD: u64 = 1 << 20;
+
+/// What the child does, by number.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(i64)]
+pub enum Ask {
+    /// The system call whose number and arguments follow; a file stands for its number, -1 for none, 99 for a bad one.
+    Call = 1,
+    /// A store of a word.
+    Store,
+    /// A load of a word.
+    Load,
+    /// A child of the child, which answers from now on.
+    Fork,
+    /// The end of the one that answers; its parent goes on.
+    Exit,
+}
+
+/// What came of it: a result or a negative errno; for accesses 0 or a [`Stopped`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Answer {
+    /// The result of a call, or what stopped an access.
+    pub result: i64,
+    /// The word that was loaded.
+    pub value: u64,
+}
+
+/// Why an access did not go through.
+pub const MAP_ERROR: i64 = 1;
+/// The mapping does not allow it.
+pub const ACCESS_ERROR: i64 = 2;
+/// Beyond the end of the file.
+pub const BUS_ERROR: i64 = 3;
+
+/// A line of `/proc/self/maps` in the window.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Line {
+    pub start: u64,
+    pub end: u64,
+    pub rights: String,
+    pub offset: u64,
+    /// `-`, `f0`, or `sN` for the N-th shared memory that was seen.
+    pub name: String,
+}
+
+/// A child that lends its address space.
+pub struct Kernel {
+    child: libc::pid_t,
+    to: c_int,
+    from: c_int,
+    inodes: Vec<u64>,
+    scratch: u64,
+}
+
+/// What stopped the last access; set by the signal's handler.
+static STOPPED: AtomicI64 = AtomicI64::new(0);
+
+core::arch::global_asm!(
+    ".globl kmem_live_load",
+    "kmem_live_load:",
+    "mov rax, [rdi]",
+    "ret",
+    ".globl kmem_live_store",
+    "kmem_live_store:",
+    "mov [rdi], rsi",
+    "ret",
+);
+
+unsafe extern "C" {
+    fn kmem_live_load(address: u64) -> u64;
+    fn kmem_live_store(address: u64, value: u64);
+}
+
+extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, context: *mut c_void) {
+    // SAFETY: the kernel passes a valid siginfo and ucontext to a handler with SA_SIGINFO; the access function's first
+    // instruction faulted, so the top of its stack is its return address.
+    unsafe {
+        const SEGV_MAPERR: c_int = 1;
+        let why = match (signal, (*info).si_code) {
+            (libc::SIGBUS, _) => BUS_ERROR,
+            (_, SEGV_MAPERR) => MAP_ERROR,
+            _ => ACCESS_ERROR,
+        };
+        STOPPED.store(why, Ordering::Relaxed);
+        let registers = &mut (*context.cast::<libc::ucontext_t>()).uc_mcontext.gregs;
+        let stack = registers[libc::REG_RSP as usize];
+        registers[libc::REG_RIP as usize] = *(stack as *const i64);
+        registers[libc::REG_RSP as usize] = stack + 8;
+    }
+}
+
+/// The kernel's release as numbers.
+pub fn release() -> (u32, u32) {
+    // SAFETY: uname fills the whole structure.
+    let name = unsafe {
+        let mut name: libc::utsname = core::mem::zeroed();
+        libc::uname(&mut name);
+        name
+    };
+    let text: String = name.release.iter().map(|c| *c as u8 as char).collect();
+    let mut numbers = text
+        .split(|c: char| !c.is_ascii_digit())
+        .map(|n| n.parse().unwrap_or(0));
+    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+}
+
+/// Whether the kernel chooses addresses at random in this process.
+pub fn is_randomised() -> bool {
+    // SAFETY: this value only asks.
+    unsafe { libc::personality(0xffff_ffff) & libc::ADDR_NO_RANDOMIZE == 0 }
+}
+
+/// Runs one test of this binary again where the kernel chooses nothing at random; says whether it passed.
+pub fn again_without_randomness(test: &str) -> bool {
+    use std::os::unix::process::CommandExt as _;
+    let Ok(binary) = std::env::current_exe() else {
+        return false;
+    };
+    let mut command = std::process::Command::new(binary);
+    command.args(["--exact", test, "--nocapture"]);
+    // SAFETY: the closure makes one system call.
+    unsafe {
+        command.pre_exec(|| {
+            libc::personality(libc::ADDR_NO_RANDOMIZE as libc::c_ulong);
+            // Where that was refused, the test would start itself for ever.
+            if is_randomised() {
+                return Err(std::io::Error::from_raw_os_error(libc::EPERM));
+            }
+            Ok(())
+        });
+    }
+    match command.status() {
+        Ok(status) => status.success(),
+        Err(error) => {
+            eprintln!("SKIPPED: the live oracle cannot run without randomness here: {error}");
+            true
+        }
+    }
+}
+
+impl Kernel {
+    /// Starts a child with an empty window; `None` where the system refuses.
+    pub fn start() -> Option<Self> {
+        let mut files = [-1; 2 * FILES];
+        let mut down = [0; 2];
+        let mut up = [0; 2];
+        let mut maps = vec![1u8; 1 << 20];
+        // SAFETY: plain system calls on descriptors and buffers of our own. After the fork the child only makes system
+        // calls, and ends by `_exit`.
+        unsafe {
+            for file in 0..FILES {
+                let name = [b'f', b'0' + file as u8, 0];
+                let fd = libc::memfd_create(name.as_ptr().cast(), 0);
+                if fd < 0 || libc::ftruncate(fd, (FILE_PAGES * 4096) as i64) != 0 {
+                    return None;
+                }
+                for page in 0..FILE_PAGES {
+                    let word = super::file_word(file, page).to_le_bytes();
+                    libc::pwrite(fd, word.as_ptr().cast(), 8, (page * 4096) as i64);
+                }
+                let path = format!("/proc/self/fd/{fd}\0");
+                files[file] = fd;
+                files[FILES + file] = libc::open(path.as_ptr().cast(), libc::O_RDONLY);
+            }
+            let fill = libc::memfd_create(c"fill".as_ptr(), 0);
+            if libc::pipe(down.as_mut_ptr()) != 0 || libc::pipe(up.as_mut_ptr()) != 0 || fill < 0 {
+                return None;
+            }
+            let child = libc::fork();
+            if child == 0 {
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                libc::close(down[1]);
+                libc::close(up[0]);
+                if !fill_outside(fill, &mut maps) {
+                    libc::_exit(1);
+                }
+                let mut action: libc::sigaction = core::mem::zeroed();
+                action.sa_sigaction = on_fault as *const () as usize;
+                action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
+                libc::sigaction(libc::SIGSEGV, &action, core::ptr::null_mut());
+                libc::sigaction(libc::SIGBUS, &action, core::ptr::null_mut());
+                serve(down[0], up[1], &files, &mut maps);
+                libc::_exit(0);
+            }
+            libc::close(down[0]);
+            libc::close(up[1]);
+            libc::close(fill);
+            for fd in &files {
+                libc::close(*fd);
+            }
+            (child > 0).then_some(Self {
+                child,
+                to: down[1],
+                from: up[0],
+                inodes: Vec::new(),
+                scratch: maps.as_ptr() as u64 + (1 << 19),
+            })
+        }
+    }
+
+    /// Asks for one thing; gives the answer and the window's lines. `None` where the child is gone.
+    pub fn ask(&mut self, ask: Ask, words: [i64; 7]) -> Option<(Answer, Vec<Line>)> {
+        let mut request = [0i64; 8];
+        request[0] = ask as i64;
+        request[1..].copy_from_slice(&words);
+        let mut head = [0i64; 3];
+        // SAFETY: buffers of our own, of the sizes given.
+        unsafe {
+            let sent = libc::write(self.to, request.as_ptr().cast(), 64);
+            if sent != 64 || !read_all(self.from, head.as_mut_ptr().cast(), 24) {
+                return None;
+            }
+            let mut text = vec![0u8; head[2] as usize];
+            if !read_all(self.from, text.as_mut_ptr(), text.len()) {
+                return None;
+            }
+            let answer = Answer {
+                result: head[0],
+                value: head[1] as u64,
+            };
+            Some((answer, self.lines(&String::from_utf8_lossy(&text))))
+        }
+    }
+
+    /// An address in the child that 512 KiB may be written to.
+    pub fn scratch(&self) -> u64 {
+        self.scratch
+    }
+
+    fn lines(&mut self, text: &str) -> Vec<Line> {
+        let mut lines = Vec::new();
+        for line in text.lines() {
+            let mut fields = line.split_whitespace();
+            let (Some(range), Some(rights), Some(offset), _, Some(inode)) = (
+                fields.next(),
+                fields.next(),
+                fields.next(),
+                fields.next(),
+                fields.next(),
+            ) else {
+                continue;
+            };
+            let hex = |text: &str| u64::from_str_radix(text, 16).unwrap_or(0);
+            let (start, end) = range.split_once('-').unwrap_or(("0", "0"));
+            let (start, end) = (hex(start), hex(end));
+            if start < WINDOW.start || end > WINDOW.end {
+                continue;
+            }
+            let name = match fields.next() {
+                Some(name) if name.starts_with("/memfd:") => name[7..].to_string(),
+                Some("/dev/zero") => {
+                    let inode = inode.parse().unwrap_or(0);
+                    let known = self.inodes.iter().position(|known| *known == inode);
+                    let number = known.unwrap_or_else(|| {
+                        self.inodes.push(inode);
+                        self.inodes.len() - 1
+                    });
+                    format!("s{number}")
+                }
+                _ => "-".to_string(),
+            };
+            lines.push(Line {
+                start,
+                end,
+                rights: rights.to_string(),
+                offset: hex(offset),
+                name,
+            });
+        }
+        lines
+    }
+}
+
+impl Drop for Kernel {
+    fn drop(&mut self) {
+        // SAFETY: descriptors and a child of our own.
+        unsafe {
+            libc::close(self.to);
+            libc::close(self.from);
+            libc::kill(self.child, libc::SIGKILL);
+            libc::waitpid(self.child, core::ptr::null_mut(), 0);
+        }
+    }
+}
+
+unsafe fn read_all(fd: c_int, to: *mut u8, length: usize) -> bool {
+    let mut done = 0;
+    while done < length {
+        // SAFETY: the caller's buffer has `length` bytes.
+        let got = unsafe { libc::read(fd, to.add(done).cast(), length - done) };
+        if got <= 0 {
+            return false;
+        }
+        done += got as usize;
+    }
+    true
+}
+
+/// Reads `/proc/self/maps`; allocates nothing.
+unsafe fn read_maps(maps: &mut [u8]) -> usize {
+    // SAFETY: a descriptor and a buffer of our own.
+    unsafe {
+        let fd = libc::open(c"/proc/self/maps".as_ptr(), libc::O_RDONLY);
+        let mut length = 0;
+        loop {
+            let rest = &mut maps[length..];
+            let got = libc::read(fd, rest.as_mut_ptr().cast(), rest.len());
+            if got <= 0 {
+                break;
+            }
+            length += got as usize;
+        }
+        libc::close(fd);
+        length
+    }
+}
+
+/// Fills every gap outside the window; `false` where the system refuses.
+unsafe fn fill_outside(fill: c_int, maps: &mut [u8]) -> bool {
+    let mut gaps = [(0u64, 0u64); 512];
+    let mut count = 0;
+    // SAFETY: as `read_maps`.
+    let length = unsafe { read_maps(maps) };
+    let mut last = LOWEST;
+    for line in maps[..length].split(|byte| *byte == b'\n') {
+        let mut number = [0u64; 2];
+        let mut field = 0;
+        for byte in line {
+            match byte {
+                b'0'..=b'9' => number[field] = number[field] << 4 | u64::from(byte - b'0'),
+                b'a'..=b'f' => number[field] = number[field] << 4 | u64::from(byte - b'a' + 10),
+                b'-' if field == 0 => field = 1,
+                _ => break,
+            }
+        }
+        if line.is_empty() || number[0] > TASK_SIZE || count == gaps.len() {
+            break;
+        }
+        let is_stack = line.ends_with(b"[stack]");
+        let top = number[0] - if is_stack { STACK_GUARD } else { 0 };
+        gaps[count] = (last, top);
+        count += 1;
+        last = number[1];
+    }
+    if count == gaps.len() {
+        return false;
+    }
+    gaps[count] = (last, TASK_SIZE);
+    for (start, end) in &gaps[..=count] {
+        for (start, end) in [
+            (*start, (*end).min(WINDOW.start)),
+            ((*start).max(WINDOW.end), *end),
+        ] {
+            let flags = libc::MAP_SHARED | libc::MAP_FIXED;
+            // SAFETY: FIXED over a gap in which nothing is mapped.
+            let got = (start < end).then(|| unsafe {
+                libc::mmap(
+                    start as *mut c_void,
+                    (end - start) as usize,
+                    0,
+                    flags,
+                    fill,
+                    0,
+                )
+            });
+            if got == Some(libc::MAP_FAILED) {
+                return false;
+            }
+        }
+    }
+    true
+}
+
+/// Answers until the pipe ends.
+unsafe fn serve(from: c_int, to: c_int, files: &[c_int; 2 * FILES], maps: &mut [u8]) {
+    let mut request = [0i64; 8];
+    let mut depth = 0;
+    // SAFETY: calls touch the window only, which holds nothing of ours; accesses that fault come back through `on_fault`.
+    unsafe {
+        while read_all(from, request.as_mut_ptr().cast(), 64) {
+            let mut head = [0i64; 3];
+            STOPPED.store(0, Ordering::Relaxed);
+            match request[0] {
+                1 => {
+                    let mut words: [c_long; 7] = [0; 7];
+                    words.copy_from_slice(&request[1..]);
+                    if words[0] == libc::SYS_mmap && (0..99).contains(&words[5]) {
+                        words[5] = files[words[5] as usize].into();
+                    } else if words[0] == libc::SYS_mmap && words[5] == 99 {
+                        words[5] = 999;
+                    }
+                    let [number, a, b, c, d, e, f] = words;
+                    let got = libc::syscall(number, a, b, c, d, e, f);
+                    head[0] = if got == -1 {
+                        -i64::from(*libc::__errno_location())
+                    } else {
+                        got
+                    };
+                }
+                2 => {
+                    kmem_live_store(request[1] as u64, request[2] as u64);
+                    head[0] = STOPPED.load(Ordering::Relaxed);
+                }
+                3 => {
+                    let value = kmem_live_load(request[1] as u64);
+                    head[0] = STOPPED.load(Ordering::Relaxed);
+                    head[1] = if head[0] == 0 { value as i64 } else { 0 };
+                }
+                4 => {
+                    let child = libc::fork();
+                    if child > 0 {
+                        // The parent stands still until the child ends; its answer to the exit follows.
+                        libc::waitpid(child, core::ptr::null_mut(), 0);
+                    } else {
+                        depth += 1;
+                        libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                    }
+                }
+                _ if depth > 0 => libc::_exit(0),
+                _ => return,
+            }
+            let length = read_maps(maps);
+            head[2] = length as i64;
+            libc::write(to, head.as_ptr().cast(), 24);
+            let mut done = 0;
+            while done < length {
+                let put = libc::write(to, maps[done..].as_ptr().cast(), length - done);
+                if put <= 0 {
+                    return;
+                }
+                done += put as usize;
+            }
+        }
+    }
+}
