@@ -105,7 +105,7 @@ fn trials() -> Vec<Trial> {
             Box::new(move |_| crowd::duel(seed, 200)),
         ));
     }
-    for seed in 6..16 {
+    for seed in 6..64 {
         trials.push((
             format!("crowd {seed}"),
             Box::new(move |caller| {

@@ -128,6 +128,7 @@ const PER_FRAME: usize = (PAGE_SIZE as usize - FIRST) / size_of::<Area>();
 pub(crate) struct Areas {
     free: Option<AreaRef>,
     frames: Option<Frame>,
+    frame_count: u64,
 }
 
 impl Areas {
@@ -135,7 +136,13 @@ impl Areas {
         Self {
             free: None,
             frames: None,
+            frame_count: 0,
         }
+    }
+
+    /// Frames that hold places.
+    pub fn frame_count(&self) -> u64 {
+        self.frame_count
     }
 
     /// What is known of the area at `at`.
@@ -189,6 +196,7 @@ impl Areas {
         // SAFETY: P1: a page is valid there, page-aligned; it was this call's, and is in the chain of `self` from now on.
         unsafe { base.cast::<Header>().write(Header { next: self.frames }) };
         self.frames = Some(first);
+        self.frame_count += 1;
         for index in (0..PER_FRAME).rev() {
             // SAFETY: inside the page, by the size of `PER_FRAME`; aligned, since `FIRST` and the size are multiples.
             let place = unsafe { base.add(FIRST).cast::<Area>().add(index) };
@@ -211,6 +219,7 @@ impl Areas {
     /// Gives every frame back. Nothing is described any more.
     pub fn destroy<E: Env>(&mut self, env: &E) {
         self.free = None;
+        self.frame_count = 0;
         while let Some(first) = self.frames.take() {
             // SAFETY: `extend` wrote a header there.
             self.frames = unsafe { env.map().to_ptr(first.start()).cast::<Header>().read().next };

@@ -12,7 +12,7 @@ use core::mem::MaybeUninit;
 
 use kmem_hal::sync::{AtomicU32, AtomicU64, Ordering};
 use kmem_hal::{
-    Frame, FrameRequest, FrameSink, FrameSource, Order, OwnedFrame, PAGE_SIZE, PhysMap,
+    Frame, FrameRequest, FrameSink, FrameSource, FrameTag, Order, OwnedFrame, PAGE_SIZE, PhysMap,
 };
 use kmem_paging::format::Format;
 use kmem_paging::{Env, Gather, PageTable};
@@ -73,14 +73,25 @@ impl Batch {
             return None;
         }
         let (first, _) = frame.into_raw();
+        if let Some(slot) = env.slots().slot(first) {
+            slot.claim(FrameTag::Kernel, Order::ZERO);
+        }
         self.frame.store(first.number() + 1, Ordering::Relaxed);
         Some(first)
+    }
+
+    /// Frames that it holds.
+    pub fn frame_count(&self) -> u64 {
+        u64::from(self.frame.load(Ordering::Relaxed) != 0)
     }
 
     /// Frees the frame.
     pub fn free<E: Env>(&mut self, env: &E) {
         let kept = self.frame.swap(0, Ordering::Relaxed);
         if let Some(first) = kept.checked_sub(1).and_then(Frame::new) {
+            if let Some(slot) = env.slots().slot(first) {
+                slot.release();
+            }
             // SAFETY: O1: `I5`, and `&mut self` says that no call uses it; O2: order 0; O3: it was never mapped by a table
             // of this crate.
             env.frames()

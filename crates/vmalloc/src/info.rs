@@ -96,6 +96,12 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         used
     }
 
+    /// Frames that hold descriptions of areas and the batch of a purge, mapped nowhere: they go back when this is dropped.
+    #[must_use]
+    pub fn overhead_frames(&self) -> u64 {
+        self.state.lock().areas.frame_count() + self.batch.frame_count()
+    }
+
     /// The physical address of the first leaf that maps something at or after the area's first page.
     fn physical(&self, area: &AreaInfo) -> u64 {
         let first = area.mapped.first();

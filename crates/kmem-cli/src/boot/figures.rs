@@ -131,7 +131,14 @@ pub fn owners(checks: &mut Checks, world: &World, processes: &Processes) {
     );
     let totals = world.slabs().totals();
     let slab = totals.slab_frames + totals.page_frames + totals.overhead_frames;
-    checks.equal("Slab", slab * KIB, tags.slab * KIB, "kB", "tags of frames");
+    let records = world.areas().overhead_frames();
+    checks.equal(
+        "Slab and vmalloc's records",
+        (slab + records) * KIB,
+        tags.slab * KIB,
+        "kB",
+        "tags of frames",
+    );
     let cached_tables = world.cached_tables();
     let tables = world.kernel().table_count() as u64 + processes.tables + cached_tables;
     checks.equal(
@@ -171,7 +178,7 @@ pub struct Processes {
 /// Allocated frames by the tag of their owner.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Tags {
-    /// Object caches: slabs, whole pages, the allocator's own objects.
+    /// Object caches: slabs, whole pages, the allocator's own objects; and what vmalloc keeps of its areas.
     pub slab: u64,
     /// Page tables.
     pub tables: u64,
