@@ -42,13 +42,20 @@ pub enum Call {
 pub struct Calls {
     rng: SeededRng,
     /// Advice that the running kernel knows.
-    pub advice: Vec<i32>,
+    advice: Vec<i32>,
+    /// Whether the running kernel lets this process lock as much as it likes.
+    may_lock: bool,
 }
 
 impl Calls {
     pub fn new(seed: u64, advice: Vec<i32>) -> Self {
-        let rng = SeededRng::new(seed);
-        Self { rng, advice }
+        // SAFETY: a system call without arguments.
+        let may_lock = unsafe { libc::geteuid() } == 0;
+        Self {
+            rng: SeededRng::new(seed),
+            advice,
+            may_lock,
+        }
     }
 
     fn below(&mut self, bound: u64) -> u64 {
@@ -133,7 +140,8 @@ impl Calls {
             66..72 => {
                 let (address, length) = self.range(lines);
                 match self.below(5) {
-                    0 => Call::Lock(address, length),
+                    0 if self.may_lock => Call::Lock(address, length),
+                    0 => Call::InCore(address, length),
                     1 | 2 => Call::Unlock(address, length),
                     3 => Call::Sync(address, length),
                     _ => Call::InCore(address, length),

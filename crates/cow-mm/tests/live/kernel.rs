@@ -151,8 +151,12 @@ pub fn again_without_randomness(test: &str) -> bool {
             Ok(())
         });
     }
-    match command.status() {
-        Ok(status) => status.success(),
+    match command.output() {
+        Ok(output) => {
+            // Its closing lines are not this run's: only what it complains of is shown.
+            eprint!("{}", String::from_utf8_lossy(&output.stderr));
+            output.status.success()
+        }
         Err(error) => {
             eprintln!("SKIPPED: the live oracle cannot run without randomness here: {error}");
             true
