@@ -22,7 +22,9 @@
 //! | `mprotect_split_merge` | a call that makes one page in the middle of a mapping read-only, or writable again |
 //! | `brk_grow` | a call that moves the break up by a page, or down again |
 
-use kmem_cow_mm::{AddressSpace, Env, Layout, MapRequest, Mm, Object, Outcome, Prot, Vma};
+use kmem_cow_mm::{
+    AddressSpace, Env, Layout, MapRequest, Mm, Object, Outcome, Prot, SpaceMemory, Vma,
+};
 use kmem_hal::{
     DeviceFrame, FaultCode, Frame, Order, Page, PageFault, PageRange, SpinWait, VirtAddr,
 };
@@ -48,6 +50,7 @@ type Paging =
     Parts<'static, &'static Region, &'static HostBuddy, NoWalks, &'static HostGrace, ThreadCpus>;
 type Nodes = Cache<'static, Node, SlabParts>;
 type Objects = Cache<'static, Object<Nodes, SpinWait>, SlabParts>;
+type Spaces = Cache<'static, SpaceMemory, SlabParts>;
 type Space = AddressSpace<'static, World>;
 
 /// What address spaces need: kmem's own stack over one region.
@@ -58,6 +61,7 @@ pub struct World {
     nodes: Nodes,
     vmas: Cache<'static, Vma, SlabParts>,
     objects: Objects,
+    spaces: Spaces,
 }
 
 // SAFETY: E1: fields never change; E2: table and map cover the machine's region; E3: worlds are leaked.
@@ -67,6 +71,7 @@ unsafe impl Env for World {
     type Nodes = Nodes;
     type Vmas = Cache<'static, Vma, SlabParts>;
     type Objects = Objects;
+    type Spaces = Spaces;
     type Lock = SpinWait;
 
     fn paging(&self) -> &Paging {
@@ -80,6 +85,9 @@ unsafe impl Env for World {
     }
     fn objects(&self) -> &Objects {
         &self.objects
+    }
+    fn spaces(&self) -> &Spaces {
+        &self.spaces
     }
 }
 
@@ -103,6 +111,7 @@ impl World {
             nodes: Cache::new(&machine.slab, "vma_node"),
             vmas: Cache::new(&machine.slab, "vma"),
             objects: Cache::new(&machine.slab, "object"),
+            spaces: Cache::new(&machine.slab, "mm_struct"),
         }));
         Box::leak(Box::new(Mm::new(world).expect("memory for the zero page")))
     }

@@ -11,6 +11,7 @@ use kmem_paging::format::Format;
 use kmem_vma_tree::Node;
 
 use crate::object::Object;
+use crate::space::SpaceMemory;
 use crate::vma::Vma;
 
 /// The machine as address spaces see it.
@@ -31,6 +32,8 @@ pub unsafe trait Env: Sized {
     type Vmas: ObjectAlloc<Vma>;
     /// Memory for the objects behind files and shared memory.
     type Objects: ObjectAlloc<Object<Self::Nodes, Self::Lock>>;
+    /// Memory for address spaces.
+    type Spaces: ObjectAlloc<SpaceMemory>;
     /// The lock of an address space and of an object.
     type Lock: RawSleepLock;
 
@@ -42,45 +45,50 @@ pub unsafe trait Env: Sized {
     fn vmas(&self) -> &Self::Vmas;
     /// Memory for objects.
     fn objects(&self) -> &Self::Objects;
+    /// Memory for address spaces.
+    fn spaces(&self) -> &Self::Spaces;
 }
 
 /// An [`Env`] of separate parts: values, or references to them.
 ///
 /// See the crate's front page for one put together. `F` is the format of user page tables and `L` the lock.
 #[derive(Debug)]
-pub struct Parts<P, F, N, V, O, L> {
+pub struct Parts<P, F, N, V, O, S, L> {
     paging: P,
     nodes: N,
     vmas: V,
     objects: O,
+    spaces: S,
     kind: PhantomData<fn() -> (F, L)>,
 }
 
-impl<P, F, N, V, O, L> Parts<P, F, N, V, O, L> {
+impl<P, F, N, V, O, S, L> Parts<P, F, N, V, O, S, L> {
     /// Puts an environment together.
     ///
     /// # Safety
     ///
     /// `E2` of [`Env`] holds for `paging`, and the value is not moved once a space or object was made with it.
-    pub const unsafe fn new(paging: P, nodes: N, vmas: V, objects: O) -> Self {
+    pub const unsafe fn new(paging: P, nodes: N, vmas: V, objects: O, spaces: S) -> Self {
         Self {
             paging,
             nodes,
             vmas,
             objects,
+            spaces,
             kind: PhantomData,
         }
     }
 }
 
 // SAFETY: E1: fields never change; E2 and E3 were promised to `new`.
-unsafe impl<P, F, N, V, O, L> Env for Parts<P, F, N, V, O, L>
+unsafe impl<P, F, N, V, O, S, L> Env for Parts<P, F, N, V, O, S, L>
 where
     P: PagingEnv,
     F: Format,
     N: ObjectAlloc<Node>,
     V: ObjectAlloc<Vma>,
     O: ObjectAlloc<Object<N, L>>,
+    S: ObjectAlloc<SpaceMemory>,
     L: RawSleepLock,
 {
     type Paging = P;
@@ -88,6 +96,7 @@ where
     type Nodes = N;
     type Vmas = V;
     type Objects = O;
+    type Spaces = S;
     type Lock = L;
 
     fn paging(&self) -> &P {
@@ -101,5 +110,8 @@ where
     }
     fn objects(&self) -> &O {
         &self.objects
+    }
+    fn spaces(&self) -> &S {
+        &self.spaces
     }
 }

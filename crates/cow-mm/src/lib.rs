@@ -19,6 +19,8 @@ mod mremap;
 mod munmap;
 mod object;
 mod place;
+#[allow(dead_code, reason = "reverse maps walk it")]
+mod registry;
 mod space;
 mod tables;
 mod user;
@@ -36,5 +38,5 @@ pub use maps::{Maps, permissions};
 pub use mm::{Mm, PageRef};
 pub use mmap::{MapRequest, OpenFile};
 pub use object::{Borrowed, FileRef, Object, ObjectInfo};
-pub use space::{AddressSpace, Brk, Limits, State, Usage};
+pub use space::{AddressSpace, Brk, Limits, SpaceMemory, State, Usage};
 pub use vma::{AnonLink, Label, Vma};

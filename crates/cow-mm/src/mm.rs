@@ -17,12 +17,14 @@ use kmem_paging::Env as PagingEnv;
 
 use crate::env::Env;
 use crate::errno::Errno;
+use crate::registry::Registry;
 
 /// What every address space of a kernel shares.
 #[derive(Debug)]
 pub struct Mm<'m, E: Env> {
     env: &'m E,
     zero: Frame,
+    registry: Registry<E::Lock>,
     numbers: AtomicU32,
     anon_ids: AtomicU64,
 }
@@ -66,6 +68,7 @@ impl<'m, E: Env> Mm<'m, E> {
         let mm = Self {
             env,
             zero: Frame::ZERO,
+            registry: Registry::new(),
             numbers: AtomicU32::new(1),
             anon_ids: AtomicU64::new(1),
         };
@@ -89,6 +92,11 @@ impl<'m, E: Env> Mm<'m, E> {
     #[must_use]
     pub fn zero_page(&self) -> Frame {
         self.zero
+    }
+
+    /// Every space made with this.
+    pub(crate) fn registry(&self) -> &Registry<E::Lock> {
+        &self.registry
     }
 
     pub(crate) fn next_number(&self) -> u32 {

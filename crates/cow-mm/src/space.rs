@@ -14,9 +14,11 @@
 //! - `I3`: every counter equals a recount from the VMAs and leaves ([`AddressSpace::recount`]).
 
 use core::fmt;
+use core::mem::{ManuallyDrop, MaybeUninit};
+use core::ptr::NonNull;
 
 use kmem_hal::lock::SleepWriteGuard;
-use kmem_hal::{PAGE_SIZE, Page, PageRange, Root, SleepLock, VirtAddr};
+use kmem_hal::{ObjectAlloc, PAGE_SIZE, Page, PageRange, Root, SleepLock, VirtAddr};
 use kmem_paging::{PageTable, TableError};
 
 use crate::env::Env;
@@ -24,6 +26,7 @@ use crate::errno::Errno;
 use crate::flags::VmFlags;
 use crate::layout::Layout;
 use crate::mm::{Mm, PageRef};
+use crate::registry;
 use crate::vma::Vma;
 use crate::vma_set::VmaSet;
 
@@ -69,14 +72,40 @@ pub struct State<'m, E: Env> {
 
 /// A process's memory: mappings, page tables, heap and stack.
 ///
-/// Calls take `&self` and lock what they need; none may be made in interrupts.
+/// Calls take `&self` and lock what they need; none may be made in interrupts. The value may be moved: what others point to
+/// lies in memory of its own ([`SpaceMemory`]).
 #[doc(alias = "mm_struct")]
 pub struct AddressSpace<'m, E: Env> {
-    mm: &'m Mm<'m, E>,
-    layout: Layout,
+    core: NonNull<Core<'m, E>>,
+}
+
+// SAFETY: the core is owned, and shared access to it is by locks and atomics.
+unsafe impl<E: Env> Send for AddressSpace<'_, E> {}
+// SAFETY: as above.
+unsafe impl<E: Env> Sync for AddressSpace<'_, E> {}
+
+/// What stays where it is: the registry of all spaces points to it.
+#[repr(C)]
+pub(crate) struct Core<'m, E: Env> {
+    /// What reverse maps need: first, so that its address is the core's.
+    pub(crate) entry: registry::Entry,
+    pub(crate) mm: &'m Mm<'m, E>,
+    pub(crate) layout: Layout,
     /// `None` only while the space is dropped.
-    tables: Option<PageTable<E::Format, &'m E::Paging, PageRef>>,
-    state: SleepLock<State<'m, E>, E::Lock>,
+    pub(crate) tables: Option<PageTable<E::Format, &'m E::Paging, PageRef>>,
+    pub(crate) state: SleepLock<State<'m, E>, E::Lock>,
+}
+
+/// Memory for one address space, from [`Env::Spaces`].
+///
+/// Opaque, so that an allocator need not know an environment to serve it.
+#[repr(C, align(64))]
+pub struct SpaceMemory([MaybeUninit<u64>; 128]);
+
+impl fmt::Debug for SpaceMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("SpaceMemory(..)")
+    }
 }
 
 /// Pages of a space, by kind: recounted, not remembered.
@@ -115,7 +144,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     #[doc(alias = "mm_alloc")]
     pub fn new(mm: &'m Mm<'m, E>, layout: Layout) -> Result<Self, Errno> {
         let tables = PageTable::new(mm.env().paging()).map_err(|_| Errno::ENOMEM)?;
-        Ok(Self::with_tables(mm, layout, tables))
+        Self::with_tables(mm, layout, tables, mm.next_number())
     }
 
     /// Makes an empty space that shares the kernel's half, from page `from` to the top, with `kernel`: what a CPU that
@@ -138,44 +167,82 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 TableError::Memory(_) => Errno::ENOMEM,
                 _ => Errno::EINVAL,
             })?;
-        Ok(Self::with_tables(mm, layout, tables))
+        Self::with_tables(mm, layout, tables, mm.next_number())
     }
 
-    /// An empty space for a child: the same layout, and the same kernel's half.
+    /// An empty space for a child: the same layout, the same kernel's half, and of the same family.
     pub(crate) fn empty_child(&self) -> Result<Self, Errno> {
-        let tables = PageTable::empty_like(self.mm.env().paging(), self.tables())
+        let core = self.core();
+        let tables = PageTable::empty_like(core.mm.env().paging(), self.tables())
             .map_err(|_| Errno::ENOMEM)?;
-        Ok(Self::with_tables(self.mm, self.layout, tables))
+        Self::with_tables(core.mm, core.layout, tables, core.entry.family())
     }
 
     fn with_tables(
         mm: &'m Mm<'m, E>,
         layout: Layout,
         tables: PageTable<E::Format, &'m E::Paging, PageRef>,
-    ) -> Self {
+        family: u32,
+    ) -> Result<Self, Errno> {
+        const {
+            assert!(
+                size_of::<Core<'_, E>>() <= size_of::<SpaceMemory>()
+                    && align_of::<Core<'_, E>>() <= align_of::<SpaceMemory>(),
+                "a space does not fit its memory"
+            );
+        }
+        let memory = match mm.env().spaces().alloc() {
+            Ok(memory) => memory,
+            Err(error) => {
+                tables.destroy(|_, page| mm.put(page), |_, _| {});
+                return Err(error.into());
+            }
+        };
         let state = State {
             vmas: VmaSet::new(mm),
             brk: Brk::default(),
             limits: Limits::default(),
         };
-        Self {
-            mm,
-            layout,
-            tables: Some(tables),
-            state: SleepLock::new(state),
+        let core = memory.cast::<Core<'m, E>>();
+        // SAFETY: the allocator gave memory for a space, and a core fits in it.
+        unsafe {
+            core.as_ptr().write(Core {
+                mm,
+                layout,
+                tables: Some(tables),
+                state: SleepLock::new(state),
+                entry: registry::Entry::new(family),
+            });
         }
+        mm.registry().add(core);
+        Ok(Self { core })
+    }
+
+    pub(crate) fn core(&self) -> &Core<'m, E> {
+        // SAFETY: the core is this value's, which frees it when it is dropped.
+        unsafe { self.core.as_ref() }
+    }
+
+    #[allow(dead_code, reason = "reverse maps use it")]
+    /// A space that the registry holds, to be used and not to be dropped.
+    ///
+    /// # Safety
+    ///
+    /// The registry is locked for as long as the value is used.
+    pub(crate) unsafe fn borrowed(core: NonNull<Core<'m, E>>) -> ManuallyDrop<Self> {
+        ManuallyDrop::new(Self { core })
     }
 
     /// What all spaces share.
     #[must_use]
     pub fn mm(&self) -> &'m Mm<'m, E> {
-        self.mm
+        self.core().mm
     }
 
     /// Where things go.
     #[must_use]
     pub fn layout(&self) -> &Layout {
-        &self.layout
+        &self.core().layout
     }
 
     /// What the MMU loads to run in this space.
@@ -187,14 +254,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// The page tables, to be looked at.
     #[must_use]
     pub fn tables(&self) -> &PageTable<E::Format, &'m E::Paging, PageRef> {
-        match &self.tables {
+        match &self.core().tables {
             Some(tables) => tables,
             None => unreachable!("a space that is being dropped is used"),
         }
     }
 
     pub(crate) fn lock(&self) -> SleepWriteGuard<'_, State<'m, E>, E::Lock> {
-        self.state.write()
+        self.core().state.write()
     }
 
     /// Sets the limits of the process.
@@ -206,26 +273,27 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// The limits of the process.
     #[must_use]
     pub fn limits(&self) -> Limits {
-        self.state.read().limits
+        self.core().state.read().limits
     }
 
     /// The heap.
     #[must_use]
     pub fn heap(&self) -> Brk {
-        self.state.read().brk
+        self.core().state.read().brk
     }
 
     /// The mapping that covers an address.
     #[doc(alias = "vma_lookup")]
     #[must_use]
     pub fn vma_at(&self, address: VirtAddr) -> Option<Vma> {
-        self.state.read().vmas.get(Page::containing(address))
+        self.core().state.read().vmas.get(Page::containing(address))
     }
 
     /// The first mapping that ends above an address.
     #[must_use]
     pub fn find_vma(&self, address: VirtAddr) -> Option<Vma> {
-        self.state
+        self.core()
+            .state
             .read()
             .vmas
             .at_or_after(Page::containing(address))
@@ -233,7 +301,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 
     /// Visits the mappings in order of address; stops where `visit` says `false`.
     pub fn for_each_vma(&self, mut visit: impl FnMut(&Vma) -> bool) {
-        let state = self.state.read();
+        let state = self.core().state.read();
         for vma in state.vmas.iter() {
             if !visit(&vma) {
                 break;
@@ -244,13 +312,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// How many mappings there are.
     #[must_use]
     pub fn map_count(&self) -> usize {
-        self.state.read().vmas.len()
+        self.core().state.read().vmas.len()
     }
 
     /// Counts everything from scratch: walks every VMA and every leaf.
     #[must_use]
     pub fn recount(&self) -> Usage {
-        let state = self.state.read();
+        let state = self.core().state.read();
         let mut usage = Usage {
             tables: self.tables().table_count() as u64,
             ..Usage::default()
@@ -269,12 +337,12 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             }
             let shared_memory = vma
                 .file
-                .is_some_and(|file| self.mm.object_info(file).is_shared_memory);
+                .is_some_and(|file| self.mm().object_info(file).is_shared_memory);
             self.for_each_leaf(vma.range, |leaf| {
-                if leaf.frame == self.mm.zero_page() {
+                if leaf.frame == self.mm().zero_page() {
                     return;
                 }
-                match self.mm.slot(leaf.frame).tag() {
+                match self.mm().slot(leaf.frame).tag() {
                     kmem_hal::FrameTag::Anon => usage.rss_anon += 1,
                     _ if shared_memory => usage.rss_shmem += 1,
                     _ => usage.rss_file += 1,
@@ -335,11 +403,17 @@ fn is_data(flags: VmFlags) -> bool {
 
 impl<E: Env> Drop for AddressSpace<'_, E> {
     fn drop(&mut self) {
-        let mm = self.mm;
-        if let Some(tables) = self.tables.take() {
+        let mm = self.mm();
+        mm.registry().remove(self.core);
+        // SAFETY: the registry has let the core go, so nobody else reaches it; it is read out once.
+        let core = unsafe { self.core.as_ptr().read() };
+        if let Some(tables) = core.tables {
             tables.destroy(|_, page| mm.put(page), |_, _| {});
         }
-        self.state.get_mut().vmas.clear();
+        // Its VMAs go with the state.
+        drop(core.state);
+        // SAFETY: the value was read out, and the memory came from this allocator.
+        unsafe { mm.env().spaces().free(self.core.cast()) }
     }
 }
 

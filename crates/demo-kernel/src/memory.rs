@@ -10,7 +10,7 @@
 use alloc::boxed::Box;
 use core::sync::atomic::{AtomicPtr, Ordering};
 
-use kmem::cow_mm::{self, AddressSpace, Layout, Mm, Object, Vma};
+use kmem::cow_mm::{self, AddressSpace, Layout, Mm, Object, SpaceMemory, Vma};
 use kmem::hal::lock::SpinWait;
 use kmem::hal::{
     CachePadded, CpuId, DeviceFrame, EpochArea, EpochGrace, Mmu, Page, PageRange, VirtAddr,
@@ -73,6 +73,7 @@ type Backing = Object<&'static Objects<Node>, SpinWait>;
 static NODES: Objects<Node> = Cache::new(HEAP.memory().slab(), "vma_node");
 static VMAS: Objects<Vma> = Cache::new(HEAP.memory().slab(), "vm_area_struct");
 static BACKINGS: Objects<Backing> = Cache::new(HEAP.memory().slab(), "object");
+static SPACES: Objects<SpaceMemory> = Cache::new(HEAP.memory().slab(), "mm_struct");
 
 /// What address spaces stand on.
 pub type World = cow_mm::Parts<
@@ -81,10 +82,11 @@ pub type World = cow_mm::Parts<
     &'static Objects<Node>,
     &'static Objects<Vma>,
     &'static Objects<Backing>,
+    &'static Objects<SpaceMemory>,
     SpinWait,
 >;
 // SAFETY: E2 as for MACHINE; a static does not move.
-static WORLD: World = unsafe { cow_mm::Parts::new(&MACHINE, &NODES, &VMAS, &BACKINGS) };
+static WORLD: World = unsafe { cow_mm::Parts::new(&MACHINE, &NODES, &VMAS, &BACKINGS, &SPACES) };
 
 /// A process's memory.
 pub type Space = AddressSpace<'static, World>;

@@ -3,7 +3,9 @@
 
 pub mod driver;
 
-use kmem_cow_mm::{AddressSpace, Env, FileRef, Layout, Mm, Object, OpenFile, Outcome, Signal, Vma};
+use kmem_cow_mm::{
+    AddressSpace, Env, FileRef, Layout, Mm, Object, OpenFile, Outcome, Signal, SpaceMemory, Vma,
+};
 use kmem_hal::lock::SpinWait;
 use kmem_hal::{FrameSlot, FrameTable, Mmu, SECTION_FRAMES, Section, SingleGrace, VirtAddr};
 use kmem_mock_x86::{DiskImage, FramePool, Machine};
@@ -35,6 +37,7 @@ pub struct World {
     nodes: Nodes,
     vmas: Failing<'static, HeapObjects<Vma>>,
     objects: Failing<'static, HeapObjects<Object<Nodes, SpinWait>>>,
+    spaces: Failing<'static, HeapObjects<SpaceMemory>>,
 }
 
 // SAFETY: E1: fields never change; E2: the slots cover the machine's memory; E3: worlds are leaked.
@@ -44,6 +47,7 @@ unsafe impl Env for World {
     type Nodes = Nodes;
     type Vmas = Failing<'static, HeapObjects<Vma>>;
     type Objects = Failing<'static, HeapObjects<Object<Nodes, SpinWait>>>;
+    type Spaces = Failing<'static, HeapObjects<SpaceMemory>>;
     type Lock = SpinWait;
 
     fn paging(&self) -> &Paging {
@@ -57,6 +61,9 @@ unsafe impl Env for World {
     }
     fn objects(&self) -> &Self::Objects {
         &self.objects
+    }
+    fn spaces(&self) -> &Self::Spaces {
+        &self.spaces
     }
 }
 
@@ -92,6 +99,7 @@ impl World {
             nodes: Failing::new(HeapObjects::new(), plan),
             vmas: Failing::new(HeapObjects::new(), plan),
             objects: Failing::new(HeapObjects::new(), plan),
+            spaces: Failing::new(HeapObjects::new(), plan),
         }))
     }
 

@@ -2,7 +2,7 @@
 
 use kmem_cow_mm::{
     AddressSpace, Advice, Env, Errno, ExecError, Image, Layout, MapRequest, Mm, Object, Outcome,
-    Prot, RemapFlags, Start, Usage, Vma,
+    Prot, RemapFlags, SpaceMemory, Start, Usage, Vma,
 };
 use kmem_hal::lock::SpinWait;
 use kmem_hal::{FixedPool, PageFault, UserFault, VirtAddr};
@@ -17,6 +17,7 @@ pub struct World {
     nodes: FixedPool<Node, 64>,
     vmas: FixedPool<Vma, 64>,
     objects: FixedPool<Object<FixedPool<Node, 64>, SpinWait>, 64>,
+    spaces: FixedPool<SpaceMemory, 64>,
 }
 
 // SAFETY: E1 to E3: fields never change; nothing is ever run.
@@ -26,6 +27,7 @@ unsafe impl Env for World {
     type Nodes = FixedPool<Node, 64>;
     type Vmas = FixedPool<Vma, 64>;
     type Objects = FixedPool<Object<FixedPool<Node, 64>, SpinWait>, 64>;
+    type Spaces = FixedPool<SpaceMemory, 64>;
     type Lock = SpinWait;
 
     fn paging(&self) -> &Machine {
@@ -39,6 +41,9 @@ unsafe impl Env for World {
     }
     fn objects(&self) -> &Self::Objects {
         &self.objects
+    }
+    fn spaces(&self) -> &Self::Spaces {
+        &self.spaces
     }
 }
 

@@ -446,6 +446,7 @@ pub fn processes(
         nodes: Cache::new_stable(slabs, "vma_node"),
         vmas: Cache::new(slabs, "vm_area_struct"),
         objects: Cache::new(slabs, "address_space"),
+        spaces: Cache::new(slabs, "mm_struct"),
     });
     let mm = forever(SharedMm::new(env).map_err(|e| e.to_string())?);
     Ok((env, mm))

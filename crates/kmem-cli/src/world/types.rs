@@ -2,7 +2,7 @@
 
 use super::counted::Counted;
 use kmem_buddy::Buddy;
-use kmem_cow_mm::{AddressSpace, Mm, Object, Vma};
+use kmem_cow_mm::{AddressSpace, Mm, Object, SpaceMemory, Vma};
 use kmem_hal::{CachePadded, EpochArea, EpochGrace, FrameTable, NoLarge, NoPressure};
 use kmem_mock_x86::{Machine, MachineLock, MachineSleepLock, Tracked};
 use kmem_paging::PageTable;
@@ -41,6 +41,8 @@ pub type Vmas = Cache<'static, Vma, SlabParts>;
 pub type MmObject = Object<Nodes, MachineSleepLock>;
 /// A cache of them.
 pub type Objects = Cache<'static, MmObject, SlabParts>;
+/// A cache of address spaces.
+pub type Spaces = Cache<'static, SpaceMemory, SlabParts>;
 /// What all address spaces share.
 pub type SharedMm = Mm<'static, Env>;
 /// One address space.
@@ -56,6 +58,8 @@ pub struct Env {
     pub vmas: Vmas,
     /// Objects behind files.
     pub objects: Objects,
+    /// Address spaces.
+    pub spaces: Spaces,
 }
 
 // SAFETY: E1: fields never change; E2: the world's frame table covers all of the machine's memory, and its map reaches it;
@@ -66,6 +70,7 @@ unsafe impl kmem_cow_mm::Env for Env {
     type Nodes = Nodes;
     type Vmas = Vmas;
     type Objects = Objects;
+    type Spaces = Spaces;
     type Lock = MachineSleepLock;
 
     fn paging(&self) -> &PagingParts {
@@ -82,5 +87,9 @@ unsafe impl kmem_cow_mm::Env for Env {
 
     fn objects(&self) -> &Objects {
         &self.objects
+    }
+
+    fn spaces(&self) -> &Spaces {
+        &self.spaces
     }
 }
