@@ -341,9 +341,12 @@ impl Machine {
 #[derive(Clone, Copy, Debug)]
 pub struct NoWalks;
 
-// SAFETY: M1 to M4: there are no translations.
+// SAFETY: M1 to M5: there are no translations.
 unsafe impl Mmu for NoWalks {
     unsafe fn load_root(&self, _root: Root, _keep: bool) {}
+    fn is_loaded(&self, _root: Root) -> bool {
+        false
+    }
     fn flush_local(&self, request: &FlushRequest) {
         std::hint::black_box(request);
     }

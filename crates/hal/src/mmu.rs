@@ -114,6 +114,7 @@ impl Completion {
 /// - `M3`: `active_cpus(root)` contains every CPU that may hold translations of the space: it has the root loaded, also
 ///   lazily, or kept entries under its tag when it left. It may contain more.
 /// - `M4`: entry stores made before a call are visible to the table walks of the CPUs flushed by it.
+/// - `M5`: when `is_loaded(root)` gives `false`, no CPU walks from the root: none has it loaded, lazily or otherwise.
 pub unsafe trait Mmu {
     /// Makes this CPU translate through `root`.
     ///
@@ -121,7 +122,8 @@ pub unsafe trait Mmu {
     ///
     /// # Safety
     ///
-    /// The tables at `root` map the running code, its stack and everything it uses, and stay allocated while loaded.
+    /// The tables at `root` map the running code, its stack and everything it uses, and stay allocated while loaded. Nobody treats them
+    /// as quiescent (`M5`) meanwhile.
     #[doc(alias = "switch_mm")]
     #[doc(alias = "write_cr3")]
     unsafe fn load_root(&self, root: Root, keep: bool);
@@ -136,6 +138,14 @@ pub unsafe trait Mmu {
     fn active_cpus(&self, root: Root) -> CpuSet {
         let _ = root;
         CpuSet::single(CpuId::BOOT)
+    }
+
+    /// Whether a CPU may walk from this root now (`M5`). What it left in caches does not count.
+    ///
+    /// `true` where the MMU cannot tell.
+    fn is_loaded(&self, root: Root) -> bool {
+        let _ = root;
+        true
     }
 
     /// The CPU that runs this code, so that a shootdown leaves it out.
@@ -174,6 +184,9 @@ unsafe impl<M: Mmu + ?Sized> Mmu for &M {
     }
     fn active_cpus(&self, root: Root) -> CpuSet {
         (**self).active_cpus(root)
+    }
+    fn is_loaded(&self, root: Root) -> bool {
+        (**self).is_loaded(root)
     }
     fn this_cpu(&self) -> CpuId {
         (**self).this_cpu()

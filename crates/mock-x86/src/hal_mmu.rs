@@ -39,7 +39,7 @@ impl From<&FlushRequest> for FlushWork {
 
 // SAFETY: M1: `Inner::flush` drops what the request names, by the manual's table in `cpu`; M2: a ticket closes when the last CPU has
 // done so; M3: `may_hold` remembers every root loaded since the CPU's last flush of its PCID; M4: walks read the memory that
-// entries are stored to, in program order of one host thread.
+// entries are stored to, in program order of one host thread; M5: CR3 of each CPU is looked at.
 unsafe impl Mmu for Machine {
     unsafe fn load_root(&self, root: Root, keep: bool) {
         let cpu = self.cpu(self.current_cpu());
@@ -70,6 +70,14 @@ unsafe impl Mmu for Machine {
         let mut set: CpuSet = holders.into_iter().map(cpu_id).collect();
         set.insert(self.this_cpu());
         set
+    }
+
+    fn is_loaded(&self, root: Root) -> bool {
+        let address = root.frame.start().as_u64();
+        self.with(|inner| {
+            let mut cpus = inner.core.cpus.iter();
+            cpus.any(|cpu| cpu.regs.cr3 & !cr3::PCID_MASK == address)
+        })
     }
 
     fn this_cpu(&self) -> CpuId {

@@ -128,6 +128,16 @@ pub enum UnshareError {
     Saturated,
 }
 
+/// Why a table is not quiescent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum QuiesceError {
+    /// A CPU has the root loaded, or the MMU cannot tell.
+    Loaded,
+    /// Other tables lead into this one.
+    Lent,
+}
+
 /// Why a fork stopped.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -176,6 +186,10 @@ errors! {
         Self::Unencodable => "the page-table format cannot express these attributes or this frame";
         Self::Memory(error) => "no frame for a page table: {}", error;
         Self::Shared => "the page's table is shared with another space";
+    }
+    QuiesceError {
+        Self::Loaded => "a CPU may have the page table loaded";
+        Self::Lent => "other page tables lead into this one";
     }
     UnshareError {
         Self::OutOfRange => "the page is outside the cursor's range";

@@ -27,6 +27,7 @@ use crate::error::ForkError;
 use crate::format::{Format, Kind, level};
 use crate::gather::Gather;
 use crate::mutants::mutant;
+use crate::quiescent::Live;
 use crate::table::{Entry, PageTable, decode, index_at};
 
 /// What fork found at a page of the parent.
@@ -279,7 +280,7 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
                                     }
                                     Ok(Some(F::leaf(number, leaf.frame, &own)))
                                 };
-                                match change_entry(
+                                match change_entry::<F, E, H, Live, N>(
                                     node.level,
                                     node.entry(index),
                                     at,

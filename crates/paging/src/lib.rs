@@ -15,6 +15,7 @@ pub mod mutants;
 #[cfg(not(kmem_mutants))]
 mod mutants;
 mod node;
+mod quiescent;
 mod table;
 
 pub use attributes::{Attributes, Leaf, MemoryType, Payload, Rights, Soft, SoftBit};
@@ -24,8 +25,10 @@ pub use cursor::{Cleared, Cursor, Divisible, Harvest, Harvested, MapStopped, Rep
 pub use dump::{Dump, Graph};
 pub use env::{Env, Parts};
 pub use error::{
-    ChangeError, ForkError, HugeError, MapError, MoveError, RangeError, TableError, UnshareError,
+    ChangeError, ForkError, HugeError, MapError, MoveError, QuiesceError, RangeError, TableError,
+    UnshareError,
 };
 pub use fork::{ForkItem, ForkStep};
 pub use gather::{FLUSH_CEILING, Gather};
+pub use quiescent::{Live, Liveness, Quiescent, QuiescentTable};
 pub use table::{Entry, PageTable};

@@ -24,6 +24,7 @@ use kmem_hal::{Frame, FrameSlot, Page, SlotFlags, TableOwner, TableSlot};
 
 use crate::env::Env;
 use crate::format::{Format, Kind, Word};
+use crate::quiescent::Liveness;
 
 /// A word of a table in memory.
 pub(crate) type Entry<F> = <<F as Format>::Word as Word>::Atomic;
@@ -133,14 +134,14 @@ impl<'t, F: Format> Node<'t, F> {
 
     /// Takes a word out and leaves `0`. The caller holds the lock.
     #[inline(always)]
-    pub fn take(&self, index: usize) -> u64 {
-        take::<F>(&self.words[index])
+    pub fn take<S: Liveness>(&self, index: usize) -> u64 {
+        take::<F, S>(&self.words[index])
     }
 
     /// As [`change`]. The caller holds the lock.
     #[inline(always)]
-    pub fn change(&self, index: usize, old: u64, new: u64) -> Result<(), u64> {
-        change::<F>(&self.words[index], old, new)
+    pub fn change<S: Liveness>(&self, index: usize, old: u64, new: u64) -> Result<(), u64> {
+        change::<F, S>(&self.words[index], old, new)
     }
 
     #[inline(always)]
@@ -246,11 +247,11 @@ pub(crate) fn next(slot: &FrameSlot) -> Option<Frame> {
 
 /// Takes a word out of a locked table and leaves `0`.
 ///
-/// A plain store does where the hardware has nothing to write into the word (`F4`).
+/// A plain store does where the hardware has nothing to write into the word (`F4`), or does not walk there (`Q1`).
 #[inline(always)]
-pub(crate) fn take<F: Format>(entry: &Entry<F>) -> u64 {
+pub(crate) fn take<F: Format, S: Liveness>(entry: &Entry<F>) -> u64 {
     let word = F::Word::load(entry);
-    if F::is_settled(word) {
+    if S::QUIESCENT || F::is_settled(word) {
         F::Word::store(entry, 0);
         word
     } else {
@@ -260,9 +261,13 @@ pub(crate) fn take<F: Format>(entry: &Entry<F>) -> u64 {
 
 /// Changes a word of a locked table from `old` to `new`; gives the word found where the hardware wrote meanwhile.
 #[inline(always)]
-pub(crate) fn change<F: Format>(entry: &Entry<F>, old: u64, new: u64) -> Result<(), u64> {
-    if F::is_settled(old) {
-        // F4 and the lock: the word is still `old`.
+pub(crate) fn change<F: Format, S: Liveness>(
+    entry: &Entry<F>,
+    old: u64,
+    new: u64,
+) -> Result<(), u64> {
+    if S::QUIESCENT || F::is_settled(old) {
+        // F4 or Q1, and the lock: the word is still `old`.
         F::Word::store(entry, new);
         Ok(())
     } else {

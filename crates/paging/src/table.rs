@@ -14,7 +14,7 @@ use core::fmt;
 use core::marker::PhantomData;
 
 use kmem_hal::lock::Lock;
-use kmem_hal::sync::{AtomicBool, AtomicUsize, Ordering};
+use kmem_hal::sync::{AtomicBool, AtomicUsize, Ordering, fence};
 use kmem_hal::{
     AllocError, Asid, Completion, Cpu, CpuSet, FlushRequest, FlushScope, Frame, FrameHandle, Grace,
     Mmu, Order, OwnedFrame, Page, PageRange, Root, Trace, TraceEvent,
@@ -271,8 +271,17 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// What CR3 should hold.
     #[must_use]
     pub fn root(&self) -> Root {
-        self.exposed.store(true, Ordering::Relaxed);
+        if !self.was_given_out() {
+            self.exposed.store(true, Ordering::Relaxed);
+            // Before the first load of the root, and so before the first walk: see `flush`.
+            fence(Ordering::SeqCst);
+        }
         self.root_quietly()
+    }
+
+    /// Whether somebody knows the root, and so may have loaded it.
+    pub(crate) fn was_given_out(&self) -> bool {
+        self.exposed.load(Ordering::Relaxed)
     }
 
     pub(crate) fn root_quietly(&self) -> Root {
@@ -471,7 +480,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     }
 
     /// Whether translations of this table are in the caches of CPUs that run other spaces.
-    fn is_lent(&self) -> bool {
+    pub(crate) fn is_lent(&self) -> bool {
         self.lent_from.load(Ordering::Acquire) != usize::MAX
     }
 
@@ -516,6 +525,14 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             global: (global || lent) && !mutant!("flush-spares-global"),
             tables_freed: tables_freed || others,
         };
+        // The entry stores come before this look, as the flag's store comes before the first load of the root: either a CPU that loads it
+        // now walks what was stored, or the root is seen to be out.
+        fence(Ordering::SeqCst);
+        if !self.was_given_out() && !lent {
+            // No CPU ever walked from here.
+            self.env.trace().event(TraceEvent::Flushed(request));
+            return;
+        }
         let mmu = self.env.mmu();
         let pin = self.env.cpu().pin();
         let mut cpus = if lent {

@@ -25,6 +25,13 @@ fn range(first: u64, count: u64) -> PageRange {
     PageRange::with_count(page(first), count).unwrap()
 }
 
+/// A table whose root somebody knows, so that it must be flushed.
+fn loaded(machine: &Machine) -> Table {
+    let table = Table::new(machine.env()).unwrap();
+    let _ = table.root();
+    table
+}
+
 fn map(machine: &Machine, table: &Table, number: u64, rights: Rights) -> Frame {
     let frame = machine.frames.alloc(&FrameRequest::ONE).unwrap();
     let first = frame.first();
@@ -45,7 +52,7 @@ fn finish(machine: &Machine, table: Table) {
 #[test]
 fn a_page_is_mapped_found_and_taken_back() {
     let machine = Machine::new(64);
-    let table = Table::new(machine.env()).unwrap();
+    let table = loaded(&machine);
     assert_eq!(table.query(page(5)), Entry::Empty);
     let frame = map(&machine, &table, 5, Rights::USER_DATA);
     let leaf = table.query(page(5)).leaf().unwrap();
@@ -92,7 +99,7 @@ impl CacheLength for TestEnv {
 #[test]
 fn a_full_gather_says_where_to_go_on() {
     let machine = Machine::new(64);
-    let table = Table::new(machine.env()).unwrap();
+    let table = loaded(&machine);
     for number in 0..10 {
         map(&machine, &table, 508 + number, Rights::USER_DATA);
     }
@@ -120,7 +127,7 @@ fn a_full_gather_says_where_to_go_on() {
 #[test]
 fn errors_give_the_handle_back_and_change_nothing() {
     let machine = Machine::new(64);
-    let table = Table::new(machine.env()).unwrap();
+    let table = loaded(&machine);
     map(&machine, &table, 7, Rights::USER_DATA);
     let mut frame = machine.frames.alloc(&FrameRequest::ONE).unwrap();
     let mut cursor = table.cursor(range(0, 16)).unwrap();
@@ -139,7 +146,7 @@ fn errors_give_the_handle_back_and_change_nothing() {
 #[test]
 fn protect_flushes_what_it_restricts_and_nothing_else() {
     let machine = Machine::new(64);
-    let table = Table::new(machine.env()).unwrap();
+    let table = loaded(&machine);
     map(&machine, &table, 3, Rights::READ | Rights::USER);
     map(&machine, &table, 4, Rights::USER_DATA);
     let mut cursor = table.cursor(range(0, 16)).unwrap();
@@ -175,7 +182,7 @@ fn protect_flushes_what_it_restricts_and_nothing_else() {
 #[test]
 fn replace_gives_the_old_frame_back_flushed() {
     let machine = Machine::new(64);
-    let table = Table::new(machine.env()).unwrap();
+    let table = loaded(&machine);
     let old = map(&machine, &table, 3, Rights::READ | Rights::USER);
     let new = machine.frames.alloc(&FrameRequest::ONE).unwrap();
     let mut cursor = table.cursor(range(0, 16)).unwrap();
@@ -207,7 +214,7 @@ fn replace_gives_the_old_frame_back_flushed() {
 #[test]
 fn runs_join_what_continues() {
     let machine = Machine::new(64);
-    let table = Table::new(machine.env()).unwrap();
+    let table = loaded(&machine);
     let mut cursor = table.cursor(range(0, 1 << 20)).unwrap();
     let mut frames: Vec<_> = (0..4)
         .map(|_| machine.frames.alloc(&FrameRequest::ONE).unwrap())
@@ -251,7 +258,7 @@ fn runs_join_what_continues() {
 #[test]
 fn fork_copies_and_write_protects_the_parent() {
     let machine = Machine::new(64);
-    let parent = Table::new(machine.env()).unwrap();
+    let parent = loaded(&machine);
     for number in 0..4 {
         map(&machine, &parent, 510 + number, Rights::USER_DATA);
     }
@@ -290,7 +297,7 @@ fn fork_copies_and_write_protects_the_parent() {
 #[test]
 fn moving_a_large_hole_with_one_page_needs_few_tables() {
     let machine = Machine::new(64);
-    let table = Table::new(machine.env()).unwrap();
+    let table = loaded(&machine);
     let from = range(1 << 30, 1 << 28);
     let frame = map(&machine, &table, (1 << 30) + 12345, Rights::USER_DATA);
     let mut gather = table.gather::<1>();

@@ -9,6 +9,7 @@
 //! | `map_4k`, `protect_4k`, `unmap_4k` | a page, one call a page, through a held cursor where there is one; leaves with A and D set |
 //! | `map_range_4k`, `map_range_2m`, `unmap_range` | a leaf of one call for the range |
 //! | `protect_range_live`, `protect_range_worst` | the same, leaves with A and D set (no locked instruction is needed) and clear |
+//! | `protect_range_quiescent` | a leaf with A and D clear of a table that is loaded nowhere, by the cursor for such |
 //! | `translate_4k`, `translate_2m` | the frame of a random page |
 //! | `sparse_map`, `sparse_unmap`, `sparse_remap` | one page in every 2 MiB: each needs a table |
 //! | `cursors_2t` | a page mapped and unmapped by two threads in different GiB (wall time); the peers stand behind one lock |
@@ -82,6 +83,7 @@ macro_rules! ranged {
 enum Phase {
     Map,
     Protect,
+    ProtectQuiescent,
     Unmap,
     Remap,
 }
@@ -127,9 +129,13 @@ fn range<T: Ranged>(count: u64, timed: Phase, used: bool) -> impl Competitor {
         let mut table = T::new();
         timed_if(watch, timed == Phase::Map, || table.map_range(count, used));
         let mapped = sample(&table, count);
-        timed_if(watch, timed == Phase::Protect, || {
-            table.protect_range(count, false);
-        });
+        if timed == Phase::ProtectQuiescent {
+            watch.time(|| table.protect_range_quiescent(count, false));
+        } else {
+            timed_if(watch, timed == Phase::Protect, || {
+                table.protect_range(count, false);
+            });
+        }
         timed_if(watch, timed == Phase::Unmap, || table.unmap_range(count));
         assert_eq!(sample(&table, count), 0, "pages are left");
         Slice::ops(count, mapped)
@@ -193,6 +199,13 @@ fn ranges(runner: &mut Runner, count: u64) {
     runner.run(
         ranged!(workload("map_range_2m", blocks), range_2m(blocks))
             .with("limit:store", limit(blocks, store)),
+    );
+    runner.run(
+        ranged!(
+            workload("protect_range_quiescent", count),
+            range(count, Phase::ProtectQuiescent, false)
+        )
+        .with("limit:load-store", limit(count, load_store)),
     );
     runner.run(
         ranged!(

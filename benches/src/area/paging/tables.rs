@@ -123,6 +123,10 @@ pub(super) trait Ranged: Table {
     fn map_range_2m(&mut self, blocks: u64);
     fn protect_range(&mut self, pages: u64, writable: bool);
     fn unmap_range(&mut self, pages: u64);
+    /// As `protect_range`, on a table that is loaded nowhere; the peers know no difference.
+    fn protect_range_quiescent(&mut self, pages: u64, writable: bool) {
+        self.protect_range(pages, writable);
+    }
 }
 
 pub(super) type KmemTable = PageTable<X86_64, &'static Env, DeviceFrame>;
@@ -234,7 +238,10 @@ impl Kmem {
 
 impl Table for Kmem {
     fn new() -> Self {
-        Self(Some(PageTable::new(env()).expect("memory for a root")))
+        let table = PageTable::new(env()).expect("memory for a root");
+        // From here on it counts as live.
+        let _ = table.root();
+        Self(Some(table))
     }
     fn map_each(&mut self, count: u64) {
         self.map_steps(count, 1);
@@ -301,6 +308,18 @@ impl Ranged for Kmem {
         let table = self.table();
         let mut cursor = table.cursor(pages(count)).expect("a valid range");
         let mut gather = table.gather::<8>();
+        let changed = cursor
+            .protect(pages(count), rights(writable), &mut gather)
+            .expect("no huge leaf is split");
+        assert_eq!(changed, count);
+        drop(cursor);
+        gather.commit(|_| {});
+    }
+    fn protect_range_quiescent(&mut self, count: u64, writable: bool) {
+        let table = self.0.as_mut().expect("it is there until it is dropped");
+        let quiescent = table.quiesce().expect("no processor walks here");
+        let mut cursor = quiescent.cursor(pages(count)).expect("a valid range");
+        let mut gather = quiescent.gather::<8>();
         let changed = cursor
             .protect(pages(count), rights(writable), &mut gather)
             .expect("no huge leaf is split");

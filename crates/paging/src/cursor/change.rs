@@ -24,6 +24,7 @@ use crate::format::{Format, Kind, Word, level};
 use crate::gather::{Gather, Stale};
 use crate::mutants::mutant;
 use crate::node::{self, Node};
+use crate::quiescent::Liveness;
 use crate::table::{Entry, decode, index_at};
 
 bitflags::bitflags! {
@@ -53,7 +54,7 @@ enum Step {
     Unencodable(u64),
 }
 
-impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
+impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// Gives every leaf in `range` these rights; gives how many pages changed.
     ///
     /// # Errors
@@ -113,7 +114,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
     ) -> Option<u64> {
         let entry = node.entry(index_at::<F>(page, 1));
         let word = F::Word::load(entry);
-        if !F::is_present(1, word) || !F::is_settled(word) {
+        if !F::is_present(1, word) || !(S::QUIESCENT || F::is_settled(word)) {
             return None;
         }
         let new = word & keep | set;
@@ -160,7 +161,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                     break;
                 }
                 let new = word & keep | set;
-                if F::is_settled(word) {
+                if S::QUIESCENT || F::is_settled(word) {
                     F::Word::store(entry, new);
                 } else if word & set == set {
                     if new != word {
@@ -200,7 +201,9 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
             while at < count {
                 let entry = &entries[at];
                 let word = F::Word::load(entry);
-                if F::is_present(1, word) && (F::is_settled(word) || word & set == set) {
+                if F::is_present(1, word)
+                    && (S::QUIESCENT || F::is_settled(word) || word & set == set)
+                {
                     break;
                 }
                 let page = Page::from_number(page + at as u64);
@@ -210,7 +213,14 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 }
                 let mut restricted = Restricted::new(gather, 1);
                 let mut change = |number, _, word| Ok(Some(F::with_rights(number, word, rights)));
-                match change_entry(1, entry, page, word, &mut restricted, &mut change) {
+                match change_entry::<F, E, H, S, N>(
+                    1,
+                    entry,
+                    page,
+                    word,
+                    &mut restricted,
+                    &mut change,
+                ) {
                     Ok(Change::None) | Err(Unencodable) => {}
                     Ok(Change::Relaxed) => changed += 1,
                     Ok(Change::Restricted) => {
@@ -339,7 +349,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 continue;
             }
             let at = Page::from_number(at);
-            match change_entry(1, entry, at, word, &mut restricted, change) {
+            match change_entry::<F, E, H, S, N>(1, entry, at, word, &mut restricted, change) {
                 Ok(Change::None) => {}
                 Ok(Change::Relaxed) => changed += 1,
                 Ok(Change::Restricted) => {
@@ -382,8 +392,14 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                         return Step::Split(page);
                     }
                     let at = Page::from_number(first);
-                    match change_entry(number, node.entry(index), at, word, &mut restricted, change)
-                    {
+                    match change_entry::<F, E, H, S, N>(
+                        number,
+                        node.entry(index),
+                        at,
+                        word,
+                        &mut restricted,
+                        change,
+                    ) {
                         Ok(Change::None) => {}
                         Ok(Change::Relaxed) => *pages += covered,
                         Ok(Change::Restricted) => {
@@ -524,7 +540,7 @@ impl<F: Format, E: Env, H: Divisible, const N: usize> Drop for Restricted<'_, '_
 
 /// Changes one leaf of a locked table. Leaves are given in ascending order.
 #[inline(always)]
-pub(crate) fn change_entry<F: Format, E: Env, H: Divisible, const N: usize>(
+pub(crate) fn change_entry<F: Format, E: Env, H: Divisible, S: Liveness, const N: usize>(
     number: usize,
     entry: &node::Entry<F>,
     page: Page,
@@ -541,7 +557,7 @@ pub(crate) fn change_entry<F: Format, E: Env, H: Divisible, const N: usize>(
         if flush {
             restricted.gather.announce();
         }
-        match node::change::<F>(entry, word, new) {
+        match node::change::<F, S>(entry, word, new) {
             Ok(()) if flush => {
                 if !mutant!("change-not-noted") {
                     restricted.add(page.number(), F::is_global(number, word));

@@ -17,6 +17,7 @@ use crate::format::{Format, Kind, leaf_level, level};
 use crate::gather::{Gather, Stale};
 use crate::mutants::mutant;
 use crate::node::Node;
+use crate::quiescent::Liveness;
 use crate::table::{Entry, decode, index_at};
 
 /// A handle whose block may be cut into smaller ones of the same kind, and put together again.
@@ -32,7 +33,7 @@ unsafe impl Divisible for OwnedFrame {}
 // SAFETY: D1: nothing is owned.
 unsafe impl Divisible for DeviceFrame {}
 
-impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
+impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// Splits the huge leaf that covers `page` into leaves of the next smaller size. Translations stay as they are.
     ///
     /// # Errors
@@ -92,7 +93,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 };
                 table.store(entry, F::leaf(table.level, frame, &attributes));
             }
-            match node.change(index, word, F::table(node.level, table.frame)) {
+            match node.change::<S>(index, word, F::table(node.level, table.frame)) {
                 Ok(()) => break leaf,
                 Err(found) => word = found,
             }

@@ -17,6 +17,7 @@ use crate::format::{Format, Kind, Word, leaf_level, level};
 use crate::gather::{Gather, Stale};
 use crate::mutants::mutant;
 use crate::node::Node;
+use crate::quiescent::Liveness;
 use crate::table::{Entry, decode, index_at};
 
 /// What [`Cursor::replace`] found.
@@ -41,7 +42,7 @@ pub struct MapStopped<H> {
     pub handle: Option<H>,
 }
 
-impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
+impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> {
     /// Maps the block of `handle` at `page`, as one leaf of the block's order.
     ///
     /// # Errors
@@ -373,7 +374,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             }
             Entry::Leaf(_) => {
                 self.table.announce();
-                let before = node.take(index);
+                let before = node.take::<S>(index);
                 let leaf = match decode::<F>(page, target, before) {
                     Entry::Leaf(leaf) => leaf,
                     _ => unreachable!("a locked leaf became something else"),
@@ -450,7 +451,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         }
         gather.announce();
         let mut before = before;
-        while let Err(found) = node.change(index, before, word) {
+        while let Err(found) = node.change::<S>(index, before, word) {
             before = found;
         }
         let entry = decode::<F>(page, 1, before);

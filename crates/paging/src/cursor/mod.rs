@@ -29,6 +29,7 @@ mod share;
 mod unmap;
 
 use core::fmt;
+use core::marker::PhantomData;
 
 use kmem_hal::{AllocError, Frame, FrameHandle, Grace, Order, OwnedFrame, Page, PageRange};
 
@@ -46,6 +47,7 @@ use crate::env::Env;
 use crate::format::{Format, Kind, level};
 use crate::mutants::mutant;
 use crate::node::{Node, View};
+use crate::quiescent::{Live, Liveness};
 use crate::table::{Entry, MAX_LEVELS, PageTable, decode, index_at, seen_from};
 
 /// A position in a range of a [`PageTable`]'s pages, and the only way to change them.
@@ -53,8 +55,11 @@ use crate::table::{Entry, MAX_LEVELS, PageTable, decode, index_at, seen_from};
 /// Keeps the table page that it is in locked until it moves on, is [released](Self::release) or dropped. Any number of
 /// cursors may work on one table at once; a context that has one must not open another on the same pages.
 ///
+/// `S` says what it may assume of the processors: [`Live`] tables are changed by atomics, [`Quiescent`](crate::Quiescent) ones by plain
+/// stores.
+///
 /// Context: task context, interrupts on.
-pub struct Cursor<'t, F: Format, E: Env, H: FrameHandle> {
+pub struct Cursor<'t, F: Format, E: Env, H: FrameHandle, S: Liveness = Live> {
     table: &'t PageTable<F, E, H>,
     range: PageRange,
     /// The page that [`next_run`](Self::next_run) starts at; past the end when `None`.
@@ -66,9 +71,11 @@ pub struct Cursor<'t, F: Format, E: Env, H: FrameHandle> {
     /// Whether an entry above `held` says that it is shared (`U4`).
     shared: bool,
     reserve: TableReserve<'t, E>,
+    liveness: PhantomData<S>,
 }
 
-impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
+impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> {
+    /// The caller has what `S` says.
     pub(crate) fn new(table: &'t PageTable<F, E, H>, range: PageRange) -> Self {
         Self {
             table,
@@ -79,6 +86,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
             path: [Frame::ZERO; MAX_LEVELS + 1],
             shared: false,
             reserve: TableReserve::empty(table.env()),
+            liveness: PhantomData,
         }
     }
 
@@ -249,10 +257,22 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
         loop {
             let node = self.seek(page, target);
             if !self.shared {
+                if S::QUIESCENT && !self.is_alone(node.level) {
+                    return Err(Shared(page));
+                }
                 return Ok(node);
             }
             self.retake(page)?;
         }
+    }
+
+    /// Whether no other root leads to the held table, of `level`, nor to one above it (`Q2`).
+    fn is_alone(&self, level: usize) -> bool {
+        let env = self.table.env();
+        (level..self.table.levels()).all(|number| {
+            let slot = env.slots().slot(self.path[number]);
+            slot.is_some_and(|slot| slot.count() <= 1)
+        })
     }
 
     /// Makes a locked table the held one.
@@ -426,13 +446,13 @@ fn first_page<F: Format>(number: usize, page: Page) -> Page {
     Page::from_number(page.number() & !((1u64 << (level.shift + level.bits)) - 1))
 }
 
-impl<F: Format, E: Env, H: FrameHandle> Drop for Cursor<'_, F, E, H> {
+impl<F: Format, E: Env, H: FrameHandle, S: Liveness> Drop for Cursor<'_, F, E, H, S> {
     fn drop(&mut self) {
         self.release();
     }
 }
 
-impl<F: Format, E: Env, H: FrameHandle> fmt::Debug for Cursor<'_, F, E, H> {
+impl<F: Format, E: Env, H: FrameHandle, S: Liveness> fmt::Debug for Cursor<'_, F, E, H, S> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Cursor")
             .field("range", &self.range)

@@ -17,6 +17,7 @@ use crate::error::{MapError, MoveError};
 use crate::format::{Format, Kind, leaf_level, level};
 use crate::gather::{Gather, Stale};
 use crate::mutants::mutant;
+use crate::quiescent::Liveness;
 use crate::table::{Entry, PageTable, decode, index_at};
 
 /// Entries that are taken out of one table before they are put into another.
@@ -45,8 +46,8 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
         if !gather.belongs_to(self) {
             return Err(MoveError::ForeignGather);
         }
-        let mut source = Cursor::new(self, from);
-        let mut sink = Cursor::new(self, target);
+        let mut source: Cursor<'_, F, E, H> = Cursor::new(self, from);
+        let mut sink: Cursor<'_, F, E, H> = Cursor::new(self, target);
         while let Some(run) = sink.next_run() {
             if !matches!(run, Run::Absent(_)) {
                 return Err(MoveError::Occupied);
@@ -108,7 +109,7 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
     }
 }
 
-impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
+impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// Makes sure that no table of the range is shared.
     fn own_range(&mut self) -> Result<(), Shared> {
         let mut page = self.range.first().number();
@@ -245,7 +246,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 }
                 Kind::Leaf => {
                     gather.announce();
-                    let word = node.take(index);
+                    let word = node.take::<S>(index);
                     if !mutant!("move-keeps-the-place") {
                         node.sub_live(1);
                     }

@@ -6,6 +6,7 @@ use super::Cursor;
 use crate::attributes::{Leaf, Payload};
 use crate::env::Env;
 use crate::format::{Format, Kind, level};
+use crate::quiescent::Liveness;
 use crate::table::{Entry, decode, index_at, seen_from};
 
 /// A run of pages with one kind of content.
@@ -37,7 +38,7 @@ impl Run {
     }
 }
 
-impl<F: Format, E: Env, H: FrameHandle> Cursor<'_, F, E, H> {
+impl<F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'_, F, E, H, S> {
     /// The next run of the cursor's range; `None` at its end.
     ///
     /// Holes are given whole, however many tables they span.

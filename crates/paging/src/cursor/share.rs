@@ -24,6 +24,7 @@ use crate::fork::ForkItem;
 use crate::format::{Format, Kind, level};
 use crate::gather::{Gather, Stale};
 use crate::node::{self, Node, View};
+use crate::quiescent::{Live, Liveness};
 use crate::table::{Entry, decode, index_at};
 
 /// The table of this page is shared.
@@ -75,7 +76,7 @@ pub enum UnshareStep<H> {
     Stop,
 }
 
-impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
+impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> {
     /// Makes the path to `page` writable again where nobody else shares its tables any more.
     #[cold]
     pub(super) fn retake(&mut self, page: Page) -> Result<(), Shared> {
@@ -130,7 +131,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
     }
 }
 
-impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
+impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// Makes the tables that lead to `page` this space's own, by copies where others share them; gives whether a table was copied.
     ///
     /// A shared table of leaves is copied entry by entry: `step` says for each what the copy gets, and counts a reference for its handle.
@@ -339,7 +340,8 @@ fn copy_table<F: Format, E: Env, H: Divisible>(
                 if new == word {
                     break;
                 }
-                match node::change::<F>(table.entry(index), word, new) {
+                // The others may have it loaded.
+                match node::change::<F, Live>(table.entry(index), word, new) {
                     Ok(()) => {
                         word = new;
                         break;

@@ -18,6 +18,7 @@ use crate::format::{Format, Kind, Word, level};
 use crate::gather::{FLUSH_CEILING, Gather, Stale};
 use crate::mutants::mutant;
 use crate::node::{self, Node};
+use crate::quiescent::Liveness;
 use crate::table::{Entry, decode, index_at};
 
 /// What was cleared.
@@ -90,7 +91,7 @@ impl<F: Format, E: Env, H: Divisible, const N: usize> Drop for Batch<'_, '_, '_,
     }
 }
 
-impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
+impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// Clears every leaf and payload in `range`; gives how many pages they covered.
     ///
     /// Payloads are lost; [`unmap_with`](Self::unmap_with) shows them.
@@ -119,7 +120,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
             let word = F::Word::load(entry);
             if F::is_present(1, word) {
                 gather.announce();
-                let word = node::take::<F>(entry);
+                let word = node::take::<F, S>(entry);
                 if !mutant!("unmap-one-not-counted") {
                     node.sub_live(1);
                 }
@@ -377,7 +378,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                 return Step::Full(at);
             }
             batch.gather.announce();
-            let word = node::take::<F>(entry);
+            let word = node::take::<F, S>(entry);
             batch.add(at, F::is_global(1, word));
             if !mutant!("unmap-leaks") {
                 batch.gather.push(F::leaf_frame(1, word), Order::ZERO);
@@ -448,7 +449,7 @@ impl<'t, F: Format, E: Env, H: Divisible> Cursor<'t, F, E, H> {
                         return Step::Full(page);
                     }
                     batch.gather.announce();
-                    let word = node.take(index);
+                    let word = node.take::<S>(index);
                     batch.add(first, F::is_global(number, word));
                     batch.gather.push(
                         F::leaf_frame(number, word),

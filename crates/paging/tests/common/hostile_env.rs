@@ -134,6 +134,9 @@ unsafe impl Mmu for HostileMmu {
         }
         cpus
     }
+    fn is_loaded(&self, root: Root) -> bool {
+        self.machine.is_loaded(root)
+    }
     fn this_cpu(&self) -> CpuId {
         self.machine.this_cpu()
     }

@@ -1,4 +1,6 @@
 // The environment of page tables on the mock machine, with faults that a test can plant in its MMU.
+#![allow(dead_code)]
+
 use std::cell::Cell;
 
 use kmem_hal::{
@@ -65,6 +67,9 @@ unsafe impl Mmu for FaultyMmu {
     }
     fn active_cpus(&self, root: Root) -> CpuSet {
         self.machine.active_cpus(root)
+    }
+    fn is_loaded(&self, root: Root) -> bool {
+        self.machine.is_loaded(root)
     }
     fn this_cpu(&self) -> CpuId {
         self.machine.this_cpu()
@@ -144,7 +149,6 @@ pub struct MockEnv {
 
 impl MockEnv {
     /// An environment for ever, of a machine for ever; frames are given from number `first` on.
-    #[allow(dead_code)]
     pub fn new(machine: Machine, first: u64, cache: usize) -> &'static Self {
         let machine: &'static Machine = Box::leak(Box::new(machine));
         let limit = machine.memory().frame_limit();
