@@ -8,10 +8,11 @@
 //!   does the VMA allow the access? ── no ──> SIGSEGV (ACCERR)
 //!      │ yes
 //!   present? ── yes ── write to a page that is not writable?
+//!      │                 │ its table is shared since a fork: take it back (alone), or copy it (others too); look again
 //!      │                 │ shared: mark dirty, make writable
 //!      │                 │ private, ours alone: make writable (reuse)
 //!      │                 │ private, others' too: copy, map the copy (copy on write)
-//!      │                 └ no: another CPU was faster, or a stale TLB entry: flush it (spurious)
+//!      │                 └ no: another CPU was faster, or a stale TLB entry (spurious)
 //!      no
 //!      ├ anonymous, read:  map the zero page          write: map a fresh page of zeros
 //!      ├ file, read or shared: map the object's page  (NeedIo: come back when it is there; beyond the end: SIGBUS)
@@ -23,15 +24,16 @@
 //!
 //! Invariants
 //! - `I1`: whatever is installed grants at most what the VMA grants (`I1` of the space).
-//! - `I2`: a writable leaf of a private VMA maps an anonymous page that has this one mapping only.
+//! - `I2`: a page is made writable in place only where it is exclusive: its slot says so, and every table that leads to it is this space's
+//!   alone, both looked at under the table's lock ([`Mm::is_exclusive`](crate::Mm), `Cursor::own`).
 //! - `I3`: accessed is set at installation, and dirty for a write: saves the processor two writes.
 //!
 //! Source: Linux `mm/memory.c` (`handle_mm_fault` and below), `arch/x86/mm/fault.c`; Bovet and Cesati, figure 9-4.
 
 use kmem_hal::{
-    Access, FaultCode, Frame, FrameTag, IoTicket, Page, PageFault, PageRange, SlotFlags, VirtAddr,
+    Access, FaultCode, Frame, IoTicket, Page, PageFault, PageRange, SlotFlags, VirtAddr,
 };
-use kmem_paging::{Attributes, Leaf, Rights};
+use kmem_paging::{Attributes, Entry, Leaf, Replaced, Rights};
 
 use crate::env::Env;
 use crate::errno::Errno;
@@ -39,7 +41,7 @@ use crate::flags::VmFlags;
 use crate::merge::may_share_anon;
 use crate::object::{FileRef, ObjectPage};
 use crate::space::{AddressSpace, State};
-use crate::tables::rights;
+use crate::tables::{SpaceCursor, rights};
 use crate::vma::{AnonLink, Vma};
 
 /// Why a program gets a signal.
@@ -128,15 +130,24 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if !allows(vma.flags, access) {
             return signal(Signal::AccessError);
         }
-        let write = access == Access::Write;
+        if access == Access::Write && !vma.is_shared() && vma.anon.is_none() {
+            // A program that writes to its own copy owns pages from now on, even if this one cannot be had.
+            self.prepare_anon(state, page);
+        }
+        self.fault_page(&vma, page, address, access)
+    }
+
+    /// The part of a fault that is about pages and entries: the mapping allows the access, and stays as it is.
+    fn fault_page(
+        &self,
+        vma: &Vma,
+        page: Page,
+        address: VirtAddr,
+        access: Access,
+    ) -> Result<(), Stop> {
         match self.leaf(page) {
-            Some(leaf) => self.present(state, &vma, page, leaf, access),
-            None if write && !vma.is_shared() => {
-                // A program that writes to its own copy owns pages from now on, even if this one cannot be had.
-                self.prepare_anon(state, page);
-                self.absent(&vma, page, address, true)
-            }
-            None => self.absent(&vma, page, address, write),
+            Some(leaf) => self.present(vma, page, leaf, access),
+            None => self.absent(vma, page, address, access == Access::Write),
         }
     }
 
@@ -171,45 +182,80 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     /// Something is mapped and the access still faulted.
-    fn present(
-        &self,
-        state: &mut State<'m, E>,
-        vma: &Vma,
-        page: Page,
-        leaf: Leaf,
-        access: Access,
-    ) -> Result<(), Stop> {
+    fn present(&self, vma: &Vma, page: Page, leaf: Leaf, access: Access) -> Result<(), Stop> {
         let granted = rights(vma.flags);
-        if access != Access::Write || leaf.is_writable() {
-            // The entry allows it (a stale translation), or the mapping was given more rights since.
+        let wanted = match access {
+            Access::Read => Rights::READ,
+            Access::Write => Rights::WRITE,
+            Access::Execute => Rights::EXECUTE,
+        };
+        if leaf.attributes.rights.contains(wanted) {
+            // A stale translation, which the processor has dropped by now, or another CPU was faster.
+            return Ok(());
+        }
+        let Ok(mut cursor) = self.tables().cursor(PageRange::single(page)) else {
+            return Ok(());
+        };
+        // Under the table's lock from here on, in tables that are this space's alone.
+        let Entry::Leaf(leaf) = self.own(&mut cursor, page)? else {
+            return Ok(());
+        };
+        let writable = leaf.is_writable();
+        let attributes = if access != Access::Write || writable {
+            // The table was taken back, or the mapping was given more rights since.
             let mut now = granted;
-            now.set(Rights::WRITE, leaf.is_writable());
-            self.raise(page, leaf.attributes.rights(now).accessed());
-            return Ok(());
-        }
-        let attributes = leaf.attributes.rights(granted).accessed().dirty();
-        if vma.is_shared() {
+            now.set(Rights::WRITE, writable);
+            leaf.attributes.rights(now).accessed()
+        } else if vma.is_shared() {
             self.mm().slot(leaf.frame).set_flags(SlotFlags::DIRTY);
-            self.raise(page, attributes);
-            return Ok(());
-        }
-        self.prepare_anon(state, page);
-        if self.is_ours_alone(leaf.frame) {
-            self.raise(page, attributes);
-            return Ok(());
-        }
-        let source = (leaf.frame != self.mm().zero_page()).then_some(leaf.frame);
-        let copy = self.mm().new_anonymous(page.number(), source)?;
-        let mapping = self.mm().map_new(copy)?;
-        self.exchange(page, mapping, Attributes::new(granted).accessed().dirty())?;
+            leaf.attributes.rights(granted).accessed().dirty()
+        } else if self.mm().is_exclusive(leaf.frame) {
+            leaf.attributes.rights(granted).accessed().dirty()
+        } else {
+            return self.copy_on_write(cursor, page, leaf.frame, granted);
+        };
+        let _ = cursor.relax(page, attributes);
         Ok(())
     }
 
-    /// Whether an anonymous page has one mapping and nobody else who looks at it (`I2`).
-    #[doc(alias = "wp_can_reuse_anon_folio")]
-    fn is_ours_alone(&self, frame: Frame) -> bool {
-        let page = self.mm().user(frame);
-        page.slot().tag() == FrameTag::Anon && page.mappings() == 1 && page.references() == 1
+    /// Maps a copy of a page in place of it, unless somebody else did meanwhile. The cursor holds the page's table.
+    #[doc(alias = "wp_page_copy")]
+    fn copy_on_write<'t>(
+        &'t self,
+        mut cursor: SpaceCursor<'t, 'm, E>,
+        page: Page,
+        shared: Frame,
+        granted: Rights,
+    ) -> Result<(), Stop> {
+        let mm = self.mm();
+        let source = (shared != mm.zero_page()).then_some(shared);
+        if let Some(source) = source {
+            // So that it stays what it is until the copy is in its place.
+            let counted = mm.user(source).add_reference();
+            counted.map_err(|_| Errno::ENOMEM)?;
+        }
+        cursor.release();
+        let outcome = mm.new_anonymous(page.number(), source).map(|copy| {
+            let attributes = Attributes::new(granted).accessed().dirty();
+            let unused = match cursor.own(page) {
+                Ok(Entry::Leaf(leaf)) if leaf.frame == shared && !leaf.is_writable() => {
+                    match cursor.replace(page, copy, attributes) {
+                        Ok(Replaced::Leaf(_, old)) => Some(old),
+                        Ok(_) => None,
+                        Err((_, copy)) => Some(copy),
+                    }
+                }
+                _ => Some(copy),
+            };
+            cursor.release();
+            if let Some(mapping) = unused {
+                mm.put(mapping);
+            }
+        });
+        if let Some(source) = source {
+            mm.put_reference(source);
+        }
+        Ok(outcome?)
     }
 
     /// Nothing is mapped.
@@ -219,8 +265,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let mapping = match vma.file {
             None if write => {
                 attributes.dirty = true;
-                self.mm()
-                    .map_new(self.mm().new_anonymous(page.number(), None)?)?
+                self.mm().new_anonymous(page.number(), None)?
             }
             None => {
                 attributes = attributes.write_protected();
@@ -240,8 +285,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                     self.mm().map_page(source)?
                 } else if write {
                     attributes.dirty = true;
-                    self.mm()
-                        .map_new(self.mm().new_anonymous(page.number(), Some(source))?)?
+                    self.mm().new_anonymous(page.number(), Some(source))?
                 } else {
                     attributes = attributes.write_protected();
                     self.mm().map_page(source)?

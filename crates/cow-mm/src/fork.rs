@@ -1,23 +1,42 @@
 //! fork: a second space with the same contents.
 //!
 //! ```text
-//!   parent  page A (writable) ──┐                 parent  page A (read only) ──┐
-//!                               ├─ fork ─>                                     ├─> frame, two mappings
-//!                                                 child   page A (read only) ──┘
-//!                                                 first write on either side: fault, copy (or reuse, if alone)
+//!   parent  level 2 ─┐ not writable            parent  level 2 ── writable ──> table (a copy, or taken back)
+//!                    ├──> table ── pages  ─>                                       │ not writable
+//!   child   level 2 ─┘ 2 shares                child   level 2 ── as before ──> table ──> pages
+//!                                              first write of either side in these 2 MiB: the table is copied;
+//!                                              each write to a page of both: the page is
 //! ```
 //!
-//! Private pages are shared read-only until one side writes. Pages of files and shared memory are not copied: the child
-//! finds them again by faults, unless the mapping has pages of its own. Before the parent goes on, its write permissions
-//! are flushed from every CPU.
+//! Leaf tables are shared, not copied: one entry above each, on both sides, loses the right to write. The first change in a table's
+//! 2 MiB copies its entries; whoever is left alone with a table takes it back, pages and all, without a copy. Of a space of
+//! [`LEVEL2_FROM`] pages and more the tables one level up are shared, so that 64 GiB cost 64 entries.
 //!
-//! Source: fork(2); Linux `mm/memory.c` (`copy_page_range`), `kernel/fork.c` (`dup_mmap`).
+//! Which tables? Those with anonymous pages. Pages of files and shared memory alone are not inherited: the child finds them again by faults;
+//! where they lie in one table with anonymous pages they come along. A table that holds pages of a mapping which the
+//! child does not get, or gets empty (`DONTFORK`, `WIPEONFORK`), is copied entry by entry, as are tables with pinned pages.
+//!
+//! Before the parent goes on, its write permissions are flushed from every CPU. Both sides set a few frames aside, so that unmapping part
+//! of a shared table needs no memory.
+//!
+//! Source: fork(2); Linux `kernel/fork.c` (`dup_mmap`), `mm/memory.c` (`copy_page_range`); Zhao et al., "On-demand-fork", EuroSys 2021.
+
+use kmem_hal::sync::Ordering;
+use kmem_hal::{Page, PageRange};
 
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::VmFlags;
 use crate::space::AddressSpace;
+use crate::tables::{SPARES, SpaceGather, TABLE_PAGES};
 use crate::vma::{AnonLink, Vma};
+
+/// Spaces of so many pages (8 GiB) share level-2 tables too. Below that, a fork has at most 4096 tables to share, which is less than a
+/// level-2 table more to copy at each first write in its gibibyte is worth.
+pub const LEVEL2_FROM: u64 = 2 << 20;
+
+/// Pages that a level-2 table covers.
+const LEVEL2_PAGES: u64 = TABLE_PAGES * TABLE_PAGES;
 
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// Makes a child with the same mappings and contents.
@@ -34,19 +53,98 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             let mut state = child.lock();
             state.brk = parent.brk;
             state.limits = parent.limits;
+            let mut pages = 0;
             for vma in parent.vmas.iter() {
-                if vma.flags.contains(VmFlags::DONTCOPY) {
-                    continue;
-                }
-                let inherited = self.inherited(&vma);
-                state.vmas.edit()?.insert(inherited);
-                let wiped = vma.flags.contains(VmFlags::WIPEONFORK);
-                if !wiped && vma.anon.is_some() {
-                    self.copy_leaves(&child, &vma)?;
+                pages += vma.range.count();
+                if !vma.flags.contains(VmFlags::DONTCOPY) {
+                    state.vmas.edit()?.insert(self.inherited(&vma));
                 }
             }
+            let level2 = pages >= LEVEL2_FROM;
+            if level2 {
+                self.core().sharing.level2.store(true, Ordering::Relaxed);
+                child.core().sharing.level2.store(true, Ordering::Relaxed);
+            }
+            let mut gather = self.tables().gather::<1>();
+            let outcome = self.share_all(&child, parent.vmas.iter(), &mut gather);
+            gather.commit(|page| self.mm().put(page));
+            outcome?;
         }
         Ok(child)
+    }
+
+    /// Shares the tables that have anonymous pages.
+    fn share_all<const N: usize>(
+        &self,
+        child: &Self,
+        vmas: impl Iterator<Item = Vma>,
+        gather: &mut SpaceGather<'_, 'm, E, N>,
+    ) -> Result<(), Errno> {
+        let unit = self.share_unit();
+        let mut share = |first: u64, last: u64| {
+            let range = PageRange::new(Page::from_number(first), Page::from_number(last));
+            let Some(range) = range else { return Ok(()) };
+            if !self.shares_tables() {
+                self.tables().keep_spares(SPARES)?;
+                self.core().sharing.tables.store(true, Ordering::Relaxed);
+            }
+            // SAFETY: both spaces' locks are held, and the child is loaded nowhere.
+            unsafe { self.share_leaves(child, range, gather) }
+        };
+        // Pages in whole tables with something to inherit, not shared yet; and the page after the last mapping that is not inherited.
+        let mut pending: Option<(u64, u64)> = None;
+        let mut after_gap = 0;
+        for vma in vmas {
+            let (first, last) = (vma.range.first().number(), vma.range.last().number());
+            if vma
+                .flags
+                .intersects(VmFlags::DONTCOPY | VmFlags::WIPEONFORK)
+            {
+                if let Some((from, to)) = pending.take() {
+                    share(from, to.min(first - 1))?;
+                }
+                after_gap = last + 1;
+                continue;
+            }
+            if vma.anon.is_none() {
+                continue;
+            }
+            let (first, last) = ((first & !(unit - 1)).max(after_gap), last | (unit - 1));
+            pending = match pending {
+                Some((from, to)) if to + 1 >= first => Some((from, to.max(last))),
+                Some((from, to)) => {
+                    share(from, to)?;
+                    Some((first, last))
+                }
+                None => Some((first, last)),
+            };
+        }
+        if let Some((from, to)) = pending {
+            share(from, to)?;
+        }
+        if self.shares_tables() {
+            child.core().sharing.tables.store(true, Ordering::Relaxed);
+            child.tables().keep_spares(SPARES)?;
+        }
+        Ok(())
+    }
+
+    /// Whether tables were ever shared with another space.
+    pub(crate) fn shares_tables(&self) -> bool {
+        self.core().sharing.tables.load(Ordering::Relaxed)
+    }
+
+    /// The highest level whose tables are shared.
+    pub(crate) fn share_levels(&self) -> usize {
+        1 + usize::from(self.core().sharing.level2.load(Ordering::Relaxed))
+    }
+
+    /// Pages that the largest table covers that may be shared.
+    pub(crate) fn share_unit(&self) -> u64 {
+        match self.share_levels() {
+            1 => TABLE_PAGES,
+            _ => LEVEL2_PAGES,
+        }
     }
 
     /// The child's VMA: its reverse map is new and hangs below the parent's, so it is not a single one.

@@ -32,6 +32,7 @@ pub use errno::Errno;
 pub use exec::{ExecError, Image, Start};
 pub use fault::{Outcome, Signal};
 pub use flags::{Advice, MapFlags, Prot, RemapFlags, VmFlags};
+pub use fork::LEVEL2_FROM;
 pub use handle::Handle;
 pub use layout::{Layout, MAX_MAP_COUNT, STACK_GUARD_PAGES, mmap_base};
 pub use maps::{Maps, permissions};

@@ -56,6 +56,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 {
                     return Err(Errno::EINVAL);
                 }
+                // Where not even the frames set aside for this are left, it is a resource that is short for now.
+                self.own_ends(part).map_err(|_| Errno::EAGAIN)?;
                 self.zap(part);
                 return Ok(());
             }

@@ -1,17 +1,20 @@
 //! What all address spaces of a kernel share: the environment, the zero page, and pages' lives.
 //!
 //! ```text
-//!   new_page ── 1 reference (the maker's) ── map: +1 mapping ── ... ── last mapping gone, 0 references ── free_page
+//!   new_anonymous ── 1 mapping ─────────────────────────┐
+//!   new_page ── 1 reference (the maker's) ── +1 mapping ┴ ... ── last mapping gone, 0 references ── free_page
 //! ```
 //!
 //! Invariants
 //! - `I1`: a [`PageRef`] stands for one mapping counted in the frame's slot.
+//! - `I3`: a page whose slot says `EXCLUSIVE` is anonymous and has one mapping. Whether that mapping is one space's the tables say: a shared
+//!   table's leaves are mapped once and seen by many.
 //! - `I2`: the zero page always has a reference of the `Mm`'s own, so no mapping's end frees it.
 
 use kmem_hal::sync::{AtomicU32, AtomicU64, Ordering};
 use kmem_hal::{
     Frame, FrameHandle, FrameRange, FrameRequest, FrameSink, FrameSlot, FrameSource, FrameTag,
-    Order, OwnedFrame, PhysMap, UserSlot,
+    Order, OwnedFrame, PhysMap, SlotFlags, UserSlot,
 };
 use kmem_paging::Env as PagingEnv;
 
@@ -137,20 +140,61 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
-    /// An anonymous page of zeros, or a copy of `source`; the reference is the caller's.
-    pub(crate) fn new_anonymous(&self, index: u64, source: Option<Frame>) -> Result<Frame, Errno> {
+    /// The first mapping of a new anonymous page, of zeros or a copy of `source`: one space's alone.
+    pub(crate) fn new_anonymous(
+        &self,
+        index: u64,
+        source: Option<Frame>,
+    ) -> Result<PageRef, Errno> {
         let request = FrameRequest::ONE.movable();
         let request = if source.is_none() {
             request.zeroed()
         } else {
             request
         };
-        let frame = self.new_page(FrameTag::Anon, 0, index, &request)?;
+        let (frame, _) = self.env.paging().frames().alloc(&request)?.into_raw();
         if let Some(source) = source {
             // SAFETY: the caller keeps `source` referenced; `frame` is new and nobody else's; E2: both are in reach.
             unsafe { self.env.paging().map().copy(source, frame) };
         }
-        Ok(frame)
+        UserSlot::claim_exclusive(self.slot(frame), 0, index);
+        Ok(PageRef { frame })
+    }
+
+    /// One more mapping of a page, for another table; anonymous pages are nobody's alone from now on. Also whether it is anonymous,
+    /// so that a write through either mapping must copy.
+    ///
+    /// The caller holds the lock of a table that maps it.
+    pub(crate) fn map_again(&self, frame: Frame) -> Option<(PageRef, bool)> {
+        let page = self.user(frame);
+        page.add_mapping().ok()?;
+        let anonymous = page.slot().tag() == FrameTag::Anon;
+        if anonymous && page.slot().flags().contains(SlotFlags::EXCLUSIVE) {
+            page.slot().clear_flags(SlotFlags::EXCLUSIVE);
+        }
+        Some((PageRef { frame }, anonymous))
+    }
+
+    /// Whether a page is its mapper's alone: the licence to write to it in place, and to pin it.
+    ///
+    /// The caller holds the lock of the table that maps it, and every table that leads there is its own space's: so nobody
+    /// maps the page anew meanwhile.
+    #[doc(alias = "PageAnonExclusive")]
+    #[doc(alias = "wp_can_reuse_anon_folio")]
+    pub(crate) fn is_exclusive(&self, frame: Frame) -> bool {
+        let page = self.user(frame);
+        if page.slot().tag() != FrameTag::Anon {
+            return false;
+        }
+        if page.slot().flags().contains(SlotFlags::EXCLUSIVE) {
+            return true;
+        }
+        // The others have gone, and nobody looks at it: it is exclusive again.
+        let alone = page.mappings() == 1 && page.references() == 1;
+        if alone {
+            page.slot().set_flags(SlotFlags::EXCLUSIVE);
+        }
+        alone
     }
 
     /// A mapping of a page on which the caller holds a reference or the lock that keeps it mapped.
@@ -158,13 +202,6 @@ impl<'m, E: Env> Mm<'m, E> {
         let page = self.user(frame);
         page.add_mapping().map_err(|_| Errno::ENOMEM)?;
         Ok(PageRef { frame })
-    }
-
-    /// Turns the caller's reference of a new page into its first mapping.
-    pub(crate) fn map_new(&self, frame: Frame) -> Result<PageRef, Errno> {
-        let mapping = self.map_page(frame);
-        self.put_reference(frame);
-        mapping
     }
 
     /// Ends a mapping whose translation has been flushed everywhere.

@@ -313,7 +313,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             None
         };
         let stores = STORES_TO_CLEAR + STORES_TO_ADD;
-        let outcome = state.vmas.edit_with(stores).map(|mut edit| {
+        let outcome = state.vmas.edit_with(stores).and_then(|mut edit| {
+            self.own_ends(checked.range)?;
             edit.clear(checked.range);
             let file = checked.file.or(made);
             let (flags, offset) = (checked.flags, checked.offset);
@@ -328,6 +329,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 },
                 true,
             );
+            Ok(())
         });
         if let Some(file) = made {
             // The VMA holds a reference of its own; this was the call's.

@@ -64,7 +64,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if makes_one_more && state.vmas.len() >= MAX_MAP_COUNT {
             return Err(Errno::ENOMEM);
         }
-        state.vmas.edit_with(STORES_TO_CLEAR)?.clear(range);
+        let mut edit = state.vmas.edit_with(STORES_TO_CLEAR)?;
+        self.own_ends(range)?;
+        edit.clear(range);
+        drop(edit);
         self.zap(range);
         Ok(())
     }
@@ -128,10 +131,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         } else if vma.flags.contains(VmFlags::ACCOUNT) && vma.is_anonymous() && vma.anon.is_none() {
             flags -= VmFlags::ACCOUNT;
         }
-        state
-            .vmas
-            .edit_with(STORES_TO_MODIFY)?
-            .modify(part, |new| new.flags = flags);
+        let mut edit = state.vmas.edit_with(STORES_TO_MODIFY)?;
+        self.own_range(part)?;
+        edit.modify(part, |new| new.flags = flags);
+        drop(edit);
         self.restrict(part, flags);
         let copies = VmFlags::WRITE | VmFlags::SHARED | VmFlags::LOCKED;
         if vma.flags & copies == VmFlags::LOCKED && flags.contains(VmFlags::WRITE) {

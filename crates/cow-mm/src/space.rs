@@ -10,7 +10,8 @@
 //!
 //! Invariants
 //! - `I1`: every leaf of the tables lies in a VMA, and its rights are at most the VMA's.
-//! - `I2`: a leaf that may be written in a private VMA maps an anonymous page with one mapping.
+//! - `I2`: a leaf that may be written in a private VMA, all levels of its path considered, maps an anonymous page that is this space's
+//!   alone.
 //! - `I3`: every counter equals a recount from the VMAs and leaves ([`AddressSpace::recount`]).
 
 use core::fmt;
@@ -18,6 +19,7 @@ use core::mem::{ManuallyDrop, MaybeUninit};
 use core::ptr::NonNull;
 
 use kmem_hal::lock::SleepWriteGuard;
+use kmem_hal::sync::AtomicBool;
 use kmem_hal::{ObjectAlloc, PAGE_SIZE, Page, PageRange, Root, SleepLock, VirtAddr};
 use kmem_paging::{PageTable, TableError};
 
@@ -93,6 +95,7 @@ pub(crate) struct Core<'m, E: Env> {
     pub(crate) layout: Layout,
     /// `None` only while the space is dropped.
     pub(crate) tables: Option<PageTable<E::Format, &'m E::Paging, PageRef>>,
+    pub(crate) sharing: Sharing,
     pub(crate) state: SleepLock<State<'m, E>, E::Lock>,
 }
 
@@ -106,6 +109,15 @@ impl fmt::Debug for SpaceMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("SpaceMemory(..)")
     }
+}
+
+/// Whether the space's tables may be another space's too: once true, true for ever.
+#[derive(Debug)]
+pub(crate) struct Sharing {
+    /// Some table.
+    pub tables: AtomicBool,
+    /// A table of tables.
+    pub level2: AtomicBool,
 }
 
 /// Pages of a space, by kind: recounted, not remembered.
@@ -210,6 +222,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 mm,
                 layout,
                 tables: Some(tables),
+                sharing: Sharing {
+                    tables: AtomicBool::new(false),
+                    level2: AtomicBool::new(false),
+                },
                 state: SleepLock::new(state),
                 entry: registry::Entry::new(family),
             });

@@ -5,7 +5,8 @@
 
 use kmem_hal::{Frame, Page, PageRange};
 use kmem_paging::{
-    Attributes, ChangeError, ForkItem, ForkStep, Leaf, MapError, Replaced, Rights, Run,
+    Attributes, ChangeError, Cursor, Entry, ForkItem, ForkStep, Gather, Leaf, MapError, MoveError,
+    Rights, Run, UnshareStep,
 };
 
 use crate::env::Env;
@@ -13,7 +14,25 @@ use crate::errno::Errno;
 use crate::flags::VmFlags;
 use crate::mm::PageRef;
 use crate::space::AddressSpace;
-use crate::vma::Vma;
+
+/// Pages that a leaf table covers, in the formats whose tables can be shared.
+pub(crate) const TABLE_PAGES: u64 = 512;
+
+/// Table frames that a space which shares tables sets aside: an unmapping has two ends, and each may need a leaf table and one above it.
+pub(crate) const SPARES: usize = 4;
+
+/// A cursor over a space's tables.
+pub(crate) type SpaceCursor<'t, 'm, E> =
+    Cursor<'t, <E as Env>::Format, &'m <E as Env>::Paging, PageRef>;
+
+/// A gather for a space's tables.
+pub(crate) type SpaceGather<'t, 'm, E, const N: usize> =
+    Gather<'t, <E as Env>::Format, &'m <E as Env>::Paging, PageRef, N>;
+
+/// The first page after those of a page's leaf table.
+fn next_table(page: Page) -> Option<Page> {
+    Page::new((page.number() | (TABLE_PAGES - 1)) + 1)
+}
 
 /// The rights of a leaf in a mapping with these flags, were its page its own.
 pub(crate) fn rights(flags: VmFlags) -> Rights {
@@ -26,7 +45,7 @@ pub(crate) fn rights(flags: VmFlags) -> Rights {
     rights
 }
 
-impl<E: Env> AddressSpace<'_, E> {
+impl<'m, E: Env> AddressSpace<'m, E> {
     /// The pages that user mappings may lie in.
     pub(crate) fn all_pages(&self) -> PageRange {
         let last = Page::from_number(self.layout().task_size / kmem_hal::PAGE_SIZE - 1);
@@ -34,6 +53,8 @@ impl<E: Env> AddressSpace<'_, E> {
     }
 
     /// Unmaps what is present in a range, flushes, and gives the pages back.
+    ///
+    /// Needs no memory where the tables at the range's ends are the space's own ([`own_ends`](Self::own_ends)).
     pub(crate) fn zap(&self, range: PageRange) {
         let Some(range) = range.intersection(self.all_pages()) else {
             return;
@@ -47,42 +68,162 @@ impl<E: Env> AddressSpace<'_, E> {
             let outcome = cursor.unmap(rest, &mut gather);
             cursor.release();
             gather.commit(|page: PageRef| self.mm().put(page));
-            match outcome {
-                Err(ChangeError::Full { next }) => match PageRange::new(next, range.last()) {
-                    Some(left) => rest = left,
-                    None => return,
-                },
+            let next = match outcome {
+                Err(ChangeError::Full { next }) => next,
+                Err(ChangeError::Shared { at }) => {
+                    debug_assert!(
+                        false,
+                        "the ends of an unmapped range are not its space's own"
+                    );
+                    if self.unshare(&mut cursor, at).is_err() {
+                        return;
+                    }
+                    at
+                }
                 _ => return,
+            };
+            match PageRange::new(next, range.last()) {
+                Some(left) => rest = left,
+                None => return,
             }
         }
     }
 
-    /// Takes away what a mapping's new flags no longer grant; what they grant newly comes by faults.
-    pub(crate) fn restrict(&self, range: PageRange, flags: VmFlags) {
-        let granted = rights(flags);
-        self.change(range, |leaf| {
-            let before = leaf.attributes.rights;
-            // A page that could be written stays writable only if the mapping still is; one that could not be may be
-            // shared with another space, so only a fault can make it writable.
-            let mut after = granted;
-            after.set(
-                Rights::WRITE,
-                granted.contains(Rights::WRITE) && before.contains(Rights::WRITE),
-            );
-            leaf.attributes.rights(after)
-        });
+    /// Makes the tables that a range covers in part the space's own, from the frames set aside if there are no others: after that,
+    /// unmapping the range needs no memory.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`] where even those are used up; contents have not changed.
+    pub(crate) fn own_ends(&self, range: PageRange) -> Result<(), Errno> {
+        let Some(range) = range
+            .intersection(self.all_pages())
+            .filter(|_| self.shares_tables())
+        else {
+            return Ok(());
+        };
+        let Ok(mut cursor) = self.tables().cursor(range) else {
+            return Ok(());
+        };
+        cursor.use_spares();
+        let unit = self.share_unit();
+        let (first, last) = (range.first(), range.last());
+        if !first.number().is_multiple_of(unit) {
+            self.own(&mut cursor, first)?;
+        }
+        if !(last.number() + 1).is_multiple_of(unit) {
+            self.own(&mut cursor, last)?;
+        }
+        drop(cursor);
+        // For the next call; what cannot be had now is tried again then.
+        let _ = self.tables().keep_spares(SPARES);
+        Ok(())
     }
 
-    fn change(&self, range: PageRange, mut attributes: impl FnMut(&Leaf) -> Attributes) {
+    /// Makes all tables of a range the space's own, so that its leaves can be changed.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`]; contents have not changed.
+    pub(crate) fn own_range(&self, range: PageRange) -> Result<(), Errno> {
+        let Some(range) = range
+            .intersection(self.all_pages())
+            .filter(|_| self.shares_tables())
+        else {
+            return Ok(());
+        };
+        let Ok(mut cursor) = self.tables().cursor(range) else {
+            return Ok(());
+        };
+        while let Some(run) = cursor.next_run() {
+            if matches!(run, Run::Absent(_)) {
+                continue;
+            }
+            let page = run.range().first().max(range.first());
+            self.own(&mut cursor, page)?;
+            // On with the next table.
+            match next_table(page) {
+                Some(next) => cursor.move_to(next),
+                None => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// What is mapped at a page, in a table of the space's own whose lock the cursor holds.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`] where a shared table cannot be copied.
+    pub(crate) fn own<'t>(
+        &'t self,
+        cursor: &mut SpaceCursor<'t, 'm, E>,
+        page: Page,
+    ) -> Result<Entry, Errno> {
+        loop {
+            match cursor.own(page) {
+                Ok(entry) => return Ok(entry),
+                Err(ChangeError::Shared { .. }) => self.unshare(cursor, page)?,
+                Err(_) => return Err(Errno::EFAULT),
+            }
+        }
+    }
+
+    /// Copies the tables that lead to a page where other spaces share them. Anonymous pages lose the right to be written in both
+    /// tables, and are nobody's alone any more.
+    fn unshare<'t>(&'t self, cursor: &mut SpaceCursor<'t, 'm, E>, page: Page) -> Result<(), Errno> {
+        let mut gather = self.tables().gather::<2>();
+        let outcome = cursor.unshare(
+            page,
+            &mut gather,
+            |item| {
+                let ForkItem::Leaf(leaf) = item else {
+                    return UnshareStep::Skip;
+                };
+                match self.mm().map_again(leaf.frame) {
+                    Some((handle, true)) => UnshareStep::Protected(handle),
+                    Some((handle, false)) => UnshareStep::Kept(handle),
+                    None => UnshareStep::Stop,
+                }
+            },
+            |unplaced| self.mm().put(unplaced),
+        );
+        gather.commit(|page: PageRef| self.mm().put(page));
+        outcome.map(|_| ()).map_err(|_| Errno::ENOMEM)
+    }
+
+    /// Takes away what a mapping's new flags no longer grant; what they grant newly comes by faults. The tables are the space's
+    /// own ([`own_range`](Self::own_range)).
+    pub(crate) fn restrict(&self, range: PageRange, flags: VmFlags) {
         let Some(range) = range.intersection(self.all_pages()) else {
             return;
         };
         let Ok(mut cursor) = self.tables().cursor(range) else {
             return;
         };
+        let granted = rights(flags);
         let mut gather = self.tables().gather::<1>();
-        // Single pages only: nothing to split, so nothing to fail; and the gather takes no pages here.
-        let _ = cursor.update(range, &mut gather, |leaf| Some(attributes(leaf)));
+        let mut rest = range;
+        loop {
+            // Single pages only: nothing to split, so nothing to fail; and the gather takes no pages here.
+            let outcome = cursor.update(rest, &mut gather, |leaf| {
+                // A page that could be written stays writable only if the mapping still is; one that could not be may be
+                // shared with another space, so only a fault can make it writable.
+                let mut after = granted;
+                let writable = granted.contains(Rights::WRITE) && leaf.is_writable();
+                after.set(Rights::WRITE, writable);
+                Some(leaf.attributes.rights(after))
+            });
+            // A table that is still shared has nothing in the range.
+            let next = match outcome {
+                Err(ChangeError::Shared { at }) => next_table(at),
+                _ => None,
+            };
+            match next.and_then(|next| PageRange::new(next, range.last())) {
+                Some(left) => rest = left,
+                None => break,
+            }
+        }
         cursor.release();
         gather.commit(|page: PageRef| self.mm().put(page));
     }
@@ -103,57 +244,40 @@ impl<E: Env> AddressSpace<'_, E> {
             self.mm().put(mapping);
             return Err(Errno::EFAULT);
         };
-        let outcome = cursor.map(page, mapping, attributes);
-        drop(cursor);
-        match outcome {
-            Ok(()) => Ok(true),
-            Err((error, mapping)) => {
-                self.mm().put(mapping);
-                match error {
-                    MapError::Occupied => Ok(false),
-                    _ => Err(Errno::ENOMEM),
-                }
-            }
+        let mut mapping = mapping;
+        loop {
+            let error = match cursor.map(page, mapping, attributes) {
+                Ok(()) => return Ok(true),
+                Err((MapError::Shared, back)) => match self.unshare(&mut cursor, page) {
+                    Ok(()) => {
+                        mapping = back;
+                        continue;
+                    }
+                    Err(error) => (Err(error), back),
+                },
+                Err((MapError::Occupied, back)) => (Ok(false), back),
+                Err((_, back)) => (Err(Errno::ENOMEM), back),
+            };
+            drop(cursor);
+            self.mm().put(error.1);
+            return error.0;
         }
-    }
-
-    /// Maps another page where one is; the old one is flushed everywhere first and given back.
-    pub(crate) fn exchange(
-        &self,
-        page: Page,
-        mapping: PageRef,
-        attributes: Attributes,
-    ) -> Result<(), Errno> {
-        let Ok(mut cursor) = self.tables().cursor(PageRange::single(page)) else {
-            self.mm().put(mapping);
-            return Err(Errno::EFAULT);
-        };
-        let outcome = cursor.replace(page, mapping, attributes);
-        drop(cursor);
-        match outcome {
-            Ok(Replaced::Leaf(_, old)) => {
-                self.mm().put(old);
-                Ok(())
-            }
-            Ok(_) => Ok(()),
-            Err((_, mapping)) => {
-                self.mm().put(mapping);
-                Err(Errno::ENOMEM)
-            }
-        }
-    }
-
-    /// Gives a leaf other attributes; they grant more than before or equal.
-    pub(crate) fn raise(&self, page: Page, attributes: Attributes) {
-        self.change(PageRange::single(page), |_| attributes);
     }
 
     /// Moves leaves to another range of the same length.
     pub(crate) fn move_leaves(&self, from: PageRange, to: PageRange) -> Result<(), Errno> {
         let mut gather = self.tables().gather::<32>();
-        let outcome = self.tables().move_range(from, to.first(), &mut gather);
-        gather.commit(|page: PageRef| self.mm().put(page));
-        outcome.map(|_| ()).map_err(|_| Errno::ENOMEM)
+        loop {
+            let outcome = self.tables().move_range(from, to.first(), &mut gather);
+            gather.commit(|page: PageRef| self.mm().put(page));
+            let at = match outcome {
+                Ok(_) => return Ok(()),
+                Err(MoveError::Shared { at }) => at,
+                Err(_) => return Err(Errno::ENOMEM),
+            };
+            let cursor = self.tables().cursor(PageRange::single(at));
+            self.unshare(&mut cursor.map_err(|_| Errno::EFAULT)?, at)?;
+        }
     }
 
     /// Shows every leaf in a range.
@@ -169,38 +293,46 @@ impl<E: Env> AddressSpace<'_, E> {
         }
     }
 
-    /// Maps a mapping's pages in the child too; in private memory both sides lose the right to write, flushed.
+    /// Gives the child what is mapped in a range: whole tables are shared, entries of the others copied. Anonymous pages lose the right to
+    /// be written on both sides, which is flushed when the gather is committed.
     ///
     /// # Errors
     ///
     /// [`Errno::ENOMEM`]; the child may have part of the pages, the parent is whole.
-    pub(crate) fn copy_leaves(&self, child: &Self, vma: &Vma) -> Result<(), Errno> {
-        let Some(range) = vma.range.intersection(self.all_pages()) else {
-            return Ok(());
+    ///
+    /// # Safety
+    ///
+    /// Nobody else changes either space's tables, nor until the gather was committed.
+    pub(crate) unsafe fn share_leaves<const N: usize>(
+        &self,
+        child: &Self,
+        range: PageRange,
+        gather: &mut SpaceGather<'_, 'm, E, N>,
+    ) -> Result<(), Errno> {
+        let step = |item| {
+            let ForkItem::Leaf(leaf) = item else {
+                return ForkStep::Skip;
+            };
+            let Some((handle, anonymous)) = self.mm().map_again(leaf.frame) else {
+                return ForkStep::Stop;
+            };
+            let shared = if anonymous {
+                leaf.attributes.write_protected()
+            } else {
+                leaf.attributes
+            };
+            ForkStep::Leaf {
+                handle,
+                child: shared,
+                parent: (anonymous && leaf.is_writable()).then_some(shared),
+            }
         };
-        let cow = vma.is_cow();
-        let mut gather = self.tables().gather::<1>();
-        let outcome = self
-            .tables()
-            .fork_into(child.tables(), range, &mut gather, |item| {
-                let ForkItem::Leaf(leaf) = item else {
-                    return ForkStep::Skip;
-                };
-                let Ok(handle) = self.mm().map_page(leaf.frame) else {
-                    return ForkStep::Stop;
-                };
-                let shared = if cow {
-                    leaf.attributes.write_protected()
-                } else {
-                    leaf.attributes
-                };
-                ForkStep::Leaf {
-                    handle,
-                    child: shared,
-                    parent: (cow && leaf.is_writable()).then_some(shared),
-                }
-            });
-        gather.commit(|page: PageRef| self.mm().put(page));
+        let most = self.share_levels();
+        // SAFETY: the caller's promise is passed on.
+        let outcome = unsafe {
+            self.tables()
+                .fork_sharing(child.tables(), range, most, gather, step)
+        };
         outcome.map(|_| ()).map_err(|(_, unplaced)| {
             if let Some(page) = unplaced {
                 self.mm().put(page);

@@ -87,6 +87,22 @@ impl Chain {
         Some(frame)
     }
 
+    /// Puts a zeroed frame that `T1` holds for in front.
+    pub fn put<E: Env>(&mut self, env: &E, frame: OwnedFrame) {
+        let (frame, _) = frame.into_raw();
+        if let Some(slot) = env.slots().slot(frame) {
+            slot.claim(FrameTag::Table, Order::ZERO);
+            self.push(frame, slot);
+        }
+    }
+
+    /// Takes the newest frame of a list that owns its frames.
+    pub fn take_frame<E: Env>(&mut self, env: &E) -> Option<OwnedFrame> {
+        let frame = self.take(env)?;
+        // SAFETY: O1, O3: the list owned the frame (T1); O2: order 0.
+        Some(unsafe { OwnedFrame::from_raw(frame, Order::ZERO) })
+    }
+
     /// Puts all of `front` in front.
     fn prepend<E: Env>(&mut self, env: &E, front: Self) {
         let Some(slot) = front.tail.and_then(|tail| env.slots().slot(tail)) else {
@@ -167,9 +183,7 @@ impl TableCache {
     }
 
     fn pop<E: Env>(&self, env: &E) -> Option<OwnedFrame> {
-        let frame = self.list.lock().take(env)?;
-        // SAFETY: O1, O3: the list owned the frame (T1); O2: order 0.
-        Some(unsafe { OwnedFrame::from_raw(frame, Order::ZERO) })
+        self.list.lock().take_frame(env)
     }
 
     /// Takes up to `count` frames.
@@ -322,19 +336,11 @@ impl<'e, E: Env> TableReserve<'e, E> {
         }
     }
 
-    fn push(env: &E, list: &mut Chain, frame: OwnedFrame) {
-        let (frame, _) = frame.into_raw();
-        if let Some(slot) = env.slots().slot(frame) {
-            slot.claim(FrameTag::Table, Order::ZERO);
-            list.push(frame, slot);
-        }
-    }
-
     /// Takes zeroed frames until there are `count`.
     pub(crate) fn fill<F: Format>(&mut self, count: usize) -> Result<(), AllocError> {
         while self.list.length() < count {
             let frame = take(self.env, F::TABLE_FRAME_LIMIT)?;
-            Self::push(self.env, &mut self.list, frame);
+            self.list.put(self.env, frame);
         }
         Ok(())
     }
@@ -343,7 +349,7 @@ impl<'e, E: Env> TableReserve<'e, E> {
     pub(crate) fn fill_plain<F: Format>(&mut self, count: usize) -> Result<(), AllocError> {
         while self.plain.length() < count {
             let frame = take_plain(self.env, F::TABLE_FRAME_LIMIT)?;
-            Self::push(self.env, &mut self.plain, frame);
+            self.plain.put(self.env, frame);
         }
         Ok(())
     }
@@ -356,16 +362,12 @@ impl<'e, E: Env> TableReserve<'e, E> {
 
     /// A zeroed frame of the reserve.
     pub(crate) fn take(&mut self) -> Option<OwnedFrame> {
-        let frame = self.list.take(self.env)?;
-        // SAFETY: O1, O3: the list owned the frame (T1); O2: order 0.
-        Some(unsafe { OwnedFrame::from_raw(frame, Order::ZERO) })
+        self.list.take_frame(self.env)
     }
 
     /// A frame of the reserve that need not be zeroed.
     pub(crate) fn take_plain(&mut self) -> Option<OwnedFrame> {
-        let frame = self.plain.take(self.env)?;
-        // SAFETY: as in `take`.
-        Some(unsafe { OwnedFrame::from_raw(frame, Order::ZERO) })
+        self.plain.take_frame(self.env)
     }
 
     /// A zeroed frame: of the reserve, of the cache (some more come along, twice as many each time), or fresh.

@@ -13,7 +13,7 @@
 use core::fmt;
 use core::marker::PhantomData;
 
-use kmem_hal::lock::Lock;
+use kmem_hal::lock::{IrqSafe, Lock};
 use kmem_hal::sync::{AtomicBool, AtomicUsize, Ordering, fence};
 use kmem_hal::{
     AllocError, Asid, Completion, Cpu, CpuSet, FlushRequest, FlushScope, Frame, FrameHandle, Grace,
@@ -21,7 +21,7 @@ use kmem_hal::{
 };
 
 use crate::attributes::{Leaf, Payload, Rights};
-use crate::cache::{self, TableReserve};
+use crate::cache::{self, Chain, TableReserve};
 use crate::cursor::Cursor;
 use crate::env::Env;
 use crate::error::{RangeError, TableError};
@@ -73,6 +73,8 @@ pub struct PageTable<F: Format, E: Env, H: FrameHandle> {
     exposed: AtomicBool,
     /// Whether a leaf was ever global.
     global: AtomicBool,
+    /// Frames for copies of shared tables when there are no others ([`keep_spares`](Self::keep_spares)).
+    spares: Lock<Chain, IrqSafe>,
     // Handles go in and come out on any thread that has a reference.
     handles: PhantomData<(F, Lock<H, ()>)>,
 }
@@ -108,6 +110,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             tables: AtomicUsize::new(1),
             exposed: AtomicBool::new(false),
             global: AtomicBool::new(false),
+            spares: Lock::new(Chain::EMPTY),
             handles: PhantomData,
         };
         if F::FIXED_TOP
@@ -170,6 +173,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             tables: AtomicUsize::new(1),
             exposed: AtomicBool::new(false),
             global: AtomicBool::new(false),
+            spares: Lock::new(Chain::EMPTY),
             handles: PhantomData,
         };
         {
@@ -334,6 +338,34 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         let mut reserve = TableReserve::empty(&self.env);
         reserve.fill::<F>(tables)?;
         Ok(reserve)
+    }
+
+    /// Sees to it that `tables` frames are set aside for copies of shared tables, on which a cursor draws that
+    /// [may](crate::Cursor::use_spares) when there are no others. [`destroy`](Self::destroy) gives them back.
+    ///
+    /// What lets an unmapping go through without memory: it copies at most the tables at both ends of its range.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`]; those that were found are kept.
+    pub fn keep_spares(&self, tables: usize) -> Result<(), AllocError> {
+        loop {
+            if self.spares.lock().length() >= tables {
+                return Ok(());
+            }
+            let frame = cache::take(&self.env, F::TABLE_FRAME_LIMIT)?;
+            self.spares.lock().put(&self.env, frame);
+        }
+    }
+
+    /// How many frames are set aside.
+    #[must_use]
+    pub fn spares(&self) -> usize {
+        self.spares.lock().length()
+    }
+
+    pub(crate) fn take_spare(&self) -> Option<OwnedFrame> {
+        self.spares.lock().take_frame(&self.env)
     }
 
     /// A cursor over the pages of `range`.
@@ -572,6 +604,9 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     pub fn destroy(self, mut leaves: impl FnMut(Leaf, H), mut payloads: impl FnMut(Page, Payload)) {
         if self.is_lent() {
             return;
+        }
+        while let Some(spare) = self.take_spare() {
+            cache::give(&self.env, spare);
         }
         // Nobody loads the root any more, so what is dropped now does not come back.
         if self.exposed.load(Ordering::Relaxed) && !mutant!("destroy-does-not-flush") {

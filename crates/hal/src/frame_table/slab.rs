@@ -49,7 +49,7 @@ impl<'a> SlabSlot<'a> {
     #[must_use]
     pub fn claim(slot: &'a FrameSlot, order: Order, class: u8, objects: u16, cache: u64) -> Self {
         let upper = u32::from(class) << 16 | u32::from(objects);
-        slot.claim_with(FrameTag::Slab, order, upper, |slot| {
+        slot.claim_with(FrameTag::Slab, order, SlotFlags::empty(), upper, |slot| {
             slot.owner().store(cache, Ordering::Relaxed);
             let free = match objects {
                 0 => 0,

@@ -132,15 +132,16 @@ impl FrameSlot {
     /// Takes the slot of a frame that the caller owns: tag, order, no flags, count 0, words zero.
     #[inline]
     pub fn claim(&self, tag: FrameTag, order: Order) {
-        self.claim_with(tag, order, 0, |_| {});
+        self.claim_with(tag, order, SlotFlags::empty(), 0, |_| {});
     }
 
-    /// As [`claim`](Self::claim), with a count, and with `words` writing words 1 to 3 before word 0 publishes them.
+    /// As [`claim`](Self::claim), with flags and a count, and with `words` writing words 1 to 3 before word 0 publishes them.
     #[inline]
     pub(super) fn claim_with(
         &self,
         tag: FrameTag,
         order: Order,
+        flags: SlotFlags,
         count: u32,
         words: impl FnOnce(&Self),
     ) {
@@ -148,8 +149,10 @@ impl FrameSlot {
         self.index.store(0, Ordering::Relaxed);
         self.links.store(0, Ordering::Relaxed);
         words(self);
-        let state =
-            u64::from(count) << COUNT_SHIFT | u64::from(order.get()) << ORDER_SHIFT | tag as u64;
+        let state = u64::from(count) << COUNT_SHIFT
+            | u64::from(flags.bits()) << FLAGS_SHIFT
+            | u64::from(order.get()) << ORDER_SHIFT
+            | tag as u64;
         self.state.store(state, Ordering::Release);
     }
 

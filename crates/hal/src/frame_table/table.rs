@@ -93,13 +93,19 @@ impl<'a> TableSlot<'a> {
     /// Live count 0, one share, no pins, no owner. The table is not reachable yet (`T1`).
     #[must_use]
     pub fn claim(slot: &'a FrameSlot, level: u8, first: Page) -> Self {
-        slot.claim_with(FrameTag::Table, Order::ZERO, 1, |slot| {
-            slot.index().store(
-                u64::from(level) << LEVEL_SHIFT & LEVEL_MASK,
-                Ordering::Relaxed,
-            );
-            slot.links().store(first.number(), Ordering::Relaxed);
-        });
+        slot.claim_with(
+            FrameTag::Table,
+            Order::ZERO,
+            SlotFlags::empty(),
+            1,
+            |slot| {
+                slot.index().store(
+                    u64::from(level) << LEVEL_SHIFT & LEVEL_MASK,
+                    Ordering::Relaxed,
+                );
+                slot.links().store(first.number(), Ordering::Relaxed);
+            },
+        );
         Self(slot)
     }
 

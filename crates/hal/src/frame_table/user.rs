@@ -28,7 +28,7 @@
 //! - `A2`: object and page are set before the first mapping and while the page is in a cache, under the page's lock bit.
 //! - `A3`: a count at its limit stays there and the call fails: a count that wraps frees memory in use.
 
-use super::slot::{FrameSlot, FrameTag};
+use super::slot::{FrameSlot, FrameTag, SlotFlags};
 use crate::frame::Order;
 use crate::sync::Ordering;
 
@@ -95,11 +95,32 @@ impl<'a> UserSlot<'a> {
         if !matches!(tag, FrameTag::Anon | FrameTag::File) {
             return None;
         }
-        slot.claim_with(tag, order, 1, |slot| {
+        slot.claim_with(tag, order, SlotFlags::empty(), 1, |slot| {
             slot.owner().store(u64::from(object), Ordering::Relaxed);
             slot.index().store(page & INDEX_MASK, Ordering::Relaxed);
         });
         Some(Self(slot))
+    }
+
+    /// Makes the slot of a frame that the caller owns say "anonymous page, mapped once, exclusive": what a first touch makes, by plain
+    /// stores.
+    ///
+    /// One mapping and the reference of all mappings; the mapping is the caller's to put into a table, or to
+    /// [take back](Self::sub_mapping). `object` and `page` as in [`claim`](Self::claim).
+    #[doc(alias = "folio_add_new_anon_rmap")]
+    pub fn claim_exclusive(slot: &'a FrameSlot, object: u32, page: u64) -> Self {
+        slot.claim_with(
+            FrameTag::Anon,
+            Order::ZERO,
+            SlotFlags::EXCLUSIVE,
+            1,
+            |slot| {
+                let owner = MAPPING_ONE | u64::from(object);
+                slot.owner().store(owner, Ordering::Relaxed);
+                slot.index().store(page & INDEX_MASK, Ordering::Relaxed);
+            },
+        );
+        Self(slot)
     }
 
     pub(super) fn new(slot: &'a FrameSlot) -> Option<Self> {

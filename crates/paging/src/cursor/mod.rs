@@ -70,6 +70,8 @@ pub struct Cursor<'t, F: Format, E: Env, H: FrameHandle, S: Liveness = Live> {
     path: [Frame; MAX_LEVELS + 1],
     /// Whether an entry above `held` says that it is shared (`U4`).
     shared: bool,
+    /// Whether copies of shared tables may use the frames set aside for them.
+    spares: bool,
     reserve: TableReserve<'t, E>,
     liveness: PhantomData<S>,
 }
@@ -85,6 +87,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
             span: (0, 0),
             path: [Frame::ZERO; MAX_LEVELS + 1],
             shared: false,
+            spares: false,
             reserve: TableReserve::empty(table.env()),
             liveness: PhantomData,
         }
@@ -288,12 +291,18 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     /// A private, empty, locked table of `level` that will cover `page`, from the reserve or fresh.
     #[inline]
     fn make_table(&mut self, number: usize, page: Page) -> Result<Node<'t, F>, AllocError> {
-        let env = self.table.env();
-        let (frame, _) = self.reserve.take_or_fresh::<F>()?.into_raw();
+        let frame = self.reserve.take_or_fresh::<F>()?;
+        Ok(self.make_table_in(frame, number, page))
+    }
+
+    /// As [`make_table`](Self::make_table), in a zeroed frame.
+    #[inline]
+    fn make_table_in(&self, frame: OwnedFrame, number: usize, page: Page) -> Node<'t, F> {
+        let (frame, _) = frame.into_raw();
         // SAFETY: the frame is private, zero, in reach and has a slot (T1).
-        let node = unsafe { Node::<F>::new(env, frame, number) };
+        let node = unsafe { Node::<F>::new(self.table.env(), frame, number) };
         node.claim_locked(first_page::<F>(number, page), self.table.root_frame());
-        Ok(node)
+        node
     }
 
     /// A private table of `level` that will cover `page`, whose words may be anything: the caller writes them all.

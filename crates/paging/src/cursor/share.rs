@@ -77,6 +77,31 @@ pub enum UnshareStep<H> {
 }
 
 impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> {
+    /// Lets [`unshare`](Self::unshare) draw on the table's [spares](crate::PageTable::keep_spares) where there is no other memory: for
+    /// changes that must go through.
+    pub fn use_spares(&mut self) {
+        self.spares = true;
+    }
+
+    /// What is mapped at `page`, in a table of this space's own: nobody else changes it, nor the path to it, until the cursor
+    /// [lets go](Self::release) or moves on. Tables that nobody else shares any more are taken back on the way.
+    ///
+    /// This is what deciding "is this page ours alone" has to begin with: a count of the frame means something only where
+    /// every table of the path counts one share.
+    ///
+    /// # Errors
+    ///
+    /// [`ChangeError::Shared`] where another space shares the page's table, [`ChangeError::OutOfRange`].
+    #[doc(alias = "pte_offset_map_lock")]
+    pub fn own(&mut self, page: Page) -> Result<Entry, ChangeError> {
+        if !self.range().contains(page) {
+            return Err(ChangeError::OutOfRange);
+        }
+        let node = self.seek_own(page, 1)?;
+        let word = node.load(index_at::<F>(page.number(), node.level));
+        Ok(decode::<F>(page, node.level, word))
+    }
+
     /// Makes the path to `page` writable again where nobody else shares its tables any more.
     #[cold]
     pub(super) fn retake(&mut self, page: Page) -> Result<(), Shared> {
@@ -183,7 +208,14 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         if gather.is_full() {
             return Err(UnshareError::Full);
         }
-        let copy = self.make_table(table.level, page)?;
+        let copy = match self.make_table(table.level, page) {
+            Ok(copy) => copy,
+            Err(error) if !self.spares => return Err(error.into()),
+            Err(error) => {
+                let spare = self.table.take_spare().ok_or(error)?;
+                self.make_table_in(spare, table.level, page)
+            }
+        };
         table.lock(env);
         if table.shares() == 1 {
             own(parent, index);

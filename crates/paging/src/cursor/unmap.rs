@@ -146,7 +146,12 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         let mut pages = 0;
         let mut page = range.first().number();
         loop {
-            let next = match self.detach_whole(page, range.last().number(), gather, &mut pages) {
+            let last = range.last().number();
+            let next = match self.give_up_level2(page, last, gather, &mut pages)? {
+                Some(next) => Some(next),
+                None => self.detach_whole(page, last, gather, &mut pages)?,
+            };
+            let next = match next {
                 Some(next) => next,
                 None => self.unmap_step(page, range, gather, &mut |_| {}, &mut pages)?,
             };
@@ -241,24 +246,27 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         last: u64,
         gather: &mut Gather<'_, F, E, H, N>,
         pages: &mut u64,
-    ) -> Option<Option<u64>> {
+    ) -> Result<Option<Option<u64>>, ChangeError> {
         // Tables right below the root may be held (`N1`).
         if self.table.levels() < 3 {
-            return None;
+            return Ok(None);
         }
         let covered = 1u64 << level::<F>(2).shift;
         if page & (covered - 1) != 0 || last - page < covered - 1 {
-            return None;
+            return Ok(None);
         }
-        let node = self.seek_own(Page::from_number(page), 2).ok()?;
+        let Ok(node) = self.seek_own(Page::from_number(page), 2) else {
+            return Ok(None);
+        };
         if node.level != 2 {
-            return None;
+            return Ok(None);
         }
         let env = self.table.env();
         let trace = env.trace();
         let mut index = index_at::<F>(page, 2);
         let mut at = page;
         let mut detached = 0;
+        let mut full = false;
         let next = loop {
             let word = node.load(index);
             if F::is_table(2, word) {
@@ -272,6 +280,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
                     let live = u64::from(table.live());
                     table.unlock();
                     if gather.is_full() {
+                        full = true;
                         break Some(at);
                     }
                     *pages += live;
@@ -333,8 +342,74 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
                 self.prune(gather);
             }
         }
+        if full {
+            self.release();
+            let next = Page::from_number(next.unwrap_or(page));
+            return Err(ChangeError::Full { next });
+        }
         // Nothing was done at all: the other way has to go on from here.
-        (next != Some(page)).then_some(next)
+        Ok((next != Some(page)).then_some(next))
+    }
+
+    /// Gives up the share of a level-2 table from `page` on that other spaces have too and the range covers whole; gives where to go on, or
+    /// `None` where there is none at `page`.
+    fn give_up_level2<const N: usize>(
+        &mut self,
+        page: u64,
+        last: u64,
+        gather: &mut Gather<'_, F, E, H, N>,
+        pages: &mut u64,
+    ) -> Result<Option<Option<u64>>, ChangeError> {
+        if self.table.levels() < 4 {
+            return Ok(None);
+        }
+        let covered = 1u64 << level::<F>(3).shift;
+        if page & (covered - 1) != 0 || last - page < covered - 1 {
+            return Ok(None);
+        }
+        let Ok(node) = self.seek_own(Page::from_number(page), 3) else {
+            return Ok(None);
+        };
+        let index = index_at::<F>(page, 3);
+        let word = node.load(index);
+        if node.level != 3 || !F::is_table(3, word) || !F::is_shared_table(3, word) {
+            return Ok(None);
+        }
+        if gather.is_full() {
+            self.release();
+            return Err(ChangeError::Full {
+                next: Page::from_number(page),
+            });
+        }
+        let env = self.table.env();
+        // SAFETY: an entry of a locked table points to an attached table.
+        let table: Node<'t, F> = unsafe { Node::new(env, F::table_frame(word), 2) };
+        table.lock(env);
+        if table.shares() == 1 {
+            table.unlock();
+            return Ok(None);
+        }
+        let live = table.live();
+        table.unlock();
+        gather.announce();
+        node.store(index, 0);
+        gather.push_share(table.frame, 2);
+        self.table.count_shared(1 + live as usize, false);
+        *pages += u64::from(live) << level::<F>(2).shift;
+        let end = page + (covered - 1);
+        if let Some(range) = PageRange::new(Page::from_number(page), Page::from_number(end)) {
+            gather.note(Stale {
+                range,
+                stride: 1,
+                global: self.table.may_be_global(),
+                local: true,
+            });
+            self.table.env().trace().event(TraceEvent::Unmapped(range));
+        }
+        if node.sub_live(1) == 0 && node.level < self.table.levels() {
+            self.prune(gather);
+        }
+        Ok(Some((end < last).then_some(end + 1)))
     }
 
     /// Clears the entries of a leaf table from `page` to `last` or to its end.
