@@ -8,18 +8,18 @@ fn main() {
     print!("{}", kmem_benches::output::json(&rows));
 }
 
-#[cfg(all(feature = "peers", not(kmem_counting)))]
+#[cfg(all(feature = "programs", not(kmem_counting)))]
 fn main() -> std::process::ExitCode {
     program::main()
 }
 
-#[cfg(not(any(feature = "peers", kmem_counting)))]
+#[cfg(not(any(feature = "programs", kmem_counting)))]
 fn main() -> std::process::ExitCode {
     eprintln!("compare: built without the feature `peers`: there is nothing to compare with");
     std::process::ExitCode::from(2)
 }
 
-#[cfg(all(feature = "peers", not(kmem_counting)))]
+#[cfg(all(feature = "programs", not(kmem_counting)))]
 mod program {
     use std::path::PathBuf;
     use std::process::ExitCode;
@@ -83,7 +83,7 @@ Exit code 0 if every check held, 1 if one failed, 2 for a wrong command line.";
             ..Options::new(arguments.quick)
         });
         let area = arguments.area.as_deref().unwrap_or("all");
-        for name in AREAS {
+        for &name in AREAS {
             if area == "all" || area == name {
                 area::run(name, &mut runner);
             }

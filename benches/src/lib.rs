@@ -12,7 +12,7 @@
 //!
 //! The method is described in `benches/README.md`.
 
-#[cfg(feature = "peers")]
+#[cfg(feature = "programs")]
 pub mod area;
 pub mod clock;
 pub mod counting;

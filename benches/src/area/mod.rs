@@ -1,16 +1,35 @@
-//! The areas: one module each, with its workloads and the programs that run them.
+//! The areas: one module each, with its workloads and the programs that run them, behind a feature of its own name.
 
 use crate::harness::Runner;
 
+#[cfg(feature = "buddy")]
 pub mod buddy;
+#[cfg(feature = "fork")]
 pub mod fork;
+#[cfg(feature = "paging")]
 pub mod paging;
+#[cfg(feature = "slab")]
 pub mod slab;
+#[cfg(feature = "vma")]
 pub mod vma;
+#[cfg(feature = "vmalloc")]
 pub mod vmalloc;
 
-/// All areas, in the order in which they run.
-pub const AREAS: [&str; 6] = ["buddy", "slab", "paging", "fork", "vma", "vmalloc"];
+/// The areas of this build, in the order in which they run.
+pub const AREAS: &[&str] = &[
+    #[cfg(feature = "buddy")]
+    "buddy",
+    #[cfg(feature = "slab")]
+    "slab",
+    #[cfg(feature = "paging")]
+    "paging",
+    #[cfg(feature = "fork")]
+    "fork",
+    #[cfg(feature = "vma")]
+    "vma",
+    #[cfg(feature = "vmalloc")]
+    "vmalloc",
+];
 
 /// Runs the workloads of one area.
 ///
@@ -19,11 +38,17 @@ pub const AREAS: [&str; 6] = ["buddy", "slab", "paging", "fork", "vma", "vmalloc
 /// For a name that is not in [`AREAS`].
 pub fn run(area: &str, runner: &mut Runner) {
     match area {
+        #[cfg(feature = "buddy")]
         "buddy" => buddy::run(runner),
+        #[cfg(feature = "slab")]
         "slab" => slab::run(runner),
+        #[cfg(feature = "paging")]
         "paging" => paging::run(runner),
+        #[cfg(feature = "fork")]
         "fork" => fork::run(runner),
+        #[cfg(feature = "vma")]
         "vma" => vma::run(runner),
+        #[cfg(feature = "vmalloc")]
         "vmalloc" => vmalloc::run(runner),
         other => panic!("there is no area {other}"),
     }
@@ -31,6 +56,7 @@ pub fn run(area: &str, runner: &mut Runner) {
 
 /// Adds the rows of counts of an area, where one of them was asked for.
 #[cfg(not(kmem_counting))]
+#[allow(dead_code, reason = "an area without such rows may be built alone")]
 fn counted(runner: &mut Runner, area: &str, workloads: &[&str]) {
     if !workloads.iter().any(|name| runner.wants(name)) {
         return;
@@ -48,4 +74,5 @@ fn counted(runner: &mut Runner, area: &str, workloads: &[&str]) {
 }
 
 #[cfg(kmem_counting)]
+#[allow(dead_code, reason = "as above")]
 fn counted(_runner: &mut Runner, _area: &str, _workloads: &[&str]) {}
