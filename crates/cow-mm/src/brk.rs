@@ -6,6 +6,7 @@ use kmem_hal::{PAGE_SIZE, PageRange};
 
 use crate::env::Env;
 use crate::flags::VmFlags;
+use crate::madvise::Populate;
 use crate::merge::Candidate;
 use crate::space::{AddressSpace, Brk, State};
 use crate::vma::Label;
@@ -14,7 +15,8 @@ use crate::vma_set::STORES_TO_ADD;
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// Says where the heap begins, empty: what exec does behind the image's data.
     pub fn set_heap(&self, start: u64) {
-        self.lock().brk = Brk { start, end: start };
+        let mut state = self.lock();
+        state.brk = Brk { start, end: start };
     }
 
     /// Moves the break to `end`; gives where it is afterwards: where it was, if it could not be moved.
@@ -22,7 +24,12 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     pub fn brk(&self, end: u64) -> u64 {
         let mut state = self.lock();
         let before = state.brk;
-        if end < before.start || end > self.layout().task_size {
+        // The image's own data counts as the heap does.
+        let (data_start, data_end) = state.segments.data;
+        let data = end
+            .wrapping_sub(before.start)
+            .saturating_add(data_end - data_start);
+        if end < before.start || end > self.layout().task_size || data > state.limits.data {
             return before.end;
         }
         let (old, new) = (
@@ -37,7 +44,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if moved {
             state.brk.end = end;
         }
-        state.brk.end
+        let (now, locked) = (state.brk.end, state.default_flags);
+        drop(state);
+        if moved && new > old && locked.contains(VmFlags::LOCKED) {
+            // As in Linux, a page that cannot be had now is no error.
+            let _ = self.populate(old, new - old, Populate::AsMapped);
+        }
+        now
     }
 
     fn grow_heap(&self, state: &mut State<'m, E>, old: u64, new: u64) -> bool {
@@ -46,11 +59,16 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         };
         let next = state.vmas.at_or_after(range.first());
         let blocked = next.is_some_and(|vma| {
-            vma.range.first().number().saturating_sub(vma.guard_below()) <= range.last().number()
+            // A page stays free between the heap and what follows.
+            vma.range.first().number().saturating_sub(vma.guard_below())
+                <= range.last().number() + 1
         });
-        let heap = new - state.brk.start.min(new);
-        let flags = heap_flags();
-        if blocked || heap > state.limits.data || !self.may_expand(state, range.count(), flags) {
+        let flags = heap_flags() | state.default_flags;
+        if blocked
+            || !state.may_lock_more(range.count(), flags)
+            || !state.may_expand(range.count(), flags)
+            || state.vmas.len() > state.limits.mappings
+        {
             return false;
         }
         let offset = range.first().number();
@@ -62,10 +80,16 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             label: Label::None,
         };
         let first = old <= state.brk.start.next_multiple_of(PAGE_SIZE);
-        match state.vmas.edit_with(STORES_TO_ADD) {
-            Ok(mut edit) if first => edit.insert(candidate_vma(range, heap)),
-            Ok(mut edit) => edit.add(range, heap, false),
-            Err(_) => return false,
+        let Ok(mut edit) = state.vmas.edit_with(STORES_TO_ADD) else {
+            return false;
+        };
+        if edit.charge(range.count(), &state.limits).is_err() {
+            return false;
+        }
+        if first {
+            edit.insert(candidate_vma(range, heap));
+        } else {
+            edit.add(range, heap, false);
         }
         true
     }

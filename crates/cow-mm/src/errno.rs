@@ -34,6 +34,8 @@ pub enum Errno {
     ENODEV = 19,
     /// An argument makes no sense.
     EINVAL = 22,
+    /// Nothing left to hand out.
+    ENOSPC = 28,
     /// The offset plus the length wraps.
     EOVERFLOW = 75,
     /// A flag is not supported for this mapping.
@@ -64,6 +66,7 @@ impl Errno {
             Self::EEXIST => "EEXIST",
             Self::ENODEV => "ENODEV",
             Self::EINVAL => "EINVAL",
+            Self::ENOSPC => "ENOSPC",
             Self::EOVERFLOW => "EOVERFLOW",
             Self::EOPNOTSUPP => "EOPNOTSUPP",
         }

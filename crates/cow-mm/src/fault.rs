@@ -171,13 +171,22 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 && below.range.last().number() + guard >= page.number()
         });
         let added = vma.range.first().number() - page.number();
-        if size > state.limits.stack || blocked || !self.may_expand(state, added, vma.flags) {
+        if size > state.limits.stack
+            || blocked
+            || !state.may_expand(added, vma.flags)
+            || !state.may_lock_more(added, vma.flags)
+        {
             return Ok(None);
         }
         let Some(grown) = PageRange::new(page, vma.range.last()) else {
             return Ok(None);
         };
-        state.vmas.edit()?.grow_down(vma.range.first(), grown);
+        let mut edit = state.vmas.edit()?;
+        if vma.flags.contains(VmFlags::ACCOUNT) && edit.charge(added, &state.limits).is_err() {
+            return Ok(None);
+        }
+        edit.grow_down(vma.range.first(), grown);
+        drop(edit);
         Ok(state.vmas.get(page))
     }
 
@@ -372,7 +381,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 }
 
 /// Whether a mapping allows an access: any right at all allows reading on x86.
-fn allows(flags: VmFlags, access: Access) -> bool {
+pub(crate) fn allows(flags: VmFlags, access: Access) -> bool {
     match access {
         Access::Read => flags.intersects(VmFlags::ACCESS),
         Access::Write => flags.contains(VmFlags::WRITE),

@@ -131,18 +131,38 @@ bitflags! {
         const MERGEABLE = 1 << 20;
         /// Maps frames that are no ordinary pages: device memory, [vdso], [vvar].
         const PFNMAP = 1 << 21;
-        /// The heap of brk.
+        /// Changed since it was last asked (`VM_SOFTDIRTY`); merging does not look at it.
         const SOFTDIRTY = 1 << 22;
+        /// Locked page by page, when they are touched.
+        const LOCKONFAULT = 1 << 23;
+        /// The four bits of its protection key ([`VmFlags::key`]).
+        const KEY_BITS = 0xf << 24;
     }
 }
 
 impl VmFlags {
     /// The three bits that mprotect changes.
     pub const ACCESS: Self = Self::READ.union(Self::WRITE).union(Self::EXEC);
+    /// What a child does not inherit, and munlock takes away (`VM_LOCKED_MASK`).
+    pub const LOCKED_MASK: Self = Self::LOCKED.union(Self::LOCKONFAULT);
     /// A VMA with one of these never merges (`VM_SPECIAL`).
     pub const SPECIAL: Self = Self::DONTEXPAND.union(Self::PFNMAP);
     /// Bits that do not keep two VMAs from merging.
     pub const IGNORED_BY_MERGE: Self = Self::SOFTDIRTY;
+
+    /// The protection key, 0 to 15.
+    #[doc(alias = "vma_pkey")]
+    #[must_use]
+    pub const fn key(self) -> u8 {
+        (self.bits() >> 24 & 0xf) as u8
+    }
+
+    /// The same with another protection key; its low four bits count.
+    #[must_use]
+    pub const fn with_key(self, key: u8) -> Self {
+        let bits = self.bits() & !Self::KEY_BITS.bits() | ((key & 0xf) as u32) << 24;
+        Self::from_bits_retain(bits)
+    }
 
     /// The access bits of a protection.
     #[must_use]

@@ -53,11 +53,18 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             let mut state = child.lock();
             state.brk = parent.brk;
             state.limits = parent.limits;
+            state.segments = parent.segments;
+            state.keys = parent.keys;
             let mut pages = 0;
             for vma in parent.vmas.iter() {
                 pages += vma.range.count();
                 if !vma.flags.contains(VmFlags::DONTCOPY) {
-                    state.vmas.edit()?.insert(self.inherited(&vma));
+                    let inherited = self.inherited(&vma);
+                    let mut edit = state.vmas.edit()?;
+                    if inherited.flags.contains(VmFlags::ACCOUNT) {
+                        edit.charge(inherited.range.count(), &parent.limits)?;
+                    }
+                    edit.insert(inherited);
                 }
             }
             let level2 = pages >= LEVEL2_FROM;
@@ -156,7 +163,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         });
         Vma {
             anon,
-            flags: vma.flags.difference(VmFlags::LOCKED),
+            flags: vma.flags.difference(VmFlags::LOCKED_MASK),
             ..*vma
         }
     }

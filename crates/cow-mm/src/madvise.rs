@@ -1,10 +1,10 @@
-//! madvise, mlock, msync, mincore: advice and upkeep over ranges.
+//! madvise: advice over ranges.
 //!
 //! Each walks the mappings of a range in order. A hole is remembered, the rest is done, and the call answers ENOMEM.
 //!
-//! Source: madvise(2), mlock(2), msync(2), mincore(2); Linux `mm/madvise.c`, `mm/mlock.c`, `mm/msync.c`.
+//! Source: madvise(2); Linux `mm/madvise.c`.
 
-use kmem_hal::{PAGE_SIZE, Page, PageRange};
+use kmem_hal::{PAGE_SIZE, PageRange};
 
 use crate::env::Env;
 use crate::errno::Errno;
@@ -106,7 +106,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     /// Calls `f` with each mapping's part of the range; ENOMEM at the first hole.
-    fn for_each_part_up_to_a_hole(
+    pub(crate) fn for_each_part_up_to_a_hole(
         &self,
         state: &mut State<'m, E>,
         range: PageRange,
@@ -123,7 +123,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     /// Calls `f` with each mapping's part of the range; holes make the whole answer ENOMEM in the end.
-    fn for_each_part(
+    pub(crate) fn for_each_part(
         &self,
         state: &mut State<'m, E>,
         range: PageRange,
@@ -151,98 +151,6 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         Err(Errno::ENOMEM)
     }
 
-    /// Keeps a range in memory, and brings it in.
-    ///
-    /// # Errors
-    ///
-    /// [`Errno::EINVAL`] for a length that wraps; [`Errno::ENOMEM`] where there was a hole, or a page that cannot be accessed;
-    /// [`Errno::EAGAIN`] beyond the limit, and where no memory is left.
-    pub fn mlock(&self, address: u64, length: u64) -> Result<(), Errno> {
-        let start = address & !(PAGE_SIZE - 1);
-        let length = length.checked_add(address - start).ok_or(Errno::EINVAL)?;
-        let Some(range) = self.advised_range(start, length)? else {
-            return Ok(());
-        };
-        {
-            let mut state = self.lock();
-            if !self.may_lock(&state, range.count()) {
-                return Err(Errno::EAGAIN);
-            }
-            self.for_each_part_up_to_a_hole(&mut state, range, |state, vma, part| {
-                self.set_flags(state, vma, part, VmFlags::LOCKED, VmFlags::empty())
-            })?;
-        }
-        self.populate(start, length, Populate::AsMapped)
-            .map_err(|error| match error {
-                // What POSIX wants to hear (`__mlock_posix_error_return`).
-                Errno::ENOMEM => Errno::EAGAIN,
-                _ => Errno::ENOMEM,
-            })
-    }
-
-    /// Lets a range go that `mlock` keeps.
-    ///
-    /// # Errors
-    ///
-    /// As [`mlock`](Self::mlock).
-    pub fn munlock(&self, address: u64, length: u64) -> Result<(), Errno> {
-        let start = address & !(PAGE_SIZE - 1);
-        let length = length.checked_add(address - start).ok_or(Errno::EINVAL)?;
-        let Some(range) = self.advised_range(start, length)? else {
-            return Ok(());
-        };
-        let mut state = self.lock();
-        self.for_each_part_up_to_a_hole(&mut state, range, |state, vma, part| {
-            self.set_flags(state, vma, part, VmFlags::empty(), VmFlags::LOCKED)
-        })
-    }
-
-    /// Writes the dirty pages of shared file mappings in a range to their files (`MS_SYNC`).
-    ///
-    /// When it answers `Ok`, the provider holds the bytes.
-    ///
-    /// # Errors
-    ///
-    /// [`Errno::EINVAL`] for an unaligned address; [`Errno::ENOMEM`] where there was a hole (the rest is written);
-    /// [`Errno::EIO`] where the provider failed.
-    pub fn msync(&self, address: u64, length: u64) -> Result<(), Errno> {
-        let Some(range) = self.advised_range(address, length)? else {
-            return Ok(());
-        };
-        let mut state = self.lock();
-        self.for_each_part(&mut state, range, |_, vma, part| {
-            let Some(file) = vma.file.filter(|_| vma.is_shared()) else {
-                return Ok(());
-            };
-            let first = Page::new(vma.object_page(part.first())).ok_or(Errno::EINVAL)?;
-            let indices = PageRange::with_count(first, part.count()).ok_or(Errno::EINVAL)?;
-            self.mm().write_back(file, indices)
-        })
-    }
-
-    /// Says which pages of a range are in memory: one byte per page, bit 0.
-    ///
-    /// # Errors
-    ///
-    /// [`Errno::EINVAL`] for an unaligned address; [`Errno::ENOMEM`] where a page is not mapped;
-    /// [`Errno::EFAULT`] where `vector` is shorter than the range has pages.
-    pub fn mincore(&self, address: u64, length: u64, vector: &mut [u8]) -> Result<(), Errno> {
-        let Some(range) = self.advised_range(address, length)? else {
-            return Ok(());
-        };
-        if (vector.len() as u64) < range.count() {
-            return Err(Errno::EFAULT);
-        }
-        let mut state = self.lock();
-        self.for_each_part(&mut state, range, |_, _, part| {
-            for page in part.iter() {
-                let index = (page.number() - range.first().number()) as usize;
-                vector[index] = u8::from(self.leaf(page).is_some());
-            }
-            Ok(())
-        })
-    }
-
     /// Faults a range in ahead of use, as `how` says.
     ///
     /// # Errors
@@ -253,8 +161,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let Some(range) = self.advised_range(address, length)? else {
             return Ok(());
         };
-        for page in range.iter() {
+        let mut next = Some(range.first());
+        while let Some(page) = next.filter(|page| *page <= range.last()) {
             let vma = self.vma_at(page.start()).ok_or(Errno::ENOMEM)?;
+            if how == Populate::AsMapped && vma.flags.contains(VmFlags::LOCKONFAULT) {
+                next = vma.range.last().checked_add(1);
+                continue;
+            }
+            next = page.checked_add(1);
             let write = match how {
                 Populate::Read => false,
                 Populate::Write => true,

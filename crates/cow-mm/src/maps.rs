@@ -55,43 +55,70 @@ impl<E: Env> fmt::Debug for Maps<'_, '_, E> {
     }
 }
 
-fn line<E: Env>(
+pub(crate) fn line<E: Env>(
     f: &mut fmt::Formatter<'_>,
     space: &AddressSpace<'_, E>,
     vma: &Vma,
     heap: Brk,
 ) -> fmt::Result {
-    let start = vma.range.start().as_u64();
-    let end = start + vma.range.count() * kmem_hal::PAGE_SIZE;
+    let (start, end) = vma.bounds();
     let letters = permissions(vma.flags);
     let letters = core::str::from_utf8(&letters).unwrap_or("----");
     let info = vma.file.map(|file| space.mm().object_info(file));
     let offset = info.map_or(0, |_| vma.offset * kmem_hal::PAGE_SIZE);
     let (minor, inode) = info.map_or((0, 0), |info| (1, info.inode));
-    let mut counter = Counter { f, width: 0 };
-    {
-        use fmt::Write as _;
-        write!(
-            counter,
-            "{start:08x}-{end:08x} {letters} {offset:08x} {:02x}:{minor:02x} {inode} ",
-            0
-        )?;
-    }
-    let width = counter.width;
+    let prefix =
+        format_args!("{start:08x}-{end:08x} {letters} {offset:08x} 00:{minor:02x} {inode} ");
     let is_heap =
         vma.is_anonymous() && start < heap.end && end > heap.start && heap.start != heap.end;
-    let name = match info {
-        Some(info) => info.name,
-        None if vma.label == Label::None && is_heap => Label::Heap.as_str(),
-        None => vma.label.as_str(),
-    };
-    if !name.is_empty() {
-        for _ in width..73 {
-            f.write_str(" ")?;
+    match (vma.label, info) {
+        (Label::Named(name), info) => {
+            let kind = if info.is_some() { "anon_shmem" } else { "anon" };
+            let name = space.mm().names().text(name);
+            padded(f, prefix, format_args!("[{kind}:{}]", name.as_str()))
         }
-        f.write_str(name)?;
+        (_, Some(info)) => padded(f, prefix, format_args!("{}", info.name)),
+        (Label::None, None) if is_heap => {
+            padded(f, prefix, format_args!("{}", Label::Heap.as_str()))
+        }
+        (label, None) => padded(f, prefix, format_args!("{}", label.as_str())),
     }
+}
+
+/// Prints a line: what comes first, and from column 73 on the name, if there is one.
+pub(crate) fn padded(
+    f: &mut fmt::Formatter<'_>,
+    prefix: fmt::Arguments<'_>,
+    name: fmt::Arguments<'_>,
+) -> fmt::Result {
+    use fmt::Write as _;
+    let mut counter = Counter { f, width: 0 };
+    counter.write_fmt(prefix)?;
+    let width = counter.width;
+    let mut late = Late {
+        f,
+        spaces: Some(73usize.saturating_sub(width)),
+    };
+    late.write_fmt(name)?;
     f.write_str("\n")
+}
+
+/// Writes some spaces before the first text that is not empty.
+struct Late<'a, 'f> {
+    f: &'a mut fmt::Formatter<'f>,
+    spaces: Option<usize>,
+}
+
+impl fmt::Write for Late<'_, '_> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        if text.is_empty() {
+            return Ok(());
+        }
+        for _ in 0..self.spaces.take().unwrap_or(0) {
+            self.f.write_str(" ")?;
+        }
+        self.f.write_str(text)
+    }
 }
 
 /// Counts what it passes on.

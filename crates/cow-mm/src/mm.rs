@@ -18,8 +18,10 @@ use kmem_hal::{
 };
 use kmem_paging::Env as PagingEnv;
 
+use crate::commit::Commit;
 use crate::env::Env;
 use crate::errno::Errno;
+use crate::names::{NameLock, Names};
 use crate::registry::Registry;
 
 /// What every address space of a kernel shares.
@@ -28,6 +30,8 @@ pub struct Mm<'m, E: Env> {
     env: &'m E,
     zero: Frame,
     registry: Registry<E::Lock>,
+    commit: Commit,
+    names: NameLock<E::Lock>,
     numbers: AtomicU32,
     anon_ids: AtomicU64,
 }
@@ -72,6 +76,8 @@ impl<'m, E: Env> Mm<'m, E> {
             env,
             zero: Frame::ZERO,
             registry: Registry::new(),
+            commit: Commit::new(),
+            names: NameLock::new(),
             numbers: AtomicU32::new(1),
             anon_ids: AtomicU64::new(1),
         };
@@ -95,6 +101,20 @@ impl<'m, E: Env> Mm<'m, E> {
     #[must_use]
     pub fn zero_page(&self) -> Frame {
         self.zero
+    }
+
+    /// What is promised to all spaces.
+    pub(crate) fn commit(&self) -> &Commit {
+        &self.commit
+    }
+
+    /// The names that programs gave to memory.
+    pub(crate) fn names(&self) -> Names<'_, 'm, E> {
+        Names(self)
+    }
+
+    pub(crate) fn name_lock(&self) -> &NameLock<E::Lock> {
+        &self.names
     }
 
     /// Every space made with this.

@@ -11,10 +11,10 @@
 
 use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
 
+use crate::commit::Overcommit;
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{MapFlags, Prot, VmFlags};
-use crate::layout::MAX_MAP_COUNT;
 use crate::madvise::Populate;
 use crate::merge::Candidate;
 use crate::object::FileRef;
@@ -82,6 +82,8 @@ struct Checked {
     offset: u64,
     file: Option<FileRef>,
     shared_anonymous: bool,
+    /// Pages to be promised for it.
+    charge: u64,
 }
 
 impl<'m, E: Env> AddressSpace<'m, E> {
@@ -97,14 +99,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     #[doc(alias = "do_mmap")]
     pub fn mmap(&self, request: &MapRequest) -> Result<VirtAddr, Errno> {
         let mut state = self.lock();
-        let checked = self.check_mmap(&state, request)?;
+        let checked = self.check_mmap(&mut state, request)?;
         let start = checked.range.start();
+        let locked = checked.flags.contains(VmFlags::LOCKED);
         self.map_checked(&mut state, checked)?;
         drop(state);
-        if request
-            .flags
-            .intersects(MapFlags::POPULATE | MapFlags::LOCKED)
-        {
+        let populate = MapFlags::POPULATE | MapFlags::NONBLOCK;
+        if locked || request.flags & populate == MapFlags::POPULATE {
             // As in Linux, a page that cannot be populated now is no error of mmap.
             let _ = self.populate(start.as_u64(), request.length, Populate::AsMapped);
         }
@@ -159,7 +160,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         Ok(())
     }
 
-    fn check_mmap(&self, state: &State<'m, E>, request: &MapRequest) -> Result<Checked, Errno> {
+    fn check_mmap(&self, state: &mut State<'m, E>, request: &MapRequest) -> Result<Checked, Errno> {
         if !request.offset.is_multiple_of(PAGE_SIZE) {
             return Err(Errno::EINVAL);
         }
@@ -183,15 +184,25 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         {
             return Err(Errno::EOVERFLOW);
         }
-        if state.vmas.len() > MAX_MAP_COUNT {
+        if state.vmas.len() > state.limits.mappings {
             return Err(Errno::ENOMEM);
         }
         let range = self.place_request(state, request, pages)?;
-        if request.flags.contains(MapFlags::LOCKED) && !self.may_lock(state, pages) {
+        let locked = request.flags.contains(MapFlags::LOCKED);
+        if locked && !state.may_lock() {
+            return Err(Errno::EPERM);
+        }
+        let mut lock = state.default_flags & VmFlags::LOCKED_MASK;
+        lock.set(VmFlags::LOCKED, locked || !lock.is_empty());
+        if !state.may_lock_more(pages, lock) {
             return Err(Errno::EAGAIN);
         }
         let (flags, offset) = self.mmap_flags(request, file, range, offset)?;
-        if !self.may_expand(state, pages, flags) {
+        let flags = flags | lock;
+        // What a fixed mapping replaces does not count twice.
+        let replaced = state.vmas.counters_in(range);
+        if !state.may_expand(pages - replaced.total, flags) {
+            cut_edges(state, range);
             return Err(Errno::ENOMEM);
         }
         Ok(Checked {
@@ -199,6 +210,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             flags,
             offset,
             file: file.map(|open| open.file),
+            charge: match flags.contains(VmFlags::ACCOUNT) {
+                true => pages - replaced.accounted,
+                false => 0,
+            },
             shared_anonymous: anonymous && flags.contains(VmFlags::SHARED),
         })
     }
@@ -291,10 +306,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if growsdown {
             flags |= VmFlags::GROWSDOWN;
         }
-        if request.flags.contains(MapFlags::LOCKED) {
-            flags |= VmFlags::LOCKED;
-        }
-        if request.flags.contains(MapFlags::NORESERVE) {
+        if request.flags.contains(MapFlags::NORESERVE)
+            && self.mm().commit().mode() != Overcommit::Never
+        {
             flags |= VmFlags::NORESERVE;
         }
         if request.flags.contains(MapFlags::STACK) {
@@ -306,14 +320,33 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         Ok((flags, offset))
     }
 
+    /// Shared memory for a mapping; all of it is promised, unless NORESERVE says otherwise.
+    fn new_shared(&self, state: &State<'m, E>, checked: &Checked) -> Result<FileRef, Errno> {
+        let (pages, commit) = (checked.range.count(), self.mm().commit());
+        let promised = match checked.flags.contains(VmFlags::NORESERVE) {
+            true => 0,
+            false => pages,
+        };
+        commit.charge(promised, state.vmas.counters().total, state.limits.is_admin)?;
+        let made = self.mm().new_shared(pages, promised);
+        if made.is_err() {
+            commit.adjust(promised, 0);
+        }
+        made
+    }
+
     fn map_checked(&self, state: &mut State<'m, E>, checked: Checked) -> Result<(), Errno> {
         let made = if checked.shared_anonymous {
-            Some(self.mm().new_shared(checked.range.count())?)
+            Some(self.new_shared(state, &checked)?)
         } else {
             None
         };
         let stores = STORES_TO_CLEAR + STORES_TO_ADD;
         let outcome = state.vmas.edit_with(stores).and_then(|mut edit| {
+            if let Err(error) = edit.charge(checked.charge, &state.limits) {
+                edit.split_around(checked.range);
+                return Err(error);
+            }
             self.own_ends(checked.range)?;
             edit.clear(checked.range);
             let file = checked.file.or(made);
@@ -338,6 +371,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         outcome?;
         self.zap(checked.range);
         Ok(())
+    }
+}
+
+/// What a mapping at a fixed address leaves behind when a limit refuses it: the mappings at its edges stay cut, as in Linux
+/// (docs/spec/partial-effects.md).
+fn cut_edges<E: Env>(state: &mut State<'_, E>, range: PageRange) {
+    if let Ok(mut edit) = state.vmas.edit_with(STORES_TO_CLEAR) {
+        edit.split_around(range);
     }
 }
 

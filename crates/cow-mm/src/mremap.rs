@@ -14,7 +14,6 @@ use kmem_hal::{PAGE_SIZE, PageRange};
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{RemapFlags, VmFlags};
-use crate::layout::MAX_MAP_COUNT;
 use crate::madvise::Populate;
 use crate::merge::Candidate;
 use crate::place::Placement;
@@ -122,7 +121,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         {
             return Err(Errno::EINVAL);
         }
-        if state.vmas.len() + 2 >= MAX_MAP_COUNT - 3 {
+        if state.vmas.len() + 2 >= state.limits.mappings.saturating_sub(3) {
             return Err(Errno::ENOMEM);
         }
         Ok(())
@@ -157,10 +156,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             return Err(Errno::EFAULT);
         }
         let pages = (remap.new - remap.old) / PAGE_SIZE;
-        if vma.flags.contains(VmFlags::LOCKED) && !self.may_lock(state, pages) {
+        if !state.may_lock_more(pages, vma.flags) {
             return Err(Errno::EAGAIN);
         }
-        if !self.may_expand(state, pages, vma.flags) {
+        if !state.may_expand(pages, vma.flags) {
             return Err(Errno::ENOMEM);
         }
         Ok(vma)
@@ -183,7 +182,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         {
             let mut tail = Candidate::from(vma);
             tail.offset = vma.object_page(vma.range.last()) + 1;
-            state.vmas.edit()?.add(range, tail, true);
+            let mut edit = state.vmas.edit()?;
+            if vma.flags.contains(VmFlags::ACCOUNT) {
+                edit.charge(range.count(), &state.limits)?;
+            }
+            edit.add(range, tail, true);
             return Ok(remap.address);
         }
         if !remap.flags.contains(RemapFlags::MAYMOVE) {
@@ -209,6 +212,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let keep = remap.flags.contains(RemapFlags::DONTUNMAP);
         let Some(target) = remap.target else {
             let vma = self.remapped_vma(state, remap)?;
+            // The old range stays: the space grows by all of it.
+            if !state.may_expand(remap.old / PAGE_SIZE, vma.flags) {
+                return Err(Errno::ENOMEM);
+            }
             let placement = Placement {
                 hint: remap.hint,
                 pages: remap.new / PAGE_SIZE,
@@ -308,6 +315,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             new.offset = target.first().number();
         }
         let mut edit = state.vmas.edit()?;
+        if vma.flags.contains(VmFlags::ACCOUNT) {
+            let gone = if keep { 0 } else { old / PAGE_SIZE };
+            edit.charge(target.count() - gone, &state.limits)?;
+        }
         if let Some(from) = from {
             let moved = PageRange::with_count(target.first(), from.count()).ok_or(Errno::EINVAL)?;
             self.move_leaves(from, moved)?;
@@ -322,7 +333,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             // What stays holds no pages: nothing to lock, and if all of it was moved, no reverse map (`dontunmap_complete`).
             let all = from == Some(vma.range);
             state.vmas.update(first, |vma| {
-                vma.flags -= VmFlags::LOCKED;
+                vma.flags -= VmFlags::LOCKED_MASK;
                 if all {
                     vma.anon = None;
                 }

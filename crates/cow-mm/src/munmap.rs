@@ -8,7 +8,6 @@ use kmem_hal::{Access, PAGE_SIZE, Page, PageRange, VirtAddr};
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{Prot, VmFlags};
-use crate::layout::MAX_MAP_COUNT;
 use crate::mmap::is_accounted;
 use crate::space::{AddressSpace, State};
 use crate::vma::Vma;
@@ -61,7 +60,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         // Cutting the middle out of one mapping makes two.
         let makes_one_more =
             first.range.first() < range.first() && first.range.last() > range.last();
-        if makes_one_more && state.vmas.len() >= MAX_MAP_COUNT {
+        if makes_one_more && state.vmas.len() >= state.limits.mappings {
             return Err(Errno::ENOMEM);
         }
         let mut edit = state.vmas.edit_with(STORES_TO_CLEAR)?;
@@ -81,8 +80,17 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// [`Errno::EINVAL`] for an unaligned address; [`Errno::ENOMEM`] where a page is not mapped, or no memory is left;
     /// [`Errno::EACCES`] where the file's mode forbids it.
-    #[doc(alias = "do_mprotect_pkey")]
     pub fn mprotect(&self, address: u64, length: u64, prot: Prot) -> Result<(), Errno> {
+        self.protect(address, length, prot, None)
+    }
+
+    pub(crate) fn protect(
+        &self,
+        address: u64,
+        length: u64,
+        prot: Prot,
+        key: Option<i32>,
+    ) -> Result<(), Errno> {
         if !address.is_multiple_of(PAGE_SIZE) {
             return Err(Errno::EINVAL);
         }
@@ -92,12 +100,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let pages = length.div_ceil(PAGE_SIZE);
         let range = self.user_range(address, pages).ok_or(Errno::ENOMEM)?;
         let mut state = self.lock();
+        let key = Self::checked_key(state.keys, key)?;
         let mut at = range.first();
         loop {
             let vma = state.vmas.get(at).ok_or(Errno::ENOMEM)?;
             let last = vma.range.last().min(range.last());
             let part = PageRange::new(at, last).ok_or(Errno::EINVAL)?;
-            self.protect_part(&mut state, &vma, part, prot)?;
+            self.protect_part(&mut state, &vma, part, prot, key)?;
             match last.checked_add(1) {
                 Some(next) if next <= range.last() => at = next,
                 _ => return Ok(()),
@@ -111,27 +120,34 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         vma: &Vma,
         part: PageRange,
         prot: Prot,
+        key: Option<u8>,
     ) -> Result<(), Errno> {
         let mut flags = vma.flags.difference(VmFlags::ACCESS) | VmFlags::from_prot(prot);
+        flags = flags.with_key(key.unwrap_or(vma.flags.key()));
         if !may_have(vma.flags, prot) {
             return Err(Errno::EACCES);
         }
         if flags == vma.flags {
             return Ok(());
         }
+        let mut charge = 0;
         if flags.contains(VmFlags::WRITE) {
+            // What turns into data must stay within the limit on data.
+            let pages = part.count();
+            if !state.may_expand(pages, flags) && state.may_expand(pages, vma.flags) {
+                return Err(Errno::ENOMEM);
+            }
             let counted = VmFlags::ACCOUNT | VmFlags::WRITE | VmFlags::SHARED | VmFlags::NORESERVE;
             if !vma.flags.intersects(counted) {
-                if !self.may_expand(state, part.count(), flags) {
-                    return Err(Errno::ENOMEM);
-                }
                 debug_assert!(is_accounted(flags));
                 flags |= VmFlags::ACCOUNT;
+                charge = pages;
             }
         } else if vma.flags.contains(VmFlags::ACCOUNT) && vma.is_anonymous() && vma.anon.is_none() {
             flags -= VmFlags::ACCOUNT;
         }
         let mut edit = state.vmas.edit_with(STORES_TO_MODIFY)?;
+        edit.charge(charge, &state.limits)?;
         self.own_range(part)?;
         edit.modify(part, |new| new.flags = flags);
         drop(edit);

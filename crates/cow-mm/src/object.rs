@@ -93,6 +93,8 @@ pub struct Object<N: ObjectAlloc<Node>, L: RawSleepLock> {
     opens: AtomicU32,
     number: u32,
     inode: u64,
+    /// Pages that are charged for it while it lives (see `commit.rs`).
+    promised: u64,
     name: Option<NonNull<str>>,
     backing: Backing,
     pages: SleepLock<RangeTree<Handle, Borrowed<N>>, L>,
@@ -163,10 +165,16 @@ impl<'m, E: Env> Mm<'m, E> {
         self.put_object(file);
     }
 
-    /// Makes an object of shared memory, `pages` long.
+    /// Makes an object of shared memory, `pages` long, of which `promised` are charged already and given back with it.
     #[doc(alias = "shmem_zero_setup")]
-    pub(crate) fn new_shared(&self, pages: u64) -> Result<FileRef, Errno> {
-        self.new_object(Backing::Shared(pages), None, 0)
+    pub(crate) fn new_shared(&self, pages: u64, promised: u64) -> Result<FileRef, Errno> {
+        let file = self.new_object(Backing::Shared(pages), None, 0)?;
+        // SAFETY: as in `object`; nobody else has seen the object yet.
+        unsafe {
+            let mut object = file.object.cast::<Object<E::Nodes, E::Lock>>();
+            object.as_mut().promised = promised;
+        }
+        Ok(file)
     }
 
     fn new_object(
@@ -184,6 +192,7 @@ impl<'m, E: Env> Mm<'m, E> {
             opens: AtomicU32::new(1),
             number,
             inode,
+            promised: 0,
             name,
             backing,
             pages: SleepLock::new(RangeTree::new_in(nodes)),
@@ -231,6 +240,7 @@ impl<'m, E: Env> Mm<'m, E> {
         let memory = file.object.cast::<Object<E::Nodes, E::Lock>>();
         // SAFETY: the last reference is gone, so nobody else reaches the object; it is read out once.
         let object = unsafe { memory.as_ptr().read() };
+        self.commit().adjust(object.promised, 0);
         let mut pages = object.pages;
         for entry in pages.get_mut().iter() {
             self.put_reference(entry.value.frame());

@@ -20,41 +20,20 @@ use core::ptr::NonNull;
 
 use kmem_hal::lock::SleepWriteGuard;
 use kmem_hal::sync::AtomicBool;
-use kmem_hal::{ObjectAlloc, PAGE_SIZE, Page, PageRange, Root, SleepLock, VirtAddr};
+use kmem_hal::{ObjectAlloc, Page, PageRange, Root, SleepLock, VirtAddr};
 use kmem_paging::{PageTable, TableError};
 
+use crate::counters::Counters;
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::VmFlags;
+use crate::keys::Keys;
 use crate::layout::Layout;
+use crate::limits::Limits;
 use crate::mm::{Mm, PageRef};
 use crate::registry;
 use crate::vma::Vma;
 use crate::vma_set::VmaSet;
-
-/// Limits that a process sets on itself: `setrlimit`. Bytes; `u64::MAX` is no limit.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Limits {
-    /// All mappings together (`RLIMIT_AS`).
-    pub address_space: u64,
-    /// Private writable memory (`RLIMIT_DATA`).
-    pub data: u64,
-    /// The stack (`RLIMIT_STACK`).
-    pub stack: u64,
-    /// Locked memory (`RLIMIT_MEMLOCK`).
-    pub locked: u64,
-}
-
-impl Default for Limits {
-    fn default() -> Self {
-        Self {
-            address_space: u64::MAX,
-            data: u64::MAX,
-            stack: 8 << 20,
-            locked: u64::MAX,
-        }
-    }
-}
 
 /// The heap of brk: `[start, end)`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -65,11 +44,40 @@ pub struct Brk {
     pub end: u64,
 }
 
+/// Where the parts of the image that runs lie, as exec found them: ends are exclusive.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Segments {
+    /// The code (`start_code`, `end_code`).
+    pub code: (u64, u64),
+    /// The data in the file (`start_data`, `end_data`).
+    pub data: (u64, u64),
+    /// The stack pointer at the start (`start_stack`).
+    pub stack: u64,
+    /// The arguments' strings (`arg_start`, `arg_end`).
+    pub arguments: (u64, u64),
+    /// The environment's strings (`env_start`, `env_end`).
+    pub environment: (u64, u64),
+}
+
+impl Segments {
+    /// Bytes of the whole pages that the code touches.
+    pub(crate) const fn code_pages(&self) -> u64 {
+        let page = kmem_hal::PAGE_SIZE - 1;
+        ((self.code.1.saturating_add(page)) & !page).saturating_sub(self.code.0 & !page)
+    }
+}
+
 /// What the lock of a space guards.
 pub struct State<'m, E: Env> {
     pub(crate) vmas: VmaSet<'m, E>,
     pub(crate) brk: Brk,
     pub(crate) limits: Limits,
+    /// What every new mapping has as well (`def_flags`): `mlockall(MCL_FUTURE)`.
+    pub(crate) default_flags: VmFlags,
+    pub(crate) segments: Segments,
+    pub(crate) keys: Keys,
+    /// The most memory that a look at the status found (`hiwater_rss`).
+    pub(crate) rss_peak: u64,
 }
 
 /// A process's memory: mappings, page tables, heap and stack.
@@ -131,8 +139,12 @@ pub struct Usage {
     pub locked: u64,
     /// Pages in private writable VMAs other than stacks (`data_vm`).
     pub data: u64,
+    /// Pages in mappings that may be executed and not written (`exec_vm`).
+    pub exec: u64,
     /// Pages in stacks (`stack_vm`).
     pub stack: u64,
+    /// Pages that count against the commit limit.
+    pub accounted: u64,
     /// Present pages of anonymous memory (`MM_ANONPAGES`).
     #[doc(alias = "RssAnon")]
     pub rss_anon: u64,
@@ -214,6 +226,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             vmas: VmaSet::new(mm),
             brk: Brk::default(),
             limits: Limits::default(),
+            default_flags: VmFlags::empty(),
+            segments: Segments::default(),
+            keys: Keys::default(),
+            rss_peak: 0,
         };
         let core = memory.cast::<Core<'m, E>>();
         // SAFETY: the allocator gave memory for a space, and a core fits in it.
@@ -298,6 +314,12 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         self.core().state.read().brk
     }
 
+    /// Where the parts of the image that runs lie.
+    #[must_use]
+    pub fn segments(&self) -> Segments {
+        self.core().state.read().segments
+    }
+
     /// The mapping that covers an address.
     #[doc(alias = "vma_lookup")]
     #[must_use]
@@ -335,22 +357,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     #[must_use]
     pub fn recount(&self) -> Usage {
         let state = self.core().state.read();
+        let mut counters = Counters::default();
         let mut usage = Usage {
             tables: self.tables().table_count() as u64,
             ..Usage::default()
         };
         for vma in state.vmas.iter() {
-            let pages = vma.range.count();
             usage.mappings += 1;
-            usage.total += pages;
-            if vma.flags.contains(VmFlags::LOCKED) {
-                usage.locked += pages;
-            }
-            if vma.flags.contains(VmFlags::GROWSDOWN) {
-                usage.stack += pages;
-            } else if vma.flags.contains(VmFlags::WRITE) && !vma.is_shared() {
-                usage.data += pages;
-            }
+            counters.add(&vma);
             let shared_memory = vma
                 .file
                 .is_some_and(|file| self.mm().object_info(file).is_shared_memory);
@@ -365,37 +379,21 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 }
             });
         }
-        usage
+        Usage {
+            total: counters.total,
+            locked: counters.locked,
+            data: counters.data,
+            exec: counters.exec,
+            stack: counters.stack,
+            accounted: counters.accounted,
+            ..usage
+        }
     }
 
-    pub(crate) fn may_expand(&self, state: &State<'m, E>, pages: u64, flags: VmFlags) -> bool {
-        let limit = |bytes: u64| bytes / PAGE_SIZE;
-        let limits = &state.limits;
-        if limits.address_space == u64::MAX && limits.data == u64::MAX {
-            return true;
-        }
-        let (mut total, mut data) = (0, 0);
-        for vma in state.vmas.iter() {
-            total += vma.range.count();
-            if is_data(vma.flags) {
-                data += vma.range.count();
-            }
-        }
-        total + pages <= limit(limits.address_space)
-            && (!is_data(flags) || data + pages <= limit(limits.data))
-    }
-
-    pub(crate) fn may_lock(&self, state: &State<'m, E>, pages: u64) -> bool {
-        if state.limits.locked == u64::MAX {
-            return true;
-        }
-        let locked: u64 = state
-            .vmas
-            .iter()
-            .filter(|vma| vma.flags.contains(VmFlags::LOCKED))
-            .map(|vma| vma.range.count())
-            .sum();
-        locked + pages <= state.limits.locked / PAGE_SIZE
+    /// What the space remembers of its mappings' sizes: equal to what [`recount`](Self::recount) counts.
+    #[must_use]
+    pub fn counters(&self) -> Counters {
+        *self.core().state.read().vmas.counters()
     }
 
     /// Ends every mapping and gives everything back. The root must not be loaded anywhere any more.
@@ -410,11 +408,6 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let first = Page::starting_at(VirtAddr::new(start))?;
         PageRange::with_count(first, pages)
     }
-}
-
-fn is_data(flags: VmFlags) -> bool {
-    let kind = VmFlags::WRITE | VmFlags::SHARED | VmFlags::GROWSDOWN;
-    flags & kind == VmFlags::WRITE
 }
 
 impl<E: Env> Drop for AddressSpace<'_, E> {

@@ -11,6 +11,7 @@ use core::num::NonZeroU64;
 use kmem_hal::PageRange;
 
 use crate::flags::VmFlags;
+use crate::names::NameId;
 use crate::object::FileRef;
 
 /// The identity of the reverse map that a VMA's anonymous pages hang on (`anon_vma`).
@@ -65,10 +66,12 @@ pub enum Label {
     VvarClock,
     /// `[vsyscall]`.
     Vsyscall,
+    /// `[anon:name]`: a program named it (`PR_SET_VMA_ANON_NAME`).
+    Named(NameId),
 }
 
 impl Label {
-    /// As `maps` prints it; empty for none.
+    /// As `maps` prints it; empty for none. A name that a program gave is printed whole by `maps` alone.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -79,11 +82,19 @@ impl Label {
             Self::Vvar => "[vvar]",
             Self::VvarClock => "[vvar_vclock]",
             Self::Vsyscall => "[vsyscall]",
+            Self::Named(_) => "[anon]",
         }
     }
 }
 
 impl Vma {
+    /// The addresses of its first byte and of the one after its last.
+    #[must_use]
+    pub const fn bounds(&self) -> (u64, u64) {
+        let start = self.range.first().number() * kmem_hal::PAGE_SIZE;
+        (start, start + self.range.count() * kmem_hal::PAGE_SIZE)
+    }
+
     /// Whether it is private memory without a file.
     #[must_use]
     pub const fn is_anonymous(&self) -> bool {

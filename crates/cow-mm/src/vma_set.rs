@@ -6,19 +6,21 @@
 //! Invariants
 //! - `I1`: every handle in the tree is the address of a VMA that this set allocated and has not freed.
 //! - `I2`: the tree holds a VMA under exactly the VMA's own range.
-//! - `I3`: each VMA with a file holds one reference of its object.
+//! - `I3`: each VMA with a file holds one reference of its object, and each with a name one use of it.
 
 use core::ptr::NonNull;
 
 use kmem_hal::{ObjectAlloc, Page, PageRange, Reserve};
 use kmem_vma_tree::{Entry, GapRequest, RangeTree, Reserved};
 
+use crate::counters::{Counters, Ledger};
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::handle::Handle;
+use crate::limits::Limits;
 use crate::merge::{Candidate, joins};
 use crate::mm::Mm;
-use crate::vma::Vma;
+use crate::vma::{Label, Vma};
 
 /// VMAs that an edit may need: two splits and a new one.
 const STOCK: usize = 3;
@@ -34,6 +36,7 @@ pub(crate) const STORES_TO_MODIFY: usize = 4;
 pub(crate) struct VmaSet<'m, E: Env> {
     mm: &'m Mm<'m, E>,
     tree: RangeTree<Handle, &'m E::Nodes>,
+    ledger: Ledger,
 }
 
 // SAFETY: the handles are the set's own (`I1`); the allocators and the `Mm` are shared by contract.
@@ -63,12 +66,37 @@ impl<'m, E: Env> VmaSet<'m, E> {
         Self {
             mm,
             tree: RangeTree::new_in(mm.env().nodes()),
+            ledger: Ledger::default(),
         }
     }
 
     /// How many VMAs there are (`map_count`).
     pub fn len(&self) -> usize {
         self.tree.len()
+    }
+
+    /// Pages in the set's VMAs, by kind.
+    pub fn counters(&self) -> &Counters {
+        &self.ledger.counters
+    }
+
+    /// The most pages that the VMAs ever had together (`hiwater_vm`).
+    pub fn peak(&self) -> u64 {
+        self.ledger.peak
+    }
+
+    /// Pages in the parts of VMAs that lie in a range, by kind.
+    pub fn counters_in(&self, range: PageRange) -> Counters {
+        let mut counters = Counters::default();
+        let mut at = Some(range.first());
+        while let Some(vma) = at.and_then(|at| self.at_or_after(at)) {
+            let Some(part) = vma.range.intersection(range) else {
+                break;
+            };
+            counters.add(&vma.part(part));
+            at = vma.range.last().checked_add(1);
+        }
+        counters
     }
 
     /// The VMA that covers `page`.
@@ -134,15 +162,17 @@ impl<'m, E: Env> VmaSet<'m, E> {
             mm: self.mm,
             tree,
             stock,
+            ledger: &mut self.ledger,
         })
     }
 
     /// Removes every VMA. Needs no memory.
     pub fn clear(&mut self) {
         for entry in self.tree.iter() {
-            discard(self.mm, entry.value);
+            discard(self.mm, entry.value, &mut self.ledger);
         }
         self.tree.clear();
+        self.ledger.settle(self.mm.commit());
     }
 
     /// Changes what a VMA says of itself apart from its range. Needs no memory.
@@ -151,8 +181,11 @@ impl<'m, E: Env> VmaSet<'m, E> {
             let mut changed = vma;
             change(&mut changed);
             changed.range = vma.range;
+            self.ledger.counters.remove(&vma);
+            self.ledger.counters.add(&changed);
             // SAFETY: `I1`, and the set is borrowed exclusively.
             unsafe { id.0.as_ptr().write(changed) };
+            self.ledger.settle(self.mm.commit());
         }
     }
 }
@@ -163,12 +196,16 @@ impl<E: Env> Drop for VmaSet<'_, E> {
     }
 }
 
-fn discard<E: Env>(mm: &Mm<'_, E>, handle: Handle) {
+fn discard<E: Env>(mm: &Mm<'_, E>, handle: Handle, ledger: &mut Ledger) {
     if let Some((id, vma)) = read(handle) {
+        ledger.counters.remove(&vma);
         // SAFETY: the tree has let the handle go, so nobody reaches the VMA (`I1`); it needs no drop.
         unsafe { mm.env().vmas().free(id.0) };
         if let Some(file) = vma.file {
             mm.put_object(file);
+        }
+        if let Label::Named(name) = vma.label {
+            mm.names().put(name);
         }
     }
 }
@@ -178,6 +215,13 @@ pub(crate) struct Edit<'t, 'm, E: Env> {
     mm: &'m Mm<'m, E>,
     tree: Reserved<'t, Handle, &'m E::Nodes>,
     stock: Reserve<'m, Vma, E::Vmas, STOCK>,
+    ledger: &'t mut Ledger,
+}
+
+impl<E: Env> Drop for Edit<'_, '_, E> {
+    fn drop(&mut self) {
+        self.ledger.settle(self.mm.commit());
+    }
 }
 
 impl<E: Env> Edit<'_, '_, E> {
@@ -186,20 +230,42 @@ impl<E: Env> Edit<'_, '_, E> {
     }
 
     fn put(&mut self, range: PageRange, id: Option<VmaId>) {
-        let mm = self.mm;
+        let (mm, ledger) = (self.mm, &mut *self.ledger);
         let kept = id.map(|id| Handle::of_vma(id.0));
         self.tree.store(range, kept, &mut |entry| {
             // A piece of the VMA itself, or of one that another call of the edit cut, is no VMA that ends.
             let ends = read(entry.value).is_some_and(|(_, vma)| vma.range == entry.range);
             if kept != Some(entry.value) && ends {
-                discard(mm, entry.value);
+                discard(mm, entry.value, ledger);
             }
         });
     }
 
-    fn write(id: VmaId, vma: Vma) {
+    /// Promises `pages` more for the change that follows; an edit that ends without it takes the promise back.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`] beyond what may be promised.
+    pub fn charge(&mut self, pages: u64, limits: &Limits) -> Result<(), Errno> {
+        let total = self.ledger.counters.total;
+        self.mm.commit().charge(pages, total, limits.is_admin)?;
+        self.ledger.note_charge(pages);
+        Ok(())
+    }
+
+    fn write(&mut self, id: VmaId, vma: Vma) {
         // SAFETY: `I1`, and the set is borrowed exclusively by the edit.
-        unsafe { id.0.as_ptr().write(vma) };
+        let before = unsafe { id.0.as_ptr().replace(vma) };
+        self.ledger.counters.remove(&before);
+        self.ledger.counters.add(&vma);
+        if before.label != vma.label {
+            if let Label::Named(name) = vma.label {
+                self.mm.names().get(name);
+            }
+            if let Label::Named(name) = before.label {
+                self.mm.names().put(name);
+            }
+        }
     }
 
     /// Adds a VMA where nothing is.
@@ -207,10 +273,15 @@ impl<E: Env> Edit<'_, '_, E> {
         let Some(memory) = self.stock.take() else {
             unreachable!("an edit makes at most {STOCK} VMAs")
         };
+        // SAFETY: memory for one VMA, nobody else's.
+        unsafe { memory.as_ptr().write(vma) };
+        self.ledger.counters.add(&vma);
         let id = VmaId(memory);
-        Self::write(id, vma);
         if let Some(file) = vma.file {
             self.mm.get_object(file);
+        }
+        if let Label::Named(name) = vma.label {
+            self.mm.names().get(name);
         }
         self.put(vma.range, Some(id));
     }
@@ -232,22 +303,27 @@ impl<E: Env> Edit<'_, '_, E> {
         ) else {
             return;
         };
-        Self::write(id, vma.part(below));
+        self.write(id, vma.part(below));
         self.insert(vma.part(above));
     }
 
-    /// Removes everything in the range, cutting what sticks out.
-    pub fn clear(&mut self, range: PageRange) {
+    /// Cuts what crosses an edge of the range.
+    pub fn split_around(&mut self, range: PageRange) {
         self.split(range.first());
         if let Some(after) = range.last().checked_add(1) {
             self.split(after);
         }
+    }
+
+    /// Removes everything in the range, cutting what sticks out.
+    pub fn clear(&mut self, range: PageRange) {
+        self.split_around(range);
         self.put(range, None);
     }
 
     /// Gives a VMA another range and, with it, other contents; the range may only take free pages.
     fn reshape(&mut self, id: VmaId, old: PageRange, vma: Vma) {
-        Self::write(id, vma);
+        self.write(id, vma);
         for gone in difference(old, vma.range).into_iter().flatten() {
             self.put(gone, None);
         }
@@ -311,12 +387,9 @@ impl<E: Env> Edit<'_, '_, E> {
         let next = next.filter(|(other, _)| *other != id);
         match self.joined(range, &new, previous, next) {
             (None, None) => {
-                self.split(range.first());
-                if let Some(after) = range.last().checked_add(1) {
-                    self.split(after);
-                }
+                self.split_around(range);
                 if let Some((id, vma)) = self.find(range.first()) {
-                    Self::write(
+                    self.write(
                         id,
                         Vma {
                             flags: new.flags,

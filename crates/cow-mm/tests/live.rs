@@ -17,7 +17,8 @@ use calls::{Call, Calls};
 use common::{Program, World};
 use kernel::{Ask, FILE_PAGES, FILES, Kernel, Line, WINDOW};
 use kmem_cow_mm::{
-    Advice, Errno, MapFlags, MapRequest, OpenFile, Outcome, Prot, RemapFlags, Signal, permissions,
+    Advice, Errno, Limits, LockAll, LockFlags, MapFlags, MapRequest, OpenFile, Outcome, Prot,
+    RemapFlags, Signal, SyncFlags, permissions,
 };
 use kmem_mock_x86::DiskImage;
 
@@ -135,8 +136,15 @@ impl Ours {
                 None => Err(Errno::EINVAL),
             },
             Call::Lock(address, length) => unit(space.mlock(address, length)),
+            Call::Lock2(address, length, flags) => {
+                unit(space.mlock2(address, length, LockFlags::from_bits_retain(flags)))
+            }
+            Call::LockAll(flags) => unit(space.mlockall(LockAll::from_bits_retain(flags))),
+            Call::UnlockAll => unit(space.munlockall()),
             Call::Unlock(address, length) => unit(space.munlock(address, length)),
-            Call::Sync(address, length) => unit(space.msync(address, length)),
+            Call::Sync(address, length, flags) => {
+                unit(space.msync_with(address, length, SyncFlags::from_bits_retain(flags)))
+            }
             Call::InCore(address, length) => {
                 unit(space.mincore(address, length, &mut vec![0; 4096]))
             }
@@ -253,7 +261,14 @@ fn ask(kernel: &mut Kernel, call: Call) -> Option<(kernel::Answer, Vec<Line>)> {
         }
         Call::Lock(address, length) => system(SYS_mlock, address, length, 0, 0, 0, 0),
         Call::Unlock(address, length) => system(SYS_munlock, address, length, 0, 0, 0, 0),
-        Call::Sync(address, length) => system(SYS_msync, address, length, MS_SYNC as u64, 0, 0, 0),
+        Call::Lock2(address, length, flags) => {
+            system(SYS_mlock2, address, length, flags.into(), 0, 0, 0)
+        }
+        Call::LockAll(flags) => system(SYS_mlockall, flags.into(), 0, 0, 0, 0, 0),
+        Call::UnlockAll => system(SYS_munlockall, 0, 0, 0, 0, 0, 0),
+        Call::Sync(address, length, flags) => {
+            system(SYS_msync, address, length, flags.into(), 0, 0, 0)
+        }
         Call::InCore(address, length) => {
             // A vector that the child has: its buffer for maps, past what a list takes.
             system(SYS_mincore, address, length, kernel.scratch(), 0, 0, 0)
@@ -293,11 +308,48 @@ fn known_advice(kernel: &mut Kernel) -> Vec<i32> {
     known
 }
 
+/// Limits both sides alike, in another way for each seed: not at all, the size, or what may be locked.
+fn limit(kernel: &mut Kernel, space: &common::Space, seed: u64) -> Option<()> {
+    // SAFETY: a system call without arguments.
+    let root = unsafe { libc::geteuid() } == 0;
+    let mut limits = Limits {
+        may_lock_all: root,
+        ..Limits::default()
+    };
+    let mut set = true;
+    match seed % 4 {
+        0 | 1 if root => {}
+        2 => {
+            let (own, ours) = (kernel.own()?, space.counters());
+            let (total, data) = (500 + seed * 37 % 3000, 100 + seed * 13 % 900);
+            limits.address_space = (ours.total + total) * common::PAGE;
+            limits.data = (ours.data + data) * common::PAGE;
+            limits.data_hard = limits.data;
+            set &= kernel.limit(libc::RLIMIT_AS, (own.total + total) * common::PAGE);
+            set &= kernel.limit(libc::RLIMIT_DATA, (own.data + data) * common::PAGE);
+            if !root {
+                limits.locked = 0;
+                set &= kernel.limit(libc::RLIMIT_MEMLOCK, 0);
+            }
+        }
+        _ => {
+            let pages = if seed % 32 == 3 { 0 } else { seed * 7 % 90 };
+            limits.locked = pages * common::PAGE;
+            limits.may_lock_all = false;
+            set &= kernel.limit(libc::RLIMIT_MEMLOCK, limits.locked);
+            set &= !root || kernel.drop_capabilities();
+        }
+    }
+    space.set_limits(limits);
+    set.then_some(())
+}
+
 /// Runs a seed; says what differed, after which calls.
 fn run(seed: u64, count: usize) -> Result<(), String> {
     let mut kernel = Kernel::start().ok_or("no child")?;
     let advice = known_advice(&mut kernel);
     let mut ours = Ours::new();
+    limit(&mut kernel, &ours.program().space, seed).ok_or("the child cannot be limited")?;
     let mut calls = Calls::new(seed, advice);
     let mut lines = Vec::new();
     let mut history = String::new();
@@ -310,6 +362,9 @@ fn run(seed: u64, count: usize) -> Result<(), String> {
             .ok_or_else(|| format!("seed {seed}, call {number}: {call:x?}: the child is gone"))?;
         let got = ours.make(call);
         let listed = ours.lines();
+        if number % 16 == 0 {
+            common::check_counters(&ours.programs);
+        }
         if got != expected || listed != now {
             let only = |a: &[Line], b: &[Line]| {
                 let lines = a.iter().filter(|line| !b.contains(line));

@@ -15,6 +15,7 @@ pub mod mutants;
 #[cfg(not(kmem_mutants))]
 mod mutants;
 mod node;
+mod path;
 mod quiescent;
 mod table;
 
@@ -30,5 +31,6 @@ pub use error::{
 };
 pub use fork::{ForkItem, ForkStep};
 pub use gather::{FLUSH_CEILING, Gather};
+pub use path::{Path, Step};
 pub use quiescent::{Live, Liveness, Quiescent, QuiescentTable};
 pub use table::{Entry, PageTable};

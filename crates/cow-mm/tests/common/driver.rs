@@ -183,12 +183,14 @@ pub fn run(
                 );
             }
         }
+        super::check_counters(programs.iter().flatten());
     }
     check(&model, &programs, ops.len());
     for program in programs.into_iter().flatten() {
         program.exit();
     }
     assert_eq!(world.used_frames(), before, "frames leak");
+    assert_eq!(mm.committed(), 0, "promises leak");
 }
 
 /// Calls `f` with the n-th allocation failing, for n = 1, 2, .. until it succeeds; `unchanged` runs after each failure.

@@ -4,7 +4,8 @@
 pub mod driver;
 
 use kmem_cow_mm::{
-    AddressSpace, Env, FileRef, Layout, Mm, Object, OpenFile, Outcome, Signal, SpaceMemory, Vma,
+    AddressSpace, Counters, Env, FileRef, Layout, Mm, Object, OpenFile, Outcome, Signal,
+    SpaceMemory, Vma,
 };
 use kmem_hal::lock::SpinWait;
 use kmem_hal::{FrameSlot, FrameTable, Mmu, SECTION_FRAMES, Section, SingleGrace, VirtAddr};
@@ -131,6 +132,30 @@ impl World {
             },
         )
     }
+}
+
+/// Holds what spaces remember against a recount; `programs` are all the spaces of their world.
+pub fn check_counters<'p>(programs: impl IntoIterator<Item = &'p Program>) {
+    let (mut accounted, mut committed) = (0, 0);
+    for program in programs {
+        let (remembered, counted) = (program.space.counters(), program.space.recount());
+        let counted = Counters {
+            total: counted.total,
+            locked: counted.locked,
+            data: counted.data,
+            exec: counted.exec,
+            stack: counted.stack,
+            accounted: counted.accounted,
+        };
+        assert_eq!(remembered, counted, "remembered, and counted again");
+        accounted += counted.accounted;
+        committed = program.space.mm().committed();
+    }
+    // Shared memory is promised as well.
+    assert!(
+        committed >= accounted,
+        "{committed} of {accounted} promised"
+    );
 }
 
 /// A program in a space: accesses go through the mock MMU and fault into the space.

@@ -29,8 +29,13 @@ pub enum Call {
     },
     Advise(u64, u64, i32),
     Lock(u64, u64),
+    /// With flags: `MLOCK_ONFAULT`, or ones that are none.
+    Lock2(u64, u64, u32),
+    LockAll(u32),
+    UnlockAll,
     Unlock(u64, u64),
-    Sync(u64, u64),
+    /// With flags: `MS_*`.
+    Sync(u64, u64, u32),
     InCore(u64, u64),
     Store(u64, u64),
     Load(u64),
@@ -43,18 +48,13 @@ pub struct Calls {
     rng: SeededRng,
     /// Advice that the running kernel knows.
     advice: Vec<i32>,
-    /// Whether the running kernel lets this process lock as much as it likes.
-    may_lock: bool,
 }
 
 impl Calls {
     pub fn new(seed: u64, advice: Vec<i32>) -> Self {
-        // SAFETY: a system call without arguments.
-        let may_lock = unsafe { libc::geteuid() } == 0;
         Self {
             rng: SeededRng::new(seed),
             advice,
-            may_lock,
         }
     }
 
@@ -139,11 +139,14 @@ impl Calls {
             }
             66..72 => {
                 let (address, length) = self.range(lines);
-                match self.below(5) {
-                    0 if self.may_lock => Call::Lock(address, length),
-                    0 => Call::InCore(address, length),
-                    1 | 2 => Call::Unlock(address, length),
-                    3 => Call::Sync(address, length),
+                match self.below(20) {
+                    0..4 => Call::Lock(address, length),
+                    4..6 => Call::Lock2(address, length, [0, 1, 1, 1, 2][self.below(5) as usize]),
+                    6 => Call::LockAll([2, 6, 1, 3, 4, 0, 8, 2][self.below(8) as usize]),
+                    7 => Call::UnlockAll,
+                    8..12 => Call::Unlock(address, length),
+                    12..15 => Call::Sync(address, length, 4),
+                    15 => Call::Sync(address, length, self.below(9) as u32),
                     _ => Call::InCore(address, length),
                 }
             }
@@ -212,7 +215,12 @@ impl Calls {
                 flags |= MAP_FIXED;
             }
         }
-        for (one_in, flag) in [(10, MAP_POPULATE), (12, MAP_NORESERVE), (12, MAP_STACK)] {
+        for (one_in, flag) in [
+            (10, MAP_POPULATE),
+            (12, MAP_NORESERVE),
+            (12, MAP_STACK),
+            (16, MAP_LOCKED),
+        ] {
             if self.below(one_in) == 0 {
                 flags |= flag;
             }

@@ -65,6 +65,19 @@ pub struct Line {
     pub name: String,
 }
 
+/// What `capset` takes: the version of its structures, for the calling process; and no capability at all.
+static CAPABILITY_HEADER: [u32; 2] = [0x2008_0522, 0];
+static NO_CAPABILITIES: [u32; 6] = [0; 6];
+
+/// Pages of the child's own, outside the window.
+#[derive(Clone, Copy, Debug)]
+pub struct Own {
+    /// All of them (`VmSize`).
+    pub total: u64,
+    /// Those that `RLIMIT_DATA` limits (`VmData`).
+    pub data: u64,
+}
+
 /// A child that lends its address space.
 pub struct Kernel {
     child: libc::pid_t,
@@ -246,6 +259,38 @@ impl Kernel {
             };
             Some((answer, self.lines(&String::from_utf8_lossy(&text))))
         }
+    }
+
+    /// What of the child's memory is no window; asked before anything is mapped there.
+    pub fn own(&self) -> Option<Own> {
+        let status = std::fs::read_to_string(format!("/proc/{}/status", self.child)).ok()?;
+        let pages = |name: &str| -> Option<u64> {
+            let line = status.lines().find(|line| line.starts_with(name))?;
+            let number = line.split_whitespace().nth(1)?.parse::<u64>().ok()?;
+            Some(number / 4)
+        };
+        Some(Own {
+            total: pages("VmSize:")?,
+            data: pages("VmData:")?,
+        })
+    }
+
+    /// Limits the child, in bytes; whether that was possible.
+    pub fn limit(&self, resource: u32, bytes: u64) -> bool {
+        let limit = libc::rlimit {
+            rlim_cur: bytes,
+            rlim_max: bytes,
+        };
+        // SAFETY: a limit to read, and none to write.
+        unsafe { libc::prlimit(self.child, resource as _, &limit, core::ptr::null_mut()) == 0 }
+    }
+
+    /// Lets the child give up its capabilities: it may lock no more than its limit then.
+    pub fn drop_capabilities(&mut self) -> bool {
+        let (header, none) = (CAPABILITY_HEADER.as_ptr(), NO_CAPABILITIES.as_ptr());
+        let words = [libc::SYS_capset, header as i64, none as i64, 0, 0, 0, 0];
+        self.ask(Ask::Call, words)
+            .is_some_and(|(answer, _)| answer.result == 0)
     }
 
     /// An address in the child that 512 KiB may be written to.

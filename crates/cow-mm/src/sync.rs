@@ -1,0 +1,126 @@
+//! msync and mincore: what of a range is in the file, and what is in memory.
+//!
+//! Source: msync(2), mincore(2); Linux `mm/msync.c`, `mm/mincore.c`.
+
+use bitflags::bitflags;
+use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
+
+use crate::env::Env;
+use crate::errno::Errno;
+use crate::flags::VmFlags;
+use crate::space::AddressSpace;
+use crate::vma::Vma;
+
+bitflags! {
+    /// How a range is written back: `MS_*`.
+    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+    pub struct SyncFlags: u32 {
+        /// Some time; in kmem, as in Linux, this starts nothing: dirty pages are written when it is their turn.
+        const ASYNC = 1;
+        /// Other mappings see the file's bytes: they always do, but locked pages may not be taken away for it.
+        const INVALIDATE = 2;
+        /// Now.
+        const SYNC = 4;
+    }
+}
+
+impl<E: Env> AddressSpace<'_, E> {
+    /// Writes the dirty pages of shared file mappings in a range to their files (with `SYNC`).
+    ///
+    /// When it answers `Ok`, the provider holds the bytes.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EINVAL`] for an unaligned address and for flags that contradict each other; [`Errno::ENOMEM`] where there was a
+    /// hole (the rest is written) or the length wraps; [`Errno::EBUSY`] with `INVALIDATE` at a locked mapping; [`Errno::EIO`]
+    /// where the provider failed.
+    #[doc(alias = "sys_msync")]
+    pub fn msync_with(&self, address: u64, length: u64, flags: SyncFlags) -> Result<(), Errno> {
+        let both = SyncFlags::ASYNC | SyncFlags::SYNC;
+        if !SyncFlags::all().contains(flags)
+            || !address.is_multiple_of(PAGE_SIZE)
+            || flags.contains(both)
+        {
+            return Err(Errno::EINVAL);
+        }
+        // A length that wraps when it is rounded up is none, as in Linux.
+        let length = length.wrapping_add(PAGE_SIZE - 1) & !(PAGE_SIZE - 1);
+        address.checked_add(length).ok_or(Errno::ENOMEM)?;
+        if length == 0 {
+            return Ok(());
+        }
+        let range = pages(address, length).ok_or(Errno::ENOMEM)?;
+        let mut state = self.lock();
+        self.for_each_part(&mut state, range, |_, vma, part| {
+            if flags.contains(SyncFlags::INVALIDATE) && vma.flags.contains(VmFlags::LOCKED) {
+                return Err(Errno::EBUSY);
+            }
+            let Some(file) = vma.file.filter(|_| vma.is_shared()) else {
+                return Ok(());
+            };
+            if !flags.contains(SyncFlags::SYNC) {
+                return Ok(());
+            }
+            let first = Page::new(vma.object_page(part.first())).ok_or(Errno::EINVAL)?;
+            let indices = PageRange::with_count(first, part.count()).ok_or(Errno::EINVAL)?;
+            self.mm().write_back(file, indices)
+        })
+    }
+
+    /// [`msync_with`](Self::msync_with) `MS_SYNC`.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn msync(&self, address: u64, length: u64) -> Result<(), Errno> {
+        self.msync_with(address, length, SyncFlags::SYNC)
+    }
+
+    /// Says which pages of a range are in memory: one byte per page, bit 0.
+    ///
+    /// A page of a file or of shared memory is in memory also where it is not mapped yet.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EINVAL`] for an unaligned address; [`Errno::ENOMEM`] where a page is not mapped;
+    /// [`Errno::EFAULT`] where `vector` is shorter than the range has pages.
+    #[doc(alias = "sys_mincore")]
+    pub fn mincore(&self, address: u64, length: u64, vector: &mut [u8]) -> Result<(), Errno> {
+        if !address.is_multiple_of(PAGE_SIZE) {
+            return Err(Errno::EINVAL);
+        }
+        let task_size = self.layout().task_size;
+        if address > task_size || length > task_size - address {
+            return Err(Errno::ENOMEM);
+        }
+        if length == 0 {
+            return Ok(());
+        }
+        let range = pages(address, length.next_multiple_of(PAGE_SIZE)).ok_or(Errno::ENOMEM)?;
+        if (vector.len() as u64) < range.count() {
+            return Err(Errno::EFAULT);
+        }
+        let mut state = self.lock();
+        self.for_each_part_up_to_a_hole(&mut state, range, |_, vma, part| {
+            for page in part.iter() {
+                let index = (page.number() - range.first().number()) as usize;
+                vector[index] = u8::from(self.is_in_memory(vma, page));
+            }
+            Ok(())
+        })
+    }
+
+    fn is_in_memory(&self, vma: &Vma, page: Page) -> bool {
+        self.leaf(page).is_some()
+            || vma
+                .file
+                .is_some_and(|file| self.mm().cached_page(file, vma.object_page(page)).is_some())
+    }
+}
+
+fn pages(address: u64, length: u64) -> Option<PageRange> {
+    PageRange::with_count(
+        Page::starting_at(VirtAddr::new(address))?,
+        length / PAGE_SIZE,
+    )
+}

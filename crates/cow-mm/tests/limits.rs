@@ -1,0 +1,263 @@
+//! Limits and promises: what each call answers beyond them, and that what is refused changes nothing.
+
+mod common;
+
+use common::{PAGE, Program, World, check_counters};
+use kmem_cow_mm::{
+    CommitPolicy, Errno, Limits, LockAll, LockFlags, MapFlags, MapRequest, Overcommit, Prot,
+    RemapFlags,
+};
+
+const RW: Prot = Prot::READ.union(Prot::WRITE);
+const AT: u64 = 0x7000_0000;
+
+fn limited(change: impl FnOnce(&mut Limits)) -> Program {
+    let program = Program::new(World::new().mm());
+    let mut limits = program.space.limits();
+    change(&mut limits);
+    program.space.set_limits(limits);
+    program
+}
+
+fn map(program: &Program, at: u64, pages: u64, prot: Prot) -> Result<(), Errno> {
+    let request = MapRequest::anonymous(pages * PAGE, prot).at(at);
+    program.space.mmap(&request).map(|_| ())
+}
+
+#[test]
+fn the_size_of_a_space_is_limited() {
+    let program = limited(|limits| limits.address_space = 10 * PAGE);
+    map(&program, AT, 10, RW).unwrap();
+    assert_eq!(map(&program, AT + 32 * PAGE, 1, RW), Err(Errno::ENOMEM));
+    map(&program, AT, 10, Prot::READ).unwrap();
+    let space = &program.space;
+    assert_eq!(
+        space.mremap(AT, 10 * PAGE, 11 * PAGE, RemapFlags::MAYMOVE, 0),
+        Err(Errno::ENOMEM)
+    );
+    let dontunmap = RemapFlags::MAYMOVE | RemapFlags::DONTUNMAP;
+    assert_eq!(
+        space.mremap(AT, PAGE, PAGE, dontunmap, 0),
+        Err(Errno::ENOMEM)
+    );
+    space.set_heap(0x60_0000);
+    assert_eq!(space.brk(0x60_1000), 0x60_0000);
+    check_counters([&program]);
+    program.exit();
+}
+
+#[test]
+fn private_writable_memory_is_limited() {
+    let program = limited(|limits| limits.data = 4 * PAGE);
+    map(&program, AT, 4, RW).unwrap();
+    assert_eq!(map(&program, AT + 32 * PAGE, 1, RW), Err(Errno::ENOMEM));
+    map(&program, AT + 32 * PAGE, 1, Prot::READ).unwrap();
+    assert_eq!(
+        program.space.mprotect(AT + 32 * PAGE, PAGE, RW),
+        Err(Errno::ENOMEM)
+    );
+    program.space.munmap(AT, PAGE).unwrap();
+    program.space.mprotect(AT + 32 * PAGE, PAGE, RW).unwrap();
+    check_counters([&program]);
+    program.exit();
+}
+
+#[test]
+fn locked_memory_is_limited() {
+    let program = limited(|limits| limits.locked = 4 * PAGE);
+    let space = &program.space;
+    map(&program, AT, 8, RW).unwrap();
+    assert_eq!(space.mlock(AT, 5 * PAGE), Err(Errno::ENOMEM));
+    space.mlock(AT, 4 * PAGE).unwrap();
+    space.mlock(AT, 4 * PAGE).unwrap();
+    assert_eq!(space.mlock(AT + 4 * PAGE, PAGE), Err(Errno::ENOMEM));
+    let locked = MapRequest {
+        flags: MapFlags::PRIVATE | MapFlags::ANONYMOUS | MapFlags::LOCKED,
+        ..MapRequest::anonymous(PAGE, RW)
+    };
+    assert_eq!(space.mmap(&locked), Err(Errno::EAGAIN));
+    assert_eq!(space.mlockall(LockAll::CURRENT), Err(Errno::ENOMEM));
+    space.mlockall(LockAll::FUTURE).unwrap();
+    assert_eq!(map(&program, AT + 32 * PAGE, 1, RW), Err(Errno::EAGAIN));
+    space.munlockall().unwrap();
+    assert_eq!(space.counters().locked, 0);
+    map(&program, AT + 32 * PAGE, 1, RW).unwrap();
+    let mut limits = space.limits();
+    limits.locked = 0;
+    space.set_limits(limits);
+    assert_eq!(space.mlock(AT, PAGE), Err(Errno::EPERM));
+    assert_eq!(space.mmap(&locked), Err(Errno::EPERM));
+    assert_eq!(space.mlockall(LockAll::CURRENT), Err(Errno::EPERM));
+    space.munlock(AT, PAGE).unwrap();
+    limits.may_lock_all = true;
+    space.set_limits(limits);
+    space.mlock(AT, 8 * PAGE).unwrap();
+    for flags in [
+        LockAll::empty(),
+        LockAll::ONFAULT,
+        LockAll::from_bits_retain(8),
+    ] {
+        assert_eq!(space.mlockall(flags), Err(Errno::EINVAL));
+    }
+    assert_eq!(
+        space.mlock2(AT, PAGE, LockFlags::from_bits_retain(2)),
+        Err(Errno::EINVAL)
+    );
+    check_counters([&program]);
+    program.exit();
+}
+
+#[test]
+fn what_is_locked_is_present_and_what_is_locked_on_fault_comes_when_touched() {
+    let program = limited(|_| {});
+    let space = &program.space;
+    map(&program, AT, 8, RW).unwrap();
+    space.mlock(AT, 2 * PAGE).unwrap();
+    assert_eq!(space.recount().rss_anon, 2);
+    space
+        .mlock2(AT + 2 * PAGE, 2 * PAGE, LockFlags::ONFAULT)
+        .unwrap();
+    assert_eq!(space.recount().rss_anon, 2);
+    space.mlockall(LockAll::FUTURE).unwrap();
+    map(&program, AT + 32 * PAGE, 3, RW).unwrap();
+    assert_eq!(space.recount().rss_anon, 5);
+    space.set_heap(0x60_0000);
+    space.brk(0x60_2000);
+    assert_eq!(space.recount().rss_anon, 7, "the heap is locked too");
+    let child = program.fork().unwrap();
+    assert_eq!(child.space.counters().locked, 0, "a child inherits no lock");
+    map(&child, AT + 64 * PAGE, 1, RW).unwrap();
+    assert_eq!(child.space.counters().locked, 0, "and no wish for locks");
+    child.exit();
+    program.exit();
+}
+
+#[test]
+fn the_number_of_mappings_is_limited() {
+    let program = limited(|limits| limits.mappings = 8);
+    for number in 0..9 {
+        map(&program, AT + number * 4 * PAGE, 3, RW).unwrap();
+    }
+    assert_eq!(map(&program, AT - 4 * PAGE, 1, RW), Err(Errno::ENOMEM));
+    assert_eq!(
+        program.space.munmap(AT + PAGE, PAGE),
+        Err(Errno::ENOMEM),
+        "a hole makes one more"
+    );
+    program.space.munmap(AT, 3 * PAGE).unwrap();
+    program.exit();
+}
+
+#[test]
+fn promises_stay_below_the_commit_limit() {
+    let world = World::new();
+    let mm = world.mm();
+    let policy = CommitPolicy {
+        mode: Overcommit::Never,
+        ram: 200,
+        swap: 100,
+        admin_reserve: 10,
+        user_reserve: 0,
+        ..CommitPolicy::default()
+    };
+    mm.set_commit_policy(&policy);
+    assert_eq!(policy.limit(), 200);
+    let parent = Program::new(mm);
+    map(&parent, AT, 100, RW).unwrap();
+    assert_eq!(mm.committed(), 100);
+    assert_eq!(
+        parent.fork().err(),
+        Some(Errno::ENOMEM),
+        "a child needs as much again"
+    );
+    assert_eq!(mm.committed(), 100);
+    assert_eq!(
+        map(&parent, AT + 0x100_0000, 90, RW),
+        Err(Errno::ENOMEM),
+        "190 is not below 190"
+    );
+    map(&parent, AT + 0x100_0000, 89, RW).unwrap();
+    let mut limits = parent.space.limits();
+    limits.is_admin = true;
+    parent.space.set_limits(limits);
+    map(&parent, AT + 0x200_0000, 10, RW).unwrap();
+    parent.space.munmap(AT + 0x200_0000, 10 * PAGE).unwrap();
+    // Read-only memory is no promise until it may be written; NORESERVE is none where promises are kept.
+    map(&parent, AT + 0x300_0000, 50, Prot::READ).unwrap();
+    assert_eq!(
+        parent.space.mprotect(AT + 0x300_0000, 50 * PAGE, RW),
+        Err(Errno::ENOMEM)
+    );
+    let noreserve = MapRequest {
+        flags: MapFlags::PRIVATE | MapFlags::ANONYMOUS | MapFlags::NORESERVE,
+        ..MapRequest::anonymous(50 * PAGE, RW)
+    };
+    assert_eq!(parent.space.mmap(&noreserve), Err(Errno::ENOMEM));
+    let shared = MapRequest {
+        flags: MapFlags::SHARED | MapFlags::ANONYMOUS,
+        ..MapRequest::anonymous(50 * PAGE, RW)
+    };
+    assert_eq!(
+        parent.space.mmap(&shared),
+        Err(Errno::ENOMEM),
+        "shared memory is a promise"
+    );
+    assert_eq!(
+        parent
+            .space
+            .mremap(AT, 100 * PAGE, 150 * PAGE, RemapFlags::MAYMOVE, 0),
+        Err(Errno::ENOMEM)
+    );
+    check_counters([&parent]);
+    mm.set_commit_policy(&CommitPolicy {
+        mode: Overcommit::Guess,
+        ..policy
+    });
+    assert_eq!(
+        map(&parent, AT + 0x400_0000, 301, RW),
+        Err(Errno::ENOMEM),
+        "more than there is"
+    );
+    map(&parent, AT + 0x400_0000, 300, RW).unwrap();
+    parent.space.mmap(&noreserve).unwrap();
+    mm.set_commit_policy(&CommitPolicy {
+        mode: Overcommit::Always,
+        ..policy
+    });
+    map(&parent, AT + 0x500_0000, 3000, RW).unwrap();
+    parent.space.mmap(&shared).unwrap();
+    assert_eq!(
+        mm.commit_lines().to_string(),
+        format!(
+            "CommitLimit:    {:>8} kB\nCommitted_AS:   {:>8} kB\n",
+            800,
+            mm.committed() * 4
+        )
+    );
+    parent.exit();
+    assert_eq!(mm.committed(), 0, "every promise was taken back");
+}
+
+#[test]
+fn a_refused_fixed_mapping_leaves_what_was_there() {
+    let program = limited(|limits| limits.address_space = 10 * PAGE);
+    map(&program, AT, 8, RW).unwrap();
+    program.store(AT + 7 * PAGE, 5).unwrap();
+    // As on Linux the mapping stays cut where the refused one would have begun.
+    assert_eq!(map(&program, AT + 6 * PAGE, 6, RW), Err(Errno::ENOMEM));
+    assert_eq!(program.space.map_count(), 2);
+    assert_eq!(program.load(AT + 7 * PAGE), Ok(5));
+    program.exit();
+}
+
+#[test]
+fn the_heap_leaves_a_page_free_below_what_follows() {
+    let program = limited(|limits| limits.data = 64 * PAGE);
+    let space = &program.space;
+    space.set_heap(0x60_0000);
+    map(&program, 0x61_0000, 1, RW).unwrap();
+    assert_eq!(space.brk(0x61_0000), 0x60_0000);
+    assert_eq!(space.brk(0x60_f000), 0x60_f000);
+    assert_eq!(space.brk(0x60_0000), 0x60_0000);
+    program.exit();
+}
