@@ -16,6 +16,7 @@ mod physmap;
 mod platform;
 mod source;
 pub mod sync;
+mod tlb;
 
 pub use addr::{Canonical, PAGE_SHIFT, PAGE_SIZE, PhysAddr, VirtAddr};
 pub use cpu::{Cpu, CpuCall, CpuCallError, CpuId, CpuSet, NoCpuCall, PerCpu, Pinned, SingleCpu};
@@ -46,3 +47,4 @@ pub use source::{
     NoPressure, NodeId, NodePolicy, Pressure, PressureLevel, Shrink,
 };
 pub use sync::CachePadded;
+pub use tlb::Tlb;

@@ -108,11 +108,12 @@ impl Completion {
 ///
 /// # Safety
 ///
-/// - `M1`: when `flush_local` returns, this CPU holds none of the translations named, neither in a TLB nor in a
+/// - `M1`: when `flush_local` returns, this CPU holds none of the translations named that it might use, neither in a TLB nor in a
 ///   paging-structure cache, nor one that it began to load before the call.
 /// - `M2`: when `complete` returns for what `shootdown` gave, the same is true of every CPU in `cpus`.
 /// - `M3`: `active_cpus(root)` contains every CPU that may hold translations of the space: it has the root loaded, also
-///   lazily, or kept entries under its tag when it left. It may contain more.
+///   lazily, or kept entries under its tag when it left. It may contain more. `flush_targets(request)` may leave out those that use none
+///   of what the request names before they have dropped it.
 /// - `M4`: entry stores made before a call are visible to the table walks of the CPUs flushed by it.
 /// - `M5`: when `is_loaded(root)` gives `false`, no CPU walks from the root: none has it loaded, lazily or otherwise.
 pub unsafe trait Mmu {
@@ -138,6 +139,16 @@ pub unsafe trait Mmu {
     fn active_cpus(&self, root: Root) -> CpuSet {
         let _ = root;
         CpuSet::single(CpuId::BOOT)
+    }
+
+    /// The CPUs that `request` must reach at once (`M3`). Called after the entry stores that the request is about, by a CPU that stays pinned
+    /// until it has called `shootdown` and `flush_local` with the same request.
+    ///
+    /// An MMU that keeps generations notes here that the space changed: a CPU that does not run it is left out, and drops what it kept when
+    /// it loads the root again. Lazy CPUs are left out likewise, unless tables are freed.
+    #[doc(alias = "inc_mm_tlb_gen")]
+    fn flush_targets(&self, request: &FlushRequest) -> CpuSet {
+        self.active_cpus(request.root)
     }
 
     /// Whether a CPU may walk from this root now (`M5`). What it left in caches does not count.
@@ -184,6 +195,9 @@ unsafe impl<M: Mmu + ?Sized> Mmu for &M {
     }
     fn active_cpus(&self, root: Root) -> CpuSet {
         (**self).active_cpus(root)
+    }
+    fn flush_targets(&self, request: &FlushRequest) -> CpuSet {
+        (**self).flush_targets(request)
     }
     fn is_loaded(&self, root: Root) -> bool {
         (**self).is_loaded(root)

@@ -79,6 +79,8 @@ pub struct Stats {
     pub speculative_fills: u64,
     /// A bits set without an access.
     pub early_accessed: u64,
+    /// Loads ahead of their permission check that found a translation ([`VirtualCpu::transient_read`](crate::VirtualCpu::transient_read)).
+    pub transient_reads: u64,
     /// Pieces of large pages cached.
     pub fractures: u64,
     /// Entries cached as not present ([`MachineBuilder::caches_absent`](crate::MachineBuilder::caches_absent)).

@@ -571,7 +571,7 @@ impl Core {
         self.stats.stale_hits += 1;
         let kind = if entry.tag != GLOBAL && entry.origin.root != context.root() {
             ViolationKind::ForeignSpace
-        } else if self.table_freed(&entry.origin) {
+        } else if self.table_freed(entry) {
             ViolationKind::FreedTable
         } else if self.settled_since(context.root(), linear, entry.origin.step) {
             ViolationKind::Unflushed
@@ -581,10 +581,14 @@ impl Core {
         self.stale(kind, cpu, linear, Some(access), entry, source);
     }
 
-    pub(crate) fn table_freed(&self, origin: &Origin) -> bool {
-        origin
+    /// Whether a table was freed that an entry rests on. A global entry serves every space, so it outlives the root that it was found
+    /// through; all below that is as for others.
+    pub(crate) fn table_freed(&self, entry: &TlbEntry) -> bool {
+        let root = (entry.tag == GLOBAL).then_some(entry.origin.root >> 12);
+        entry
+            .origin
             .reached()
-            .any(|(table, reached)| self.frames.freed_since(table, reached))
+            .any(|(table, reached)| Some(table) != root && self.frames.freed_since(table, reached))
     }
 
     pub(crate) fn is_exempt(&self, linear: u64) -> bool {
@@ -649,7 +653,11 @@ impl Core {
                 .wrapping_add(self.rng.below(16) << 12)
                 .wrapping_sub(8 << 12),
         };
-        let linear = context.mode.wrap(target);
+        self.speculate_at(cpu, context, context.mode.wrap(target));
+    }
+
+    /// Walks to an address ahead of any access, and caches what is there.
+    fn speculate_at(&mut self, cpu: usize, context: &WalkContext, linear: u64) {
         let tag = self.cpus[cpu].pcid();
         let (_, present) = self.cpus[cpu].caches.hits(linear, tag);
         if !context.mode.is_canonical(linear) || present > 0 {
@@ -676,6 +684,37 @@ impl Core {
         if start.is_none() {
             self.check_fresh(cpu, linear, &entry);
         }
+    }
+
+    /// Where a load would read that runs ahead of its permission check: through any translation that the CPU holds or walks to, whoever may
+    /// use it. No fault is raised, whatever comes of the load is thrown away; what a program learns of it, it learns by timing.
+    pub(crate) fn transient(&mut self, cpu: usize, linear: u64) -> Option<u64> {
+        self.step += 1;
+        let context = self.cpus[cpu].context()?;
+        if !context.mode.is_canonical(linear) {
+            return None;
+        }
+        let linear = context.mode.wrap(linear);
+        self.speculate_at(cpu, &context, linear);
+        let tag = self.cpus[cpu].pcid();
+        let (hits, _) = self.cpus[cpu].caches.hits(linear, tag);
+        let found = match hits[0] {
+            Some(hit) => Some(
+                self.cpus[cpu]
+                    .caches
+                    .entry(hit)
+                    .translation
+                    .physical(linear),
+            ),
+            // Without caches the walk itself tells.
+            None => walker::walk(&self.memory, &context, linear, None, Touch::Nothing)
+                .outcome
+                .ok()
+                .map(|found| found.physical(linear)),
+        };
+        self.mix(found.unwrap_or(u64::MAX));
+        self.stats.transient_reads += u64::from(found.is_some());
+        found
     }
 
     /// Checks that a frame the kernel reaches for directly is not free.

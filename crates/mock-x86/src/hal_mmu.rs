@@ -7,8 +7,11 @@
 //! | `shootdown` | one interrupt per CPU, taken at its next yield point or later |
 //! | `active_cpus` | CPUs with the root loaded, or left under its PCID without a flush since |
 
-use kmem_hal::{Asid, Completion, CpuId, CpuSet, FlushRequest, FlushScope, Frame, Mmu, Root};
+use kmem_hal::{
+    Asid, Completion, CpuId, CpuSet, FlushRequest, FlushScope, Frame, Mmu, Page, Root, Tlb,
+};
 
+use crate::cpu::Invpcid;
 use crate::hal_cpu::cpu_id;
 use crate::interrupt::{FlushWhat, FlushWork};
 use crate::machine::Machine;
@@ -108,7 +111,60 @@ unsafe impl Mmu for Machine {
     }
 }
 
+// SAFETY: B1 to B5: each is one instruction, which drops what the manual says (`cpu`); B6: one host thread, in program order.
+unsafe impl Tlb for Machine {
+    fn tags(&self) -> u16 {
+        Mmu::asid_count(self)
+    }
+
+    unsafe fn load(&self, root: Root, keep: bool) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.load_root(root, keep) }
+    }
+
+    fn drop_page(&self, page: Page) {
+        self.cpu(self.current_cpu()).invlpg(page.start().as_u64());
+    }
+
+    fn drop_page_of(&self, tag: Asid, page: Page) -> bool {
+        self.drop_tagged(Invpcid::Address {
+            pcid: tag.get(),
+            linear: page.start().as_u64(),
+        })
+    }
+
+    fn drop_current(&self) {
+        let cpu = self.cpu(self.current_cpu());
+        let value = cpu.registers().cr3;
+        if let Err(fault) = cpu.write_cr3(value) {
+            panic!("CR3 {value:#x} again: {fault}");
+        }
+    }
+
+    fn drop_tag(&self, tag: Asid) -> bool {
+        self.drop_tagged(Invpcid::Context { pcid: tag.get() })
+    }
+
+    fn drop_all(&self) {
+        if self.drop_tagged(Invpcid::AllWithGlobal) {
+            return;
+        }
+        let cpu = self.cpu(self.current_cpu());
+        let value = cpu.registers().cr4;
+        for value in [value ^ cr4::PGE, value] {
+            if let Err(fault) = cpu.write_cr4(value) {
+                panic!("CR4 {value:#x}: {fault}");
+            }
+        }
+    }
+}
+
 impl Machine {
+    /// `INVPCID` on the current CPU, if it has that instruction.
+    fn drop_tagged(&self, kind: Invpcid) -> bool {
+        self.cpu(self.current_cpu()).invpcid(kind).is_ok()
+    }
+
     /// The root that a CPU translates through, as hal names it.
     pub fn loaded_root(&self, cpu: usize) -> Root {
         let (value, pcid) = self.with(|inner| {

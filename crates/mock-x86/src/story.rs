@@ -296,7 +296,7 @@ impl Core {
             if freed || stale {
                 let kind = if freed {
                     ViolationKind::FreedFrame
-                } else if self.table_freed(&entry.origin) {
+                } else if self.table_freed(entry) {
                     ViolationKind::FreedTable
                 } else {
                     ViolationKind::Unflushed

@@ -119,6 +119,18 @@ impl<'m> VirtualCpu<'m> {
             .with(|inner| inner.core.translate(self.number, linear, access))
     }
 
+    /// What a load sees that runs ahead of its permission check, as on processors with the Meltdown flaw (CVE-2017-5754): the byte behind
+    /// whatever translation there is, the kernel's too. `None` where nothing is mapped under the CPU's root and tag. The program never
+    /// gets the value as such, but can tell it by timing.
+    pub fn transient_read(&self, linear: u64) -> Option<u8> {
+        sched::yield_point(self.machine);
+        let physical = self
+            .machine
+            .with(|inner| inner.core.transient(self.number, linear))?;
+        let value = self.machine.memory().load(physical, 1)?;
+        Some(value as u8)
+    }
+
     /// Fetches an instruction byte.
     ///
     /// # Errors
