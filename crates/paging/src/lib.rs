@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![no_std]
 
+mod asid;
 mod attributes;
 mod cache;
 mod cursor;
@@ -10,6 +11,7 @@ mod error;
 mod fork;
 pub mod format;
 mod gather;
+mod isolation;
 #[cfg(kmem_mutants)]
 pub mod mutants;
 #[cfg(not(kmem_mutants))]
@@ -19,6 +21,9 @@ mod path;
 mod quiescent;
 mod table;
 
+#[cfg(target_arch = "x86_64")]
+pub use asid::X86Tlb;
+pub use asid::{AsidArea, AsidMmu};
 pub use attributes::{Attributes, Leaf, MemoryType, Payload, Rights, Soft, SoftBit};
 pub use cache::{TableCache, TableReserve};
 pub use cursor::UnshareStep;

@@ -75,6 +75,8 @@ pub struct PageTable<F: Format, E: Env, H: FrameHandle> {
     global: AtomicBool,
     /// Frames for copies of shared tables when there are no others ([`keep_spares`](Self::keep_spares)).
     spares: Lock<Chain, IrqSafe>,
+    /// Whether there is a second root for user mode.
+    pub(crate) isolated: bool,
     // Handles go in and come out on any thread that has a reference.
     handles: PhantomData<(F, Lock<H, ()>)>,
 }
@@ -99,20 +101,8 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         if !(F::MIN_LEVELS..=F::LEVELS.len()).contains(&levels) {
             return Err(TableError::BadLevels);
         }
-        let table = Self {
-            root: Self::make_root(&env, levels).map_err(TableError::Memory)?,
-            env,
-            levels,
-            asid: Asid::ZERO,
-            borrowed_from: level::<F>(levels).entries(),
-            lent_from: AtomicUsize::new(usize::MAX),
-            unflushed: AtomicUsize::new(0),
-            tables: AtomicUsize::new(1),
-            exposed: AtomicBool::new(false),
-            global: AtomicBool::new(false),
-            spares: Lock::new(Chain::EMPTY),
-            handles: PhantomData,
-        };
+        let root = Self::make_root(&env, levels).map_err(TableError::Memory)?;
+        let table = Self::with_root(env, root, levels, level::<F>(levels).entries());
         if F::FIXED_TOP
             && let Err(error) = table.hold_top_from(0)
         {
@@ -120,6 +110,25 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             return Err(TableError::Memory(error));
         }
         Ok(table)
+    }
+
+    /// A table of this root, whose top entries from `borrowed_from` on are another table's.
+    pub(crate) fn with_root(env: E, root: Frame, levels: usize, borrowed_from: usize) -> Self {
+        Self {
+            root,
+            env,
+            levels,
+            asid: Asid::ZERO,
+            borrowed_from,
+            lent_from: AtomicUsize::new(usize::MAX),
+            unflushed: AtomicUsize::new(0),
+            tables: AtomicUsize::new(1),
+            exposed: AtomicBool::new(false),
+            global: AtomicBool::new(false),
+            isolated: false,
+            spares: Lock::new(Chain::EMPTY),
+            handles: PhantomData,
+        }
     }
 
     /// Makes a table that shares the upper part of `kernel`, from page `from` to the top.
@@ -136,7 +145,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         from: Page,
     ) -> Result<Self, TableError> {
         let index = kernel.top_index(from);
-        if index < kernel.lent_from.load(Ordering::Acquire) {
+        if !kernel.lends(index) {
             return Err(TableError::CannotShare);
         }
         Self::borrowing(env, kernel, index)
@@ -148,7 +157,14 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     ///
     /// [`TableError::Memory`] where there is no frame for the root.
     pub fn empty_like(env: E, other: &Self) -> Result<Self, TableError> {
-        if other.borrowed_from < level::<F>(other.levels).entries() {
+        if other.isolated {
+            Self::paired(
+                env,
+                &other.root_node(),
+                &other.user_node(),
+                other.borrowed_from,
+            )
+        } else if other.borrowed_from < level::<F>(other.levels).entries() {
             // What was borrowed stays as it is for ever (P3), so it can be passed on.
             Self::borrowing(env, other, other.borrowed_from)
         } else {
@@ -162,20 +178,8 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         lender: &PageTable<F, G, K>,
         index: usize,
     ) -> Result<Self, TableError> {
-        let table = Self {
-            root: Self::make_root(&env, lender.levels).map_err(TableError::Memory)?,
-            env,
-            levels: lender.levels,
-            asid: Asid::ZERO,
-            borrowed_from: index,
-            lent_from: AtomicUsize::new(usize::MAX),
-            unflushed: AtomicUsize::new(0),
-            tables: AtomicUsize::new(1),
-            exposed: AtomicBool::new(false),
-            global: AtomicBool::new(false),
-            spares: Lock::new(Chain::EMPTY),
-            handles: PhantomData,
-        };
+        let root = Self::make_root(&env, lender.levels).map_err(TableError::Memory)?;
+        let table = Self::with_root(env, root, lender.levels, index);
         {
             let own = table.root_node();
             let levels = lender.levels;
@@ -218,7 +222,12 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         Ok(())
     }
 
-    fn top_index(&self, page: Page) -> usize {
+    /// Whether top entries from `index` on are lent to others.
+    pub(crate) fn lends(&self, index: usize) -> bool {
+        index >= self.lent_from.load(Ordering::Acquire)
+    }
+
+    pub(crate) fn top_index(&self, page: Page) -> usize {
         index_at::<F>(page.number(), self.levels)
     }
 
@@ -570,7 +579,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         let mut cpus = if lent {
             CpuSet::first(self.env.cpu().count())
         } else {
-            mmu.active_cpus(request.root)
+            mmu.flush_targets(&request)
         };
         cpus.remove(mmu.this_cpu());
         let sent = if cpus.is_empty() || mutant!("flush-interrupts-nobody") {
@@ -677,6 +686,9 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
                         }
                     }
                     self.discount_table(node.frame, number);
+                    if number == self.levels {
+                        self.drop_user_root();
+                    }
                     // SAFETY: O1: nothing points to the table any more, and no reader has a reference to `self`; O3: as
                     // above. It holds zeros.
                     cache::give(&self.env, unsafe {

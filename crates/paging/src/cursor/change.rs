@@ -24,7 +24,7 @@ use crate::format::{Format, Kind, Word, level};
 use crate::gather::{Gather, Stale};
 use crate::mutants::mutant;
 use crate::node::{self, Node};
-use crate::quiescent::Liveness;
+use crate::quiescent::{Liveness, patch_present};
 use crate::table::{Entry, decode, index_at};
 
 bitflags::bitflags! {
@@ -155,6 +155,11 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             let (mut union, mut common) = (0u64, u64::MAX);
             let mut run = 0u64;
             let first = at;
+            if S::QUIESCENT {
+                let done = patch_present::<F>(&entries[at..], (keep, set));
+                (at, run) = (at + done.entries, done.changed);
+                (union, common) = (done.union, done.common);
+            }
             for entry in &entries[at..] {
                 let word = F::Word::load(entry);
                 if !F::is_present(1, word) {

@@ -571,6 +571,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
             node.add_live(1);
         }
         node.store(index, word);
+        self.table.mirror(&node, index, word);
         if let Some(lowest) = lowest {
             node.unlock();
             self.hold(lowest, page);

@@ -586,6 +586,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             gather.announce();
             if !mutant!("prune-forgets-the-parent") {
                 parent.store(index, 0);
+                self.table.mirror(&parent, index, 0);
             }
             let left = parent.sub_live(1);
             if mutant!("prune-not-stray") {

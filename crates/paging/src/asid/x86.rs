@@ -1,0 +1,111 @@
+//! [`Tlb`] of a real x86-64 processor: the instructions.
+//!
+//! Runs in the kernel (ring 0) alone. CR4.PCIDE is the kernel's to set at boot, before the first load with a tag, and CR4.PGE with it;
+//! what the processor has is asked once, when the value is made.
+//!
+//! Source: Intel SDM volume 3A, 4.10.1 and 4.10.4.1; Linux arch/x86/include/asm/tlbflush.h (which instruction for what).
+
+use core::arch::asm;
+
+use kmem_hal::{Asid, Page, Root, Tlb};
+
+/// Bit 63 of what is written to CR3: keep what is cached under the tag.
+const KEEP: u64 = 1 << 63;
+/// CR4.PGE.
+const PGE: u64 = 1 << 7;
+
+/// The translation caches of the x86-64 CPU that runs the code.
+///
+/// # Examples
+///
+/// A kernel that found PCID and INVPCID in CPUID, and has set CR4.PCIDE:
+///
+/// ```
+/// use kmem_paging::X86Tlb;
+///
+/// // SAFETY: ring 0 alone calls the value's methods, and CR4.PCIDE is set.
+/// let tlb = unsafe { X86Tlb::new(true, true) };
+/// ```
+#[derive(Clone, Copy, Debug)]
+pub struct X86Tlb {
+    pcid: bool,
+    invpcid: bool,
+}
+
+impl X86Tlb {
+    /// The caches of a CPU on which CR4.PCIDE is set (`pcid`), and which has the instruction INVPCID (`invpcid`; CPUID leaf 7, EBX
+    /// bit 10).
+    ///
+    /// # Safety
+    ///
+    /// That is so on every CPU, and the methods are called in ring 0 only.
+    #[must_use]
+    pub const unsafe fn new(pcid: bool, invpcid: bool) -> Self {
+        Self { pcid, invpcid }
+    }
+
+    fn invpcid(kind: u64, tag: Asid, page: u64) {
+        let descriptor = [u64::from(tag.get()), page];
+        // SAFETY: `new`: the instruction exists and this is ring 0; it drops cached translations and reads the descriptor.
+        unsafe {
+            asm!("invpcid {}, [{}]", in(reg) kind, in(reg) descriptor.as_ptr(), options(nostack));
+        }
+    }
+}
+
+// SAFETY: B1 to B5: by the manual, each instruction drops that much (4.10.4.1); INVLPG drops the paging-structure entries of the
+// current PCID too. B6: all of them are serialising.
+unsafe impl Tlb for X86Tlb {
+    fn tags(&self) -> u16 {
+        if self.pcid { 4096 } else { 1 }
+    }
+
+    unsafe fn load(&self, root: Root, keep: bool) {
+        let mut value = root.frame.start().as_u64();
+        if self.pcid {
+            value |= u64::from(root.asid.get());
+            if keep {
+                value |= KEEP;
+            }
+        }
+        // SAFETY: the caller's promise: the tables map what runs.
+        unsafe { asm!("mov cr3, {}", in(reg) value, options(nostack)) };
+    }
+
+    fn drop_page(&self, page: Page) {
+        // SAFETY: drops cached translations; no effect on memory.
+        unsafe { asm!("invlpg [{}]", in(reg) page.start().as_u64(), options(nostack)) };
+    }
+
+    fn drop_page_of(&self, tag: Asid, page: Page) -> bool {
+        if self.invpcid && self.pcid {
+            Self::invpcid(0, tag, page.start().as_u64());
+        }
+        self.invpcid && self.pcid
+    }
+
+    fn drop_current(&self) {
+        // SAFETY: the same root and tag again; CR3 reads without bit 63.
+        unsafe { asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack)) };
+    }
+
+    fn drop_tag(&self, tag: Asid) -> bool {
+        if self.invpcid && self.pcid {
+            Self::invpcid(1, tag, 0);
+        }
+        self.invpcid && self.pcid
+    }
+
+    fn drop_all(&self) {
+        if self.invpcid {
+            Self::invpcid(2, Asid::ZERO, 0);
+            return;
+        }
+        // SAFETY: CR4 as it was, after a moment without global pages: a change of PGE drops everything. An interrupt in between finds
+        // global pages off, which only costs time.
+        unsafe {
+            asm!("mov {0}, cr4", "mov {1}, {0}", "xor {1}, {pge}", "mov cr4, {1}", "mov cr4, {0}",
+                out(reg) _, out(reg) _, pge = const PGE, options(nostack));
+        }
+    }
+}
