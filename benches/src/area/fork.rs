@@ -23,7 +23,7 @@
 //! | `brk_grow` | a call that moves the break up by a page, or down again |
 
 use kmem_cow_mm::{
-    AddressSpace, Env, Layout, MapRequest, Mm, Object, Outcome, Prot, SpaceMemory, Vma,
+    AddressSpace, Env, Layout, MapRequest, Mm, Object, Outcome, Prot, SpaceMemory, VmaMemory,
 };
 use kmem_hal::{
     DeviceFrame, FaultCode, Frame, Order, Page, PageFault, PageRange, SpinWait, VirtAddr,
@@ -59,7 +59,7 @@ pub struct World {
     machine: &'static Machine,
     paging: Paging,
     nodes: Nodes,
-    vmas: Cache<'static, Vma, SlabParts>,
+    vmas: Cache<'static, VmaMemory, SlabParts>,
     objects: Objects,
     spaces: Spaces,
 }
@@ -69,7 +69,7 @@ unsafe impl Env for World {
     type Paging = Paging;
     type Format = X86_64;
     type Nodes = Nodes;
-    type Vmas = Cache<'static, Vma, SlabParts>;
+    type Vmas = Cache<'static, VmaMemory, SlabParts>;
     type Objects = Objects;
     type Spaces = Spaces;
     type Lock = SpinWait;

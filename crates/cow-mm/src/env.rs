@@ -12,7 +12,7 @@ use kmem_vma_tree::Node;
 
 use crate::object::Object;
 use crate::space::SpaceMemory;
-use crate::vma::Vma;
+use crate::vma_memory::VmaMemory;
 
 /// The machine as address spaces see it.
 ///
@@ -29,7 +29,7 @@ pub unsafe trait Env: Sized {
     /// Memory for nodes of the VMA tree and of page caches.
     type Nodes: ObjectAlloc<Node>;
     /// Memory for VMAs.
-    type Vmas: ObjectAlloc<Vma>;
+    type Vmas: ObjectAlloc<VmaMemory>;
     /// Memory for the objects behind files and shared memory.
     type Objects: ObjectAlloc<Object<Self::Nodes, Self::Lock>>;
     /// Memory for address spaces.
@@ -86,7 +86,7 @@ where
     P: PagingEnv,
     F: Format,
     N: ObjectAlloc<Node>,
-    V: ObjectAlloc<Vma>,
+    V: ObjectAlloc<VmaMemory>,
     O: ObjectAlloc<Object<N, L>>,
     S: ObjectAlloc<SpaceMemory>,
     L: RawSleepLock,

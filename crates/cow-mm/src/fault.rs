@@ -91,7 +91,8 @@ impl From<Errno> for Stop {
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// Handles a page fault of this space.
     ///
-    /// Context: the faulting task's, interrupts on; may allocate; takes the space's lock.
+    /// Context: the faulting task's, interrupts on; may allocate. Holds the lock of the VMA shared; takes the space's lock
+    /// only where the mapping itself must change (a stack grows, a first write) or is being changed.
     #[doc(alias = "do_user_addr_fault")]
     #[doc(alias = "handle_mm_fault")]
     pub fn fault(&self, fault: &PageFault) -> Outcome {
@@ -104,8 +105,12 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 false => Outcome::KernelFault,
             };
         }
-        let mut state = self.lock();
-        match self.fault_locked(&mut state, fault.address, fault.code.access()) {
+        let access = fault.code.access();
+        let outcome = match self.fault_in_vma(fault.address, access) {
+            Some(outcome) => outcome,
+            None => self.fault_locked(&mut self.lock(), fault.address, access),
+        };
+        match outcome {
             Ok(()) => Outcome::Handled,
             Err(Stop::Outcome(outcome)) => outcome,
             Err(Stop::Errno(Errno::ENOMEM)) => Outcome::OutOfMemory,
@@ -114,6 +119,19 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 address: fault.address,
             },
         }
+    }
+
+    /// A fault in a mapping that exists, without the space's lock; `None` where it takes that: to add or change a mapping, or because
+    /// somebody does.
+    fn fault_in_vma(&self, address: VirtAddr, access: Access) -> Option<Result<(), Stop>> {
+        let page = Page::containing(address);
+        // The VMA stays as it is while it is held, and so do its pages' entries but for other faults. Nothing below waits for
+        // the space's lock.
+        let (vma, _held) = self.core().vmas.lock_vma(page)?;
+        if !allows(vma.flags, access) || needs_anon(&vma, access) {
+            return None;
+        }
+        Some(self.fault_page(&vma, page, address, access))
     }
 
     pub(crate) fn fault_locked(
@@ -130,7 +148,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if !allows(vma.flags, access) {
             return signal(Signal::AccessError);
         }
-        if access == Access::Write && !vma.is_shared() && vma.anon.is_none() {
+        if needs_anon(&vma, access) {
             // A program that writes to its own copy owns pages from now on, even if this one cannot be had.
             self.prepare_anon(state, page);
         }
@@ -387,4 +405,9 @@ pub(crate) fn allows(flags: VmFlags, access: Access) -> bool {
         Access::Write => flags.contains(VmFlags::WRITE),
         Access::Execute => flags.contains(VmFlags::EXEC),
     }
+}
+
+/// Whether the mapping has to get a reverse map first: a program that writes to its own copy of something owns pages from now on.
+fn needs_anon(vma: &Vma, access: Access) -> bool {
+    access == Access::Write && !vma.is_shared() && vma.anon.is_none()
 }

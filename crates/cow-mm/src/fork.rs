@@ -48,36 +48,33 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     #[doc(alias = "dup_mmap")]
     pub fn fork(&self) -> Result<Self, Errno> {
         let child = self.empty_child()?;
-        {
-            let parent = self.lock();
-            let mut state = child.lock();
-            state.brk = parent.brk;
-            state.limits = parent.limits;
-            state.segments = parent.segments;
-            state.keys = parent.keys;
-            let mut pages = 0;
-            for vma in parent.vmas.iter() {
-                pages += vma.range.count();
-                if !vma.flags.contains(VmFlags::DONTCOPY) {
-                    let inherited = self.inherited(&vma);
-                    let mut edit = state.vmas.edit()?;
-                    if inherited.flags.contains(VmFlags::ACCOUNT) {
-                        edit.charge(inherited.range.count(), &parent.limits)?;
-                    }
-                    edit.insert(inherited);
-                }
-            }
-            let level2 = pages >= LEVEL2_FROM;
-            if level2 {
-                self.core().sharing.level2.store(true, Ordering::Relaxed);
-                child.core().sharing.level2.store(true, Ordering::Relaxed);
-            }
-            let mut gather = self.tables().gather::<1>();
-            let outcome = self.share_all(&child, parent.vmas.iter(), &mut gather);
-            gather.commit(|page| self.mm().put(page));
-            outcome?;
-        }
+        self.copy_to(&child)?;
         Ok(child)
+    }
+
+    fn copy_to(&self, child: &Self) -> Result<(), Errno> {
+        let mut parent = self.lock();
+        let mut state = child.lock();
+        state.brk = parent.brk;
+        state.limits = parent.limits;
+        state.segments = parent.segments;
+        state.keys = parent.keys;
+        let mut pages = 0;
+        let is_admin = parent.limits.is_admin;
+        state.vmas.copy_from(&parent.vmas, is_admin, |vma| {
+            pages += vma.range.count();
+            (!vma.flags.contains(VmFlags::DONTCOPY)).then(|| self.inherited(vma))
+        })?;
+        if pages >= LEVEL2_FROM {
+            self.core().sharing.level2.store(true, Ordering::Relaxed);
+            child.core().sharing.level2.store(true, Ordering::Relaxed);
+        }
+        // From here on no fault is at work in this space.
+        parent.vmas.lock_all();
+        let mut gather = self.tables().gather::<1>();
+        let outcome = self.share_all(child, parent.vmas.iter(), &mut gather);
+        gather.commit(|page| self.mm().put(page));
+        outcome
     }
 
     /// Shares the tables that have anonymous pages.
@@ -95,7 +92,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 self.tables().keep_spares(SPARES)?;
                 self.core().sharing.tables.store(true, Ordering::Relaxed);
             }
-            // SAFETY: both spaces' locks are held, and the child is loaded nowhere.
+            // SAFETY: the space's lock is held and every VMA of it is, so nothing else is at work in its tables; nobody runs in the
+            // child yet, whose lock is held too.
             unsafe { self.share_leaves(child, range, gather) }
         };
         // Pages in whole tables with something to inherit, not shared yet; and the page after the last mapping that is not inherited.

@@ -3,9 +3,9 @@
 use core::ptr::NonNull;
 
 use kmem_hal::Frame;
-use kmem_vma_tree::Value;
+use kmem_vma_tree::{Lockable, Value, VmaLock};
 
-use crate::vma::Vma;
+use crate::vma_memory::VmaMemory;
 
 /// A word in a tree. Which of the two it is the tree's owner knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -14,12 +14,12 @@ pub struct Handle(u64);
 
 impl Handle {
     /// A VMA's address.
-    pub(crate) fn of_vma(vma: NonNull<Vma>) -> Self {
+    pub(crate) fn of_vma(vma: NonNull<VmaMemory>) -> Self {
         Self(vma.as_ptr().expose_provenance() as u64)
     }
 
     /// The VMA that the word is the address of.
-    pub(crate) fn vma(self) -> Option<NonNull<Vma>> {
+    pub(crate) fn vma(self) -> Option<NonNull<VmaMemory>> {
         NonNull::new(core::ptr::with_exposed_provenance_mut(self.0 as usize))
     }
 
@@ -41,5 +41,17 @@ impl Value for Handle {
 
     fn from_word(word: u64) -> Self {
         Self(word)
+    }
+}
+
+// SAFETY: LV1: a VMA's memory is one until a grace period has passed since it left the tree, and its lock is never made anew;
+// LV2: `L3` is kept by `VmaSet` (its `I4`).
+unsafe impl Lockable for Handle {
+    unsafe fn lock<'v>(self) -> &'v VmaLock {
+        let Some(vma) = self.vma() else {
+            unreachable!("a tree of VMAs holds their addresses")
+        };
+        // SAFETY: LV1, and the caller keeps the memory for 'v.
+        unsafe { VmaMemory::lock_of(vma) }
     }
 }

@@ -37,6 +37,7 @@ mod tables;
 mod usage;
 mod user;
 mod vma;
+mod vma_memory;
 mod vma_set;
 
 pub use commit::{CommitLines, CommitPolicy, Overcommit};
@@ -64,3 +65,4 @@ pub use status::{Statm, Status};
 pub use sync::SyncFlags;
 pub use usage::{Pages, Resident};
 pub use vma::{AnonLink, Label, Vma};
+pub use vma_memory::VmaMemory;

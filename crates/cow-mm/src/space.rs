@@ -16,6 +16,7 @@
 
 use core::fmt;
 use core::mem::{ManuallyDrop, MaybeUninit};
+use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 
 use kmem_hal::lock::SleepWriteGuard;
@@ -33,7 +34,7 @@ use crate::limits::Limits;
 use crate::mm::{Mm, PageRef};
 use crate::registry;
 use crate::vma::Vma;
-use crate::vma_set::VmaSet;
+use crate::vma_set::{VmaIndex, VmaSet};
 
 /// The heap of brk: `[start, end)`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -104,7 +105,33 @@ pub(crate) struct Core<'m, E: Env> {
     /// `None` only while the space is dropped.
     pub(crate) tables: Option<PageTable<E::Format, &'m E::Paging, PageRef>>,
     pub(crate) sharing: Sharing,
-    pub(crate) state: SleepLock<State<'m, E>, E::Lock>,
+    /// What is done with the space's lock held.
+    state: SleepLock<State<'m, E>, E::Lock>,
+    /// Where a fault finds a VMA without it. Dropped after the state, which points to it.
+    pub(crate) vmas: VmaIndex<'m, E>,
+}
+
+/// The space's lock. Whoever lets it go releases the VMAs that he write-locked.
+pub(crate) struct StateGuard<'a, 'm, E: Env>(SleepWriteGuard<'a, State<'m, E>, E::Lock>);
+
+impl<'m, E: Env> Deref for StateGuard<'_, 'm, E> {
+    type Target = State<'m, E>;
+
+    fn deref(&self) -> &State<'m, E> {
+        &self.0
+    }
+}
+
+impl<'m, E: Env> DerefMut for StateGuard<'_, 'm, E> {
+    fn deref_mut(&mut self) -> &mut State<'m, E> {
+        &mut self.0
+    }
+}
+
+impl<E: Env> Drop for StateGuard<'_, '_, E> {
+    fn drop(&mut self) {
+        self.0.vmas.end_write();
+    }
 }
 
 /// Memory for one address space, from [`Env::Spaces`].
@@ -222,28 +249,29 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 return Err(error.into());
             }
         };
-        let state = State {
-            vmas: VmaSet::new(mm),
-            brk: Brk::default(),
-            limits: Limits::default(),
-            default_flags: VmFlags::empty(),
-            segments: Segments::default(),
-            keys: Keys::default(),
-            rss_peak: 0,
-        };
         let core = memory.cast::<Core<'m, E>>();
-        // SAFETY: the allocator gave memory for a space, and a core fits in it.
+        // SAFETY: the allocator gave memory for a space, and a core fits in it; each field is written once, the index before the
+        // set that points to it. The core stays there until it is dropped, whose order of fields ends the set first.
         unsafe {
-            core.as_ptr().write(Core {
-                mm,
-                layout,
-                tables: Some(tables),
-                sharing: Sharing {
-                    tables: AtomicBool::new(false),
-                    level2: AtomicBool::new(false),
-                },
-                state: SleepLock::new(state),
-                entry: registry::Entry::new(family),
+            let core = core.as_ptr();
+            (&raw mut (*core).vmas).write(VmaIndex::new(mm));
+            let state = State {
+                vmas: VmaSet::new(NonNull::from(&(*core).vmas)),
+                brk: Brk::default(),
+                limits: Limits::default(),
+                default_flags: VmFlags::empty(),
+                segments: Segments::default(),
+                keys: Keys::default(),
+                rss_peak: 0,
+            };
+            (&raw mut (*core).state).write(SleepLock::new(state));
+            (&raw mut (*core).entry).write(registry::Entry::new(family));
+            (&raw mut (*core).mm).write(mm);
+            (&raw mut (*core).layout).write(layout);
+            (&raw mut (*core).tables).write(Some(tables));
+            (&raw mut (*core).sharing).write(Sharing {
+                tables: AtomicBool::new(false),
+                level2: AtomicBool::new(false),
             });
         }
         mm.registry().add(core);
@@ -292,8 +320,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         }
     }
 
-    pub(crate) fn lock(&self) -> SleepWriteGuard<'_, State<'m, E>, E::Lock> {
-        self.core().state.write()
+    pub(crate) fn lock(&self) -> StateGuard<'_, 'm, E> {
+        StateGuard(self.core().state.write())
     }
 
     /// Sets the limits of the process.
@@ -414,14 +442,14 @@ impl<E: Env> Drop for AddressSpace<'_, E> {
     fn drop(&mut self) {
         let mm = self.mm();
         mm.registry().remove(self.core);
-        // SAFETY: the registry has let the core go, so nobody else reaches it; it is read out once.
-        let core = unsafe { self.core.as_ptr().read() };
-        if let Some(tables) = core.tables {
+        // SAFETY: the registry has let the core go, so nobody else reaches it.
+        let core = unsafe { self.core.as_mut() };
+        if let Some(tables) = core.tables.take() {
             tables.destroy(|_, page| mm.put(page), |_, _| {});
         }
-        // Its VMAs go with the state.
-        drop(core.state);
-        // SAFETY: the value was read out, and the memory came from this allocator.
+        // SAFETY: as above; it is not used again. In place, as the state points to the index.
+        unsafe { core::ptr::drop_in_place(self.core.as_ptr()) };
+        // SAFETY: the core was dropped, and the memory came from this allocator.
         unsafe { mm.env().spaces().free(self.core.cast()) }
     }
 }

@@ -1,26 +1,45 @@
-//! The VMAs of one space, by address: the tree and the memory of what it points to.
+//! The VMAs of one space, by address: the tree, the memory of what it points to, and a lock in each.
+//!
+//! ```text
+//!   fault  ── no lock of the space ──> VmaIndex ── tree ── VmaMemory { lock, Vma }      held shared while the fault works
+//!   call   ── the space's lock ──> VmaSet ── writes the same tree; write-locks what it changes, releases all at its end
+//! ```
 //!
 //! Readers get copies of VMAs. Changes go through an [`Edit`], which takes the memory for a call's worst case first, so
 //! that no step of a call can fail after the first one.
+//!
+//! A call write-locks a VMA before it changes it or takes it out, and a new VMA before the tree leads to it: so no fault
+//! sees a mapping whose pages are still those of the mapping before. The locks are released when the space's lock is
+//! ([`VmaSet::end_write`]). A fault that finds a VMA write-locked waits for the space's lock.
+//!
+//! Whoever holds a VMA's lock shared must not wait for a space's lock: its writer waits for him.
 //!
 //! Invariants
 //! - `I1`: every handle in the tree is the address of a VMA that this set allocated and has not freed.
 //! - `I2`: the tree holds a VMA under exactly the VMA's own range.
 //! - `I3`: each VMA with a file holds one reference of its object, and each with a name one use of it.
+//! - `I4`: what the tree says of a page changes only while the VMAs concerned, old and new, are write-locked.
+//!
+//! Source: Linux `mm/vma.c`, `include/linux/mmap_lock.h` (per-VMA locks).
 
 use core::ptr::NonNull;
 
-use kmem_hal::{ObjectAlloc, Page, PageRange, Reserve};
-use kmem_vma_tree::{Entry, GapRequest, RangeTree, Reserved};
+use kmem_hal::{Page, PageRange};
+use kmem_paging::Env as PagingEnv;
+use kmem_vma_tree::{
+    Entry, GapRequest, Reserved, Shared, SharedTree, SpaceSeq, VmaReadGuard, Writer,
+};
 
 use crate::counters::{Counters, Ledger};
 use crate::env::Env;
 use crate::errno::Errno;
+use crate::flags::VmFlags;
 use crate::handle::Handle;
 use crate::limits::Limits;
 use crate::merge::{Candidate, joins};
 use crate::mm::Mm;
 use crate::vma::{Label, Vma};
+use crate::vma_memory::{VmaMemory, VmaStock};
 
 /// VMAs that an edit may need: two splits and a new one.
 const STOCK: usize = 3;
@@ -33,10 +52,51 @@ pub(crate) const STORES_TO_CLEAR: usize = 3;
 /// Stores of [`Edit::modify`]: what is given away is reshaped, and merged on both sides.
 pub(crate) const STORES_TO_MODIFY: usize = 4;
 
+type GraceOf<'m, E> = &'m <<E as Env>::Paging as PagingEnv>::Grace;
+type NodesOf<'m, E> = &'m <E as Env>::Nodes;
+
+/// Where a space's VMAs are found, with the space's lock or without.
+pub(crate) struct VmaIndex<'m, E: Env> {
+    mm: &'m Mm<'m, E>,
+    tree: SharedTree<Handle, NodesOf<'m, E>, GraceOf<'m, E>>,
+    seq: SpaceSeq,
+}
+
+impl<'m, E: Env> VmaIndex<'m, E> {
+    pub fn new(mm: &'m Mm<'m, E>) -> Self {
+        Self {
+            mm,
+            tree: SharedTree::new_in(mm.env().nodes(), mm.env().paging().grace()),
+            seq: SpaceSeq::new(),
+        }
+    }
+
+    /// The VMA that covers `page`, which stays as it is until the guard is dropped; `None` where there is none, or somebody changes
+    /// it: take the space's lock and look again.
+    ///
+    /// Takes no lock of the space, and stores to no word but the VMA's own.
+    #[doc(alias = "lock_vma_under_rcu")]
+    pub fn lock_vma(&self, page: Page) -> Option<(Vma, VmaReadGuard<'_>)> {
+        let section = self.tree.read();
+        let (entry, guard) = section.lookup_locked(&self.seq, page).ok()?;
+        // SAFETY: the VMA is locked, and the tree leads to it.
+        let vma = unsafe { VmaMemory::read(entry.value.vma()?) }?;
+        // SAFETY: only the lifetime changes, from that of the section to that of the index: a locked VMA is not taken out of the
+        // tree (`I4`), and only what was taken out is freed.
+        let guard = unsafe { core::mem::transmute::<VmaReadGuard<'_>, VmaReadGuard<'_>>(guard) };
+        Some((vma, guard))
+    }
+}
+
+/// A space's VMAs, for whoever holds the space's lock.
 pub(crate) struct VmaSet<'m, E: Env> {
     mm: &'m Mm<'m, E>,
-    tree: RangeTree<Handle, &'m E::Nodes>,
+    seq: &'m SpaceSeq,
+    tree: Writer<'m, Handle, NodesOf<'m, E>, GraceOf<'m, E>>,
+    stock: VmaStock,
     ledger: Ledger,
+    /// Whether VMAs are write-locked.
+    locked: bool,
 }
 
 // SAFETY: the handles are the set's own (`I1`); the allocators and the `Mm` are shared by contract.
@@ -46,15 +106,16 @@ unsafe impl<E: Env> Sync for VmaSet<'_, E> {}
 
 /// A VMA in the set, to be changed.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub(crate) struct VmaId(NonNull<Vma>);
+pub(crate) struct VmaId(NonNull<VmaMemory>);
 
 /// A VMA with its place in the set.
 type Found = (VmaId, Vma);
 
 fn read(handle: Handle) -> Option<Found> {
     let pointer = handle.vma()?;
-    // SAFETY: `I1`: the VMA is alive, and it changes only through an exclusive borrow of the set.
-    Some((VmaId(pointer), unsafe { *pointer.as_ptr() }))
+    // SAFETY: `I1`: the VMA is alive, and it changes only through an exclusive borrow of the set, which the space's lock gives.
+    let vma = unsafe { VmaMemory::read(pointer) }?;
+    Some((VmaId(pointer), vma))
 }
 
 fn value(entry: Option<Entry<Handle>>) -> Option<Vma> {
@@ -62,11 +123,88 @@ fn value(entry: Option<Entry<Handle>>) -> Option<Vma> {
 }
 
 impl<'m, E: Env> VmaSet<'m, E> {
-    pub fn new(mm: &'m Mm<'m, E>) -> Self {
+    /// The set of an index.
+    ///
+    /// # Safety
+    ///
+    /// The index stays where it is until the set is dropped, and has no other set.
+    pub unsafe fn new(index: NonNull<VmaIndex<'m, E>>) -> Self {
+        // SAFETY: the caller's promise; the set does not outlive it.
+        let index = unsafe { &*index.as_ptr() };
         Self {
-            mm,
-            tree: RangeTree::new_in(mm.env().nodes()),
+            mm: index.mm,
+            seq: &index.seq,
+            // SAFETY: the only set, which is borrowed exclusively for every change.
+            tree: unsafe { index.tree.writer() },
+            stock: VmaStock::new(),
             ledger: Ledger::default(),
+            locked: false,
+        }
+    }
+
+    /// Fills this set, which is empty, with what `inherit` makes of another's VMAs, and charges it; `None` leaves one out.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`]; the set is still empty.
+    #[doc(alias = "__mt_dup")]
+    pub fn copy_from(
+        &mut self,
+        parent: &Self,
+        is_admin: bool,
+        mut inherit: impl FnMut(&Vma) -> Option<Vma>,
+    ) -> Result<(), Errno> {
+        let (mm, stock, ledger) = (self.mm, &mut self.stock, &mut self.ledger);
+        let mut failed = false;
+        // Those in the tree that is being made, to find them should it fail.
+        let mut made = VmaStock::new();
+        let tree = parent.tree.duplicate_in(mm.env().nodes(), &mut |entry| {
+            let (_, vma) = read(entry.value)?;
+            let vma = inherit(&vma)?;
+            if vma.flags.contains(VmFlags::ACCOUNT) && !failed {
+                let (pages, total) = (vma.range.count(), ledger.counters.total);
+                match mm.commit().charge(pages, total, is_admin) {
+                    Ok(()) => ledger.note_charge(pages),
+                    Err(_) => failed = true,
+                }
+            }
+            failed = failed || stock.fill(mm.env().vmas(), 1).is_err();
+            let memory = stock.take().filter(|_| !failed)?;
+            // SAFETY: M2: no tree leads to it yet.
+            unsafe { VmaMemory::write(memory, vma) };
+            ledger.counters.add(&vma);
+            hold(mm, &vma);
+            made.put(memory);
+            Some(Handle::of_vma(memory))
+        });
+        let tree = match tree {
+            Ok(tree) if !failed => tree,
+            _ => {
+                while let Some(memory) = made.take() {
+                    discard(mm, stock, ledger, Handle::of_vma(memory));
+                }
+                ledger.settle(mm.commit());
+                return Err(Errno::ENOMEM);
+            }
+        };
+        // SAFETY: the nodes of all spaces are the environment's.
+        unsafe { self.tree.adopt(tree) };
+        ledger.settle(mm.commit());
+        Ok(())
+    }
+
+    /// Write-locks every VMA: no fault is at work in the space until [`end_write`](Self::end_write).
+    pub fn lock_all(&mut self) {
+        self.locked = true;
+        for entry in self.tree.iter() {
+            start_write(self.mm, self.seq, entry.value);
+        }
+    }
+
+    /// Releases every VMA that was write-locked. Whoever lets the space's lock go calls it.
+    pub fn end_write(&mut self) {
+        if core::mem::take(&mut self.locked) {
+            self.seq.end_write_all();
         }
     }
 
@@ -150,29 +288,24 @@ impl<'m, E: Env> VmaSet<'m, E> {
     }
 
     /// [`edit`](Self::edit) for changes of which it is known how many stores they make. What they need at most is nearly
-    /// always at hand: the tree keeps it from call to call.
+    /// always at hand: set and tree keep it from call to call.
     ///
     /// # Errors
     ///
     /// As there.
     pub fn edit_with(&mut self, stores: usize) -> Result<Edit<'_, 'm, E>, Errno> {
-        let stock = Reserve::new(self.mm.env().vmas(), STOCK)?;
+        self.stock
+            .trim(self.mm.env().vmas(), self.mm.env().paging().grace());
+        self.stock.fill(self.mm.env().vmas(), STOCK)?;
         let tree = self.tree.reserve(stores)?;
+        self.locked = true;
         Ok(Edit {
             mm: self.mm,
+            seq: self.seq,
             tree,
-            stock,
+            stock: &mut self.stock,
             ledger: &mut self.ledger,
         })
-    }
-
-    /// Removes every VMA. Needs no memory.
-    pub fn clear(&mut self) {
-        for entry in self.tree.iter() {
-            discard(self.mm, entry.value, &mut self.ledger);
-        }
-        self.tree.clear();
-        self.ledger.settle(self.mm.commit());
     }
 
     /// Changes what a VMA says of itself apart from its range. Needs no memory.
@@ -181,10 +314,12 @@ impl<'m, E: Env> VmaSet<'m, E> {
             let mut changed = vma;
             change(&mut changed);
             changed.range = vma.range;
+            self.locked = true;
+            start_write(self.mm, self.seq, Handle::of_vma(id.0));
             self.ledger.counters.remove(&vma);
             self.ledger.counters.add(&changed);
-            // SAFETY: `I1`, and the set is borrowed exclusively.
-            unsafe { id.0.as_ptr().write(changed) };
+            // SAFETY: M2: write-locked, and the set is borrowed exclusively.
+            unsafe { VmaMemory::write(id.0, changed) };
             self.ledger.settle(self.mm.commit());
         }
     }
@@ -192,15 +327,39 @@ impl<'m, E: Env> VmaSet<'m, E> {
 
 impl<E: Env> Drop for VmaSet<'_, E> {
     fn drop(&mut self) {
-        self.clear();
+        // The space goes: nobody looks for VMAs without its lock any more, and the tree's nodes go with the index.
+        for entry in self.tree.iter() {
+            discard(self.mm, &mut self.stock, &mut self.ledger, entry.value);
+        }
+        self.stock.trim_to(self.mm.env().vmas(), 0);
+        self.ledger.settle(self.mm.commit());
     }
 }
 
-fn discard<E: Env>(mm: &Mm<'_, E>, handle: Handle, ledger: &mut Ledger) {
+/// Write-locks a VMA, waiting for the faults in it.
+fn start_write<E: Env>(mm: &Mm<'_, E>, seq: &SpaceSeq, handle: Handle) {
+    if let Some(memory) = handle.vma() {
+        // SAFETY: `I1`, and the caller is the set's writer.
+        let lock = unsafe { VmaMemory::lock_of(memory) };
+        lock.start_write(seq, &mut || mm.env().paging().relax());
+    }
+}
+
+/// Counts what a VMA holds: its object, and its name.
+fn hold<E: Env>(mm: &Mm<'_, E>, vma: &Vma) {
+    if let Some(file) = vma.file {
+        mm.get_object(file);
+    }
+    if let Label::Named(name) = vma.label {
+        mm.names().get(name);
+    }
+}
+
+/// Takes the memory of a VMA that no tree leads to any more.
+fn discard<E: Env>(mm: &Mm<'_, E>, stock: &mut VmaStock, ledger: &mut Ledger, handle: Handle) {
     if let Some((id, vma)) = read(handle) {
         ledger.counters.remove(&vma);
-        // SAFETY: the tree has let the handle go, so nobody reaches the VMA (`I1`); it needs no drop.
-        unsafe { mm.env().vmas().free(id.0) };
+        stock.put(id.0);
         if let Some(file) = vma.file {
             mm.put_object(file);
         }
@@ -213,8 +372,9 @@ fn discard<E: Env>(mm: &Mm<'_, E>, handle: Handle, ledger: &mut Ledger) {
 /// Changes to a set that cannot fail.
 pub(crate) struct Edit<'t, 'm, E: Env> {
     mm: &'m Mm<'m, E>,
-    tree: Reserved<'t, Handle, &'m E::Nodes>,
-    stock: Reserve<'m, Vma, E::Vmas, STOCK>,
+    seq: &'m SpaceSeq,
+    tree: Reserved<'t, Handle, NodesOf<'m, E>, Shared<GraceOf<'m, E>>>,
+    stock: &'t mut VmaStock,
     ledger: &'t mut Ledger,
 }
 
@@ -229,14 +389,27 @@ impl<E: Env> Edit<'_, '_, E> {
         read(self.tree.get(page)?.value)
     }
 
+    /// Write-locks a VMA, before it is changed or the tree says something else of its pages (`I4`).
+    fn lock(&self, id: VmaId) {
+        start_write(self.mm, self.seq, Handle::of_vma(id.0));
+    }
+
+    /// Says that a range is a VMA's, or nobody's. VMAs that end by this are write-locked.
     fn put(&mut self, range: PageRange, id: Option<VmaId>) {
-        let (mm, ledger) = (self.mm, &mut *self.ledger);
+        let (mm, seq, stock, ledger) = (self.mm, self.seq, &mut *self.stock, &mut *self.ledger);
         let kept = id.map(|id| Handle::of_vma(id.0));
         self.tree.store(range, kept, &mut |entry| {
             // A piece of the VMA itself, or of one that another call of the edit cut, is no VMA that ends.
             let ends = read(entry.value).is_some_and(|(_, vma)| vma.range == entry.range);
             if kept != Some(entry.value) && ends {
-                discard(mm, entry.value, ledger);
+                debug_assert!(
+                    entry.value.vma().is_none_or(|memory| {
+                        // SAFETY: `I1`.
+                        unsafe { VmaMemory::lock_of(memory) }.is_write_locked(seq)
+                    }),
+                    "a VMA ends that is not locked"
+                );
+                discard(mm, stock, ledger, entry.value);
             }
         });
     }
@@ -254,10 +427,16 @@ impl<E: Env> Edit<'_, '_, E> {
     }
 
     fn write(&mut self, id: VmaId, vma: Vma) {
-        // SAFETY: `I1`, and the set is borrowed exclusively by the edit.
-        let before = unsafe { id.0.as_ptr().replace(vma) };
-        self.ledger.counters.remove(&before);
+        self.lock(id);
+        // SAFETY: M2: write-locked, and the set is borrowed exclusively by the edit.
+        let before = unsafe {
+            let before = VmaMemory::read(id.0);
+            VmaMemory::write(id.0, vma);
+            before
+        };
         self.ledger.counters.add(&vma);
+        let Some(before) = before else { return };
+        self.ledger.counters.remove(&before);
         if before.label != vma.label {
             if let Label::Named(name) = vma.label {
                 self.mm.names().get(name);
@@ -273,16 +452,13 @@ impl<E: Env> Edit<'_, '_, E> {
         let Some(memory) = self.stock.take() else {
             unreachable!("an edit makes at most {STOCK} VMAs")
         };
-        // SAFETY: memory for one VMA, nobody else's.
-        unsafe { memory.as_ptr().write(vma) };
-        self.ledger.counters.add(&vma);
         let id = VmaId(memory);
-        if let Some(file) = vma.file {
-            self.mm.get_object(file);
-        }
-        if let Label::Named(name) = vma.label {
-            self.mm.names().get(name);
-        }
+        // Before the tree leads to it: what is still mapped in its range is not its own.
+        self.lock(id);
+        // SAFETY: M2: write-locked, and no tree leads to it.
+        unsafe { VmaMemory::write(memory, vma) };
+        self.ledger.counters.add(&vma);
+        hold(self.mm, &vma);
         self.put(vma.range, Some(id));
     }
 
@@ -318,6 +494,9 @@ impl<E: Env> Edit<'_, '_, E> {
     /// Removes everything in the range, cutting what sticks out.
     pub fn clear(&mut self, range: PageRange) {
         self.split_around(range);
+        for entry in self.tree.range(range) {
+            start_write(self.mm, self.seq, entry.value);
+        }
         self.put(range, None);
     }
 
@@ -443,7 +622,8 @@ impl<E: Env> Edit<'_, '_, E> {
             .anon
             .or(new.anon)
             .or(next.and_then(|(_, next)| next.anon));
-        if let (Some(_), Some((_, next))) = (previous, next) {
+        if let (Some(_), Some((id, next))) = (previous, next) {
+            self.lock(id);
             self.put(next.range, None);
         }
         let (range, offset) = match previous {
@@ -465,7 +645,10 @@ impl<E: Env> Edit<'_, '_, E> {
     /// Takes an end of a VMA, or all of it, away from it.
     fn give_away(&mut self, id: VmaId, vma: Vma, range: PageRange) {
         match difference(vma.range, range) {
-            [None, None] => self.put(vma.range, None),
+            [None, None] => {
+                self.lock(id);
+                self.put(vma.range, None);
+            }
             [Some(rest), _] | [_, Some(rest)] => self.reshape(id, vma.range, vma.part(rest)),
         }
     }

@@ -10,7 +10,7 @@
 use alloc::boxed::Box;
 use core::sync::atomic::{AtomicPtr, Ordering};
 
-use kmem::cow_mm::{self, AddressSpace, Layout, Mm, Object, SpaceMemory, Vma};
+use kmem::cow_mm::{self, AddressSpace, Layout, Mm, Object, SpaceMemory, VmaMemory};
 use kmem::hal::lock::SpinWait;
 use kmem::hal::{
     CachePadded, CpuId, DeviceFrame, EpochArea, EpochGrace, Mmu, Page, PageRange, VirtAddr,
@@ -71,7 +71,7 @@ type TableParts = Parts<
 type Objects<T> = Cache<'static, T, SlabParts<OffsetMap, Machine>>;
 type Backing = Object<&'static Objects<Node>, SpinWait>;
 static NODES: Objects<Node> = Cache::new(HEAP.memory().slab(), "vma_node");
-static VMAS: Objects<Vma> = Cache::new(HEAP.memory().slab(), "vm_area_struct");
+static VMAS: Objects<VmaMemory> = Cache::new(HEAP.memory().slab(), "vm_area_struct");
 static BACKINGS: Objects<Backing> = Cache::new(HEAP.memory().slab(), "object");
 static SPACES: Objects<SpaceMemory> = Cache::new(HEAP.memory().slab(), "mm_struct");
 
@@ -80,7 +80,7 @@ pub type World = cow_mm::Parts<
     &'static TableParts,
     X86_64La57,
     &'static Objects<Node>,
-    &'static Objects<Vma>,
+    &'static Objects<VmaMemory>,
     &'static Objects<Backing>,
     &'static Objects<SpaceMemory>,
     SpinWait,

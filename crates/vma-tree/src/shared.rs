@@ -221,6 +221,25 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> Writer<'_, V, 
         self.tree.rewrite(range, change, merge)
     }
 
+    /// Takes over what a tree holds that was built alone: fork fills a child's tree so. Readers see all of it from one moment on.
+    ///
+    /// What was in this tree is erased.
+    ///
+    /// # Safety
+    ///
+    /// Nodes of `tree` may be given back to this tree's allocator: it is the same one.
+    pub unsafe fn adopt(&mut self, tree: RangeTree<V, A, Exclusive, W>) {
+        self.clear();
+        let (root, len, top) = (tree.root_word(), tree.len(), tree.top());
+        tree.stock.trim_to(&tree.alloc, 0);
+        let mut tree = ManuallyDrop::new(tree);
+        // SAFETY: `tree` is not used any more; its nodes are this tree's from now on, and its stock is empty.
+        unsafe { core::ptr::drop_in_place(&raw mut tree.alloc) };
+        self.tree.set_top(top);
+        self.tree.set_root(root);
+        self.tree.count_edit(len, 0);
+    }
+
     /// Erases everything, in one moment. Needs no memory; the nodes wait for readers.
     pub fn clear(&mut self) {
         self.tree.splice_all();

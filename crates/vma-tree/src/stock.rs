@@ -269,6 +269,21 @@ impl<const W: usize> Stock<W> {
         self.spare.count.get()
     }
 
+    /// Makes every node that waits for readers a spare one, where there are no readers: waits for deferred calls only.
+    pub(crate) fn land_all<S: Sharing>(&self, sharing: &S) {
+        while S::SHARED && self.flying.count.get() != 0 {
+            sharing.poll();
+            self.land();
+            if self.flying.count.get() != 0 {
+                sharing.synchronize();
+                self.land();
+            }
+        }
+        while let Some(node) = self.open.pop() {
+            self.spare.push(node);
+        }
+    }
+
     /// Waits until no node waits for readers.
     pub(crate) fn quiesce<S: Sharing>(&self, sharing: &S) {
         while S::SHARED && self.garbage() != 0 {

@@ -267,8 +267,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
 
 impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Drop for RangeTree<V, A, S, W> {
     fn drop(&mut self) {
+        // Every reader borrows the tree, so none is left. Only a deferred call that has not been made may still touch a node.
+        self.stock.land_all(&self.sharing);
         self.splice_all();
-        self.stock.quiesce(&self.sharing);
+        self.stock.land_all(&self.sharing);
         self.stock.trim_to(&self.alloc, 0);
     }
 }

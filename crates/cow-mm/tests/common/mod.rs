@@ -5,7 +5,7 @@ pub mod driver;
 
 use kmem_cow_mm::{
     AddressSpace, Counters, Env, FileRef, Layout, Mm, Object, OpenFile, Outcome, Signal,
-    SpaceMemory, Vma,
+    SpaceMemory, VmaMemory,
 };
 use kmem_hal::lock::SpinWait;
 use kmem_hal::{FrameSlot, FrameTable, Mmu, SECTION_FRAMES, Section, SingleGrace, VirtAddr};
@@ -36,7 +36,7 @@ pub struct World {
     pub plan: &'static FailPlan,
     paging: Paging,
     nodes: Nodes,
-    vmas: Failing<'static, HeapObjects<Vma>>,
+    vmas: Failing<'static, HeapObjects<VmaMemory>>,
     objects: Failing<'static, HeapObjects<Object<Nodes, SpinWait>>>,
     spaces: Failing<'static, HeapObjects<SpaceMemory>>,
 }
@@ -46,7 +46,7 @@ unsafe impl Env for World {
     type Paging = Paging;
     type Format = X86_64;
     type Nodes = Nodes;
-    type Vmas = Failing<'static, HeapObjects<Vma>>;
+    type Vmas = Failing<'static, HeapObjects<VmaMemory>>;
     type Objects = Failing<'static, HeapObjects<Object<Nodes, SpinWait>>>;
     type Spaces = Failing<'static, HeapObjects<SpaceMemory>>;
     type Lock = SpinWait;

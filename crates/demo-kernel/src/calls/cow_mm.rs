@@ -2,7 +2,7 @@
 
 use kmem_cow_mm::{
     AddressSpace, Advice, Env, Errno, ExecError, Image, Layout, MapRequest, Mm, Object, Outcome,
-    Prot, RemapFlags, SpaceMemory, Start, Usage, Vma,
+    Prot, RemapFlags, SpaceMemory, Start, Usage, VmaMemory,
 };
 use kmem_hal::lock::SpinWait;
 use kmem_hal::{FixedPool, PageFault, UserFault, VirtAddr};
@@ -15,7 +15,7 @@ use crate::paging::Machine;
 pub struct World {
     paging: Machine,
     nodes: FixedPool<Node, 64>,
-    vmas: FixedPool<Vma, 64>,
+    vmas: FixedPool<VmaMemory, 64>,
     objects: FixedPool<Object<FixedPool<Node, 64>, SpinWait>, 64>,
     spaces: FixedPool<SpaceMemory, 64>,
 }
@@ -25,7 +25,7 @@ unsafe impl Env for World {
     type Paging = Machine;
     type Format = X86_64;
     type Nodes = FixedPool<Node, 64>;
-    type Vmas = FixedPool<Vma, 64>;
+    type Vmas = FixedPool<VmaMemory, 64>;
     type Objects = FixedPool<Object<FixedPool<Node, 64>, SpinWait>, 64>;
     type Spaces = FixedPool<SpaceMemory, 64>;
     type Lock = SpinWait;

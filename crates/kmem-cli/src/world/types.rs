@@ -2,7 +2,7 @@
 
 use super::counted::Counted;
 use kmem_buddy::Buddy;
-use kmem_cow_mm::{AddressSpace, Mm, Object, SpaceMemory, Vma};
+use kmem_cow_mm::{AddressSpace, Mm, Object, SpaceMemory, VmaMemory};
 use kmem_hal::{CachePadded, EpochArea, EpochGrace, FrameTable, NoLarge, NoPressure};
 use kmem_mock_x86::{Machine, MachineLock, MachineSleepLock, Tracked};
 use kmem_paging::PageTable;
@@ -36,7 +36,7 @@ pub type KernelAreas = Vmalloc<'static, X86_64, &'static PagingParts, Nodes, Mac
 /// A cache of tree nodes.
 pub type Nodes = Cache<'static, Node, SlabParts, true>;
 /// A cache of VMAs.
-pub type Vmas = Cache<'static, Vma, SlabParts>;
+pub type Vmas = Cache<'static, VmaMemory, SlabParts>;
 /// The objects behind files and shared memory.
 pub type MmObject = Object<Nodes, MachineSleepLock>;
 /// A cache of them.
