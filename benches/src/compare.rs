@@ -26,7 +26,12 @@ mod program {
 
     use kmem_benches::area::{self, AREAS};
     use kmem_benches::harness::{Options, Runner};
+    use kmem_benches::hosted::{self, Switch};
     use kmem_benches::output;
+
+    /// The host's malloc, but in the processes that measure whole programs over other heaps.
+    #[global_allocator]
+    static HEAP: Switch = Switch::new();
 
     const USAGE: &str = "\
 usage: compare [AREA] [--quick] [--json FILE] [--only PREFIX]
@@ -64,7 +69,27 @@ Exit code 0 if every check held, 1 if one failed, 2 for a wrong command line.";
         Ok(parsed)
     }
 
+    /// `--hosted PROGRAM N`: what this program starts itself with.
+    fn hosted_program() -> Option<ExitCode> {
+        let mut arguments = std::env::args().skip(1);
+        if arguments.next()? != hosted::FLAG {
+            return None;
+        }
+        let program = arguments.next()?;
+        let n = arguments.next()?.parse().ok()?;
+        Some(match hosted::answer(&program, n) {
+            Some(answer) => {
+                println!("{answer}");
+                ExitCode::SUCCESS
+            }
+            None => ExitCode::from(2),
+        })
+    }
+
     pub fn main() -> ExitCode {
+        if let Some(code) = hosted_program() {
+            return code;
+        }
         let arguments = match parse(std::env::args().skip(1)) {
             Ok(arguments) if arguments.help => {
                 println!("{USAGE}");

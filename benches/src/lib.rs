@@ -17,6 +17,8 @@ pub mod area;
 pub mod clock;
 pub mod counting;
 pub mod harness;
+#[cfg(feature = "programs")]
+pub mod hosted;
 pub mod lock;
 pub mod mixed;
 pub mod output;

@@ -124,6 +124,15 @@ impl Arena {
         }
     }
 
+    /// Asks the host to map the range in pages of 2 MiB where it can: fewer page faults and fewer misses of the TLB, for memory
+    /// that is committed 2 MiB at a time.
+    ///
+    /// Advice: a host that does not have such pages, or not now, maps the range as before.
+    pub fn map_huge(&self) {
+        // SAFETY: advice on the own mapping; it changes no byte.
+        unsafe { libc::madvise(self.start.cast(), self.bytes, libc::MADV_HUGEPAGE) };
+    }
+
     /// Leaves the range out of processes that this one forks; they must not use what lies in it.
     pub fn keep_from_children(&self) {
         // SAFETY: advice on the own mapping; it changes nothing in this process.

@@ -145,6 +145,8 @@ fn machine_memory() -> usize {
 
 fn start(bytes: usize) -> Option<*mut Inner> {
     let arena = Arena::new(if bytes == 0 { machine_memory() } else { bytes }).ok()?;
+    // Frames are taken from the bottom up, so that little of a large page stands idle.
+    arena.map_huge();
     // What the heap itself is made of lies in a mapping of its own: it must not move or go away, and there is no heap yet.
     // SAFETY: an anonymous mapping at an address of the host's choice touches nothing that exists.
     let place = unsafe {

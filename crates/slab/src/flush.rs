@@ -67,7 +67,7 @@ impl<P: Platform> SlabSystem<P> {
     }
 
     /// Exchanges the full spare array for an empty one at the depot; `false` where the depot is full or has none.
-    fn exchange_full(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>, streak: u8) -> bool {
+    fn exchange_full(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>, streak: u32) -> bool {
         let n = busy.head().spare_len();
         if cache.held.get() as usize + n > cache.limit.get() as usize {
             return false;

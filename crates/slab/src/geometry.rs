@@ -5,6 +5,7 @@
 //! - `I2`: of slabs of 1 to 16 pages the preferred one wastes least, by [`waste`]: tail, descriptor, and the holes that objects of
 //!   one slab leave when they are freed at different times. The more objects a slab has, the longer it waits for its last one.
 //! - `I3`: `index(offset)` is `offset / size` for every offset inside a slab of any size that is used.
+//! - `I4`: a slab of any colour ends with its tail, and its first object lies in its first page.
 //!
 //! A slab need not be a power of two: it is cut from a block, and the pages behind it go back at once. The classes from 1 KiB
 //! are `m` times a power of two with `m` from 9 to 16, so that `m` pages hold them without any tail.
@@ -18,6 +19,9 @@ use crate::slab::MAX_OBJECTS;
 
 /// The most pages that slabs prefer: 64 KiB. Larger objects get the smallest block that holds one.
 const PREFERRED_PAGES: u64 = 16;
+
+/// A cache line, in bytes.
+const LINE: usize = 64;
 
 /// Bytes of objects that one array of a CPU may hold at the start, and after it grew, roughly.
 const ARRAY_BYTES: usize = 16 << 10;
@@ -129,6 +133,32 @@ impl Geometry {
         } else {
             self.objects as usize
         }
+    }
+
+    /// Bytes from one colour to the next: a cache line, or the alignment where that is more.
+    #[must_use]
+    pub const fn colour_step(self) -> usize {
+        if self.align() > LINE {
+            self.align()
+        } else {
+            LINE
+        }
+    }
+
+    /// How many colours slabs of `pages` have: as many as fit into the tail, and into a page. At least one.
+    ///
+    /// The first object of a slab of colour `c` lies `c * colour_step()` bytes behind the slab's start, so that
+    /// what is used most of the objects of many slabs does not fall into the same few sets of a cache.
+    ///
+    /// Source: Bonwick, USENIX 1994, section 4.3.
+    #[doc(alias = "colour_off")]
+    #[must_use]
+    pub const fn colours(self, pages: u64) -> usize {
+        let bytes = (pages * PAGE_SIZE) as usize;
+        let tail = bytes.saturating_sub(self.objects_in(pages) * self.size());
+        let step = self.colour_step();
+        let room = (PAGE_SIZE as usize).saturating_sub(step);
+        1 + (if tail < room { tail } else { room }) / step
     }
 
     /// Slots of a per-CPU array at the start.
@@ -259,6 +289,23 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn colours_fit_into_the_tail_and_keep_alignments() {
+        for size in (8..20_000usize).step_by(24) {
+            for align in [8, 64, 128, 4096] {
+                let g = Geometry::new(size, align).unwrap();
+                for pages in [g.pages(), g.least_order().frames()] {
+                    let last = (g.colours(pages) - 1) * g.colour_step();
+                    assert!(last.is_multiple_of(align) && last < 4096);
+                    assert!(last + g.objects_in(pages) * g.size() <= pages as usize * 4096);
+                }
+            }
+        }
+        // 7 pages hold 8 objects of 3520 bytes and 512 bytes more.
+        assert_eq!(Geometry::new(3520, 64).unwrap().colours(7), 9);
+        assert_eq!(Geometry::new(64, 64).unwrap().colours(2), 1);
     }
 
     #[test]

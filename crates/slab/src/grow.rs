@@ -85,7 +85,8 @@ impl<P: Platform> SlabSystem<P> {
             }
         }
         let objects = geometry.objects_in(pages);
-        slab.set_memory(memory.as_ptr(), pages, objects);
+        let base = memory.as_ptr().wrapping_add(cache.next_colour(pages));
+        slab.set_memory(base, pages, objects);
         if !self.harden_slab(cache, slab) {
             slab.clear_memory();
             // SAFETY: the pages were taken above, and nobody has seen them.

@@ -22,7 +22,7 @@
 use core::mem::MaybeUninit;
 use core::ptr::{self, NonNull};
 
-use kmem_hal::sync::{AtomicPtr, LocalPtr, LocalU8, LocalU32, LocalU64, Ordering, compiler_fence};
+use kmem_hal::sync::{AtomicPtr, LocalPtr, LocalU32, LocalU64, Ordering, compiler_fence};
 
 use crate::array::{Array, Slot};
 
@@ -33,9 +33,9 @@ pub const COLUMNS: usize = 64;
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct Head {
-    busy: LocalU8,
-    /// Events (exchanges, refills, flushes) in a row that followed the one before at once: the cache streams.
-    streak: LocalU8,
+    /// 0 or 1. A whole word: processors forward a store to the next load at once where both are words, and not where they are
+    /// bytes (Zen 3: a pair of calls took 4.9 ns with a byte here and takes 3.0 ns).
+    busy: LocalU32,
     /// The drain request that the CPU has answered last, its low half.
     pub(crate) drained: LocalU32,
     top: LocalPtr<Slot>,
@@ -45,8 +45,10 @@ pub struct Head {
     pub(crate) allocs: LocalU64,
     /// Objects that came from depot and slabs, minus those that went there (modulo 2^64).
     net: LocalU64,
-    /// Allocations and frees at the last event.
-    stamp: LocalU64,
+    /// Allocations and frees at the last event, modulo 2^32.
+    stamp: LocalU32,
+    /// Events (exchanges, refills, flushes) in a row that followed the one before at once: the cache streams.
+    streak: LocalU32,
 }
 
 // The fast path reads one line of the head and one slot.
@@ -63,8 +65,7 @@ impl Head {
     /// A head without arrays.
     pub fn new() -> Self {
         Self {
-            busy: LocalU8::new(0),
-            streak: LocalU8::new(0),
+            busy: LocalU32::new(0),
             drained: LocalU32::new(0),
             top: LocalPtr::new(ptr::null_mut()),
             base: LocalPtr::new(ptr::null_mut()),
@@ -72,7 +73,8 @@ impl Head {
             spare: LocalPtr::new(ptr::null_mut()),
             allocs: LocalU64::new(0),
             net: LocalU64::new(0),
-            stamp: LocalU64::new(0),
+            stamp: LocalU32::new(0),
+            streak: LocalU32::new(0),
         }
     }
 
@@ -119,10 +121,12 @@ impl Head {
 
     /// As new, for another cache: nobody uses the head, and it has no arrays.
     pub(crate) fn reset(&self) {
-        for word in [&self.allocs, &self.net, &self.stamp] {
+        for word in [&self.allocs, &self.net] {
             word.set(0);
         }
-        self.streak.set(0);
+        for word in [&self.stamp, &self.streak] {
+            word.set(0);
+        }
     }
 }
 
@@ -290,12 +294,12 @@ impl Busy<'_> {
     }
 
     /// Notes an exchange, refill or flush; answers how many in a row followed the one before within about an array's worth of calls.
-    pub fn note_event(&self) -> u8 {
+    pub fn note_event(&self) -> u32 {
         let head = self.0;
         let calls = head.allocs.get().wrapping_add(head.frees());
-        let since = calls.wrapping_sub(head.stamp.get());
-        head.stamp.set(calls);
-        let hot = since <= 2 * head.capacity() as u64 + 2;
+        let since = (calls as u32).wrapping_sub(head.stamp.get());
+        head.stamp.set(calls as u32);
+        let hot = since <= 2 * head.capacity() as u32 + 2;
         let streak = if hot {
             head.streak.get().saturating_add(1)
         } else {

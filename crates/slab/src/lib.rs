@@ -28,6 +28,7 @@ mod meta;
 mod misuse;
 mod own;
 mod pages;
+mod picture;
 mod platform;
 mod policy;
 mod raw;
@@ -48,6 +49,7 @@ pub use harden::Owned;
 pub use info::{CacheInfo, SlabInfo, SlabTotals};
 pub use kmalloc::Flags;
 pub use misuse::Misuse;
+pub use picture::Picture;
 pub use platform::{Parts, Platform};
 pub use policy::{
     Check, Features, Guard, Owner, Plain, Poison, Policy, Quarantine, Redzone, Shuffle,

@@ -148,9 +148,15 @@ impl<P: Platform> SlabSystem<P> {
             }
         };
         let geometry = cache.geometry();
-        let offset = pointer.addr().wrapping_sub(slab.base().addr());
-        let number = geometry.index(offset);
-        if number * geometry.size() != offset || number >= slab.objects() {
+        // In front of the first object lies the slab's colour.
+        let number = pointer
+            .addr()
+            .checked_sub(slab.base().addr())
+            .map(|offset| (offset, geometry.index(offset)))
+            .filter(|&(offset, number)| {
+                number * geometry.size() == offset && number < slab.objects()
+            });
+        let Some((_, number)) = number else {
             self.report(
                 cache,
                 Misuse::InvalidFree {
@@ -159,7 +165,7 @@ impl<P: Platform> SlabSystem<P> {
                 },
             );
             return None;
-        }
+        };
         Some((slab, number as u16))
     }
 

@@ -60,6 +60,8 @@ pub struct RawCache<L> {
     pub held: LocalU32,
     /// Objects that the depot may hold now: grows while the cache streams, shrinks while it does not.
     pub limit: LocalU32,
+    /// The colour of the next slab, modulo the number of colours. Two CPUs that make slabs at once may use one twice.
+    colour: LocalU32,
     /// Objects that went past the arrays of CPUs.
     pub direct_allocs: AtomicU64,
     pub direct_frees: AtomicU64,
@@ -89,6 +91,7 @@ impl<L: RawLock> RawCache<L> {
             depot: Lock::new(Depot::new()),
             held: LocalU32::new(0),
             limit: LocalU32::new(setup.geometry.array() as u32),
+            colour: LocalU32::new(0),
             direct_allocs: AtomicU64::new(0),
             direct_frees: AtomicU64::new(0),
             failures: AtomicU64::new(0),
@@ -137,6 +140,14 @@ impl<L: RawLock> RawCache<L> {
         }
     }
 
+    /// Bytes in front of the first object of the next slab, which has so many pages.
+    pub fn next_colour(&self, pages: u64) -> usize {
+        let geometry = self.geometry();
+        let (colours, turn) = (geometry.colours(pages), self.colour.get());
+        self.colour.set(turn.wrapping_add(1));
+        turn as usize % colours * geometry.colour_step()
+    }
+
     /// The most objects that the depot ever keeps in full arrays.
     fn limit_max(&self) -> u32 {
         const DEPOT_BYTES: usize = 256 << 10;
@@ -146,9 +157,9 @@ impl<L: RawLock> RawCache<L> {
 
     /// The depot overflowed or ran dry, after `streak` events close to each other: it may keep more where the cache streams,
     /// and fewer where it does not.
-    pub fn adapt_limit(&self, streak: u8, slots: usize) {
+    pub fn adapt_limit(&self, streak: u32, slots: usize) {
         /// Events close to each other that make a stream.
-        const STREAM: u8 = 3;
+        const STREAM: u32 = 3;
         let (limit, slots) = (self.limit.get(), slots as u32);
         let least = self.geometry().array() as u32;
         let wanted = if streak >= STREAM {

@@ -32,7 +32,7 @@ use crate::system::SlabSystem;
 const VISITS: usize = 16;
 
 /// Events close to each other after which a CPU's arrays grow.
-const GROW_AFTER: u8 = 8;
+const GROW_AFTER: u32 = 8;
 
 impl<P: Platform> SlabSystem<P> {
     /// An object of `cache`, when the loaded array had none.
@@ -152,7 +152,7 @@ impl<P: Platform> SlabSystem<P> {
     }
 
     /// Exchanges the loaded array, which is empty, for one of [`wanted_slots`](Self::wanted_slots), if there is memory.
-    fn resize(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>, streak: u8) {
+    fn resize(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>, streak: u32) {
         let wanted = Self::wanted_slots(cache, busy, streak);
         if wanted == busy.head().capacity() {
             return;
@@ -169,7 +169,7 @@ impl<P: Platform> SlabSystem<P> {
     }
 
     /// How many slots the next array of a CPU should have: twice as many while the cache streams, half as many when it does not.
-    pub(crate) fn wanted_slots(cache: &RawCache<P::Lock>, busy: &Busy<'_>, streak: u8) -> usize {
+    pub(crate) fn wanted_slots(cache: &RawCache<P::Lock>, busy: &Busy<'_>, streak: u32) -> usize {
         let (slots, geometry) = (busy.head().capacity(), cache.geometry());
         let wanted = match streak {
             0 => slots / 2,

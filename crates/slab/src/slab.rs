@@ -5,8 +5,8 @@
 //!
 //! ```text
 //!   descriptor, 80 bytes                                           slab, 1 to 16 pages or a block
-//!   bits: bit i = object i is free                                  [obj 0][obj 1][obj 2] ... tail
-//!   remote: freed without the lock, not yet merged
+//!   bits: bit i = object i is free
+//!   remote: freed without the lock, not yet merged               [colour][obj 0][obj 1] ... tail
 //!   base, list links, cache, counts, more -> words of objects 64 to 511, where there are so many
 //! ```
 //!
@@ -134,7 +134,7 @@ impl Slab {
         }
     }
 
-    /// The first byte of the slab.
+    /// The first byte of the first object: in the slab's first page, behind its colour.
     pub fn base(&self) -> *mut u8 {
         self.base.get()
     }

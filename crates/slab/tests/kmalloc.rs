@@ -7,7 +7,7 @@ use std::ptr::NonNull;
 
 use common::{Arena, System, parts, system};
 use kmem_hal::AllocError;
-use kmem_slab::{CLASSES, Flags, InitError, SlabSystem, class_size};
+use kmem_slab::{CLASSES, Flags, Geometry, InitError, SlabSystem, class_size};
 
 fn fill(memory: NonNull<u8>, size: usize, seed: u8) {
     for at in 0..size {
@@ -269,4 +269,41 @@ fn slabinfo_has_linux_form() {
     );
     assert_eq!(lines.len(), 3);
     drop(held);
+}
+
+#[test]
+fn the_picture_shows_how_full_each_slab_is() {
+    let (_, system) = common::system(1024, 1);
+    assert_eq!(system.picture().to_string().lines().count(), 1);
+    let per_slab = Geometry::new(1024, 1024).unwrap().objects();
+    let mut objects: Vec<_> = (0..3 * per_slab)
+        .map(|_| system.kmalloc(1024, Flags::empty()).unwrap())
+        .collect();
+    let line = |system: &common::System| {
+        let picture = system.picture().to_string();
+        let line = picture.lines().find(|line| line.starts_with("kmalloc-1k"));
+        line.unwrap_or_default().trim_end().to_owned()
+    };
+    // Three full slabs.
+    let full = line(&system);
+    assert!(full.contains("100% of") && full.ends_with(" ###"), "{full}");
+    // Half of the objects of one slab.
+    objects.sort();
+    for object in objects.drain(..per_slab / 2) {
+        // SAFETY: allocated above, freed once.
+        unsafe { system.kfree(object.as_ptr()) };
+    }
+    system.shrink();
+    let half = line(&system);
+    assert!(
+        half.contains('5') && half.matches('#').count() == 2,
+        "{half}"
+    );
+    assert!(half.contains(" 83% of"), "{half}");
+    for object in objects {
+        // SAFETY: allocated above, freed once.
+        unsafe { system.kfree(object.as_ptr()) };
+    }
+    system.shrink();
+    assert_eq!(line(&system), "");
 }

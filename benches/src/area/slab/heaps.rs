@@ -6,6 +6,7 @@ use std::ptr::NonNull;
 
 use kmem_slab::{Check, SlabSystem};
 
+use super::kernels::{BuddySlab, SlabMalloc};
 use super::peers::{Good, Rusty, Slabs};
 use super::{SMALL, verify};
 use crate::lock::Locked;
@@ -249,6 +250,8 @@ impl Heap for Stack {
 pub(super) struct Heaps {
     pub(super) kmem: &'static Machine,
     pub(super) checked: Checked,
+    pub(super) buddy_slab: BuddySlab,
+    pub(super) slabmalloc: SlabMalloc,
     pub(super) slabs: Slabs,
     pub(super) good: Good,
     pub(super) tlsf: Tlsf,
@@ -260,17 +263,19 @@ pub(super) struct Heaps {
 
 impl Heaps {
     pub(super) fn new(frames: u64) -> Self {
-        let arena = || Region::new(frames).touched();
+        let arena = || Region::new(frames).huge().touched();
         let kmem = Machine::leak(arena());
         Self {
             kmem,
             checked: Checked(kmem.with_policy::<Check>()),
+            buddy_slab: BuddySlab::new(arena()),
+            slabmalloc: SlabMalloc::new(arena()),
             slabs: Slabs::new(arena()),
             good: Good::new(arena()),
             tlsf: Tlsf::new(arena()),
             talc: Talc::new(arena()),
             list: List::new(arena()),
-            bump: Bump(Region::new(1 << 13).touched()),
+            bump: Bump(Region::new(1 << 13).huge().touched()),
             stack: Stack::new(),
         }
     }
@@ -279,6 +284,8 @@ impl Heaps {
         verify("kmem", self.kmem)?;
         verify("kmem with Check", &self.checked)?;
         verify("rusty_alloc", &Rusty)?;
+        verify("buddy-slab-allocator", &self.buddy_slab)?;
+        verify("slabmalloc", &self.slabmalloc)?;
         verify("slab_allocator_rs", &self.slabs)?;
         verify("good_memory_allocator", &self.good)?;
         verify("rlsf", &self.tlsf)?;

@@ -16,6 +16,7 @@
 //! | `prodcons` | an object of 64 bytes allocated by one thread, handed over in a ring of 1024, freed by another (wall time) |
 //! | `replace_2t` | `replace` by two threads with N objects each, an operation of each thread (wall time) |
 //! | `pair64_check`, `replace_check` | the same with kmem's policy `Check`, beside kmem without it |
+//! | `hosted_sort`, `hosted_json` | a string made, sorted and dropped, or a record parsed, walked and dropped, by a program of which the heap is the global allocator |
 //! | `overhead` | bytes taken by bytes asked for, after all live objects were replaced many times |
 //! | `overhead_shrunk` | the same after nine in ten objects were freed and the heap was shrunk, where it can be |
 //!
@@ -38,6 +39,8 @@ use crate::platform::{Machine, Region, SlabParts, run_as};
 use crate::rng::Rng;
 
 mod heaps;
+mod hosted;
+mod kernels;
 mod peers;
 
 use heaps::{Heap, Heaps, HostMalloc, List, Talc, Tlsf};
@@ -62,6 +65,8 @@ macro_rules! programs {
             .with("rlsf", $make(&$heaps.tlsf $(, $argument)*))
             .with("talc", $make(&$heaps.talc $(, $argument)*))
             .with("linked_list_allocator", $make(&$heaps.list $(, $argument)*))
+            .with("buddy-slab-allocator", $make(&$heaps.buddy_slab $(, $argument)*))
+            .with("slabmalloc", $make(&$heaps.slabmalloc $(, $argument)*))
             .with("slab_allocator_rs", $make(&$heaps.slabs $(, $argument)*))
             .with("good_memory_allocator", $make(&$heaps.good $(, $argument)*))
             .with("rusty_alloc", $make(&Rusty $(, $argument)*))
@@ -77,7 +82,7 @@ macro_rules! programs {
 
 /// Runs the workloads of this area.
 pub fn run(runner: &mut Runner) {
-    let frames = runner.size(1 << 14, 1 << 16);
+    let frames = runner.size(1 << 14, 1 << 17);
     let heaps = Heaps::new(frames);
     if let Err(problem) = heaps.verify() {
         runner.problem(problem);
@@ -89,6 +94,7 @@ pub fn run(runner: &mut Runner) {
     replacing(runner, &heaps);
     handing_over(runner, &heaps);
     overheads(runner);
+    hosted::programs(runner);
     counted(runner, AREA, &["rmw_per_64", "rmw_per_64_new"]);
 }
 
@@ -396,6 +402,11 @@ macro_rules! replacing {
             .with("rlsf", $make(&$heaps.tlsf, $count, false))
             .with("talc", $make(&$heaps.talc, $count, false))
             .with("linked_list_allocator", $make(&$heaps.list, $count, false))
+            .with(
+                "buddy-slab-allocator",
+                $make(&$heaps.buddy_slab, $count, false),
+            )
+            .with("slabmalloc", $make(&$heaps.slabmalloc, $count, false))
             .with("rusty_alloc", $make(&Rusty, $count, false))
             .with("libc", $make(&HostMalloc, $count, false));
         #[cfg(feature = "c-peers")]

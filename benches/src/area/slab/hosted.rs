@@ -1,0 +1,53 @@
+//! Rows of whole programs: see [`crate::hosted`].
+
+use super::AREA;
+use crate::harness::Runner;
+use crate::hosted::{HEAPS, run};
+use crate::output::{Row, Unit};
+use crate::stats::summarise;
+
+/// `sort` and `json` over every heap, in turns.
+pub(super) fn programs(runner: &mut Runner) {
+    for (workload, program, n) in [
+        ("hosted_sort", "sort", runner.size(200_000, 10_000_000)),
+        ("hosted_json", "json", runner.size(20_000, 500_000)),
+    ] {
+        if runner.wants(workload) {
+            one(runner, workload, program, n);
+        }
+    }
+}
+
+fn one(runner: &mut Runner, workload: &str, program: &str, n: u64) {
+    let runs = runner.size(5, 3);
+    let mut times = vec![Vec::new(); HEAPS.len()];
+    let mut computed = None;
+    for round in 0..runs {
+        for turn in 0..HEAPS.len() {
+            let heap = (turn + round) % HEAPS.len();
+            let (time, check) = match run(HEAPS[heap], program, n) {
+                Ok(answer) => answer,
+                Err(problem) => return runner.problem(problem),
+            };
+            if *computed.get_or_insert(check) != check {
+                return runner.problem(format!("{workload} over {}: a wrong answer", HEAPS[heap]));
+            }
+            times[heap].push(time);
+        }
+    }
+    let row = |(heap, times): (&&str, &Vec<f64>)| {
+        Some(Row {
+            area: AREA.into(),
+            workload: workload.into(),
+            n: Some(n),
+            program: (*heap).into(),
+            threads: 1,
+            unit: Unit::Ns,
+            summary: summarise(times, times)?,
+        })
+    };
+    let mut rows: Vec<Row> = HEAPS.iter().zip(&times).filter_map(row).collect();
+    // kmem first, as in every workload.
+    rows.sort_by_key(|row| row.program != "kmem");
+    runner.add_rows(rows);
+}
