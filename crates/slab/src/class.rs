@@ -14,7 +14,7 @@
 //!   to a multiple of an alignment (a power of two up to a page) falls into a class whose objects have that alignment. Either
 //!   the step is a multiple of the alignment and so is every class, or the rounded size is itself a class.
 //!
-//! Costs: one table byte for a size that is not known when the program is built, nothing for one that is.
+//! Costs: one byte of a table of 1 KiB for a size that is not known when the program is built, nothing for one that is.
 //!
 //! Sources: Linux `mm/slab_common.c` (`kmalloc_info`); jemalloc's and mimalloc's size classes (4 and 8 a doubling).
 
@@ -49,34 +49,20 @@ const fn sizes() -> [u16; CLASSES] {
 
 const SIZES: [u16; CLASSES] = sizes();
 
-/// By `(size + 7) / 8`, sizes up to 1024.
-const SMALL: [u8; 129] = {
-    let mut table = [0; 129];
+/// The class of a size, by `(size + 7) / 8`.
+///
+/// One table for all sizes: with two a branch would tell which, and a branch on the size of an object whose layout was just read from memory is
+/// mispredicted as often as not, which costs the loads behind it that had begun.
+const BY_EIGHTH: [u8; LARGEST_CLASS / 8 + 1] = {
+    let mut table = [0; LARGEST_CLASS / 8 + 1];
     let sizes = sizes();
-    let mut eighth = 0;
-    let mut class = 0;
-    while eighth < 129 {
+    let (mut eighth, mut class) = (0, 0);
+    while eighth < table.len() {
         while (sizes[class] as usize) < eighth * 8 {
             class += 1;
         }
         table[eighth] = class as u8;
         eighth += 1;
-    }
-    table
-};
-
-/// By `(size + 127) / 128`, sizes up to 8192.
-const MEDIUM: [u8; 65] = {
-    let mut table = [0; 65];
-    let sizes = sizes();
-    let mut step = 0;
-    let mut class = 0;
-    while step < 65 {
-        while (sizes[class] as usize) < step * 128 {
-            class += 1;
-        }
-        table[step] = class as u8;
-        step += 1;
     }
     table
 };
@@ -113,14 +99,9 @@ pub const fn class_of(size: usize, align: usize) -> Option<usize> {
     if align > LARGEST_ALIGN || size > LARGEST_CLASS {
         return None;
     }
+    // No more than LARGEST_CLASS either: that is a multiple of every alignment here.
     let size = (size + (align - 1)) & !(align - 1);
-    if size <= 1024 {
-        Some(SMALL[(size + 7) >> 3] as usize)
-    } else if size <= LARGEST_CLASS {
-        Some(MEDIUM[(size + 127) >> 7] as usize)
-    } else {
-        None
-    }
+    Some(BY_EIGHTH[(size + 7) >> 3] as usize)
 }
 
 /// Names as Linux spells them.

@@ -220,7 +220,7 @@ fn small(runner: &mut Runner, heaps: &Heaps) {
 }
 
 const BULK: usize = 32;
-const BULK_ROUNDS: u64 = 200;
+const BULK_ROUNDS: u64 = 1000;
 
 fn bulk_of_singles(heap: impl Heap) -> impl Competitor {
     let mut objects = Vec::with_capacity(BULK);
