@@ -115,8 +115,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> Builder<V, A, W> {
         let fresh = unsafe { node.as_ref() };
         fresh.copy_from(source.node());
         let leaf = fresh.leaf();
-        for (slot, &value) in values.iter().enumerate() {
-            leaf.set_value(slot, value);
+        for (position, &value) in values.iter().enumerate() {
+            leaf.set_value(leaf.slot(position), value);
         }
         let gap = if self.low == low {
             gap

@@ -20,8 +20,8 @@ pub enum Broken {
     Leaf(u64),
     /// `N2`: the pivots of an inner node do not ascend, or a child is missing.
     Inner(u64),
-    /// `K2`: a node of the tree is marked as outside of it.
-    Link(u64),
+    /// `N1`, `N6`: the order of a leaf does not name every slot once, or is not that of a tree that is shared.
+    Order(u64),
     /// A range lies outside the pages that its leaf answers for.
     Outside(u64),
     /// `E1`: the boundary above a leaf is not the end of its last range.
@@ -39,7 +39,7 @@ impl fmt::Display for Broken {
         let (what, page) = match self {
             Self::Leaf(page) => ("ranges of a leaf do not ascend (N1)", page),
             Self::Inner(page) => ("pivots of an inner node do not ascend (N2)", page),
-            Self::Link(page) => ("a node of the tree is marked as outside (K2)", page),
+            Self::Order(page) => ("the order of a leaf is none (N1, N6)", page),
             Self::Outside(page) => ("a range lies outside of its leaf", page),
             Self::Boundary(page) => ("a boundary is not the end of a range (E1)", page),
             Self::Gap(page) => ("a recorded gap is wrong (E2)", page),
@@ -194,8 +194,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             let is_last = at.high == Page::MAX.number();
             let gap = if at.level == 0 {
                 let leaf = at.node.leaf();
-                if at.node.link() != 0 {
-                    return Err(Broken::Link(at.low));
+                let order = leaf.order();
+                let in_place = !S::SHARED || order == Node::<W>::SORTED;
+                if !order.is_whole(Node::<W>::RANGES) || !in_place {
+                    return Err(Broken::Order(at.low));
                 }
                 if leaf.count() == 0 || leaf.count() > Node::<W>::RANGES {
                     return Err(Broken::Leaf(at.low));

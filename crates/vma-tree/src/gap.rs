@@ -295,24 +295,20 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     fn greedy_up(&self, request: &GapRequest) -> Option<PageRange> {
         let root = self.root_word();
         let mut node = from_word::<W>(root)?;
-        let (from, to) = (
-            request.limits.first().number(),
-            request.limits.last().number(),
-        );
+        let from = request.limits.first().number();
         let need = request.at_least;
         let small = saturate(need);
         let mut low = 0;
         for _ in 1..root & HEIGHT_MASK {
             // SAFETY: nobody edits while `&self` of this tree is out, so the nodes stay.
             let inner = unsafe { node.as_ref() };
-            let mut open = inner.children_with_gap(small);
-            if low < from {
-                open &= u16::MAX << inner.child_for(from);
-            }
-            if open == 0 {
-                return None;
-            }
-            let slot = open.trailing_zeros() as usize;
+            // Below the limit only in the first child, as a rule.
+            let first = if low < from && inner.last_of(0, u64::MAX) < from {
+                inner.child_for(from)
+            } else {
+                0
+            };
+            let slot = inner.first_with_gap(first, small)?;
             low = inner.first_of(slot, low);
             node = inner.child(slot)?;
         }
@@ -323,31 +319,31 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         } else {
             0
         };
-        let serves = |free: u64, end: u64| {
-            let end = end.min(to + 1);
-            if end.saturating_sub(free) < need {
-                return None;
-            }
-            let gap = PageRange::new(Page::from_number(free), Page::from_number(end - 1))?;
-            request.place_low(gap)
-        };
         if start == leaf.count() {
             return None;
         }
+        let end = request.limits.last().number() + 1;
+        let serves = |free: u64, above: u64| {
+            let above = above.min(end);
+            if above.saturating_sub(free) < need {
+                return None;
+            }
+            // SAFETY: `need` is not 0, so the gap has a page; its ends are pages.
+            request.place_low(unsafe { PageRange::from_numbers_unchecked(free, above - 1) })
+        };
         // The gap below the first range that counts; none where the limit lies inside that range.
-        let free = low.max(from);
-        let first = leaf.range(start).0;
+        let (free, first) = (low.max(from), leaf.range(start).0);
         if first > free
             && let Some(place) = serves(free, first)
         {
             return Some(place);
         }
         let mut next = start + 1;
-        while let Some(slot) = leaf.gap_below_up(next..leaf.count(), need) {
-            if let Some(place) = serves(leaf.range(slot - 1).1 + 1, leaf.range(slot).0) {
+        while let Some(at) = leaf.gap_below_up(next, need) {
+            if let Some(place) = serves(leaf.range(at - 1).1 + 1, leaf.range(at).0) {
                 return Some(place);
             }
-            next = slot + 1;
+            next = at + 1;
         }
         None
     }
@@ -368,17 +364,13 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         for _ in 1..root & HEIGHT_MASK {
             // SAFETY: nobody edits while `&self` of this tree is out, so the nodes stay.
             let inner = unsafe { node.as_ref() };
-            let mut open = inner.children_with_gap(small);
-            let mut last_child = usize::MAX;
-            if at_limit {
-                last_child = inner.child_for(to);
-                open &= u16::MAX >> (15 - last_child);
-            }
-            if open == 0 {
-                return None;
-            }
-            let slot = 15 - open.leading_zeros() as usize;
-            at_limit &= slot == last_child;
+            let last = if at_limit {
+                inner.child_for(to)
+            } else {
+                Node::<W>::CHILDREN - 1
+            };
+            let slot = inner.last_with_gap(last + 1, small)?;
+            at_limit &= slot == last;
             low = inner.first_of(slot, low);
             node = inner.child(slot)?;
         }
@@ -431,8 +423,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             if end.saturating_sub(free) < need {
                 return None;
             }
-            let gap = PageRange::new(Page::from_number(free), Page::from_number(end - 1))?;
-            request.place_high(gap)
+            // SAFETY: `need` is not 0, so the gap has a page; its ends are pages.
+            request.place_high(unsafe { PageRange::from_numbers_unchecked(free, end - 1) })
         };
         let above = if stop < leaf.count() {
             leaf.range(stop).0
@@ -449,7 +441,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 return Some(place);
             }
             let mut next = stop;
-            while let Some(slot) = leaf.gap_below_down(1..next, need) {
+            while let Some(slot) = leaf.gap_below_down(next, need) {
                 if let Some(place) = serves(leaf.range(slot - 1).1 + 1, leaf.range(slot).0) {
                     return Some(place);
                 }
@@ -500,14 +492,20 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let mut way = [const { MaybeUninit::<Step<W>>::uninit() }; MAX_HEIGHT];
         let mut level = top;
         let mut step = Step {
-            // SAFETY: as above, here and below.
-            open: unsafe { node.as_ref() }.children_with_gap(need),
             node,
             low: 0,
             high: Page::MAX.number(),
+            next: if search.up { 0 } else { Node::<W>::CHILDREN },
         };
         loop {
-            if step.open == 0 {
+            // SAFETY: as above, here and below.
+            let inner = unsafe { step.node.as_ref() };
+            let found = if search.up {
+                inner.first_with_gap(step.next, need)
+            } else {
+                inner.last_with_gap(step.next, need)
+            };
+            let Some(slot) = found else {
                 if level == top {
                     return None;
                 }
@@ -515,15 +513,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 // SAFETY: every level above the present one was written on the way down.
                 step = unsafe { way[level].assume_init() };
                 continue;
-            }
-            let slot = if search.up {
-                step.open.trailing_zeros()
-            } else {
-                15 - step.open.leading_zeros()
-            } as usize;
-            step.open &= !(1 << slot);
-            // SAFETY: as above.
-            let inner = unsafe { step.node.as_ref() };
+            };
+            step.next = slot + usize::from(search.up);
             let low = inner.first_of(slot, step.low);
             let high = inner.last_of(slot, step.high);
             if high < limits.first().number() || low > limits.last().number() {
@@ -537,10 +528,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 way[level].write(step);
                 level -= 1;
                 step = Step {
-                    open: below.children_with_gap(need),
                     node: child,
                     low,
                     high,
+                    next: if search.up { 0 } else { Node::<W>::CHILDREN },
                 };
             } else if let Some(place) = search.leaf(self, below.leaf(), low) {
                 return Some(place);
@@ -555,8 +546,8 @@ struct Step<const W: usize> {
     node: NodePtr<W>,
     low: u64,
     high: u64,
-    /// The children still to look into, one bit each.
-    open: u16,
+    /// Upwards the lowest child still to look into; downwards the one above the highest.
+    next: usize,
 }
 
 impl<V: Value> Search<'_, '_, V> {
@@ -571,14 +562,13 @@ impl<V: Value> Search<'_, '_, V> {
         let need = self.request.at_least;
         if self.up {
             let mut free = low;
-            for slot in 0..leaf.count() {
-                let (first, last) = leaf.range(slot);
-                if first - free >= need
-                    && let Some(place) = self.consider(tree, (free, first - 1))
+            for raw in leaf.raws(0, leaf.count()) {
+                if raw.first - free >= need
+                    && let Some(place) = self.consider(tree, (free, raw.first - 1))
                 {
                     return Some(place);
                 }
-                free = last + 1;
+                free = raw.last + 1;
             }
         } else {
             let mut end = leaf.end();

@@ -140,8 +140,15 @@ impl<'a, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Iter<'a,
     #[inline(always)]
     fn sibling(end: &End<'a, W>, high: u64) -> Option<End<'a, W>> {
         let (parent, slot) = end.parent?;
-        if high != Page::MAX.number() || slot + 1 >= parent.children() {
+        let children = parent.children();
+        if high != Page::MAX.number() || slot + 1 >= children {
             return None;
+        }
+        if slot + 2 < children
+            && let Some(ahead) = parent.child(slot + 2)
+        {
+            // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
+            unsafe { ahead.as_ref() }.fetch_ahead();
         }
         // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
         let leaf = unsafe { parent.child(slot + 1)?.as_ref() }.leaf();
@@ -279,8 +286,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Iterator
                 continue;
             };
             loop {
-                for slot in end.slot..end.stop {
-                    all = f(all, entry(end.leaf.raw(slot)));
+                for raw in end.leaf.raws(end.slot.min(end.stop), end.stop) {
+                    all = f(all, entry(raw));
                 }
                 end.slot = end.slot.max(end.stop);
                 if end.stop < end.leaf.count() {

@@ -19,6 +19,11 @@ pub(crate) struct Path<const W: usize> {
     nodes: [MaybeUninit<NodePtr<W>>; MAX_HEIGHT],
     slots: [MaybeUninit<u8>; MAX_HEIGHT],
     height: usize,
+    /// The pages that the leaf answers for; none where the path leads nowhere.
+    low: u64,
+    high: u64,
+    /// Where in the leaf the last edit left a hole, or 0: a guess (`E4`).
+    pub(crate) hole: usize,
 }
 
 impl<const W: usize> Path<W> {
@@ -29,6 +34,9 @@ impl<const W: usize> Path<W> {
             nodes: [const { MaybeUninit::uninit() }; MAX_HEIGHT],
             slots: [const { MaybeUninit::uninit() }; MAX_HEIGHT],
             height: 0,
+            low: 1,
+            high: 0,
+            hole: 0,
         }
     }
 
@@ -52,27 +60,39 @@ impl<const W: usize> Path<W> {
     #[inline(always)]
     pub(crate) unsafe fn find(&mut self, root: u64, page: u64) -> bool {
         let Some(mut node) = from_word(root) else {
-            self.height = 0;
+            *self = Self::unset();
             return false;
         };
-        self.height = (root & HEIGHT_MASK) as usize;
-        let mut level = self.height - 1;
+        let height = (root & HEIGHT_MASK) as usize;
+        let mut level = height - 1;
+        let (mut low, mut high) = (0, Page::MAX.number());
         while level > 0 {
             // SAFETY: N4, and the contract: the node is alive.
             let inner: &Node<W> = unsafe { node.as_ref() };
             let slot = inner.child_for(page);
             self.take(level, node, slot);
             let Some(child) = inner.child(slot) else {
-                self.height = 0;
+                *self = Self::unset();
                 return false;
             };
             node = child;
             // SAFETY: as above.
             unsafe { node.as_ref() }.fetch();
+            low = inner.first_of(slot, low);
+            high = inner.last_of(slot, high);
             level -= 1;
         }
         self.nodes[0].write(node);
+        self.height = height;
+        self.hole = 0;
+        (self.low, self.high) = (low, high);
         true
+    }
+
+    /// Whether the leaf answers for `page`.
+    #[inline(always)]
+    pub(crate) fn answers(&self, page: u64) -> bool {
+        self.low <= page && page <= self.high
     }
 
     /// Notes the node at `level` and which of its children is taken.
@@ -129,21 +149,26 @@ impl<const W: usize> Path<W> {
     }
 
     /// Whether the leaf is the tree's last.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn is_last(&self) -> bool {
-        (1..self.height).all(|level| self.slot(level) + 1 == self.node(level).children())
+        self.high == Page::MAX.number()
     }
 
     /// The first page that the leaf answers for.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn low(&self) -> u64 {
-        self.bounds(0).0
+        self.low
     }
 
     /// The last page that the leaf answers for.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn high(&self) -> u64 {
-        self.bounds(0).1
+        self.high
+    }
+
+    /// Notes that the boundary above the leaf was moved.
+    pub(crate) fn set_high(&mut self, high: u64) {
+        self.high = high;
     }
 
     /// The pages that the node at `level` answers for. Usually the parent knows both ends.
@@ -205,7 +230,9 @@ impl<const W: usize> Path<W> {
         for level in 1..self.height {
             if let Some(slot) = self.slot(level).checked_sub(1) {
                 self.take(level, self.pointer(level), slot);
-                return self.fall(level);
+                let fell = self.fall(level);
+                (self.low, self.high) = self.bounds(0);
+                return fell;
             }
         }
         false

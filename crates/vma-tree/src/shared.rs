@@ -76,9 +76,14 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> SharedTree<V, 
         }
     }
 
-    /// Shares a tree that was built alone: fork fills the child's tree first.
+    /// Shares a tree that was built alone: fork fills the child's tree first. Looks at every leaf once.
     #[must_use]
     pub fn from_tree(tree: RangeTree<V, A, Exclusive, W>, grace: G) -> Self {
+        for (mut leaf, _) in tree.leaves() {
+            // N6: the tree is ours alone, so the leaf may be written.
+            leaf.sort();
+            leaf.save();
+        }
         let (root, len, top) = (tree.root_word(), tree.len(), tree.top());
         tree.stock.trim_to(&tree.alloc, 0);
         let tree = ManuallyDrop::new(tree);
@@ -324,9 +329,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> ReadSection<'_
     #[doc(alias = "lock_vma_under_rcu")]
     pub fn get(&self, page: Page) -> Option<Entry<V>> {
         // SAFETY: the section holds a guard, so the nodes stay (R4).
-        let node = unsafe { self.tree.leaf_for(page) }?;
-        // SAFETY: as above.
-        Some(entry(unsafe { node.as_ref() }.leaf().find(page.number())?))
+        unsafe { self.tree.look_up(page) }.map(entry)
     }
 
     /// [`get`](Self::get) with a finger of the reader's own.
@@ -395,7 +398,7 @@ impl<'s, V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> Entries<'s
             level -= 1;
         }
         // SAFETY: as above.
-        Some((unsafe { node.as_ref() }.leaf(), high))
+        Some((unsafe { node.as_ref() }.sorted_leaf(), high))
     }
 }
 

@@ -12,8 +12,7 @@
 //!
 //! Invariants
 //! - `K1`: a node is in the tree, in the stock, in the open batch, in flight, or the allocator's; in one of them.
-//! - `K2`: the link of a node outside of the tree is odd, so that a reader's finger sees that its leaf is gone.
-//! - `K3`: nodes of a batch are reused only after the deferred call has set `DONE` in the link of its first node.
+//! - `K2`: nodes of a batch are reused only after the deferred call has set `DONE` in the link of its first node.
 
 use core::ptr::NonNull;
 
@@ -22,10 +21,8 @@ use kmem_hal::{AllocError, Deferred, Grace, ObjectAlloc};
 
 use crate::node::{Node, NodePtr, from_word, to_word};
 
-/// The bit that says "outside of the tree" (`K2`).
-const OUT: u64 = 1;
 /// The bit that the deferred call sets in the first node of its batch.
-const DONE: u64 = 2;
+const DONE: u64 = 1;
 /// Spare nodes that a tree keeps for its next edit.
 const KEEP: usize = 4;
 /// Spare nodes that a tree keeps for its next reservation, once it has made one: 6 KiB, two stores and more in most trees.
@@ -102,7 +99,7 @@ impl<const W: usize> Chain<W> {
     fn push(&self, node: NodePtr<W>) {
         let next = NonNull::new(self.head.get()).map_or(0, to_word);
         // SAFETY: K1: the node is in this chain and nowhere else.
-        unsafe { node.as_ref() }.set_link(next | OUT);
+        unsafe { node.as_ref() }.set_link(next);
         self.head.set(node.as_ptr());
         self.count.set(self.count.get() + 1);
     }
@@ -187,7 +184,7 @@ impl<const W: usize> Stock<W> {
             && let Some(head) = NonNull::new(self.open.head.get())
         {
             unsafe fn done<const W: usize>(_context: *const (), head: NonNull<()>) {
-                // SAFETY: the first node of a batch stays as it is until this call has been made (K3).
+                // SAFETY: the first node of a batch stays as it is until this call has been made (K2).
                 let head: &Node<W> = unsafe { head.cast().as_ref() };
                 head.set_link(head.link() | DONE);
             }

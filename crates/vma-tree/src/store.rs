@@ -7,6 +7,7 @@ use core::fmt;
 
 use kmem_hal::{AllocError, ObjectAlloc, Page, PageRange};
 
+use crate::edit::leaf::Hole;
 use crate::edit::{Cut, entry};
 use crate::node::{Node, Raw};
 use crate::path::Path;
@@ -196,9 +197,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     {
         self.admit()?;
         let mut middle = Entry { range, value };
-        let (first, last) = (range.first().number(), range.last().number());
+        let first = range.first().number();
         self.with_finger(|path| {
-            if self.aim(path, first, last) {
+            if self.aim(path, first) {
                 self.merge_at(path, &mut middle, removed, merge)
             } else {
                 Ok(false)
@@ -229,23 +230,31 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let range = middle.range;
         let (first, last) = (range.first().number(), range.last().number());
         let leaf = path.leaf();
+        if let Some(hole) = Hole::left_by_last_edit(path, &leaf, first, last) {
+            return self.merge_in_hole(path, middle, &hole, removed, merge);
+        }
         let rank = leaf.rank(first);
         if rank > 0 && rank < leaf.count() {
             let (below, above) = (leaf.range(rank - 1), leaf.range(rank));
             if below.1 < first && last < above.0 {
-                return self.merge_in_hole(path, middle, (rank, below, above), removed, merge);
+                let hole = Hole {
+                    at: rank,
+                    below,
+                    above,
+                };
+                return self.merge_in_hole(path, middle, &hole, removed, merge);
             }
         }
         self.merge_ranked(path, middle, rank, removed, merge)
     }
 
-    /// [`merge_at`](Self::merge_at) where the range lies in a hole between two ranges of the leaf, the upper one at `slot`.
+    /// [`merge_at`](Self::merge_at) where the range lies in a hole between two ranges of the leaf.
     #[inline(always)]
     fn merge_in_hole<M>(
         &self,
         path: &mut Path<W>,
         middle: &mut Entry<V>,
-        (slot, below, above): (usize, (u64, u64), (u64, u64)),
+        hole: &Hole,
         removed: Removed<'_, V>,
         merge: &mut M,
     ) -> Result<bool, AllocError>
@@ -255,9 +264,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let leaf = path.leaf();
         let range = middle.range;
         let (first, last) = (range.first().number(), range.last().number());
+        let at = hole.at;
         let mut lower = false;
-        if below.1 + 1 == first {
-            let below = entry(leaf.raw_of(slot - 1, below));
+        if hole.below.1 + 1 == first {
+            let below = entry(leaf.raw_of(at - 1, hole.below));
             if let Some(value) = merge(&below, middle) {
                 lower = true;
                 let range = below.range.hull(middle.range);
@@ -265,8 +275,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             }
         }
         let mut upper = false;
-        if last + 1 == above.0 {
-            let above = entry(leaf.raw_of(slot, above));
+        if last + 1 == hole.above.0 {
+            let above = entry(leaf.raw_of(at, hole.above));
             if let Some(value) = merge(middle, &above) {
                 upper = true;
                 let range = middle.range.hull(above.range);
@@ -279,10 +289,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             value: middle.value.to_word(),
         };
         if (lower || upper) && leaf.fits(grown.first, grown.last) {
-            let old_gap = above.0 - below.1 - 1;
-            let new_gap = (first - below.1 - 1).max(above.0 - last - 1);
-            let place = slot - usize::from(lower);
-            self.fill(path, place, grown, lower && upper, (old_gap, new_gap))?;
+            let gaps = (hole.pages(), hole.left_by(first, last));
+            self.fill(path, at - usize::from(lower), grown, lower && upper, gaps)?;
         } else {
             let cut = Cut {
                 first: grown.first,
@@ -290,7 +298,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 value: Some(grown.value),
                 shown: (first, last),
             };
-            let touched = (slot - usize::from(lower), slot + usize::from(upper));
+            let touched = (at - usize::from(lower), at + usize::from(upper));
             self.edit_merged(path, &cut, touched, removed)?;
         }
         Ok(true)

@@ -7,7 +7,7 @@ use kmem_hal::sync::{AtomicU64, LocalU64, LocalUsize, Ordering, UnsafeCell};
 use kmem_hal::{Grace, ObjectAlloc, Page};
 
 use crate::edit::entry;
-use crate::node::{Node, NodePtr, from_word};
+use crate::node::{Node, NodePtr, Raw, from_word};
 use crate::path::{HEIGHT_MASK, Path};
 use crate::plant::Planted;
 use crate::stock::{Exclusive, Shared, Sharing, Stock};
@@ -122,9 +122,27 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     #[doc(alias = "mas_walk")]
     pub fn get(&self, page: Page) -> Option<Entry<V>> {
         // SAFETY: nobody edits while `&self` of this tree is out, so the nodes stay.
+        unsafe { self.look_up(page) }.map(entry)
+    }
+
+    /// The range that covers `page`.
+    ///
+    /// # Safety
+    ///
+    /// As [`leaf_for`](Self::leaf_for).
+    #[inline(always)]
+    pub(crate) unsafe fn look_up(&self, page: Page) -> Option<Raw> {
+        // SAFETY: by contract.
         let node = unsafe { self.leaf_for(page) }?;
         // SAFETY: as above.
-        Some(entry(unsafe { node.as_ref() }.leaf().find(page.number())?))
+        let node = unsafe { node.as_ref() };
+        // N6: the order is not for readers beside a writer.
+        let leaf = if S::SHARED {
+            node.sorted_leaf()
+        } else {
+            node.leaf()
+        };
+        leaf.find(page.number())
     }
 
     /// The leaf that answers for `page`.

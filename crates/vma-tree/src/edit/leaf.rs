@@ -8,23 +8,64 @@
 //!                  low          high             only gaps between these two pages change
 //! ```
 //!
-//! The pieces are keys and not ranges, the tail is moved once, and gap records above are looked at only where the gaps
-//! beside the cut are among the largest. A tree that is shared does the same in a copy of the leaf.
+//! No range moves: the order of the leaf is turned and the words that change are written. Gap records above are looked at
+//! only where the gaps beside the cut are among the largest. A tree that is shared does the same in a copy of the leaf.
 
 use kmem_hal::{AllocError, ObjectAlloc};
 
-use super::{Cut, Pieces, show};
+use super::{Cut, Pieces, entry, show};
 use crate::node::{Leaf, Node, NodePtr, Raw, saturate};
 use crate::path::Path;
 use crate::stock::Sharing;
 use crate::tree::RangeTree;
 use crate::value::{Entry, Value};
 
+/// A hole between two ranges of a leaf.
+pub(crate) struct Hole {
+    /// The position of the range above.
+    pub(crate) at: usize,
+    /// First and last page of the range below.
+    pub(crate) below: (u64, u64),
+    /// First and last page of the range above.
+    pub(crate) above: (u64, u64),
+}
+
+impl Hole {
+    /// The hole that the last edit left, if the range `first ..= last` lies in it: then nobody need search.
+    #[inline(always)]
+    pub(crate) fn left_by_last_edit<const W: usize>(
+        path: &Path<W>,
+        leaf: &Leaf<'_, W>,
+        first: u64,
+        last: u64,
+    ) -> Option<Self> {
+        let at = path.hole;
+        if at == 0 || at >= leaf.count() {
+            return None;
+        }
+        let (below, above) = (leaf.range(at - 1), leaf.range(at));
+        let inside = below.1 < first && last < above.0;
+        inside.then_some(Self { at, below, above })
+    }
+
+    /// Its pages.
+    #[inline(always)]
+    pub(crate) fn pages(&self) -> u64 {
+        self.above.0 - self.below.1 - 1
+    }
+
+    /// The larger of the gaps beside `first ..= last`, which lies in it.
+    #[inline(always)]
+    pub(crate) fn left_by(&self, first: u64, last: u64) -> u64 {
+        (first - self.below.1 - 1).max(self.above.0 - last - 1)
+    }
+}
+
 impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
     /// Makes the pages of `cut` what it says, where the way to its first page is known.
     ///
-    /// The two most common edits come first: a range that lies inside another one, and a range in a hole with neighbours
-    /// on both sides. There only one gap changes, and no boundary.
+    /// The most common edits come first: a range that lies inside another one, a range in a hole with neighbours on both
+    /// sides, and a whole range that goes from between two others. There only one gap changes, and no boundary.
     #[inline(always)]
     pub(crate) fn splice_at(
         &self,
@@ -35,40 +76,93 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         // SAFETY: E3, E4: the path's nodes are alive, and a leaf that is taken out is kept until its ranges were shown.
         let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
         let leaf = old.leaf();
+        if let Some(hole) = Hole::left_by_last_edit(path, &leaf, cut.first, cut.last)
+            && let Some(value) = cut.value
+            && leaf.count() < Node::<W>::RANGES
+            && leaf.fits(cut.first, cut.last)
+        {
+            return self.insert(path, old, &hole, cut, value);
+        }
         let rank = leaf.rank(cut.first);
-        if let Some(slot) = rank.checked_sub(1) {
-            let (first, last) = leaf.range(slot);
+        if let Some(at) = rank.checked_sub(1) {
+            let (first, last) = leaf.range(at);
             if first < cut.first && cut.last < last {
                 let pieces = 1 + usize::from(cut.value.is_some());
                 if leaf.count() + pieces <= Node::<W>::RANGES && leaf.fits_part(cut.last + 1) {
-                    let raw = Raw {
-                        first,
-                        last,
-                        value: leaf.value(slot),
-                    };
-                    return self.punch(path, old, (slot, raw), cut, removed);
+                    let raw = leaf.raw_of(at, (first, last));
+                    return self.punch(path, old, (at, raw), cut, removed);
                 }
-            } else if last < cut.first && rank < leaf.count() {
-                let above = leaf.range(rank).0;
-                if cut.last < above {
+            } else if rank < leaf.count() {
+                let above = leaf.range(rank);
+                if last < cut.first && cut.last < above.0 {
                     let Some(value) = cut.value else {
                         return Ok(());
                     };
                     if leaf.count() < Node::<W>::RANGES && leaf.fits(cut.first, cut.last) {
-                        let target = self.writable(old)?;
-                        target.make_room(rank + 1, rank);
-                        target.set_range(rank, cut.first, cut.last);
-                        target.set_value(rank, value);
-                        self.replaced(path, target.node(), || ());
-                        self.count_edit(1, 0);
-                        let gap = (cut.first - last - 1).max(above - cut.last - 1);
-                        self.gap_changed(path, above - last - 1, gap);
-                        return Ok(());
+                        let below = (first, last);
+                        let hole = Hole {
+                            at: rank,
+                            below,
+                            above,
+                        };
+                        return self.insert(path, old, &hole, cut, value);
                     }
+                } else if (first, last) == (cut.first, cut.last)
+                    && at > 0
+                    && cut.value.is_none()
+                    && (leaf.count() > Node::<W>::LEAF_LOW || path.height() == 1)
+                {
+                    let gap = above.0 - leaf.range(at - 1).1 - 1;
+                    let raw = leaf.raw_of(at, (first, last));
+                    return self.take_out(path, old, (at, raw), gap, removed);
                 }
             }
         }
         self.splice_ranked(path, cut, rank, removed)
+    }
+
+    /// Puts a range into a hole. There is room and it fits.
+    #[inline(always)]
+    fn insert(
+        &self,
+        path: &mut Path<W>,
+        old: &Node<W>,
+        hole: &Hole,
+        cut: &Cut,
+        value: u64,
+    ) -> Result<(), AllocError> {
+        let mut target = self.writable(old)?;
+        let slot = target.open(hole.at);
+        target.set_range(slot, cut.first, cut.last);
+        target.set_value(slot, value);
+        self.replaced(path, target, || ());
+        path.hole = 0;
+        self.count_edit(1, 0);
+        let gap = hole.left_by(cut.first, cut.last);
+        self.gap_changed(path, hole.pages(), gap);
+        Ok(())
+    }
+
+    /// Takes the range at a position out from between two others, where `gap` pages are free afterwards.
+    #[inline(always)]
+    fn take_out(
+        &self,
+        path: &mut Path<W>,
+        old: &Node<W>,
+        (at, raw): (usize, Raw),
+        gap: u64,
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<(), AllocError> {
+        let mut target = self.writable(old)?;
+        if !self.copies() {
+            removed(entry(raw));
+        }
+        target.close(at);
+        self.replaced(path, target, || removed(entry(raw)));
+        path.hole = at;
+        self.count_edit(0, 1);
+        self.gap_changed(path, 0, gap);
+        Ok(())
     }
 
     /// Puts what `cut` says into the middle of a range.
@@ -77,55 +171,65 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         &self,
         path: &mut Path<W>,
         old: &Node<W>,
-        (slot, raw): (usize, Raw),
+        (at, raw): (usize, Raw),
         cut: &Cut,
         removed: &mut dyn FnMut(Entry<V>),
     ) -> Result<(), AllocError> {
-        let above = V::from_word(raw.value).split(cut.last + 1 - raw.first);
-        let target = self.writable(old)?;
+        let whole = V::from_word(raw.value);
+        let gone = entry(Raw {
+            first: cut.first,
+            last: cut.last,
+            value: whole.split(cut.first - raw.first).to_word(),
+        });
+        let above = whole.split(cut.last + 1 - raw.first);
+        let mut target = self.writable(old)?;
         if !self.copies() {
-            show(raw, cut, removed);
+            removed(gone);
         }
-        let mut upper = slot + 1;
+        let upper = at + 1;
+        target.set_range(target.slot(at), raw.first, cut.first - 1);
+        let slot = target.open(upper);
+        target.set_range(slot, cut.last + 1, raw.last);
+        target.set_value(slot, above.to_word());
         if let Some(value) = cut.value {
-            target.make_room(slot + 3, slot + 1);
-            target.set_range(slot + 1, cut.first, cut.last);
-            target.set_value(slot + 1, value);
-            upper += 1;
-        } else {
-            target.make_room(slot + 2, slot + 1);
+            let slot = target.open(upper);
+            target.set_range(slot, cut.first, cut.last);
+            target.set_value(slot, value);
         }
-        target.set_range(slot, raw.first, cut.first - 1);
-        target.set_range(upper, cut.last + 1, raw.last);
-        target.set_value(upper, above.to_word());
-        self.replaced(path, target.node(), || show(raw, cut, removed));
-        self.count_edit(upper + 1 - slot, 1);
+        self.replaced(path, target, || removed(gone));
         if cut.value.is_none() {
+            path.hole = upper;
+            self.count_edit(2, 1);
             self.gap_changed(path, 0, cut.last + 1 - cut.first);
+        } else {
+            path.hole = 0;
+            self.count_edit(3, 1);
         }
         Ok(())
     }
 
-    /// Lets the ranges on both sides of a hole, or one of them, grow into it: range `slot` becomes `first ..= last`, and
-    /// the one above it goes if `both`. The range fits.
+    /// Lets the ranges on both sides of a hole, or one of them, grow into it: the range at `at` becomes `grown`, and the
+    /// one above it goes if `both`. The range fits.
     #[inline(always)]
     pub(crate) fn fill(
         &self,
         path: &mut Path<W>,
-        slot: usize,
+        at: usize,
         grown: Raw,
         both: bool,
         (old_gap, new_gap): (u64, u64),
     ) -> Result<(), AllocError> {
         // SAFETY: as in `splice_at`.
         let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
-        let target = self.writable(old)?;
+        let mut target = self.writable(old)?;
+        let slot = target.slot(at);
         target.set_range(slot, grown.first, grown.last);
         target.set_value(slot, grown.value);
         if both {
-            target.make_room(slot + 1, slot + 2);
+            target.close(at + 1);
         }
-        self.replaced(path, target.node(), || ());
+        self.replaced(path, target, || ());
+        path.hole = 0;
         self.count_edit(1, 1 + usize::from(both));
         self.gap_changed(path, old_gap, new_gap);
         Ok(())
@@ -150,18 +254,21 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         self.planted.copies(S::SHARED)
     }
 
-    /// Publishes what [`writable`](Self::writable) gave, shows what was removed with `shows` (where nothing was copied that
-    /// was done before), and retires what it is a copy of.
+    /// Finishes what [`writable`](Self::writable) gave. A copy is put in order (`N6`) and published, what was removed is
+    /// shown with `shows` (where nothing was copied that was done before), and what it is a copy of is retired.
     #[inline(always)]
-    fn replaced(&self, path: &mut Path<W>, node: &Node<W>, shows: impl FnOnce()) {
-        if self.copies() {
-            let (old, new) = (path.pointer(0), NodePtr::from(node));
-            self.publish(path, 1, new);
-            path.replace_leaf(new);
-            shows();
-            self.retire(old);
-            self.stock.trim(&self.alloc);
+    fn replaced(&self, path: &mut Path<W>, mut target: Leaf<'_, W>, shows: impl FnOnce()) {
+        if !self.copies() {
+            return target.save();
         }
+        target.sort();
+        target.save();
+        let (old, new) = (path.pointer(0), NodePtr::from(target.node()));
+        self.publish(path, 1, new);
+        path.replace_leaf(new);
+        shows();
+        self.retire(old);
+        self.stock.trim(&self.alloc);
     }
 
     /// Records that a gap of `old` pages in the path's leaf has become smaller ones, of which `new` is the largest, or
@@ -285,10 +392,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         } else {
             new_gap = high - low;
         }
-        let target = self.writable(old)?;
+        let mut target = self.writable(old)?;
         let shows = |removed: &mut dyn FnMut(Entry<V>)| {
-            for slot in from..to {
-                show(leaf.raw(slot), cut, removed);
+            for raw in leaf.raws(from, to) {
+                show(raw, cut, removed);
             }
         };
         if !self.copies() {
@@ -301,23 +408,34 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         } else {
             0
         };
-        target.make_room(from + pieces, to);
-        let mut at = from;
+        let mut at = from + usize::from(has_lower);
+        for _ in touched..pieces {
+            let _ = target.open(at);
+        }
+        for _ in pieces..touched {
+            target.close(at);
+        }
         if has_lower {
             // Its value stays where it is.
-            target.set_range(at, lowest.0, cut.first - 1);
-            at += 1;
+            target.set_range(target.slot(from), lowest.0, cut.first - 1);
         }
         if let Some(value) = cut.value {
-            target.set_range(at, cut.first, cut.last);
-            target.set_value(at, value);
+            let slot = target.slot(at);
+            target.set_range(slot, cut.first, cut.last);
+            target.set_value(slot, value);
             at += 1;
         }
         if has_upper {
-            target.set_range(at, cut.last + 1, highest.1);
-            target.set_value(at, upper_value);
+            let slot = target.slot(at);
+            target.set_range(slot, cut.last + 1, highest.1);
+            target.set_value(slot, upper_value);
         }
-        self.replaced(path, target.node(), || shows(removed));
+        self.replaced(path, target, || shows(removed));
+        path.hole = if has_middle {
+            0
+        } else {
+            from + usize::from(has_lower)
+        };
         self.count_edit(pieces, touched);
         if let Some(top) = top {
             self.set_top(top);
@@ -357,8 +475,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
 
     /// Moves the boundary above the path's leaf down to `last`; `above`, the page above the old one, is the next leaf's.
     #[inline(never)]
-    fn lower(&self, path: &Path<W>, (last, above): (u64, u64)) {
+    fn lower(&self, path: &mut Path<W>, (last, above): (u64, u64)) {
         path.lower_boundary(1, last);
+        path.set_high(last);
         self.refresh_gap(above);
     }
 

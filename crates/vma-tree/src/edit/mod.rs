@@ -23,13 +23,14 @@
 //!   above the tree's last range. Those are known from the page after that range, which is on record for the tree: no
 //!   search from above, where that gap is large and beyond the limit, looks at it in vain.
 //! - `E3`: one writer edits at a time (`&mut RangeTree`, or the contract of `SharedTree::writer`).
-//! - `E4`: the writer's finger is unset, or it is the way from the root to a leaf of the tree: whoever replaces a node
-//!   on it by another unsets it. So an edit near the last one needs no descent.
+//! - `E4`: the writer's finger is unset, or it is the way from the root to a leaf of the tree with the pages that the leaf
+//!   answers for: whoever replaces a node on it by another unsets it. So an edit near the last one needs no descent. The
+//!   hole that it names is a guess: who takes it looks whether it is one.
 //!
 //! Cost: N ranges, height h = log N; in a leaf one descent and at most one node; across leaves O(h) nodes and O(k) for
 //! k ranges removed.
 
-mod leaf;
+pub(crate) mod leaf;
 mod rebuild;
 mod sweep;
 
@@ -95,7 +96,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     ) -> Result<(), AllocError> {
         self.admit()?;
         self.with_finger(|path| {
-            if self.aim(path, cut.first, cut.last) {
+            if self.aim(path, cut.first) {
                 self.splice_at(path, &cut, removed)
             } else {
                 self.plant(cut)
@@ -116,8 +117,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
 
     /// Leads the path to the leaf that answers for `first`; `false` in an empty tree.
     #[inline(always)]
-    pub(crate) fn aim(&self, path: &mut Path<W>, first: u64, last: u64) -> bool {
-        if path.height() > 0 && path.leaf().spans(first, last) {
+    pub(crate) fn aim(&self, path: &mut Path<W>, first: u64) -> bool {
+        if path.answers(first) {
             return true;
         }
         // SAFETY: E3: nobody else edits; nodes in the tree are alive (K1).

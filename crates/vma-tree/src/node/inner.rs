@@ -2,7 +2,7 @@
 
 use kmem_hal::sync::Ordering;
 
-use super::{Node, NodePtr, UNUSED, from_word, to_word};
+use super::{Node, NodePtr, UNUSED, count_above, from_word, to_word};
 
 /// A child as an inner node describes it.
 #[derive(Clone, Copy, Debug)]
@@ -31,7 +31,14 @@ impl<const W: usize> Node<W> {
         }
         for slot in 0..Self::PIVOTS {
             let used = slot + 1 < children.len();
-            self.set_word(slot, if used { children[slot].last } else { UNUSED });
+            self.set_word(
+                slot,
+                if used {
+                    children[slot].last + 1
+                } else {
+                    UNUSED
+                },
+            );
         }
         for (slot, child) in children.iter().enumerate() {
             self.set_word(Self::PIVOTS + slot, to_word(child.node));
@@ -44,7 +51,7 @@ impl<const W: usize> Node<W> {
     pub(crate) fn append_child(&self, last_of_previous: u64, child: Child<W>) {
         let count = self.children();
         if let Some(below) = count.checked_sub(1) {
-            self.set_word(below, last_of_previous);
+            self.set_word(below, last_of_previous + 1);
         }
         self.set_word(Self::PIVOTS + count, to_word(child.node));
         self.set_half(count + 1, child.gap);
@@ -71,14 +78,14 @@ impl<const W: usize> Node<W> {
     /// The child whose pages contain `page`. No branch depends on a pivot.
     #[inline(always)]
     pub(crate) fn child_for(&self, page: u64) -> usize {
-        // One step of a binary search, then all that is left at once: the loads do not wait for each other.
-        let step = Self::PIVOTS.div_ceil(2);
-        let half = usize::from(self.word(step - 1) < page) * step;
-        let mut at = half;
-        for next in 0..Self::PIVOTS - step {
-            at += usize::from(self.word(half + next) < page);
+        // All pivots at once: no load waits for another, and the sums hardly do.
+        let third = Self::PIVOTS.div_ceil(3);
+        let mut above = [0; 3];
+        for slot in 0..Self::PIVOTS {
+            let sum = &mut above[slot / third];
+            *sum = count_above(*sum, self.word(slot), !page);
         }
-        at
+        Self::PIVOTS - (above[0] + above[1] + above[2]) as usize
     }
 
     /// Child `slot`.
@@ -95,25 +102,22 @@ impl<const W: usize> Node<W> {
     /// The last page of child `slot`; `top`, the last page of the node, for its last child.
     #[inline(always)]
     pub(crate) fn last_of(&self, slot: usize, top: u64) -> u64 {
-        if slot >= Self::PIVOTS {
-            return top;
-        }
-        let pivot = self.word(slot);
-        if pivot == UNUSED { top } else { pivot }
+        // No branch: which child it is cannot be foreseen.
+        let pivot = self.word(slot.min(Self::PIVOTS - 1));
+        let is_last = slot >= Self::PIVOTS || pivot == UNUSED;
+        core::hint::select_unpredictable(is_last, top, pivot.wrapping_sub(1))
     }
 
     /// The first page of child `slot`; `low`, the first page of the node, for its first child.
     #[inline(always)]
     pub(crate) fn first_of(&self, slot: usize, low: u64) -> u64 {
-        match slot.checked_sub(1) {
-            Some(below) => self.word(below) + 1,
-            None => low,
-        }
+        let below = self.word(slot.saturating_sub(1));
+        core::hint::select_unpredictable(slot == 0, low, below)
     }
 
     /// Moves the boundary above child `slot`, which is not the last, inside a hole.
     pub(crate) fn set_last_of(&self, slot: usize, last: u64) {
-        self.at(slot).store(last, Ordering::Release);
+        self.at(slot).store(last + 1, Ordering::Release);
     }
 
     /// The largest gap below child `slot`.
@@ -138,28 +142,58 @@ impl<const W: usize> Node<W> {
         largest
     }
 
-    /// The children with a gap of at least `need` (not 0) on record, one bit each. No branch depends on a record.
-    #[inline]
-    pub(crate) fn children_with_gap(&self, need: u32) -> u16 {
+    /// The lowest child from `from` on with a gap of at least `need` (not 0) on record.
+    #[inline(always)]
+    pub(crate) fn first_with_gap(&self, from: usize, need: u32) -> Option<usize> {
         // Half word 0 is the count; those of children that do not exist are 0.
-        let mut bits = 0_u32;
-        for (half, gap) in self.halves().into_iter().enumerate() {
-            bits |= if gap >= need { 1 << half } else { 0 };
+        let half = from + 1;
+        let mut word = half / 2;
+        let mut two = self.gap_words(word)?;
+        if !half.is_multiple_of(2) {
+            two &= !u64::from(u32::MAX);
         }
-        (bits >> 1) as u16
+        loop {
+            if two as u32 >= need {
+                return Some(2 * word - 1);
+            }
+            if (two >> 32) as u32 >= need {
+                return Some(2 * word);
+            }
+            word += 1;
+            two = self.gap_words(word)?;
+        }
     }
 
-    /// The count and the gap records, unpacked. Only for the writer, who alone looks at them and may read them as plain
+    /// The highest child below `to` with a gap of at least `need` (not 0) on record.
+    #[inline(always)]
+    pub(crate) fn last_with_gap(&self, to: usize, need: u32) -> Option<usize> {
+        let half = to;
+        let mut word = half / 2;
+        let mut two = self.gap_words(word)?;
+        if half.is_multiple_of(2) {
+            two &= u64::from(u32::MAX);
+        }
+        loop {
+            if (two >> 32) as u32 >= need {
+                return Some(2 * word);
+            }
+            if word == 0 {
+                // Half word 0 is the count.
+                return None;
+            }
+            if two as u32 >= need {
+                return Some(2 * word - 1);
+            }
+            word -= 1;
+            two = self.gap_words(word)?;
+        }
+    }
+
+    /// Two gap records, or the count and one. Only for the writer, who alone looks at them and may read them as plain
     /// memory.
     #[inline(always)]
-    fn halves(&self) -> [u32; 14] {
-        let mut halves = [0; 14];
-        for index in 0..W - Self::GAPS {
-            let word = self.leaf_word(Self::GAPS + index);
-            halves[2 * index] = word as u32;
-            halves[2 * index + 1] = (word >> 32) as u32;
-        }
-        halves
+    fn gap_words(&self, word: usize) -> Option<u64> {
+        (Self::GAPS + word < W).then(|| self.leaf_word(Self::GAPS + word))
     }
 
     /// Child `slot` with its description.

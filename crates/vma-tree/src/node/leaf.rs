@@ -1,6 +1,6 @@
 //! The leaf: how ranges are packed into words, found, put in and taken out.
 
-use super::{Node, Raw, UNUSED};
+use super::{Node, Raw, UNUSED, count_above};
 
 /// How many bits of a key may hold the length. The first that fits is taken.
 const WIDTHS: [u32; 8] = [28, 32, 24, 20, 16, 12, 40, 52];
@@ -64,33 +64,103 @@ impl Coding {
         (first, first + (key & self.length_mask()))
     }
 
-    /// The largest key of a range that begins at or below `page`; `None` below the base.
+    /// The largest key of a range that begins at or below `page`, all its bits turned; `None` below the base.
     #[inline(always)]
-    fn probe(self, page: u64) -> Option<u64> {
+    fn turned_probe(self, page: u64) -> Option<u64> {
         let distance = page.checked_sub(self.base)?;
-        Some(if distance > self.reach() {
-            UNUSED - 1
-        } else {
-            distance << self.width | self.length_mask()
-        })
+        // Beyond the reach the probe is above every key, and below all ones.
+        Some(!distance.min(self.reach()) << self.width)
+    }
+}
+
+/// Where the nibble of a position begins; within the word whatever the position is.
+#[inline(always)]
+fn bits(position: usize) -> u32 {
+    (4 * position as u32) & 63
+}
+
+/// Which slot each position has: nibble `i` is the slot of the range at position `i`, ascending.
+///
+/// The nibbles from the number of ranges on are the free slots. So a range is put between two others, or taken out, by
+/// turning a few nibbles of one word, and no range moves.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Order(u64);
+
+impl Order {
+    /// Every position has the slot of its own number, of so many.
+    pub(crate) const fn sorted(slots: usize) -> Self {
+        Self(0x0edc_ba98_7654_3210 & ((1 << (4 * slots)) - 1))
+    }
+
+    /// The bits of the nibbles below `position`, which is at most 15.
+    #[inline(always)]
+    fn below(position: usize) -> u64 {
+        debug_assert!(position <= 15);
+        (1 << bits(position)) - 1
+    }
+
+    /// The slot of the range at `position`.
+    #[inline(always)]
+    fn slot(self, position: usize) -> usize {
+        ((self.0 >> bits(position)) & 15) as usize
+    }
+
+    /// Puts a free slot to `position`: the last of `slots`, which the nibbles above push out of its place.
+    #[inline(always)]
+    fn open(&mut self, position: usize, slots: usize) -> usize {
+        let below = Self::below(position);
+        let free = self.0 >> (4 * (slots - 1));
+        let above = ((self.0 & !below) << 4) & Self::below(slots);
+        self.0 = (self.0 & below) | above | (free << bits(position));
+        free as usize
+    }
+
+    /// Makes the slot at `position` free: the last of `slots`.
+    #[inline(always)]
+    fn close(&mut self, position: usize, slots: usize) -> usize {
+        let below = Self::below(position);
+        let gone = self.slot(position);
+        self.0 = (self.0 & below) | ((self.0 >> 4) & !below) | ((gone as u64) << (4 * (slots - 1)));
+        gone
+    }
+
+    /// Whether every one of `slots` occurs once.
+    pub(crate) fn is_whole(self, slots: usize) -> bool {
+        let seen = (0..slots).fold(0_u32, |seen, position| seen | 1 << self.slot(position));
+        seen == (1 << slots) - 1 && self.0 & !Self::below(slots) == 0
     }
 }
 
 /// A leaf as it is read: the node and its decoded header.
+///
+/// Ranges are named by their positions, ascending. The methods that change a leaf are for its one writer; the number of
+/// ranges and their order are changed in this view and written to the node by [`save`](Self::save).
 #[derive(Clone, Copy)]
 pub(crate) struct Leaf<'a, const W: usize> {
     node: &'a Node<W>,
     coding: Coding,
     count: usize,
+    order: Order,
 }
 
 impl<const W: usize> Node<W> {
     const HEADER: usize = Self::RANGES;
     const VALUES: usize = Self::RANGES + 1;
+    /// The order of a leaf of a tree that is shared.
+    pub(crate) const SORTED: Order = Order::sorted(Self::RANGES);
 
-    /// Views the node, which is a leaf.
+    /// Views the node, which is a leaf. For its writer, and for all where nobody edits.
     #[inline(always)]
     pub(crate) fn leaf(&self) -> Leaf<'_, W> {
+        Leaf {
+            order: Order(self.leaf_word(Self::LINK)),
+            ..self.sorted_leaf()
+        }
+    }
+
+    /// Views the node, which is a leaf of a tree that is shared, where ranges lie in order (`N6`).
+    #[inline(always)]
+    pub(crate) fn sorted_leaf(&self) -> Leaf<'_, W> {
         let header = self.leaf_word(Self::HEADER);
         Leaf {
             node: self,
@@ -99,6 +169,7 @@ impl<const W: usize> Node<W> {
                 width: (header >> BASE_BITS) as u32 & 63,
             },
             count: (header >> COUNT_SHIFT) as usize,
+            order: Node::<W>::SORTED,
         }
     }
 
@@ -113,14 +184,13 @@ impl<const W: usize> Node<W> {
                 None => self.set_word(slot, UNUSED),
             }
         }
-        self.set_header(coding, ranges.len());
-        self.set_link(0);
-    }
-
-    fn set_header(&self, coding: Coding, count: usize) {
-        let header =
-            coding.base | u64::from(coding.width) << BASE_BITS | (count as u64) << COUNT_SHIFT;
-        self.set_word(Self::HEADER, header);
+        Leaf {
+            node: self,
+            coding,
+            count: ranges.len(),
+            order: Node::<W>::SORTED,
+        }
+        .save();
     }
 }
 
@@ -131,56 +201,85 @@ impl<'a, const W: usize> Leaf<'a, W> {
         self.count
     }
 
-    /// First and last page of range `slot`.
+    /// Which slot each range has.
     #[inline(always)]
-    pub(crate) fn range(&self, slot: usize) -> (u64, u64) {
-        self.coding.range(self.node.leaf_word(slot))
+    pub(crate) fn order(&self) -> Order {
+        self.order
     }
 
-    /// The value's word of range `slot`.
     #[inline(always)]
-    pub(crate) fn value(&self, slot: usize) -> u64 {
-        self.node.leaf_word(Node::<W>::VALUES + slot)
+    fn key(&self, position: usize) -> u64 {
+        self.node.leaf_word(self.order.slot(position))
     }
 
-    /// Range `slot` with its value.
+    /// First and last page of the range at `position`.
     #[inline(always)]
-    pub(crate) fn raw(&self, slot: usize) -> Raw {
-        let (first, last) = self.range(slot);
+    pub(crate) fn range(&self, position: usize) -> (u64, u64) {
+        self.coding.range(self.key(position))
+    }
+
+    /// The word of the value of the range at `position`.
+    #[inline(always)]
+    pub(crate) fn value(&self, position: usize) -> u64 {
+        self.node
+            .leaf_word(Node::<W>::VALUES + self.order.slot(position))
+    }
+
+    /// The range at `position` with its value.
+    #[inline(always)]
+    pub(crate) fn raw(&self, position: usize) -> Raw {
+        self.raw_of(position, self.range(position))
+    }
+
+    /// The range at `position`, whose pages are known, with its value.
+    #[inline(always)]
+    pub(crate) fn raw_of(&self, position: usize, (first, last): (u64, u64)) -> Raw {
         Raw {
             first,
             last,
-            value: self.value(slot),
+            value: self.value(position),
         }
     }
 
-    /// Range `slot`, whose pages are known, with its value.
+    /// The ranges from position `from` up to (not including) `to`, which is not below, ascending.
     #[inline(always)]
-    pub(crate) fn raw_of(&self, slot: usize, (first, last): (u64, u64)) -> Raw {
-        Raw {
-            first,
-            last,
-            value: self.value(slot),
-        }
+    pub(crate) fn raws(&self, from: usize, to: usize) -> impl Iterator<Item = Raw> + use<'a, W> {
+        let leaf = *self;
+        // A nibble that is no slot ends it.
+        let end = Order::below(to) + 1;
+        let mut order = ((self.order.0 & (end - 1)) | (15 * end)) >> bits(from);
+        core::iter::from_fn(move || {
+            let slot = (order & 15) as usize;
+            if slot == 15 {
+                return None;
+            }
+            order >>= 4;
+            let (first, last) = leaf.coding.range(leaf.node.leaf_word(slot));
+            Some(Raw {
+                first,
+                last,
+                value: leaf.node.leaf_word(Node::<W>::VALUES + slot),
+            })
+        })
     }
 
     /// How many ranges begin at or below `page`. No branch depends on a key.
     #[inline(always)]
     pub(crate) fn rank(&self, page: u64) -> usize {
-        let Some(probe) = self.coding.probe(page) else {
+        let Some(probe) = self.coding.turned_probe(page) else {
             return 0;
         };
-        // As in an inner node.
-        let step = Node::<W>::RANGES.div_ceil(2);
-        let half = usize::from(self.node.leaf_word(step - 1) <= probe) * step;
-        let mut at = half;
-        for next in 0..Node::<W>::RANGES - step {
-            at += usize::from(self.node.leaf_word(half + next) <= probe);
+        // All keys at once, wherever they lie: no load waits for another, and the sums hardly do.
+        let third = Node::<W>::RANGES.div_ceil(3);
+        let mut above = [0; 3];
+        for slot in 0..Node::<W>::RANGES {
+            let sum = &mut above[slot / third];
+            *sum = count_above(*sum, self.node.leaf_word(slot), probe);
         }
-        at
+        Node::<W>::RANGES - (above[0] + above[1] + above[2]) as usize
     }
 
-    /// The first range whose last page is at or above `page`; `count` if there is none.
+    /// The position of the first range whose last page is at or above `page`; `count` if there is none.
     #[inline(always)]
     pub(crate) fn first_at_or_after(&self, page: u64) -> usize {
         let rank = self.rank(page);
@@ -194,19 +293,24 @@ impl<'a, const W: usize> Leaf<'a, W> {
     /// The range that covers `page`.
     #[inline(always)]
     pub(crate) fn find(&self, page: u64) -> Option<Raw> {
-        let slot = self.rank(page).checked_sub(1)?;
-        let raw = self.raw(slot);
+        let position = self.rank(page).checked_sub(1)?;
+        let raw = self.raw(position);
         (page <= raw.last).then_some(raw)
     }
 
     /// The largest gap below the first range, from `low` on, and between ranges.
     pub(crate) fn largest_gap(&self, low: u64) -> u64 {
-        let mut free = low;
+        let (shift, mask) = (self.coding.width, self.coding.length_mask());
+        // Distances from the base do. That of `low` may lie below it, and wraps.
+        let mut free = low.wrapping_sub(self.coding.base);
         let mut largest = 0;
-        for slot in 0..self.count {
-            let (first, last) = self.range(slot);
-            largest = largest.max(first - free);
-            free = last + 1;
+        let mut order = self.order.0;
+        for _ in 0..self.count {
+            let key = self.node.leaf_word((order & 15) as usize);
+            order >>= 4;
+            let first = key >> shift;
+            largest = largest.max(first.wrapping_sub(free));
+            free = first + (key & mask) + 1;
         }
         largest
     }
@@ -218,57 +322,46 @@ impl<'a, const W: usize> Leaf<'a, W> {
         self.range(self.count.saturating_sub(1)).1
     }
 
-    /// Whether both pages lie between the leaf's first and last page.
+    /// The lowest position from `from` (not 0) on with a gap of at least `need` pages right below.
     #[inline(always)]
-    pub(crate) fn spans(&self, first: u64, last: u64) -> bool {
-        self.range(0).0 <= first && last <= self.end()
-    }
-
-    /// The lowest of the ranges `slots` with a gap of at least `need` pages right below it; the range below that is in the
-    /// leaf too.
-    #[inline(always)]
-    pub(crate) fn gap_below_up(&self, slots: core::ops::Range<usize>, need: u64) -> Option<usize> {
+    pub(crate) fn gap_below_up(&self, from: usize, need: u64) -> Option<usize> {
         let (shift, mask) = (self.coding.width, self.coding.length_mask());
         // Distances from the base do: no need to decode.
-        let key = self.node.leaf_word(slots.start.checked_sub(1)?);
+        let key = self.key(from.checked_sub(1)?);
         let mut end = (key >> shift) + (key & mask);
-        for slot in slots {
-            let key = self.node.leaf_word(slot);
+        let mut order = self.order.0 >> bits(from);
+        for position in from..self.count {
+            let key = self.node.leaf_word((order & 15) as usize);
+            order >>= 4;
             let first = key >> shift;
             if first - end > need {
-                return Some(slot);
+                return Some(position);
             }
             end = first + (key & mask);
         }
         None
     }
 
-    /// The highest of the ranges `slots` with a gap of at least `need` pages right below it; the range below that is in
-    /// the leaf too.
+    /// The highest of the positions `1 .. to` with a gap of at least `need` pages right below.
     #[inline(always)]
-    pub(crate) fn gap_below_down(
-        &self,
-        slots: core::ops::Range<usize>,
-        need: u64,
-    ) -> Option<usize> {
+    pub(crate) fn gap_below_down(&self, to: usize, need: u64) -> Option<usize> {
         let (shift, mask) = (self.coding.width, self.coding.length_mask());
-        if slots.is_empty() {
-            return None;
-        }
-        let mut above = self.node.leaf_word(slots.end - 1) >> shift;
-        for slot in slots.rev() {
-            let key = self.node.leaf_word(slot - 1);
+        let mut position = to.checked_sub(1)?;
+        let mut above = self.key(position) >> shift;
+        while position > 0 {
+            let key = self.key(position - 1);
             let first = key >> shift;
             if above - first - (key & mask) > need {
-                return Some(slot);
+                return Some(position);
             }
             above = first;
+            position -= 1;
         }
         None
     }
 
-    /// The ranges `from .. to` that have a page in `first ..= last`; both the place of the next range above if none has.
-    /// `rank` is that of `first`.
+    /// The positions `from .. to` of the ranges that have a page in `first ..= last`; both that of the next range above if
+    /// none has. `rank` is that of `first`.
     #[inline(always)]
     pub(crate) fn touched(&self, rank: usize, first: u64, last: u64) -> (usize, usize) {
         let covers = rank > 0 && self.range(rank - 1).1 >= first;
@@ -301,44 +394,64 @@ impl<'a, const W: usize> Leaf<'a, W> {
         first - self.coding.base <= self.coding.reach()
     }
 
-    /// Moves the ranges from slot `to` on so that they begin at slot `end`, and counts them.
-    ///
-    /// Only for a node that no reader can reach, as the setters below. There is room.
+    /// Makes room for a range at `position`: the slot, which is to be written. There is a free one.
     #[inline(always)]
-    pub(crate) fn make_room(&self, end: usize, to: usize) {
-        let (node, values) = (self.node, Node::<W>::VALUES);
-        if end == to {
-            return;
-        }
-        let count = self.count + end - to;
-        if end > to {
-            let up = end - to;
-            for slot in (to..self.count).rev() {
-                node.set_word(slot + up, node.word(slot));
-                node.set_word(values + slot + up, node.word(values + slot));
-            }
-        } else {
-            let down = to - end;
-            for slot in to..self.count {
-                node.set_word(slot - down, node.word(slot));
-                node.set_word(values + slot - down, node.word(values + slot));
-            }
-            for slot in count..self.count {
-                node.set_word(slot, UNUSED);
-            }
-        }
-        node.set_header(self.coding, count);
+    pub(crate) fn open(&mut self, position: usize) -> usize {
+        debug_assert!(position <= self.count && self.count < Node::<W>::RANGES);
+        self.count += 1;
+        self.order.open(position, Node::<W>::RANGES)
     }
 
-    /// Writes the range of `slot`, which fits.
+    /// Takes the range at `position` out.
+    #[inline(always)]
+    pub(crate) fn close(&mut self, position: usize) {
+        debug_assert!(position < self.count);
+        let slot = self.order.close(position, Node::<W>::RANGES);
+        self.node.set_word(slot, UNUSED);
+        self.count -= 1;
+    }
+
+    /// The slot of the range at `position`.
+    #[inline(always)]
+    pub(crate) fn slot(&self, position: usize) -> usize {
+        self.order.slot(position)
+    }
+
+    /// Writes the pages of the range in `slot`, which fit.
     #[inline(always)]
     pub(crate) fn set_range(&self, slot: usize, first: u64, last: u64) {
         self.node.set_word(slot, self.coding.key(first, last));
     }
 
-    /// Writes the value's word of range `slot`.
+    /// Writes the word of the value of the range in `slot`.
     #[inline(always)]
     pub(crate) fn set_value(&self, slot: usize, value: u64) {
         self.node.set_word(Node::<W>::VALUES + slot, value);
+    }
+
+    /// Writes how many ranges there are, and their order, to the node.
+    #[inline(always)]
+    pub(crate) fn save(&self) {
+        let header = self.coding.base
+            | u64::from(self.coding.width) << BASE_BITS
+            | (self.count as u64) << COUNT_SHIFT;
+        self.node.set_word(Node::<W>::HEADER, header);
+        self.node.set_word(Node::<W>::LINK, self.order.0);
+    }
+
+    /// Puts every range into the slot of its position (`N6`). The node is one that no reader can reach.
+    pub(crate) fn sort(&mut self) {
+        if self.order == Node::<W>::SORTED {
+            return;
+        }
+        let mut words = [(UNUSED, 0); 15];
+        for (position, word) in words.iter_mut().enumerate().take(self.count) {
+            *word = (self.key(position), self.value(position));
+        }
+        self.order = Node::<W>::SORTED;
+        for (slot, &(key, value)) in words.iter().enumerate().take(Node::<W>::RANGES) {
+            self.node.set_word(slot, key);
+            self.node.set_word(Node::<W>::VALUES + slot, value);
+        }
     }
 }

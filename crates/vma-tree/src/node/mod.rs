@@ -1,11 +1,11 @@
 //! One node: 32 words, a leaf or an inner node.
 //!
 //! ```text
-//! leaf    word 0 ..= 14   keys, ascending: (first page - base) << b | (pages - 1); unused = all ones
+//! leaf    word 0 ..= 14   keys: (first page - base) << b | (pages - 1); unused = all ones
 //!         word 15         base page (52 bits) | b (6 bits) << 52 | count (4 bits) << 58
 //!         word 16 ..= 30  values
-//!         word 31         link: 0 while the node is in the tree
-//! inner   word 0 ..= 11   pivots: the last page of child 0 ..= 10 or so; unused = all ones
+//!         word 31         order: nibble i is the slot of range i (outside of the tree: a link)
+//! inner   word 0 ..= 11   pivots: the first page of child 1 ..= 12; unused = all ones
 //!         word 12 ..= 24  children
 //!         word 25 ..= 31  14 half words: count, then the largest gap below each child, saturated to 32 bits
 //! ```
@@ -15,15 +15,25 @@
 //! get leaves of their own, and a single range of any length always fits (`b` = 52). So ranges of one page and
 //! ranges of 2^52 pages live in one tree, and a leaf of common ranges holds 15.
 //!
+//! Keys lie in any order: a search counts those at or below its page, which needs none. The order is one word beside
+//! them, so that a range goes between two others without moving any.
+//!
+//! ```text
+//!   slot      0    1    2    3        order  2 1 3 0         open(1) takes the free slot 2:  1 3 2 0
+//!   key       10   30   -    20       count  3
+//! ```
+//!
 //! Invariants
-//! - `N1`: keys of a leaf ascend strictly, `count` of them, and every key after them is all ones.
+//! - `N1`: the keys of a leaf in the slots that the first `count` nibbles of its order name ascend strictly, there is one
+//!   at least, and every other key is all ones. The order names every slot once.
 //! - `N2`: `count - 1` pivots of an inner node ascend strictly and every pivot after them is all ones; child `i` holds
-//!   the pages above pivot `i - 1` up to pivot `i`.
-//! - `N3`: the words that a reader looks at (all but link, count of an inner node and gaps) of a node that readers can
-//!   reach are never changed in a shared tree, except that a child may be replaced and a pivot moved inside a hole.
+//!   the pages from pivot `i - 1` up to the one below pivot `i`.
+//! - `N3`: the words that a reader looks at (all but order or link, count of an inner node and gaps) of a node that readers
+//!   can reach are never changed in a shared tree, except that a child may be replaced and a pivot moved inside a hole.
 //! - `N4`: a child of an inner node is a node, alive for as long as a reader may hold its parent.
-//! - `N5`: a slot given to a node's methods is below its count (of ranges or children), or was found by its own search,
-//!   which ends within the layout whatever the words are.
+//! - `N5`: a position or slot given to a node's methods is below its count (of ranges or children), or was found by its own
+//!   search, which ends within the layout whatever the words are. A nibble of an order is a slot (`N1`).
+//! - `N6`: in a tree that is shared ranges lie in order: readers do not look at the order, which becomes a link under them.
 //!
 //! The number of words is a parameter: 8 words give 3 ranges and 3 children a node, which a model checker can explore.
 
@@ -96,6 +106,7 @@ impl<const W: usize> Node<W> {
     /// An inner node with fewer children is joined with its neighbour.
     pub(crate) const INNER_LOW: usize = low(Self::CHILDREN);
 
+    /// The last word: the order of a leaf in the tree, the link of any node outside.
     const LINK: usize = W - 1;
 
     /// A node for [`NodePtr`]; its content means nothing yet.
@@ -149,6 +160,15 @@ impl<const W: usize> Node<W> {
         }
     }
 
+    /// Has all lines of a node fetched that will be looked at after the present one.
+    #[inline(always)]
+    pub(crate) fn fetch_ahead(&self) {
+        #[cfg(not(loom))]
+        for index in (0..W).step_by(8) {
+            let _ = self.word(index);
+        }
+    }
+
     /// Copies every word of `from` into this node, which no reader can reach.
     ///
     /// For the writer: what it alone changes it may read as plain memory.
@@ -167,7 +187,7 @@ impl<const W: usize> Node<W> {
         }
     }
 
-    /// The link of a node outside of the tree, 0 inside.
+    /// The link of a node outside of the tree.
     #[inline(always)]
     pub(crate) fn link(&self) -> u64 {
         self.at(Self::LINK).load(Ordering::Acquire)
@@ -177,6 +197,16 @@ impl<const W: usize> Node<W> {
     pub(crate) fn set_link(&self, link: u64) {
         self.at(Self::LINK).store(link, Ordering::Release);
     }
+}
+
+/// `count`, and one more if `word` is above `limit`, which is given with all bits turned.
+///
+/// The carry of an addition. A comparison says the same, but compilers then go over flags, and from several comparisons
+/// make vectors.
+#[inline(always)]
+fn count_above(count: u64, word: u64, not_limit: u64) -> u64 {
+    let sum = ((u128::from(count) << 64) | u128::from(word)).wrapping_add(u128::from(not_limit));
+    (sum >> 64) as u64
 }
 
 const fn low(capacity: usize) -> usize {
