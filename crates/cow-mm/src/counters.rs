@@ -68,6 +68,8 @@ pub(crate) struct Ledger {
     charged: u64,
     /// The largest `total` ever.
     pub peak: u64,
+    /// One bit for each object ever mapped, by its number modulo 64.
+    pub objects: u64,
 }
 
 impl Ledger {

@@ -24,7 +24,7 @@ use crate::errno::Errno;
 use crate::flags::{MapFlags, Prot, VmFlags};
 use crate::merge::Candidate;
 use crate::mmap::{MapRequest, OpenFile};
-use crate::object::ObjectPage;
+use crate::page_cache::ObjectPage;
 use crate::space::AddressSpace;
 use crate::vma::Label;
 
@@ -236,6 +236,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             let part = (to.len() - done).min(PAGE_SIZE as usize - start);
             self.mm()
                 .read_frame(frame, start, &mut to[done..done + part]);
+            self.mm().put_reference(frame);
             done += part;
         }
         Ok(())

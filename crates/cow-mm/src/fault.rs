@@ -39,7 +39,8 @@ use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::VmFlags;
 use crate::merge::may_share_anon;
-use crate::object::{FileRef, ObjectPage};
+use crate::object::FileRef;
+use crate::page_cache::ObjectPage;
 use crate::space::{AddressSpace, State};
 use crate::tables::{SpaceCursor, rights};
 use crate::vma::{AnonLink, Vma};
@@ -163,9 +164,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         address: VirtAddr,
         access: Access,
     ) -> Result<(), Stop> {
-        match self.leaf(page) {
-            Some(leaf) => self.present(vma, page, leaf, access),
-            None => self.absent(vma, page, address, access == Access::Write),
+        match self.tables().query(page) {
+            Entry::Leaf(leaf) => self.present(vma, page, leaf, access),
+            Entry::Payload(payload) => self.fault_absent(vma, page, payload, address),
+            Entry::Empty => self.absent(vma, page, address, access == Access::Write),
         }
     }
 
@@ -239,7 +241,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         } else if self.mm().is_exclusive(leaf.frame) {
             leaf.attributes.rights(granted).accessed().dirty()
         } else {
-            return self.copy_on_write(cursor, page, leaf.frame, granted);
+            return self.copy_on_write(cursor, vma, page, leaf.frame);
         };
         let _ = cursor.relax(page, attributes);
         Ok(())
@@ -250,9 +252,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     fn copy_on_write<'t>(
         &'t self,
         mut cursor: SpaceCursor<'t, 'm, E>,
+        vma: &Vma,
         page: Page,
         shared: Frame,
-        granted: Rights,
     ) -> Result<(), Stop> {
         let mm = self.mm();
         let source = (shared != mm.zero_page()).then_some(shared);
@@ -262,8 +264,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             counted.map_err(|_| Errno::ENOMEM)?;
         }
         cursor.release();
-        let outcome = mm.new_anonymous(page.number(), source).map(|copy| {
-            let attributes = Attributes::new(granted).accessed().dirty();
+        let copy = mm.new_anonymous(self.family(), vma.object_page(page), source);
+        let outcome = copy.map(|copy| {
+            let attributes = Attributes::new(rights(vma.flags)).accessed().dirty();
             let unused = match cursor.own(page) {
                 Ok(Entry::Leaf(leaf)) if leaf.frame == shared && !leaf.is_writable() => {
                     match cursor.replace(page, copy, attributes) {
@@ -292,7 +295,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let mapping = match vma.file {
             None if write => {
                 attributes.dirty = true;
-                self.mm().new_anonymous(page.number(), None)?
+                self.mm()
+                    .new_anonymous(self.family(), vma.object_page(page), None)?
             }
             None => {
                 attributes = attributes.write_protected();
@@ -300,7 +304,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             }
             Some(file) => {
                 let source = self.object_frame(file, vma.object_page(page), address)?;
-                if vma.is_shared() {
+                let mapping = if vma.is_shared() {
                     let shared_memory = self.mm().object_info(file).is_shared_memory;
                     if write || shared_memory {
                         self.mm().slot(source).set_flags(SlotFlags::DIRTY);
@@ -309,14 +313,17 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                         // The first write must be seen, so that it reaches the file.
                         attributes = attributes.write_protected();
                     }
-                    self.mm().map_page(source)?
+                    self.mm().map_page(source)
                 } else if write {
                     attributes.dirty = true;
-                    self.mm().new_anonymous(page.number(), Some(source))?
+                    self.mm()
+                        .new_anonymous(self.family(), vma.object_page(page), Some(source))
                 } else {
                     attributes = attributes.write_protected();
-                    self.mm().map_page(source)?
-                }
+                    self.mm().map_page(source)
+                };
+                self.mm().put_reference(source);
+                mapping?
             }
         };
         self.install(page, mapping, attributes)?;

@@ -73,7 +73,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         parent.vmas.lock_all();
         let mut gather = self.tables().gather::<1>();
         let outcome = self.share_all(child, parent.vmas.iter(), &mut gather);
-        gather.commit(|page| self.mm().put(page));
+        self.settle(&mut gather);
         outcome
     }
 

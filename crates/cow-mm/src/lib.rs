@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 #![no_std]
 
+mod absent;
 mod brk;
 mod commit;
 mod counters;
@@ -18,22 +19,30 @@ mod limits;
 mod lock;
 mod madvise;
 mod maps;
+mod meminfo;
 pub mod merge;
+mod migrate;
 mod mm;
 mod mmap;
 mod mremap;
 mod munmap;
 mod names;
 mod object;
+mod page_cache;
 mod pagemap;
 mod place;
-#[allow(dead_code, reason = "reverse maps walk it")]
+mod reclaim;
 mod registry;
+pub mod replacement;
+mod rmap;
 mod smaps;
 mod space;
 mod status;
+mod swap;
+mod swap_in;
 mod sync;
 mod tables;
+mod transfer;
 mod usage;
 mod user;
 mod vma;
@@ -54,14 +63,17 @@ pub use layout::{Layout, MAX_MAP_COUNT, STACK_GUARD_PAGES, mmap_base};
 pub use limits::Limits;
 pub use lock::{LockAll, LockFlags};
 pub use maps::{Maps, permissions};
+pub use meminfo::{Events, MemInfo};
 pub use mm::{Mm, PageRef};
 pub use mmap::{MapRequest, OpenFile};
 pub use names::NameId;
 pub use object::{Borrowed, FileRef, Object, ObjectInfo};
 pub use pagemap::PagemapEntry;
+pub use reclaim::{Reclaimed, Reclaimer};
 pub use smaps::{Smaps, SmapsRollup};
 pub use space::{AddressSpace, Brk, SpaceMemory, State, Usage};
 pub use status::{Statm, Status};
+pub use swap::{SWAP_AREAS, SwapEntry, SwapSlot, SwapTotals};
 pub use sync::SyncFlags;
 pub use usage::{Pages, Resident};
 pub use vma::{AnonLink, Label, Vma};

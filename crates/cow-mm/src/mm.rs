@@ -14,15 +14,19 @@
 use kmem_hal::sync::{AtomicU32, AtomicU64, Ordering};
 use kmem_hal::{
     Frame, FrameHandle, FrameRange, FrameRequest, FrameSink, FrameSlot, FrameSource, FrameTag,
-    Order, OwnedFrame, PhysMap, SlotFlags, UserSlot,
+    Order, OwnedFrame, PhysMap, SleepLock, SlotFlags, UserSlot,
 };
 use kmem_paging::Env as PagingEnv;
 
 use crate::commit::Commit;
 use crate::env::Env;
 use crate::errno::Errno;
+use crate::meminfo::Counts;
 use crate::names::{NameLock, Names};
+use crate::object::ObjectList;
 use crate::registry::Registry;
+use crate::swap::Swap;
+use crate::transfer::Transfers;
 
 /// What every address space of a kernel shares.
 #[derive(Debug)]
@@ -32,6 +36,10 @@ pub struct Mm<'m, E: Env> {
     registry: Registry<E::Lock>,
     commit: Commit,
     names: NameLock<E::Lock>,
+    objects: ObjectList<E::Lock>,
+    swap: Swap,
+    transfers: SleepLock<Transfers, E::Lock>,
+    counts: Counts,
     numbers: AtomicU32,
     anon_ids: AtomicU64,
 }
@@ -78,6 +86,10 @@ impl<'m, E: Env> Mm<'m, E> {
             registry: Registry::new(),
             commit: Commit::new(),
             names: NameLock::new(),
+            objects: ObjectList::new(),
+            swap: Swap::new(),
+            transfers: SleepLock::new(Transfers::new()),
+            counts: Counts::default(),
             numbers: AtomicU32::new(1),
             anon_ids: AtomicU64::new(1),
         };
@@ -122,6 +134,28 @@ impl<'m, E: Env> Mm<'m, E> {
         &self.registry
     }
 
+    /// Every object made with this.
+    pub(crate) fn objects(&self) -> &ObjectList<E::Lock> {
+        &self.objects
+    }
+
+    pub(crate) fn swap(&self) -> &Swap {
+        &self.swap
+    }
+
+    pub(crate) fn transfers(&self) -> &SleepLock<Transfers, E::Lock> {
+        &self.transfers
+    }
+
+    /// Counts an event.
+    pub(crate) fn count(&self, which: impl Fn(&Counts) -> &AtomicU64) {
+        which(&self.counts).fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn counts(&self) -> &Counts {
+        &self.counts
+    }
+
     pub(crate) fn next_number(&self) -> u32 {
         self.numbers.fetch_add(1, Ordering::Relaxed)
     }
@@ -163,6 +197,7 @@ impl<'m, E: Env> Mm<'m, E> {
     /// The first mapping of a new anonymous page, of zeros or a copy of `source`: one space's alone.
     pub(crate) fn new_anonymous(
         &self,
+        family: u32,
         index: u64,
         source: Option<Frame>,
     ) -> Result<PageRef, Errno> {
@@ -177,7 +212,7 @@ impl<'m, E: Env> Mm<'m, E> {
             // SAFETY: the caller keeps `source` referenced; `frame` is new and nobody else's; E2: both are in reach.
             unsafe { self.env.paging().map().copy(source, frame) };
         }
-        UserSlot::claim_exclusive(self.slot(frame), 0, index);
+        UserSlot::claim_exclusive(self.slot(frame), family, index);
         Ok(PageRef { frame })
     }
 

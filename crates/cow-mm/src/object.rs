@@ -13,18 +13,14 @@
 //!
 //! Invariants
 //! - `I1`: an object lives while its reference count is not 0: one for each open handle and for each VMA.
-//! - `I2`: a page in the cache holds one reference of its frame; it leaves the cache only when the object ends.
-//! - `I3`: a page whose slot does not say `UP_TO_DATE` is on its way from the provider; its ticket is in the slot's
-//!   word of links, and nobody maps it.
+//! - `I2`: an object is in the list of all from its making until its last reference is gone; whoever finds it there takes a reference only
+//!   where one is left.
 
 use core::fmt;
 use core::ptr::NonNull;
 
-use kmem_hal::sync::{AtomicU32, Ordering};
-use kmem_hal::{
-    AllocError, Frame, FrameRequest, FrameTag, IoState, IoTicket, Mobility, ObjectAlloc, Order,
-    Page, PageProvider, PageRange, RawSleepLock, SleepLock, SlotFlags,
-};
+use kmem_hal::sync::{AtomicPtr, AtomicU32, Ordering};
+use kmem_hal::{AllocError, Frame, ObjectAlloc, Order, PageProvider, RawSleepLock, SleepLock};
 use kmem_vma_tree::{Node, RangeTree};
 
 use crate::env::Env;
@@ -62,9 +58,6 @@ unsafe impl<T, A: ObjectAlloc<T>> ObjectAlloc<T> for Borrowed<A> {
     }
 }
 
-/// In place of a ticket: the provider refused or failed, and the next look-up asks again.
-const NOT_STARTED: u64 = u64::MAX;
-
 /// Which object a mapping maps, and through which open of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileRef {
@@ -79,7 +72,7 @@ unsafe impl Sync for FileRef {}
 
 /// What an object's pages come from.
 #[derive(Clone, Copy)]
-enum Backing {
+pub(crate) enum Backing {
     /// Shared memory of so many pages: zero until written.
     Shared(u64),
     /// A file.
@@ -91,24 +84,42 @@ enum Backing {
 pub struct Object<N: ObjectAlloc<Node>, L: RawSleepLock> {
     references: AtomicU32,
     opens: AtomicU32,
-    number: u32,
+    pub(crate) number: u32,
     inode: u64,
     /// Pages that are charged for it while it lives (see `commit.rs`).
     promised: u64,
     name: Option<NonNull<str>>,
-    backing: Backing,
-    pages: SleepLock<RangeTree<Handle, Borrowed<N>>, L>,
+    pub(crate) backing: Backing,
+    pub(crate) pages: SleepLock<RangeTree<Handle, Borrowed<N>>, L>,
+    /// The next object in the list of all.
+    next: AtomicPtr<()>,
 }
 
-/// What a look-up of an object's page found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum ObjectPage {
-    /// The page is here; the cache holds a reference for as long as the object lives.
-    Ready(Frame),
-    /// The page is on its way.
-    NeedIo(IoTicket),
-    /// Beyond the end: a bus error.
-    Beyond,
+/// All objects of a kernel, by number.
+pub(crate) struct ObjectList<L>(SleepLock<Heads, L>);
+
+/// Where the lists of objects begin whose numbers are equal modulo their count.
+struct Heads([*mut (); OBJECT_LISTS]);
+
+/// How many lists there are.
+const OBJECT_LISTS: usize = 64;
+
+// SAFETY: addresses of objects, which are shareable, and which are followed under the lock.
+unsafe impl Send for Heads {}
+// SAFETY: as above.
+unsafe impl Sync for Heads {}
+
+impl<L: RawSleepLock> ObjectList<L> {
+    pub(crate) fn new() -> Self {
+        let heads = Heads([core::ptr::null_mut(); OBJECT_LISTS]);
+        Self(SleepLock::new(heads))
+    }
+}
+
+impl<L> fmt::Debug for ObjectList<L> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("ObjectList(..)")
+    }
 }
 
 /// What of an object `maps` prints.
@@ -196,9 +207,17 @@ impl<'m, E: Env> Mm<'m, E> {
             name,
             backing,
             pages: SleepLock::new(RangeTree::new_in(nodes)),
+            next: AtomicPtr::new(core::ptr::null_mut()),
         };
         // SAFETY: the allocator gave memory for one object.
         unsafe { memory.as_ptr().write(object) };
+        let mut lists = self.objects().0.write();
+        let head = &mut lists.0[number as usize % OBJECT_LISTS];
+        // SAFETY: the object was just made.
+        unsafe { memory.as_ref() }
+            .next
+            .store(*head, Ordering::Relaxed);
+        *head = memory.as_ptr().cast();
         Ok(FileRef {
             object: memory.cast(),
             open: 0,
@@ -238,6 +257,7 @@ impl<'m, E: Env> Mm<'m, E> {
             return;
         }
         let memory = file.object.cast::<Object<E::Nodes, E::Lock>>();
+        self.unlist(memory);
         // SAFETY: the last reference is gone, so nobody else reaches the object; it is read out once.
         let object = unsafe { memory.as_ptr().read() };
         self.commit().adjust(object.promised, 0);
@@ -251,153 +271,51 @@ impl<'m, E: Env> Mm<'m, E> {
         unsafe { self.env().objects().free(memory) }
     }
 
-    /// The frame of page `index` of the object, brought in where it must be.
-    ///
-    /// # Errors
-    ///
-    /// [`Errno::ENOMEM`], or [`Errno::EIO`] where the provider failed.
-    pub(crate) fn object_page(&self, file: FileRef, index: u64) -> Result<ObjectPage, Errno> {
-        let object = self.object(file);
-        if index >= object.size().div_ceil(kmem_hal::PAGE_SIZE) {
-            return Ok(ObjectPage::Beyond);
+    fn unlist(&self, memory: NonNull<Object<E::Nodes, E::Lock>>) {
+        let mut lists = self.objects().0.write();
+        // SAFETY: objects in the list live (`I2`), this one included.
+        let object = unsafe { memory.as_ref() };
+        let next = object.next.load(Ordering::Relaxed);
+        let mut at = lists.0[object.number as usize % OBJECT_LISTS];
+        if at == memory.as_ptr().cast() {
+            lists.0[object.number as usize % OBJECT_LISTS] = next;
+            return;
         }
-        let page = Page::new(index).ok_or(Errno::EINVAL)?;
-        let mut pages = object.pages.write();
-        if let Some(entry) = pages.get(page) {
-            return self.finish_read(object, index, entry.value.frame());
-        }
-        let frame = self.new_page(
-            FrameTag::File,
-            object.number,
-            index,
-            &FrameRequest::ONE.mobility(Mobility::Movable).zeroed(),
-        )?;
-        let range = PageRange::single(page);
-        if pages
-            .store(range, Some(Handle::of_frame(frame)), &mut |_| {})
-            .is_err()
-        {
-            self.put_reference(frame);
-            return Err(Errno::ENOMEM);
-        }
-        match object.backing {
-            Backing::Shared(_) => {
-                self.slot(frame).set_flags(SlotFlags::UP_TO_DATE);
-                Ok(ObjectPage::Ready(frame))
-            }
-            Backing::File(provider) => self.start_read(provider, index, frame),
-        }
-    }
-
-    /// Asks the provider for a page that is in the cache and not up to date.
-    fn start_read(
-        &self,
-        provider: NonNull<dyn PageProvider + Sync>,
-        index: u64,
-        frame: Frame,
-    ) -> Result<ObjectPage, Errno> {
-        let slot = self.slot(frame);
-        slot.links().store(NOT_STARTED, Ordering::Release);
-        // SAFETY: `open_file` took the provider for 'm.
-        match unsafe { provider.as_ref() }.read(index, frame) {
-            Ok(IoState::Done) => {
-                slot.set_flags(SlotFlags::UP_TO_DATE);
-                Ok(ObjectPage::Ready(frame))
-            }
-            Ok(IoState::Pending(ticket)) => {
-                slot.links().store(ticket.0, Ordering::Release);
-                Ok(ObjectPage::NeedIo(ticket))
-            }
-            Err(_) => Err(Errno::EIO),
-        }
-    }
-
-    /// The frame of page `index`, if the cache has it whole.
-    pub(crate) fn cached_page(&self, file: FileRef, index: u64) -> Option<Frame> {
-        let pages = self.object(file).pages.read();
-        let frame = pages.get(Page::new(index)?)?.value.frame();
-        self.slot(frame)
-            .flags()
-            .contains(SlotFlags::UP_TO_DATE)
-            .then_some(frame)
-    }
-
-    /// Asks after a page that is in the cache (`I3`).
-    fn finish_read(
-        &self,
-        object: &Object<E::Nodes, E::Lock>,
-        index: u64,
-        frame: Frame,
-    ) -> Result<ObjectPage, Errno> {
-        let slot = self.slot(frame);
-        let Backing::File(provider) = object.backing else {
-            return Ok(ObjectPage::Ready(frame));
-        };
-        if slot.flags().contains(SlotFlags::UP_TO_DATE) {
-            return Ok(ObjectPage::Ready(frame));
-        }
-        let ticket = slot.links().load(Ordering::Acquire);
-        if ticket == NOT_STARTED {
-            return self.start_read(provider, index, frame);
-        }
-        // SAFETY: `open_file` took the provider for 'm.
-        match unsafe { provider.as_ref() }.poll(IoTicket(ticket)) {
-            Ok(IoState::Done) => {
-                slot.set_flags(SlotFlags::UP_TO_DATE);
-                Ok(ObjectPage::Ready(frame))
-            }
-            Ok(IoState::Pending(ticket)) => Ok(ObjectPage::NeedIo(ticket)),
-            Err(_) => {
-                slot.links().store(NOT_STARTED, Ordering::Release);
-                Err(Errno::EIO)
+        while let Some(other) = NonNull::new(at.cast::<Object<E::Nodes, E::Lock>>()) {
+            // SAFETY: as above.
+            let link = unsafe { &(*other.as_ptr()).next };
+            at = link.load(Ordering::Relaxed);
+            if at == memory.as_ptr().cast() {
+                link.store(next, Ordering::Relaxed);
+                return;
             }
         }
     }
 
-    /// Writes the object's dirty pages of a range of page indices to its provider.
-    ///
-    /// # Errors
-    ///
-    /// [`Errno::EIO`] where the provider failed; pages written before stay written.
-    pub(crate) fn write_back(&self, file: FileRef, indices: PageRange) -> Result<(), Errno> {
-        let object = self.object(file);
-        let Backing::File(provider) = object.backing else {
-            return Ok(());
-        };
-        // SAFETY: `open_file` took the provider for 'm.
-        let provider = unsafe { provider.as_ref() };
-        let pages = object.pages.write();
-        let mut at = indices.first();
-        while let Some(entry) = pages.first_at_or_after(at) {
-            if entry.range.first() > indices.last() {
-                break;
+    /// The object with a number, with a reference for the caller.
+    pub(crate) fn find_object(&self, number: u32) -> Option<FileRef> {
+        let lists = self.objects().0.read();
+        let mut at = lists.0[number as usize % OBJECT_LISTS];
+        while let Some(found) = NonNull::new(at.cast::<Object<E::Nodes, E::Lock>>()) {
+            // SAFETY: objects in the list live (`I2`).
+            let object = unsafe { found.as_ref() };
+            if object.number == number {
+                let living = |count: u32| (count > 0).then(|| count + 1);
+                let order = (Ordering::AcqRel, Ordering::Relaxed);
+                let taken = object.references.fetch_update(order.0, order.1, living);
+                return taken.is_ok().then_some(FileRef {
+                    object: found.cast(),
+                    open: 0,
+                });
             }
-            let frame = entry.value.frame();
-            if self.slot(frame).flags().contains(SlotFlags::DIRTY) {
-                let mut state = provider.write(entry.range.first().number(), frame);
-                while let Ok(IoState::Pending(ticket)) = state {
-                    kmem_hal::sync::spin_loop();
-                    state = provider.poll(ticket);
-                }
-                state.map_err(|_| Errno::EIO)?;
-            }
-            match entry.range.last().checked_add(1) {
-                Some(next) => at = next,
-                None => break,
-            }
+            at = object.next.load(Ordering::Relaxed);
         }
-        Ok(())
+        None
     }
 
-    /// Frames that the object's cache holds.
-    #[must_use]
-    pub fn cached_pages(&self, file: FileRef) -> u64 {
-        self.object(file)
-            .pages
-            .read()
-            .iter()
-            .map(|entry| entry.range.count())
-            .sum()
+    /// An object's number, which its pages' slots name.
+    pub(crate) fn object_number(&self, file: FileRef) -> u32 {
+        self.object(file).number
     }
 
     pub(crate) fn put_reference(&self, frame: Frame) {
@@ -410,7 +328,8 @@ impl<'m, E: Env> Mm<'m, E> {
 }
 
 impl<N: ObjectAlloc<Node>, L: RawSleepLock> Object<N, L> {
-    fn size(&self) -> u64 {
+    /// Bytes.
+    pub(crate) fn size(&self) -> u64 {
         match self.backing {
             Backing::Shared(pages) => pages * kmem_hal::PAGE_SIZE,
             // SAFETY: `open_file` took the provider for 'm.

@@ -1,19 +1,17 @@
 //! Every address space of an [`Mm`](crate::Mm), in one list: `mmlist`.
 //!
-//! Whoever wants to know which spaces map a page walks this list. Two facts about each space tell most of them apart at a
-//! glance: its family (spaces that fork made from one another, the only way in which an anonymous page gets into two), and a
-//! filter of the objects that it has ever mapped.
+//! Whoever wants to know which spaces map a page walks this list. A space's family tells most of them apart at a glance: spaces that fork
+//! made from one another, the only way in which an anonymous page gets into two.
 //!
 //! ```text
 //!   Registry ── lock ── first ──> Core ⇄ Core ⇄ Core      family 7: a shell and its children
-//!                                  7      7      12        files: one bit for each object number, modulo 64
+//!                                  7      7      12
 //! ```
 //!
 //! Invariants
 //! - `I1`: a core is in the list from before its tables hold a leaf until after they were last looked at; it stays where it is
 //!   meanwhile.
 //! - `I2`: the links of a core are read and written under the list's lock.
-//! - `I3`: a space that maps an object has the object's bit in its filter.
 //!
 //! Addresses are kept without their type, so that an `Mm` may be borrowed for less than its life; a space that was forgotten
 //! stays in the list with the `Mm` it was made with, which [`First::iter`] compares.
@@ -25,7 +23,7 @@ use core::fmt;
 use core::ptr::NonNull;
 
 use kmem_hal::lock::SleepWriteGuard;
-use kmem_hal::sync::{AtomicU64, Ordering};
+use kmem_hal::sync::{AtomicBool, Ordering};
 use kmem_hal::{RawSleepLock, SleepLock};
 
 use crate::env::Env;
@@ -38,7 +36,8 @@ type Link = Option<NonNull<Entry>>;
 /// A space's part of the list.
 pub(crate) struct Entry {
     family: u32,
-    files: AtomicU64,
+    /// Whether accessed bits were cleared that CPUs may still remember as set.
+    aged: AtomicBool,
     next: Cell<Link>,
     previous: Cell<Link>,
 }
@@ -47,28 +46,27 @@ impl Entry {
     pub(crate) fn new(family: u32) -> Self {
         Self {
             family,
-            files: AtomicU64::new(0),
+            aged: AtomicBool::new(false),
             next: Cell::new(None),
             previous: Cell::new(None),
         }
     }
 
-    /// The number that spaces share which fork made from one another.
-    pub(crate) fn family(&self) -> u32 {
-        self.family
-    }
-
-    /// Notes that the space maps an object (`I3`).
-    pub(crate) fn note_object(&self, number: u32) {
-        let bit = 1 << (number % 64);
-        if self.files.load(Ordering::Relaxed) & bit == 0 {
-            self.files.fetch_or(bit, Ordering::AcqRel);
+    /// Notes that accessed bits of the space's tables were cleared.
+    pub(crate) fn note_aged(&self) {
+        if !self.aged.load(Ordering::Relaxed) {
+            self.aged.store(true, Ordering::Relaxed);
         }
     }
 
-    /// Whether the space may map an object; `false` is certain.
-    pub(crate) fn may_map(&self, number: u32) -> bool {
-        self.files.load(Ordering::Acquire) & 1 << (number % 64) != 0
+    /// Whether they were since the last call.
+    pub(crate) fn take_aged(&self) -> bool {
+        self.aged.swap(false, Ordering::Relaxed)
+    }
+
+    /// The number that spaces share which fork made from one another.
+    pub(crate) fn family(&self) -> u32 {
+        self.family
     }
 }
 

@@ -19,7 +19,7 @@ use core::mem::{ManuallyDrop, MaybeUninit};
 use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 
-use kmem_hal::lock::SleepWriteGuard;
+use kmem_hal::lock::{SleepReadGuard, SleepWriteGuard};
 use kmem_hal::sync::AtomicBool;
 use kmem_hal::{ObjectAlloc, Page, PageRange, Root, SleepLock, VirtAddr};
 use kmem_paging::{PageTable, TableError};
@@ -278,12 +278,16 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         Ok(Self { core })
     }
 
+    /// The number that spaces share which fork made from one another.
+    pub(crate) fn family(&self) -> u32 {
+        self.core().entry.family()
+    }
+
     pub(crate) fn core(&self) -> &Core<'m, E> {
         // SAFETY: the core is this value's, which frees it when it is dropped.
         unsafe { self.core.as_ref() }
     }
 
-    #[allow(dead_code, reason = "reverse maps use it")]
     /// A space that the registry holds, to be used and not to be dropped.
     ///
     /// # Safety
@@ -318,6 +322,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             Some(tables) => tables,
             None => unreachable!("a space that is being dropped is used"),
         }
+    }
+
+    /// The VMAs, to be looked at.
+    pub(crate) fn read(&self) -> SleepReadGuard<'_, State<'m, E>, E::Lock> {
+        self.core().state.read()
     }
 
     pub(crate) fn lock(&self) -> StateGuard<'_, 'm, E> {
@@ -445,7 +454,10 @@ impl<E: Env> Drop for AddressSpace<'_, E> {
         // SAFETY: the registry has let the core go, so nobody else reaches it.
         let core = unsafe { self.core.as_mut() };
         if let Some(tables) = core.tables.take() {
-            tables.destroy(|_, page| mm.put(page), |_, _| {});
+            tables.destroy(
+                |_, page| mm.put(page),
+                |_, payload| mm.drop_payload(payload),
+            );
         }
         // SAFETY: as above; it is not used again. In place, as the state points to the index.
         unsafe { core::ptr::drop_in_place(self.core.as_ptr()) };

@@ -8,6 +8,7 @@ use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::VmFlags;
+use crate::object::FileRef;
 use crate::space::AddressSpace;
 use crate::vma::Vma;
 
@@ -50,21 +51,54 @@ impl<E: Env> AddressSpace<'_, E> {
             return Ok(());
         }
         let range = pages(address, length).ok_or(Errno::ENOMEM)?;
-        let mut state = self.lock();
-        self.for_each_part(&mut state, range, |_, vma, part| {
-            if flags.contains(SyncFlags::INVALIDATE) && vma.flags.contains(VmFlags::LOCKED) {
-                return Err(Errno::EBUSY);
-            }
-            let Some(file) = vma.file.filter(|_| vma.is_shared()) else {
-                return Ok(());
+        // No lock is held while pages are written, so mappings may come and go between the parts.
+        let mut at = range.first();
+        let mut hole = false;
+        loop {
+            let Some((vma, part, file)) = self.next_to_sync(at, range, flags)? else {
+                return Err(Errno::ENOMEM);
             };
-            if !flags.contains(SyncFlags::SYNC) {
-                return Ok(());
+            hole |= vma.range.first() > at;
+            if let Some(file) = file {
+                let first = Page::new(vma.object_page(part.first()));
+                let indices = first.and_then(|first| PageRange::with_count(first, part.count()));
+                let outcome = match indices {
+                    Some(indices) => self.mm().write_back(file, indices),
+                    None => Err(Errno::EINVAL),
+                };
+                self.mm().put_object(file);
+                outcome?;
             }
-            let first = Page::new(vma.object_page(part.first())).ok_or(Errno::EINVAL)?;
-            let indices = PageRange::with_count(first, part.count()).ok_or(Errno::EINVAL)?;
-            self.mm().write_back(file, indices)
-        })
+            match part.last().checked_add(1) {
+                Some(next) if next <= range.last() => at = next,
+                _ => return if hole { Err(Errno::ENOMEM) } else { Ok(()) },
+            }
+        }
+    }
+
+    /// The next mapping's part of a range, and the file to write back for it, with a reference.
+    fn next_to_sync(
+        &self,
+        at: Page,
+        range: PageRange,
+        flags: SyncFlags,
+    ) -> Result<Option<(Vma, PageRange, Option<FileRef>)>, Errno> {
+        let state = self.read();
+        let Some(vma) = state.vmas.at_or_after(at) else {
+            return Ok(None);
+        };
+        let first = at.max(vma.range.first());
+        let Some(part) = PageRange::new(first, vma.range.last().min(range.last())) else {
+            return Ok(None);
+        };
+        if flags.contains(SyncFlags::INVALIDATE) && vma.flags.contains(VmFlags::LOCKED) {
+            return Err(Errno::EBUSY);
+        }
+        let file = vma
+            .file
+            .filter(|_| vma.is_shared() && flags.contains(SyncFlags::SYNC));
+        file.inspect(|&file| self.mm().get_object(file));
+        Ok(Some((vma, part, file)))
     }
 
     /// [`msync_with`](Self::msync_with) `MS_SYNC`.

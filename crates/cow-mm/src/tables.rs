@@ -52,6 +52,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         PageRange::new(Page::ZERO, last).unwrap_or(PageRange::single(Page::ZERO))
     }
 
+    /// Flushes what a gather noted, and gives back what it holds.
+    pub(crate) fn settle<const N: usize>(&self, gather: &mut SpaceGather<'_, 'm, E, N>) {
+        gather.commit_with(
+            |page: PageRef| self.mm().put(page),
+            |payload| self.mm().drop_payload(payload),
+        );
+    }
+
     /// Unmaps what is present in a range, flushes, and gives the pages back.
     ///
     /// Needs no memory where the tables at the range's ends are the space's own ([`own_ends`](Self::own_ends)).
@@ -65,9 +73,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let mut gather = self.tables().gather::<32>();
         let mut rest = range;
         loop {
-            let outcome = cursor.unmap(rest, &mut gather);
+            let outcome =
+                cursor.unmap_giving(rest, &mut gather, |payload| self.mm().drop_payload(payload));
             cursor.release();
-            gather.commit(|page: PageRef| self.mm().put(page));
+            self.settle(&mut gather);
             let next = match outcome {
                 Err(ChangeError::Full { next }) => next,
                 Err(ChangeError::Shared { at }) => {
@@ -173,12 +182,18 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// tables, and are nobody's alone any more.
     fn unshare<'t>(&'t self, cursor: &mut SpaceCursor<'t, 'm, E>, page: Page) -> Result<(), Errno> {
         let mut gather = self.tables().gather::<2>();
-        let outcome = cursor.unshare(
+        let outcome = cursor.unshare_counted(
             page,
             &mut gather,
             |item| {
-                let ForkItem::Leaf(leaf) = item else {
-                    return UnshareStep::Skip;
+                let leaf = match item {
+                    ForkItem::Leaf(leaf) => leaf,
+                    ForkItem::Payload(_, payload) => {
+                        return match self.mm().copy_payload(payload) {
+                            true => UnshareStep::Payload,
+                            false => UnshareStep::Stop,
+                        };
+                    }
                 };
                 match self.mm().map_again(leaf.frame) {
                     Some((handle, true)) => UnshareStep::Protected(handle),
@@ -187,8 +202,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 }
             },
             |unplaced| self.mm().put(unplaced),
+            |payload| self.mm().drop_payload(payload),
         );
-        gather.commit(|page: PageRef| self.mm().put(page));
+        self.settle(&mut gather);
         outcome.map(|_| ()).map_err(|_| Errno::ENOMEM)
     }
 
@@ -225,7 +241,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             }
         }
         cursor.release();
-        gather.commit(|page: PageRef| self.mm().put(page));
+        self.settle(&mut gather);
     }
 
     /// The leaf of a page.
@@ -269,7 +285,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let mut gather = self.tables().gather::<32>();
         loop {
             let outcome = self.tables().move_range(from, to.first(), &mut gather);
-            gather.commit(|page: PageRef| self.mm().put(page));
+            self.settle(&mut gather);
             let at = match outcome {
                 Ok(_) => return Ok(()),
                 Err(MoveError::Shared { at }) => at,
@@ -309,9 +325,17 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         range: PageRange,
         gather: &mut SpaceGather<'_, 'm, E, N>,
     ) -> Result<(), Errno> {
+        let mut counted = None;
         let step = |item| {
-            let ForkItem::Leaf(leaf) = item else {
-                return ForkStep::Skip;
+            let leaf = match item {
+                ForkItem::Leaf(leaf) => leaf,
+                ForkItem::Payload(page, payload) => {
+                    if !self.mm().copy_payload(payload) {
+                        return ForkStep::Stop;
+                    }
+                    counted = Some((page, payload));
+                    return ForkStep::Payload(payload);
+                }
             };
             let Some((handle, anonymous)) = self.mm().map_again(leaf.frame) else {
                 return ForkStep::Stop;
@@ -336,6 +360,12 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         outcome.map(|_| ()).map_err(|(_, unplaced)| {
             if let Some(page) = unplaced {
                 self.mm().put(page);
+            }
+            // The last one that was counted, unless the child has it.
+            if let Some((page, payload)) = counted
+                && child.tables().query(page) != Entry::Payload(payload)
+            {
+                self.mm().drop_payload(payload);
             }
             Errno::ENOMEM
         })

@@ -48,7 +48,7 @@ impl<E: Env> AddressSpace<'_, E> {
 
     /// Looks at the program's memory without touching it: nothing is faulted in and no bit is set.
     ///
-    /// Inside one page. `None` where nothing is mapped, where the page is a file's that has not been read yet, or where the
+    /// Inside one page. `None` where nothing is mapped, where the page is a file's that has not been read yet or in swap, or where the
     /// bytes cross the page's end. What a debugger and `/proc/PID/mem` of a stopped process need.
     #[must_use]
     pub fn peek(&self, from: VirtAddr, to: &mut [u8]) -> Option<()> {
@@ -59,6 +59,12 @@ impl<E: Env> AddressSpace<'_, E> {
         }
         let state = self.lock();
         let vma = state.vmas.get(page)?;
+        if let Some(payload) = self.payload_at(page) {
+            let frame = self.mm().cached_swap(payload)?;
+            self.mm().read_frame(frame, offset, to);
+            self.mm().put_reference(frame);
+            return Some(());
+        }
         let frame = match (self.frame_at(page), vma.file) {
             (Some(frame), _) => frame,
             (None, None) => self.mm().zero_page(),

@@ -19,6 +19,7 @@
 //! - `I2`: the tree holds a VMA under exactly the VMA's own range.
 //! - `I3`: each VMA with a file holds one reference of its object, and each with a name one use of it.
 //! - `I4`: what the tree says of a page changes only while the VMAs concerned, old and new, are write-locked.
+//! - `I5`: an object that a VMA of the set maps has its bit in `objects` of the ledger; other objects may have it too.
 //!
 //! Source: Linux `mm/vma.c`, `include/linux/mmap_lock.h` (per-VMA locks).
 
@@ -118,6 +119,10 @@ fn read(handle: Handle) -> Option<Found> {
     Some((VmaId(pointer), vma))
 }
 
+const fn object_bit(number: u32) -> u64 {
+    1 << (number % 64)
+}
+
 fn value(entry: Option<Entry<Handle>>) -> Option<Vma> {
     read(entry?.value).map(|(_, vma)| vma)
 }
@@ -173,7 +178,7 @@ impl<'m, E: Env> VmaSet<'m, E> {
             // SAFETY: M2: no tree leads to it yet.
             unsafe { VmaMemory::write(memory, vma) };
             ledger.counters.add(&vma);
-            hold(mm, &vma);
+            hold(mm, &vma, ledger);
             made.put(memory);
             Some(Handle::of_vma(memory))
         });
@@ -250,6 +255,11 @@ impl<'m, E: Env> VmaSet<'m, E> {
     /// The last VMA that ends before `page`, or covers none from it on.
     pub fn before(&self, page: Page) -> Option<Vma> {
         value(self.tree.last_before(page))
+    }
+
+    /// Whether a VMA may map the object with this number; `false` is certain.
+    pub fn may_map(&self, object: u32) -> bool {
+        self.ledger.objects & object_bit(object) != 0
     }
 
     /// Whether no VMA touches the range.
@@ -346,9 +356,10 @@ fn start_write<E: Env>(mm: &Mm<'_, E>, seq: &SpaceSeq, handle: Handle) {
 }
 
 /// Counts what a VMA holds: its object, and its name.
-fn hold<E: Env>(mm: &Mm<'_, E>, vma: &Vma) {
+fn hold<E: Env>(mm: &Mm<'_, E>, vma: &Vma, ledger: &mut Ledger) {
     if let Some(file) = vma.file {
         mm.get_object(file);
+        ledger.objects |= object_bit(mm.object_number(file));
     }
     if let Label::Named(name) = vma.label {
         mm.names().get(name);
@@ -458,7 +469,7 @@ impl<E: Env> Edit<'_, '_, E> {
         // SAFETY: M2: write-locked, and no tree leads to it.
         unsafe { VmaMemory::write(memory, vma) };
         self.ledger.counters.add(&vma);
-        hold(self.mm, &vma);
+        hold(self.mm, &vma, self.ledger);
         self.put(vma.range, Some(id));
     }
 

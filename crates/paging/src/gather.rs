@@ -33,6 +33,7 @@ use core::mem::MaybeUninit;
 
 use kmem_hal::{Frame, FrameHandle, FrameSink, Grace, Order, OwnedFrame, Page, PageRange};
 
+use crate::attributes::Payload;
 use crate::cache::{self, Chain};
 use crate::cursor::child;
 use crate::env::Env;
@@ -295,7 +296,13 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
     /// Context: may wait for other CPUs. Not in interrupts, not with interrupts off, not inside a read section of the
     /// environment's [`Grace`](kmem_hal::Grace). The gather can be used again.
     #[doc(alias = "tlb_finish_mmu")]
-    pub fn commit(&mut self, mut give: impl FnMut(H)) {
+    pub fn commit(&mut self, give: impl FnMut(H)) {
+        self.commit_with(give, drop);
+    }
+
+    /// As [`commit`](Self::commit), and hands over the payloads of the tables that were detached whole or given up; those of other tables
+    /// were shown by [`unmap_with`](crate::Cursor::unmap_with) or [`unmap_giving`](crate::Cursor::unmap_giving).
+    pub fn commit_with(&mut self, mut give: impl FnMut(H), mut payloads: impl FnMut(Payload)) {
         if mutant!("commit-gives-before-the-flush") {
             while let Some(last) = self.length.checked_sub(1) {
                 self.length = last;
@@ -329,7 +336,12 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             let frame = Frame::from_number(packed >> ORDER_BITS);
             if packed & SHARE != 0 {
                 self.shares -= 1;
-                self.give_share(frame, (packed & (SHARE - 1)) as usize, &mut give);
+                self.give_share(
+                    frame,
+                    (packed & (SHARE - 1)) as usize,
+                    &mut give,
+                    &mut payloads,
+                );
                 continue;
             }
             let order = Order::new((packed & ((1 << ORDER_BITS) - 1)) as u8).unwrap_or(Order::ZERO);
@@ -338,7 +350,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             give(unsafe { H::from_entry(frame, order) });
         }
         if !self.whole.is_empty() {
-            self.empty_whole(&mut give);
+            self.empty_whole(&mut give, &mut payloads);
         }
         if !self.tables.is_empty() {
             self.free_tables();
@@ -347,7 +359,13 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
 
     /// Gives up a share of a table: where it is the last, the table comes down.
     #[cold]
-    fn give_share(&mut self, frame: Frame, number: usize, give: &mut impl FnMut(H)) {
+    fn give_share(
+        &mut self,
+        frame: Frame,
+        number: usize,
+        give: &mut impl FnMut(H),
+        payloads: &mut impl FnMut(Payload),
+    ) {
         let env = self.table.env();
         // SAFETY: the share keeps the table.
         let table = unsafe { Node::<F>::new(env, frame, number) };
@@ -382,6 +400,8 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
                 // SAFETY: `into_entry` of this type filled the entry; nobody leads to it, and its translations were flushed by
                 // each space that gave its share up.
                 give(unsafe { H::from_entry(F::leaf_frame(number, word), order) });
+            } else {
+                payloads(F::payload_of(word));
             }
             F::Word::store(entry, 0);
             cleared += 1;
@@ -391,7 +411,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
     }
 
     /// Takes the leaves out of tables that were detached whole.
-    fn empty_whole(&mut self, give: &mut impl FnMut(H)) {
+    fn empty_whole(&mut self, give: &mut impl FnMut(H), payloads: &mut impl FnMut(Payload)) {
         let env = self.table.env();
         while let Some(frame) = self.whole.first() {
             // SAFETY: a detached table that the list owns, of the format's level 1.
@@ -410,6 +430,8 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
                 if F::kind(1, word) == Kind::Leaf {
                     // SAFETY: `into_entry` of this type filled the entry; it is gone, and its translations were flushed.
                     give(unsafe { H::from_entry(F::leaf_frame(1, word), Order::ZERO) });
+                } else {
+                    payloads(F::payload_of(word));
                 }
             }
             table.sub_live(cleared);

@@ -115,6 +115,12 @@ impl World {
         self.paging.frames().inner().in_use()
     }
 
+    /// The frames that address spaces take theirs from.
+    pub fn frames(&self) -> &Frames {
+        use kmem_paging::Env as _;
+        self.paging.frames()
+    }
+
     pub fn file(
         &'static self,
         mm: &'static Mm<'static, Self>,

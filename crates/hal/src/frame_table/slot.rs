@@ -302,6 +302,24 @@ impl FrameSlot {
         }
     }
 
+    /// Adds one to the count where it is not 0 and the tag is one that `wanted` names, both in one step; gives the count before.
+    pub(super) fn try_add_count_if(
+        &self,
+        wanted: impl Fn(FrameTag) -> bool,
+    ) -> Result<u32, CountError> {
+        let step = |state: u64| {
+            if state >> COUNT_SHIFT == 0 || !wanted(FrameTag::from_bits(state as u8)) {
+                None
+            } else {
+                state.checked_add(COUNT_ONE)
+            }
+        };
+        self.state
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, step)
+            .map(|before| (before >> COUNT_SHIFT) as u32)
+            .map_err(|_| CountError::Underflow)
+    }
+
     /// Replaces the upper half of word 0, whatever its owner keeps there.
     pub(super) fn replace_count(&self, f: impl Fn(u32) -> u32) {
         let step = |state: u64| {

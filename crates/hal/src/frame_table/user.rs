@@ -127,6 +127,17 @@ impl<'a> UserSlot<'a> {
         matches!(slot.tag(), FrameTag::Anon | FrameTag::File).then_some(Self(slot))
     }
 
+    /// Takes a reference of whatever page has this slot now; `None` where it is no user page, or one that is being freed.
+    ///
+    /// For a slot that was found by the frame's number, with no right to the frame: its tag and its count are in one word, so that the
+    /// reference is taken of a living user page or not at all. Whose page it is has to be looked at after that.
+    #[doc(alias = "folio_try_get")]
+    #[must_use]
+    pub fn get(slot: &'a FrameSlot) -> Option<Self> {
+        let is_user = |tag| matches!(tag, FrameTag::Anon | FrameTag::File);
+        slot.try_add_count_if(is_user).ok().map(|_| Self(slot))
+    }
+
     /// The untyped slot: its lock, flags and links.
     #[must_use]
     pub const fn slot(self) -> &'a FrameSlot {

@@ -581,7 +581,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
 
     /// Flushes pages that were just filled, where that is needed (see the [module](self)).
     #[inline]
-    fn settle(&mut self, range: PageRange, order: Order) {
+    pub(super) fn settle(&mut self, range: PageRange, order: Order) {
         if F::CACHES_ABSENT || self.table.has_unflushed() {
             self.settle_slowly(range, order);
         }

@@ -21,6 +21,7 @@
 //! another one on the same pages; [`Cursor::release`] lets go. Lock-free queries are always possible.
 //!
 mod change;
+mod foreign;
 mod huge;
 mod map;
 mod moving;

@@ -18,6 +18,7 @@
 use kmem_hal::{AllocError, FrameHandle, Grace, Page, PageRange};
 
 use super::{Cursor, Divisible};
+use crate::attributes::Payload;
 use crate::env::Env;
 use crate::error::{ChangeError, HugeError, MapError, MoveError, UnshareError};
 use crate::fork::ForkItem;
@@ -173,8 +174,25 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         &mut self,
         page: Page,
         gather: &mut Gather<'_, F, E, H, N>,
+        step: impl FnMut(ForkItem) -> UnshareStep<H>,
+        undo: impl FnMut(H),
+    ) -> Result<bool, UnshareError> {
+        self.unshare_counted(page, gather, step, undo, drop)
+    }
+
+    /// As [`unshare`](Self::unshare), for payloads that count as handles do: those of a copy that was not finished go to
+    /// `undo_payload`.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn unshare_counted<const N: usize>(
+        &mut self,
+        page: Page,
+        gather: &mut Gather<'_, F, E, H, N>,
         mut step: impl FnMut(ForkItem) -> UnshareStep<H>,
-        mut undo: impl FnMut(H),
+        undo: impl FnMut(H),
+        undo_payload: impl FnMut(Payload),
     ) -> Result<bool, UnshareError> {
         if !self.range().contains(page) {
             return Err(UnshareError::OutOfRange);
@@ -183,6 +201,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             return Err(UnshareError::ForeignGather);
         }
         self.release();
+        let mut undo = (undo, undo_payload);
         let mut copied = false;
         while let Some((parent, index)) = self.lock_shared(page) {
             let outcome = self.unshare_one(&parent, index, page, gather, &mut step, &mut undo);
@@ -201,7 +220,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         page: Page,
         gather: &mut Gather<'_, F, E, H, N>,
         step: &mut impl FnMut(ForkItem) -> UnshareStep<H>,
-        undo: &mut impl FnMut(H),
+        undo: &mut (impl FnMut(H), impl FnMut(Payload)),
     ) -> Result<bool, UnshareError> {
         let env = self.table.env();
         let table = child(env, parent, index);
@@ -245,7 +264,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     }
 
     /// Empties a private copy that was not finished.
-    fn take_back(&self, copy: &Node<'t, F>, undo: &mut impl FnMut(H)) {
+    fn take_back(&self, copy: &Node<'t, F>, undo: &mut (impl FnMut(H), impl FnMut(Payload))) {
         let env = self.table.env();
         for index in 0..level::<F>(copy.level).entries() {
             let word = copy.load(index);
@@ -262,9 +281,10 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
                 Kind::Leaf => {
                     let order = level::<F>(copy.level).order();
                     // SAFETY: H2: `into_entry` gave the numbers, and no CPU ever saw the entry.
-                    undo(unsafe { H::from_entry(F::leaf_frame(copy.level, word), order) });
+                    (undo.0)(unsafe { H::from_entry(F::leaf_frame(copy.level, word), order) });
                 }
-                Kind::Empty | Kind::Payload => {}
+                Kind::Payload => (undo.1)(F::payload_of(word)),
+                Kind::Empty => {}
             }
         }
     }

@@ -133,15 +133,27 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
                 return Ok(1);
             }
         }
-        self.unmap_slowly(range, gather)
+        self.unmap_giving(range, gather, drop)
     }
 
+    /// As [`unmap`](Self::unmap), and gives the payloads to their owner: those of tables that are taken down whole at the commit
+    /// ([`Gather::commit_with`]), the others now, under a table's lock.
+    ///
+    /// # Errors
+    ///
+    /// As [`unmap_with`](Self::unmap_with).
     #[inline(never)]
-    fn unmap_slowly<const N: usize>(
+    pub fn unmap_giving<const N: usize>(
         &mut self,
         range: PageRange,
         gather: &mut Gather<'_, F, E, H, N>,
+        mut payloads: impl FnMut(Payload),
     ) -> Result<u64, ChangeError> {
+        let visit = &mut |cleared| {
+            if let Cleared::Payload(_, payload) = cleared {
+                payloads(payload);
+            }
+        };
         self.check_change(range, gather)?;
         let mut pages = 0;
         let mut page = range.first().number();
@@ -153,7 +165,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             };
             let next = match next {
                 Some(next) => next,
-                None => self.unmap_step(page, range, gather, &mut |_| {}, &mut pages)?,
+                None => self.unmap_step(page, range, gather, visit, &mut pages)?,
             };
             match next {
                 Some(next) => page = next,

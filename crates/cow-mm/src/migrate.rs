@@ -1,0 +1,241 @@
+//! Moving a page to another frame: what CMA, compaction and taking memory offline ask for.
+//!
+//! ```text
+//!   1  every entry:  leaf of `from`  ──>  "moving" (and flushed: nobody reads or writes the page now)
+//!   2  copy the bytes, the flags and what the page is a page of; the cache names `to`
+//!   3  every entry:  "moving"        ──>  leaf of `to`, with the rights it had
+//! ```
+//!
+//! A fault on a page that is moving makes the access again. Entries are changed where they are, in tables that spaces share too; nothing is
+//! allocated.
+//!
+//! Invariants
+//! - `I1`: the list of spaces is locked from 1 to 3, so every entry that was taken in 1, or copied from one since, is found in 3.
+//! - `I2`: a page that cannot be moved whole is put back as it was.
+//!
+//! Context: task context, no lock of a space or an object held; may wait for other CPUs.
+//!
+//! Source: Linux `mm/migrate.c` (the three steps).
+
+use core::ops::ControlFlow;
+
+use kmem_hal::{
+    Frame, FrameTag, Migrate, MigrateError, Order, OwnedFrame, PageRange, PhysMap, SlotFlags,
+    UserSlot,
+};
+use kmem_paging::{Attributes, Entry as TableEntry, Env as _, Rights};
+
+use crate::absent::{Absent, Moving};
+use crate::env::Env;
+use crate::mm::Mm;
+use crate::reclaim::LAZY_FREE;
+use crate::registry::First;
+use crate::rmap::{Identity, Refused};
+use crate::swap_in::SWAP_CACHE;
+use crate::tables::rights;
+
+/// Flags that a page takes along.
+const TAKEN_ALONG: SlotFlags = SlotFlags::DIRTY
+    .union(SlotFlags::REFERENCED)
+    .union(SlotFlags::UP_TO_DATE)
+    .union(SlotFlags::EXCLUSIVE)
+    .union(LAZY_FREE)
+    .union(SWAP_CACHE);
+
+impl<'m, E: Env> Mm<'m, E> {
+    /// Puts "moving" in place of every leaf of a page.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`]; the caller puts back what was taken.
+    fn take_leaves(&self, spaces: &First, frame: Frame) -> Result<bool, Refused> {
+        self.unmap_everywhere(spaces, frame, |leaf| {
+            let moving = Absent::Moving(Moving {
+                from: frame,
+                writable: leaf.is_writable(),
+                accessed: leaf.attributes.accessed,
+                dirty: leaf.attributes.dirty,
+            });
+            let payload = moving.payload::<E::Format>();
+            payload.map(Some).ok_or(Refused::Unencodable)
+        })
+    }
+
+    /// Puts leaves of `to` where entries say that `from` is moving, or nothing there for `None`.
+    fn put_leaves(&self, spaces: &First, identity: Identity, from: Frame, to: Option<Frame>) {
+        let _ = self.for_each_candidate(spaces, identity, |place| {
+            let page = place.page;
+            let tables = place.space.tables();
+            let Ok(mut cursor) = tables.cursor(PageRange::single(page)) else {
+                return ControlFlow::Continue(());
+            };
+            let (TableEntry::Payload(payload), shared) = cursor.look(page) else {
+                return ControlFlow::Continue(());
+            };
+            let Some(Absent::Moving(moving)) = Absent::of(payload) else {
+                return ControlFlow::Continue(());
+            };
+            if moving.from != from {
+                return ControlFlow::Continue(());
+            }
+            let Some(to) = to else {
+                if shared {
+                    cursor.clear_shared(page, payload);
+                } else {
+                    let mut gather = tables.gather::<1>();
+                    let _ = cursor.unmap_with(PageRange::single(page), &mut gather, |_| {});
+                    cursor.release();
+                    gather.commit(|mapping| self.put(mapping));
+                }
+                return ControlFlow::Continue(());
+            };
+            let mut granted = rights(place.vma.flags);
+            granted.set(
+                Rights::WRITE,
+                granted.contains(Rights::WRITE) && moving.writable,
+            );
+            let mut attributes = Attributes::new(granted);
+            attributes.accessed = moving.accessed;
+            attributes.dirty = moving.dirty;
+            match self.map_page(to) {
+                Ok(mapping) => {
+                    if let Err(mapping) = cursor.restore(page, payload, mapping, attributes) {
+                        cursor.release();
+                        self.put(mapping);
+                    }
+                }
+                // A count at its limit: the page had as many mappings before.
+                Err(_) => debug_assert!(false, "a page had more mappings than can be counted"),
+            }
+            ControlFlow::Continue(())
+        });
+    }
+
+    /// Takes an anonymous page that nobody has written to since it was given up out of its one table; `false` where somebody has.
+    ///
+    /// # Errors
+    ///
+    /// [`Refused`]; nothing has changed.
+    pub(crate) fn discard_clean(&self, frame: Frame) -> Result<bool, Refused> {
+        let Some(identity) = self.identity(frame) else {
+            return Err(Refused::Unencodable);
+        };
+        let spaces = self.registry().lock();
+        let taken = self.take_leaves(&spaces, frame);
+        let clean = taken == Ok(false)
+            && self.user(frame).mappings() == 0
+            && self.held_by_nobody_else(frame, self.user(frame));
+        self.put_leaves(&spaces, identity, frame, (!clean).then_some(frame));
+        taken.map(|_| clean)
+    }
+
+    fn move_page(&self, from: Frame, to: Frame, page: UserSlot<'_>) -> Result<(), MigrateError> {
+        let Some(identity) = self.identity(from) else {
+            return match self.cache_entry(from) {
+                // Read ahead and never mapped: as good as free.
+                Some(entry) if self.leave_cache(entry, from) => Err(MigrateError::Gone),
+                _ => Err(MigrateError::NotMovable),
+            };
+        };
+        if page
+            .slot()
+            .flags()
+            .intersects(SlotFlags::WRITEBACK | SlotFlags::PINNED)
+            || !self.held_by_nobody_else(from, page)
+        {
+            return Err(MigrateError::Pinned);
+        }
+        let spaces = self.registry().lock();
+        let taken = self.take_leaves(&spaces, from);
+        if taken.is_err() || page.mappings() > 0 || !self.held_by_nobody_else(from, page) {
+            self.put_leaves(&spaces, identity, from, Some(from));
+            return Err(MigrateError::Pinned);
+        }
+        // SAFETY: the caller owns `to`; of `from` it holds a reference, and nobody writes to it: no table maps it, and no one else
+        // holds it. E2: both are in reach.
+        unsafe { self.env().paging().map().copy(from, to) };
+        let slot = self.slot(to);
+        let tag = page.slot().tag();
+        let claimed = UserSlot::claim(slot, tag, Order::ZERO, page.object(), page.page());
+        debug_assert!(claimed.is_some());
+        self.user(to).set_age(page.age());
+        slot.set_flags(page.slot().flags().intersection(TAKEN_ALONG));
+        let links = page.slot().links().load(kmem_hal::sync::Ordering::Acquire);
+        slot.links().store(links, kmem_hal::sync::Ordering::Release);
+        if !self.follow_in_cache(from, to, tag) {
+            slot.release();
+            self.put_leaves(&spaces, identity, from, Some(from));
+            return Err(MigrateError::Pinned);
+        }
+        self.put_leaves(&spaces, identity, from, Some(to));
+        Ok(())
+    }
+
+    /// Lets the cache that holds `from` hold `to` instead; `false`, and nothing is changed, where somebody else took a reference.
+    fn follow_in_cache(&self, from: Frame, to: Frame, tag: FrameTag) -> bool {
+        if tag == FrameTag::File {
+            return self.replace_cached(from, to);
+        }
+        let Some(entry) = self.cache_entry(from) else {
+            return true;
+        };
+        if self.user(to).add_reference().is_err() {
+            return false;
+        }
+        if !self.swap().exchange_frame(entry, Some(from), Some(to)) {
+            self.put_reference(to);
+            return false;
+        }
+        self.slot(from).clear_flags(SWAP_CACHE);
+        self.put_reference(from);
+        true
+    }
+}
+
+impl<E: Env> Migrate for Mm<'_, E> {
+    fn migrate(
+        &self,
+        from: Frame,
+        to: OwnedFrame,
+    ) -> Result<OwnedFrame, (MigrateError, OwnedFrame)> {
+        let Some(slot) = self.env().paging().slots().slot(from) else {
+            return Err((MigrateError::NotMovable, to));
+        };
+        let Some(page) = UserSlot::get(slot) else {
+            let error = match slot.tag() {
+                FrameTag::Free | FrameTag::Anon | FrameTag::File => MigrateError::Gone,
+                _ => MigrateError::NotMovable,
+            };
+            return Err((error, to));
+        };
+        let refuse = |error, to| {
+            self.put_reference(from);
+            Err((error, to))
+        };
+        if from == self.zero_page()
+            || page.slot().order() != Order::ZERO
+            || to.order() != Order::ZERO
+        {
+            return refuse(MigrateError::NotMovable, to);
+        }
+        if !page.slot().try_lock() {
+            return refuse(MigrateError::Pinned, to);
+        }
+        let (target, order) = to.into_raw();
+        let outcome = self.move_page(from, target, page);
+        page.slot().unlock();
+        if let Err(error) = outcome {
+            // SAFETY: O1 to O3: it came in as an owned frame, and nothing was mapped to it.
+            return refuse(error, unsafe { OwnedFrame::from_raw(target, order) });
+        }
+        // The maker's reference of the new page: its mappings and cache have theirs.
+        self.put_reference(target);
+        self.count(|counts| &counts.moved);
+        if page.sub_reference() == Ok(0) {
+            page.slot().release();
+            // SAFETY: O1: the last reference is gone; O2: a page of one frame; O3: its translations were flushed.
+            return Ok(unsafe { OwnedFrame::from_raw(from, Order::ZERO) });
+        }
+        unreachable!("I1: nobody can take a reference of a page that no table and no cache names")
+    }
+}

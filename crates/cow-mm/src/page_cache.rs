@@ -1,0 +1,386 @@
+//! The page cache: an object's pages in memory, read when they are asked for and written back when they have to be.
+//!
+//! ```text
+//!   look-up ── here, up to date ─────────────────────────────────> Ready (with a reference)
+//!      │           └─ being read: ask the provider again ── NeedIo, or Ready
+//!      └─ missing: a frame into the tree ── provider reads ── Ready, or NeedIo(ticket); and the pages after it
+//!
+//!   written ── DIRTY ── write back: DIRTY off, every mapping clean and read-only, provider writes ── WRITEBACK ── done
+//!                            └─ written meanwhile: faults, DIRTY again, written again next time
+//! ```
+//!
+//! Invariants
+//! - `I1`: a page in the tree holds one reference of its frame, and its slot names the object and the index.
+//! - `I2`: a page whose slot does not say `UP_TO_DATE` is on its way from the provider, one that says `WRITEBACK` is on its way to it; its
+//!   ticket is in the slot's word of links. Nobody maps the former.
+//! - `I3`: a page of a file that differs from the provider's says `DIRTY`, or is mapped writable and was `DIRTY` when that was granted.
+//! - `I4`: a page leaves the tree only with one reference beside the tree's, the caller's, under the tree's lock, and clean; or by
+//!   truncation; or with the object.
+//!
+//! Source: Linux `mm/filemap.c`, `mm/page-writeback.c` (`folio_clear_dirty_for_io`), `mm/readahead.c`, `mm/truncate.c`.
+
+use kmem_hal::sync::Ordering;
+use kmem_hal::{
+    Frame, FrameRequest, FrameTag, IoError, IoState, IoTicket, Mobility, PAGE_SIZE, Page,
+    PageProvider, PageRange, SlotFlags, UserSlot,
+};
+
+use crate::env::Env;
+use crate::errno::Errno;
+use crate::handle::Handle;
+use crate::mm::Mm;
+use crate::object::{Backing, FileRef, Object};
+use crate::reclaim::Evicted;
+
+/// In place of a ticket: the provider refused or failed, and the next look-up asks again.
+const NOT_STARTED: u64 = u64::MAX;
+
+/// What a look-up of an object's page found.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum ObjectPage {
+    /// The page is here; the reference is the caller's to give back ([`Mm::put_reference`]).
+    Ready(Frame),
+    /// The page is on its way.
+    NeedIo(IoTicket),
+    /// Beyond the end: a bus error.
+    Beyond,
+}
+
+impl<'m, E: Env> Mm<'m, E> {
+    fn provider(
+        &self,
+        object: &Object<E::Nodes, E::Lock>,
+    ) -> Option<&'m (dyn PageProvider + Sync)> {
+        match object.backing {
+            Backing::Shared(_) => None,
+            // SAFETY: `open_file` took the provider for 'm.
+            Backing::File(provider) => Some(unsafe { &*provider.as_ptr() }),
+        }
+    }
+
+    /// The frame of page `index` of the object, brought in where it must be, with a reference for the caller.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`], or [`Errno::EIO`] where the provider failed.
+    #[doc(alias = "filemap_get_page")]
+    pub(crate) fn object_page(&self, file: FileRef, index: u64) -> Result<ObjectPage, Errno> {
+        let object = self.object(file);
+        if index >= object.size().div_ceil(PAGE_SIZE) {
+            return Ok(ObjectPage::Beyond);
+        }
+        let page = Page::new(index).ok_or(Errno::EINVAL)?;
+        let mut pages = object.pages.write();
+        let (frame, state) = match pages.get(page) {
+            Some(entry) => {
+                let frame = entry.value.frame();
+                (frame, self.ask_again(object, index, frame)?)
+            }
+            None => {
+                let frame = self.new_page(
+                    FrameTag::File,
+                    object.number,
+                    index,
+                    &FrameRequest::ONE.mobility(Mobility::Movable).zeroed(),
+                )?;
+                let kept = Some(Handle::of_frame(frame));
+                if pages
+                    .store(PageRange::single(page), kept, &mut |_| {})
+                    .is_err()
+                {
+                    self.put_reference(frame);
+                    return Err(Errno::ENOMEM);
+                }
+                (frame, self.start_read(object, index, frame)?)
+            }
+        };
+        match state {
+            IoState::Pending(ticket) => Ok(ObjectPage::NeedIo(ticket)),
+            IoState::Done => {
+                let counted = self.user(frame).add_reference();
+                counted.map_err(|_| Errno::ENOMEM)?;
+                Ok(ObjectPage::Ready(frame))
+            }
+        }
+    }
+
+    /// Asks the provider for a page that is in the tree and not up to date.
+    fn start_read(
+        &self,
+        object: &Object<E::Nodes, E::Lock>,
+        index: u64,
+        frame: Frame,
+    ) -> Result<IoState, Errno> {
+        let slot = self.slot(frame);
+        let Some(provider) = self.provider(object) else {
+            slot.set_flags(SlotFlags::UP_TO_DATE);
+            return Ok(IoState::Done);
+        };
+        slot.links().store(NOT_STARTED, Ordering::Release);
+        let state = provider.read(index, frame).map_err(|_| Errno::EIO)?;
+        match state {
+            IoState::Done => {
+                slot.set_flags(SlotFlags::UP_TO_DATE);
+            }
+            IoState::Pending(ticket) => slot.links().store(ticket.0, Ordering::Release),
+        }
+        Ok(state)
+    }
+
+    /// Asks after a page that is in the tree (`I2`).
+    fn ask_again(
+        &self,
+        object: &Object<E::Nodes, E::Lock>,
+        index: u64,
+        frame: Frame,
+    ) -> Result<IoState, Errno> {
+        let slot = self.slot(frame);
+        if slot.flags().contains(SlotFlags::UP_TO_DATE) {
+            return Ok(IoState::Done);
+        }
+        let ticket = slot.links().load(Ordering::Acquire);
+        let Some(provider) = self.provider(object).filter(|_| ticket != NOT_STARTED) else {
+            return self.start_read(object, index, frame);
+        };
+        match provider.poll(IoTicket(ticket)) {
+            Ok(IoState::Done) => {
+                slot.set_flags(SlotFlags::UP_TO_DATE);
+                Ok(IoState::Done)
+            }
+            Ok(pending) => Ok(pending),
+            Err(_) => {
+                slot.links().store(NOT_STARTED, Ordering::Release);
+                Err(Errno::EIO)
+            }
+        }
+    }
+
+    /// The frame of page `index`, if the cache has it whole. No reference: for a look, or under a lock that keeps it.
+    pub(crate) fn cached_page(&self, file: FileRef, index: u64) -> Option<Frame> {
+        let pages = self.object(file).pages.read();
+        let frame = pages.get(Page::new(index)?)?.value.frame();
+        self.slot(frame)
+            .flags()
+            .contains(SlotFlags::UP_TO_DATE)
+            .then_some(frame)
+    }
+
+    /// Frames that the object's cache holds.
+    #[must_use]
+    pub fn cached_pages(&self, file: FileRef) -> u64 {
+        self.object(file)
+            .pages
+            .read()
+            .iter()
+            .map(|entry| entry.range.count())
+            .sum()
+    }
+
+    /// Writes the object's dirty pages of a range of page indices to its provider, and waits until it has them.
+    ///
+    /// The caller holds no lock of a space.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EIO`] where the provider failed; what was written before is written, and the page stays dirty.
+    #[doc(alias = "filemap_write_and_wait_range")]
+    pub(crate) fn write_back(&self, file: FileRef, indices: PageRange) -> Result<(), Errno> {
+        let object = self.object(file);
+        let mut at = Some(indices.first());
+        while let Some(from) = at {
+            let Some((index, frame)) = self.next_cached(object, from, indices) else {
+                break;
+            };
+            let outcome = loop {
+                match self.write_page(object, index.number(), frame) {
+                    Ok(IoState::Done) => break Ok(()),
+                    Ok(IoState::Pending(_)) => kmem_hal::sync::spin_loop(),
+                    Err(error) => break Err(error),
+                }
+            };
+            self.put_reference(frame);
+            outcome?;
+            at = index.checked_add(1);
+        }
+        Ok(())
+    }
+
+    /// The first page of a range that the cache has, with a reference.
+    fn next_cached(
+        &self,
+        object: &Object<E::Nodes, E::Lock>,
+        from: Page,
+        indices: PageRange,
+    ) -> Option<(Page, Frame)> {
+        let pages = object.pages.read();
+        let entry = pages
+            .first_at_or_after(from)
+            .filter(|entry| entry.range.first() <= indices.last())?;
+        let frame = entry.value.frame();
+        self.user(frame).add_reference().ok()?;
+        Some((entry.range.first(), frame))
+    }
+
+    /// Writes a page if it is dirty; `Done` where the provider has its bytes. Ask again while the answer is `Pending`.
+    fn write_page(
+        &self,
+        object: &Object<E::Nodes, E::Lock>,
+        index: u64,
+        frame: Frame,
+    ) -> Result<IoState, Errno> {
+        let slot = self.slot(frame);
+        if !slot.try_lock() {
+            // Somebody else writes, moves or evicts it.
+            return Ok(IoState::Pending(IoTicket(0)));
+        }
+        let state = self.write_locked(object, index, frame);
+        slot.unlock();
+        state
+    }
+
+    /// As [`write_page`](Self::write_page), with the page's lock held.
+    fn write_locked(
+        &self,
+        object: &Object<E::Nodes, E::Lock>,
+        index: u64,
+        frame: Frame,
+    ) -> Result<IoState, Errno> {
+        let slot = self.slot(frame);
+        let Some(provider) = self.provider(object) else {
+            return Ok(IoState::Done);
+        };
+        if slot.flags().contains(SlotFlags::WRITEBACK) {
+            let ticket = IoTicket(slot.links().load(Ordering::Acquire));
+            let state = self.note_write(frame, provider.poll(ticket))?;
+            if state != IoState::Done {
+                return Ok(state);
+            }
+        }
+        // Written to since that write was submitted, it is not what the provider has.
+        if !slot
+            .flags()
+            .contains(SlotFlags::DIRTY | SlotFlags::UP_TO_DATE)
+        {
+            return Ok(IoState::Done);
+        }
+        // Off first: what is written after the mappings are made clean faults, and says "dirty" again.
+        slot.clear_flags(SlotFlags::DIRTY);
+        self.clean_mappings(frame);
+        slot.set_flags(SlotFlags::WRITEBACK);
+        self.count(|counts| &counts.written_back);
+        self.note_write(frame, provider.write(index, frame))
+    }
+
+    /// Notes in a page how its write stands.
+    fn note_write(&self, frame: Frame, state: Result<IoState, IoError>) -> Result<IoState, Errno> {
+        let slot = self.slot(frame);
+        match state {
+            Ok(IoState::Pending(ticket)) => slot.links().store(ticket.0, Ordering::Release),
+            Ok(IoState::Done) => {
+                slot.clear_flags(SlotFlags::WRITEBACK);
+            }
+            Err(_) => {
+                slot.set_flags(SlotFlags::DIRTY);
+                slot.clear_flags(SlotFlags::WRITEBACK);
+                self.count(|counts| &counts.write_errors);
+            }
+        }
+        state.map_err(|_| Errno::EIO)
+    }
+
+    /// Lets a file's page go that the caller has locked and holds a reference of.
+    pub(crate) fn evict_of_file(&self, frame: Frame, page: UserSlot<'_>) -> Evicted {
+        let Some(file) = self.find_object(page.object()) else {
+            return Evicted::Kept;
+        };
+        let outcome = self.evict_from(self.object(file), frame, page);
+        self.put_object(file);
+        outcome
+    }
+
+    fn evict_from(
+        &self,
+        object: &Object<E::Nodes, E::Lock>,
+        frame: Frame,
+        page: UserSlot<'_>,
+    ) -> Evicted {
+        let slot = page.slot();
+        if self.provider(object).is_none() || !slot.flags().contains(SlotFlags::UP_TO_DATE) {
+            return Evicted::Kept;
+        }
+        if page.mappings() > 0 {
+            let spaces = self.registry().lock();
+            match self.unmap_everywhere(&spaces, frame, |_| Ok(None)) {
+                Ok(false) => {}
+                Ok(true) => {
+                    slot.set_flags(SlotFlags::DIRTY);
+                }
+                Err(_) => return Evicted::Kept,
+            }
+        }
+        if page.mappings() > 0 {
+            return Evicted::Kept;
+        }
+        match self.write_locked(object, page.page(), frame) {
+            Ok(IoState::Done) => {}
+            Ok(IoState::Pending(ticket)) => return Evicted::Writing(Some(ticket)),
+            Err(_) => return Evicted::Kept,
+        }
+        let Some(index) = Page::new(page.page()) else {
+            return Evicted::Kept;
+        };
+        let mut pages = object.pages.write();
+        let here = pages
+            .get(index)
+            .is_some_and(|entry| entry.value.frame() == frame);
+        // The tree's and the caller's: nobody looks at it, and under the tree's lock nobody begins to (`I4`).
+        let alone = page.references() == 2 && page.mappings() == 0;
+        let clean = !slot
+            .flags()
+            .intersects(SlotFlags::DIRTY | SlotFlags::WRITEBACK);
+        if !here || !alone || !clean {
+            return Evicted::Kept;
+        }
+        if pages
+            .store(PageRange::single(index), None, &mut |_| {})
+            .is_err()
+        {
+            return Evicted::Kept;
+        }
+        drop(pages);
+        self.put_reference(frame);
+        Evicted::Freed
+    }
+
+    /// Lets the tree name `to` instead of `from`, with a reference; `false`, and nothing is changed, where somebody else holds `from`.
+    pub(crate) fn replace_cached(&self, from: Frame, to: Frame) -> bool {
+        let page = self.user(from);
+        let Some(file) = self.find_object(page.object()) else {
+            return false;
+        };
+        let replaced = Page::new(page.page()).is_some_and(|index| {
+            let mut pages = self.object(file).pages.write();
+            let here = pages
+                .get(index)
+                .is_some_and(|entry| entry.value.frame() == from);
+            if !here || page.references() != 2 || page.mappings() != 0 {
+                return false;
+            }
+            if self.user(to).add_reference().is_err() {
+                return false;
+            }
+            let kept = Some(Handle::of_frame(to));
+            let stored = pages
+                .store(PageRange::single(index), kept, &mut |_| {})
+                .is_ok();
+            if stored {
+                self.put_reference(from);
+            } else {
+                self.put_reference(to);
+            }
+            stored
+        });
+        self.put_object(file);
+        replaced
+    }
+}

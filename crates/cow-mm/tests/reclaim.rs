@@ -1,0 +1,266 @@
+//! Reclaim, swap and migration, step by step.
+
+mod common;
+
+use common::{PAGE, Program, World};
+use kmem_cow_mm::replacement::{Clock, Fifo, Generations, Replacement, TwoLists};
+use kmem_cow_mm::{MapRequest, Mm, Outcome, Prot, Reclaimer, SwapSlot};
+use kmem_hal::{FrameRequest, FrameSink, FrameSource, Migrate, Page, VirtAddr};
+use kmem_mock_x86::Disk;
+
+const RW: Prot = Prot::READ.union(Prot::WRITE);
+
+fn swap(
+    world: &'static World,
+    mm: &'static Mm<'static, World>,
+    slots: usize,
+) -> &'static Disk<'static> {
+    let disk: &'static Disk<'static> =
+        Box::leak(Box::new(Disk::in_memory(world.machine, slots as u64)));
+    let slots: &'static [SwapSlot] = Box::leak((0..slots).map(|_| SwapSlot::new()).collect());
+    mm.swap_on(disk, slots).unwrap();
+    disk
+}
+
+fn map(program: &Program, pages: u64) -> u64 {
+    let request = MapRequest::anonymous(pages * PAGE, RW);
+    program.space.mmap(&request).unwrap().as_u64()
+}
+
+fn frame_of(program: &Program, address: u64) -> Option<kmem_hal::Frame> {
+    program
+        .space
+        .frame_at(Page::containing(VirtAddr::new(address)))
+}
+
+#[test]
+fn pages_go_to_swap_and_come_back() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let disk = swap(world, mm, 256);
+    let program = Program::new(mm);
+    let start = map(&program, 64);
+    for page in 0..64 {
+        program.store(start + page * PAGE, 0x1000 + page).unwrap();
+    }
+    assert_eq!(program.space.recount().rss_anon, 64);
+    let made = Reclaimer::new(Fifo).reclaim(mm, 64);
+    assert_eq!(made.freed, 64, "{made:?}");
+    assert_eq!(disk.transfers().1, 64);
+    assert_eq!(program.space.recount().rss_anon, 0);
+    assert_eq!(program.space.swapped(), 64);
+    assert_eq!(mm.meminfo().swap.free, 256 - 64);
+    for page in 0..64 {
+        assert_eq!(program.load(start + page * PAGE), Ok(0x1000 + page));
+    }
+    assert_eq!(
+        disk.transfers().0,
+        64,
+        "every page is read once, with its cluster"
+    );
+    assert!(mm.events().read_ahead > 40, "{:?}", mm.events());
+    assert_eq!(mm.meminfo().swap.free, 256);
+    program.exit();
+    assert_eq!(world.used_frames(), before);
+}
+
+#[test]
+fn a_page_on_its_way_out_comes_back_without_a_read() {
+    let world = World::new();
+    let mm = world.mm();
+    let disk = swap(world, mm, 16);
+    disk.set_latency(3);
+    let program = Program::new(mm);
+    let start = map(&program, 1);
+    program.store(start, 7).unwrap();
+    let made = Reclaimer::new(Fifo).reclaim(mm, 1);
+    assert_eq!((made.freed, made.writing), (0, 1), "{made:?}");
+    assert_eq!(mm.meminfo().writeback, 1);
+    assert_eq!(program.load(start), Ok(7));
+    program.store(start, 8).unwrap();
+    while mm.poll_swap().is_some() {}
+    assert_eq!(program.load(start), Ok(8));
+    assert_eq!(disk.transfers().0, 0);
+    assert_eq!(mm.meminfo().swap.free, 16);
+    program.exit();
+}
+
+#[test]
+fn shared_tables_are_changed_once_and_everybody_reads_the_same() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    swap(world, mm, 4096);
+    let parent = Program::new(mm);
+    let start = map(&parent, 1024);
+    for page in 0..1024 {
+        parent.store(start + page * PAGE, page + 1).unwrap();
+    }
+    let child = parent.fork().unwrap();
+    let grandchild = child.fork().unwrap();
+    child.store(start, 99).unwrap();
+    let made = Reclaimer::new(Fifo).reclaim(mm, 2000);
+    assert!(made.freed >= 1024, "{made:?}");
+    for page in 0..1024 {
+        let address = start + page * PAGE;
+        let own = if page == 0 { 99 } else { page + 1 };
+        assert_eq!(parent.load(address), Ok(page + 1));
+        assert_eq!(child.load(address), Ok(own));
+        assert_eq!(grandchild.load(address), Ok(page + 1));
+    }
+    parent.store(start + PAGE, 5).unwrap();
+    assert_eq!(child.load(start + PAGE), Ok(2));
+    Reclaimer::new(Fifo).reclaim(mm, 4000);
+    parent.exit();
+    assert_eq!(grandchild.load(start + PAGE), Ok(2));
+    child.exit();
+    grandchild.exit();
+    assert_eq!(mm.meminfo().swap.free, 4096);
+    assert_eq!(world.used_frames(), before);
+}
+
+#[test]
+fn a_page_is_moved_under_everybody_who_maps_it() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let parent = Program::new(mm);
+    let start = map(&parent, 8);
+    for page in 0..8 {
+        parent.store(start + page * PAGE, page + 1).unwrap();
+    }
+    let child = parent.fork().unwrap();
+    child.store(start, 50).unwrap();
+    let frames = world.frames();
+    for program in [&parent, &child] {
+        for page in 0..8 {
+            let from = frame_of(program, start + page * PAGE).unwrap();
+            let to = frames.alloc(&FrameRequest::ONE).unwrap();
+            let target = to.first();
+            let entry = program
+                .space
+                .tables()
+                .query(Page::containing(VirtAddr::new(start + page * PAGE)));
+            let old = mm.migrate(from, to).unwrap();
+            assert_eq!(old.first(), from);
+            assert_eq!(frame_of(program, start + page * PAGE), Some(target));
+            let now = program
+                .space
+                .tables()
+                .query(Page::containing(VirtAddr::new(start + page * PAGE)));
+            assert_eq!(
+                entry.leaf().unwrap().attributes.rights,
+                now.leaf().unwrap().attributes.rights
+            );
+            frames.free(old);
+        }
+    }
+    assert_eq!(parent.load(start), Ok(1));
+    assert_eq!(child.load(start), Ok(50));
+    for page in 1..8 {
+        assert_eq!(parent.load(start + page * PAGE), Ok(page + 1));
+        assert_eq!(child.load(start + page * PAGE), Ok(page + 1));
+    }
+    parent.store(start, 3).unwrap();
+    child.store(start + PAGE, 4).unwrap();
+    assert_eq!(
+        (parent.load(start), parent.load(start + PAGE)),
+        (Ok(3), Ok(2))
+    );
+    parent.exit();
+    child.exit();
+    assert_eq!(world.used_frames(), before);
+}
+
+#[test]
+fn the_policies_keep_what_is_used() {
+    fn run(policy: impl Replacement) -> u64 {
+        let world = World::new();
+        let mm = world.mm();
+        swap(world, mm, 256);
+        let program = Program::new(mm);
+        let start = map(&program, 64);
+        for page in 0..64 {
+            program.store(start + page * PAGE, page).unwrap();
+        }
+        let mut reclaimer = Reclaimer::new(policy);
+        let mut missed = 0;
+        for round in 0..40 {
+            for page in 0..16 {
+                let hot = start + page * PAGE;
+                missed += u64::from(frame_of(&program, hot).is_none());
+                program.load(hot).unwrap();
+            }
+            for cold in 0..8 {
+                let page = 16 + (round * 8 + cold) % 48;
+                program.load(start + page * PAGE).unwrap();
+            }
+            reclaimer.reclaim(mm, 8);
+        }
+        program.exit();
+        missed
+    }
+    let fifo = run(Fifo);
+    for missed in [run(Clock), run(TwoLists), run(Generations::default())] {
+        assert!(
+            missed * 4 < fifo,
+            "{missed} used pages were gone, {fifo} with FIFO"
+        );
+    }
+}
+
+#[test]
+fn locked_pages_stay_and_a_failed_write_loses_nothing() {
+    let world = World::new();
+    let mm = world.mm();
+    let disk = swap(world, mm, 16);
+    let program = Program::new(mm);
+    let locked = map(&program, 2);
+    let start = map(&program, 2);
+    program.space.mlock(locked, PAGE).unwrap();
+    program.store(locked, 1).unwrap();
+    program.store(start, 2).unwrap();
+    disk.fail_at(1);
+    Reclaimer::new(Fifo).reclaim(mm, 16);
+    assert!(frame_of(&program, locked).is_some());
+    assert_eq!(program.load(start), Ok(2));
+    assert_eq!(mm.events().write_errors, 1);
+    // A read that fails is a bus error, and the next access tries again.
+    Reclaimer::new(Fifo).reclaim(mm, 16);
+    disk.fail_at(1);
+    assert!(matches!(program.load(start), Err(Outcome::Signal { .. })));
+    assert_eq!(program.load(start), Ok(2));
+    program.exit();
+}
+
+#[test]
+fn swapoff_brings_everything_back() {
+    let world = World::new();
+    let mm = world.mm();
+    let disk = swap(world, mm, 64);
+    disk.set_latency(2);
+    let program = Program::new(mm);
+    let start = map(&program, 32);
+    for page in 0..32 {
+        program.store(start + page * PAGE, page).unwrap();
+    }
+    let mut reclaimer = Reclaimer::new(Fifo);
+    reclaimer.reclaim(mm, 32);
+    while mm.poll_swap().is_some() {}
+    reclaimer.reclaim(mm, 32);
+    while mm.poll_swap().is_some() {}
+    assert!(program.space.swapped() > 0);
+    let mut calls = 0;
+    while mm.swap_off(0).unwrap().is_some() {
+        calls += 1;
+        assert!(calls < 1000);
+    }
+    assert_eq!(program.space.swapped(), 0);
+    assert_eq!(mm.meminfo().swap.total, 0);
+    for page in 0..32 {
+        assert_eq!(program.load(start + page * PAGE), Ok(page));
+    }
+    assert!(mm.swap_off(0).is_err());
+    program.exit();
+}
