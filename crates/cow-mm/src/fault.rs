@@ -241,21 +241,23 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         } else if self.mm().is_exclusive(leaf.frame) {
             leaf.attributes.rights(granted).accessed().dirty()
         } else {
-            return self.copy_on_write(cursor, vma, page, leaf.frame);
+            self.copy_page(cursor, vma, page, leaf.frame)?;
+            return Ok(());
         };
         let _ = cursor.relax(page, attributes);
         Ok(())
     }
 
-    /// Maps a copy of a page in place of it, unless somebody else did meanwhile. The cursor holds the page's table.
+    /// Maps a copy of a page in place of it, unless somebody else did meanwhile. The cursor holds the page's table, and gives it back
+    /// unlocked.
     #[doc(alias = "wp_page_copy")]
-    fn copy_on_write<'t>(
+    pub(crate) fn copy_page<'t>(
         &'t self,
         mut cursor: SpaceCursor<'t, 'm, E>,
         vma: &Vma,
         page: Page,
         shared: Frame,
-    ) -> Result<(), Stop> {
+    ) -> Result<SpaceCursor<'t, 'm, E>, Errno> {
         let mm = self.mm();
         let source = (shared != mm.zero_page()).then_some(shared);
         if let Some(source) = source {
@@ -285,7 +287,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if let Some(source) = source {
             mm.put_reference(source);
         }
-        Ok(outcome?)
+        outcome.map(|()| cursor)
     }
 
     /// Nothing is mapped.
@@ -343,7 +345,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 
     /// Gives a private VMA a reverse map before its first anonymous page: a neighbour's where Linux takes it.
     #[doc(alias = "anon_vma_prepare")]
-    fn prepare_anon(&self, state: &mut State<'m, E>, page: Page) {
+    pub(crate) fn prepare_anon(&self, state: &mut State<'m, E>, page: Page) {
         let Some(vma) = state.vmas.get(page) else {
             return;
         };
@@ -415,6 +417,6 @@ pub(crate) fn allows(flags: VmFlags, access: Access) -> bool {
 }
 
 /// Whether the mapping has to get a reverse map first: a program that writes to its own copy of something owns pages from now on.
-fn needs_anon(vma: &Vma, access: Access) -> bool {
+pub(crate) fn needs_anon(vma: &Vma, access: Access) -> bool {
     access == Access::Write && !vma.is_shared() && vma.anon.is_none()
 }

@@ -144,6 +144,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         1 + usize::from(self.core().sharing.level2.load(Ordering::Relaxed))
     }
 
+    /// The highest level whose tables may be shared now: pins are counted in leaf tables, and a table above would hide them.
+    pub(crate) fn levels_to_share(&self) -> usize {
+        match self.pins() {
+            0 => self.share_levels(),
+            _ => 1,
+        }
+    }
+
     /// Pages that the largest table covers that may be shared.
     pub(crate) fn share_unit(&self) -> u64 {
         match self.share_levels() {

@@ -267,6 +267,13 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
+    /// Takes references away; the last one frees the page.
+    pub(crate) fn put_references(&self, frame: Frame, count: u32) {
+        if self.slot(frame).sub_count(count) == Ok(0) {
+            self.free_page(frame, Order::ZERO);
+        }
+    }
+
     pub(crate) fn user(&self, frame: Frame) -> UserSlot<'m> {
         match self.slot(frame).as_user() {
             Some(page) => page,

@@ -20,7 +20,7 @@ use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 
 use kmem_hal::lock::{SleepReadGuard, SleepWriteGuard};
-use kmem_hal::sync::AtomicBool;
+use kmem_hal::sync::{AtomicBool, AtomicU32};
 use kmem_hal::{ObjectAlloc, Page, PageRange, Root, SleepLock, VirtAddr};
 use kmem_paging::{PageTable, TableError};
 
@@ -146,13 +146,15 @@ impl fmt::Debug for SpaceMemory {
     }
 }
 
-/// Whether the space's tables may be another space's too: once true, true for ever.
+/// Whether the space's tables may be another space's too (once true, true for ever), and what keeps them from it.
 #[derive(Debug)]
 pub(crate) struct Sharing {
     /// Some table.
     pub tables: AtomicBool,
     /// A table of tables.
     pub level2: AtomicBool,
+    /// Pins of the space's anonymous pages, which keep their tables from being shared.
+    pub pins: AtomicU32,
 }
 
 /// Pages of a space, by kind: recounted, not remembered.
@@ -272,6 +274,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             (&raw mut (*core).sharing).write(Sharing {
                 tables: AtomicBool::new(false),
                 level2: AtomicBool::new(false),
+                pins: AtomicU32::new(0),
             });
         }
         mm.registry().add(core);

@@ -287,7 +287,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             let outcome = self.tables().move_range(from, to.first(), &mut gather);
             self.settle(&mut gather);
             let at = match outcome {
-                Ok(_) => return Ok(()),
+                Ok(_) => {
+                    self.move_pins(from, to);
+                    return Ok(());
+                }
                 Err(MoveError::Shared { at }) => at,
                 Err(_) => return Err(Errno::ENOMEM),
             };
@@ -337,6 +340,21 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                     return ForkStep::Payload(payload);
                 }
             };
+            if self.mm().pins_of(leaf.frame) > 0 {
+                // It stays this space's own, and what a device does with it is the child's no more.
+                let index = self.mm().user(leaf.frame).page();
+                let copy = self
+                    .mm()
+                    .new_anonymous(self.family(), index, Some(leaf.frame));
+                let Ok(handle) = copy else {
+                    return ForkStep::Stop;
+                };
+                return ForkStep::Leaf {
+                    handle,
+                    child: leaf.attributes,
+                    parent: None,
+                };
+            }
             let Some((handle, anonymous)) = self.mm().map_again(leaf.frame) else {
                 return ForkStep::Stop;
             };
@@ -351,7 +369,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 parent: (anonymous && leaf.is_writable()).then_some(shared),
             }
         };
-        let most = self.share_levels();
+        let most = self.levels_to_share();
         // SAFETY: the caller's promise is passed on.
         let outcome = unsafe {
             self.tables()

@@ -103,6 +103,34 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         Ok(decode::<F>(page, node.level, word))
     }
 
+    /// Counts `pins` of frames that the leaf table of `page` maps: a fork copies a table with pins, and does not share it.
+    ///
+    /// # Errors
+    ///
+    /// As [`own`](Self::own); [`ChangeError::Unencodable`] where there is no leaf table, or it has as many pins as can be counted.
+    pub fn add_pins(&mut self, page: Page, pins: u32) -> Result<(), ChangeError> {
+        self.own(page)?;
+        let slot = self.held.filter(|node| node.level == 1);
+        let slot = slot.and_then(|node| node.slot.as_table());
+        let sum = slot.and_then(|slot| Some((slot, slot.pins().checked_add(pins)?)));
+        let (slot, sum) = sum.ok_or(ChangeError::Unencodable { at: page })?;
+        slot.set_pins(sum);
+        Ok(())
+    }
+
+    /// Takes pins back that the leaf table of `page` counted, if it is there and counted as many.
+    pub fn sub_pins(&mut self, page: Page, pins: u32) {
+        if !self.range().contains(page) {
+            return;
+        }
+        let node = self.seek(page, 1);
+        if node.level == 1
+            && let Some(slot) = node.slot.as_table()
+        {
+            slot.set_pins(slot.pins().saturating_sub(pins));
+        }
+    }
+
     /// Makes the path to `page` writable again where nobody else shares its tables any more.
     #[cold]
     pub(super) fn retake(&mut self, page: Page) -> Result<(), Shared> {
