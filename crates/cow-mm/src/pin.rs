@@ -278,12 +278,11 @@ impl<E: Env> Drop for Pin<'_, '_, E> {
             .sharing
             .pins
             .fetch_sub(1, Ordering::Relaxed);
-        if let Ok(mut cursor) = self.space.tables().cursor(PageRange::single(self.page)) {
-            if let Entry::Leaf(leaf) = cursor.query(self.page)
-                && leaf.frame == self.frame
-            {
-                cursor.sub_pins(self.page, 1);
-            }
+        if let Ok(mut cursor) = self.space.tables().cursor(PageRange::single(self.page))
+            && let Entry::Leaf(leaf) = cursor.query(self.page)
+            && leaf.frame == self.frame
+        {
+            cursor.sub_pins(self.page, 1);
         }
     }
 }
