@@ -14,6 +14,8 @@ pub enum Errno {
     ESRCH = 3,
     /// I/O error.
     EIO = 5,
+    /// Too many arguments, or too long ones.
+    E2BIG = 7,
     /// Not an executable image that can be loaded.
     ENOEXEC = 8,
     /// Not an open file.
@@ -36,8 +38,12 @@ pub enum Errno {
     EINVAL = 22,
     /// Nothing left to hand out.
     ENOSPC = 28,
+    /// A name that does not fit.
+    ENAMETOOLONG = 36,
     /// The offset plus the length wraps.
     EOVERFLOW = 75,
+    /// An interpreter that is no image.
+    ELIBBAD = 80,
     /// A flag is not supported for this mapping.
     EOPNOTSUPP = 95,
 }
@@ -68,6 +74,9 @@ impl Errno {
             Self::EINVAL => "EINVAL",
             Self::ENOSPC => "ENOSPC",
             Self::EOVERFLOW => "EOVERFLOW",
+            Self::ELIBBAD => "ELIBBAD",
+            Self::ENAMETOOLONG => "ENAMETOOLONG",
+            Self::E2BIG => "E2BIG",
             Self::EOPNOTSUPP => "EOPNOTSUPP",
         }
     }

@@ -6,59 +6,80 @@
 //!                                                 bss   rw-  anonymous
 //!                                                 heap  brk, empty
 //!                                                 ...
-//!                                                 stack: strings, auxiliary vector, envp, argv, argc <- stack pointer
+//!                                                 interpreter: as any mapping without an address
+//!                                                 stack (see `stack.rs`)
 //! ```
 //!
-//! Segments are mapped, not read: pages come by faults. Headers are read and checked before anything is changed, so a
-//! malformed image leaves the space empty.
+//! Segments are mapped, not read: pages come by faults. All headers, the interpreter's too, are read and checked before anything
+//! is changed: up to there a malformed image leaves the space empty. Later errors kill the program, as in Linux.
 //!
-//! Source: System V ABI, chapters 4 and 5, and its x86-64 supplement, 3.4; Linux `fs/binfmt_elf.c`.
+//! Images are of the class that the space's addresses have room for: up to 4 GiB ELF32 for Intel386, else ELF64 for x86-64.
+//!
+//! Source: System V ABI, chapters 4 and 5; Linux `fs/binfmt_elf.c` (`load_elf_binary`, `elf_load`, `load_elf_interp`).
 
 use core::fmt;
 
-use kmem_hal::{IoTicket, PAGE_SIZE, Page, PageRange, VirtAddr};
+use kmem_hal::{IoTicket, PAGE_SIZE, VirtAddr};
 
-use crate::brk::heap_flags;
+use crate::elf::{Class, ENTRY_SIZE, Entry, HEADER_SIZE, Header, Segment};
 use crate::env::Env;
 use crate::errno::Errno;
-use crate::flags::{MapFlags, Prot, VmFlags};
-use crate::merge::Candidate;
+use crate::flags::{MapFlags, Prot};
 use crate::mmap::{MapRequest, OpenFile};
 use crate::page_cache::ObjectPage;
-use crate::space::AddressSpace;
-use crate::vma::Label;
+use crate::space::{AddressSpace, Segments};
 
 /// Segments that an image may have.
 const MAX_SEGMENTS: usize = 16;
-/// Pages of the stack that exec maps at once; it grows from there.
-const STACK_PAGES: u64 = 33;
-const HEADER_SIZE: usize = 64;
-const SEGMENT_SIZE: usize = 56;
+/// The longest path of an interpreter, with its zero (`PATH_MAX`).
+const PATH_MAX: u64 = 4096;
 
 /// What is to be executed, and with what.
 #[derive(Clone, Copy, Debug)]
 pub struct Image<'a> {
     /// The file.
     pub file: OpenFile,
+    /// The interpreter that the file names ([`AddressSpace::interpreter`]), opened; without it such a program starts at its own entry.
+    pub interpreter: Option<OpenFile>,
     /// The path that the program is told (`AT_EXECFN`).
     pub path: &'a [u8],
     /// Arguments, without terminating zeros.
     pub arguments: &'a [&'a [u8]],
     /// Environment, without terminating zeros.
     pub environment: &'a [&'a [u8]],
+    /// Entries of the auxiliary vector that the kernel adds, such as `AT_HWCAP`, `AT_CLKTCK`, `AT_UID`; at most 16 are used.
+    pub auxiliary: &'a [(u64, u64)],
     /// Sixteen random bytes for the program (`AT_RANDOM`).
     pub random: [u8; 16],
+}
+
+impl<'a> Image<'a> {
+    /// A program without an interpreter, arguments, and environment.
+    #[must_use]
+    pub const fn new(file: OpenFile, path: &'a [u8]) -> Self {
+        Self {
+            file,
+            interpreter: None,
+            path,
+            arguments: &[],
+            environment: &[],
+            auxiliary: &[],
+            random: [0; 16],
+        }
+    }
 }
 
 /// Where the program begins.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Start {
-    /// The first instruction.
+    /// The first instruction: the interpreter's, if there is one.
     pub entry: VirtAddr,
     /// The stack pointer: argc lies there.
     pub stack: VirtAddr,
     /// What was added to the image's addresses.
     pub bias: u64,
+    /// What was added to the interpreter's addresses (`AT_BASE`); 0 without one.
+    pub interpreter: u64,
 }
 
 /// Why nothing is executed.
@@ -88,25 +109,48 @@ impl From<Errno> for ExecError {
     }
 }
 
-/// A loadable segment.
-#[derive(Clone, Copy, Debug, Default)]
-struct Segment {
-    offset: u64,
-    address: u64,
-    file_size: u64,
-    memory_size: u64,
-    prot: Prot,
-}
-
-/// What the headers say.
+/// What the headers of an image say, checked.
 #[derive(Default)]
-struct Headers {
-    entry: u64,
+pub(crate) struct Headers {
+    pub entry: u64,
     position_independent: bool,
-    table_address: u64,
-    count: u64,
+    /// The address of the table of program headers in memory.
+    pub table_address: u64,
+    pub count: u64,
     segments: [Segment; MAX_SEGMENTS],
     used: usize,
+    /// The path of the interpreter: where in the file, and how long with its zero.
+    interpreter: Option<(u64, u64)>,
+    /// What the image says of its stack.
+    stack: Option<Prot>,
+}
+
+impl Headers {
+    fn segments(&self) -> &[Segment] {
+        self.segments.get(..self.used).unwrap_or_default()
+    }
+
+    /// From the first page of the lowest segment to the end of the highest.
+    fn span(&self) -> (u64, u64) {
+        let low = self.segments().iter().map(|segment| segment.address).min();
+        let high = self
+            .segments()
+            .iter()
+            .map(|segment| segment.address + segment.memory_size)
+            .max();
+        (low.unwrap_or(0) & !(PAGE_SIZE - 1), high.unwrap_or(0))
+    }
+
+    /// The largest alignment that a segment asks for (`maximum_alignment`).
+    fn alignment(&self) -> u64 {
+        self.segments()
+            .iter()
+            .map(|segment| segment.alignment)
+            .filter(|alignment| alignment.is_power_of_two())
+            .max()
+            .unwrap_or(PAGE_SIZE)
+            .max(PAGE_SIZE)
+    }
 }
 
 impl<'m, E: Env> AddressSpace<'m, E> {
@@ -114,78 +158,132 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// # Errors
     ///
-    /// [`ExecError::NeedIo`] while the headers are being read. [`Errno::ENOEXEC`] for what is no ELF64 image for x86-64;
-    /// [`Errno::EINVAL`] for segments that contradict themselves, or where the space is not empty; [`Errno::ENOMEM`].
-    /// After an error of the last kind the space may hold part of the image: drop it, as Linux kills the program.
+    /// [`ExecError::NeedIo`] while the headers are being read. [`Errno::ENOEXEC`] for what is no image of the space's class;
+    /// [`Errno::ELIBBAD`] where the interpreter is none; [`Errno::EINVAL`] for segments that contradict themselves, or where the
+    /// space is not empty; [`Errno::E2BIG`] for too many arguments; [`Errno::EFAULT`] where the image leaves the stack no room;
+    /// [`Errno::ENOMEM`]. After one of the last kinds the space may hold part of the image: drop it, as Linux kills the program.
     #[doc(alias = "load_elf_binary")]
     pub fn exec(&self, image: &Image<'_>) -> Result<Start, ExecError> {
         if self.map_count() != 0 {
             return Err(Errno::EINVAL.into());
         }
         let mut headers = Headers::default();
-        self.read_headers(image, &mut headers)?;
-        let bias = if headers.position_independent {
-            self.image_base()
-        } else {
-            0
-        };
-        let mut end = 0;
-        for segment in headers.segments.iter().take(headers.used) {
-            self.map_segment(image.file, segment, bias)?;
-            end = end.max(bias + segment.address + segment.memory_size);
+        self.read_headers(image.file, &mut headers)?;
+        let interpreter = image.interpreter.filter(|_| headers.interpreter.is_some());
+        if let Some(file) = interpreter {
+            self.check_interpreter(file)?;
         }
-        self.set_heap(end.next_multiple_of(PAGE_SIZE));
-        let stack = self.make_stack(image, &headers, bias)?;
-        Ok(Start {
-            entry: VirtAddr::new(bias + headers.entry),
-            stack,
+        let executable = match headers.stack {
+            Some(prot) => prot.contains(Prot::EXEC),
+            // Old 32-bit programs say nothing, and may execute their stack.
+            None => self.class() == Class::Elf32,
+        };
+        // From here on the space changes. The stack comes first, so that no segment is mapped where it will be.
+        let strings = self.make_stack(image, executable)?;
+        let bias = self.map_image(image.file, &headers)?;
+        let (_, end) = headers.span();
+        let is_static = headers.interpreter.is_none();
+        self.set_heap(if headers.position_independent && is_static {
+            // The image is where mappings are: its heap gets the place of an image.
+            self.image_base(PAGE_SIZE)
+        } else {
+            (bias + end).next_multiple_of(PAGE_SIZE)
+        });
+        let mut start = Start {
+            entry: VirtAddr::new(bias.wrapping_add(headers.entry)),
+            stack: VirtAddr::new(0),
             bias,
-        })
+            interpreter: 0,
+        };
+        if let Some(file) = interpreter {
+            (start.entry, start.interpreter) = self.map_interpreter(file)?;
+        }
+        if start.entry.as_u64() >= self.layout().task_size {
+            return Err(Errno::EINVAL.into());
+        }
+        start.stack = self.write_tables(image, &headers, &start, &strings)?;
+        let mut state = self.lock();
+        state.segments = Segments {
+            stack: start.stack.as_u64(),
+            arguments: (strings.arguments, strings.environment),
+            environment: (strings.environment, strings.environment_end),
+            ..bounds(&headers, bias)
+        };
+        Ok(start)
+    }
+
+    /// The path of the interpreter that an image names: its bytes into `path`, how many as the result; `None` if it names none.
+    ///
+    /// # Errors
+    ///
+    /// As [`exec`](Self::exec); [`Errno::ENAMETOOLONG`] where `path` is too short.
+    pub fn interpreter(&self, file: OpenFile, path: &mut [u8]) -> Result<Option<usize>, ExecError> {
+        let mut headers = Headers::default();
+        self.read_headers(file, &mut headers)?;
+        let Some((offset, length)) = headers.interpreter else {
+            return Ok(None);
+        };
+        let length = (length - 1) as usize;
+        let path = path.get_mut(..length).ok_or(Errno::ENAMETOOLONG)?;
+        self.read_file(file, offset, path)?;
+        Ok(Some(length))
+    }
+
+    pub(crate) fn class(&self) -> Class {
+        match self.layout().task_size <= 1 << 32 {
+            true => Class::Elf32,
+            false => Class::Elf64,
+        }
     }
 
     /// Where position-independent images go without randomness: two thirds up (`ELF_ET_DYN_BASE`).
-    fn image_base(&self) -> u64 {
-        (self.layout().task_size / 3 * 2) & !(PAGE_SIZE - 1)
+    fn image_base(&self, alignment: u64) -> u64 {
+        (self.layout().task_size / 3 * 2) & !(alignment - 1)
     }
 
     /// Fills `headers` in place: returned by value they would stand on the stack more than once.
     #[inline(never)]
-    fn read_headers(&self, image: &Image<'_>, headers: &mut Headers) -> Result<(), ExecError> {
-        let mut header = [0; HEADER_SIZE];
-        self.read_file(image.file, 0, &mut header)?;
-        let half = |at: usize| u16::from_le_bytes([header[at], header[at + 1]]);
-        // Magic, 64 bits, little endian, version 1; executable or shared object; x86-64.
-        let kind = half(16);
-        if header[..7] != *b"\x7fELF\x02\x01\x01"
-            || !matches!(kind, 2 | 3)
-            || half(18) != 62
-            || usize::from(half(54)) != SEGMENT_SIZE
-            || half(56) == 0
-            || usize::from(half(56)) > 65536 / SEGMENT_SIZE
-        {
-            return Err(Errno::ENOEXEC.into());
-        }
-        let (entry, table) = (word(&header, 24), word(&header, 32));
-        headers.entry = entry;
-        headers.position_independent = kind == 3;
-        headers.count = u64::from(half(56));
-        for index in 0..headers.count {
-            let mut bytes = [0; SEGMENT_SIZE];
-            let at = table
-                .checked_add(index * SEGMENT_SIZE as u64)
+    fn read_headers(&self, file: OpenFile, headers: &mut Headers) -> Result<(), ExecError> {
+        let class = self.class();
+        let mut bytes = [0; HEADER_SIZE];
+        let bytes = &mut bytes[..class.header_size()];
+        self.read_file(file, 0, bytes)?;
+        let header = Header::parse(class, bytes)?;
+        headers.entry = header.entry;
+        headers.position_independent = header.position_independent;
+        headers.count = header.count;
+        for index in 0..header.count {
+            let mut bytes = [0; ENTRY_SIZE];
+            let bytes = &mut bytes[..class.entry_size()];
+            let at = (header.table)
+                .checked_add(index * class.entry_size() as u64)
                 .ok_or(Errno::ENOEXEC)?;
-            self.read_file(image.file, at, &mut bytes)?;
-            if bytes[..4] == [1, 0, 0, 0] {
-                let segment = self.check_segment(&bytes)?;
-                let place = headers
-                    .segments
-                    .get_mut(headers.used)
-                    .ok_or(Errno::ENOEXEC)?;
-                *place = segment;
-                headers.used += 1;
-                if segment.offset <= table && table - segment.offset < segment.file_size {
-                    headers.table_address = segment.address + (table - segment.offset);
+            self.read_file(file, at, bytes)?;
+            match Entry::parse(class, bytes)? {
+                Entry::Load(segment) => {
+                    self.check_segment(&segment)?;
+                    let place = headers.segments.get_mut(headers.used);
+                    *place.ok_or(Errno::ENOEXEC)? = segment;
+                    headers.used += 1;
+                    let inside = header.table.wrapping_sub(segment.offset);
+                    if segment.offset <= header.table && inside < segment.file_size {
+                        headers.table_address = segment.address + inside;
+                    }
                 }
+                Entry::Interpreter { offset, length } if headers.interpreter.is_none() => {
+                    if !(2..=PATH_MAX).contains(&length) {
+                        return Err(Errno::ENOEXEC.into());
+                    }
+                    let mut last = [0];
+                    let end = offset.checked_add(length - 1).ok_or(Errno::ENOEXEC)?;
+                    self.read_file(file, end, &mut last)?;
+                    if last != [0] {
+                        return Err(Errno::ENOEXEC.into());
+                    }
+                    headers.interpreter = Some((offset, length));
+                }
+                Entry::Stack(prot) => headers.stack = Some(prot),
+                Entry::Interpreter { .. } | Entry::Other => {}
             }
         }
         if headers.used == 0 {
@@ -194,32 +292,68 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         Ok(())
     }
 
-    fn check_segment(&self, bytes: &[u8; SEGMENT_SIZE]) -> Result<Segment, Errno> {
-        let bits = u32::from_le_bytes([bytes[4], bytes[5], bytes[6], bytes[7]]);
-        let mut prot = Prot::empty();
-        prot.set(Prot::EXEC, bits & 1 != 0);
-        prot.set(Prot::WRITE, bits & 2 != 0);
-        prot.set(Prot::READ, bits & 4 != 0);
-        let segment = Segment {
-            offset: word(bytes, 8),
-            address: word(bytes, 16),
-            file_size: word(bytes, 32),
-            memory_size: word(bytes, 40),
-            prot,
-        };
+    /// Whether a segment is one that can be mapped: Linux's own checks, and that file and memory are alike inside of a page.
+    fn check_segment(&self, segment: &Segment) -> Result<(), Errno> {
         let task_size = self.layout().task_size;
-        let bias = self.image_base();
         let wrong = segment.file_size > segment.memory_size
             || segment.memory_size > task_size
             || segment.address > task_size - segment.memory_size
-            || segment.address.saturating_add(bias) > task_size
             || segment.offset % PAGE_SIZE != segment.address % PAGE_SIZE
             || segment.offset.checked_add(segment.file_size).is_none();
-        if wrong {
-            Err(Errno::EINVAL)
+        if wrong { Err(Errno::EINVAL) } else { Ok(()) }
+    }
+
+    #[inline(never)]
+    fn check_interpreter(&self, file: OpenFile) -> Result<(), ExecError> {
+        let mut headers = Headers::default();
+        self.read_headers(file, &mut headers)
+            .map_err(|error| match error {
+                ExecError::Errno(Errno::ENOEXEC) => Errno::ELIBBAD.into(),
+                error => error,
+            })
+    }
+
+    #[inline(never)]
+    fn map_interpreter(&self, file: OpenFile) -> Result<(VirtAddr, u64), ExecError> {
+        let mut headers = Headers::default();
+        self.read_headers(file, &mut headers)?;
+        // It is placed as a mapping without an address, whatever it asks of an interpreter of its own.
+        headers.interpreter = None;
+        let bias = self.map_image(file, &headers)?;
+        Ok((VirtAddr::new(bias.wrapping_add(headers.entry)), bias))
+    }
+
+    /// Maps an image's segments; gives what was added to their addresses.
+    fn map_image(&self, file: OpenFile, headers: &Headers) -> Result<u64, Errno> {
+        let (low, high) = headers.span();
+        let bias = if !headers.position_independent {
+            0
+        } else if headers.interpreter.is_some() {
+            self.image_base(headers.alignment()).wrapping_sub(low)
         } else {
-            Ok(segment)
+            self.free_place(high - low, headers.alignment())?
+                .wrapping_sub(low)
+        };
+        let mut first = true;
+        for segment in headers.segments() {
+            let start = bias.wrapping_add(segment.address);
+            let task_size = self.layout().task_size;
+            if start > task_size || segment.memory_size > task_size - start {
+                return Err(Errno::EINVAL);
+            }
+            self.map_segment(file, segment, start, first)?;
+            first = false;
         }
+        Ok(bias)
+    }
+
+    /// A free range, as mmap would choose it.
+    fn free_place(&self, length: u64, alignment: u64) -> Result<u64, Errno> {
+        let more = if alignment > PAGE_SIZE { alignment } else { 0 };
+        let length = length.checked_add(more).ok_or(Errno::ENOMEM)?;
+        let place = self.mmap(&MapRequest::anonymous(length.max(1), Prot::empty()))?;
+        self.munmap(place.as_u64(), length.max(1))?;
+        Ok(place.as_u64().next_multiple_of(alignment))
     }
 
     /// Reads bytes of a file through its page cache.
@@ -227,10 +361,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let mut done = 0;
         while done < to.len() {
             let at = offset.checked_add(done as u64).ok_or(Errno::ENOEXEC)?;
+            let size = self.mm().object_info(file.file).size;
             let frame = match self.mm().object_page(file.file, at / PAGE_SIZE)? {
-                ObjectPage::Ready(frame) => frame,
+                ObjectPage::Ready(frame) if at < size => frame,
                 ObjectPage::NeedIo(ticket) => return Err(ExecError::NeedIo(ticket)),
-                ObjectPage::Beyond => return Err(Errno::ENOEXEC.into()),
+                ObjectPage::Beyond | ObjectPage::Ready(_) => return Err(Errno::ENOEXEC.into()),
             };
             let start = (at % PAGE_SIZE) as usize;
             let part = (to.len() - done).min(PAGE_SIZE as usize - start);
@@ -243,44 +378,51 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     #[inline(never)]
-    fn map_segment(&self, file: OpenFile, segment: &Segment, bias: u64) -> Result<(), Errno> {
-        if segment.memory_size == 0 {
-            return Ok(());
-        }
-        let start = bias + segment.address;
+    fn map_segment(
+        &self,
+        file: OpenFile,
+        segment: &Segment,
+        start: u64,
+        first: bool,
+    ) -> Result<(), Errno> {
         let lead = start % PAGE_SIZE;
-        let (first, file_end) = (start - lead, start + segment.file_size);
+        let (first_page, file_end) = (start - lead, start + segment.file_size);
         let end = start + segment.memory_size;
-        let fixed = MapFlags::PRIVATE | MapFlags::FIXED;
+        // The first segment must not hit the stack; later ones replace what is there, as in Linux.
+        let fixed = match first {
+            true => MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE,
+            false => MapFlags::PRIVATE | MapFlags::FIXED,
+        };
         if segment.file_size > 0 {
             self.mmap(&MapRequest {
-                address: first,
-                length: file_end - first,
+                address: first_page,
+                length: file_end - first_page,
                 prot: segment.prot,
                 flags: fixed,
                 file: Some(file),
                 offset: segment.offset - lead,
             })?;
         }
-        let bss = if segment.file_size > 0 {
-            file_end.next_multiple_of(PAGE_SIZE)
-        } else {
-            first
+        if segment.memory_size == segment.file_size {
+            return Ok(());
+        }
+        let bss = match segment.file_size {
+            0 => first_page,
+            _ => file_end.next_multiple_of(PAGE_SIZE),
         };
         if end > bss {
+            // Memory of its own may always be written, whatever the segment says.
+            let prot = Prot::READ | Prot::WRITE | segment.prot & Prot::EXEC;
             self.mmap(&MapRequest {
                 address: bss,
                 length: end - bss,
-                prot: segment.prot,
-                flags: fixed | MapFlags::ANONYMOUS,
+                prot,
+                flags: MapFlags::PRIVATE | MapFlags::FIXED | MapFlags::ANONYMOUS,
                 file: None,
                 offset: 0,
             })?;
         }
-        if segment.memory_size > segment.file_size
-            && segment.file_size > 0
-            && segment.prot.contains(Prot::WRITE)
-        {
+        if segment.file_size > 0 && segment.prot.contains(Prot::WRITE) {
             // What of the last file page is not the file's, to the page's end even if the segment ends before (`padzero`).
             let tail = bss - file_end;
             self.zero_memory(VirtAddr::new(file_end), tail as usize)
@@ -288,110 +430,23 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         }
         Ok(())
     }
-
-    #[inline(never)]
-    fn make_stack(
-        &self,
-        image: &Image<'_>,
-        headers: &Headers,
-        bias: u64,
-    ) -> Result<VirtAddr, Errno> {
-        let top = self.layout().stack_top;
-        let last = Page::containing(VirtAddr::new(top - 1));
-        let first = last.checked_sub(STACK_PAGES - 1).ok_or(Errno::ENOMEM)?;
-        let range = PageRange::new(first, last).ok_or(Errno::ENOMEM)?;
-        let flags = heap_flags() | VmFlags::GROWSDOWN;
-        let candidate = Candidate {
-            flags,
-            offset: first.number(),
-            file: None,
-            anon: None,
-            label: Label::Stack,
-        };
-        self.lock().vmas.edit()?.add(range, candidate, true);
-        let mut writer = StackWriter {
-            space: self,
-            at: top - 8,
-        };
-        let path = writer.string(image.path)?;
-        let environment = writer.strings(image.environment)?;
-        let arguments = writer.strings(image.arguments)?;
-        let random = writer.bytes(&image.random)?;
-        let words = 1 + image.arguments.len() + 1 + image.environment.len() + 1;
-        let auxiliary = [
-            (3, bias + headers.table_address),
-            (4, SEGMENT_SIZE as u64),
-            (5, headers.count),
-            (6, PAGE_SIZE),
-            (7, 0),
-            (8, 0),
-            (9, bias + headers.entry),
-            (23, 0),
-            (25, random),
-            (31, path),
-            (0, 0),
-        ];
-        let size = (words + 2 * auxiliary.len()) as u64 * 8;
-        let pointer = (writer.at - size) & !15;
-        let mut at = pointer;
-        let mut put = |value: u64| {
-            let outcome = self.write_memory(VirtAddr::new(at), &value.to_le_bytes());
-            at += 8;
-            outcome.map_err(|_| Errno::ENOMEM)
-        };
-        put(image.arguments.len() as u64)?;
-        for (list, mut address) in [
-            (image.arguments, arguments),
-            (image.environment, environment),
-        ] {
-            for string in list {
-                put(address)?;
-                address += string.len() as u64 + 1;
-            }
-            put(0)?;
-        }
-        for (key, value) in auxiliary {
-            put(key)?;
-            put(value)?;
-        }
-        Ok(VirtAddr::new(pointer))
-    }
 }
 
-/// Writes downwards from the top of a stack.
-struct StackWriter<'s, 'm, E: Env> {
-    space: &'s AddressSpace<'m, E>,
-    at: u64,
-}
-
-impl<E: Env> StackWriter<'_, '_, E> {
-    fn bytes(&mut self, bytes: &[u8]) -> Result<u64, Errno> {
-        self.at = self
-            .at
-            .checked_sub(bytes.len() as u64)
-            .ok_or(Errno::ENOMEM)?;
-        self.space
-            .write_memory(VirtAddr::new(self.at), bytes)
-            .map_err(|_| Errno::ENOMEM)?;
-        Ok(self.at)
-    }
-
-    fn string(&mut self, string: &[u8]) -> Result<u64, Errno> {
-        self.bytes(&[0])?;
-        self.bytes(string)
-    }
-
-    /// Strings one after the other, ascending; gives the first one's address.
-    fn strings(&mut self, strings: &[&[u8]]) -> Result<u64, Errno> {
-        for string in strings.iter().rev() {
-            self.string(string)?;
+/// Where code and data lie (`start_code` and so on).
+fn bounds(headers: &Headers, bias: u64) -> Segments {
+    let (mut code, mut data) = ((u64::MAX, 0), (0, 0));
+    for segment in headers.segments() {
+        let start = bias.wrapping_add(segment.address);
+        let end = start.wrapping_add(segment.file_size);
+        if segment.prot.contains(Prot::EXEC) {
+            code = (start.min(code.0), end.max(code.1));
         }
-        Ok(self.at)
+        data = (start.max(data.0), end.max(data.1));
     }
-}
-
-fn word(bytes: &[u8], at: usize) -> u64 {
-    let mut word = [0; 8];
-    word.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_le_bytes(word)
+    code.0 = code.0.min(code.1);
+    Segments {
+        code,
+        data,
+        ..Segments::default()
+    }
 }

@@ -33,7 +33,7 @@
 use kmem_hal::{
     Access, FaultCode, Frame, IoTicket, Page, PageFault, PageRange, SlotFlags, VirtAddr,
 };
-use kmem_paging::{Attributes, Entry, Leaf, Replaced, Rights};
+use kmem_paging::{Entry, Leaf, Replaced, Rights};
 
 use crate::env::Env;
 use crate::errno::Errno;
@@ -42,7 +42,7 @@ use crate::merge::may_share_anon;
 use crate::object::FileRef;
 use crate::page_cache::ObjectPage;
 use crate::space::{AddressSpace, State};
-use crate::tables::{SpaceCursor, rights};
+use crate::tables::{SpaceCursor, attributes, rights};
 use crate::vma::{AnonLink, Vma};
 
 /// Why a program gets a signal.
@@ -54,6 +54,8 @@ pub enum Signal {
     AccessError,
     /// `SIGBUS` with `BUS_ADRERR`: beyond the end of the file.
     BusError,
+    /// `SIGSEGV` with `SEGV_PKUERR`: the thread's rights for the mapping's protection key forbid it.
+    KeyError(u8),
 }
 
 /// What became of a fault.
@@ -105,6 +107,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 },
                 false => Outcome::KernelFault,
             };
+        }
+        if fault.code.contains(FaultCode::PROTECTION_KEY)
+            && let Some(vma) = self.vma_at(fault.address)
+        {
+            let signal = Signal::KeyError(vma.flags.key());
+            let address = fault.address;
+            return Outcome::Signal { signal, address };
         }
         let access = fault.code.access();
         let outcome = match self.fault_in_vma(fault.address, access) {
@@ -268,7 +277,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         cursor.release();
         let copy = mm.new_anonymous(self.family(), vma.object_page(page), source);
         let outcome = copy.map(|copy| {
-            let attributes = Attributes::new(rights(vma.flags)).accessed().dirty();
+            let attributes = attributes(vma.flags).accessed().dirty();
             let unused = match cursor.own(page) {
                 Ok(Entry::Leaf(leaf)) if leaf.frame == shared && !leaf.is_writable() => {
                     match cursor.replace(page, copy, attributes) {
@@ -292,8 +301,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 
     /// Nothing is mapped.
     fn absent(&self, vma: &Vma, page: Page, address: VirtAddr, write: bool) -> Result<(), Stop> {
-        let granted = rights(vma.flags);
-        let mut attributes = Attributes::new(granted).accessed();
+        let mut attributes = attributes(vma.flags).accessed();
         let mapping = match vma.file {
             None if write => {
                 attributes.dirty = true;

@@ -193,6 +193,8 @@ pub enum Advice {
     DontNeed = 4,
     /// The contents may go when memory is short.
     Free = 8,
+    /// The contents go from the object itself, for all who map it.
+    Remove = 9,
     /// Not copied by fork.
     DontFork = 10,
     /// Copied by fork again.
@@ -221,17 +223,20 @@ pub enum Advice {
     PopulateRead = 22,
     /// Write faults now, so that none come later.
     PopulateWrite = 23,
+    /// Huge pages now.
+    Collapse = 25,
 }
 
 impl Advice {
     /// Every advice, in the order of the numbers.
-    pub const ALL: [Self; 20] = [
+    pub const ALL: [Self; 22] = [
         Self::Normal,
         Self::Random,
         Self::Sequential,
         Self::WillNeed,
         Self::DontNeed,
         Self::Free,
+        Self::Remove,
         Self::DontFork,
         Self::DoFork,
         Self::Mergeable,
@@ -246,6 +251,7 @@ impl Advice {
         Self::PageOut,
         Self::PopulateRead,
         Self::PopulateWrite,
+        Self::Collapse,
     ];
 
     /// The advice with this number; `None` for numbers that Linux answers with EINVAL.
@@ -265,7 +271,13 @@ impl Advice {
             Self::Free => {
                 Some("the contents go at once, as with MADV_DONTNEED: allowed, and not lazy")
             }
-            Self::WillNeed => Some("nothing is read ahead"),
+            Self::WillNeed => {
+                Some("pages of files are read ahead; what is in swap comes when it is touched")
+            }
+            Self::Remove => Some(
+                "shared memory reads as zeros for everybody, its frames stay; files: EOPNOTSUPP",
+            ),
+            Self::Collapse => Some("EINVAL, as from a Linux without transparent huge pages"),
             Self::Random | Self::Sequential => {
                 Some("noted in the VMA; there is no read-ahead to steer")
             }

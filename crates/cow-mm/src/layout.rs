@@ -39,6 +39,8 @@ pub struct Layout {
     pub low_window: PageRange,
     /// Where a new image's stack ends (exclusive).
     pub stack_top: u64,
+    /// Bytes below the strings that exec maps for the stack at once; from there it grows.
+    pub stack_room: u64,
     /// The stack's size limit in bytes (`RLIMIT_STACK`).
     pub stack_limit: u64,
     /// Whether searches for huge multiples align to 2 MiB (transparent huge pages are built in).
@@ -57,6 +59,7 @@ impl Layout {
             bottom_up_base: (task_size / 3).next_multiple_of(PAGE_SIZE),
             low_window: pages(0x4000_0000, 0x8000_0000),
             stack_top: task_size,
+            stack_room: 128 << 10,
             stack_limit: 8 << 20,
             huge_align: true,
         }
@@ -73,6 +76,7 @@ impl Layout {
             bottom_up_base: task_size / 3,
             low_window: pages(0x4000_0000, 0x8000_0000),
             stack_top: task_size,
+            stack_room: 0,
             stack_limit: 8 << 20,
             huge_align: false,
         }

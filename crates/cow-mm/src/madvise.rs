@@ -9,6 +9,7 @@ use kmem_hal::{PAGE_SIZE, PageRange};
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{Advice, VmFlags};
+use crate::page_cache::ObjectPage;
 use crate::space::{AddressSpace, State};
 use crate::vma::Vma;
 
@@ -65,7 +66,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 let refused = vma.flags.intersects(VmFlags::LOCKED | VmFlags::PFNMAP);
                 return if refused { Err(Errno::EINVAL) } else { Ok(()) };
             }
-            Advice::WillNeed | Advice::PopulateRead | Advice::PopulateWrite => return Ok(()),
+            Advice::WillNeed => {
+                self.read_ahead(vma, part);
+                return Ok(());
+            }
+            Advice::Remove => return self.remove_contents(vma, part),
+            // As from a Linux without transparent huge pages.
+            Advice::Collapse => return Err(Errno::EINVAL),
+            Advice::PopulateRead | Advice::PopulateWrite => return Ok(()),
             Advice::Normal => (VmFlags::empty(), VmFlags::SEQ_READ | VmFlags::RAND_READ),
             Advice::Random => (VmFlags::RAND_READ, VmFlags::SEQ_READ),
             Advice::Sequential => (VmFlags::SEQ_READ, VmFlags::RAND_READ),
@@ -103,6 +111,59 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             state.vmas.edit()?.modify(part, |new| new.flags = flags);
         }
         Ok(())
+    }
+
+    /// Asks for a file's pages, so that they are there, or on their way, when they are touched.
+    #[doc(alias = "madvise_willneed")]
+    fn read_ahead(&self, vma: &Vma, part: PageRange) {
+        let Some(file) = vma.file else { return };
+        for page in part.iter() {
+            // What cannot be had now is asked for again by the fault.
+            match self.mm().object_page(file, vma.object_page(page)) {
+                Ok(ObjectPage::Beyond) | Err(_) => return,
+                Ok(_) => {}
+            }
+        }
+    }
+
+    /// Makes pages of shared memory read as zeros, for everybody who maps them (`madvise_remove`).
+    fn remove_contents(&self, vma: &Vma, part: PageRange) -> Result<(), Errno> {
+        if vma.flags.contains(VmFlags::LOCKED) {
+            return Err(Errno::EINVAL);
+        }
+        let file = vma.file.ok_or(Errno::EINVAL)?;
+        if !vma.flags.contains(VmFlags::SHARED | VmFlags::MAYWRITE) {
+            return Err(Errno::EACCES);
+        }
+        if !self.mm().object_info(file).is_shared_memory {
+            // No provider of kmem's can punch a hole into its file.
+            return Err(Errno::EOPNOTSUPP);
+        }
+        for page in part.iter() {
+            if let Some(frame) = self.mm().cached_page(file, vma.object_page(page)) {
+                self.mm().zero_frame(frame, 0, PAGE_SIZE as usize);
+            }
+        }
+        Ok(())
+    }
+
+    /// Gives advice about several ranges: `process_madvise`, for this process or another one; gives how many bytes of them were
+    /// advised.
+    ///
+    /// # Errors
+    ///
+    /// That of the first range if nothing was done; a later range that fails ends the call with what was done before.
+    #[doc(alias = "process_madvise")]
+    pub fn madvise_ranges(&self, ranges: &[(u64, u64)], advice: Advice) -> Result<u64, Errno> {
+        let mut done = 0;
+        for (address, length) in ranges {
+            match self.madvise(*address, *length, advice) {
+                Ok(()) => done += length,
+                Err(error) if done == 0 => return Err(error),
+                Err(_) => break,
+            }
+        }
+        Ok(done)
     }
 
     /// Calls `f` with each mapping's part of the range; ENOMEM at the first hole.

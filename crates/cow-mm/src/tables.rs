@@ -45,6 +45,11 @@ pub(crate) fn rights(flags: VmFlags) -> Rights {
     rights
 }
 
+/// What a new leaf of a mapping with these flags says, were its page its own: rights, and the protection key.
+pub(crate) fn attributes(flags: VmFlags) -> Attributes {
+    Attributes::new(rights(flags)).pkey(flags.key())
+}
+
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// The pages that user mappings may lie in.
     pub(crate) fn all_pages(&self) -> PageRange {
@@ -228,7 +233,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 let mut after = granted;
                 let writable = granted.contains(Rights::WRITE) && leaf.is_writable();
                 after.set(Rights::WRITE, writable);
-                Some(leaf.attributes.rights(after))
+                Some(leaf.attributes.rights(after).pkey(flags.key()))
             });
             // A table that is still shared has nothing in the range.
             let next = match outcome {

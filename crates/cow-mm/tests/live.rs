@@ -214,7 +214,7 @@ fn access(outcome: Result<(), Outcome>) -> kernel::Answer {
         Ok(()) => 0,
         Err(Outcome::Signal { signal, .. }) => match signal {
             Signal::MapError => kernel::MAP_ERROR,
-            Signal::AccessError => kernel::ACCESS_ERROR,
+            Signal::AccessError | Signal::KeyError(_) => kernel::ACCESS_ERROR,
             Signal::BusError => kernel::BUS_ERROR,
         },
         Err(other) => panic!("{other:?}"),

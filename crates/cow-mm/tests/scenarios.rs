@@ -328,11 +328,10 @@ fn a_real_image_is_mapped_and_its_pages_are_the_files() {
     let (_, open) = world.file(mm, &bytes);
     let program = Program::new(mm);
     let image = Image {
-        file: open,
-        path: b"/bin/test",
         arguments: &[b"test", b"--one"],
         environment: &[b"HOME=/"],
         random: [7; 16],
+        ..Image::new(open, b"/bin/test")
     };
     let start = loop {
         match program.space.exec(&image) {

@@ -162,16 +162,16 @@ fn load(
 ) -> Result<TrapFrame, Error> {
     let inode = file::find(name).ok_or(Error::ENOENT)?;
     let file = inode.open()?;
+    let open = OpenFile {
+        file,
+        readable: true,
+        writable: false,
+    };
     let image = Image {
-        file: OpenFile {
-            file,
-            readable: true,
-            writable: false,
-        },
-        path: name.as_bytes(),
         arguments,
         environment,
         random: *b"sixteen randoms!",
+        ..Image::new(open, name.as_bytes())
     };
     let start = space.exec(&image);
     memory::mm().close(file);
@@ -487,6 +487,7 @@ pub fn page_fault(frame: &mut TrapFrame, address: u64) -> bool {
         Signal::MapError => (SIGSEGV, 1),
         Signal::AccessError => (SIGSEGV, 2),
         Signal::BusError => (SIGBUS, 2),
+        Signal::KeyError(_) => (SIGSEGV, 4),
     };
     if signal::deliver(frame, number, code, address) {
         // The program's handler decides how often it tries; only answers of the kernel's own can be in vain.

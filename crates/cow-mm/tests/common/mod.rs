@@ -2,6 +2,7 @@
 #![allow(dead_code, reason = "each test binary uses a part")]
 
 pub mod driver;
+pub mod elf;
 
 use kmem_cow_mm::{
     AddressSpace, Counters, Env, FileRef, Layout, Mm, Object, OpenFile, Outcome, Signal,
@@ -176,6 +177,14 @@ impl Program {
     pub fn new(mm: &'static Mm<'static, World>) -> Self {
         Self {
             space: AddressSpace::new(mm, Layout::x86_64()).unwrap(),
+            turn: core::cell::Cell::new(0),
+        }
+    }
+
+    /// A program in a space of another layout.
+    pub fn with_layout(mm: &'static Mm<'static, World>, layout: Layout) -> Self {
+        Self {
+            space: AddressSpace::new(mm, layout).unwrap(),
             turn: core::cell::Cell::new(0),
         }
     }

@@ -156,7 +156,7 @@ impl Process {
                     }
                     | Outcome::KernelFault => return Err(Access::MapErr),
                     Outcome::Signal {
-                        signal: Signal::AccessError,
+                        signal: Signal::AccessError | Signal::KeyError(_),
                         ..
                     } => return Err(Access::AccErr),
                     Outcome::Signal {
@@ -190,11 +190,10 @@ impl Process {
         let file = self.run.borrow().open[handle.0 as usize];
         let arguments: Vec<&[u8]> = arguments.iter().map(|a| a.as_bytes()).collect();
         let what = kmem_cow_mm::Image {
-            file,
-            path: image.name.as_bytes(),
             arguments: &arguments,
             environment: &[b"HOME=/", b"TERM=linux"],
             random: *b"sixteen bytes ok",
+            ..kmem_cow_mm::Image::new(file, image.name.as_bytes())
         };
         for _ in 0..TRIES {
             match self.call(|space| space.exec(&what)) {
