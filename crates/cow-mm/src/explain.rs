@@ -52,18 +52,24 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     #[must_use]
     pub fn explain_fault(&self, address: VirtAddr, code: FaultCode) -> Explanation<'m> {
         let page = Page::containing(address);
-        let vma = self.vma_at(address);
         let mm = self.mm();
-        let info = vma.and_then(|vma| Some((vma, mm.object_info(vma.file?))));
         let path = self.tables().path(page);
-        let mut below = None;
-        let mut above = None;
-        self.for_each_vma(|vma| {
-            if vma.range.last() < page {
-                below = Some(*vma);
-            } else if vma.range.first() > page {
-                above = Some(*vma);
+        let (mut vma, mut below, mut above) = (None, None, None);
+        let mut file = None;
+        let mut beyond = false;
+        // All that is said of a mapping's file is read while the mapping is there.
+        self.for_each_vma(|found| {
+            if found.range.last() < page {
+                below = Some(*found);
+            } else if found.range.first() > page {
+                above = Some(*found);
                 return false;
+            } else {
+                vma = Some(*found);
+                if let Some(info) = found.file.map(|file| mm.object_info(file)) {
+                    file = Some(info.name);
+                    beyond = found.object_page(page) >= info.size.div_ceil(PAGE_SIZE);
+                }
             }
             true
         });
@@ -73,9 +79,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             task_size: self.layout().task_size,
             stack_limit: self.limits().stack,
             vma,
-            file: info.map(|(_, info)| info.name),
-            beyond: info
-                .is_some_and(|(vma, info)| vma.object_page(page) >= info.size.div_ceil(PAGE_SIZE)),
+            file,
+            beyond,
             below,
             above,
             path,

@@ -39,6 +39,7 @@ use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::VmFlags;
 use crate::merge::may_share_anon;
+use crate::mutants::mutant;
 use crate::object::FileRef;
 use crate::page_cache::ObjectPage;
 use crate::space::{AddressSpace, State};
@@ -193,7 +194,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         }
         let size =
             (vma.range.last().number() - page.number() + 1).saturating_mul(kmem_hal::PAGE_SIZE);
-        let guard = crate::layout::STACK_GUARD_PAGES;
+        let guard = match mutant!("stack-guard-forgotten") {
+            true => 0,
+            false => crate::layout::STACK_GUARD_PAGES,
+        };
         let below = state.vmas.before(page);
         let blocked = below.is_some_and(|below| {
             !below.flags.contains(VmFlags::GROWSDOWN)
@@ -324,12 +328,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                         attributes = attributes.write_protected();
                     }
                     self.mm().map_page(source)
-                } else if write {
+                } else if write && !mutant!("private-write-hits-the-file") {
                     attributes.dirty = true;
                     self.mm()
                         .new_anonymous(self.family(), vma.object_page(page), Some(source))
                 } else {
-                    attributes = attributes.write_protected();
+                    if !mutant!("private-write-hits-the-file") {
+                        attributes = attributes.write_protected();
+                    }
                     self.mm().map_page(source)
                 };
                 self.mm().put_reference(source);

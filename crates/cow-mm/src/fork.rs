@@ -27,6 +27,7 @@ use kmem_hal::{Page, PageRange};
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::VmFlags;
+use crate::mutants::mutant;
 use crate::space::AddressSpace;
 use crate::tables::{SPARES, SpaceGather, TABLE_PAGES};
 use crate::vma::{AnonLink, Vma};
@@ -169,7 +170,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         });
         Vma {
             anon,
-            flags: vma.flags.difference(VmFlags::LOCKED_MASK),
+            flags: match mutant!("fork-locks-the-child") {
+                true => vma.flags,
+                false => vma.flags.difference(VmFlags::LOCKED_MASK),
+            },
             ..*vma
         }
     }

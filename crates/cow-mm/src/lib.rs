@@ -27,6 +27,10 @@ mod mm;
 mod mmap;
 mod mremap;
 mod munmap;
+#[cfg(kmem_mutants)]
+pub mod mutants;
+#[cfg(not(kmem_mutants))]
+mod mutants;
 mod names;
 mod object;
 mod page_cache;

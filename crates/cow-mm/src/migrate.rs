@@ -23,7 +23,7 @@ use kmem_hal::{
     Frame, FrameTag, Migrate, MigrateError, Order, OwnedFrame, PageRange, PhysMap, SlotFlags,
     UserSlot,
 };
-use kmem_paging::{Attributes, Entry as TableEntry, Env as _, Rights};
+use kmem_paging::{Entry as TableEntry, Env as _, Rights};
 
 use crate::absent::{Absent, Moving};
 use crate::env::Env;
@@ -32,7 +32,7 @@ use crate::reclaim::LAZY_FREE;
 use crate::registry::First;
 use crate::rmap::{Identity, Refused};
 use crate::swap_in::SWAP_CACHE;
-use crate::tables::rights;
+use crate::tables::{attributes, rights};
 
 /// Flags that a page takes along.
 const TAKEN_ALONG: SlotFlags = SlotFlags::DIRTY
@@ -94,7 +94,7 @@ impl<'m, E: Env> Mm<'m, E> {
                 Rights::WRITE,
                 granted.contains(Rights::WRITE) && moving.writable,
             );
-            let mut attributes = Attributes::new(granted);
+            let mut attributes = attributes(place.vma.flags).rights(granted);
             attributes.accessed = moving.accessed;
             attributes.dirty = moving.dirty;
             match self.map_page(to) {

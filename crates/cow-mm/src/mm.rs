@@ -22,6 +22,7 @@ use crate::commit::Commit;
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::meminfo::Counts;
+use crate::mutants::mutant;
 use crate::names::{NameLock, Names};
 use crate::object::ObjectList;
 use crate::registry::Registry;
@@ -224,7 +225,8 @@ impl<'m, E: Env> Mm<'m, E> {
         let page = self.user(frame);
         page.add_mapping().ok()?;
         let anonymous = page.slot().tag() == FrameTag::Anon;
-        if anonymous && page.slot().flags().contains(SlotFlags::EXCLUSIVE) {
+        let exclusive = page.slot().flags().contains(SlotFlags::EXCLUSIVE);
+        if anonymous && exclusive && !mutant!("shared-stays-exclusive") {
             page.slot().clear_flags(SlotFlags::EXCLUSIVE);
         }
         Some((PageRef { frame }, anonymous))
@@ -245,7 +247,8 @@ impl<'m, E: Env> Mm<'m, E> {
             return true;
         }
         // The others have gone, and nobody looks at it: it is exclusive again.
-        let alone = page.mappings() == 1 && page.references() == 1;
+        let alone =
+            page.mappings() == 1 && (page.references() == 1 || mutant!("reuse-ignores-references"));
         if alone {
             page.slot().set_flags(SlotFlags::EXCLUSIVE);
         }

@@ -17,6 +17,7 @@ use crate::errno::Errno;
 use crate::flags::{MapFlags, Prot, VmFlags};
 use crate::madvise::Populate;
 use crate::merge::Candidate;
+use crate::mutants::mutant;
 use crate::object::FileRef;
 use crate::place::Placement;
 use crate::space::{AddressSpace, State};
@@ -243,7 +244,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             };
             return state.place(self.layout(), &placement).ok_or(Errno::ENOMEM);
         }
-        if request.address > self.layout().task_size - pages * PAGE_SIZE {
+        let highest = self.layout().task_size - pages * PAGE_SIZE;
+        if request.address > highest && !mutant!("fixed-beyond-the-user") {
             return Err(Errno::ENOMEM);
         }
         let first = Page::starting_at(VirtAddr::new(request.address)).ok_or(Errno::EINVAL)?;

@@ -32,6 +32,7 @@ use crate::keys::Keys;
 use crate::layout::Layout;
 use crate::limits::Limits;
 use crate::mm::{Mm, PageRef};
+use crate::mutants::mutant;
 use crate::registry;
 use crate::vma::Vma;
 use crate::vma_set::{VmaIndex, VmaSet};
@@ -409,7 +410,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 .file
                 .is_some_and(|file| self.mm().object_info(file).is_shared_memory);
             self.for_each_leaf(vma.range, |leaf| {
-                if leaf.frame == self.mm().zero_page() {
+                if leaf.frame == self.mm().zero_page() && !mutant!("zero-page-counts") {
                     return;
                 }
                 match self.mm().slot(leaf.frame).tag() {

@@ -19,7 +19,7 @@ use kmem_hal::{
     BlockDevice, Frame, FrameRequest, FrameTag, IoTicket, Page, PageRange, SlotFlags, UserSlot,
     VirtAddr,
 };
-use kmem_paging::{Attributes, Entry, Payload, Run};
+use kmem_paging::{Entry, Payload, Run};
 
 use crate::absent::Absent;
 use crate::env::Env;
@@ -28,7 +28,7 @@ use crate::fault::{Outcome, Signal, Stop};
 use crate::mm::Mm;
 use crate::space::AddressSpace;
 use crate::swap::{SwapEntry, SwapSlot};
-use crate::tables::rights;
+use crate::tables::attributes;
 use crate::transfer::{FAILED, Started};
 use crate::vma::Vma;
 
@@ -359,9 +359,7 @@ impl<E: Env> AddressSpace<'_, E> {
         };
         let mapping = mm.map_page(frame)?;
         // Whoever writes next decides under the table's lock whether the page is its own by then.
-        let attributes = Attributes::new(rights(vma.flags))
-            .accessed()
-            .write_protected();
+        let attributes = attributes(vma.flags).accessed().write_protected();
         let outcome = cursor.restore(page, payload, mapping, attributes);
         cursor.release();
         match outcome {

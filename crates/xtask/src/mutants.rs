@@ -43,6 +43,8 @@ fn tests(shell: &Shell) -> std::process::Command {
         "--release",
         "-p",
         "kmem-paging",
+        "-p",
+        "kmem-cow-mm",
         "--test",
         "mutants",
     ]);
@@ -57,11 +59,13 @@ fn tests(shell: &Shell) -> std::process::Command {
 pub fn check(shell: &mut Shell) -> Result<String, Stop> {
     let mut command = tests(shell);
     let text = shell.output(&mut command)?;
-    let summary = text
+    let summaries: Vec<_> = text
         .lines()
-        .find(|line| line.contains("mutants noticed in"));
-    match summary {
-        Some(summary) => Ok(summary.trim().to_owned()),
-        None => fail("the trials ran no mutant"),
+        .filter(|line| line.contains("mutants noticed in"))
+        .map(str::trim)
+        .collect();
+    match summaries.len() {
+        2 => Ok(summaries.join("; ")),
+        _ => fail("the trials of a crate ran no mutant"),
     }
 }

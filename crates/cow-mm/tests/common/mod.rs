@@ -1,6 +1,8 @@
 //! A mock machine with address spaces on it, for the tests of this crate.
 #![allow(dead_code, reason = "each test binary uses a part")]
 
+use core::marker::PhantomData;
+
 pub mod driver;
 pub mod elf;
 
@@ -12,7 +14,7 @@ use kmem_hal::lock::SpinWait;
 use kmem_hal::{FrameSlot, FrameTable, Mmu, SECTION_FRAMES, Section, SingleGrace, VirtAddr};
 use kmem_mock_x86::{DiskImage, FramePool, Machine};
 use kmem_paging::Parts;
-use kmem_paging::format::X86_64;
+use kmem_paging::format::{Format, X86_64};
 use kmem_testkit::{FailPlan, Failing, HeapObjects};
 use kmem_vma_tree::Node;
 
@@ -29,10 +31,10 @@ pub type Paging = Parts<
     &'static Machine,
 >;
 pub type Nodes = Failing<'static, HeapObjects<Node>>;
-pub type Space = AddressSpace<'static, World>;
+pub type Space<F = X86_64> = AddressSpace<'static, World<F>>;
 
-/// Everything that address spaces need, on one mock machine.
-pub struct World {
+/// Everything that address spaces need, on one mock machine; `F` is the format of user page tables.
+pub struct World<F = X86_64> {
     pub machine: &'static Machine,
     pub plan: &'static FailPlan,
     paging: Paging,
@@ -40,12 +42,13 @@ pub struct World {
     vmas: Failing<'static, HeapObjects<VmaMemory>>,
     objects: Failing<'static, HeapObjects<Object<Nodes, SpinWait>>>,
     spaces: Failing<'static, HeapObjects<SpaceMemory>>,
+    format: PhantomData<fn() -> F>,
 }
 
 // SAFETY: E1: fields never change; E2: the slots cover the machine's memory; E3: worlds are leaked.
-unsafe impl Env for World {
+unsafe impl<F: Format> Env for World<F> {
     type Paging = Paging;
-    type Format = X86_64;
+    type Format = F;
     type Nodes = Nodes;
     type Vmas = Failing<'static, HeapObjects<VmaMemory>>;
     type Objects = Failing<'static, HeapObjects<Object<Nodes, SpinWait>>>;
@@ -77,6 +80,12 @@ impl World {
     }
 
     pub fn on(machine: &'static Machine) -> &'static Self {
+        Self::with(machine)
+    }
+}
+
+impl<F: Format> World<F> {
+    pub fn with(machine: &'static Machine) -> &'static Self {
         let sections = machine.memory().frame_limit().div_ceil(SECTION_FRAMES) as usize;
         let directory: &'static [Section] =
             Box::leak((0..sections).map(|_| Section::absent()).collect());
@@ -102,6 +111,7 @@ impl World {
             vmas: Failing::new(HeapObjects::new(), plan),
             objects: Failing::new(HeapObjects::new(), plan),
             spaces: Failing::new(HeapObjects::new(), plan),
+            format: PhantomData,
         }))
     }
 
@@ -142,7 +152,7 @@ impl World {
 }
 
 /// Holds what spaces remember against a recount; `programs` are all the spaces of their world.
-pub fn check_counters<'p>(programs: impl IntoIterator<Item = &'p Program>) {
+pub fn check_counters<'p, F: Format>(programs: impl IntoIterator<Item = &'p Program<F>>) {
     let (mut accounted, mut committed) = (0, 0);
     for program in programs {
         let (remembered, counted) = (program.space.counters(), program.space.recount());
@@ -168,13 +178,13 @@ pub fn check_counters<'p>(programs: impl IntoIterator<Item = &'p Program>) {
 /// A program in a space: accesses go through the mock MMU and fault into the space.
 ///
 /// Programs are spread over the machine's CPUs, and each access may be made by another one: threads.
-pub struct Program {
-    pub space: Space,
+pub struct Program<F: Format = X86_64> {
+    pub space: Space<F>,
     turn: core::cell::Cell<usize>,
 }
 
-impl Program {
-    pub fn new(mm: &'static Mm<'static, World>) -> Self {
+impl<F: Format> Program<F> {
+    pub fn new(mm: &'static Mm<'static, World<F>>) -> Self {
         Self {
             space: AddressSpace::new(mm, Layout::x86_64()).unwrap(),
             turn: core::cell::Cell::new(0),
@@ -182,7 +192,7 @@ impl Program {
     }
 
     /// A program in a space of another layout.
-    pub fn with_layout(mm: &'static Mm<'static, World>, layout: Layout) -> Self {
+    pub fn with_layout(mm: &'static Mm<'static, World<F>>, layout: Layout) -> Self {
         Self {
             space: AddressSpace::new(mm, layout).unwrap(),
             turn: core::cell::Cell::new(0),

@@ -1,0 +1,41 @@
+//! The security and pitfall list of docs/pitfalls.md, as far as it is about address spaces: each entry a named run.
+//!
+//! That each notices when its guard is gone is shown by `tests/mutants.rs`.
+
+mod common;
+#[path = "regressions/list.rs"]
+mod list;
+
+macro_rules! regressions {
+    ($($name:ident)*) => {
+        $(
+            #[test]
+            fn $name() {
+                let (_, run, _) = list::ALL.iter().find(|entry| entry.0 == stringify!($name)).unwrap();
+                run();
+            }
+        )*
+
+        #[test]
+        fn every_entry_of_the_list_is_a_test() {
+            let tests = [$(stringify!($name)),*];
+            assert!(list::ALL.iter().all(|entry| tests.contains(&entry.0)));
+        }
+    };
+}
+
+regressions! {
+    reuse_while_another_reference_exists
+    a_shared_page_is_not_exclusive
+    a_chain_of_forks_each_writes_its_own
+    the_parents_processors_may_not_write_after_fork
+    frames_are_free_only_after_every_processor_has_flushed
+    a_private_write_does_not_reach_the_file
+    a_later_write_reaches_the_file_too
+    a_child_of_locked_memory_is_not_locked
+    the_zero_page_is_nobodys
+    a_copied_page_is_anonymous_and_no_file_page
+    addresses_at_the_top_are_refused
+    a_stack_grows_into_no_guard
+    protection_outlives_a_page_that_is_absent
+}
