@@ -136,6 +136,9 @@ fn note_shared<F: Format, E: Env, H: Divisible, const N: usize>(
     first: u64,
     last: u64,
 ) {
+    if mutant!("share-not-noted") {
+        return;
+    }
     gather.note_pages(first, last, 1, parent.table().may_be_global(), true);
 }
 

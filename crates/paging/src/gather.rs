@@ -271,6 +271,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
     #[inline]
     pub(crate) fn push_share(&mut self, table: Frame, level: usize) {
         debug_assert!(self.announced);
+        if mutant!("share-not-given-up") {
+            return;
+        }
         let packed = table.number() << ORDER_BITS | (SHARE | level as u64);
         self.blocks[self.length] = MaybeUninit::new(packed);
         self.length += 1;

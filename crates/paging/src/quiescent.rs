@@ -34,6 +34,7 @@ use crate::env::Env;
 use crate::error::{QuiesceError, RangeError};
 use crate::format::{Format, Word};
 use crate::gather::Gather;
+use crate::mutants::mutant;
 use crate::node;
 use crate::table::{Entry, PageTable};
 
@@ -106,7 +107,10 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         if self.is_lent() {
             return Err(QuiesceError::Lent);
         }
-        if self.was_given_out() && self.env().mmu().is_loaded(self.root_quietly()) {
+        if self.was_given_out()
+            && !mutant!("quiescent-though-loaded")
+            && self.env().mmu().is_loaded(self.root_quietly())
+        {
             return Err(QuiesceError::Loaded);
         }
         Ok(QuiescentTable { table: self })
@@ -187,7 +191,8 @@ pub(crate) fn patch_present<F: Format>(
         if !present {
             break;
         }
-        for (word, entry) in words.iter().zip(chunk) {
+        let left = usize::from(mutant!("quiescent-leaves-one-in-eight"));
+        for (word, entry) in words.iter().zip(chunk).skip(left) {
             F::Word::store(entry, word & keep | set);
         }
         done.changed += if common & cleared != 0 || union & set != set {

@@ -569,7 +569,8 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         // The entry stores come before this look, as the flag's store comes before the first load of the root: either a CPU that loads it
         // now walks what was stored, or the root is seen to be out.
         fence(Ordering::SeqCst);
-        if !self.was_given_out() && !lent {
+        let loaded = self.was_given_out() && !mutant!("loaded-is-never-loaded");
+        if !loaded && !lent {
             // No CPU ever walked from here.
             self.env.trace().event(TraceEvent::Flushed(request));
             return;
@@ -711,7 +712,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
 #[inline(always)]
 pub(crate) fn seen_from(entry: Entry, shared: bool) -> Entry {
     match entry {
-        Entry::Leaf(mut leaf) if shared => {
+        Entry::Leaf(mut leaf) if shared && !mutant!("share-shows-the-leafs-rights") => {
             leaf.attributes = leaf.attributes.write_protected();
             Entry::Leaf(leaf)
         }

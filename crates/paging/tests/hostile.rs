@@ -12,6 +12,8 @@
 mod crowd;
 #[path = "common/directed.rs"]
 mod directed;
+#[path = "common/family.rs"]
+mod family;
 #[path = "common/hostile.rs"]
 mod hostile;
 #[path = "common/hostile_env.rs"]
@@ -136,6 +138,13 @@ fn single_situations() {
     for (name, run) in directed::ALL {
         println!("{name}");
         run();
+    }
+}
+
+#[test]
+fn a_family_that_shares_tables() {
+    for seed in 0..20 {
+        family::family(seed, 200);
     }
 }
 

@@ -13,12 +13,18 @@
 mod crowd;
 #[path = "common/directed.rs"]
 mod directed;
+#[path = "common/family.rs"]
+mod family;
 #[path = "common/hostile.rs"]
 mod hostile;
 #[path = "common/hostile_env.rs"]
 mod hostile_env;
 #[path = "common/modes.rs"]
 mod modes;
+#[path = "common/switch_env.rs"]
+mod switch_env;
+#[path = "common/switching.rs"]
+mod switching;
 
 use std::io::{BufRead, BufReader, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -29,7 +35,7 @@ use std::time::{Duration, Instant};
 
 use hostile::{Setup, World};
 use hostile_env::Caller;
-use kmem_mock_x86::Adversary;
+use kmem_mock_x86::{Adversary, Registers};
 use kmem_paging::format::Format;
 use modes::Kind;
 
@@ -53,7 +59,51 @@ fn hostile<F: Format>(kind: Kind, caller: Caller, seed: u64, operations: u64) {
 
 type Trial = (String, Box<dyn Fn(Caller)>);
 
-/// Everything that a mutant has to get past, cheap things first.
+/// Spaces that share tables.
+fn family_trials() -> Vec<Trial> {
+    let trial = |seed| -> Trial {
+        let run = move |_| family::family(seed, 200);
+        (format!("family {seed}"), Box::new(run))
+    };
+    (0..8).map(trial).collect()
+}
+
+/// CPUs that switch, are lazy, and go to user mode.
+fn switching_trials() -> Vec<Trial> {
+    let trial = |seed: u64| -> Trial {
+        let isolated = seed % 2 == 1;
+        let registers = if seed % 8 == 7 {
+            Registers::LONG
+        } else {
+            Registers::LONG_PCID
+        };
+        let run = move |_| {
+            switching::switching(seed, 250, isolated, registers, Adversary::FULL);
+        };
+        (format!("switching {seed}"), Box::new(run))
+    };
+    (0..64).map(trial).collect()
+}
+
+/// Everything that a mutant has to get past, cheap things first. Those that were made for its part of the sources come before all others.
+fn trials_for(mutant: &str) -> Vec<Trial> {
+    let switching = mutant.starts_with("asid-") || mutant.starts_with("isolation-");
+    let shared = mutant.starts_with("share-") || mutant.starts_with("quiescent-");
+    let mut all = if switching {
+        switching_trials()
+    } else if shared {
+        family_trials()
+    } else {
+        Vec::new()
+    };
+    all.extend(trials());
+    if !switching {
+        all.extend(switching_trials().into_iter().take(8));
+    }
+    all
+}
+
+/// What mutants of the tables themselves have to get past.
 fn trials() -> Vec<Trial> {
     let mut trials: Vec<Trial> = Vec::new();
     let mut random = |kind: Kind, seed: u64, operations| {
@@ -72,6 +122,7 @@ fn trials() -> Vec<Trial> {
     for &(name, run) in directed::ALL {
         trials.push((name.to_owned(), Box::new(move |_| run())));
     }
+    trials.extend(family_trials());
     for seed in 0..4 {
         trials.push((
             format!("duel {seed}"),
@@ -149,7 +200,7 @@ fn child() {
     if std::env::var_os("KMEM_LOUD").is_none() {
         std::panic::set_hook(Box::new(|_| {}));
     }
-    for (trial, run) in trials() {
+    for (trial, run) in trials_for(&name) {
         println!("\ntrying {trial}");
         std::io::stdout().flush().unwrap();
         if catch_unwind(AssertUnwindSafe(|| run(caller))).is_err() {

@@ -24,6 +24,7 @@ use crate::error::{ChangeError, HugeError, MapError, MoveError, UnshareError};
 use crate::fork::ForkItem;
 use crate::format::{Format, Kind, level};
 use crate::gather::{Gather, Stale};
+use crate::mutants::mutant;
 use crate::node::{self, Node, View};
 use crate::quiescent::{Live, Liveness};
 use crate::table::{Entry, decode, index_at};
@@ -139,7 +140,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
             let env = self.table.env();
             let table = child(env, &parent, index);
             table.lock(env);
-            let alone = table.shares() == 1;
+            let alone = table.shares() == 1 || mutant!("share-retakes-from-others");
             if alone {
                 own(&parent, index);
             }
@@ -264,7 +265,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             }
         };
         table.lock(env);
-        if table.shares() == 1 {
+        if table.shares() == 1 || mutant!("share-is-not-copied") {
             own(parent, index);
             table.unlock();
             self.unmake_table(copy);
@@ -414,7 +415,7 @@ fn copy_table<F: Format, E: Env, H: Divisible>(
                 false
             }
         };
-        if protect {
+        if protect && !mutant!("share-copy-keeps-write") {
             loop {
                 let new = F::write_protected(number, word);
                 if new == word {

@@ -287,7 +287,10 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
                 // Before the first store.
                 gather.announce();
                 table.lock(env);
-                if F::is_shared_table(2, word) && table.shares() > 1 {
+                if F::is_shared_table(2, word)
+                    && table.shares() > 1
+                    && !mutant!("share-unmapped-for-all")
+                {
                     // What is in it stays with the others: a share is given up.
                     let live = u64::from(table.live());
                     table.unlock();

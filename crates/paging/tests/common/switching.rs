@@ -71,6 +71,7 @@ impl World {
             .registers(registers)
             .seed(seed)
             .adversary(adversary)
+            .caching(std::env::var_os("KMEM_MOCK_WITHOUT_TLB").is_none())
             .build()
             .unwrap();
         // Few counters, so that spaces share some.
