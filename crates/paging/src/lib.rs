@@ -20,6 +20,8 @@ mod node;
 mod path;
 mod quiescent;
 mod table;
+#[cfg(feature = "x86_64")]
+mod x86_frames;
 
 #[cfg(target_arch = "x86_64")]
 pub use asid::X86Tlb;
@@ -39,3 +41,5 @@ pub use gather::{FLUSH_CEILING, Gather};
 pub use path::{Path, Step};
 pub use quiescent::{Live, Liveness, Quiescent, QuiescentTable};
 pub use table::{Entry, PageTable};
+#[cfg(feature = "x86_64")]
+pub use x86_frames::FromX86Frames;

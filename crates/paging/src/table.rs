@@ -530,7 +530,11 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     pub(crate) fn flush(&self, stale: Option<Stale>, tables_freed: bool, own: usize) {
         let others = self.unflushed.load(Ordering::Acquire) > own;
         let lent = self.is_lent() && !mutant!("flush-of-a-lender-is-local");
-        let global = stale.is_some_and(|stale| stale.global);
+        // Where all of the space goes, its global leaves go too.
+        let global = stale.map_or_else(
+            || self.may_be_global() && !mutant!("flush-of-all-spares-global"),
+            |stale| stale.global,
+        );
         // A lent table's translations sit under the tags of all spaces, where only a flush of everything reaches those
         // that are not global, and paging-structure caches.
         let everywhere = lent && (tables_freed || stale.is_none_or(|stale| stale.local));

@@ -87,7 +87,9 @@ fn switching_trials() -> Vec<Trial> {
 
 /// Everything that a mutant has to get past, cheap things first. Those that were made for its part of the sources come before all others.
 fn trials_for(mutant: &str) -> Vec<Trial> {
-    let switching = mutant.starts_with("asid-") || mutant.starts_with("isolation-");
+    let switching = mutant.starts_with("asid-")
+        || mutant.starts_with("isolation-")
+        || mutant == "flush-of-all-spares-global";
     let shared = mutant.starts_with("share-") || mutant.starts_with("quiescent-");
     let mut all = if switching {
         switching_trials()

@@ -497,7 +497,7 @@ unsafe impl<T: Tlb + Sync, C: Cpu + CpuCall + Sync> Mmu for AsidMmu<'_, T, C> {
             .map(|(cpu, _)| cpu)
             .collect();
         if stamp == 0 {
-            self.area(pin.id())
+            self.area(self.this_cpu())
                 .put_stamp(1 + counter.fetch_add(1, Ordering::SeqCst));
         }
         targets

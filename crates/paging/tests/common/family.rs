@@ -138,6 +138,7 @@ impl World {
         for cpu in 0..CPUS {
             world.load(cpu, 0);
         }
+        world.fill(0);
         world
     }
 
@@ -221,9 +222,21 @@ impl World {
         }
     }
 
+    /// Every page that is in use, so that tables are worth detaching whole.
+    fn fill(&mut self, cpu: usize) {
+        for page in FIRST + 512 - USED..FIRST + 512 + USED {
+            self.write_to(cpu, page);
+        }
+    }
+
     fn write(&mut self) {
         let cpu = self.rng.below(CPUS as u64) as usize;
-        let (space, page) = (self.loaded[cpu], self.page());
+        let page = self.page();
+        self.write_to(cpu, page);
+    }
+
+    fn write_to(&mut self, cpu: usize, page: u64) {
+        let space = self.loaded[cpu];
         self.next += 1;
         let value = self.next;
         for _ in 0..40 {
@@ -398,6 +411,7 @@ impl World {
             0..=9 => self.write(),
             10 | 11 => self.fork(space),
             12 => self.exit(space),
+            21 => self.fill(0),
             13 => self.unmap(space),
             14..=17 => self.change_quiescent(space),
             18..=20 => {

@@ -5,8 +5,8 @@ use std::cell::Cell;
 
 use kmem_hal::sync::AtomicU64;
 use kmem_hal::{
-    CachePadded, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FrameSlot, FrameTable, NoTrace,
-    SECTION_FRAMES, Section,
+    Asid, CachePadded, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FrameSlot, FrameTable, NoTrace,
+    Page, Root, SECTION_FRAMES, Section, Tlb,
 };
 use kmem_mock_x86::{FramePool, Machine, MachineGrace, MachinePin};
 use kmem_paging::{AsidArea, AsidMmu, Env, TableCache};
@@ -25,7 +25,38 @@ unsafe impl Sync for Entered {}
 // SAFETY: as above.
 unsafe impl Send for Entered {}
 
-pub type Mmu = AsidMmu<'static, &'static Machine, &'static Entered>;
+/// The machine's instructions; an interrupt may come after a load of CR3 as well as before it.
+#[derive(Clone, Copy)]
+pub struct Interrupted(&'static Machine);
+
+// SAFETY: the machine's own.
+unsafe impl Tlb for Interrupted {
+    fn tags(&self) -> u16 {
+        self.0.tags()
+    }
+    unsafe fn load(&self, root: Root, keep: bool) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { self.0.load(root, keep) };
+        self.0.yield_now();
+    }
+    fn drop_page(&self, page: Page) {
+        self.0.drop_page(page);
+    }
+    fn drop_page_of(&self, tag: Asid, page: Page) -> bool {
+        self.0.drop_page_of(tag, page)
+    }
+    fn drop_current(&self) {
+        self.0.drop_current();
+    }
+    fn drop_tag(&self, tag: Asid) -> bool {
+        self.0.drop_tag(tag)
+    }
+    fn drop_all(&self) {
+        self.0.drop_all();
+    }
+}
+
+pub type Mmu = AsidMmu<'static, Interrupted, &'static Entered>;
 
 // SAFETY: the machine's own.
 unsafe impl Cpu for Entered {
@@ -130,7 +161,7 @@ impl SwitchEnv {
         // SAFETY: an area a CPU, all of one machine; nothing else loads roots.
         let mut mmu = unsafe {
             AsidMmu::new(
-                machine,
+                Interrupted(machine),
                 cpus,
                 Box::leak(areas.into_boxed_slice()),
                 Box::leak(counters.into_boxed_slice()),

@@ -18,8 +18,9 @@ use super::switch_env::SwitchEnv;
 pub type Table = PageTable<X86_64, &'static SwitchEnv, OwnedFrame>;
 
 const CPUS: usize = 3;
-/// More than a CPU deals out tags for.
+/// More than a CPU deals out tags for; the first ones are busy.
 const SPACES: usize = 9;
+const BUSY: u64 = 2;
 /// Pages of each space: two leaf tables below two top entries.
 const PAGES: [u64; 8] = [
     0x400, 0x401, 0x402, 0x403, 0x800_0400, 0x800_0401, 0x800_0402, 0x800_0403,
@@ -42,6 +43,8 @@ struct Space {
     pending: RefCell<Vec<u64>>,
     /// CPUs that run it, lazy ones excepted, and those that change it.
     users: Cell<u32>,
+    /// A page that no other space has, and which so may be global.
+    own: u64,
 }
 
 pub struct World {
@@ -74,8 +77,13 @@ impl World {
             .caching(std::env::var_os("KMEM_MOCK_WITHOUT_TLB").is_none())
             .build()
             .unwrap();
-        // Few counters, so that spaces share some.
-        let env = SwitchEnv::new(machine, 0x400, isolated, 5);
+        // Few counters, so that spaces share some; or many, so that none is flushed by chance.
+        let env = SwitchEnv::new(
+            machine,
+            0x400,
+            isolated,
+            if seed.is_multiple_of(2) { 5 } else { 64 },
+        );
         let kernel = Table::new(env).unwrap();
         let upper = X86_64::canonical(4).upper_start().unwrap();
         let first = Page::containing(upper);
@@ -150,6 +158,7 @@ impl World {
                     pages: RefCell::default(),
                     pending: RefCell::default(),
                     users: Cell::new(0),
+                    own: 0x600 + number as u64,
                 })
             })
             .clone()
@@ -172,6 +181,10 @@ struct Worker<'a> {
     rng: SeededRng,
     /// The space that it runs; `None` in the kernel's root or a borrowed one.
     runs: Option<std::rc::Rc<Space>>,
+    /// The space that it ran last, and may have borrowed.
+    last: usize,
+    /// Whether the CPUs meet in few pages of few spaces.
+    hot: bool,
 }
 
 impl Worker<'_> {
@@ -185,8 +198,22 @@ impl Worker<'_> {
         }
     }
 
+    fn choose(&mut self) -> usize {
+        let among = if !self.hot && self.rng.below(3) == 0 {
+            SPACES as u64
+        } else {
+            BUSY
+        };
+        self.rng.below(among) as usize
+    }
+
     fn run_space(&mut self) {
-        let number = self.rng.below(SPACES as u64) as usize;
+        let number = if self.rng.below(2) == 0 {
+            self.last
+        } else {
+            self.choose()
+        };
+        self.last = number;
         let space = self.world.space(number);
         // Before the load: nobody takes it down from here on.
         Self::set_users(&space, 1);
@@ -212,6 +239,10 @@ impl Worker<'_> {
     /// Accesses of the space that it runs, held against the map.
     fn look(&mut self) {
         let Some(space) = self.runs.clone() else {
+            // A kernel thread; what the processor does ahead of it goes through the borrowed space.
+            for _ in 0..4 {
+                self.check_kernel();
+            }
             return;
         };
         let user = self.world.isolated && self.rng.below(4) != 0 || self.rng.below(2) == 0;
@@ -219,7 +250,7 @@ impl Worker<'_> {
             self.world.env.cpus.leave_kernel();
         }
         for _ in 0..1 + self.rng.below(4) {
-            let page = PAGES[self.rng.below(PAGES.len() as u64) as usize];
+            let page = self.any_page(&space);
             let write = self.rng.below(3) == 0;
             self.check(&space, page, user, write);
         }
@@ -235,6 +266,13 @@ impl Worker<'_> {
         if user && self.world.isolated {
             self.world.env.cpus.enter_kernel();
         }
+    }
+
+    /// One of the pages that all spaces have, or the one that this space has alone.
+    fn any_page(&mut self, space: &Space) -> u64 {
+        let among = if self.hot { 2 } else { PAGES.len() as u64 + 1 };
+        let choice = self.rng.below(among) as usize;
+        PAGES.get(choice).copied().unwrap_or(space.own)
     }
 
     fn check(&self, space: &Space, page: u64, user: bool, write: bool) {
@@ -295,11 +333,24 @@ impl Worker<'_> {
         }
     }
 
+    fn rights(&mut self, may_be_global: bool) -> (bool, Rights) {
+        let writable = self.rng.below(2) == 0;
+        let mut rights = if writable {
+            Rights::USER_DATA
+        } else {
+            Rights::READ | Rights::USER
+        };
+        if may_be_global && !self.world.isolated {
+            rights |= Rights::GLOBAL;
+        }
+        (writable, rights)
+    }
+
     /// Changes one page of some space, running or not.
     fn change(&mut self) {
-        let number = self.rng.below(SPACES as u64) as usize;
+        let number = self.choose();
         let space = self.world.space(number);
-        let page = PAGES[self.rng.below(PAGES.len() as u64) as usize];
+        let page = self.any_page(&space);
         if space.pending.borrow().contains(&page) {
             return;
         }
@@ -313,12 +364,7 @@ impl Worker<'_> {
                 let frame = env.pool.alloc(&FrameRequest::ONE).unwrap();
                 let number = frame.first().number();
                 env.machine.memory().store(number << 12, 8, number);
-                let writable = self.rng.below(2) == 0;
-                let rights = if writable {
-                    Rights::USER_DATA
-                } else {
-                    Rights::READ | Rights::USER
-                };
+                let (writable, rights) = self.rights(page == space.own);
                 space
                     .table
                     .cursor(range)
@@ -334,12 +380,7 @@ impl Worker<'_> {
                 );
             }
             Some(State { frame, .. }) if self.rng.below(3) == 0 => {
-                let writable = self.rng.below(2) == 0;
-                let rights = if writable {
-                    Rights::USER_DATA
-                } else {
-                    Rights::READ | Rights::USER
-                };
+                let (writable, rights) = self.rights(page == space.own);
                 let mut gather = space.table.gather::<1>();
                 let mut cursor = space.table.cursor(range).unwrap();
                 cursor.protect(range, rights, &mut gather).unwrap();
@@ -420,7 +461,23 @@ impl Worker<'_> {
         }
     }
 
+    /// One CPU changes two pages of two spaces all the time, the others switch between the spaces and look.
+    fn hot_step(&mut self) {
+        match self.rng.below(16) {
+            0..=13 if self.cpu == 0 => self.change(),
+            0 => self.go_lazy(),
+            1..=7 => {
+                self.run_space();
+                self.look();
+            }
+            _ => self.look(),
+        }
+    }
+
     fn step(&mut self) {
+        if self.hot {
+            return self.hot_step();
+        }
         match self.rng.below(32) {
             0..=5 => self.run_space(),
             6 | 7 => self.go_lazy(),
@@ -453,6 +510,8 @@ pub fn switching(
                 me: world.env.machine.cpu(cpu),
                 rng: SeededRng::new(seed.wrapping_mul(31) + cpu as u64),
                 runs: None,
+                last: cpu,
+                hot: seed % 3 == 2,
             };
             for _ in 0..steps {
                 worker.step();
