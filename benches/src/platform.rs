@@ -222,13 +222,13 @@ pub fn buddy(region: &'static Region) -> &'static HostBuddy {
 }
 
 impl Frames for HostBuddy {
-    #[inline]
+    #[inline(always)]
     fn alloc(&self, order: u8) -> Option<u64> {
         let order = Order::new(order)?;
         let frame = FrameSource::alloc(self, &FrameRequest::new(order)).ok()?;
         Some(frame.into_raw().0.number())
     }
-    #[inline]
+    #[inline(always)]
     fn free(&self, frame: u64, order: u8) {
         let order = Order::new(order).expect("an order that was allocated");
         // SAFETY: O1 to O3: the workload owns the block that `alloc` gave, and nothing maps it.
@@ -246,16 +246,14 @@ impl Frames for HostBuddy {
         Some(frame.into_raw().0.number())
     }
     fn alloc_batch(&self, out: &mut Vec<u64>, count: usize) -> usize {
-        let mut give = |frame: OwnedFrame| out.push(frame.into_raw().0.number());
-        FrameSource::alloc_batch(self, &FrameRequest::ONE, count, &mut give).unwrap_or(0)
+        let give = |frame: OwnedFrame| out.push(frame.into_raw().0.number());
+        self.alloc_bulk(&FrameRequest::ONE, count, give)
+            .unwrap_or(0)
     }
     fn free_batch(&self, frames: &mut Vec<u64>) {
-        let mut next = || {
-            let frame = Frame::from_number(frames.pop()?);
-            // SAFETY: as in `free`.
-            Some(unsafe { OwnedFrame::from_raw(frame, Order::ZERO) })
-        };
-        FrameSink::free_batch(self, &mut next);
+        // SAFETY: as in `free`.
+        let block = |frame| unsafe { OwnedFrame::from_raw(Frame::from_number(frame), Order::ZERO) };
+        self.free_bulk(frames.drain(..).rev().map(block));
     }
     fn settle(&self) {
         self.drain_local();

@@ -17,7 +17,7 @@ use kmem_hal::{
 };
 
 use crate::buddy::Buddy;
-use crate::cpu_cache::{Arrays, CpuArea, MAX_BATCH, Refill, class_of, stack_of};
+use crate::cpu_cache::{Arrays, CpuArea, FETCHED_AHEAD, MAX_BATCH, Refill, is_cached, stack_of};
 use crate::cpus::Drained;
 use crate::state::{State, frame_limit};
 use crate::zone::bits::TOP;
@@ -27,8 +27,6 @@ use crate::zone::{Mark, Zone};
 
 /// How often reclaim may say that it freed something before a request is refused all the same.
 const RETRIES: u32 = 16;
-/// Blocks that a batch call moves between two looks at the caller.
-const CHUNK: usize = 64;
 
 /// A request in the zones' own terms.
 #[derive(Clone, Copy)]
@@ -49,7 +47,7 @@ pub(crate) struct Wanted {
 
 /// Whether the request asks for nothing that a hit could not give: no place, no alignment, no node, no kind of zone.
 #[inline(always)]
-fn is_plain(request: &FrameRequest) -> bool {
+pub(crate) fn is_plain(request: &FrameRequest) -> bool {
     request.alignment <= request.order
         && request.max_address.as_u64() == u64::MAX
         && !request.high
@@ -232,22 +230,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         arrays.pop(request.order.index(), MigrateType::of(request.mobility))
     }
 
-    /// Fills `out` from the array of the zone that served last, else from the zones above the low watermark.
-    fn hit_some(&self, state: &State<L>, request: &FrameRequest, out: &mut [u64]) -> Attempt {
-        if is_plain(request) {
-            let pin = self.cpu.pin();
-            let arrays = self.own_area(&pin).and_then(CpuArea::enter);
-            let (order, migrate) = (request.order.index(), MigrateType::of(request.mobility));
-            let given = arrays.map_or(0, |arrays| arrays.pop_some(order, migrate, out));
-            if given > 0 {
-                return Attempt::Got(given);
-            }
-        }
-        self.attempt(state, request, Mark::Low, out)
-    }
-
     /// Looks at all zones once, at one watermark, and fills `out` as far as it goes.
-    fn attempt(
+    pub(crate) fn attempt(
         &self,
         state: &State<L>,
         request: &FrameRequest,
@@ -258,6 +242,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let pin = self.cpu.pin();
         let area = state.area(pin.id());
         let arrays = area.and_then(CpuArea::enter_or_note);
+        if let (Some(area), Some(arrays)) = (area, arrays.as_ref()) {
+            self.stow(state, area, arrays);
+        }
         let node = self.node_for(state, area, request.node);
         let mut busy = false;
         for &index in state.list(node) {
@@ -300,11 +287,11 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         level: Mark,
         out: &mut [u64],
     ) -> Option<usize> {
-        let class = class_of(wanted.order).filter(|_| wanted.align == wanted.order);
-        let cache = arrays.and_then(|arrays| arrays.zone(index));
-        let array = class
-            .zip(cache)
-            .map(|(class, cache)| (class, stack_of(class, wanted.migrate), cache));
+        let cached = is_cached(wanted.order) && wanted.align == wanted.order;
+        let array = arrays.filter(|_| cached).and_then(|arrays| {
+            let stack = stack_of(wanted.order, wanted.migrate as usize);
+            Some((arrays, stack, arrays.zone(index)?))
+        });
         let mut given = 0;
         if let Some((_, stack, cache)) = array {
             let limit = wanted.limit - zone.start;
@@ -320,17 +307,17 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         }
         // Half an array more than what is missing, as far as the watermark lets.
         let mut refill = None;
-        if let Some((class, stack, cache)) = array {
+        if let Some((_, stack, cache)) = array {
             let closed = self.state().is_some_and(State::is_refusing);
             let limit = if closed {
                 0
             } else {
-                zone.limits[class].load(kmem_hal::sync::Ordering::Relaxed)
+                zone.limits[wanted.order].load(kmem_hal::sync::Ordering::Relaxed)
             };
             cache.set_limit(stack, limit);
             let half = cache.limit(stack) as usize / 2;
             // A batch call takes what it needs and leaves the array as it is.
-            if wanted.limit >= zone.end() && out.len() == 1 {
+            if wanted.limit >= zone.end() && out.len() == 1 && wanted.order <= FETCHED_AHEAD {
                 refill = Some(cache.refill(stack, half));
             }
         }
@@ -351,7 +338,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         }
         given = taken.given;
         drop(taken);
-        if let (Some((_, _, cache)), Some(arrays), true) = (array, arrays, wanted.plain)
+        if let Some((arrays, _, cache)) = array
+            && wanted.plain
             && given > before
         {
             arrays.serve_from(wanted.migrate, cache);
@@ -364,7 +352,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
 
     /// Fills `out` with at least one block or says why not: everything beyond a hit.
     #[cold]
-    fn alloc_slow(
+    pub(crate) fn alloc_slow(
         &self,
         state: &State<L>,
         request: &FrameRequest,
@@ -446,7 +434,11 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
 
     /// Makes the value for a block that was just taken, zeroed if asked.
     #[inline]
-    fn finish(&self, request: &FrameRequest, first: u64) -> Result<OwnedFrame, AllocError> {
+    pub(crate) fn finish(
+        &self,
+        request: &FrameRequest,
+        first: u64,
+    ) -> Result<OwnedFrame, AllocError> {
         // SAFETY: O1: the zone's bits, an array's entry, gave the block to this call alone; O2: runs are naturally
         // aligned in segments; O3: frames come back to the allocator as `OwnedFrame`s, which no TLB translates to.
         let frame = unsafe { OwnedFrame::from_raw(Frame::from_number(first), request.order) };
@@ -483,7 +475,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
 
     /// A block above the top order: a range that is as long as it is aligned.
     #[cold]
-    fn alloc_huge(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
+    pub(crate) fn alloc_huge(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
         let order = request.order;
         if order > Order::HUGE_1G && order.frames() > Frame::LIMIT / 2 {
             return Err(AllocError::Unsatisfiable);
@@ -518,50 +510,6 @@ unsafe impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> F
         count: usize,
         give: &mut dyn FnMut(OwnedFrame),
     ) -> Result<usize, AllocError> {
-        let state = self.state().ok_or(AllocError::NotInitialised)?;
-        let mut given = 0;
-        while given < count {
-            if request.order.index() > TOP {
-                match self.alloc_huge(request) {
-                    Ok(frame) => give(frame),
-                    Err(error) if given == 0 => return Err(error),
-                    Err(_) => break,
-                }
-                given += 1;
-                continue;
-            }
-            let mut out = [0; CHUNK];
-            let some = &mut out[..(count - given).min(CHUNK)];
-            let got = match self.hit_some(state, request, some) {
-                Attempt::Got(got) => got,
-                _ => match self.alloc_slow(state, request, some) {
-                    Ok(got) => got,
-                    Err(error) if given == 0 => return Err(error),
-                    Err(_) => break,
-                },
-            };
-            if !request.zeroed {
-                for &first in &out[..got] {
-                    // SAFETY: O1, O2, O3 as in `finish`: the block was taken for this call.
-                    give(unsafe { OwnedFrame::from_raw(Frame::from_number(first), request.order) });
-                }
-                given += got;
-                continue;
-            }
-            for (at, &first) in out[..got].iter().enumerate() {
-                match self.finish(request, first) {
-                    Ok(frame) => give(frame),
-                    Err(error) => {
-                        // No mapping for zeroing: what was taken and not given goes back.
-                        for &first in &out[at + 1..got] {
-                            self.give_back(first, request.order);
-                        }
-                        return if given == 0 { Err(error) } else { Ok(given) };
-                    }
-                }
-                given += 1;
-            }
-        }
-        Ok(given)
+        self.alloc_bulk(request, count, give)
     }
 }

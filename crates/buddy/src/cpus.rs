@@ -29,6 +29,11 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         };
         let mut all = true;
         let closing = state.is_refusing();
+        if let Some((first, order, _)) = arrays.take_hot()
+            && let Err(error) = self.give_direct(state, Some(area), first, order)
+        {
+            self.note_misuse(state, error, first, order);
+        }
         for (index, zone) in state.zones.iter().enumerate() {
             let Some(cache) = arrays.zone(index) else {
                 continue;

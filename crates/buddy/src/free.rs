@@ -8,7 +8,7 @@ use kmem_hal::sync::Ordering;
 use kmem_hal::{Cpu, CpuCall, Frame, FrameSink, Order, OwnedFrame, PhysMap, Pressure, RawLock};
 
 use crate::buddy::{Buddy, needs_no_reach};
-use crate::cpu_cache::{CACHED_TYPES, CLASS_ORDERS, CpuArea, MAX_BATCH, ZoneCache, class_of};
+use crate::cpu_cache::{Arrays, CACHED_TYPES, CpuArea, MAX_BATCH, ZoneCache, is_cached, stack_of};
 use crate::error::FreeError;
 use crate::state::State;
 use crate::zone::Zone;
@@ -16,9 +16,6 @@ use crate::zone::bits::TOP;
 use crate::zone::core::GiveError;
 use crate::zone::kind::UNMANAGED;
 use crate::zone::segment::{self, Segment};
-
-/// Blocks of a batch that are collected before they are put away.
-const CHUNK: usize = 64;
 
 impl From<GiveError> for FreeError {
     fn from(error: GiveError) -> Self {
@@ -63,7 +60,7 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     }
 
     /// Gives a block back that was no plain hit, and notes it where something is wrong with it.
-    fn put_or_note(&self, area: Option<&CpuArea>, first: u64, order: usize) {
+    pub(crate) fn put_or_note(&self, area: Option<&CpuArea>, first: u64, order: usize) {
         let Some(state) = self.state() else { return };
         if let Err(error) = self.put(state, area, first, order) {
             self.note_misuse(state, error, first, order);
@@ -181,6 +178,21 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         done.is_some()
     }
 
+    /// Puts the hot block into its array, or gives it to its zone.
+    pub(crate) fn stow(&self, state: &State<L>, area: &CpuArea, arrays: &Arrays<'_>) {
+        let Some((first, order, migrate)) = arrays.take_hot() else {
+            return;
+        };
+        let kept = self.segment(state, Some(area), first).is_some_and(|part| {
+            let cache = arrays.zone(part.zone as usize);
+            let entry = first.wrapping_sub(part.start) as u32;
+            cache.is_some_and(|cache| cache.push(stack_of(order, migrate), entry))
+        });
+        if !kept && let Err(error) = self.give_direct(state, Some(area), first, order) {
+            self.note_misuse(state, error, first, order);
+        }
+    }
+
     /// Gives a block of any order back, from wherever it was.
     fn put(
         &self,
@@ -193,7 +205,7 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
             return Err(FreeError::Misaligned);
         }
         if let Some(area) = area
-            && let Some(class) = class_of(order)
+            && is_cached(order)
         {
             let segment = self
                 .segment(state, Some(area), first)
@@ -218,12 +230,12 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
                 && let Some(cache) = arrays.zone(index)
             {
                 arrays.look_at(segment, cache, usize::from(migrate));
-                let stack = class * CACHED_TYPES + usize::from(migrate);
+                let stack = stack_of(order, usize::from(migrate));
                 let entry = (first - segment.start) as u32;
                 if cache.push(stack, entry) {
                     return Ok(());
                 }
-                if self.make_room(state, area, index, cache, (class, stack))
+                if self.make_room(state, area, index, cache, (stack, order))
                     && cache.push(stack, entry)
                 {
                     drop(arrays);
@@ -245,7 +257,7 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         area: &CpuArea,
         index: usize,
         cache: &ZoneCache,
-        (class, stack): (usize, usize),
+        (stack, order): (usize, usize),
     ) -> bool {
         let Some(zone) = state.zones.get(index) else {
             return false;
@@ -253,7 +265,7 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         let limit = if state.is_refusing() {
             0
         } else {
-            zone.limits[class].load(Ordering::Relaxed)
+            zone.limits[order].load(Ordering::Relaxed)
         };
         let count = cache.count(stack);
         cache.set_limit(stack, limit);
@@ -263,7 +275,7 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         }
         // A limit that was never set, or has grown, has room already.
         let half = (limit / 2).max(1) as usize;
-        count < limit || self.flush(state, area, zone, cache, (stack, CLASS_ORDERS[class]), half)
+        count < limit || self.flush(state, area, zone, cache, (stack, order), half)
     }
 }
 
@@ -289,8 +301,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     fn free_cold(&self, first: u64, order: usize) {
         let pin = self.cpu.pin();
         let area = self.own_area(&pin);
-        let cached = class_of(order).is_some();
-        let arrays = area.filter(|_| cached).and_then(CpuArea::enter);
+        let arrays = area.filter(|_| is_cached(order)).and_then(CpuArea::enter);
         let done = arrays.is_some_and(|arrays| {
             arrays.guess_for(first);
             arrays.push(first, order)
@@ -324,34 +335,6 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> FrameSin
     }
 
     fn free_batch(&self, next: &mut dyn FnMut() -> Option<OwnedFrame>) {
-        let mut done = false;
-        while !done {
-            // `next` is the caller's code: it runs outside the pin.
-            let mut blocks = [0; CHUNK];
-            let mut count = 0;
-            while count < CHUNK {
-                let Some(frame) = next() else {
-                    done = true;
-                    break;
-                };
-                let (first, order) = frame.into_raw();
-                blocks[count] = first.number() << 8 | u64::from(order.get());
-                count += 1;
-            }
-            let pin = self.cpu.pin();
-            let area = self.own_area(&pin);
-            let mut rest = &blocks[..count];
-            while !rest.is_empty() {
-                if let Some(arrays) = area.and_then(CpuArea::enter) {
-                    let stop = |block: &u64| !arrays.push(block >> 8, (block & 0xff) as usize);
-                    let pushed = rest.iter().position(stop).unwrap_or(rest.len());
-                    rest = &rest[pushed..];
-                }
-                if let Some((block, tail)) = rest.split_first() {
-                    self.put_or_note(area, block >> 8, (block & 0xff) as usize);
-                    rest = tail;
-                }
-            }
-        }
+        self.free_bulk(core::iter::from_fn(next));
     }
 }

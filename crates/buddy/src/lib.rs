@@ -2,6 +2,7 @@
 #![no_std]
 
 mod alloc;
+mod batch;
 mod boot;
 mod buddy;
 mod claim;

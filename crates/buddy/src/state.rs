@@ -480,7 +480,14 @@ pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
                 segments: 0,
                 blocks: 0,
             });
-            let zone = build_zone(map, memory.reach(), config, &spec, index, &mut parts);
+            let zone = build_zone(
+                map,
+                memory.reach(),
+                config,
+                (&spec, plan.online),
+                index,
+                &mut parts,
+            );
             index += 1;
             zone
         });
@@ -620,7 +627,7 @@ fn build_zone<const N: usize, L: RawLock + 'static>(
     map: &BootMap<N>,
     reach: FrameRange,
     config: &Config,
-    spec: &ZonePlan,
+    (spec, cpus): (&ZonePlan, usize),
     index: u32,
     carver: &mut Carver,
 ) -> Zone<L> {
@@ -666,7 +673,14 @@ fn build_zone<const N: usize, L: RawLock + 'static>(
         free: 0,
         free_cma: 0,
     };
-    Zone::new(spec.node, spec.kind, spec.span, spec.present, core)
+    Zone::new(
+        spec.node,
+        spec.kind,
+        spec.span,
+        spec.present,
+        cpus as u32,
+        core,
+    )
 }
 
 /// Cuts a range of frames into what lies in segments, with the zone's index.

@@ -14,10 +14,11 @@ mod zoneinfo;
 use kmem_hal::{CpuId, NodeId, RawLock};
 
 use crate::buddy::Buddy;
+use crate::cpu_cache::{CpuArea, ZoneCache};
 use crate::state::State;
 use crate::zone::bits::ORDERS;
 use crate::zone::kind::{MigrateType, ZoneKind};
-use crate::zone::{Mark, Zone};
+use crate::zone::{Mark, Zone, segment};
 
 pub use buddyinfo::BuddyInfo;
 pub use fragmentation::{FragmentationIndex, UnusableIndex};
@@ -90,9 +91,17 @@ pub struct Recount {
 fn cached<L: RawLock + 'static>(state: &State<L>, zone: usize) -> u64 {
     (0..state.cpus.len() as u32)
         .filter_map(|cpu| state.area(CpuId::new(cpu)))
-        .filter_map(|area| area.caches.get(zone))
-        .map(crate::cpu_cache::ZoneCache::frames)
+        .map(|area| cached_by(state, area, zone))
         .sum()
+}
+
+/// Frames of a zone in one CPU's arrays, the hot block among them.
+fn cached_by<L: RawLock + 'static>(state: &State<L>, area: &CpuArea, zone: usize) -> u64 {
+    let arrays = area.caches.get(zone).map_or(0, ZoneCache::frames);
+    let hot = area.hot_block().filter(|&(first, _)| {
+        segment::find(state.segments, first).is_some_and(|segment| segment.zone as usize == zone)
+    });
+    arrays + hot.map_or(0, |(_, order)| 1 << order)
 }
 
 /// Frames of `first..end`, in one zone of `kind`, that are the allocator's: not reserved, and in reach where that matters.

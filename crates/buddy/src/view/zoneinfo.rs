@@ -61,7 +61,7 @@ impl<L: RawLock> fmt::Display for ZoneInfo<L> {
                 let Some(area) = state.area(CpuId::new(cpu)) else {
                     continue;
                 };
-                let count = area.caches.get(index).map_or(0, |cache| cache.frames());
+                let count = super::cached_by(state, area, index);
                 writeln!(f, "    cpu: {cpu}")?;
                 writeln!(f, "              count:    {count}")?;
                 writeln!(f, "              high:     {limit}")?;

@@ -11,7 +11,7 @@ use kmem_hal::{Lock, NodeId, RawLock};
 
 use self::core::Core;
 use self::segment::Segment;
-use crate::cpu_cache::{CLASSES, class_limit};
+use crate::cpu_cache::{CACHED_ORDERS, order_limit};
 use kind::ZoneKind;
 
 /// A watermark's place in [`Zone::marks`].
@@ -47,12 +47,21 @@ pub(crate) struct Zone<L> {
     pub marks: [AtomicU64; 3],
     /// Frames kept from requests that could also use a zone of kind i.
     pub protection: [AtomicU64; 5],
-    /// How many blocks a CPU may cache, by class.
-    pub limits: [AtomicU32; CLASSES],
+    /// How many CPUs share it.
+    cpus: u32,
+    /// How many blocks of each type a CPU may cache, by order.
+    pub limits: [AtomicU32; CACHED_ORDERS],
 }
 
 impl<L: RawLock> Zone<L> {
-    pub fn new(node: NodeId, kind: ZoneKind, span: (u64, u64), present: u64, core: Core) -> Self {
+    pub fn new(
+        node: NodeId,
+        kind: ZoneKind,
+        span: (u64, u64),
+        present: u64,
+        cpus: u32,
+        core: Core,
+    ) -> Self {
         Self {
             node,
             kind,
@@ -66,6 +75,7 @@ impl<L: RawLock> Zone<L> {
             free: AtomicU64::new(0),
             free_cma: AtomicU64::new(0),
             boost: AtomicU64::new(0),
+            cpus,
             marks: [const_zero(), const_zero(), const_zero()],
             protection: ::core::array::from_fn(|_| const_zero()),
             limits: ::core::array::from_fn(|_| AtomicU32::new(0)),
@@ -116,8 +126,9 @@ impl<L: RawLock> Zone<L> {
     /// Notes that `frames` frames more are the allocator's.
     pub fn add_managed(&self, frames: u64) {
         let managed = self.managed.fetch_add(frames, Ordering::Relaxed) + frames;
-        for (class, limit) in self.limits.iter().enumerate() {
-            limit.store(class_limit(class, managed), Ordering::Relaxed);
+        for (order, limit) in self.limits.iter().enumerate() {
+            let most = order_limit(order, managed, self.cpus);
+            limit.store(most, Ordering::Relaxed);
         }
     }
 

@@ -1,0 +1,308 @@
+//! The arrays of one CPU for one zone: free blocks by order and migrate type, as 32-bit distances from the zone's start.
+//!
+//! ```text
+//!   heads [order][type]    bottom .. top    the entries, the newest last
+//!                          top .. end       room for more
+//!   slots   [ o0 unmovable | o0 movable | o0 reclaimable | o1 .. | o9 ]
+//! ```
+//!
+//! Half an array moves from or to the zone under one lock. Blocks above order 3 are not fetched ahead: their arrays hold what was
+//! freed, so that a large request splits no more than it needs.
+//!
+//! Invariant `A1`: array `s` has `bottom = STARTS[s] <= top <= end <= STARTS[s + 1]`.
+//!
+//! Costs: 3 KiB.
+
+use kmem_hal::sync::LocalU32;
+
+/// How many orders have arrays: 0 to 9.
+pub(crate) const CACHED_ORDERS: usize = 10;
+/// The largest order of which more than what is asked for is fetched.
+pub(crate) const FETCHED_AHEAD: usize = 3;
+/// Migrate types that have arrays: unmovable, movable, reclaimable.
+pub(crate) const CACHED_TYPES: usize = 3;
+/// Slots of an array by order and type. Reclaimable memory is mostly slabs of caches, which have arrays of their own.
+#[cfg(not(loom))]
+const CAPACITY: [[u32; CACHED_TYPES]; CACHED_ORDERS] = [
+    [128, 128, 16],
+    [64, 64, 8],
+    [32, 32, 8],
+    [32, 32, 4],
+    [16, 16, 2],
+    [8, 8, 2],
+    [4, 4, 2],
+    [4, 4, 2],
+    [2, 2, 2],
+    [2, 2, 2],
+];
+/// Small enough for a model, which reaches its zone with the orders between.
+#[cfg(loom)]
+const CAPACITY: [[u32; CACHED_TYPES]; CACHED_ORDERS] = [
+    [2; 3], [2; 3], [2; 3], [2; 3], [0; 3], [0; 3], [0; 3], [0; 3], [0; 3], [2; 3],
+];
+const STACKS: usize = CACHED_ORDERS * CACHED_TYPES;
+const SLOTS: usize = STARTS[STACKS] as usize;
+/// Where an array's slots begin; one more than there are arrays.
+const STARTS: [u32; STACKS + 1] = {
+    let mut starts = [0; STACKS + 1];
+    let mut stack = 0;
+    while stack < STACKS {
+        starts[stack + 1] = starts[stack] + capacity(stack);
+        stack += 1;
+    }
+    starts
+};
+/// The largest number of blocks that move at once.
+pub(crate) const MAX_BATCH: usize = CAPACITY[0][0] as usize;
+
+/// How many slots an array has.
+pub(crate) const fn capacity(stack: usize) -> u32 {
+    CAPACITY[stack / CACHED_TYPES][stack % CACHED_TYPES]
+}
+
+/// Whether blocks of an order are kept in arrays.
+#[inline(always)]
+pub(crate) const fn is_cached(order: usize) -> bool {
+    order < CACHED_ORDERS
+}
+
+/// How many blocks of an order one of `cpus` CPUs may hold in a zone of `managed` frames: 1/120 of it at most, and less than that
+/// where many CPUs share it.
+pub(crate) const fn order_limit(order: usize, managed: u64, cpus: u32) -> u32 {
+    let sharers = if cpus < 4 { 1 } else { cpus as u64 / 2 };
+    let share = (((managed + managed / 16) >> 7) / sharers) >> order;
+    if share < CAPACITY[order][0] as u64 {
+        share as u32
+    } else {
+        CAPACITY[order][0]
+    }
+}
+
+/// An array's number; none has that of an order without arrays.
+#[inline(always)]
+pub(crate) const fn stack_of(order: usize, migrate: usize) -> usize {
+    order * CACHED_TYPES + migrate
+}
+
+/// Where the entries of an array lie: `slots[bottom..top]`, the newest last, and `slots[top..end]` are room for more.
+struct Head {
+    top: LocalU32,
+    end: LocalU32,
+    bottom: u32,
+}
+
+/// The arrays of one CPU for one zone.
+#[repr(C, align(64))]
+pub(crate) struct ZoneCache {
+    /// The zone's first frame number.
+    pub start: u64,
+    heads: [Head; STACKS],
+    slots: [LocalU32; SLOTS],
+}
+
+impl ZoneCache {
+    pub fn new(start: u64) -> Self {
+        Self {
+            start,
+            heads: core::array::from_fn(|stack| Head {
+                top: LocalU32::new(STARTS[stack]),
+                end: LocalU32::new(STARTS[stack]),
+                bottom: STARTS[stack],
+            }),
+            slots: core::array::from_fn(|_| LocalU32::new(0)),
+        }
+    }
+
+    /// The slots of an array.
+    fn slots(&self, stack: usize) -> &[LocalU32] {
+        &self.slots[STARTS[stack] as usize..STARTS[stack + 1] as usize]
+    }
+
+    /// Takes the newest entry.
+    #[inline(always)]
+    pub fn pop(&self, stack: usize) -> Option<u32> {
+        let head = self.heads.get(stack)?;
+        let top = head.top.get();
+        if top == head.bottom {
+            return None;
+        }
+        head.top.set(top - 1);
+        // SAFETY: A1: top is above bottom and at most the number of slots.
+        Some(unsafe { self.slots.get_unchecked(top as usize - 1) }.get())
+    }
+
+    /// Adds an entry; `false` where the array is at its limit.
+    #[inline(always)]
+    pub fn push(&self, stack: usize, entry: u32) -> bool {
+        let Some(head) = self.heads.get(stack) else {
+            return false;
+        };
+        let top = head.top.get();
+        if top == head.end.get() {
+            return false;
+        }
+        // SAFETY: A1: top is below end, which is at most the number of slots.
+        unsafe { self.slots.get_unchecked(top as usize) }.set(entry);
+        head.top.set(top + 1);
+        true
+    }
+
+    /// Takes the newest entries, in frame numbers, as far as they and `out` go; how many.
+    #[inline]
+    pub fn pop_newest(&self, stack: usize, out: &mut [u64]) -> usize {
+        if stack >= STACKS {
+            return 0;
+        }
+        let held = self.count(stack) as usize;
+        let taken = held.min(out.len());
+        let slots = &self.slots(stack)[held - taken..held];
+        for (place, slot) in out.iter_mut().zip(slots.iter().rev()) {
+            *place = self.start + u64::from(slot.get());
+        }
+        self.set_count(stack, held - taken);
+        taken
+    }
+
+    /// Adds entries as long as `next` gives some and there is room; how many.
+    #[inline]
+    pub fn push_while(&self, stack: usize, mut next: impl FnMut() -> Option<u32>) -> usize {
+        if stack >= STACKS {
+            return 0;
+        }
+        let (held, limit) = (self.count(stack) as usize, self.limit(stack) as usize);
+        let mut added = 0;
+        for slot in &self.slots(stack)[held..limit] {
+            let Some(entry) = next() else { break };
+            slot.set(entry);
+            added += 1;
+        }
+        self.set_count(stack, held + added);
+        added
+    }
+
+    /// Takes the newest entries that end at or below `limit` (in frames from the zone's start) as long as there are
+    /// any and `most` is not reached, handing each to `give`; how many.
+    #[inline]
+    pub fn pop_batch(
+        &self,
+        stack: usize,
+        frames: u64,
+        limit: u64,
+        most: usize,
+        mut give: impl FnMut(u32),
+    ) -> usize {
+        let held = self.count(stack) as usize;
+        let slots = &self.slots(stack)[..held];
+        let mut taken = 0;
+        for slot in slots.iter().rev().take(most) {
+            let entry = slot.get();
+            if u64::from(entry) + frames > limit {
+                break;
+            }
+            give(entry);
+            taken += 1;
+        }
+        self.set_count(stack, held - taken);
+        taken
+    }
+
+    #[inline]
+    pub fn count(&self, stack: usize) -> u32 {
+        self.heads[stack].top.get() - STARTS[stack]
+    }
+
+    fn set_count(&self, stack: usize, count: usize) {
+        self.heads[stack].top.set(STARTS[stack] + count as u32);
+    }
+
+    /// Sets how many entries the array may hold, which is at least what it holds.
+    pub fn set_limit(&self, stack: usize, limit: u32) {
+        let limit = limit.min(capacity(stack)).max(self.count(stack));
+        self.heads[stack].end.set(STARTS[stack] + limit);
+    }
+
+    /// How many entries the array may hold.
+    pub fn limit(&self, stack: usize) -> u32 {
+        self.heads[stack].end.get() - STARTS[stack]
+    }
+
+    /// Begins to add up to `most` entries, as far as there is room.
+    pub fn refill(&self, stack: usize, most: usize) -> Refill<'_> {
+        let held = self.count(stack) as usize;
+        let room = (self.limit(stack) as usize).saturating_sub(held).min(most);
+        Refill {
+            slots: &self.slots(stack)[held..held + room],
+            added: 0,
+            head: &self.heads[stack],
+        }
+    }
+
+    /// Takes the oldest `out.len()` entries, which it has.
+    pub fn take_oldest(&self, stack: usize, out: &mut [u32]) {
+        let count = self.count(stack) as usize;
+        let slots = &self.slots(stack)[..count];
+        for (entry, slot) in out.iter_mut().zip(slots) {
+            *entry = slot.get();
+        }
+        let taken = out.len().min(count);
+        for at in taken..count {
+            slots[at - taken].set(slots[at].get());
+        }
+        self.set_count(stack, count - taken);
+    }
+
+    /// Frames in all arrays.
+    pub fn frames(&self) -> u64 {
+        (0..STACKS)
+            .map(|stack| u64::from(self.count(stack)) << (stack / CACHED_TYPES))
+            .sum()
+    }
+
+    /// Arrays with their order.
+    pub fn stacks() -> impl Iterator<Item = (usize, usize)> {
+        (0..STACKS).map(|stack| (stack, stack / CACHED_TYPES))
+    }
+}
+
+/// Entries on their way into an array: given ascending, so that the lowest is the newest in the end.
+///
+/// They are written from the end of the room downwards, and moved where fewer came than there was room for.
+pub(crate) struct Refill<'a> {
+    slots: &'a [LocalU32],
+    added: usize,
+    head: &'a Head,
+}
+
+impl Refill<'_> {
+    /// How many more entries fit.
+    #[inline]
+    pub fn room(&self) -> usize {
+        self.slots.len() - self.added
+    }
+
+    /// Adds `count` entries, `step` apart; those that do not fit are left out.
+    #[inline]
+    pub fn push(&mut self, first: u32, count: usize, step: u32) {
+        let room = self.room();
+        let count = count.min(room);
+        let mut entry = first;
+        for slot in self.slots[room - count..room].iter().rev() {
+            slot.set(entry);
+            entry = entry.wrapping_add(step);
+        }
+        self.added += count;
+    }
+}
+
+impl Drop for Refill<'_> {
+    fn drop(&mut self) {
+        let room = self.room();
+        if room > 0 {
+            for at in 0..self.added {
+                self.slots[at].set(self.slots[room + at].get());
+            }
+        }
+        let top = &self.head.top;
+        top.set(top.get() + self.added as u32);
+    }
+}
