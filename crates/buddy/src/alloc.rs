@@ -305,7 +305,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if missing == 0 || spare == 0 {
             return Some(given);
         }
-        // Half an array more than what is missing, as far as the watermark lets.
+        // Half an array with what is missing, of single frames a whole word; all of it where nothing came back since the last time.
+        // As far as the watermark lets.
         let mut refill = None;
         if let Some((_, stack, cache)) = array {
             let closed = self.state().is_some_and(State::is_refusing);
@@ -315,10 +316,12 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
                 zone.limits[wanted.order].load(kmem_hal::sync::Ordering::Relaxed)
             };
             cache.set_limit(stack, limit);
-            let half = cache.limit(stack) as usize / 2;
             // A batch call takes what it needs and leaves the array as it is.
             if wanted.limit >= zone.end() && out.len() == 1 && wanted.order <= FETCHED_AHEAD {
-                refill = Some(cache.refill(stack, half));
+                let limit = cache.limit(stack) as usize;
+                let again = area.is_some_and(|area| area.note_refill(stack));
+                let fetch = if again { limit } else { limit / 2 };
+                refill = Some(cache.refill(stack, fetch.max(2) - 1));
             }
         }
         let extra = refill.as_ref().map_or(0, Refill::room);

@@ -8,7 +8,7 @@ use kmem_hal::sync::Ordering;
 use kmem_hal::{Cpu, CpuCall, Frame, FrameSink, Order, OwnedFrame, PhysMap, Pressure, RawLock};
 
 use crate::buddy::{Buddy, needs_no_reach};
-use crate::cpu_cache::{Arrays, CACHED_TYPES, CpuArea, MAX_BATCH, ZoneCache, is_cached, stack_of};
+use crate::cpu_cache::{Arrays, CACHED_TYPES, CpuArea, ZoneCache, is_cached, stack_of};
 use crate::error::FreeError;
 use crate::state::State;
 use crate::zone::Zone;
@@ -139,36 +139,25 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         let mut wrong: Option<(GiveError, u64)> = None;
         let mut more = 0;
         let done = self.locked(Some(area), zone, |core| {
-            let mut left = count.min(cache.count(stack) as usize);
-            while left > 0 {
-                let mut entries = [0; MAX_BATCH];
-                let some = &mut entries[..left.min(MAX_BATCH)];
-                cache.take_oldest(stack, some);
-                left -= some.len();
-                if order <= 5 {
-                    core.give_entries(zone.start, some, order, |error, first| {
-                        wrong = Some((error, first));
-                        more += 1;
-                    });
-                    continue;
-                }
-                let mut last: Option<&Segment> = None;
-                for &mut entry in some {
-                    let first = zone.start + u64::from(entry);
-                    let segment = match last {
-                        Some(segment) if segment.contains(first, 1) => segment,
-                        _ => match segment::find(zone.segments, first) {
-                            Some(segment) => segment,
-                            None => continue,
-                        },
+            let entries = cache.oldest(stack, count);
+            if order <= 5 {
+                core.give_entries(zone.start, entries, order, |error, first| {
+                    wrong = Some((error, first));
+                    more += 1;
+                });
+            } else {
+                for entry in entries {
+                    let first = zone.start + u64::from(entry.get());
+                    let Some(segment) = segment::find(zone.segments, first) else {
+                        continue;
                     };
-                    last = Some(segment);
                     if let Err(error) = core.give(segment, first, order) {
                         wrong = Some((error, first));
                         more += 1;
                     }
                 }
             }
+            cache.remove_oldest(stack, entries.len());
         });
         if let Some((error, first)) = wrong {
             self.note_misuse(state, error.into(), first, order);
@@ -273,6 +262,7 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         if limit == 0 {
             return false;
         }
+        area.note_flush();
         // A limit that was never set, or has grown, has room already.
         let half = (limit / 2).max(1) as usize;
         count < limit || self.flush(state, area, zone, cache, (stack, order), half)

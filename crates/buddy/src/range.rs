@@ -56,8 +56,8 @@ impl fmt::Debug for OwnedRange {
 impl Core {
     /// Takes `count` free frames from number `first`, which lie in one segment.
     pub(crate) fn mark_found(&mut self, first: u64, count: u64) {
-        if let Some(&segment) = segment::find(self.segments, first) {
-            self.mark_range(&segment, first, first + count, false);
+        if let Some(segment) = segment::find(self.segments, first) {
+            self.mark_range(segment, first, first + count, false);
         }
     }
 }
@@ -120,12 +120,12 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
                 let first =
                     core.find_range(frames, align.frames(), wanted.limit, wanted.movable)?;
                 core.mark_found(first, frames);
-                let segment = *segment::find(core.segments, first)?;
+                let segment = segment::find(core.segments, first)?;
                 let mut at = first.next_multiple_of(BLOCK_FRAMES);
                 while at + BLOCK_FRAMES <= first + frames {
                     let block = segment.block_of(at);
                     if core.type_of(block) != crate::zone::kind::MigrateType::Cma {
-                        core.set_type(&segment, block, wanted.migrate);
+                        core.set_type(segment, block, wanted.migrate);
                     }
                     at += BLOCK_FRAMES;
                 }

@@ -74,8 +74,11 @@ impl Arrays<'_> {
         // SAFETY: null, or from a `&'static ZoneCache` in `new` or `serve_from`.
         let cache = unsafe { current.get().as_ref() }?;
         let first = cache.start + u64::from(cache.pop(stack_of(order, migrate))?);
+        let lent = key(order, migrate, LENT);
         if word & HOT == 0 {
-            area.hot.set(key(order, migrate, LENT));
+            if word != lent {
+                area.hot.set(lent);
+            }
             area.hot_first.set(first);
         }
         Some(first)

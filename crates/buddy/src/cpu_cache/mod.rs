@@ -76,6 +76,8 @@ pub(crate) struct CpuArea {
     window_cache: LocalPtr<ZoneCache>,
     /// The segment that was used last; null before the first use.
     last_segment: LocalPtr<Segment>,
+    /// One more than the array that was refilled last, if none was flushed since.
+    refilled: LocalU32,
     pub node: LocalU32,
     /// Where interleaved requests go next.
     pub interleave: LocalU32,
@@ -112,6 +114,7 @@ impl CpuArea {
             window_types: LocalPtr::new(core::ptr::null_mut()),
             window_cache: null(),
             last_segment: LocalPtr::new(core::ptr::null_mut()),
+            refilled: LocalU32::new(0),
             interleave: LocalU32::new(0),
             nested: LocalU64::new(0),
             pending: core::array::from_fn(|_| AtomicU64::new(0)),
@@ -129,6 +132,18 @@ impl CpuArea {
     pub fn set_last_segment(&self, segment: &'static Segment) {
         self.last_segment
             .set(core::ptr::from_ref(segment).cast_mut());
+    }
+
+    /// Notes that an array is refilled; whether it was refilled last time too: its CPU only takes now.
+    pub fn note_refill(&self, stack: usize) -> bool {
+        let before = self.refilled.get();
+        self.refilled.set(stack as u32 + 1);
+        before == stack as u32 + 1
+    }
+
+    /// Notes that an array was flushed.
+    pub fn note_flush(&self) {
+        self.refilled.set(0);
     }
 
     /// Makes the arrays the caller's (`I1`); `None` where the caller interrupted their user.
@@ -240,9 +255,9 @@ mod tests {
             .sum();
         assert_eq!(cache.frames(), total);
         for (stack, _) in ZoneCache::stacks() {
-            let mut oldest = [0; 2];
-            cache.take_oldest(stack, &mut oldest);
+            let oldest: Vec<u32> = cache.oldest(stack, 2).iter().map(LocalU32::get).collect();
             assert_eq!(oldest, [(stack as u32) << 16, (stack as u32) << 16 | 1]);
+            cache.remove_oldest(stack, 2);
             let mut rest = Vec::new();
             while let Some(entry) = cache.pop(stack) {
                 rest.push(entry & 0xffff);

@@ -237,14 +237,15 @@ impl ZoneCache {
         }
     }
 
-    /// Takes the oldest `out.len()` entries, which it has.
-    pub fn take_oldest(&self, stack: usize, out: &mut [u32]) {
+    /// The oldest `count` entries, or all.
+    pub fn oldest(&self, stack: usize, count: usize) -> &[LocalU32] {
+        &self.slots(stack)[..count.min(self.count(stack) as usize)]
+    }
+
+    /// Removes the oldest `taken` entries, which it has.
+    pub fn remove_oldest(&self, stack: usize, taken: usize) {
         let count = self.count(stack) as usize;
         let slots = &self.slots(stack)[..count];
-        for (entry, slot) in out.iter_mut().zip(slots) {
-            *entry = slot.get();
-        }
-        let taken = out.len().min(count);
         for at in taken..count {
             slots[at - taken].set(slots[at].get());
         }

@@ -109,12 +109,12 @@ impl Core {
                     .hint_set()
                     .and_then(|set| self.find_exact(set, run, order, from, limit));
                 let Some(found) = found else { continue };
-                let segment = *segment::of_block(self.segments, found.block)?;
+                let segment = segment::of_block(self.segments, found.block)?;
                 if run >= BLOCK_ORDER || self.free_in(found.block) >= BLOCK_FRAMES / 2 {
-                    self.set_type(&segment, found.block, migrate);
+                    self.set_type(segment, found.block, migrate);
                     self.stolen += 1;
                     if run > BLOCK_ORDER {
-                        self.set_type(&segment, found.block + 1, migrate);
+                        self.set_type(segment, found.block + 1, migrate);
                     }
                     return self.find(order, migrate, limit);
                 }

@@ -1,8 +1,10 @@
 //! Giving blocks back: their bits are looked at first, so that what is free cannot become free again.
 
-use super::super::bits::{self, BLOCK_FRAMES, WORDS};
+use kmem_hal::sync::LocalU32;
+
+use super::super::bits::{self, BLOCK_FRAMES, STALE, WORDS};
 use super::super::segment::{self, Segment};
-use super::Core;
+use super::{Core, STALE_SET};
 
 /// Why a block was not taken back.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,6 +13,16 @@ pub(crate) enum GiveError {
     Free,
     /// Some frames are free already: a wrong order, or a double free of a part.
     PartlyFree,
+}
+
+/// Why a run of entries was not given back at once.
+enum Stop {
+    /// They end, or the next one is of another segment.
+    Outside,
+    /// This block became stale with the last one that was given.
+    Stale(usize),
+    /// The next one is wrong.
+    Wrong(GiveError),
 }
 
 impl Core {
@@ -43,42 +55,89 @@ impl Core {
 
     /// Gives blocks of one order (at most 5) back, each for the price of a few instructions.
     ///
-    /// `entries` count from frame number `start`; a wrong one is handed to `wrong` and left out.
+    /// `entries` count from frame number `start`; a wrong one is handed to `wrong` and left out. None of them is in a block of type
+    /// `Cma`: frees into those pass the arrays by, and a block becomes one only while all of it is free.
     pub fn give_entries(
         &mut self,
         start: u64,
-        entries: &[u32],
+        entries: &[LocalU32],
         order: usize,
         mut wrong: impl FnMut(GiveError, u64),
     ) {
         let Some(mut segment) = self.segments.first() else {
             return;
         };
-        for &entry in entries {
-            let first = start + u64::from(entry);
+        let mut rest = entries;
+        let mut given = 0;
+        while let Some(entry) = rest.first() {
+            let first = start + u64::from(entry.get());
             if !segment.contains(first, 1 << order) {
                 let found = segment::find(self.segments, first);
-                let Some(other) = found.filter(|found| found.contains(first, 1 << order)) else {
+                if let Some(other) = found.filter(|found| found.contains(first, 1 << order)) {
+                    segment = other;
+                } else {
                     // Never pushed: every entry was found in a segment.
-                    continue;
-                };
-                segment = other;
+                    rest = &rest[1..];
+                }
+                continue;
             }
-            let block = segment.block_of(first);
-            let word = (first % BLOCK_FRAMES) as usize / 64;
-            let mask = bits::run_mask((first % 64) as u32, order);
-            let bits = &mut self.words[block * WORDS + word];
-            let free = *bits & mask;
-            if free == 0 {
-                *bits |= mask;
-                self.set_stale(block, word);
-                self.account(block, 1 << order, true);
-            } else if free == mask {
-                wrong(GiveError::Free, first);
-            } else {
-                wrong(GiveError::PartlyFree, first);
+            let (done, stop) = self.give_in(segment, start, rest, order);
+            given += done;
+            match stop {
+                Stop::Outside => rest = &rest[done..],
+                Stop::Stale(block) => {
+                    self.hint_set(STALE_SET, 0, block);
+                    rest = &rest[done..];
+                }
+                Stop::Wrong(error) => {
+                    wrong(error, start + u64::from(rest[done].get()));
+                    rest = &rest[done + 1..];
+                }
             }
         }
+        self.free += (given as u64) << order;
+    }
+
+    /// Gives entries of one segment back until something is to be done about one of them; how many were given, and what it is.
+    #[inline]
+    fn give_in(
+        &mut self,
+        segment: &Segment,
+        start: u64,
+        entries: &[LocalU32],
+        order: usize,
+    ) -> (usize, Stop) {
+        let (words, summaries) = (&mut *self.words, &mut *self.summaries);
+        let most = segment.end - segment.first - (1 << order);
+        // Frames count from the first block's base, words from that block's first one.
+        let base = segment.first & !(BLOCK_FRAMES - 1);
+        let first_word = segment.block as usize * WORDS;
+        for (done, entry) in entries.iter().enumerate() {
+            let first = start + u64::from(entry.get());
+            if first.wrapping_sub(segment.first) > most {
+                return (done, Stop::Outside);
+            }
+            let at = first_word + ((first - base) / 64) as usize;
+            let mask = bits::run_mask((first % 64) as u32, order);
+            let free = words[at] & mask;
+            if free != 0 {
+                let all = free == mask;
+                let error = if all {
+                    GiveError::Free
+                } else {
+                    GiveError::PartlyFree
+                };
+                return (done, Stop::Wrong(error));
+            }
+            words[at] |= mask;
+            let summary = &mut summaries[at / WORDS];
+            let before = *summary;
+            *summary = before | 0x80 << (8 * (at % WORDS));
+            if before & STALE == 0 {
+                return (done + 1, Stop::Stale(at / WORDS));
+            }
+        }
+        (entries.len(), Stop::Outside)
     }
 
     /// How many of a run's frames are free, and how many it has.

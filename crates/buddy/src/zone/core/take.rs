@@ -101,8 +101,8 @@ impl Core {
 
     /// Takes the lower `2^order` frames of a run that `find` gave; the first frame's number.
     pub fn take(&mut self, found: &Found, order: usize) -> Option<u64> {
-        let segment = *segment::of_block(self.segments, found.block)?;
-        self.mark(&segment, found.block, found.offset, order, false);
+        let segment = segment::of_block(self.segments, found.block)?;
+        self.mark(segment, found.block, found.offset, order, false);
         Some(segment.base_of(found.block) + u64::from(found.offset))
     }
 
@@ -123,12 +123,12 @@ impl Core {
             let Some(found) = self.find(order, migrate, limit) else {
                 break;
             };
-            let Some(&segment) = segment::of_block(self.segments, found.block) else {
+            let Some(segment) = segment::of_block(self.segments, found.block) else {
                 break;
             };
             if order > 5 || most == 1 {
                 give.one(segment.base_of(found.block) + u64::from(found.offset));
-                self.mark(&segment, found.block, found.offset, order, false);
+                self.mark(segment, found.block, found.offset, order, false);
                 given += 1;
                 continue;
             }
@@ -164,7 +164,7 @@ impl Core {
                     break;
                 }
             }
-            self.set_summaries(&segment, found.block, after);
+            self.set_summaries(segment, found.block, after);
             self.account(found.block, ((given - before) as u64) << order, false);
             if given == before {
                 break;
