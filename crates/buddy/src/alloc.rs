@@ -17,7 +17,7 @@ use kmem_hal::{
 };
 
 use crate::buddy::Buddy;
-use crate::cpu_cache::{Arrays, CpuArea, FETCHED_AHEAD, MAX_BATCH, Refill, is_cached, stack_of};
+use crate::cpu_cache::{Arrays, CpuArea, MAX_BATCH, Refill, is_cached, stack_of};
 use crate::cpus::Drained;
 use crate::state::{State, frame_limit};
 use crate::zone::bits::TOP;
@@ -317,7 +317,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             };
             cache.set_limit(stack, limit);
             // A batch call takes what it needs and leaves the array as it is.
-            if wanted.limit >= zone.end() && out.len() == 1 && wanted.order <= FETCHED_AHEAD {
+            if wanted.limit >= zone.end() && out.len() == 1 {
                 let limit = cache.limit(stack) as usize;
                 let again = area.is_some_and(|area| area.note_refill(stack));
                 let fetch = if again { limit } else { limit / 2 };

@@ -102,13 +102,19 @@ pub(crate) const fn maximal_words(whole: u8, order: usize) -> u8 {
     }
 }
 
-/// The orders 0..=9 of which the block has a maximal run, a bit each.
+/// The orders 0..=5 of which the block has a maximal run, a bit each.
 #[inline]
-pub(crate) const fn orders(summaries: u64) -> u16 {
+pub(crate) const fn short_orders(summaries: u64) -> u16 {
     let mut low = summaries | summaries >> 32;
     low |= low >> 16;
     low |= low >> 8;
-    let mut result = low as u16 & 0x3f;
+    low as u16 & 0x3f
+}
+
+/// The orders 0..=9 of which the block has a maximal run, a bit each.
+#[inline]
+pub(crate) const fn orders(summaries: u64) -> u16 {
+    let mut result = short_orders(summaries);
     let whole = whole_words(summaries);
     if whole != 0 {
         let mut order = 6;

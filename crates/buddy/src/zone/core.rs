@@ -20,8 +20,12 @@
 //!   earlier time, since when frames of it were only freed.
 //! - `I3`: `hints[s][j]` has bit b exactly if block b's type is in set s and it has a maximal run of order j by its summaries,
 //!   where orders 9 and 10 are: wholly free without or with a wholly free pair of compatible type (bit of the even block).
+//!   Orders 7 and 8 of a *long* block have rows of their own.
 //! - `I4`: `free` is the number of set bits.
 //! - `I5`: the last hint bitmap has the bit of every block that has a stale word (and may have others').
+//!
+//! Short and long blocks are kept apart: a page block that is broken up for order 7 or 8 serves these orders only, as long as others can
+//! be had. Where few objects share a page block it is soon free as a whole again; one small object among them would keep it.
 //!
 //! Costs: a take changes words of one block, their summary bytes, and the hints of the orders that appear or vanish in
 //! the block; a give of order <= 5 a word and a stale bit. A find is one bitmap search an order. Stale blocks are brought up to date
@@ -51,8 +55,14 @@ pub(crate) use take::Give;
 pub(crate) const FEW: usize = 64;
 /// Stale blocks that are brought up to date under one lock before a refusal.
 pub(crate) const STEP: usize = 512;
+/// Bitmaps of a set: one for each order, and those of orders 7 and 8 in long blocks.
+const ROWS: usize = ORDERS + 2;
+/// The row of an order in long blocks is so much higher.
+const LONG: usize = ORDERS - LONG_ORDERS.start;
+/// Orders that are kept apart from shorter ones; longer ones take whole blocks.
+const LONG_ORDERS: core::ops::Range<usize> = 7..9;
 /// Bitmaps: the hints of both sets, and the stale blocks.
-const BITMAPS: usize = 2 * ORDERS + 1;
+const BITMAPS: usize = 2 * ROWS + 1;
 /// The set whose only bitmap is that of the stale blocks.
 const STALE_SET: usize = 2;
 
@@ -63,10 +73,10 @@ pub(crate) struct Core {
     pub summaries: &'static mut [u64],
     /// Written under the lock; read by frees without it, as a hint which cache to use.
     pub types: &'static [AtomicU8],
-    /// Both sets, all orders, one after the other.
+    /// Both sets, all rows, one after the other; then the stale blocks, then a bit for each long block.
     pub hints: &'static mut [u64],
     pub shape: Shape,
-    /// For each set the orders whose bitmap is not empty, a bit each; then whether blocks are stale.
+    /// For each set the rows whose bitmap is not empty, a bit each; then whether blocks are stale.
     pub present: [u16; 3],
     /// Page blocks that changed their type for a request of another, since the zone last looked.
     pub stolen: u64,
@@ -78,7 +88,7 @@ pub(crate) struct Core {
 impl Core {
     /// Words of hints for `blocks` blocks.
     pub const fn hint_words(blocks: usize) -> usize {
-        BITMAPS * Shape::new(blocks).words()
+        BITMAPS * Shape::new(blocks).words() + blocks.div_ceil(64)
     }
 
     /// Whether all of a block is free by its words.

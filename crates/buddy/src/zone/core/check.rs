@@ -3,7 +3,7 @@
 use super::super::bitmap;
 use super::super::bits::{self, BLOCK_ORDER, ORDERS, STALE, TOP, WHOLE, WORDS};
 use super::super::kind::MigrateType;
-use super::{Core, STALE_SET, STEP};
+use super::{Core, LONG, ROWS, STALE_SET, STEP};
 
 impl Core {
     /// Free blocks by order, of all types or of one.
@@ -66,7 +66,7 @@ impl Core {
                 if (summaries ^ kept) & !(stale * 0xff) != 0 {
                     return Err("a summary differs from its word");
                 }
-                let (stale_blocks, shape) = (2 * ORDERS * self.shape.words(), &self.shape);
+                let (stale_blocks, shape) = (2 * ROWS * self.shape.words(), &self.shape);
                 if stale != 0
                     && bitmap::next(&self.hints[stale_blocks..], shape, block) != Some(block)
                 {
@@ -87,9 +87,12 @@ impl Core {
                     };
                 }
                 for candidate in 0..2 {
-                    for order in 0..ORDERS {
-                        let listed = self.hint_next(candidate, order, block) == Some(block);
-                        let due = set == Some(candidate) && mask >> order & 1 != 0;
+                    for row in 0..ROWS {
+                        let listed = self.hint_next(candidate, row, block) == Some(block);
+                        let order = if row < ORDERS { row } else { row - LONG };
+                        let due = set == Some(candidate)
+                            && mask >> order & 1 != 0
+                            && (order >= BLOCK_ORDER || self.row_of(block, order) == row);
                         if listed != due {
                             return Err("a hint differs from its block");
                         }
@@ -98,7 +101,7 @@ impl Core {
             }
         }
         for (set, present) in self.present.iter().enumerate() {
-            for order in 0..if set == STALE_SET { 1 } else { ORDERS } {
+            for order in 0..if set == STALE_SET { 1 } else { ROWS } {
                 if self.hint_next(set, order, 0).is_some() != (present >> order & 1 != 0) {
                     return Err("a bitmap is empty and said not to be, or the other way round");
                 }

@@ -1,9 +1,9 @@
 //! Finding a run: in blocks of the request's type, else in those of others.
 
-use super::super::bits::{self, BLOCK_FRAMES, BLOCK_ORDER, EACH, STALE, TOP, WORDS};
+use super::super::bits::{self, BLOCK_FRAMES, BLOCK_ORDER, EACH, ORDERS, STALE, TOP, WORDS};
 use super::super::kind::MigrateType;
 use super::super::segment;
-use super::Core;
+use super::{Core, LONG, LONG_ORDERS, ROWS};
 
 /// A run to be taken: in `block`, from frame `offset` of it, maximal of order `order`.
 #[derive(Clone, Copy, Debug)]
@@ -16,32 +16,62 @@ pub(crate) struct Found {
 impl Core {
     /// Finds the lowest maximal run of the smallest order >= `order` in blocks of `migrate`, ending its first
     /// `2^order` frames at or below frame number `limit`.
+    ///
+    /// Short orders are sought in short blocks, then in whole ones, then in long ones; orders 7 and 8 in long blocks, then in whole
+    /// ones, then in short ones.
     pub fn find(&mut self, order: usize, migrate: MigrateType, limit: u64) -> Option<Found> {
+        const WHOLE_ROWS: u16 = 1 << BLOCK_ORDER | 1 << TOP;
         let set = migrate.hint_set()?;
-        let mut runs = self.present[set] >> order << order;
-        while runs != 0 {
-            let run = runs.trailing_zeros() as usize;
-            runs &= runs - 1;
-            let found = self.find_exact(set, run, order, migrate, limit);
-            if found.is_some() {
-                return found;
+        let present = self.present[set];
+        if !LONG_ORDERS.contains(&order) {
+            // Rows of long blocks come last.
+            let rows = present >> order << order;
+            return self.find_in(set, rows, order, migrate, limit);
+        }
+        let long = present >> (order + LONG) << (order + LONG);
+        let short = (present >> order << order) & !(!0 << LONG_ORDERS.end);
+        [long, present & WHOLE_ROWS, short]
+            .into_iter()
+            .find_map(|rows| self.find_in(set, rows, order, migrate, limit))
+    }
+
+    /// The same in some rows, lowest first.
+    #[inline]
+    fn find_in(
+        &mut self,
+        set: usize,
+        mut rows: u16,
+        order: usize,
+        migrate: MigrateType,
+        limit: u64,
+    ) -> Option<Found> {
+        while rows != 0 {
+            let row = rows.trailing_zeros() as usize;
+            rows &= rows - 1;
+            let run = if row < ORDERS { row } else { row - LONG };
+            if run >= order {
+                let found = self.find_exact(set, row, run, order, migrate, limit);
+                if found.is_some() {
+                    return found;
+                }
             }
         }
         None
     }
 
-    /// The lowest maximal run of exactly order `run`, of which `2^order` frames fit below `limit`.
+    /// The lowest maximal run of exactly order `run` in a row, of which `2^order` frames fit below `limit`.
     pub(super) fn find_exact(
         &mut self,
         set: usize,
+        row: usize,
         run: usize,
         order: usize,
         migrate: MigrateType,
         limit: u64,
     ) -> Option<Found> {
         let mut from = 0;
-        while self.present[set] >> run & 1 != 0
-            && let Some(block) = self.hint_next(set, run, from)
+        while self.present[set] >> row & 1 != 0
+            && let Some(block) = self.hint_next(set, row, from)
         {
             if self.type_of(block) == migrate {
                 if self.summaries[block] & STALE != 0 {
@@ -103,11 +133,17 @@ impl Core {
         {
             return Some(lent);
         }
-        for run in (order..=TOP).rev() {
+        /// Rows by falling length of their runs.
+        const LONGEST_FIRST: [usize; ROWS] = [10, 9, 8 + LONG, 8, 7 + LONG, 7, 6, 5, 4, 3, 2, 1, 0];
+        for row in LONGEST_FIRST {
+            let run = if row < ORDERS { row } else { row - LONG };
+            if run < order {
+                break;
+            }
             for &from in migrate.fallbacks() {
                 let found = from
                     .hint_set()
-                    .and_then(|set| self.find_exact(set, run, order, from, limit));
+                    .and_then(|set| self.find_exact(set, row, run, order, from, limit));
                 let Some(found) = found else { continue };
                 let segment = segment::of_block(self.segments, found.block)?;
                 if run >= BLOCK_ORDER || self.free_in(found.block) >= BLOCK_FRAMES / 2 {

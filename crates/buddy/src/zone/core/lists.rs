@@ -4,39 +4,85 @@
 //!   words of a block --summary--> 8 bytes --orders--> a bit for each order --> hints[set][order] has the block
 //! ```
 //!
-//! Orders below 9 are listed by block. A wholly free block is on the list of order 9, or, where its pair is wholly free too, the pair
+//! Orders below 9 are listed by block, orders 7 and 8 of long blocks apart. A wholly free block is on the list of order 9, or, where its pair is wholly free too, the pair
 //! is on that of order 10 by its even block (`I3` of [`super`]).
 
 use super::super::bitmap;
-use super::super::bits::{self, EACH, ORDERS, WHOLE, WORDS};
+use super::super::bits::{self, BLOCK_ORDER, EACH, WHOLE, WORDS};
 use super::super::kind::MigrateType;
 use super::super::segment::Segment;
-use super::Core;
+use super::{BITMAPS, Core, Found, LONG, LONG_ORDERS, ROWS};
 
 impl Core {
-    pub(super) fn hints(&mut self, set: usize, order: usize) -> &mut [u64] {
+    pub(super) fn hints(&mut self, set: usize, row: usize) -> &mut [u64] {
         let words = self.shape.words();
-        let start = (set * ORDERS + order) * words;
+        let start = (set * ROWS + row) * words;
         &mut self.hints[start..start + words]
     }
 
-    pub(super) fn hint_set(&mut self, set: usize, order: usize, block: usize) {
+    pub(super) fn hint_set(&mut self, set: usize, row: usize, block: usize) {
         let shape = self.shape;
-        self.present[set] |= 1 << order;
-        bitmap::set(self.hints(set, order), &shape, block);
+        self.present[set] |= 1 << row;
+        bitmap::set(self.hints(set, row), &shape, block);
     }
 
-    pub(super) fn hint_clear(&mut self, set: usize, order: usize, block: usize) {
+    pub(super) fn hint_clear(&mut self, set: usize, row: usize, block: usize) {
         let shape = self.shape;
-        if bitmap::clear(self.hints(set, order), &shape, block) {
-            self.present[set] &= !(1 << order);
+        if bitmap::clear(self.hints(set, row), &shape, block) {
+            self.present[set] &= !(1 << row);
         }
     }
 
-    pub(super) fn hint_next(&self, set: usize, order: usize, from: usize) -> Option<usize> {
+    pub(super) fn hint_next(&self, set: usize, row: usize, from: usize) -> Option<usize> {
         let words = self.shape.words();
-        let start = (set * ORDERS + order) * words;
+        let start = (set * ROWS + row) * words;
         bitmap::next(&self.hints[start..start + words], &self.shape, from)
+    }
+
+    /// Whether a block was broken up for orders 7 and 8, and serves only these.
+    pub(super) fn is_long(&self, block: usize) -> bool {
+        let first = BITMAPS * self.shape.words();
+        self.hints[first + block / 64] >> (block % 64) & 1 != 0
+    }
+
+    /// The row that lists a block's runs of an order below 9.
+    pub(super) fn row_of(&self, block: usize, order: usize) -> usize {
+        if LONG_ORDERS.contains(&order) && self.is_long(block) {
+            order + LONG
+        } else {
+            order
+        }
+    }
+
+    /// Makes a block long or short; its runs of orders 7 and 8 change their row.
+    fn set_long(&mut self, block: usize, long: bool) {
+        if self.is_long(block) == long {
+            return;
+        }
+        let orders = bits::orders(self.summaries[block]);
+        let set = self.type_of(block).hint_set();
+        for order in LONG_ORDERS.filter(|order| orders >> order & 1 != 0) {
+            if let Some(set) = set {
+                let (from, to) = if long {
+                    (order, order + LONG)
+                } else {
+                    (order + LONG, order)
+                };
+                self.hint_clear(set, from, block);
+                self.hint_set(set, to, block);
+            }
+        }
+        let first = BITMAPS * self.shape.words();
+        self.hints[first + block / 64] ^= 1 << (block % 64);
+    }
+
+    /// A block of `order` is about to be taken out of a run: who breaks a whole block says what it is for, and whoever takes less
+    /// than order 7 out of a long block makes it short.
+    pub(super) fn settle_use(&mut self, found: &Found, order: usize) {
+        let long = LONG_ORDERS.contains(&order);
+        if order < BLOCK_ORDER && (found.order >= BLOCK_ORDER || !long) {
+            self.set_long(found.block, long);
+        }
     }
 
     /// The pair with which `block`, were it whole, would make an order-10 run.
@@ -97,15 +143,20 @@ impl Core {
         }
         self.summaries[block] = after;
         if let Some(set) = self.type_of(block).hint_set() {
-            let (old, new) = (bits::orders(before), bits::orders(after));
+            let (old, new) = if (before ^ after) & WHOLE == 0 {
+                (bits::short_orders(before), bits::short_orders(after))
+            } else {
+                (bits::orders(before), bits::orders(after))
+            };
             let mut changed = (old ^ new) & 0x1ff;
             while changed != 0 {
                 let order = changed.trailing_zeros() as usize;
                 changed &= changed - 1;
+                let row = self.row_of(block, order);
                 if new >> order & 1 != 0 {
-                    self.hint_set(set, order, block);
+                    self.hint_set(set, row, block);
                 } else {
-                    self.hint_clear(set, order, block);
+                    self.hint_clear(set, row, block);
                 }
             }
         }

@@ -102,6 +102,7 @@ impl Core {
     /// Takes the lower `2^order` frames of a run that `find` gave; the first frame's number.
     pub fn take(&mut self, found: &Found, order: usize) -> Option<u64> {
         let segment = segment::of_block(self.segments, found.block)?;
+        self.settle_use(found, order);
         self.mark(segment, found.block, found.offset, order, false);
         Some(segment.base_of(found.block) + u64::from(found.offset))
     }
@@ -126,6 +127,7 @@ impl Core {
             let Some(segment) = segment::of_block(self.segments, found.block) else {
                 break;
             };
+            self.settle_use(&found, order);
             if order > 5 || most == 1 {
                 give.one(segment.base_of(found.block) + u64::from(found.offset));
                 self.mark(segment, found.block, found.offset, order, false);

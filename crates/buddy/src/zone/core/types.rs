@@ -31,11 +31,12 @@ impl Core {
             self.unlist_whole(segment, block);
         }
         for order in (0..9).filter(|order| mask >> order & 1 != 0) {
+            let row = self.row_of(block, order);
             if let Some(set) = from.hint_set() {
-                self.hint_clear(set, order, block);
+                self.hint_clear(set, row, block);
             }
             if let Some(set) = to.hint_set() {
-                self.hint_set(set, order, block);
+                self.hint_set(set, row, block);
             }
         }
         if from == MigrateType::Cma {
