@@ -76,16 +76,19 @@ impl Array {
     }
 
     /// How many objects it held when it last changed hands (`I2`).
+    #[inline]
     pub fn len(&self) -> usize {
         self.n.get() as usize
     }
 
     /// Notes how many objects it holds.
+    #[inline]
     pub fn set_len(&self, n: usize) {
         self.n.set(n as u32);
     }
 
     /// How many slots it has.
+    #[inline]
     pub fn capacity(&self) -> usize {
         self.cap.get() as usize
     }
@@ -112,6 +115,7 @@ impl ArrayStack {
     /// # Safety
     ///
     /// The caller owns the array and gives it to the stack (`I3`); its length is right.
+    #[inline]
     pub unsafe fn push(&mut self, array: NonNull<Array>) {
         // SAFETY: the caller owns the array.
         let header = unsafe { array.as_ref() };
@@ -121,6 +125,7 @@ impl ArrayStack {
     }
 
     /// Takes the top array.
+    #[inline]
     pub fn pop(&mut self) -> Option<NonNull<Array>> {
         let array = NonNull::new(self.top)?;
         // SAFETY: the stack owns the arrays on it.

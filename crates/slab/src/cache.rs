@@ -17,7 +17,6 @@ use kmem_hal::sync::{AtomicPtr, Ordering};
 use kmem_hal::{AllocError, Cpu, ObjectAlloc, Reserve};
 
 use crate::geometry::Geometry;
-use crate::harden::GRAIN;
 use crate::info::CacheInfo;
 use crate::kmalloc::Flags;
 use crate::platform::Platform;
@@ -97,9 +96,7 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
             align_of::<T>() <= 4096,
             "a cache serves alignments up to a page"
         );
-        let least = if H::FEATURES.check { GRAIN } else { 0 };
-        let size = size_of::<T>() + H::FEATURES.extra();
-        match Geometry::new(if size < least { least } else { size }, align_of::<T>()) {
+        match Geometry::new(size_of::<T>() + H::FEATURES.extra(), align_of::<T>()) {
             Some(geometry) => geometry,
             None => panic!("a cache serves objects up to 4 MiB"),
         }
@@ -208,9 +205,15 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
         if H::FEATURES.check {
             let raw_of = || Some(NonNull::from(raw));
             let features = self.features();
-            // What has hooks keeps its content, and so does a red zone over the whole object: only its state is marked.
-            self.system
-                .on_alloc(features, raw_of, raw.column, object, size_of::<T>(), place);
+            self.system.on_alloc(
+                features,
+                raw_of,
+                raw.column,
+                Self::GEOMETRY.size(),
+                object,
+                size_of::<T>(),
+                place,
+            );
         }
     }
 

@@ -87,13 +87,7 @@ impl<P: Platform> SlabSystem<P> {
         let objects = geometry.objects_in(pages);
         let base = memory.as_ptr().wrapping_add(cache.next_colour(pages));
         slab.set_memory(base, pages, objects);
-        if !self.harden_slab(cache, slab) {
-            slab.clear_memory();
-            // SAFETY: the pages were taken above, and nobody has seen them.
-            unsafe { block::give_pages(platform, frame, pages) };
-            self.bury(cache, slab);
-            return Err(AllocError::OutOfMemory);
-        }
+        self.harden_slab(cache, slab);
         if let Some(hooks) = cache.setup.hooks {
             for index in 0..objects {
                 // SAFETY: the object is memory of the cache's size and alignment that belongs to this call.
@@ -138,7 +132,6 @@ impl<P: Platform> SlabSystem<P> {
                 }
             }
             let pages = slab.pages();
-            self.unharden_slab(cache, slab);
             let first = Frame::containing(platform.map().to_phys(slab.base()));
             slab.clear_memory();
             let order = Order::for_frames(pages).unwrap_or(Order::ZERO);

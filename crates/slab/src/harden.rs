@@ -1,44 +1,39 @@
 //! What policies do to objects on their way out and back.
 //!
 //! ```text
-//!   slot of a cache        [ object .......... | red zone ...... | record: size, source line ]      Redzone, Owner
-//!                            0x6b while free     0xbb
-//!   frame slot of a page   index word -> 256 state bytes, one per 16 bytes of the page
-//!                            0 no object starts here, 1 free, 0x80 | column of its cache: in use
+//!   slot of a cache   [ object .......... | red zone ...... | record: size, source line | tag ]
+//!                       0x6b while free     0xbb                                          8 bytes
+//!                       Poison              Redzone           Redzone, Owner              all that check
 //! ```
 //!
+//! The tag is a function of the object's address and of its cache's column: one value while the object is in use, its complement while it is free.
+//! So a free compares one word with what it must be, without looking anything up: a second free finds the complement, an
+//! address inside an object, or one of another cache or class, finds another object's tag or none.
+//!
 //! Invariants
-//! - `I1`: of a cache that checks, the index word of every frame of a live slab is the address of the page's states, which belong to the
-//!   slab until it goes back. The state of an object is written by whoever owns the object.
-//! - `I2`: a state says "in use" exactly while the object is in a user's hands. So the state alone tells a double free, a pointer
-//!   into an object and, by the column, a free to the wrong cache.
+//! - `I1`: of a cache that checks, the last word of every slot of a live slab is a tag. It is written by whoever owns the object.
+//! - `I2`: a tag says "in use" exactly while the object is in a user's hands and nobody wrote behind it.
 //! - `I3`: with `Poison`, the bytes before the record of a free object are all `FREED`.
+//!
+//! What it does not find: a free of an address at whose slot somebody wrote the very tag (one in 2^64 by accident).
 //!
 //! Nothing here runs in a build without policies.
 
 use core::panic::Location;
 use core::ptr::{self, NonNull};
 
-use kmem_hal::sync::{LocalU8, Ordering};
-use kmem_hal::{Cpu, FrameTag, PAGE_SIZE};
+use kmem_hal::sync::Ordering;
+use kmem_hal::{Cpu, Frame, PhysMap};
 
 use crate::array::{Array, MAX_SLOTS};
+use crate::grow::object_at;
 use crate::head::Head;
 use crate::misuse::Misuse;
 use crate::platform::Platform;
-use crate::policy::{Features, RECORD};
+use crate::policy::{Features, RECORD, TAG};
 use crate::raw::RawCache;
 use crate::slab::Slab;
 use crate::system::SlabSystem;
-
-/// Bytes of a page that one state stands for.
-pub(crate) const GRAIN: usize = 16;
-
-/// States of a page.
-pub(crate) const STATES: usize = PAGE_SIZE as usize / GRAIN;
-
-const FREE: u8 = 1;
-const IN_USE: u8 = 0x80;
 
 /// What fills freed objects, new ones, and red zones (Linux's `POISON_FREE`, `POISON_INUSE`, `SLUB_RED_ACTIVE` in spirit).
 const FREED: u8 = 0x6b;
@@ -55,27 +50,43 @@ struct Record {
 
 const _: () = assert!(size_of::<Record>() <= RECORD);
 
+/// Tells a tag from what programs write.
+const SALT: u64 = 0x00a5_b1c3_96d7_2e4f;
+
+/// The tag of an object in use; that of a free one is its complement.
+#[inline(always)]
+fn in_use(object: NonNull<u8>, column: u32) -> u64 {
+    object.as_ptr().addr() as u64 ^ SALT ^ u64::from(column) << 56
+}
+
+/// Where the tag of an object is, in a slot of so many bytes.
+#[inline(always)]
+fn tag_of(object: NonNull<u8>, slot: usize) -> *mut u64 {
+    object.as_ptr().wrapping_add(slot - TAG).cast()
+}
+
 impl<P: Platform> SlabSystem<P> {
-    /// The state of the object at `address`; `None` where the address lies in no slab that checks, or no object can start there.
+    /// Whether the tag of an object at this address could be read at all.
     #[inline(always)]
-    fn state_of(&self, address: *mut u8) -> Option<&LocalU8> {
-        let (_, slot) = Self::slot_of(self.platform()?, address)?;
-        let states = slot.index().load(Ordering::Relaxed) as usize;
-        if slot.tag() != FrameTag::Slab || states == 0 || !address.addr().is_multiple_of(8) {
-            return None;
-        }
-        let at = (address.addr() % PAGE_SIZE as usize) / GRAIN;
-        // SAFETY: the index word of a slab's frame is the exposed address of the page's states (I1).
-        Some(unsafe { &*ptr::with_exposed_provenance::<LocalU8>(states).add(at) })
+    fn is_readable(&self, tag: *mut u64) -> bool {
+        let Some(platform) = self.platform() else {
+            return false;
+        };
+        let last = tag.cast::<u8>().wrapping_add(TAG - 1);
+        let frame = |byte: *mut u8| Frame::containing(platform.map().to_phys(byte));
+        let reach = platform.map().reach();
+        reach.contains(frame(tag.cast())) && reach.contains(frame(last))
     }
 
-    /// Marks an object that is about to be given, and prepares its bytes.
+    /// Marks an object that is about to be given, and prepares its bytes. A slot of its cache has `slot` bytes.
     #[inline(always)]
+    #[allow(clippy::too_many_arguments)]
     pub(crate) fn on_alloc(
         &self,
         features: Features,
         cache: impl FnOnce() -> Option<NonNull<RawCache<P::Lock>>>,
         column: u32,
+        slot: usize,
         object: NonNull<u8>,
         size: usize,
         place: &'static Location<'static>,
@@ -83,15 +94,14 @@ impl<P: Platform> SlabSystem<P> {
         if !features.check {
             return;
         }
-        if let Some(state) = self.state_of(object.as_ptr()) {
-            state.set(IN_USE | column as u8);
-        }
         if features.more()
             && let Some(cache) = cache()
         {
             // SAFETY: caches live as long as their objects.
             self.prepare(features, unsafe { cache.as_ref() }, object, size, place);
         }
+        // SAFETY: the last word of the object's slot (I1), which belongs to this call.
+        unsafe { tag_of(object, slot).write_unaligned(in_use(object, column)) };
     }
 
     #[inline(never)]
@@ -103,7 +113,7 @@ impl<P: Platform> SlabSystem<P> {
         size: usize,
         place: &'static Location<'static>,
     ) {
-        let end = cache.geometry().size() - record_bytes(features);
+        let end = cache.geometry().size() - bytes_behind(features);
         if features.poison {
             self.verify_poison(cache, object);
             // SAFETY: the object belongs to this call; `end` bytes of it are before the record.
@@ -114,7 +124,7 @@ impl<P: Platform> SlabSystem<P> {
             if features.redzone {
                 object.add(size).write_bytes(ZONE, end - size);
             }
-            if record_bytes(features) > 0 {
+            if features.redzone || features.owner {
                 let record = Record {
                     place: features.owner.then_some(place),
                     size: size as u32,
@@ -127,7 +137,7 @@ impl<P: Platform> SlabSystem<P> {
     /// The bytes of an object in use that its owner may use.
     pub(crate) fn usable(&self, cache: &RawCache<P::Lock>, object: NonNull<u8>) -> usize {
         let features = cache.setup.features;
-        let end = cache.geometry().size() - record_bytes(features);
+        let end = cache.geometry().size() - bytes_behind(features);
         if !features.redzone {
             return end;
         }
@@ -138,7 +148,7 @@ impl<P: Platform> SlabSystem<P> {
 
     /// Reports a free object that was written to.
     fn verify_poison(&self, cache: &RawCache<P::Lock>, object: NonNull<u8>) {
-        let end = cache.geometry().size() - record_bytes(cache.setup.features);
+        let end = cache.geometry().size() - bytes_behind(cache.setup.features);
         // SAFETY: the object belongs to the caller, and all its bytes were written when the slab was made.
         let bytes = unsafe { core::slice::from_raw_parts(object.as_ptr(), end) };
         if let Some(offset) = bytes.iter().position(|&byte| byte != FREED) {
@@ -173,34 +183,23 @@ impl<P: Platform> SlabSystem<P> {
         if !features.check {
             return Some(object);
         }
-        let state = self
-            .state_of(object.as_ptr())
-            .filter(|state| state.get() == IN_USE | column as u8)
-            .filter(|_| self.starts_here(slot, object));
-        let Some(state) = state else {
+        let (tag, expected) = (tag_of(object, slot), in_use(object, column));
+        // SAFETY: memory that can be read; whose it is, what is found there tells.
+        let is_ours = self.is_readable(tag) && unsafe { tag.read_unaligned() } == expected;
+        if !is_ours {
             if let Some(cache) = cache() {
                 // SAFETY: caches live as long as the system or their owner, which is in this call.
                 self.refuse(unsafe { cache.as_ref() }, object.as_ptr());
             }
             return None;
-        };
+        }
+        // SAFETY: the tag says that the object is in use (I2), and the caller gives it up.
+        unsafe { tag.write_unaligned(!expected) };
         if !features.more() {
-            state.set(FREE);
             return Some(object);
         }
-        // SAFETY: as above; the state says that the object is in use and the caller gives it up.
+        // SAFETY: as above.
         cache().and_then(|cache| unsafe { self.put_away(features, cache.as_ref(), object, size) })
-    }
-
-    /// Whether an object of `slot` bytes, one of which starts in this grain, starts at this very address.
-    #[inline(always)]
-    fn starts_here(&self, slot: usize, object: NonNull<u8>) -> bool {
-        if slot.is_multiple_of(GRAIN) {
-            return object.as_ptr().addr().is_multiple_of(GRAIN);
-        }
-        self.platform()
-            .and_then(|platform| Self::slab_of(platform, object.as_ptr()))
-            .is_some_and(|slab| (object.as_ptr().addr() - slab.base().addr()).is_multiple_of(slot))
     }
 
     /// Says what is wrong with a free that was refused.
@@ -208,15 +207,30 @@ impl<P: Platform> SlabSystem<P> {
     #[inline(never)]
     fn refuse(&self, cache: &RawCache<P::Lock>, pointer: *mut u8) {
         // Whatever is no object of the cache is reported there.
-        if self.check_object(cache, pointer).is_some() {
-            self.report(
-                cache,
-                Misuse::DoubleFree {
-                    cache: cache.setup.name,
-                    address: pointer.addr(),
-                },
-            );
-        }
+        let (true, Some(object)) = (
+            self.check_object(cache, pointer).is_some(),
+            NonNull::new(pointer),
+        ) else {
+            return;
+        };
+        let slot = cache.geometry().size();
+        // SAFETY: the tag of an object of a live slab of this cache (I1).
+        let tag = unsafe { tag_of(object, slot).read_unaligned() };
+        let (cache_name, address) = (cache.setup.name, pointer.addr());
+        let misuse = if tag == !in_use(object, cache.column) {
+            Misuse::DoubleFree {
+                cache: cache_name,
+                address,
+            }
+        } else {
+            // In use or free: the tag that would tell is gone, and the object stays where it is.
+            Misuse::Overrun {
+                cache: cache_name,
+                address,
+                offset: slot - TAG,
+            }
+        };
+        self.report(cache, misuse);
     }
 
     /// Looks at red zone and size, fills the object, and lets it wait.
@@ -233,7 +247,7 @@ impl<P: Platform> SlabSystem<P> {
         size: Option<usize>,
     ) -> Option<NonNull<u8>> {
         let address = object.as_ptr().addr();
-        let end = cache.geometry().size() - record_bytes(features);
+        let end = cache.geometry().size() - bytes_behind(features);
         if features.redzone {
             // SAFETY: the object is in use, so its record was written; every byte before it was written too.
             let (record, bytes) = unsafe {
@@ -272,9 +286,6 @@ impl<P: Platform> SlabSystem<P> {
         if features.poison {
             // SAFETY: the caller gave the object up.
             unsafe { object.write_bytes(FREED, end) };
-        }
-        if let Some(state) = self.state_of(object.as_ptr()) {
-            state.set(FREE);
         }
         if features.quarantine == 0 {
             return Some(object);
@@ -368,57 +379,23 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
-    /// Gives a new slab of a cache that checks its states and fills; `false` where there is no memory for them.
-    pub(crate) fn harden_slab(&self, cache: &RawCache<P::Lock>, slab: &Slab) -> bool {
+    /// Tags and fills the objects of a new slab, which belongs to the caller.
+    pub(crate) fn harden_slab(&self, cache: &RawCache<P::Lock>, slab: &Slab) {
         let features = cache.setup.features;
         if !features.check {
-            return true;
-        }
-        // SAFETY: a cache exists, so the system is ready.
-        let platform = unsafe { self.platform_unchecked() };
-        for page in 0..slab.pages() as usize {
-            let start = slab.base().wrapping_add(page * PAGE_SIZE as usize);
-            let Ok(states) = self.states.alloc(platform) else {
-                self.unharden_slab(cache, slab);
-                return false;
-            };
-            // SAFETY: the pool's objects have room for the states of a page, which belong to this call; all-zero is "no object".
-            unsafe { states.write_bytes(0, STATES) };
-            if let Some((_, slot)) = Self::slot_of(platform, start) {
-                let word = states.as_ptr().expose_provenance() as u64;
-                slot.index().store(word, Ordering::Relaxed);
-            }
+            return;
         }
         let size = cache.geometry().size();
         for number in 0..slab.objects() {
-            let object = slab.base().wrapping_add(number * size);
-            if let Some(state) = self.state_of(object) {
-                state.set(FREE);
-            }
-            if features.poison {
-                // SAFETY: the whole slab belongs to this call.
-                unsafe { object.write_bytes(FREED, size) };
-            }
-        }
-        true
-    }
-
-    /// Takes the states of a slab that goes back.
-    pub(crate) fn unharden_slab(&self, cache: &RawCache<P::Lock>, slab: &Slab) {
-        if !cache.setup.features.check {
-            return;
-        }
-        // SAFETY: a cache exists, so the system is ready.
-        let platform = unsafe { self.platform_unchecked() };
-        for page in 0..slab.pages() as usize {
-            let start = slab.base().wrapping_add(page * PAGE_SIZE as usize);
-            let Some((_, slot)) = Self::slot_of(platform, start) else {
+            let Some(object) = NonNull::new(object_at(cache, slab, number)) else {
                 continue;
             };
-            let word = slot.index().swap(0, Ordering::Relaxed) as usize;
-            if let Some(states) = NonNull::new(ptr::with_exposed_provenance_mut::<u8>(word)) {
-                // SAFETY: the states came from this pool, and the word that named them is gone.
-                unsafe { self.states.free(states) };
+            // SAFETY: the whole slab belongs to this call.
+            unsafe {
+                if features.poison {
+                    object.write_bytes(FREED, size);
+                }
+                tag_of(object, size).write_unaligned(!in_use(object, cache.column));
             }
         }
     }
@@ -435,17 +412,23 @@ impl<P: Platform> SlabSystem<P> {
             if !features.owner {
                 return;
             }
-            let end = cache.geometry().size() - record_bytes(features);
+            // A class that is smaller than the record is never used.
+            let Some(end) = cache.geometry().size().checked_sub(bytes_behind(features)) else {
+                return;
+            };
             cache.for_each_slab(|slab| {
                 for number in 0..slab.objects() {
-                    let object = slab.base().wrapping_add(number * cache.geometry().size());
-                    let state = self.state_of(object).map_or(FREE, LocalU8::get);
-                    if state & IN_USE != 0 {
+                    let Some(object) = NonNull::new(object_at(cache, slab, number)) else {
+                        continue;
+                    };
+                    // SAFETY: the tag of an object of a live slab (I1), which nobody changes meanwhile.
+                    let tag = unsafe { tag_of(object, cache.geometry().size()).read_unaligned() };
+                    if tag == in_use(object, cache.column) {
                         // SAFETY: an object in use has a record, which nobody changes meanwhile.
                         let record = unsafe { object.add(end).cast::<Record>().read_unaligned() };
                         each(&Owned {
                             cache: cache.setup.name,
-                            address: object.addr(),
+                            address: object.as_ptr().addr(),
                             size: record.size as usize,
                             place: record.place,
                         });
@@ -463,12 +446,13 @@ impl<P: Platform> SlabSystem<P> {
     }
 }
 
-/// Bytes of the record behind the objects of a cache.
-const fn record_bytes(features: Features) -> usize {
+/// Bytes of record and tag behind the objects of a cache.
+pub(crate) const fn bytes_behind(features: Features) -> usize {
+    let tag = if features.check { TAG } else { 0 };
     if features.redzone || features.owner {
-        RECORD
+        RECORD + tag
     } else {
-        0
+        tag
     }
 }
 

@@ -91,27 +91,32 @@ impl Head {
     }
 
     /// Objects in the loaded array.
+    #[inline]
     pub fn loaded_len(&self) -> usize {
         slots_between(self.base.get(), self.top.get())
     }
 
     /// Objects in the spare array.
+    #[inline]
     pub fn spare_len(&self) -> usize {
         // SAFETY: a head's spare array is one of the system's, whose memory stays memory for arrays while the system lives.
         unsafe { self.spare.get().as_ref() }.map_or(0, Array::len)
     }
 
     /// Slots of the loaded array; 0 where there are no arrays.
+    #[inline]
     pub fn capacity(&self) -> usize {
         slots_between(self.base.get(), self.end.get())
     }
 
     /// Objects in both arrays; exact only for the CPU itself or where it is quiet.
+    #[inline]
     pub fn cached(&self) -> usize {
         self.loaded_len() + self.spare_len()
     }
 
     /// Frees counted on this CPU, derived (`I4`); exact only where the CPU is quiet.
+    #[inline]
     pub fn frees(&self) -> u64 {
         self.allocs
             .get()
@@ -137,6 +142,7 @@ impl Default for Head {
 }
 
 /// Slots from `from` to `to` of one array, or 0 where a reader without the flag sees words of two.
+#[inline]
 fn slots_between(from: *mut Slot, to: *mut Slot) -> usize {
     let slots = to.addr().wrapping_sub(from.addr()) / size_of::<Slot>();
     if slots <= crate::array::MAX_SLOTS {
@@ -219,6 +225,7 @@ impl Busy<'_> {
     }
 
     /// Exchanges the loaded array and the spare one. There are arrays.
+    #[inline]
     pub fn swap(&self) {
         let head = self.0;
         let (loaded, n) = (self.loaded(), head.loaded_len());
@@ -232,11 +239,13 @@ impl Busy<'_> {
     }
 
     /// The loaded array, null where there is none; the head keeps its count.
+    #[inline]
     pub fn loaded(&self) -> *mut Array {
         Array::of_slots(self.0.base.get())
     }
 
     /// Makes `array`, which the caller owns, the loaded one. Whatever was loaded is the caller's.
+    #[inline]
     pub fn load(&self, array: NonNull<Array>) {
         let head = self.0;
         // SAFETY: the caller owns the array.
@@ -252,12 +261,14 @@ impl Busy<'_> {
     }
 
     /// Notes that the loaded array holds its first `n` slots.
+    #[inline]
     pub fn set_loaded_len(&self, n: usize) {
         debug_assert!(n <= self.0.capacity());
         self.0.top.set(self.0.base.get().wrapping_add(n));
     }
 
     /// Exchanges the spare array for another that the caller owns; the old one, its count noted, is the caller's.
+    #[inline]
     pub fn replace_spare(&self, array: *mut Array) -> *mut Array {
         let old = self.0.spare.get();
         self.0.spare.set(array);
@@ -280,6 +291,7 @@ impl Busy<'_> {
     }
 
     /// Adds to the objects that came from depot and slabs.
+    #[inline]
     pub fn add_taken(&self, objects: usize) {
         self.0
             .net
@@ -287,6 +299,7 @@ impl Busy<'_> {
     }
 
     /// Adds to the objects that went to depot and slabs.
+    #[inline]
     pub fn add_given(&self, objects: usize) {
         self.0
             .net
@@ -294,6 +307,7 @@ impl Busy<'_> {
     }
 
     /// Notes an exchange, refill or flush; answers how many in a row followed the one before within about an array's worth of calls.
+    #[inline]
     pub fn note_event(&self) -> u32 {
         let head = self.0;
         let calls = head.allocs.get().wrapping_add(head.frees());

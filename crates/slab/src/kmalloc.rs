@@ -11,6 +11,7 @@ use kmem_hal::sync::Ordering;
 use kmem_hal::{AllocError, Context, FrameRequest, LargeSource, Order, PAGE_SIZE, PhysAddr};
 
 use crate::class::{CLASSES, class_of, class_size};
+use crate::harden::bytes_behind;
 use crate::head::COLUMNS;
 use crate::misuse::Misuse;
 use crate::platform::Platform;
@@ -158,6 +159,7 @@ impl<P: Platform> SlabSystem<P> {
             Self::FEATURES,
             || self.class(class).map(NonNull::from),
             class as u32,
+            class_size(class).unwrap_or(0),
             object,
             size,
             Location::caller(),
@@ -392,7 +394,7 @@ impl<P: Platform> SlabSystem<P> {
         let old_class = Self::class_for(layout.size(), align);
         let same = match (old_class, Self::class_for(new_size, align)) {
             (Some(old), Some(new)) => {
-                old == new && (Self::FEATURES.extra() == 0 && Self::FEATURES.sample == 0)
+                old == new && !Self::FEATURES.keeps_size() && Self::FEATURES.sample == 0
             }
             (None, None) => NonNull::new(memory)
                 .and_then(|memory| self.ksize(memory))
@@ -417,11 +419,11 @@ impl<P: Platform> SlabSystem<P> {
 
     /// Whether an allocation with `had` usable bytes is what `size` bytes would get.
     fn fits_in_place(&self, had: usize, size: usize, align: usize) -> bool {
-        if Self::FEATURES.extra() > 0 || Self::FEATURES.sample > 0 {
+        if Self::FEATURES.keeps_size() || Self::FEATURES.sample > 0 {
             return had == size;
         }
-        match class_of(size, align).and_then(class_size) {
-            Some(class) => class == had,
+        match Self::class_for(size, align).and_then(class_size) {
+            Some(class) => class == had + bytes_behind(Self::FEATURES),
             None => {
                 size <= had && size.div_ceil(PAGE_SIZE as usize) == had.div_ceil(PAGE_SIZE as usize)
             }

@@ -85,7 +85,6 @@ impl<P: Platform> SlabSystem<P> {
             + self.caches.frames()
             + self.descriptors.frames()
             + self.words.frames()
-            + self.states.frames()
             + self.arrays.iter().map(MetaPool::frames).sum::<u64>()
     }
 
@@ -145,7 +144,7 @@ impl<P: Platform> SlabSystem<P> {
             class.store(ptr::null_mut(), Ordering::Relaxed);
         }
         *self.registry.lock() = Registry::new();
-        for pool in [&self.caches, &self.descriptors, &self.words, &self.states]
+        for pool in [&self.caches, &self.descriptors, &self.words]
             .into_iter()
             .chain(&self.arrays)
         {

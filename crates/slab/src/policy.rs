@@ -5,12 +5,12 @@
 //! | policy | finds | costs |
 //! |---|---|---|
 //! | [`Plain`] | double, invalid and foreign frees when the object reaches its slab | nothing |
-//! | [`Check`] | the same, and frees to the wrong cache or with the wrong size, **at the call**, which then changes nothing | a byte per 16, a look-up each way |
-//! | [`Redzone`] | writes behind the object, and a free with another size than was asked for | 32 bytes an object; a scan at the free |
+//! | [`Check`] | the same, and frees to the wrong cache or with the wrong size, **at the call**, which then changes nothing | 8 bytes an object; a word written each way |
+//! | [`Redzone`] | writes behind the object, and a free with another size than was asked for | 40 bytes an object; a scan at the free |
 //! | [`Poison`] | writes to freed objects, at their next allocation | both ways touch the whole object |
 //! | [`Quarantine<N>`](Quarantine) | more of what `Check` and `Poison` find: the last `N` freed objects of each cache wait before they are given again | a lock a free |
 //! | [`Shuffle`] | nothing; makes the order of addresses hard to guess | a swap an object at each refill |
-//! | [`Owner`] | who allocated what is still there: cache, size and source line | 16 bytes an object |
+//! | [`Owner`] | who allocated what is still there: cache, size and source line | 24 bytes an object |
 //! | [`Guard<EVERY>`](Guard) | out-of-bounds accesses of one in `EVERY` allocations, by a page fault | an allocation from the large source for each of them |
 //!
 //! `Redzone`, `Poison`, `Quarantine` and `Owner` check as well.
@@ -32,6 +32,9 @@ pub struct Features {
 
 /// Bytes of the record behind each object that [`Owner`] and [`Redzone`] keep.
 pub(crate) const RECORD: usize = 16;
+
+/// Bytes of the tag behind each object of a cache that checks.
+pub(crate) const TAG: usize = 8;
 
 /// The least bytes between an object and its record that [`Redzone`] watches.
 const ZONE: usize = 16;
@@ -73,16 +76,16 @@ impl Features {
     /// Bytes that an object needs beyond those asked for.
     #[must_use]
     pub const fn extra(self) -> usize {
-        if self.redzone {
-            RECORD + ZONE
-        } else if self.owner {
-            RECORD
-        } else {
-            0
-        }
+        let zone = if self.redzone { ZONE } else { 0 };
+        crate::harden::bytes_behind(self) + zone
     }
 
-    /// Whether more is to be done for each object than a look at its state.
+    /// Whether the size asked for is kept with each object.
+    pub(crate) const fn keeps_size(self) -> bool {
+        self.redzone | self.owner
+    }
+
+    /// Whether more is to be done for each object than a look at its tag.
     pub(crate) const fn more(self) -> bool {
         self.redzone | self.poison | self.owner | (self.quarantine > 0)
     }
@@ -104,8 +107,8 @@ impl Features {
 /// use kmem_slab::{Check, Features, Owner, Plain, Policy, Poison};
 ///
 /// assert_eq!(<Plain as Policy>::FEATURES, Features::PLAIN);
-/// assert_eq!(<Check as Policy>::FEATURES.extra(), 0);
-/// assert_eq!(<(Poison, Owner) as Policy>::FEATURES.extra(), 16);
+/// assert_eq!(<Check as Policy>::FEATURES.extra(), 8);
+/// assert_eq!(<(Poison, Owner) as Policy>::FEATURES.extra(), 24);
 /// ```
 #[doc(alias = "slab_debug")]
 pub trait Policy: 'static {

@@ -27,7 +27,6 @@ use kmem_hal::{AllocError, Cpu, Lock};
 use crate::array::{Array, MAX_SLOTS};
 use crate::class::{CLASSES, LARGEST_ALIGN, NAMES, class_size};
 use crate::geometry::Geometry;
-use crate::harden::STATES;
 use crate::head::Row;
 use crate::meta::MetaPool;
 use crate::platform::Platform;
@@ -85,8 +84,6 @@ pub struct SlabSystem<P: Platform> {
     pub(crate) caches: MetaPool,
     pub(crate) descriptors: MetaPool,
     pub(crate) words: MetaPool,
-    /// States of pages of caches that check.
-    pub(crate) states: MetaPool,
     /// Counts allocations for `Guard`.
     pub(crate) sampled: AtomicU64,
     pub(crate) arrays: [MetaPool; ARRAY_POOLS],
@@ -123,7 +120,6 @@ impl<P: Platform> SlabSystem<P> {
                 caches: MetaPool::new(size_of::<RawCache<P::Lock>>().next_multiple_of(64)),
                 descriptors: MetaPool::new(size_of::<Slab>().next_multiple_of(16)),
                 words: MetaPool::new(size_of::<MoreWords>().next_multiple_of(16)),
-                states: MetaPool::new(STATES),
                 sampled: AtomicU64::new(0),
                 arrays: [
                     MetaPool::new(Array::bytes(8).next_multiple_of(16)),

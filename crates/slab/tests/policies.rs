@@ -213,7 +213,7 @@ fn check_finds_the_wrong_class_the_wrong_cache_and_strangers() {
         world.seen()[..],
         [Misuse::WrongCache {
             cache: "kmalloc-224",
-            belongs_to: "kmalloc-64",
+            belongs_to: "kmalloc-80",
             ..
         }]
     ));
@@ -515,7 +515,44 @@ fn systems_with_any_policy_work() {
 }
 
 #[test]
-fn memory_for_states_may_run_out_anywhere() {
+fn check_finds_a_write_behind_the_object_at_its_free() {
+    let world: World<Check> = World::new();
+    let a = world.take(56);
+    let room = world.system.ksize(a).unwrap();
+    // SAFETY: the misuse under test: the first byte behind what may be used.
+    unsafe {
+        let behind = a.as_ptr().add(room);
+        let was = behind.read();
+        behind.write(!was);
+        world.system.kfree(a.as_ptr());
+        let seen = world.seen();
+        assert!(
+            matches!(seen[..], [Misuse::Overrun { address, offset, .. }]
+                if address == a.as_ptr().addr() && offset == room),
+            "{seen:?}"
+        );
+        // The object stayed where it was, and can be freed once the tag is whole again.
+        behind.write(was);
+        world.system.kfree(a.as_ptr());
+    }
+    world.end();
+}
+
+#[test]
+fn check_never_reads_what_is_not_mapped() {
+    let world: World<Check> = World::new();
+    let layout = Layout::from_size_align(100, 8).unwrap();
+    for address in [8usize, 4096, usize::MAX - 64, 1 << 40] {
+        let wild = std::ptr::without_provenance_mut::<u8>(address);
+        // SAFETY: the misuse under test.
+        unsafe { world.system.kfree_layout(NonNull::new(wild).unwrap(), layout) };
+        assert!(matches!(world.seen()[..], [Misuse::ForeignFree { .. }]));
+    }
+    world.end();
+}
+
+#[test]
+fn memory_for_hardened_slabs_may_run_out_anywhere() {
     for fail in 0..40 {
         let mut world: World<(Check, Owner)> = World::new();
         world
