@@ -23,7 +23,7 @@ use core::panic::Location;
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{Cpu, Frame, PhysMap};
+use kmem_hal::{Cpu, Frame, PAGE_SIZE, PhysMap};
 
 use crate::array::{Array, MAX_SLOTS};
 use crate::grow::object_at;
@@ -66,16 +66,57 @@ fn tag_of(object: NonNull<u8>, slot: usize) -> *mut u64 {
 }
 
 impl<P: Platform> SlabSystem<P> {
-    /// Whether the tag of an object at this address could be read at all.
+    /// Notes what memory is mapped: pointers to it are contiguous (hal `P1`), and it only grows (`P4`).
+    pub(crate) fn note_mapped(&self, platform: &P) {
+        let reach = platform.map().reach();
+        let bytes = usize::try_from(reach.count().saturating_mul(PAGE_SIZE)).unwrap_or(usize::MAX);
+        let first = platform.map().to_ptr(reach.first().start());
+        self.mapped_from.store(first.addr(), Ordering::Relaxed);
+        self.mapped_bytes.store(bytes, Ordering::Relaxed);
+    }
+
     #[inline(always)]
-    fn is_readable(&self, tag: *mut u64) -> bool {
+    fn is_mapped(&self, tag: *mut u64) -> bool {
+        let from = self.mapped_from.load(Ordering::Relaxed);
+        let inside = tag.addr().wrapping_sub(from) < self.mapped_bytes.load(Ordering::Relaxed);
+        inside || self.is_mapped_meanwhile(tag)
+    }
+
+    /// Looks again where memory may have been added since. What is below the first pointer of `init` is always looked up here.
+    #[cold]
+    #[inline(never)]
+    fn is_mapped_meanwhile(&self, tag: *mut u64) -> bool {
         let Some(platform) = self.platform() else {
             return false;
         };
-        let last = tag.cast::<u8>().wrapping_add(TAG - 1);
-        let frame = |byte: *mut u8| Frame::containing(platform.map().to_phys(byte));
-        let reach = platform.map().reach();
-        reach.contains(frame(tag.cast())) && reach.contains(frame(last))
+        let frame = Frame::containing(platform.map().to_phys(tag.cast()));
+        let is_mapped = platform.map().reach().contains(frame);
+        if is_mapped {
+            self.note_mapped(platform);
+        }
+        is_mapped
+    }
+
+    /// Turns the tag of an object in use into that of a free one; `false`, and nothing is changed, where it is not that of an object in use.
+    ///
+    /// # Safety
+    ///
+    /// The caller gives up the object, if it is one in use of the cache with this column and slots of this size.
+    #[inline(always)]
+    unsafe fn take_tag(&self, column: u32, slot: usize, object: NonNull<u8>) -> bool {
+        let (tag, expected) = (tag_of(object, slot), in_use(object, column));
+        // Objects are aligned to 8 bytes, so that a tag lies in one frame. What is not mapped cannot be looked at.
+        if !object.as_ptr().addr().is_multiple_of(TAG) || !self.is_mapped(tag) {
+            return false;
+        }
+        // SAFETY: mapped memory; whose it is, what is found there tells. Where it is the tag of an object in use, that is the caller's (I2).
+        unsafe {
+            let is_ours = tag.read() == expected;
+            if is_ours {
+                tag.write(!expected);
+            }
+            is_ours
+        }
     }
 
     /// Marks an object that is about to be given, and prepares its bytes. A slot of its cache has `slot` bytes.
@@ -98,21 +139,21 @@ impl<P: Platform> SlabSystem<P> {
             && let Some(cache) = cache()
         {
             // SAFETY: caches live as long as their objects.
-            self.prepare(features, unsafe { cache.as_ref() }, object, size, place);
+            self.prepare(unsafe { cache.as_ref() }, object, size, place);
         }
         // SAFETY: the last word of the object's slot (I1), which belongs to this call.
-        unsafe { tag_of(object, slot).write_unaligned(in_use(object, column)) };
+        unsafe { tag_of(object, slot).write(in_use(object, column)) };
     }
 
     #[inline(never)]
     fn prepare(
         &self,
-        features: Features,
         cache: &RawCache<P::Lock>,
         object: NonNull<u8>,
         size: usize,
         place: &'static Location<'static>,
     ) {
+        let features = cache.setup.features;
         let end = cache.geometry().size() - bytes_behind(features);
         if features.poison {
             self.verify_poison(cache, object);
@@ -183,23 +224,19 @@ impl<P: Platform> SlabSystem<P> {
         if !features.check {
             return Some(object);
         }
-        let (tag, expected) = (tag_of(object, slot), in_use(object, column));
-        // SAFETY: memory that can be read; whose it is, what is found there tells.
-        let is_ours = self.is_readable(tag) && unsafe { tag.read_unaligned() } == expected;
-        if !is_ours {
+        // SAFETY: the caller's promise.
+        if !unsafe { self.take_tag(column, slot, object) } {
             if let Some(cache) = cache() {
                 // SAFETY: caches live as long as the system or their owner, which is in this call.
                 self.refuse(unsafe { cache.as_ref() }, object.as_ptr());
             }
             return None;
         }
-        // SAFETY: the tag says that the object is in use (I2), and the caller gives it up.
-        unsafe { tag.write_unaligned(!expected) };
         if !features.more() {
             return Some(object);
         }
         // SAFETY: as above.
-        cache().and_then(|cache| unsafe { self.put_away(features, cache.as_ref(), object, size) })
+        cache().and_then(|cache| unsafe { self.put_away(cache.as_ref(), object, size) })
     }
 
     /// Says what is wrong with a free that was refused.
@@ -215,7 +252,7 @@ impl<P: Platform> SlabSystem<P> {
         };
         let slot = cache.geometry().size();
         // SAFETY: the tag of an object of a live slab of this cache (I1).
-        let tag = unsafe { tag_of(object, slot).read_unaligned() };
+        let tag = unsafe { tag_of(object, slot).read() };
         let (cache_name, address) = (cache.setup.name, pointer.addr());
         let misuse = if tag == !in_use(object, cache.column) {
             Misuse::DoubleFree {
@@ -237,16 +274,15 @@ impl<P: Platform> SlabSystem<P> {
     ///
     /// # Safety
     ///
-    /// As [`on_free`](Self::on_free); the object is in use.
+    /// As [`on_free`](Self::on_free); the object was in use, and its tag says that it is free.
     #[inline(never)]
     unsafe fn put_away(
         &self,
-        features: Features,
         cache: &RawCache<P::Lock>,
         object: NonNull<u8>,
         size: Option<usize>,
     ) -> Option<NonNull<u8>> {
-        let address = object.as_ptr().addr();
+        let (features, address) = (cache.setup.features, object.as_ptr().addr());
         let end = cache.geometry().size() - bytes_behind(features);
         if features.redzone {
             // SAFETY: the object is in use, so its record was written; every byte before it was written too.
@@ -395,7 +431,7 @@ impl<P: Platform> SlabSystem<P> {
                 if features.poison {
                     object.write_bytes(FREED, size);
                 }
-                tag_of(object, size).write_unaligned(!in_use(object, cache.column));
+                tag_of(object, size).write(!in_use(object, cache.column));
             }
         }
     }
@@ -422,7 +458,7 @@ impl<P: Platform> SlabSystem<P> {
                         continue;
                     };
                     // SAFETY: the tag of an object of a live slab (I1), which nobody changes meanwhile.
-                    let tag = unsafe { tag_of(object, cache.geometry().size()).read_unaligned() };
+                    let tag = unsafe { tag_of(object, cache.geometry().size()).read() };
                     if tag == in_use(object, cache.column) {
                         // SAFETY: an object in use has a record, which nobody changes meanwhile.
                         let record = unsafe { object.add(end).cast::<Record>().read_unaligned() };

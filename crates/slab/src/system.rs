@@ -21,7 +21,7 @@ use core::fmt;
 use core::mem::MaybeUninit;
 use core::ptr::{self, NonNull};
 
-use kmem_hal::sync::{AtomicPtr, AtomicU8, AtomicU64, Ordering, UnsafeCell};
+use kmem_hal::sync::{AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering, UnsafeCell};
 use kmem_hal::{AllocError, Cpu, Lock};
 
 use crate::array::{Array, MAX_SLOTS};
@@ -86,6 +86,9 @@ pub struct SlabSystem<P: Platform> {
     pub(crate) words: MetaPool,
     /// Counts allocations for `Guard`.
     pub(crate) sampled: AtomicU64,
+    /// The pointers of mapped memory as last looked up, for `Check`: the first, and how many bytes.
+    pub(crate) mapped_from: AtomicUsize,
+    pub(crate) mapped_bytes: AtomicUsize,
     pub(crate) arrays: [MetaPool; ARRAY_POOLS],
     pub(crate) registry: Lock<Registry<P::Lock>, P::Lock>,
     /// Counts requests to drain; each CPU's head notes the last it has answered.
@@ -121,6 +124,8 @@ impl<P: Platform> SlabSystem<P> {
                 descriptors: MetaPool::new(size_of::<Slab>().next_multiple_of(16)),
                 words: MetaPool::new(size_of::<MoreWords>().next_multiple_of(16)),
                 sampled: AtomicU64::new(0),
+                mapped_from: AtomicUsize::new(0),
+                mapped_bytes: AtomicUsize::new(0),
                 arrays: [
                     MetaPool::new(Array::bytes(8).next_multiple_of(16)),
                     MetaPool::new(Array::bytes(16).next_multiple_of(16)),
@@ -160,6 +165,7 @@ impl<P: Platform> SlabSystem<P> {
             .with_mut(|place| unsafe { (*place).write(platform) as &P });
         match self.start(platform) {
             Ok(row) => {
+                self.note_mapped(platform);
                 self.rows[0].store(row.as_ptr(), Ordering::Release);
                 self.state.store(READY, Ordering::Release);
                 Ok(())
