@@ -69,11 +69,12 @@ mod measure {
 
     use kmem_hal::sync::{counts, reset_counts};
 
-    use crate::clock::Watch;
+    use crate::clock::{Watch, race};
     use crate::harness::{Options, Runner, Slice, Workload};
     use crate::mixed::{Frames, Mixed};
     use crate::output::{Row, Unit};
-    use crate::platform::{Machine, Region, buddy};
+    use crate::platform::{Machine, Region, buddy, run_as};
+    use crate::rng::Rng;
 
     /// Locked instructions in `work`, by `ops`.
     fn locked(ops: u64, work: impl FnOnce()) -> f64 {
@@ -91,6 +92,7 @@ mod measure {
         pairs(&mut runner);
         mixed(&mut runner);
         refills(&mut runner);
+        replaces(&mut runner);
         runner.rows().to_vec()
     }
 
@@ -168,5 +170,49 @@ mod measure {
             Slice::value(count / 2.0)
         };
         runner.run(Workload::new("slab", "rmw_per_64", Unit::Count).with("kmem", again));
+    }
+
+    /// Locked instructions and stores to shared words for each replacement of a random live object, 8 to 4096 bytes, by two
+    /// CPUs at once: all that one of them does to lines of the other, the page allocator included.
+    fn replaces(runner: &mut Runner) {
+        const LIVE: usize = 25_000;
+        const REPLACES: u64 = 100_000;
+        let machine = Machine::leak(Region::new(1 << 15));
+        let layout = |rng: &mut Rng| {
+            let power = 3 + rng.below(9);
+            let size = (1 << power) + rng.below(1 << power);
+            Layout::from_size_align(size as usize, 8).expect("a layout")
+        };
+        let take = |layout: Layout| {
+            let object = machine.slab.alloc(layout);
+            assert!(!object.is_null(), "memory is free");
+            (object, layout)
+        };
+        let one = |seed: u64| {
+            let mut rng = Rng::new(seed);
+            let mut live: Vec<_> = (0..LIVE).map(|_| take(layout(&mut rng))).collect();
+            reset_counts();
+            for _ in 0..REPLACES {
+                let place = &mut live[rng.below(LIVE as u64) as usize];
+                // SAFETY: allocated with this layout, replaced below.
+                unsafe { machine.slab.dealloc(place.0, place.1) };
+                *place = take(layout(&mut rng));
+            }
+            let spent = counts();
+            for (object, layout) in live {
+                // SAFETY: allocated with this layout, freed once.
+                unsafe { machine.slab.dealloc(object, layout) };
+            }
+            (spent.locked + spent.stores) as f64
+        };
+        let both = |seed: u64, _: &mut Watch| {
+            let (_, spent) = race(|cpu| {
+                run_as(cpu);
+                one(2 * seed + cpu as u64)
+            });
+            Slice::value((spent[0] + spent[1]) / (2 * REPLACES) as f64)
+        };
+        let workload = Workload::new("slab", "shared_stores_replace", Unit::Count).threads(2);
+        runner.run(workload.n(LIVE as u64).with("kmem", both));
     }
 }

@@ -16,7 +16,7 @@
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{AllocError, Cpu, FrameRequest};
+use kmem_hal::{AllocError, Cpu, FrameRequest, LockGuard};
 
 use crate::array::{Array, Slot};
 use crate::depot::Depot;
@@ -106,16 +106,31 @@ impl<P: Platform> SlabSystem<P> {
                 drop(depot);
                 return busy.pop();
             }
+            if Self::wanted_slots(cache, busy, streak) == head.capacity() {
+                return Self::fill_loaded(cache, busy, depot, streak);
+            }
         }
+        // I2: memory without the lock.
         self.resize(cache, busy, streak);
-        cache.adapt_limit(streak, head.capacity());
-        let mut depot = cache.depot.lock(); // I1: busy is set
+        let depot = cache.depot.lock(); // I1: busy is set
+        Self::fill_loaded(cache, busy, depot, streak)
+    }
+
+    /// Fills the loaded array, which is empty, from the slabs, and takes one object.
+    fn fill_loaded(
+        cache: &RawCache<P::Lock>,
+        busy: &Busy<'_>,
+        mut depot: LockGuard<'_, Depot, P::Lock>,
+        streak: u32,
+    ) -> Option<NonNull<u8>> {
+        let capacity = busy.head().capacity();
         // SAFETY: there are arrays: the loaded one, owned by the head, has `capacity` slots and is empty.
         let n = unsafe {
             let slots = Array::slots(busy.loaded());
-            fill(cache, &mut depot, slots, head.capacity())
+            fill(cache, &mut depot, slots, capacity)
         };
         drop(depot);
+        cache.adapt_limit(streak, capacity);
         busy.set_loaded_len(n);
         busy.add_taken(n);
         busy.pop()

@@ -98,6 +98,52 @@ fn counting_refills_and_flushes_take_two_locked_instructions_for_64_objects() {
     give(&system, kept);
 }
 
+/// Random replacement of objects of 8 to 4096 bytes, sizes spread evenly over their logarithm: arrays absorb nearly all of it.
+#[test]
+fn counting_random_replacement_stores_nearly_nothing_to_shared_lines() {
+    const LIVE: usize = 20_000;
+    const REPLACES: u32 = 40_000;
+    let (_, system) = common::system(8192, 1);
+    let mut state = 1u64;
+    let mut random = |below: u64| {
+        state ^= state >> 12;
+        state ^= state << 25;
+        state ^= state >> 27;
+        (state.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 32) * below >> 32
+    };
+    let layout = |random: &mut dyn FnMut(u64) -> u64| {
+        let power = 3 + random(9);
+        let size = (1 << power) + random(1 << power);
+        Layout::from_size_align(size as usize, 8).unwrap()
+    };
+    let mut live: Vec<_> = (0..LIVE)
+        .map(|_| {
+            let layout = layout(&mut random);
+            (system.alloc(layout), layout)
+        })
+        .collect();
+    let mut replaces = |count: u32| {
+        for _ in 0..count {
+            let at = random(LIVE as u64) as usize;
+            let (object, old) = live[at];
+            // SAFETY: allocated with this layout, replaced below.
+            unsafe { system.dealloc(object, old) };
+            let new = layout(&mut random);
+            live[at] = (system.alloc(new), new);
+        }
+    };
+    // What came in one go lies in full slabs; after some lifetimes it does not.
+    replaces(8 * LIVE as u32);
+    let spent = cost(|| replaces(REPLACES));
+    assert!(live.iter().all(|(object, _)| !object.is_null()));
+    let each = (spent.locked + spent.stores) as f64 / f64::from(REPLACES);
+    assert!(each <= 0.05, "{each} for each replacement: {spent:?}");
+    for (object, layout) in live {
+        // SAFETY: allocated with this layout, freed once.
+        unsafe { system.dealloc(object, layout) };
+    }
+}
+
 struct World {
     arena: &'static Arena,
     system: System,

@@ -3,9 +3,9 @@
 #[path = "common/mod.rs"]
 mod common;
 
-use common::world::{SlabOp, run};
+use common::world::{SlabOp, run, run_with};
 use common::{Arena, system};
-use kmem_slab::Cache;
+use kmem_slab::{Cache, Check, Guard, Owner, Poison, Quarantine, Redzone, Shuffle};
 use kmem_testkit::ops::{ObjectOp, run_objects};
 use proptest::prelude::*;
 
@@ -30,11 +30,29 @@ thread_local! {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 16, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
     #[test]
     fn calls_agree_with_the_model(ops in prop::collection::vec(op(), 1..100)) {
         ARENA.with(|arena| run(arena, &ops));
+    }
+
+    /// What a policy adds changes nothing that a correct program can see.
+    #[test]
+    fn calls_agree_with_the_model_under_every_policy(
+        ops in prop::collection::vec(op(), 1..60),
+        policy in 0..8u8,
+    ) {
+        ARENA.with(|arena| match policy {
+            0 => run_with::<Check>(arena, &ops),
+            1 => run_with::<Redzone>(arena, &ops),
+            2 => run_with::<Poison>(arena, &ops),
+            3 => run_with::<Quarantine<7>>(arena, &ops),
+            4 => run_with::<Shuffle>(arena, &ops),
+            5 => run_with::<Owner>(arena, &ops),
+            6 => run_with::<Guard<3>>(arena, &ops),
+            _ => run_with::<(Check, Redzone, Poison, Quarantine<128>, Shuffle, Owner)>(arena, &ops),
+        });
     }
 
     #[test]

@@ -545,7 +545,11 @@ fn check_never_reads_what_is_not_mapped() {
     for address in [8usize, 4096, usize::MAX - 64, 1 << 40] {
         let wild = std::ptr::without_provenance_mut::<u8>(address);
         // SAFETY: the misuse under test.
-        unsafe { world.system.kfree_layout(NonNull::new(wild).unwrap(), layout) };
+        unsafe {
+            world
+                .system
+                .kfree_layout(NonNull::new(wild).unwrap(), layout)
+        };
         assert!(matches!(world.seen()[..], [Misuse::ForeignFree { .. }]));
     }
     world.end();

@@ -19,6 +19,8 @@
 //! | `hosted_sort`, `hosted_json` | a string made, sorted and dropped, or a record parsed, walked and dropped, by a program of which the heap is the global allocator |
 //! | `overhead` | bytes taken by bytes asked for, after all live objects were replaced many times |
 //! | `overhead_shrunk` | the same after nine in ten objects were freed and the heap was shrunk, where it can be |
+//! | `rmw_per_64`, `rmw_per_64_new` | locked instructions for 64 objects that leave their slabs and come back, and for 64 of new slabs |
+//! | `shared_stores_replace` | locked instructions and stores to shared words for each replacement of `replace_2t`, counted |
 //!
 //! Every allocation writes 8 bytes into the object, as a program would.
 
@@ -95,7 +97,11 @@ pub fn run(runner: &mut Runner) {
     handing_over(runner, &heaps);
     overheads(runner);
     hosted::programs(runner);
-    counted(runner, AREA, &["rmw_per_64", "rmw_per_64_new"]);
+    counted(
+        runner,
+        AREA,
+        &["rmw_per_64", "rmw_per_64_new", "shared_stores_replace"],
+    );
 }
 
 const SMALL: Layout = Layout::new::<[u64; 8]>();

@@ -10,10 +10,10 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kmem_hal::{
-    AllocError, Cpu, CpuId, Frame, FrameRequest, FrameSink, FrameSource, FrameTable, OffsetMap,
-    OwnedFrame, Section, Spin,
+    AllocError, Cpu, CpuId, Frame, FrameRequest, FrameSink, FrameSource, FrameTable, NoLarge,
+    OffsetMap, OwnedFrame, Section, Spin,
 };
-use kmem_slab::{Parts, SlabSystem};
+use kmem_slab::{Parts, Plain, SlabSystem};
 
 /// First-fit over a vector of frames; panics on a double free.
 pub struct Arena {
@@ -155,12 +155,19 @@ unsafe impl Cpu for ThreadCpu {
     }
 }
 
-pub type TestParts = Parts<&'static Arena, OffsetMap, ThreadCpu, Spin>;
+/// The parts of a system with a hardening policy.
+pub type PolicyParts<H> =
+    Parts<&'static Arena, OffsetMap, ThreadCpu, Spin, NoLarge, &'static FrameTable, H>;
+pub type TestParts = PolicyParts<Plain>;
 pub type System = SlabSystem<TestParts>;
 
-pub fn parts(arena: &'static Arena, cpus: u32) -> TestParts {
+pub fn policy_parts<H>(arena: &'static Arena, cpus: u32) -> PolicyParts<H> {
     // SAFETY: map and table cover the arena.
     unsafe { Parts::new(arena, arena.map(), ThreadCpu(cpus), arena.table) }
+}
+
+pub fn parts(arena: &'static Arena, cpus: u32) -> TestParts {
+    policy_parts(arena, cpus)
 }
 
 pub fn system(frames: usize, cpus: u32) -> (&'static Arena, System) {

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 
 use arbitrary::Arbitrary;
 use kmem_hal::{CpuId, Shrink};
-use kmem_slab::{Cache, SlabBox};
+use kmem_slab::{Cache, Plain, Policy, SlabBox, SlabSystem};
 
-use super::{Arena, System, TestParts, parts, run_as};
+use super::{Arena, PolicyParts, policy_parts, run_as};
 
 /// One call. Numbers are taken modulo what there is, so that any bytes are calls.
 #[derive(Arbitrary, Clone, Copy, Debug)]
@@ -90,14 +90,23 @@ fn nth(blocks: &BTreeMap<usize, Block>, which: usize) -> Option<(usize, Block)> 
 ///
 /// Where the system and the model disagree.
 pub fn run(arena: &'static Arena, ops: &[SlabOp]) {
-    let mut system = System::new();
-    system.init(parts(arena, 3)).unwrap();
+    run_with::<Plain>(arena, ops);
+}
+
+/// As [`run`], with a hardening policy.
+///
+/// # Panics
+///
+/// As [`run`].
+pub fn run_with<H: Policy>(arena: &'static Arena, ops: &[SlabOp]) {
+    let mut system: SlabSystem<PolicyParts<H>> = SlabSystem::new();
+    system.init(policy_parts(arena, 3)).unwrap();
     let mut here = 0;
     run_as(here);
     let mut blocks: BTreeMap<usize, Block> = BTreeMap::new();
     {
-        let cache: Cache<'_, u64, TestParts> = Cache::new(&system, "values");
-        let mut values: Vec<(u64, SlabBox<'_, u64, TestParts>)> = Vec::new();
+        let cache: Cache<'_, u64, PolicyParts<H>> = Cache::new(&system, "values");
+        let mut values: Vec<(u64, SlabBox<'_, u64, PolicyParts<H>>)> = Vec::new();
         let mut seed = 0u8;
         let insert =
             |blocks: &mut BTreeMap<usize, Block>, address: usize, layout: Layout, seed: u8| {
@@ -248,7 +257,8 @@ pub fn run(arena: &'static Arena, ops: &[SlabOp]) {
         let whole_pages = blocks
             .values()
             .filter(|block| {
-                kmem_slab::class_of(block.layout.size(), block.layout.align()).is_none()
+                let bytes = block.layout.size() + H::FEATURES.extra();
+                kmem_slab::class_of(bytes, block.layout.align()).is_none()
             })
             .count();
         assert_eq!(objects + whole_pages as u64, blocks.len() as u64);
