@@ -36,9 +36,11 @@ use crate::platform::{Machine, Region, SlabParts};
 use crate::rng::Rng;
 
 use rbtree::Red;
+use sets::{Areas, Intervals};
 
 mod rbtree;
 mod readers;
+mod sets;
 mod traces;
 
 const AREA: &str = "vma";
@@ -428,6 +430,8 @@ macro_rules! programs {
             .with("btreemap", $make::<BTreeMap<u64, (u64, u64)>>($input $(, $argument)*))
             .with("rangemap", $make::<RangeMap<u64, u64>>($input $(, $argument)*))
             .with("nodit", $make::<Nodit>($input $(, $argument)*))
+            .with("memory_set", $make::<Areas>($input $(, $argument)*))
+            .with("iset", $make::<Intervals>($input $(, $argument)*))
             .with("rbtree", $make::<Red>($input $(, $argument)*))
     };
 }
@@ -667,9 +671,15 @@ fn bytes<'i>(input: &'i Input, workload: Workload<'i>) -> Workload<'i> {
     let of_rangemap =
         move |_: u64, _: &mut Watch| by_range(of_heap::<RangeMap<u64, u64>>(&input.vmas, copies));
     let of_nodit = move |_: u64, _: &mut Watch| by_range(of_heap::<Nodit>(&input.vmas, copies));
+    let of_areas = move |_: u64, _: &mut Watch| by_range(of_heap::<Areas>(&input.vmas, copies));
+    let of_iset = move |_: u64, _: &mut Watch| by_range(of_heap::<Intervals>(&input.vmas, copies));
+    let of_red = move |_: u64, _: &mut Watch| by_range(of_heap::<Red>(&input.vmas, copies));
     workload
         .with("kmem", of_kmem)
         .with("btreemap", of_trees)
         .with("rangemap", of_rangemap)
         .with("nodit", of_nodit)
+        .with("memory_set", of_areas)
+        .with("iset", of_iset)
+        .with("rbtree", of_red)
 }

@@ -4,6 +4,7 @@ use std::cell::Cell;
 
 use intrusive_collections::{Bound, KeyAdapter, RBTree, RBTreeLink, intrusive_adapter};
 
+use super::traces::Mapped;
 use super::{LIMITS, Ranges, Vma};
 
 pub(super) struct Area {
@@ -118,5 +119,57 @@ impl Ranges for Red {
     }
     fn count(&self) -> usize {
         self.count
+    }
+}
+
+impl Mapped for Red {
+    fn empty() -> Self {
+        Self {
+            tree: RBTree::new(ByFirst::new()),
+            count: 0,
+        }
+    }
+    fn map(&mut self, (first, mut last, value): Vma) {
+        self.unmap(first, last);
+        let mut above = self.tree.find_mut(&(last + 1));
+        if above.get().is_some_and(|area| area.value == value) {
+            let gone = above.remove().expect("it was looked at");
+            last = gone.last.get();
+            self.count -= 1;
+        }
+        if let Some(page) = first.checked_sub(1) {
+            let below = self.tree.upper_bound(Bound::Included(&page));
+            if let Some(area) = below.get()
+                && (area.last.get(), area.value) == (page, value)
+            {
+                area.last.set(last);
+                return;
+            }
+        }
+        self.add((first, last, value));
+    }
+    fn unmap(&mut self, first: u64, last: u64) {
+        let mut rest = None;
+        let mut at = self.tree.upper_bound_mut(Bound::Included(&last));
+        while let Some(area) = at.get() {
+            let (begin, end, value) = (area.first, area.last.get(), area.value);
+            if end < first {
+                break;
+            }
+            if end > last {
+                rest = Some((last + 1, end, value));
+            }
+            if begin < first {
+                area.last.set(first - 1);
+                break;
+            }
+            at.remove();
+            self.count -= 1;
+            // The cursor stands on the area above now.
+            at.move_prev();
+        }
+        if let Some(rest) = rest {
+            self.add(rest);
+        }
     }
 }

@@ -9,7 +9,7 @@ use std::io::Read;
 use kmem_hal::Page;
 use rangemap::RangeMap;
 
-use super::{AREA, Kmem, Nodit, Ranges, Vma, nodes, page_range};
+use super::{AREA, Areas, Intervals, Kmem, Nodit, Ranges, Red, Vma, nodes, page_range};
 use crate::clock::Watch;
 use crate::harness::{Competitor, Runner, Slice, Workload};
 use crate::output::Unit;
@@ -22,7 +22,7 @@ enum Step {
 }
 
 /// A map of ranges that can be written over.
-trait Mapped: Ranges {
+pub(super) trait Mapped: Ranges {
     fn empty() -> Self;
     /// Maps the range over what is there; touching ranges of the same value become one.
     fn map(&mut self, vma: Vma);
@@ -144,7 +144,10 @@ pub(super) fn run(runner: &mut Runner) {
                 .with("kmem", replay::<Kmem>(&steps))
                 .with("btreemap", replay::<BTreeMap<u64, (u64, u64)>>(&steps))
                 .with("rangemap", replay::<RangeMap<u64, u64>>(&steps))
-                .with("nodit", replay::<Nodit>(&steps)),
+                .with("nodit", replay::<Nodit>(&steps))
+                .with("memory_set", replay::<Areas>(&steps))
+                .with("iset", replay::<Intervals>(&steps))
+                .with("rbtree", replay::<Red>(&steps)),
         );
     }
 }
