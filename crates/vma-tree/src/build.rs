@@ -75,7 +75,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> Builder<V, A, W> {
     fn new(alloc: A) -> Self {
         Self {
             tree: RangeTree::new_in(alloc),
-            leaf: List::new(Raw::EMPTY),
+            leaf: List::new(),
             low: 0,
             rows: [None; MAX_HEIGHT],
             count: 0,

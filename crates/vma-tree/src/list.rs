@@ -1,17 +1,21 @@
 //! A short list in an array.
+//!
+//! Invariant `T1`: the first `count` items were written.
+
+use core::mem::MaybeUninit;
 
 /// At most `N` items; pushing more is a bug of this crate that loses the item and is seen by the tests.
 pub(crate) struct List<T: Copy, const N: usize> {
-    items: [T; N],
+    items: [MaybeUninit<T>; N],
     count: usize,
 }
 
 impl<T: Copy, const N: usize> List<T, N> {
-    /// An empty list; `filler` is never seen.
+    /// An empty list.
     #[inline(always)]
-    pub(crate) fn new(filler: T) -> Self {
+    pub(crate) const fn new() -> Self {
         Self {
-            items: [filler; N],
+            items: [const { MaybeUninit::uninit() }; N],
             count: 0,
         }
     }
@@ -20,7 +24,7 @@ impl<T: Copy, const N: usize> List<T, N> {
     pub(crate) fn push(&mut self, item: T) {
         debug_assert!(self.count < N, "a list is as long as its longest use");
         if let Some(place) = self.items.get_mut(self.count) {
-            *place = item;
+            place.write(item);
             self.count += 1;
         }
     }
@@ -43,12 +47,7 @@ impl<T: Copy, const N: usize> core::ops::Deref for List<T, N> {
 
     #[inline(always)]
     fn deref(&self) -> &[T] {
-        &self.items[..self.count]
-    }
-}
-
-impl<T: Copy, const N: usize> core::ops::DerefMut for List<T, N> {
-    fn deref_mut(&mut self) -> &mut [T] {
-        &mut self.items[..self.count]
+        // SAFETY: T1, and `count` is at most `N`.
+        unsafe { core::slice::from_raw_parts(self.items.as_ptr().cast(), self.count) }
     }
 }

@@ -230,25 +230,17 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let range = middle.range;
         let (first, last) = (range.first().number(), range.last().number());
         let leaf = path.leaf();
-        if let Some(hole) = Hole::left_by_last_edit(path, &leaf, first, last) {
+        if let Some(hole) = Hole::left_by_last_edit(path, &leaf, (first, last)) {
             return self.merge_in_hole(path, middle, &hole, removed, merge);
         }
         let rank = leaf.rank(first);
-        if rank > 0 && rank < leaf.count() {
-            let (below, above) = (leaf.range(rank - 1), leaf.range(rank));
-            if below.1 < first && last < above.0 {
-                let hole = Hole {
-                    at: rank,
-                    below,
-                    above,
-                };
-                return self.merge_in_hole(path, middle, &hole, removed, merge);
-            }
+        if let Some(hole) = Hole::find(path, &leaf, rank, (first, last)) {
+            return self.merge_in_hole(path, middle, &hole, removed, merge);
         }
         self.merge_ranked(path, middle, rank, removed, merge)
     }
 
-    /// [`merge_at`](Self::merge_at) where the range lies in a hole between two ranges of the leaf.
+    /// [`merge_at`](Self::merge_at) where the range lies in a hole of the leaf.
     #[inline(always)]
     fn merge_in_hole<M>(
         &self,
@@ -262,21 +254,25 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         M: FnMut(&Entry<V>, &Entry<V>) -> Option<V> + ?Sized,
     {
         let leaf = path.leaf();
-        let range = middle.range;
-        let (first, last) = (range.first().number(), range.last().number());
+        let (first, last) = (middle.first().number(), middle.last().number());
         let at = hole.at;
         let mut lower = false;
-        if hole.below.1 + 1 == first {
-            let below = entry(leaf.raw_of(at - 1, hole.below));
-            if let Some(value) = merge(&below, middle) {
-                lower = true;
-                let range = below.range.hull(middle.range);
-                *middle = Entry { range, value };
+        if hole.low == first {
+            if at > 0 {
+                let below = entry(leaf.raw(at - 1));
+                if let Some(value) = merge(&below, middle) {
+                    lower = true;
+                    let range = below.range.hull(middle.range);
+                    *middle = Entry { range, value };
+                }
+            } else if first > 0 {
+                // The range below is another leaf's.
+                return Ok(false);
             }
         }
         let mut upper = false;
-        if last + 1 == hole.above.0 {
-            let above = entry(leaf.raw_of(at, hole.above));
+        if last + 1 == hole.end && at < leaf.count() {
+            let above = entry(leaf.raw(at));
             if let Some(value) = merge(middle, &above) {
                 upper = true;
                 let range = middle.range.hull(above.range);
@@ -288,19 +284,24 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             last: middle.last().number(),
             value: middle.value.to_word(),
         };
-        if (lower || upper) && leaf.fits(grown.first, grown.last) {
-            let gaps = (hole.pages(), hole.left_by(first, last));
-            self.fill(path, at - usize::from(lower), grown, lower && upper, gaps)?;
-        } else {
-            let cut = Cut {
-                first: grown.first,
-                last: grown.last,
-                value: Some(grown.value),
-                shown: (first, last),
-            };
-            let touched = (at - usize::from(lower), at + usize::from(upper));
-            self.edit_merged(path, &cut, touched, removed)?;
+        if lower || upper {
+            if leaf.fits(grown.first, grown.last) {
+                let at = at - usize::from(lower);
+                self.fill(path, at, grown, lower && upper, (hole, (first, last)))?;
+                return Ok(true);
+            }
+        } else if self.has_room(&leaf, (first, last)) {
+            self.insert(path, hole, (first, last), grown.value)?;
+            return Ok(true);
         }
+        let cut = Cut {
+            first: grown.first,
+            last: grown.last,
+            value: Some(grown.value),
+            shown: (first, last),
+        };
+        let touched = (at - usize::from(lower), at + usize::from(upper));
+        self.edit_merged(path, &cut, touched, removed)?;
         Ok(true)
     }
 

@@ -73,7 +73,8 @@ impl Ranges for Areas {
         })
     }
     fn punch(&mut self, vma: Vma, page: u64) {
-        self.unmap(page as usize, 1, &mut ()).expect("nothing fails");
+        self.unmap(page as usize, 1, &mut ())
+            .expect("nothing fails");
         Ranges::remove(self, vma);
         Ranges::insert(self, vma);
     }

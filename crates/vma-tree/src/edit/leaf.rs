@@ -11,7 +11,7 @@
 //! No range moves: the order of the leaf is turned and the words that change are written. Gap records above are looked at
 //! only where the gaps beside the cut are among the largest. A tree that is shared does the same in a copy of the leaf.
 
-use kmem_hal::{AllocError, ObjectAlloc};
+use kmem_hal::{AllocError, ObjectAlloc, Page};
 
 use super::{Cut, Pieces, entry, show};
 use crate::node::{Leaf, Node, NodePtr, Raw, saturate};
@@ -20,52 +20,68 @@ use crate::stock::Sharing;
 use crate::tree::RangeTree;
 use crate::value::{Entry, Value};
 
-/// A hole between two ranges of a leaf.
+/// Free pages of a leaf: between two ranges, below the first, or above the tree's last.
 pub(crate) struct Hole {
-    /// The position of the range above.
+    /// The position of the range above; the number of ranges where there is none.
     pub(crate) at: usize,
-    /// First and last page of the range below.
-    pub(crate) below: (u64, u64),
-    /// First and last page of the range above.
-    pub(crate) above: (u64, u64),
+    /// The first free page.
+    pub(crate) low: u64,
+    /// The page after the last free one.
+    pub(crate) end: u64,
+    /// Above it is no range in the tree, and so it is on no record (`E2`).
+    is_top: bool,
 }
 
 impl Hole {
+    /// The hole below position `at` of the path's leaf, if the range `first ..= last` lies in it.
+    #[inline(always)]
+    pub(crate) fn find<const W: usize>(
+        path: &Path<W>,
+        leaf: &Leaf<'_, W>,
+        at: usize,
+        (first, last): (u64, u64),
+    ) -> Option<Self> {
+        let low = if at > 0 {
+            leaf.range(at - 1).1 + 1
+        } else {
+            path.low()
+        };
+        let is_top = at >= leaf.count();
+        let end = if !is_top {
+            leaf.range(at).0
+        } else if path.is_last() && at == leaf.count() {
+            Page::LIMIT
+        } else {
+            // E1: above the last range the next leaf begins.
+            return None;
+        };
+        (low <= first && last < end).then_some(Self {
+            at,
+            low,
+            end,
+            is_top,
+        })
+    }
+
     /// The hole that the last edit left, if the range `first ..= last` lies in it: then nobody need search.
     #[inline(always)]
     pub(crate) fn left_by_last_edit<const W: usize>(
         path: &Path<W>,
         leaf: &Leaf<'_, W>,
-        first: u64,
-        last: u64,
+        pages: (u64, u64),
     ) -> Option<Self> {
-        let at = path.hole;
-        if at == 0 || at >= leaf.count() {
+        if path.hole == 0 {
             return None;
         }
-        let (below, above) = (leaf.range(at - 1), leaf.range(at));
-        let inside = below.1 < first && last < above.0;
-        inside.then_some(Self { at, below, above })
-    }
-
-    /// Its pages.
-    #[inline(always)]
-    pub(crate) fn pages(&self) -> u64 {
-        self.above.0 - self.below.1 - 1
-    }
-
-    /// The larger of the gaps beside `first ..= last`, which lies in it.
-    #[inline(always)]
-    pub(crate) fn left_by(&self, first: u64, last: u64) -> u64 {
-        (first - self.below.1 - 1).max(self.above.0 - last - 1)
+        Self::find(path, leaf, path.hole, pages)
     }
 }
 
 impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
     /// Makes the pages of `cut` what it says, where the way to its first page is known.
     ///
-    /// The most common edits come first: a range that lies inside another one, a range in a hole with neighbours on both
-    /// sides, and a whole range that goes from between two others. There only one gap changes, and no boundary.
+    /// The most common edits come first: a range that lies inside another one, a range in a hole, and a whole range that goes
+    /// from between two others. There only one gap changes, and no boundary.
     #[inline(always)]
     pub(crate) fn splice_at(
         &self,
@@ -76,12 +92,12 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         // SAFETY: E3, E4: the path's nodes are alive, and a leaf that is taken out is kept until its ranges were shown.
         let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
         let leaf = old.leaf();
-        if let Some(hole) = Hole::left_by_last_edit(path, &leaf, cut.first, cut.last)
-            && let Some(value) = cut.value
-            && leaf.count() < Node::<W>::RANGES
-            && leaf.fits(cut.first, cut.last)
+        let pages = (cut.first, cut.last);
+        if let Some(value) = cut.value
+            && let Some(hole) = Hole::left_by_last_edit(path, &leaf, pages)
+            && self.has_room(&leaf, pages)
         {
-            return self.insert(path, old, &hole, cut, value);
+            return self.insert(path, &hole, pages, value);
         }
         let rank = leaf.rank(cut.first);
         if let Some(at) = rank.checked_sub(1) {
@@ -92,54 +108,53 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                     let raw = leaf.raw_of(at, (first, last));
                     return self.punch(path, old, (at, raw), cut, removed);
                 }
-            } else if rank < leaf.count() {
-                let above = leaf.range(rank);
-                if last < cut.first && cut.last < above.0 {
-                    let Some(value) = cut.value else {
-                        return Ok(());
-                    };
-                    if leaf.count() < Node::<W>::RANGES && leaf.fits(cut.first, cut.last) {
-                        let below = (first, last);
-                        let hole = Hole {
-                            at: rank,
-                            below,
-                            above,
-                        };
-                        return self.insert(path, old, &hole, cut, value);
-                    }
-                } else if (first, last) == (cut.first, cut.last)
-                    && at > 0
-                    && cut.value.is_none()
-                    && (leaf.count() > Node::<W>::LEAF_LOW || path.height() == 1)
-                {
-                    let gap = above.0 - leaf.range(at - 1).1 - 1;
-                    let raw = leaf.raw_of(at, (first, last));
-                    return self.take_out(path, old, (at, raw), gap, removed);
-                }
+            } else if (first, last) == pages
+                && at > 0
+                && rank < leaf.count()
+                && cut.value.is_none()
+                && (leaf.count() > Node::<W>::LEAF_LOW || path.height() == 1)
+            {
+                let gap = leaf.range(rank).0 - leaf.range(at - 1).1 - 1;
+                let raw = leaf.raw_of(at, (first, last));
+                return self.take_out(path, old, (at, raw), gap, removed);
+            }
+        }
+        if let Some(hole) = Hole::find(path, &leaf, rank, pages) {
+            let Some(value) = cut.value else {
+                return Ok(());
+            };
+            if self.has_room(&leaf, pages) {
+                return self.insert(path, &hole, pages, value);
             }
         }
         self.splice_ranked(path, cut, rank, removed)
     }
 
-    /// Puts a range into a hole. There is room and it fits.
+    /// Whether one more range can be written into the leaf.
     #[inline(always)]
-    fn insert(
+    pub(crate) fn has_room(&self, leaf: &Leaf<'_, W>, (first, last): (u64, u64)) -> bool {
+        leaf.count() < Node::<W>::RANGES && leaf.fits(first, last)
+    }
+
+    /// Puts a range into a hole of the path's leaf. There is room.
+    #[inline(always)]
+    pub(crate) fn insert(
         &self,
         path: &mut Path<W>,
-        old: &Node<W>,
         hole: &Hole,
-        cut: &Cut,
+        (first, last): (u64, u64),
         value: u64,
     ) -> Result<(), AllocError> {
+        // SAFETY: as in `splice_at`.
+        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
         let mut target = self.writable(old)?;
         let slot = target.open(hole.at);
-        target.set_range(slot, cut.first, cut.last);
+        target.set_range(slot, first, last);
         target.set_value(slot, value);
         self.replaced(path, target, || ());
         path.hole = 0;
         self.count_edit(1, 0);
-        let gap = hole.left_by(cut.first, cut.last);
-        self.gap_changed(path, hole.pages(), gap);
+        self.hole_filled(path, hole, (first, last));
         Ok(())
     }
 
@@ -208,8 +223,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         Ok(())
     }
 
-    /// Lets the ranges on both sides of a hole, or one of them, grow into it: the range at `at` becomes `grown`, and the
-    /// one above it goes if `both`. The range fits.
+    /// Lets the ranges on both sides of a hole, or one of them, grow by `pages` into it: the range at `at` becomes `grown`,
+    /// and the one above it goes if `both`. The range fits.
     #[inline(always)]
     pub(crate) fn fill(
         &self,
@@ -217,7 +232,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         at: usize,
         grown: Raw,
         both: bool,
-        (old_gap, new_gap): (u64, u64),
+        (hole, pages): (&Hole, (u64, u64)),
     ) -> Result<(), AllocError> {
         // SAFETY: as in `splice_at`.
         let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
@@ -231,7 +246,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         self.replaced(path, target, || ());
         path.hole = 0;
         self.count_edit(1, 1 + usize::from(both));
-        self.gap_changed(path, old_gap, new_gap);
+        self.hole_filled(path, hole, pages);
         Ok(())
     }
 
@@ -269,6 +284,19 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         shows();
         self.retire(old);
         self.stock.trim(&self.alloc);
+    }
+
+    /// Records what is left of a hole after `first ..= last` in it was filled.
+    #[inline(always)]
+    fn hole_filled(&self, path: &Path<W>, hole: &Hole, (first, last): (u64, u64)) {
+        let below = first - hole.low;
+        if hole.is_top {
+            self.set_top(last + 1);
+            self.gap_changed(path, 0, below);
+        } else {
+            let above = hole.end - last - 1;
+            self.gap_changed(path, hole.end - hole.low, below.max(above));
+        }
     }
 
     /// Records that a gap of `old` pages in the path's leaf has become smaller ones, of which `new` is the largest, or
@@ -517,7 +545,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
 
     /// What takes the place of the ranges from slot `from` of the left leaf up to (not including) `to` of the right one.
     fn pieces(left: &Path<W>, from: usize, (right, to): (&Path<W>, usize), cut: &Cut) -> Pieces {
-        let mut pieces = Pieces::new(Raw::EMPTY);
+        let mut pieces = Pieces::new();
         if from < left.leaf().count() {
             let raw = left.leaf().raw(from);
             if raw.first < cut.first {

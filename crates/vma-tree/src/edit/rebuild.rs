@@ -78,10 +78,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     ) -> Result<(), AllocError> {
         let (before, after) = (left.0, right.0);
         let height = before.height();
-        let filler = before.pointer(0);
         let mut taken = Taken {
             tree: self,
-            nodes: List::new(filler),
+            nodes: List::new(),
             used: false,
         };
         let mut drawn = [Drawn::Nothing; MAX_HEIGHT];
@@ -120,7 +119,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 if levels == MAX_HEIGHT {
                     return Err(AllocError::Unsatisfiable);
                 }
-                let mut all = List::<Child<W>, GROUPS>::new(row.children[0]);
+                let mut all = List::<Child<W>, GROUPS>::new();
                 all.extend(&row.children);
                 row = Row {
                     children: self.write_inners(&all, false, &mut taken)?,
@@ -135,7 +134,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         }
         taken.used = true;
         drop(taken);
-        let gone = self.sweep(before, after, top, &drawn, cut, removed);
+        let gone = self.sweep(before, after, top, &drawn, cut, Some(removed));
         self.count_edit(pieces.len(), gone);
         if level == height {
             self.drop_lone_roots();
@@ -171,7 +170,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             }
         }
         let (mut low, mut high) = (before.low(), after.high());
-        let mut all = List::<Raw, RANGES>::new(Raw::EMPTY);
+        let mut all = List::<Raw, RANGES>::new();
         if drawn == Drawn::Below {
             all.extend_leaf(before.node(1), before.slot(1) - 1);
         }
@@ -217,11 +216,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let parts = (start, start + usize::from(cut.value.is_some()));
         let parts = (drawn == Drawn::Nothing).then_some(parts);
         let groups = plan::<W>(ranges, low, shape, parts).ok_or(AllocError::Unsatisfiable)?;
-        let mut children = List::new(Child {
-            node: before.pointer(0),
-            last: 0,
-            gap: 0,
-        });
+        let mut children = List::new();
         let (mut rest, mut from_page) = (ranges, low);
         for &(size, coding) in groups.iter() {
             let (group, others) = rest.split_at(usize::from(size));
@@ -253,12 +248,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         below: &Row<W>,
         taken: &mut Taken<'_, V, A, S, W>,
     ) -> Result<Row<W>, AllocError> {
-        let filler = Child {
-            node: before.pointer(level),
-            last: 0,
-            gap: 0,
-        };
-        let mut all = List::<Child<W>, CHILDREN>::new(filler);
+        let mut all = List::<Child<W>, CHILDREN>::new();
         let (left, right) = (before.node(level), after.node(level));
         let high = after.bounds(level).1;
         let start = before.slot(level) - usize::from(below.drawn == Drawn::Below);
@@ -302,16 +292,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         ascending: bool,
         taken: &mut Taken<'_, V, A, S, W>,
     ) -> Result<List<Child<W>, GROUPS>, AllocError> {
-        let mut nodes = List::new(match all.first() {
-            Some(&child) => child,
-            None => {
-                return Ok(List::new(Child {
-                    node: core::ptr::NonNull::dangling(),
-                    last: 0,
-                    gap: 0,
-                }));
-            }
-        });
+        let mut nodes = List::new();
         let full = Node::<W>::CHILDREN;
         let count = all.len().div_ceil(full);
         let mut rest = all;
@@ -405,7 +386,7 @@ fn plan<const W: usize>(
     let full = Node::<W>::RANGES;
     let least = ranges.len().div_ceil(full);
     for count in least..=GROUPS {
-        let mut sizes = List::<usize, GROUPS>::new(0);
+        let mut sizes = List::<usize, GROUPS>::new();
         let mut rest = ranges.len();
         for left in (1..=count).rev() {
             let even = rest.div_ceil(left);
@@ -431,7 +412,7 @@ fn plan<const W: usize>(
 
 /// How each group is written; `None` if one is too many ranges, or too far apart and too long.
 fn codings<const W: usize>(ranges: &[Raw], mut low: u64, sizes: &[usize]) -> Option<Groups> {
-    let mut groups = Groups::new((0, Coding::default()));
+    let mut groups = Groups::new();
     let mut rest = ranges;
     for &size in sizes {
         if size > Node::<W>::RANGES {

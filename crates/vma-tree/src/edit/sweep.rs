@@ -20,11 +20,11 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             shown: (0, u64::MAX),
         };
         let drawn = [Drawn::Nothing; MAX_HEIGHT];
-        self.sweep(before, after, before.height(), &drawn, &cut, &mut |_| ());
+        self.sweep(before, after, before.height(), &drawn, &cut, None);
     }
 
     /// Shows the ranges of the old tree that the cut removed and retires every node below `top` that lies on or between
-    /// the paths, or was drawn in; gives how many ranges the cut touched.
+    /// the paths, or was drawn in; gives how many ranges the cut touched (0 where nobody wants to see them).
     ///
     /// The old nodes are as they were: what replaced them is new (`E3`, and nodes are copied, never changed).
     pub(super) fn sweep(
@@ -34,7 +34,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         top: usize,
         drawn: &[Drawn; MAX_HEIGHT],
         cut: &Cut,
-        removed: &mut dyn FnMut(Entry<V>),
+        mut removed: Option<&mut dyn FnMut(Entry<V>)>,
     ) -> usize {
         // Which neighbours were drawn in is read from the old parents, before anything is retired.
         for (level, which) in drawn.iter().enumerate().take(top) {
@@ -74,14 +74,15 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             // SAFETY: K1: the node was in the tree and is not retired yet.
             let node = unsafe { nodes[level].as_ref() };
             if level == 0 {
-                let leaf = node.leaf();
-                for slot in leaf.first_at_or_after(cut.first)..leaf.count() {
-                    let raw = leaf.raw(slot);
-                    if raw.first > cut.last {
-                        break;
+                if let Some(removed) = &mut removed {
+                    let leaf = node.leaf();
+                    for raw in leaf.raws(leaf.first_at_or_after(cut.first), leaf.count()) {
+                        if raw.first > cut.last {
+                            break;
+                        }
+                        touched += 1;
+                        show(raw, cut, removed);
                     }
-                    touched += 1;
-                    show(raw, cut, removed);
                 }
             } else if next[level] < ends[level]
                 && let Some(child) = node.child(next[level])

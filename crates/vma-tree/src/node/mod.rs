@@ -59,14 +59,6 @@ pub(crate) struct Raw {
     pub(crate) value: u64,
 }
 
-impl Raw {
-    pub(crate) const EMPTY: Self = Self {
-        first: 0,
-        last: 0,
-        value: 0,
-    };
-}
-
 /// Memory for a node of a tree: `W` words, 256 bytes and aligned to 64 by default.
 ///
 /// Named only so that an allocator can say `ObjectAlloc<Node>`; its content is private to the tree. `W` is at least 8,
