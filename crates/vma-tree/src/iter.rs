@@ -10,8 +10,8 @@ use core::iter::FusedIterator;
 use kmem_hal::{ObjectAlloc, Page, PageRange};
 
 use crate::edit::entry;
-use crate::node::{Leaf, Node};
-use crate::path::Path;
+use crate::node::{Leaf, Node, from_word};
+use crate::path::{HEIGHT_MASK, Path};
 use crate::stock::{Exclusive, Sharing};
 use crate::tree::RangeTree;
 use crate::value::{Entry, Value};
@@ -20,8 +20,8 @@ use crate::value::{Entry, Value};
 #[derive(Clone, Copy)]
 struct End<'a, const W: usize> {
     leaf: Leaf<'a, W>,
-    /// The leaf's parent, and which child of it the leaf is; none where the leaf is the root.
-    parent: Option<(&'a Node<W>, usize)>,
+    /// The leaf's parent, which child of it the leaf is, and of how many; none where the leaf is the root.
+    parent: Option<(&'a Node<W>, usize, usize)>,
     /// Front: the next slot to give. Back: one above the next slot to give.
     slot: usize,
     /// Front: where the end stops in this leaf. Back: not looked at.
@@ -36,7 +36,7 @@ impl<'a, const W: usize> End<'a, W> {
     unsafe fn new(path: &Path<W>) -> Self {
         // SAFETY: by contract.
         let node = |level| unsafe { path.pointer(level).as_ref() };
-        let parent = (path.height() > 1).then(|| (node(1), path.slot(1)));
+        let parent = (path.height() > 1).then(|| (node(1), path.slot(1), node(1).children()));
         Self {
             leaf: node(0).leaf(),
             parent,
@@ -111,17 +111,32 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                     Page::MAX.number(),
                 ),
             };
-            let gap = end.parent.map_or(0, |(parent, slot)| parent.gap(slot));
+            let gap = end.parent.map_or(0, |(parent, slot, _)| parent.gap(slot));
             Some((end.leaf, gap))
         })
     }
 
     /// The end of an iterator in the leaf that answers for `page`.
-    #[inline(never)]
+    #[inline]
     fn end_at(&self, page: u64) -> Option<End<'_, W>> {
-        let mut path = Path::unset();
-        // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
-        unsafe { path.find(self.root_word(), page).then(|| End::new(&path)) }
+        let root = self.root_word();
+        let mut node: &Node<W> = {
+            // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
+            unsafe { from_word(root)?.as_ref() }
+        };
+        let mut parent = None;
+        for _ in 1..root & HEIGHT_MASK {
+            let slot = node.child_for(page);
+            parent = Some((node, slot, node.children()));
+            // SAFETY: as above; N4.
+            node = unsafe { node.child(slot)?.as_ref() };
+        }
+        Some(End {
+            leaf: node.leaf(),
+            parent,
+            slot: 0,
+            stop: 0,
+        })
     }
 
     /// The end of an iterator in the leaf before the one that answers for `page`.
@@ -139,8 +154,7 @@ impl<'a, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Iter<'a,
     /// The front in the next leaf of the same parent, if there is one and every range of it is asked for.
     #[inline(always)]
     fn sibling(end: &End<'a, W>, high: u64) -> Option<End<'a, W>> {
-        let (parent, slot) = end.parent?;
-        let children = parent.children();
+        let (parent, slot, children) = end.parent?;
         if high != Page::MAX.number() || slot + 1 >= children {
             return None;
         }
@@ -154,7 +168,7 @@ impl<'a, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Iter<'a,
         let leaf = unsafe { parent.child(slot + 1)?.as_ref() }.leaf();
         Some(End {
             leaf,
-            parent: Some((parent, slot + 1)),
+            parent: Some((parent, slot + 1, children)),
             slot: 0,
             stop: leaf.count(),
         })
@@ -182,9 +196,9 @@ impl<'a, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Iter<'a,
         }
         let mut next = end;
         match end.parent {
-            Some((parent, slot)) if slot + 1 < parent.children() => {
+            Some((parent, slot, children)) if slot + 1 < children => {
                 let node = parent.child(slot + 1)?;
-                next.parent = Some((parent, slot + 1));
+                next.parent = Some((parent, slot + 1, children));
                 // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
                 next.leaf = unsafe { node.as_ref() }.leaf();
             }
@@ -225,10 +239,10 @@ impl<'a, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Iter<'a,
     fn step_back(&self, end: &End<'a, W>) -> Option<End<'a, W>> {
         let mut next = match end.parent {
             None => return None,
-            Some((parent, slot)) if slot > 0 => {
+            Some((parent, slot, children)) if slot > 0 => {
                 let node = parent.child(slot - 1)?;
                 End {
-                    parent: Some((parent, slot - 1)),
+                    parent: Some((parent, slot - 1, children)),
                     // SAFETY: the tree is borrowed, so nobody edits it while the iterator lives.
                     leaf: unsafe { node.as_ref() }.leaf(),
                     ..*end
@@ -280,27 +294,38 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Iterator
     #[inline]
     fn fold<B, F: FnMut(B, Entry<V>) -> B>(mut self, init: B, mut f: F) -> B {
         let mut all = init;
-        while let Some(first) = self.next() {
-            all = f(all, first);
-            let Some(mut end) = self.front else {
-                continue;
-            };
-            loop {
-                for raw in end.leaf.raws(end.slot.min(end.stop), end.stop) {
-                    all = f(all, entry(raw));
+        loop {
+            if let Some(mut end) = self.front {
+                loop {
+                    let stop = end.stop.max(end.slot);
+                    if end.leaf.is_sorted() {
+                        for slot in end.slot..stop {
+                            all = f(all, entry(end.leaf.raw_in(slot)));
+                        }
+                    } else {
+                        for raw in end.leaf.raws(end.slot, stop) {
+                            all = f(all, entry(raw));
+                        }
+                    }
+                    end.slot = stop;
+                    if end.stop < end.leaf.count() {
+                        break;
+                    }
+                    match Self::sibling(&end, self.high) {
+                        Some(next) => end = next,
+                        None => break,
+                    }
                 }
-                end.slot = end.slot.max(end.stop);
-                if end.stop < end.leaf.count() {
-                    break;
-                }
-                match Self::sibling(&end, self.high) {
-                    Some(next) => end = next,
-                    None => break,
-                }
+                self.front = Some(end);
             }
-            self.front = Some(end);
+            if self.done {
+                return all;
+            }
+            match Self::refill(self.tree, self.front, self.low, self.high) {
+                Some(end) => self.front = Some(end),
+                None => return all,
+            }
         }
-        all
     }
 
     fn size_hint(&self) -> (usize, Option<usize>) {

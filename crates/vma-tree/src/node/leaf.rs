@@ -241,25 +241,36 @@ impl<'a, const W: usize> Leaf<'a, W> {
         }
     }
 
+    /// Whether every range lies in the slot of its position, as in a leaf that was written whole.
+    #[inline(always)]
+    pub(crate) fn is_sorted(&self) -> bool {
+        self.order == Node::<W>::SORTED
+    }
+
+    /// The range in `slot` with its value.
+    #[inline(always)]
+    pub(crate) fn raw_in(&self, slot: usize) -> Raw {
+        let (first, last) = self.coding.range(self.node.leaf_word(slot));
+        Raw {
+            first,
+            last,
+            value: self.node.leaf_word(Node::<W>::VALUES + slot),
+        }
+    }
+
     /// The ranges from position `from` up to (not including) `to`, which is not below, ascending.
     #[inline(always)]
     pub(crate) fn raws(&self, from: usize, to: usize) -> impl Iterator<Item = Raw> + use<'a, W> {
         let leaf = *self;
         // A nibble that is no slot ends it.
-        let end = Order::below(to) + 1;
-        let mut order = ((self.order.0 & (end - 1)) | (15 * end)) >> bits(from);
+        let mut order = (self.order.0 | (15 << bits(to))) >> bits(from);
         core::iter::from_fn(move || {
             let slot = (order & 15) as usize;
             if slot == 15 {
                 return None;
             }
             order >>= 4;
-            let (first, last) = leaf.coding.range(leaf.node.leaf_word(slot));
-            Some(Raw {
-                first,
-                last,
-                value: leaf.node.leaf_word(Node::<W>::VALUES + slot),
-            })
+            Some(leaf.raw_in(slot))
         })
     }
 

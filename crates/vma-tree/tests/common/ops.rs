@@ -1,7 +1,7 @@
 //! Operations on a tree and on the model, for the property test and the fuzz target.
 
 use kmem_hal::{AllocError, Page, PageRange, SingleGrace};
-use kmem_vma_tree::{Entry, RangeTree, SharedTree};
+use kmem_vma_tree::{Entry, Finger, RangeTree, SharedTree};
 
 use super::{Heap, Model, Request};
 
@@ -73,7 +73,13 @@ fn same<const W: usize>(tree: &Tree<'_, W>, model: &Model) {
     assert!(tree.iter().rev().eq(model.entries.iter().rev().copied()));
 }
 
-fn same_answers<const W: usize>(tree: &Tree<'_, W>, model: &Model, at: u64, request: &Request) {
+fn same_answers<const W: usize>(
+    tree: &Tree<'_, W>,
+    model: &Model,
+    finger: &mut Finger<u64>,
+    at: u64,
+    request: &Request,
+) {
     for at in [
         at,
         at.wrapping_add(1),
@@ -83,6 +89,10 @@ fn same_answers<const W: usize>(tree: &Tree<'_, W>, model: &Model, at: u64, requ
     ] {
         let at = Page::from_number(at);
         assert_eq!(tree.get(at), model.get(at));
+        // Found once, found again, and found often.
+        for _ in 0..3 {
+            assert_eq!(tree.get_with(finger, at), model.get(at));
+        }
         assert_eq!(tree.first_at_or_after(at), model.first_at_or_after(at));
         assert_eq!(tree.last_before(at), model.last_before(at));
     }
@@ -154,18 +164,40 @@ fn both_ends<const W: usize>(tree: &Tree<'_, W>, model: &Model, turns: u64) {
     }
 }
 
+/// Leaves of a tree of one's own lie in any order; a tree that is shared has them sorted, and says the same.
+fn shares<const W: usize>(tree: &Tree<'_, W>, model: &Model) {
+    let heap = Heap::default();
+    {
+        let copy = tree.duplicate_in(&heap, &mut |entry| Some(entry.value));
+        // SAFETY: one thread runs the test.
+        let grace = unsafe { SingleGrace::new() };
+        let shared = SharedTree::from_tree(copy.unwrap(), &grace);
+        // SAFETY: there is no other writer.
+        unsafe { shared.writer() }.check().unwrap();
+        let section = shared.read();
+        let all = section.entries_from(Page::ZERO);
+        assert!(all.eq(model.entries.iter().copied()));
+        for entry in &model.entries {
+            assert_eq!(section.get(entry.last()), Some(*entry));
+        }
+    }
+    assert_eq!(heap.live.get(), 0, "nodes leaked");
+}
+
 pub fn differential<const W: usize>(ops: &[Op], asks: &[(u64, Request)], turns: u64) {
     let heap = Heap::default();
     {
         let mut tree: Tree<'_, W> = RangeTree::new_in(&heap);
         let mut model = Model::default();
+        let mut finger = Finger::new();
         for (index, op) in ops.iter().enumerate() {
             run!(&mut tree, &mut model, op).unwrap();
             same(&tree, &model);
             let (at, request) = &asks[index % asks.len()];
-            same_answers(&tree, &model, *at, request);
+            same_answers(&tree, &model, &mut finger, *at, request);
         }
         both_ends(&tree, &model, turns);
+        shares(&tree, &model);
         let copy = tree
             .duplicate_in(&heap, &mut |entry| {
                 (entry.value != 1).then_some(entry.value + 1)
@@ -225,6 +257,7 @@ pub fn differential_shared<const W: usize>(ops: &[Op], asks: &[(u64, Request)]) 
         let mut tree: SharedTree<u64, &Heap, &SingleGrace, W> = SharedTree::new_in(&heap, &grace);
         let (mut writer, readers) = tree.split();
         let mut model = Model::default();
+        let mut finger = Finger::new();
         for (round, ops) in ops.chunks(7).enumerate() {
             // The walk holds leaves of the tree as it is now.
             let section = readers.read();
@@ -254,6 +287,7 @@ pub fn differential_shared<const W: usize>(ops: &[Op], asks: &[(u64, Request)]) 
                 for at in [*at, 0, at.wrapping_mul(3) % 500, Page::MAX.number()] {
                     let at = Page::from_number(at);
                     assert_eq!(section.get(at), model.get(at));
+                    assert_eq!(section.get_with(&mut finger, at), model.get(at));
                     assert_eq!(section.first_at_or_after(at), model.first_at_or_after(at));
                 }
                 let now = section.entries_from(Page::ZERO);
