@@ -27,6 +27,8 @@ pub(crate) struct Counts {
     pub scanned: AtomicU64,
     pub freed: AtomicU64,
     pub moved: AtomicU64,
+    /// How short memory is, as the allocator says, until somebody looks.
+    pub pressure: AtomicU64,
 }
 
 /// How often things have happened since the start. Pages.

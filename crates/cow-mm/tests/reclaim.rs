@@ -4,9 +4,9 @@ mod common;
 
 use common::{PAGE, Program, World};
 use kmem_cow_mm::replacement::{Clock, Fifo, Generations, Replacement, TwoLists};
-use kmem_cow_mm::{MapRequest, Mm, Outcome, Prot, Reclaimer, SwapSlot};
-use kmem_hal::{FrameRequest, FrameSink, FrameSource, Migrate, Page, VirtAddr};
-use kmem_mock_x86::Disk;
+use kmem_cow_mm::{MapRequest, Mm, Outcome, Prot, Reclaimer};
+use kmem_hal::{FrameRequest, FrameSink, FrameSource, Migrate, Mmu, Page, VirtAddr};
+use kmem_mock_x86::{Disk, Machine};
 
 const RW: Prot = Prot::READ.union(Prot::WRITE);
 
@@ -15,11 +15,7 @@ fn swap(
     mm: &'static Mm<'static, World>,
     slots: usize,
 ) -> &'static Disk<'static> {
-    let disk: &'static Disk<'static> =
-        Box::leak(Box::new(Disk::in_memory(world.machine, slots as u64)));
-    let slots: &'static [SwapSlot] = Box::leak((0..slots).map(|_| SwapSlot::new()).collect());
-    mm.swap_on(disk, slots).unwrap();
-    disk
+    world.disk(mm, slots)
 }
 
 fn map(program: &Program, pages: u64) -> u64 {
@@ -263,4 +259,101 @@ fn swapoff_brings_everything_back() {
     }
     assert!(mm.swap_off(0).is_err());
     program.exit();
+}
+
+/// A program whose faults wait and reclaim.
+fn access<R>(
+    program: &Program,
+    reclaimer: &mut Reclaimer<Clock>,
+    access: impl Fn(kmem_mock_x86::VirtualCpu<'static>) -> Result<R, kmem_mock_x86::Fault>,
+) -> R {
+    let machine = program.space.mm().env().machine;
+    // SAFETY: the mock's kernel code does not run in the tables.
+    machine.on_cpu(0, || unsafe {
+        machine.load_root(program.space.root(), false)
+    });
+    loop {
+        match access(machine.cpu(0).user()) {
+            Ok(value) => return value,
+            Err(fault) => {
+                let fault = fault.as_page_fault().unwrap();
+                let outcome = program.space.fault_with(&fault, reclaimer, |_| {
+                    let _ = program.space.mm().poll_swap();
+                });
+                assert_eq!(outcome, Outcome::Handled);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_working_set_twice_as_large_as_memory_keeps_its_contents() {
+    let machine: &'static Machine = Box::leak(Box::new(Machine::pc(6 << 20, 1)));
+    let world = World::on(machine);
+    let mm = world.mm();
+    let before = world.used_frames();
+    let room = world.free_frames();
+    let disk = swap(world, mm, 16384);
+    disk.set_latency(2);
+    let pages = 2 * room;
+    let mut reclaimer = Reclaimer::new(Clock);
+    let parent = Program::new(mm);
+    let start = map(&parent, pages);
+    let mut random = 12345u64;
+    let mut next = move || {
+        random = random
+            .wrapping_mul(6364136223846793005)
+            .wrapping_add(1442695040888963407);
+        random >> 33
+    };
+    let mut words = vec![0; pages as usize];
+    for page in 0..pages {
+        words[page as usize] = page * 3 + 1;
+        let value = words[page as usize];
+        access(&parent, &mut reclaimer, |cpu| {
+            cpu.write_u64(start + page * PAGE, value)
+        });
+    }
+    // A child has them too, and writes some; its parent others.
+    let mut child = None;
+    for _ in 0..8 {
+        match parent.fork() {
+            Ok(forked) => child = Some(forked),
+            Err(_) => {
+                reclaimer.reclaim(mm, 64);
+                while mm.poll_swap().is_some() {}
+            }
+        }
+        if child.is_some() {
+            break;
+        }
+    }
+    let child = child.expect("room for a child");
+    let mut of_child = words.clone();
+    for _ in 0..pages / 4 {
+        let (page, value) = (next() % pages, next());
+        let of_whom = if value % 2 == 0 {
+            (&parent, &mut words)
+        } else {
+            (&child, &mut of_child)
+        };
+        of_whom.1[page as usize] = value;
+        access(of_whom.0, &mut reclaimer, |cpu| {
+            cpu.write_u64(start + page * PAGE, value)
+        });
+    }
+    for page in 0..pages {
+        for (program, words) in [(&parent, &words), (&child, &of_child)] {
+            let found = access(program, &mut reclaimer, |cpu| {
+                cpu.read_u64(start + page * PAGE)
+            });
+            assert_eq!(found, words[page as usize], "page {page}");
+        }
+    }
+    assert!(mm.events().swapped_out > pages / 2, "{:?}", mm.events());
+    parent.exit();
+    child.exit();
+    while mm.poll_swap().is_some() {}
+    assert_eq!(mm.meminfo().swap.free, 16384);
+    assert_eq!(world.used_frames(), before);
 }

@@ -104,6 +104,27 @@ pub enum ProcessOp {
         /// Which process.
         process: u8,
     },
+    /// Memory is short: so many pages should go to swap. No process may notice.
+    Reclaim {
+        /// How many.
+        pages: u8,
+        /// How often the device must be asked until a transfer is done, modulo 4.
+        latency: u8,
+    },
+    /// Pages get other frames. No process may notice.
+    Migrate {
+        /// Which process.
+        process: u8,
+        /// First page.
+        page: u8,
+        /// How many.
+        pages: u8,
+    },
+    /// A coming transfer of swap fails: who needs the page hears of it once, and nothing is lost.
+    DiskError {
+        /// Which one.
+        after: u8,
+    },
 }
 
 /// A strategy that makes lists of at most `length` steps, mostly stores and loads among calls that matter to them.
@@ -111,9 +132,10 @@ pub fn process_ops(length: usize) -> impl Strategy<Value = Vec<ProcessOp>> {
     let process = 0..PROCESSES as u8;
     let page = 0..WINDOW;
     let pages = 1..12u8;
+    let mapped = prop_oneof![2 => 1..12u8, 1 => 24..WINDOW];
     let rights = prop_oneof![1 => 0..2u8, 3 => Just(3u8)];
     let op = prop_oneof![
-        3 => (process.clone(), page.clone(), pages.clone(), rights.clone(), any::<bool>()).prop_map(
+        3 => (process.clone(), page.clone(), mapped, rights.clone(), any::<bool>()).prop_map(
             |(process, page, pages, rights, shared)| ProcessOp::Map { process, page, pages, rights, shared }
         ),
         1 => (process.clone(), page.clone(), pages.clone())
@@ -128,7 +150,11 @@ pub fn process_ops(length: usize) -> impl Strategy<Value = Vec<ProcessOp>> {
         1 => (process.clone(), page.clone(), pages, page)
             .prop_map(|(process, page, pages, to)| ProcessOp::Move { process, page, pages, to }),
         2 => process.clone().prop_map(|process| ProcessOp::Fork { process }),
-        1 => process.prop_map(|process| ProcessOp::Exit { process }),
+        1 => process.clone().prop_map(|process| ProcessOp::Exit { process }),
+        2 => (1..80u8, 0..4u8).prop_map(|(pages, latency)| ProcessOp::Reclaim { pages, latency }),
+        2 => (process, 0..WINDOW, 1..WINDOW)
+            .prop_map(|(process, page, pages)| ProcessOp::Migrate { process, page, pages }),
+        1 => (1..6u8).prop_map(|after| ProcessOp::DiskError { after }),
     ];
     proptest::collection::vec(op, 1..length)
 }
@@ -329,7 +355,11 @@ impl Processes {
                 }
                 Answer::Done
             }
-            ProcessOp::Fork { .. } | ProcessOp::Exit { .. } => {
+            ProcessOp::Migrate { .. } => Answer::Done,
+            ProcessOp::Fork { .. }
+            | ProcessOp::Exit { .. }
+            | ProcessOp::Reclaim { .. }
+            | ProcessOp::DiskError { .. } => {
                 unreachable!("not a step of one process")
             }
         }
@@ -365,7 +395,9 @@ impl ProcessOp {
             | Self::DontNeed { process, .. }
             | Self::Move { process, .. }
             | Self::Fork { process }
-            | Self::Exit { process } => process,
+            | Self::Exit { process }
+            | Self::Migrate { process, .. } => process,
+            Self::Reclaim { .. } | Self::DiskError { .. } => 0,
         }
     }
 }

@@ -1,6 +1,10 @@
 //! Applies one list of steps to the model and to real address spaces on the mock machine, and compares every word.
 
-use kmem_cow_mm::{Advice, Errno, MapFlags, MapRequest, Mm, Outcome, Prot, RemapFlags, Signal};
+use kmem_cow_mm::replacement::Fifo;
+use kmem_cow_mm::{
+    Advice, Errno, MapFlags, MapRequest, Mm, Outcome, Prot, Reclaimer, RemapFlags, Signal,
+};
+use kmem_hal::{FrameRequest, FrameSink, FrameSource, Migrate, MigrateError};
 use kmem_testkit::processes::{Answer, PROCESSES, ProcessOp, Processes, WINDOW, span, stored};
 
 use super::{PAGE, Program, World};
@@ -88,15 +92,22 @@ fn real(program: &Program, op: ProcessOp) -> Option<Answer> {
             }
         }
         ProcessOp::Store { page, value, .. } => {
-            match program.store(address(page), stored(page, value)) {
+            match once_more(|| program.store(address(page), stored(page, value))) {
                 Ok(()) => Some(Answer::Done),
                 Err(outcome) => answer(outcome),
             }
         }
-        ProcessOp::Load { page, .. } => match program.load(address(page)) {
+        ProcessOp::Load { page, .. } => match once_more(|| program.load(address(page))) {
             Ok(value) => Some(Answer::Value(value)),
             Err(outcome) => answer(outcome),
         },
+        ProcessOp::Migrate { page, pages, .. } => {
+            let (first, last) = span(page, pages);
+            for page in first..last {
+                migrate(program, address(page as u8))?;
+            }
+            Some(Answer::Done)
+        }
         ProcessOp::DontNeed { page, pages, .. } => {
             let (start, length) = range(page, pages);
             match space.madvise(start, length, Advice::DontNeed) {
@@ -117,7 +128,46 @@ fn real(program: &Program, op: ProcessOp) -> Option<Answer> {
                 other => called(other.map(|_| ())),
             }
         }
-        ProcessOp::Fork { .. } | ProcessOp::Exit { .. } => unreachable!(),
+        ProcessOp::Fork { .. }
+        | ProcessOp::Exit { .. }
+        | ProcessOp::Reclaim { .. }
+        | ProcessOp::DiskError { .. } => unreachable!(),
+    }
+}
+
+/// Moves a page, if one is there, to another frame; everything else about its entry stays.
+fn migrate(program: &Program, address: u64) -> Option<()> {
+    let space = &program.space;
+    let frames = space.mm().env().frames();
+    let page = kmem_hal::Page::containing(kmem_hal::VirtAddr::new(address));
+    let before = space.tables().query(page).leaf();
+    let Some(leaf) = before.filter(|leaf| leaf.frame != space.mm().zero_page()) else {
+        return Some(());
+    };
+    let to = frames.alloc(&FrameRequest::ONE).ok()?;
+    let target = to.first();
+    match space.mm().migrate(leaf.frame, to) {
+        Ok(old) => {
+            let now = space.tables().query(page).leaf();
+            let now = now.expect("a page that was moved is mapped");
+            assert_eq!(now.frame, target);
+            assert_eq!(now.attributes.rights, leaf.attributes.rights);
+            frames.free(old);
+        }
+        Err((MigrateError::Pinned, to)) => frames.free(to),
+        Err((error, _)) => panic!("{page:?} is not moved: {error}"),
+    }
+    Some(())
+}
+
+/// Makes an access again that a failed read of swap ended: the device is asked anew.
+fn once_more<R>(access: impl Fn() -> Result<R, Outcome>) -> Result<R, Outcome> {
+    match access() {
+        Err(Outcome::Signal {
+            signal: Signal::BusError,
+            ..
+        }) => access(),
+        result => result,
     }
 }
 
@@ -140,6 +190,8 @@ pub fn run(
     ops: &[ProcessOp],
     failures: bool,
 ) {
+    let disk = world.disk(mm, 512);
+    let mut reclaimer = Reclaimer::new(Fifo);
     let before = world.used_frames();
     let mut model = Processes::new();
     let mut programs: Vec<Option<Program>> = (0..PROCESSES).map(|_| None).collect();
@@ -161,6 +213,11 @@ pub fn run(
                 model.fork(living, child);
                 programs[child] = Some(forked);
             }
+            ProcessOp::Reclaim { pages, latency } => {
+                disk.set_latency(u32::from(latency % 4));
+                reclaimer.reclaim(mm, u64::from(pages));
+            }
+            ProcessOp::DiskError { after } => disk.fail_at(u64::from(after.max(1))),
             ProcessOp::Exit { .. } => {
                 if model.alive().count() > 1 {
                     model.exit(living);
@@ -189,6 +246,12 @@ pub fn run(
     for program in programs.into_iter().flatten() {
         program.exit();
     }
+    while mm.poll_swap().is_some() {}
+    if std::env::var_os("KMEM_EVENTS").is_some() {
+        eprintln!("{:?}", mm.events());
+    }
+    let swap = mm.meminfo().swap;
+    assert_eq!(swap.free, swap.total, "slots of swap leak");
     assert_eq!(world.used_frames(), before, "frames leak");
     assert_eq!(mm.committed(), 0, "promises leak");
 }
@@ -225,10 +288,12 @@ fn check(model: &Processes, programs: &[Option<Program>], step: usize) {
                 _ => continue,
             };
             let mut word = [0; 8];
-            program
-                .space
-                .peek(kmem_hal::VirtAddr::new(address(page)), &mut word)
-                .unwrap_or_else(|| panic!("step {step}: process {process} lost page {page}"));
+            let at = kmem_hal::VirtAddr::new(address(page));
+            // What is in swap has to be brought in; a failed read is tried again.
+            let found = program.space.peek(at, &mut word).is_some()
+                || program.space.read_memory(at, &mut word).is_ok()
+                || program.space.read_memory(at, &mut word).is_ok();
+            assert!(found, "step {step}: process {process} lost page {page}");
             assert_eq!(
                 u64::from_le_bytes(word),
                 want,

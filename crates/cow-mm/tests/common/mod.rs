@@ -8,11 +8,14 @@ pub mod elf;
 
 use kmem_cow_mm::{
     AddressSpace, Counters, Env, FileRef, Layout, Mm, Object, OpenFile, Outcome, Signal,
-    SpaceMemory, VmaMemory,
+    SpaceMemory, SwapSlot, VmaMemory,
 };
 use kmem_hal::lock::SpinWait;
-use kmem_hal::{FrameSlot, FrameTable, Mmu, SECTION_FRAMES, Section, SingleGrace, VirtAddr};
-use kmem_mock_x86::{DiskImage, FramePool, Machine};
+use kmem_hal::{
+    FrameRequest, FrameSink, FrameSlot, FrameSource, FrameTable, Mmu, SECTION_FRAMES, Section,
+    SingleGrace, VirtAddr,
+};
+use kmem_mock_x86::{Disk, DiskImage, FramePool, Machine};
 use kmem_paging::Parts;
 use kmem_paging::format::{Format, X86_64};
 use kmem_testkit::{FailPlan, Failing, HeapObjects};
@@ -43,6 +46,7 @@ pub struct World<F = X86_64> {
     objects: Failing<'static, HeapObjects<Object<Nodes, SpinWait>>>,
     spaces: Failing<'static, HeapObjects<SpaceMemory>>,
     format: PhantomData<fn() -> F>,
+    disk: std::sync::OnceLock<&'static Disk<'static>>,
 }
 
 // SAFETY: E1: fields never change; E2: the slots cover the machine's memory; E3: worlds are leaked.
@@ -112,6 +116,7 @@ impl<F: Format> World<F> {
             objects: Failing::new(HeapObjects::new(), plan),
             spaces: Failing::new(HeapObjects::new(), plan),
             format: PhantomData,
+            disk: std::sync::OnceLock::new(),
         }))
     }
 
@@ -124,6 +129,30 @@ impl<F: Format> World<F> {
         use kmem_paging::Env as _;
         kmem_paging::TableCache::shrink(&self.paging, usize::MAX);
         self.paging.frames().inner().in_use()
+    }
+
+    /// Frames that are free: takes them all, and gives them back.
+    pub fn free_frames(&self) -> u64 {
+        let frames = self.frames();
+        let mut taken = Vec::new();
+        while let Ok(frame) = frames.alloc(&FrameRequest::ONE) {
+            taken.push(frame);
+        }
+        let count = taken.len() as u64;
+        taken.into_iter().for_each(|frame| frames.free(frame));
+        count
+    }
+
+    /// A device for swap, which is made at the first call.
+    pub fn disk(&self, mm: &'static Mm<'static, Self>, slots: usize) -> &'static Disk<'static> {
+        self.disk.get_or_init(|| {
+            let disk: &'static Disk<'static> =
+                Box::leak(Box::new(Disk::in_memory(self.machine, slots as u64)));
+            let slots: &'static [SwapSlot] =
+                Box::leak((0..slots).map(|_| SwapSlot::new()).collect());
+            mm.swap_on(disk, slots).unwrap();
+            disk
+        })
     }
 
     /// The frames that address spaces take theirs from.
