@@ -268,19 +268,10 @@ impl Advice {
     #[must_use]
     pub const fn missing_effect(self) -> Option<&'static str> {
         match self {
-            Self::Free => {
-                Some("the contents go at once, as with MADV_DONTNEED: allowed, and not lazy")
-            }
-            Self::WillNeed => {
-                Some("pages of files are read ahead; what is in swap comes when it is touched")
-            }
             Self::Remove => Some(
                 "shared memory reads as zeros for everybody, its frames stay; files: EOPNOTSUPP",
             ),
             Self::Collapse => Some("EINVAL, as from a Linux without transparent huge pages"),
-            Self::Random | Self::Sequential => {
-                Some("noted in the VMA; there is no read-ahead to steer")
-            }
             Self::Mergeable | Self::Unmergeable => {
                 Some("noted in the VMA; equal pages are not merged")
             }
@@ -288,7 +279,6 @@ impl Advice {
                 Some("noted in the VMA; no transparent huge pages")
             }
             Self::DontDump | Self::DoDump => Some("noted in the VMA; there are no core dumps"),
-            Self::Cold | Self::PageOut => Some("pages are neither aged nor written out"),
             _ => None,
         }
     }

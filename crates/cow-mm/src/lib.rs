@@ -2,6 +2,7 @@
 #![no_std]
 
 mod absent;
+mod advise_pages;
 mod brk;
 mod commit;
 mod counters;

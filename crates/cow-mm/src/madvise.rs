@@ -36,10 +36,19 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             }
             _ => {}
         }
-        let mut state = self.lock();
-        self.for_each_part(&mut state, range, |state, vma, part| {
-            self.advise_part(state, vma, part, advice)
-        })
+        let mut accepted = None;
+        let outcome = {
+            let mut state = self.lock();
+            self.for_each_part(&mut state, range, |state, vma, part| {
+                self.advise_part(state, vma, part, advice)?;
+                accepted = PageRange::new(range.first(), part.last());
+                Ok(())
+            })
+        };
+        if let Some(accepted) = accepted {
+            self.advise_pages(accepted, advice);
+        }
+        outcome
     }
 
     fn advise_part(
@@ -51,10 +60,15 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ) -> Result<(), Errno> {
         let special = vma.flags.intersects(VmFlags::SPECIAL);
         let (on, off) = match advice {
-            Advice::DontNeed | Advice::Free => {
-                if vma.flags.intersects(VmFlags::LOCKED | VmFlags::PFNMAP)
-                    || (advice == Advice::Free && !vma.is_anonymous())
-                {
+            Advice::Free => {
+                if vma.flags.intersects(VmFlags::LOCKED | VmFlags::PFNMAP) || !vma.is_anonymous() {
+                    return Err(Errno::EINVAL);
+                }
+                self.free_lazily(part);
+                return Ok(());
+            }
+            Advice::DontNeed => {
+                if vma.flags.intersects(VmFlags::LOCKED | VmFlags::PFNMAP) {
                     return Err(Errno::EINVAL);
                 }
                 // Where not even the frames set aside for this are left, it is a resource that is short for now.

@@ -204,7 +204,7 @@ impl<E: Env> Mm<'_, E> {
     }
 
     /// Whether a page is one that can go at all: of one frame, of somebody's memory, and held by nobody unknown.
-    fn may_go(&self, frame: Frame, page: UserSlot<'_>) -> bool {
+    pub(crate) fn may_go(&self, frame: Frame, page: UserSlot<'_>) -> bool {
         let flags = page.slot().flags();
         frame != self.zero_page()
             && page.slot().order() == Order::ZERO
@@ -236,7 +236,8 @@ impl<E: Env> Mm<'_, E> {
 
     /// A page that was given up: without its bytes, unless it was written since.
     fn evict_lazily_freed(&self, frame: Frame, page: UserSlot<'_>) -> Evicted {
-        if page.mappings() > 1 || self.cache_entry(frame).is_some() {
+        let shared = self.look_at_mappings(frame, false).shared;
+        if shared || page.mappings() > 1 || self.cache_entry(frame).is_some() {
             page.slot().clear_flags(LAZY_FREE);
             return Evicted::Kept;
         }

@@ -393,7 +393,7 @@ impl<E: Env> AddressSpace<'_, E> {
         ControlFlow::Continue(())
     }
 
-    fn next_payload(&self, from: Page, range: PageRange) -> Option<(Page, Payload)> {
+    pub(crate) fn next_payload(&self, from: Page, range: PageRange) -> Option<(Page, Payload)> {
         let rest = PageRange::new(from, range.last())?;
         let mut cursor = self.tables().cursor(rest).ok()?;
         while let Some(run) = cursor.next_run() {

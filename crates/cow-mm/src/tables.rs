@@ -30,7 +30,7 @@ pub(crate) type SpaceGather<'t, 'm, E, const N: usize> =
     Gather<'t, <E as Env>::Format, &'m <E as Env>::Paging, PageRef, N>;
 
 /// The first page after those of a page's leaf table.
-fn next_table(page: Page) -> Option<Page> {
+pub(crate) fn next_table(page: Page) -> Option<Page> {
     Page::new((page.number() | (TABLE_PAGES - 1)) + 1)
 }
 

@@ -1,0 +1,181 @@
+//! Advice about pages: which may go without a copy, which are not needed soon, which are needed at once.
+//!
+//! | advice | what happens to the pages of the range |
+//! |---|---|
+//! | `MADV_FREE` | their dirty bits go; reclaim drops them where they are still clean then, and reads find the old bytes until it does |
+//! | `MADV_COLD` | they count as not used, and go before others |
+//! | `MADV_PAGEOUT` | they are reclaimed now |
+//! | `MADV_WILLNEED` | those of files and in swap are read, without waiting |
+//!
+//! Pages that other spaces map too are left alone, as in Linux: one process's advice is not the others'.
+//!
+//! Source: madvise(2); Linux `mm/madvise.c` (`madvise_free_pte_range`, `madvise_cold_or_pageout_pte_range`, `madvise_willneed`).
+
+use kmem_hal::{FrameTag, PageRange};
+use kmem_paging::{ChangeError, Cleared, Entry, Leaf};
+
+use crate::absent::Absent;
+use crate::env::Env;
+use crate::flags::Advice;
+use crate::object::FileRef;
+use crate::page_cache::ObjectPage;
+use crate::reclaim::LAZY_FREE;
+use crate::space::AddressSpace;
+use crate::swap_in::Swapped;
+use crate::tables::next_table;
+
+impl<E: Env> AddressSpace<'_, E> {
+    /// Lets anonymous pages of a range go when memory is short, unless they are written before. The space's lock is held.
+    pub(crate) fn free_lazily(&self, range: PageRange) {
+        let mm = self.mm();
+        let Some(range) = range.intersection(self.all_pages()) else {
+            return;
+        };
+        let Ok(mut cursor) = self.tables().cursor(range) else {
+            return;
+        };
+        let mut gather = self.tables().gather::<1>();
+        let mut rest = Some(range);
+        while let Some(part) = rest {
+            let outcome = cursor.update(part, &mut gather, |leaf| {
+                if !self.is_mine_alone(leaf) {
+                    return None;
+                }
+                let page = mm.user(leaf.frame);
+                page.slot().set_flags(LAZY_FREE);
+                page.set_age(0);
+                let mut attributes = leaf.attributes;
+                attributes.dirty = false;
+                Some(attributes)
+            });
+            // What is in a shared table is the others' too.
+            rest = match outcome {
+                Err(ChangeError::Shared { at }) => {
+                    next_table(at).and_then(|next| PageRange::new(next, range.last()))
+                }
+                _ => None,
+            };
+        }
+        cursor.release();
+        self.settle(&mut gather);
+        self.forget_swapped(range);
+    }
+
+    /// Clears the entries of swap in a range: the next read finds zeros.
+    fn forget_swapped(&self, range: PageRange) {
+        let mut next = Some(range.first());
+        while let Some((page, _)) = next.and_then(|from| self.next_payload(from, range)) {
+            let single = PageRange::single(page);
+            if let Ok(mut cursor) = self.tables().cursor(single) {
+                let mut gather = self.tables().gather::<1>();
+                // A page that came back meanwhile stays as it is.
+                let mut gone = None;
+                if let (Entry::Payload(_), false) = cursor.look(page) {
+                    let _ = cursor.unmap_with(single, &mut gather, |cleared| {
+                        if let Cleared::Payload(_, payload) = cleared {
+                            gone = Some(payload);
+                        }
+                    });
+                }
+                cursor.release();
+                self.settle(&mut gather);
+                gone.inspect(|&payload| self.mm().drop_payload(payload));
+            }
+            next = page.checked_add(1).filter(|next| range.contains(*next));
+        }
+    }
+
+    /// Whether an anonymous page has this one mapping, and nobody else looks at it.
+    fn is_mine_alone(&self, leaf: &Leaf) -> bool {
+        let page = self.mm().user(leaf.frame);
+        page.slot().tag() == FrameTag::Anon && page.mappings() == 1 && page.references() == 1
+    }
+
+    /// Does what an advice says to the pages of a range in which it was accepted. No lock is held.
+    pub(crate) fn advise_pages(&self, range: PageRange, advice: Advice) {
+        let mut at = Some(range.first());
+        while let Some(from) = at {
+            let next = self.read().vmas.at_or_after(from);
+            let Some(vma) = next.filter(|vma| vma.range.first() <= range.last()) else {
+                break;
+            };
+            let Some(part) = vma.range.intersection(range) else {
+                break;
+            };
+            match advice {
+                Advice::Cold => self.make_cold(part),
+                Advice::PageOut => self.page_out(part),
+                Advice::WillNeed => {
+                    // The file lives as long as the mapping, which may go meanwhile.
+                    let file = vma.file;
+                    file.inspect(|&file| self.mm().get_object(file));
+                    self.fetch(part, file, vma.object_page(part.first()));
+                    file.inspect(|&file| self.mm().put_object(file));
+                }
+                _ => return,
+            }
+            at = part
+                .last()
+                .checked_add(1)
+                .filter(|next| range.contains(*next));
+        }
+    }
+
+    /// Makes pages look as if nobody had used them.
+    #[doc(alias = "madvise_cold")]
+    fn make_cold(&self, range: PageRange) {
+        let Ok(mut cursor) = self.tables().cursor(range) else {
+            return;
+        };
+        for page in range.iter() {
+            let (Entry::Leaf(leaf), false) = cursor.look(page) else {
+                continue;
+            };
+            let slot = self.mm().user(leaf.frame);
+            if slot.mappings() == 1 {
+                slot.set_age(0);
+                cursor.clear_accessed(page);
+                self.core().entry.note_aged();
+            }
+        }
+        drop(cursor);
+        self.mm().flush_aged();
+    }
+
+    /// Reclaims the pages of a range that no other table maps.
+    #[doc(alias = "madvise_pageout")]
+    fn page_out(&self, range: PageRange) {
+        for page in range.iter() {
+            let Some(frame) = self.frame_at(page) else {
+                continue;
+            };
+            self.mm().with_page(frame, |page| {
+                if page.mappings() == 1 && self.mm().may_go(frame, page) {
+                    self.mm().evict(frame, page);
+                }
+            });
+        }
+    }
+
+    /// Starts reading what is missing.
+    #[doc(alias = "madvise_willneed")]
+    fn fetch(&self, range: PageRange, file: Option<FileRef>, index: u64) {
+        let mm = self.mm();
+        for (page, index) in range.iter().zip(index..) {
+            if let Some(payload) = self.payload_at(page) {
+                if let Some(Absent::Swapped(entry)) = Absent::of(payload)
+                    && let Ok(Swapped::Ready(frame)) = mm.swapped_page(entry)
+                {
+                    mm.put_reference(frame);
+                }
+                continue;
+            }
+            let Some(file) = file else { continue };
+            match mm.object_page(file, index) {
+                Ok(ObjectPage::Ready(frame)) => mm.put_reference(frame),
+                Ok(ObjectPage::NeedIo(_)) => {}
+                Ok(ObjectPage::Beyond) | Err(_) => return,
+            }
+        }
+    }
+}
