@@ -40,8 +40,6 @@ use crate::errno::Errno;
 use crate::flags::VmFlags;
 use crate::merge::may_share_anon;
 use crate::mutants::mutant;
-use crate::object::FileRef;
-use crate::page_cache::ObjectPage;
 use crate::space::{AddressSpace, State};
 use crate::tables::{SpaceCursor, attributes, rights};
 use crate::vma::{AnonLink, Vma};
@@ -316,45 +314,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 attributes = attributes.write_protected();
                 self.mm().map_page(self.mm().zero_page())?
             }
-            Some(file) => {
-                let source = self.object_frame(file, vma.object_page(page), address)?;
-                let mapping = if vma.is_shared() {
-                    let shared_memory = self.mm().object_info(file).is_shared_memory;
-                    if write || shared_memory {
-                        self.mm().slot(source).set_flags(SlotFlags::DIRTY);
-                        attributes.dirty = write;
-                    } else {
-                        // The first write must be seen, so that it reaches the file.
-                        attributes = attributes.write_protected();
-                    }
-                    self.mm().map_page(source)
-                } else if write && !mutant!("private-write-hits-the-file") {
-                    attributes.dirty = true;
-                    self.mm()
-                        .new_anonymous(self.family(), vma.object_page(page), Some(source))
-                } else {
-                    if !mutant!("private-write-hits-the-file") {
-                        attributes = attributes.write_protected();
-                    }
-                    self.mm().map_page(source)
-                };
-                self.mm().put_reference(source);
-                mapping?
-            }
+            Some(file) => return self.fault_object(vma, file, page, address, write),
         };
         self.install(page, mapping, attributes)?;
         Ok(())
-    }
-
-    fn object_frame(&self, file: FileRef, index: u64, address: VirtAddr) -> Result<Frame, Stop> {
-        match self.mm().object_page(file, index)? {
-            ObjectPage::Ready(frame) => Ok(frame),
-            ObjectPage::NeedIo(ticket) => Err(Stop::Outcome(Outcome::NeedIo(ticket))),
-            ObjectPage::Beyond => Err(Stop::Outcome(Outcome::Signal {
-                signal: Signal::BusError,
-                address,
-            })),
-        }
     }
 
     /// Gives a private VMA a reverse map before its first anonymous page: a neighbour's where Linux takes it.

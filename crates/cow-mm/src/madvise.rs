@@ -9,7 +9,6 @@ use kmem_hal::{PAGE_SIZE, PageRange};
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{Advice, VmFlags};
-use crate::page_cache::ObjectPage;
 use crate::space::{AddressSpace, State};
 use crate::vma::Vma;
 
@@ -80,14 +79,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 let refused = vma.flags.intersects(VmFlags::LOCKED | VmFlags::PFNMAP);
                 return if refused { Err(Errno::EINVAL) } else { Ok(()) };
             }
-            Advice::WillNeed => {
-                self.read_ahead(vma, part);
-                return Ok(());
-            }
             Advice::Remove => return self.remove_contents(vma, part),
             // As from a Linux without transparent huge pages.
             Advice::Collapse => return Err(Errno::EINVAL),
-            Advice::PopulateRead | Advice::PopulateWrite => return Ok(()),
+            Advice::WillNeed | Advice::PopulateRead | Advice::PopulateWrite => return Ok(()),
             Advice::Normal => (VmFlags::empty(), VmFlags::SEQ_READ | VmFlags::RAND_READ),
             Advice::Random => (VmFlags::RAND_READ, VmFlags::SEQ_READ),
             Advice::Sequential => (VmFlags::SEQ_READ, VmFlags::RAND_READ),
@@ -125,19 +120,6 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             state.vmas.edit()?.modify(part, |new| new.flags = flags);
         }
         Ok(())
-    }
-
-    /// Asks for a file's pages, so that they are there, or on their way, when they are touched.
-    #[doc(alias = "madvise_willneed")]
-    fn read_ahead(&self, vma: &Vma, part: PageRange) {
-        let Some(file) = vma.file else { return };
-        for page in part.iter() {
-            // What cannot be had now is asked for again by the fault.
-            match self.mm().object_page(file, vma.object_page(page)) {
-                Ok(ObjectPage::Beyond) | Err(_) => return,
-                Ok(_) => {}
-            }
-        }
     }
 
     /// Makes pages of shared memory read as zeros, for everybody who maps them (`madvise_remove`).

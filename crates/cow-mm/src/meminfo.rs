@@ -184,8 +184,8 @@ impl fmt::Display for MemInfo {
             ("Mapped", self.mapped),
             ("Shmem", self.shared),
         ] {
-            let name = format_args!("{name}:");
-            writeln!(f, "{name:<16}{:>8} kB", pages * 4)?;
+            let padding = 15usize.saturating_sub(name.len());
+            writeln!(f, "{name}:{:padding$}{:>8} kB", "", pages * 4)?;
         }
         Ok(())
     }

@@ -165,6 +165,84 @@ impl<'m, E: Env> Mm<'m, E> {
             .then_some(frame)
     }
 
+    /// As [`cached_page`](Self::cached_page), with a reference.
+    pub(crate) fn get_cached(&self, file: FileRef, index: u64) -> Option<Frame> {
+        let pages = self.object(file).pages.read();
+        let frame = pages.get(Page::new(index)?)?.value.frame();
+        let page = self.user(frame);
+        let whole = page.slot().flags().contains(SlotFlags::UP_TO_DATE);
+        (whole && page.add_reference().is_ok()).then_some(frame)
+    }
+
+    /// Starts reading `pages` pages after one, as far as that costs nothing but memory.
+    #[doc(alias = "page_cache_ra_order")]
+    pub(crate) fn read_ahead(&self, file: FileRef, index: u64, pages: u64) {
+        for near in (index + 1)..=index.saturating_add(pages) {
+            let missing = Page::new(near)
+                .is_some_and(|page| self.object(file).pages.read().get(page).is_none());
+            if !missing {
+                continue;
+            }
+            match self.object_page(file, near) {
+                Ok(ObjectPage::Ready(frame)) => self.put_reference(frame),
+                Ok(ObjectPage::NeedIo(_)) => {}
+                Ok(ObjectPage::Beyond) | Err(_) => return,
+            }
+            self.count(|counts| &counts.read_ahead);
+        }
+    }
+
+    /// Takes the pages from an index on out of the tree, whatever is in them.
+    pub(crate) fn forget_from(&self, file: FileRef, first_gone: u64) -> Result<(), Errno> {
+        let object = self.object(file);
+        let Some(all) = Page::new(first_gone).and_then(|first| PageRange::new(first, Page::MAX))
+        else {
+            return Ok(());
+        };
+        while let Some((index, frame)) = self.next_cached(object, all.first(), all) {
+            let slot = self.slot(frame);
+            // A transfer on its way, an eviction or a move comes to its end first.
+            while !slot.try_lock() {
+                kmem_hal::sync::spin_loop();
+            }
+            while slot.flags().contains(SlotFlags::WRITEBACK) {
+                let ticket = IoTicket(slot.links().load(Ordering::Acquire));
+                if let Some(provider) = self.provider(object) {
+                    let _ = self.note_write(frame, provider.poll(ticket));
+                }
+            }
+            let reading = !slot.flags().contains(SlotFlags::UP_TO_DATE)
+                && matches!(
+                    self.ask_again(object, index.number(), frame),
+                    Ok(IoState::Pending(_))
+                );
+            let mut removed = false;
+            let mut outcome = Ok(());
+            if !reading {
+                let mut pages = object.pages.write();
+                removed = pages
+                    .get(index)
+                    .is_some_and(|entry| entry.value.frame() == frame);
+                if removed {
+                    outcome = pages.store(PageRange::single(index), None, &mut |_| {});
+                }
+                removed &= outcome.is_ok();
+                if removed {
+                    // Nobody's from now on: whoever still holds it, for a pin or a copy, is the last to let it go.
+                    self.user(frame).set_object(0, 0);
+                    slot.clear_flags(SlotFlags::DIRTY);
+                }
+            }
+            slot.unlock();
+            self.put_reference(frame);
+            outcome.map_err(|_| Errno::ENOMEM)?;
+            if removed {
+                self.put_reference(frame);
+            }
+        }
+        Ok(())
+    }
+
     /// Frames that the object's cache holds.
     #[must_use]
     pub fn cached_pages(&self, file: FileRef) -> u64 {

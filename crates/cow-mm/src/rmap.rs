@@ -173,7 +173,7 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
-    fn for_each_space(
+    pub(crate) fn for_each_space(
         &self,
         spaces: &First,
         wanted: impl Fn(&Core<'m, E>) -> bool,

@@ -1,0 +1,338 @@
+//! The page cache: what calls and mappings see, what the disk gets, what goes when memory is short.
+
+mod common;
+
+use common::{PAGE, Program, World, signal};
+use kmem_cow_mm::replacement::Fifo;
+use kmem_cow_mm::{Advice, MapFlags, MapRequest, Mm, OpenFile, Prot, Reclaimer, Signal};
+use kmem_hal::{Frame, IoError, IoState, IoTicket, Page, PageProvider, VirtAddr};
+use kmem_mock_x86::DiskImage;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+const RW: Prot = Prot::READ.union(Prot::WRITE);
+
+fn bytes(pages: u64) -> Vec<u8> {
+    (0..pages * PAGE)
+        .map(|at| (at / PAGE * 7 + at % 13) as u8)
+        .collect()
+}
+
+fn map(program: &Program, file: OpenFile, pages: u64, prot: Prot, flags: MapFlags) -> u64 {
+    let request = MapRequest {
+        length: pages * PAGE,
+        prot,
+        flags,
+        file: Some(file),
+        ..MapRequest::anonymous(PAGE, prot)
+    };
+    program.space.mmap(&request).unwrap().as_u64()
+}
+
+fn on_disk(world: &World, image: &DiskImage<'_>, index: u64) -> u64 {
+    use kmem_hal::{FrameRequest, FrameSink, FrameSource};
+    let frame = world.frames().alloc(&FrameRequest::ONE).unwrap();
+    if let Ok(IoState::Pending(ticket)) = image.read(index, frame.first()) {
+        while let Ok(IoState::Pending(_)) = image.poll(ticket) {}
+    }
+    let mut word = [0; 8];
+    assert!(
+        world
+            .machine
+            .memory()
+            .read(frame.first().start().as_u64(), &mut word)
+    );
+    world.frames().free(frame);
+    u64::from_le_bytes(word)
+}
+
+#[test]
+fn calls_and_mappings_share_pages() {
+    let world = World::new();
+    let mm = world.mm();
+    let (image, file) = world.file(mm, &bytes(8));
+    image.set_latency(2);
+    let program = Program::new(mm);
+    let shared = map(&program, file, 8, RW, MapFlags::SHARED);
+    let private = map(&program, file, 8, RW, MapFlags::PRIVATE);
+    program.store(shared + 2 * PAGE, 0x1111).unwrap();
+    let mut word = [0; 8];
+    let read = |offset, word: &mut [u8]| loop {
+        let io = mm.read_file(file.file, offset, word).unwrap();
+        if io.ticket.is_none() {
+            break io.bytes;
+        }
+    };
+    assert_eq!(read(2 * PAGE, &mut word), 8);
+    assert_eq!(u64::from_le_bytes(word), 0x1111);
+    let write = |offset, word: u64| {
+        while mm
+            .write_file(file.file, offset, &word.to_le_bytes())
+            .unwrap()
+            .bytes
+            < 8
+        {}
+    };
+    write(3 * PAGE, 0x2222);
+    assert_eq!(program.load(shared + 3 * PAGE), Ok(0x2222));
+    assert_eq!(program.load(private + 3 * PAGE), Ok(0x2222));
+    program.store(private + 3 * PAGE, 0x3333).unwrap();
+    write(3 * PAGE, 0x4444);
+    assert_eq!(program.load(private + 3 * PAGE), Ok(0x3333));
+    assert_eq!(
+        read(8 * PAGE - 4, &mut word),
+        4,
+        "reads end at the file's end"
+    );
+    assert_eq!(mm.meminfo().dirty, 2);
+    mm.sync_file(file.file).unwrap();
+    assert_eq!(mm.meminfo().dirty, 0);
+    assert_eq!(on_disk(world, image, 2), 0x1111);
+    assert_eq!(on_disk(world, image, 3), 0x4444);
+    program.exit();
+    mm.close(file.file);
+}
+
+#[test]
+fn a_page_that_was_written_back_is_dirty_again_at_the_next_write() {
+    let world = World::new();
+    let mm = world.mm();
+    let (image, file) = world.file(mm, &bytes(2));
+    let program = Program::new(mm);
+    let start = map(&program, file, 2, RW, MapFlags::SHARED);
+    for value in 1..5 {
+        program.store(start, value).unwrap();
+        assert_eq!(mm.meminfo().dirty, 1);
+        program.space.msync(start, PAGE).unwrap();
+        assert_eq!(mm.meminfo().dirty, 0);
+        assert_eq!(on_disk(world, image, 0), value);
+    }
+    let written = image.transfers().1;
+    program.space.msync(start, PAGE).unwrap();
+    assert_eq!(image.transfers().1, written, "a clean page is not written");
+    // A write that fails leaves the page dirty, and the next one brings the bytes there.
+    program.store(start, 9).unwrap();
+    image.fail_at(1);
+    assert!(program.space.msync(start, PAGE).is_err());
+    assert_eq!(mm.meminfo().dirty, 1);
+    program.space.msync(start, PAGE).unwrap();
+    assert_eq!(on_disk(world, image, 0), 9);
+    program.exit();
+    mm.close(file.file);
+}
+
+#[test]
+fn pages_of_files_go_when_memory_is_short_and_dirty_ones_are_written_first() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let (image, file) = world.file(mm, &bytes(64));
+    let program = Program::new(mm);
+    let start = map(&program, file, 64, RW, MapFlags::SHARED);
+    let text = map(&program, file, 64, Prot::READ, MapFlags::PRIVATE);
+    for page in 0..64 {
+        program.load(text + page * PAGE).unwrap();
+    }
+    program.store(start, 0xabcd).unwrap();
+    let child = program.fork().unwrap();
+    child.load(text).unwrap();
+    assert_eq!(mm.cached_pages(file.file), 64);
+    let made = Reclaimer::new(Fifo).reclaim(mm, 64);
+    assert_eq!(made.freed, 64, "{made:?}");
+    assert_eq!(mm.cached_pages(file.file), 0);
+    assert_eq!(program.space.recount().rss_file, 0);
+    assert_eq!(on_disk(world, image, 0), 0xabcd);
+    assert_eq!(child.load(text), Ok(0xabcd));
+    let want = u64::from_le_bytes(bytes(64)[5 * 4096..][..8].try_into().unwrap());
+    assert_eq!(program.load(start + 5 * PAGE), Ok(want));
+    program.exit();
+    child.exit();
+    mm.close(file.file);
+    assert_eq!(world.used_frames(), before);
+}
+
+#[test]
+fn a_read_brings_its_neighbours() {
+    let world = World::new();
+    let mm = world.mm();
+    let (image, file) = world.file(mm, &bytes(64));
+    let program = Program::new(mm);
+    let start = map(&program, file, 64, Prot::READ, MapFlags::PRIVATE);
+    // A page from which a window of 16 pages begins.
+    let aligned = 16 - start / PAGE % 16;
+    program.load(start + aligned * PAGE).unwrap();
+    assert_eq!(mm.cached_pages(file.file), 9, "the page and eight after it");
+    assert_eq!(
+        program.space.recount().rss_file,
+        9,
+        "all of them are mapped by one fault"
+    );
+    program
+        .space
+        .madvise(start, 64 * PAGE, Advice::Random)
+        .unwrap();
+    program.load(start + 48 * PAGE).unwrap();
+    assert_eq!(mm.cached_pages(file.file), 10);
+    let reads = image.transfers().0;
+    program
+        .space
+        .madvise(start + 56 * PAGE, 8 * PAGE, Advice::WillNeed)
+        .unwrap();
+    assert_eq!(image.transfers().0, reads + 8);
+    program.exit();
+    mm.close(file.file);
+}
+
+/// A file whose size a test changes.
+#[derive(Debug)]
+struct Shrinking {
+    image: &'static DiskImage<'static>,
+    size: AtomicU64,
+}
+
+// SAFETY: W1 to W3: forwards to an image that keeps them.
+unsafe impl PageProvider for Shrinking {
+    fn size(&self) -> u64 {
+        self.size.load(Ordering::SeqCst)
+    }
+    fn read(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
+        self.image.read(index, frame)
+    }
+    fn write(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
+        self.image.write(index, frame)
+    }
+    fn poll(&self, ticket: IoTicket) -> Result<IoState, IoError> {
+        self.image.poll(ticket)
+    }
+}
+
+fn shrinking(
+    world: &'static World,
+    mm: &'static Mm<'static, World>,
+    pages: u64,
+) -> (&'static Shrinking, OpenFile) {
+    let image = Box::leak(Box::new(DiskImage::from_bytes(
+        world.machine,
+        &bytes(pages),
+    )));
+    let size = AtomicU64::new(pages * PAGE);
+    let provider: &'static Shrinking = Box::leak(Box::new(Shrinking { image, size }));
+    let file = mm.open_file(provider, "/shrinks", 7).unwrap();
+    (
+        provider,
+        OpenFile {
+            file,
+            readable: true,
+            writable: true,
+        },
+    )
+}
+
+#[test]
+fn a_file_that_shrinks_takes_its_pages_out_of_every_mapping() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let (provider, file) = shrinking(world, mm, 8);
+    let program = Program::new(mm);
+    let shared = map(&program, file, 8, RW, MapFlags::SHARED);
+    let private = map(&program, file, 8, RW, MapFlags::PRIVATE);
+    for page in 0..8 {
+        program.store(shared + page * PAGE, page + 1).unwrap();
+        program.store(private + page * PAGE, page + 100).unwrap();
+    }
+    let child = program.fork().unwrap();
+    provider.size.store(3 * PAGE + 8, Ordering::SeqCst);
+    mm.truncate_file(file.file).unwrap();
+    assert_eq!(mm.cached_pages(file.file), 4);
+    for program in [&program, &child] {
+        for page in 0..4 {
+            assert_eq!(program.load(shared + page * PAGE), Ok(page + 1));
+            assert_eq!(program.load(private + page * PAGE), Ok(page + 100));
+        }
+        assert_eq!(
+            program.load(shared + 3 * PAGE + 8),
+            Ok(0),
+            "behind the end there are zeros"
+        );
+        for page in 4..8 {
+            for start in [shared, private] {
+                let address = start + page * PAGE;
+                assert_eq!(
+                    program.load(address),
+                    Err(signal(Signal::BusError, address))
+                );
+            }
+        }
+    }
+    program.exit();
+    child.exit();
+    mm.close(file.file);
+    assert_eq!(world.used_frames(), before);
+}
+
+#[test]
+fn advice_about_pages_has_its_effect() {
+    let world = World::new();
+    let mm = world.mm();
+    world.disk(mm, 64);
+    let program = Program::new(mm);
+    let request = MapRequest::anonymous(8 * PAGE, RW);
+    let start = program.space.mmap(&request).unwrap().as_u64();
+    let present = |page: u64| {
+        let page = Page::containing(VirtAddr::new(start + page * PAGE));
+        program.space.frame_at(page).is_some()
+    };
+    for page in 0..8 {
+        program.store(start + page * PAGE, page + 1).unwrap();
+    }
+    program
+        .space
+        .madvise(start, 2 * PAGE, Advice::PageOut)
+        .unwrap();
+    assert!(!present(0) && !present(1) && present(2));
+    assert_eq!(program.space.swapped(), 2);
+    assert_eq!(program.load(start), Ok(1));
+    // Lazily freed: there until memory is short, kept if it is written.
+    program
+        .space
+        .madvise(start + 2 * PAGE, 2 * PAGE, Advice::Free)
+        .unwrap();
+    assert_eq!(program.load(start + 2 * PAGE), Ok(3));
+    program.store(start + 3 * PAGE, 44).unwrap();
+    assert_eq!(mm.meminfo().lazily_freed, 2);
+    let out = mm.events().swapped_out;
+    Reclaimer::new(Fifo).reclaim(mm, 64);
+    assert_eq!(
+        program.load(start + 2 * PAGE),
+        Ok(0),
+        "dropped without a copy"
+    );
+    assert_eq!(
+        program.load(start + 3 * PAGE),
+        Ok(44),
+        "written again, so kept"
+    );
+    assert!(mm.events().swapped_out > out);
+    // What is in swap is forgotten.
+    program
+        .space
+        .madvise(start, 8 * PAGE, Advice::PageOut)
+        .unwrap();
+    program
+        .space
+        .madvise(start, 8 * PAGE, Advice::Free)
+        .unwrap();
+    assert_eq!(program.space.swapped(), 0);
+    assert_eq!(program.load(start + 3 * PAGE), Ok(0));
+    // Cold pages go first.
+    for page in 0..8 {
+        program.store(start + page * PAGE, page + 1).unwrap();
+    }
+    program
+        .space
+        .madvise(start + 6 * PAGE, 2 * PAGE, Advice::Cold)
+        .unwrap();
+    Reclaimer::new(kmem_cow_mm::replacement::Clock).reclaim(mm, 2);
+    assert!((0..6).all(present) && !present(6) && !present(7));
+    program.exit();
+}
