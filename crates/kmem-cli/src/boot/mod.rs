@@ -35,6 +35,7 @@ use crate::world::process::Process;
 use crate::world::types::Source as Books;
 use crate::world::{self, World, forever};
 use crate::{Status, replay};
+use kmem_cow_mm::Usage;
 use kmem_hal::PAGE_SIZE;
 use kmem_mock_x86::Tracked;
 use std::fmt::Write;
@@ -598,7 +599,7 @@ impl Running {
         }
         say!("--- figures and their recounts");
         let processes = figures::Processes {
-            tables: usage.tables,
+            tables: tables_of(init, &usage),
             anon: usage.rss_anon,
         };
         figures::memory(&mut self.checks, world.frames(), world.boot_map());
@@ -717,12 +718,18 @@ impl Running {
     }
 }
 
+/// Frames that a process's page tables hold, those set aside for copies of shared tables too.
+fn tables_of(process: &Process, usage: &Usage) -> u64 {
+    usage.tables + process.space().tables().spares() as u64
+}
+
 /// `/proc/meminfo`: the allocator's lines, then those of the allocator's users.
 fn meminfo(world: &World, init: &Process) -> String {
     let mut text = world.frames().mem_info().to_string();
     let usage = init.space().recount();
     let totals = world.slabs().totals();
-    let tables = world.kernel().table_count() as u64 + usage.tables + world.cached_tables();
+    let tables =
+        world.kernel().table_count() as u64 + tables_of(init, &usage) + world.cached_tables();
     for (name, pages) in [
         ("AnonPages", usage.rss_anon),
         ("Mapped", usage.rss_file + usage.rss_shmem),
