@@ -3,6 +3,7 @@
 //! ```text
 //!   kind (2 bits)   0 swapped    [ offset of the slot | area (3) ]
 //!                   1 moving     [ frame number | dirty | accessed | writable ]
+//!                   2 guard      nothing: the page is part of a guard region
 //! ```
 //!
 //! The page table inverts the bits where an address would be, so that the entry names no memory that exists (L1TF, CVE-2018-3620).
@@ -16,6 +17,7 @@ use kmem_paging::format::Format;
 const KIND_BITS: u32 = 2;
 const SWAPPED: u64 = 0;
 const MOVING: u64 = 1;
+const GUARD: u64 = 2;
 const AREA_BITS: u32 = 3;
 
 /// Areas of swap at most: what their number has bits for.
@@ -65,6 +67,7 @@ pub(crate) struct Moving {
 pub(crate) enum Absent {
     Swapped(SwapEntry),
     Moving(Moving),
+    Guard,
 }
 
 impl Absent {
@@ -84,6 +87,7 @@ impl Absent {
                     | u64::from(moving.dirty) << 2;
                 (moving.from.number() << 3 | bits) << KIND_BITS | MOVING
             }
+            Self::Guard => GUARD,
         };
         Payload::new::<F>(number)
     }
@@ -102,6 +106,7 @@ impl Absent {
                 accessed: number & 2 != 0,
                 dirty: number & 4 != 0,
             })),
+            GUARD => Some(Self::Guard),
             _ => None,
         }
     }
@@ -124,7 +129,7 @@ mod tests {
             accessed: false,
             dirty: true,
         });
-        for absent in [swapped, moving] {
+        for absent in [swapped, moving, Absent::Guard] {
             assert_eq!(
                 Absent::of(absent.payload::<X86_64>().unwrap()),
                 Some(absent)

@@ -28,8 +28,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let (data_start, data_end) = state.segments.data;
         let data = end
             .wrapping_sub(before.start)
-            .saturating_add(data_end - data_start);
-        if end < before.start || end > self.layout().task_size || data > state.limits.data {
+            .saturating_add(data_end.saturating_sub(data_start));
+        // A space without a heap (`set_heap`) has no break to move.
+        if before.start == 0
+            || end < before.start
+            || end > self.layout().task_size
+            || data > state.limits.data
+        {
             return before.end;
         }
         let (old, new) = (

@@ -225,11 +225,15 @@ pub enum Advice {
     PopulateWrite = 23,
     /// Huge pages now.
     Collapse = 25,
+    /// Accesses fault for good, without a mapping of their own.
+    GuardInstall = 102,
+    /// Accesses find pages again, empty ones.
+    GuardRemove = 103,
 }
 
 impl Advice {
     /// Every advice, in the order of the numbers.
-    pub const ALL: [Self; 22] = [
+    pub const ALL: [Self; 24] = [
         Self::Normal,
         Self::Random,
         Self::Sequential,
@@ -252,6 +256,8 @@ impl Advice {
         Self::PopulateRead,
         Self::PopulateWrite,
         Self::Collapse,
+        Self::GuardInstall,
+        Self::GuardRemove,
     ];
 
     /// The advice with this number; `None` for numbers that Linux answers with EINVAL.

@@ -60,6 +60,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         state.limits = parent.limits;
         state.segments = parent.segments;
         state.keys = parent.keys;
+        state.guards = parent.guards;
         let mut pages = 0;
         let is_admin = parent.limits.is_admin;
         state.vmas.copy_from(&parent.vmas, is_admin, |vma| {

@@ -16,6 +16,7 @@ mod fault_object;
 mod file;
 mod flags;
 mod fork;
+mod guard;
 mod handle;
 mod keys;
 mod layout;

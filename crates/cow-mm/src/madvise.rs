@@ -70,11 +70,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 if vma.flags.intersects(VmFlags::LOCKED | VmFlags::PFNMAP) {
                     return Err(Errno::EINVAL);
                 }
-                // Where not even the frames set aside for this are left, it is a resource that is short for now.
-                self.own_ends(part).map_err(|_| Errno::EAGAIN)?;
-                self.zap(part);
-                return Ok(());
+                return self.empty(state, part);
             }
+            Advice::GuardInstall => return self.install_guards(state, vma, part),
+            Advice::GuardRemove => return self.remove_guards(state, vma, part),
             Advice::Cold | Advice::PageOut => {
                 let refused = vma.flags.intersects(VmFlags::LOCKED | VmFlags::PFNMAP);
                 return if refused { Err(Errno::EINVAL) } else { Ok(()) };

@@ -19,6 +19,7 @@ use core::fmt;
 use kmem_hal::{Frame, FrameTag, Page};
 use kmem_paging::{Entry, Leaf};
 
+use crate::absent::Absent;
 use crate::env::Env;
 use crate::space::AddressSpace;
 
@@ -96,8 +97,8 @@ impl fmt::Display for PagemapEntry {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.frame() {
             Some(frame) => write!(f, "present frame {:#x}", frame.number())?,
-            None if self.is_swapped() => write!(f, "swapped {:#x}", self.0 & Self::FRAME)?,
             None if self.is_guard() => f.write_str("guard")?,
+            None if self.is_swapped() => write!(f, "swapped {:#x}", self.0 & Self::FRAME)?,
             None => f.write_str("absent")?,
         }
         for (is, word) in [
@@ -155,7 +156,14 @@ impl<E: Env> AddressSpace<'_, E> {
     }
 
     fn payload_entry(&self, payload: kmem_paging::Payload) -> PagemapEntry {
-        let offset = payload.number() << 5 & PagemapEntry::FRAME;
-        PagemapEntry(PagemapEntry::SWAP | offset)
+        match Absent::of(payload) {
+            Some(Absent::Swapped(entry)) => {
+                let place = entry.offset << 5 | u64::from(entry.area);
+                PagemapEntry(PagemapEntry::SWAP | place & PagemapEntry::FRAME)
+            }
+            // As Linux says it: a note is an entry of swap too.
+            Some(Absent::Guard) => PagemapEntry(PagemapEntry::SWAP | PagemapEntry::GUARD),
+            Some(Absent::Moving(_)) | None => PagemapEntry(PagemapEntry::SWAP),
+        }
     }
 }

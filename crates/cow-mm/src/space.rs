@@ -20,7 +20,7 @@ use core::ops::{Deref, DerefMut};
 use core::ptr::NonNull;
 
 use kmem_hal::lock::{SleepReadGuard, SleepWriteGuard};
-use kmem_hal::sync::{AtomicBool, AtomicU32};
+use kmem_hal::sync::{AtomicBool, AtomicU32, Ordering};
 use kmem_hal::{ObjectAlloc, Page, PageRange, Root, SleepLock, VirtAddr};
 use kmem_paging::{PageTable, TableError};
 
@@ -78,6 +78,8 @@ pub struct State<'m, E: Env> {
     pub(crate) default_flags: VmFlags,
     pub(crate) segments: Segments,
     pub(crate) keys: Keys,
+    /// Whether there may be guard regions: once true, true for ever.
+    pub(crate) guards: bool,
     /// The most memory that a look at the status found (`hiwater_rss`).
     pub(crate) rss_peak: u64,
 }
@@ -101,6 +103,8 @@ unsafe impl<E: Env> Sync for AddressSpace<'_, E> {}
 pub(crate) struct Core<'m, E: Env> {
     /// What reverse maps need: first, so that its address is the core's.
     pub(crate) entry: registry::Entry,
+    /// Values of `AddressSpace` that are this space (`mm_users`).
+    users: AtomicU32,
     pub(crate) mm: &'m Mm<'m, E>,
     pub(crate) layout: Layout,
     /// `None` only while the space is dropped.
@@ -265,10 +269,12 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 default_flags: VmFlags::empty(),
                 segments: Segments::default(),
                 keys: Keys::default(),
+                guards: false,
                 rss_peak: 0,
             };
             (&raw mut (*core).state).write(SleepLock::new(state));
             (&raw mut (*core).entry).write(registry::Entry::new(family));
+            (&raw mut (*core).users).write(AtomicU32::new(1));
             (&raw mut (*core).mm).write(mm);
             (&raw mut (*core).layout).write(layout);
             (&raw mut (*core).tables).write(Some(tables));
@@ -437,7 +443,32 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         *self.core().state.read().vmas.counters()
     }
 
-    /// Ends every mapping and gives everything back. The root must not be loaded anywhere any more.
+    /// The same space once more: for a thread, or a child of vfork (`clone(CLONE_VM)`). The last one that is dropped ends it.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EAGAIN`] where there are more users than can be counted.
+    #[doc(alias = "mmget")]
+    pub fn share(&self) -> Result<Self, Errno> {
+        let users = &self.core().users;
+        let mut now = users.load(Ordering::Relaxed);
+        while now < u32::MAX {
+            match users.compare_exchange_weak(now, now + 1, Ordering::Relaxed, Ordering::Relaxed) {
+                Ok(_) => return Ok(Self { core: self.core }),
+                Err(other) => now = other,
+            }
+        }
+        Err(Errno::EAGAIN)
+    }
+
+    /// How many values are this space (`mm_users`).
+    #[must_use]
+    pub fn users(&self) -> u32 {
+        self.core().users.load(Ordering::Relaxed)
+    }
+
+    /// Ends every mapping and gives everything back, if nobody else uses the space. The root must not be loaded anywhere any more
+    /// then.
     ///
     /// Dropping the space does the same.
     #[doc(alias = "exit_mmap")]
@@ -453,6 +484,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 
 impl<E: Env> Drop for AddressSpace<'_, E> {
     fn drop(&mut self) {
+        if self.core().users.fetch_sub(1, Ordering::AcqRel) != 1 {
+            return;
+        }
         let mm = self.mm();
         mm.registry().remove(self.core);
         // SAFETY: the registry has let the core go, so nobody else reaches it.

@@ -136,7 +136,7 @@ impl<E: Env> AddressSpace<'_, E> {
             code,
             libraries: exec - code,
             tables: bytes(usage.tables),
-            swap: 0,
+            swap: bytes(self.swapped()),
         }
     }
 }

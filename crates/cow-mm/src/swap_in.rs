@@ -306,7 +306,14 @@ impl<E: Env> AddressSpace<'_, E> {
         payload: Payload,
         address: VirtAddr,
     ) -> Result<(), Stop> {
-        let Some(Absent::Swapped(entry)) = Absent::of(payload) else {
+        let absent = Absent::of(payload);
+        if absent == Some(Absent::Guard) {
+            return Err(Stop::Outcome(Outcome::Signal {
+                signal: Signal::MapError,
+                address,
+            }));
+        }
+        let Some(Absent::Swapped(entry)) = absent else {
             // Being moved: there again in a moment.
             kmem_hal::sync::spin_loop();
             return Ok(());
@@ -393,6 +400,7 @@ impl<E: Env> AddressSpace<'_, E> {
         ControlFlow::Continue(())
     }
 
+    /// The first entry that is absent and says something, from a page on.
     pub(crate) fn next_payload(&self, from: Page, range: PageRange) -> Option<(Page, Payload)> {
         let rest = PageRange::new(from, range.last())?;
         let mut cursor = self.tables().cursor(rest).ok()?;

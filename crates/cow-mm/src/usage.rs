@@ -9,6 +9,7 @@
 use kmem_hal::{FrameTag, PAGE_SIZE, SlotFlags};
 use kmem_paging::{Entry, Leaf};
 
+use crate::absent::Absent;
 use crate::env::Env;
 use crate::flags::VmFlags;
 use crate::space::AddressSpace;
@@ -128,6 +129,7 @@ impl<E: Env> AddressSpace<'_, E> {
         self.for_each_leaf(vma.range, |leaf| {
             self.account(&mut resident, leaf, shared_memory);
         });
+        self.account_swap(&mut resident, vma);
         if vma.flags.contains(VmFlags::LOCKED) {
             resident.pss_locked = resident.pss;
         }
@@ -143,6 +145,22 @@ impl<E: Env> AddressSpace<'_, E> {
             true
         });
         sum
+    }
+
+    fn account_swap(&self, resident: &mut Resident, vma: &Vma) {
+        let Some(range) = vma.range.intersection(self.all_pages()) else {
+            return;
+        };
+        let mut next = Some(range.first());
+        while let Some((page, payload)) = next.and_then(|from| self.next_payload(from, range)) {
+            if let Some(Absent::Swapped(entry)) = Absent::of(payload) {
+                let entries = u64::from(self.mm().swap().slot(entry).count).max(1);
+                let viewers = entries.saturating_mul(self.tables().path(page).sharers());
+                resident.swap += PAGE_SIZE;
+                resident.swap_pss += (PAGE_SIZE << SHARE_BITS) / viewers;
+            }
+            next = page.checked_add(1).filter(|next| range.contains(*next));
+        }
     }
 
     /// How many mappings of how many spaces see the page of a leaf, at least 1.

@@ -478,3 +478,36 @@ fn the_nine_mappings_of_exam_with_pae() {
 fn the_nine_mappings_of_exam_with_4_mib_pages() {
     exam::<X86TwoLevel>(false);
 }
+
+/// Threads, and a child of vfork: one space, and the last of them ends it.
+#[test]
+fn threads_and_a_vforked_child_use_one_space() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let parent = Program::new(mm);
+    parent
+        .space
+        .mmap(&MapRequest::anonymous(PAGE, RW).at(AT))
+        .unwrap();
+    let child = parent.share();
+    assert_eq!(
+        (parent.space.users(), child.space.root()),
+        (2, parent.space.root())
+    );
+    child.store(AT, 5).unwrap();
+    child
+        .space
+        .mmap(&MapRequest::anonymous(PAGE, RW).at(AT + PAGE))
+        .unwrap();
+    child.exit();
+    assert_eq!(parent.space.users(), 1);
+    assert_eq!(
+        parent.load(AT),
+        Ok(5),
+        "what the child wrote before it called exec"
+    );
+    assert_eq!(parent.space.counters().total, 2);
+    parent.exit();
+    assert_eq!(world.used_frames(), before);
+}

@@ -288,6 +288,14 @@ impl<F: Format> Program<F> {
         })
     }
 
+    /// Another program in the same space: a thread.
+    pub fn share(&self) -> Self {
+        Self {
+            space: self.space.share().unwrap(),
+            turn: core::cell::Cell::new(self.turn.get() + 1),
+        }
+    }
+
     /// Ends the program; no CPU runs it any more.
     pub fn exit(self) {
         let machine = self.machine();

@@ -90,9 +90,13 @@ pub fn unsupported() -> String {
         ),
         (
             "n lines of traces (PR_SET_VMA_ANON_NAME)",
-            "counted and not made: names of anonymous memory are not kept",
+            "counted and not made: the recording kernel kept no names",
         ),
         ("mmap MAP_DENYWRITE, MAP_EXECUTABLE", "ignored, as in Linux"),
+        (
+            "mmap, mprotect PROT_EXEC alone",
+            "readable too, as on a processor without protection keys",
+        ),
         (
             "mmap MAP_HUGETLB",
             "refused with EINVAL: there is no pool of huge pages",
