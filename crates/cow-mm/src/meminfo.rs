@@ -114,7 +114,7 @@ impl<E: Env> Mm<'_, E> {
         let mut number = 0;
         while number < end {
             let frame = Frame::from_number(number);
-            let Some(slot) = self.env().paging().slots().slot(frame) else {
+            let Some(slot) = self.env().paging().slots().used_slot(frame) else {
                 number = (number / SECTION_FRAMES + 1) * SECTION_FRAMES;
                 continue;
             };

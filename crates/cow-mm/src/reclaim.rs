@@ -123,7 +123,7 @@ impl<P: Replacement> Reclaimer<P> {
                 self.policy.round();
             }
             let frame = Frame::from_number(self.hand);
-            let Some(slot) = mm.env().paging().slots().slot(frame) else {
+            let Some(slot) = mm.env().paging().slots().used_slot(frame) else {
                 // A section without memory.
                 let next = (self.hand / SECTION_FRAMES + 1) * SECTION_FRAMES;
                 left = left.saturating_sub(next - self.hand);

@@ -420,6 +420,14 @@ impl<E: Env> AddressSpace<'_, E> {
         }
     }
 
+    /// Shows every page of the space that is in swap, and where.
+    pub fn for_each_swap_entry(&self, mut show: impl FnMut(Page, SwapEntry)) {
+        let _ = self.for_each_swapped(|_, page, _, entry| {
+            show(page, entry);
+            ControlFlow::Continue(())
+        });
+    }
+
     /// Pages of the space that are in swap: `VmSwap`.
     #[doc(alias = "VmSwap")]
     #[must_use]

@@ -230,6 +230,19 @@ impl FrameTable {
         Some(unsafe { &*slots.add((frame.number() % SECTION_FRAMES) as usize) })
     }
 
+    /// As [`slot`](Self::slot), for walks over all frames: `None` also where no frame of the section was ever used, whose slots are not
+    /// zeroed for a look.
+    #[inline]
+    #[must_use]
+    pub fn used_slot(&self, frame: Frame) -> Option<&FrameSlot> {
+        let section = usize::try_from(frame.number() / SECTION_FRAMES).ok()?;
+        let word = self.directory().get(section)?.word.load(Ordering::Acquire);
+        if word & STATE != READY {
+            return None;
+        }
+        self.slot(frame)
+    }
+
     /// The slot of the block that `frame` is part of, and the block's first frame.
     ///
     /// Follows a [`FrameTag::Tail`] to its head; any other frame is its own head.

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   map ─> early allocator ─> zones ─> object caches ─> kernel page tables
-//!       ─> vmalloc ─> exec of the running binary ─> recorded programs ─> fork and write ─> figures ─> tear down ─> nothing leaked
+//!       ─> vmalloc ─> exec of the running binary ─> recorded programs ─> fork and write ─> reclaim and swap ─> figures ─> tear down ─> nothing leaked
 //! ```
 //!
 //! Invariants
@@ -17,6 +17,7 @@ pub mod kernel_areas;
 pub mod machine;
 pub mod picture;
 pub mod recount;
+pub mod swap;
 
 use crate::args::Boot;
 use crate::elf::Image;
@@ -63,7 +64,7 @@ pub fn run(args: &Boot) -> Result<Status, InputError> {
     enough(&map, &image)?;
 
     let mut boot = Running {
-        stages: Stages::new(9 + traces.len()),
+        stages: Stages::new(10 + traces.len()),
         checks: Checks::new(),
         report: Report::default(),
     };
@@ -439,6 +440,7 @@ impl Running {
             "before the first of them",
         );
         self.forks(world, &mut init);
+        self.swap(world, &mut init);
         self.figures(world, &init);
         Ok(())
     }
@@ -578,6 +580,49 @@ impl Running {
                 );
             }
         }
+    }
+
+    /// Pages go to swap and come back, and some get other frames; every figure beside what the device and the tables say.
+    fn swap(&mut self, world: &'static World, init: &mut Process) {
+        let stage = self.stages.start("reclaim and swap", 0);
+        let outcome = swap::run(world, init, 0x1000_0000);
+        let made = match outcome {
+            Ok(made) => made,
+            Err(why) => {
+                stage.done("stopped");
+                self.checks
+                    .holds("pages in swap", false, "each as it was written", &why);
+                return;
+            }
+        };
+        stage.done(&format!(
+            "{} pages reclaimed of {} looked at, {} written to swap, {} read back ({} ahead), {} moved",
+            grouped(made.events.freed),
+            grouped(made.events.scanned),
+            grouped(made.events.swapped_out),
+            grouped(made.events.swapped_in),
+            grouped(made.events.read_ahead),
+            grouped(made.events.moved)
+        ));
+        for figure in made.figures {
+            let swap::Figure {
+                what,
+                said,
+                recount,
+                unit,
+                of,
+            } = figure;
+            self.checks.equal(what, said, recount, unit, of);
+        }
+        let text = format!("{} words, each as it was written", grouped(made.compared));
+        self.checks.holds(
+            "words read out of swap",
+            true,
+            &text,
+            &grouped(made.compared),
+        );
+        self.report
+            .section("/proc/meminfo while pages were in swap", made.meminfo);
     }
 
     fn figures(&mut self, world: &'static World, init: &Process) {
