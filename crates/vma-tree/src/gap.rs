@@ -101,6 +101,7 @@ impl GapRequest {
 
     /// The lowest place for the request in the free range `usable`.
     #[must_use]
+    #[inline]
     pub fn place_low(&self, usable: PageRange) -> Option<PageRange> {
         let first = usable.first().number();
         if self.alignment == 1 {
@@ -114,6 +115,7 @@ impl GapRequest {
 
     /// The highest place for the request in the free range `usable`.
     #[must_use]
+    #[inline]
     pub fn place_high(&self, usable: PageRange) -> Option<PageRange> {
         let highest = usable.last().number().checked_sub(self.pages - 1)?;
         if self.alignment == 1 {
@@ -338,14 +340,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         {
             return Some(place);
         }
-        let mut next = start + 1;
-        while let Some(at) = leaf.gap_below_up(next, need) {
-            if let Some(place) = serves(leaf.range(at - 1).1 + 1, leaf.range(at).0) {
-                return Some(place);
-            }
-            next = at + 1;
-        }
-        None
+        let mut gaps = leaf.gaps_up(start, need);
+        gaps.find_map(|(free, above)| serves(free, above))
     }
 
     /// [`find_gap_down`](Self::find_gap_down) without a way back, as [`greedy_up`](Self::greedy_up).
@@ -440,12 +436,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             {
                 return Some(place);
             }
-            let mut next = stop;
-            while let Some(slot) = leaf.gap_below_down(next, need) {
-                if let Some(place) = serves(leaf.range(slot - 1).1 + 1, leaf.range(slot).0) {
-                    return Some(place);
-                }
-                next = slot;
+            let mut gaps = leaf.gaps_down(stop, need);
+            if let Some(place) = gaps.find_map(|(free, end)| serves(free, end)) {
+                return Some(place);
             }
             end = end.min(leaf.range(0).0);
         }

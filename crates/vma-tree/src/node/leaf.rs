@@ -333,42 +333,66 @@ impl<'a, const W: usize> Leaf<'a, W> {
         self.range(self.count.saturating_sub(1)).1
     }
 
-    /// The lowest position from `from` (not 0) on with a gap of at least `need` pages right below.
+    /// The gaps of at least `need` pages between ranges from position `from` on, ascending: the first free page, and the page
+    /// after the last.
     #[inline(always)]
-    pub(crate) fn gap_below_up(&self, from: usize, need: u64) -> Option<usize> {
+    pub(crate) fn gaps_up(
+        &self,
+        from: usize,
+        need: u64,
+    ) -> impl Iterator<Item = (u64, u64)> + use<'a, W> {
+        let (node, base) = (self.node, self.coding.base);
         let (shift, mask) = (self.coding.width, self.coding.length_mask());
-        // Distances from the base do: no need to decode.
-        let key = self.key(from.checked_sub(1)?);
-        let mut end = (key >> shift) + (key & mask);
-        let mut order = self.order.0 >> bits(from);
-        for position in from..self.count {
-            let key = self.node.leaf_word((order & 15) as usize);
-            order >>= 4;
-            let first = key >> shift;
-            if first - end > need {
-                return Some(position);
+        // A nibble that is no slot ends it. Distances from the base do: no need to decode.
+        let mut order = (self.order.0 | (15 << bits(self.count))) >> bits(from + 1);
+        let key = self.key(from);
+        let mut last = (key >> shift) + (key & mask);
+        core::iter::from_fn(move || {
+            loop {
+                let slot = (order & 15) as usize;
+                if slot == 15 {
+                    return None;
+                }
+                order >>= 4;
+                let key = node.leaf_word(slot);
+                let first = key >> shift;
+                let below = last;
+                last = first + (key & mask);
+                if first - below > need {
+                    return Some((base + below + 1, base + first));
+                }
             }
-            end = first + (key & mask);
-        }
-        None
+        })
     }
 
-    /// The highest of the positions `1 .. to` with a gap of at least `need` pages right below.
+    /// The gaps of at least `need` pages between ranges below position `to` (not 0), descending, as [`gaps_up`](Self::gaps_up).
     #[inline(always)]
-    pub(crate) fn gap_below_down(&self, to: usize, need: u64) -> Option<usize> {
+    pub(crate) fn gaps_down(
+        &self,
+        to: usize,
+        need: u64,
+    ) -> impl Iterator<Item = (u64, u64)> + use<'a, W> {
+        let (node, base) = (self.node, self.coding.base);
         let (shift, mask) = (self.coding.width, self.coding.length_mask());
-        let mut position = to.checked_sub(1)?;
-        let mut above = self.key(position) >> shift;
-        while position > 0 {
-            let key = self.key(position - 1);
-            let first = key >> shift;
-            if above - first - (key & mask) > need {
-                return Some(position);
+        // The nibble on top is the next; one that is no slot ends it.
+        let mut order = ((self.order.0 << 4 | 15) << (60 - bits(to))) << 4;
+        let mut above = self.key(to - 1) >> shift;
+        core::iter::from_fn(move || {
+            loop {
+                let slot = (order >> 60) as usize;
+                if slot == 15 {
+                    return None;
+                }
+                order <<= 4;
+                let key = node.leaf_word(slot);
+                let end = above;
+                above = key >> shift;
+                let last = above + (key & mask);
+                if end - last > need {
+                    return Some((base + last + 1, base + end));
+                }
             }
-            above = first;
-            position -= 1;
-        }
-        None
+        })
     }
 
     /// The positions `from .. to` of the ranges that have a page in `first ..= last`; both that of the next range above if
