@@ -3,8 +3,7 @@
 use kmem::hal::{ObjectAlloc, Page, PageRange, SingleGrace};
 use kmem::vma_tree::{GapRequest, Node, RangeTree, SharedTree};
 use kmem::{
-    AllocError, BootMap, Cache, FrameRequest, FrameSink, FrameSource, Heap, PhysAddr,
-    RegionKind,
+    AllocError, BootMap, Cache, FrameRequest, FrameSink, FrameSource, Heap, PhysAddr, RegionKind,
 };
 
 static HEAP: Heap = Heap::new();
