@@ -188,7 +188,10 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
         // SAFETY: the row of a cache of this system.
         let object = match unsafe { self.system.pop_local(raw.row, raw.column) } {
             Some(object) => object,
-            None => self.system.alloc_slow(raw, &flags.request())?,
+            None => self
+                .system
+                .alloc_slow(raw, &flags.request())
+                .map_err(|error| self.system.tell_refused(size_of::<T>(), error, flags))?,
         };
         self.mark(raw, object, Location::caller());
         Ok(object.cast())

@@ -8,7 +8,9 @@ use core::panic::Location;
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{AllocError, Context, FrameRequest, LargeSource, Order, PAGE_SIZE, PhysAddr};
+use kmem_hal::{
+    AllocError, Context, FrameRequest, LargeSource, NodePolicy, Order, PAGE_SIZE, PhysAddr,
+};
 
 use crate::class::{CLASSES, class_of, class_size};
 use crate::harden::bytes_behind;
@@ -36,7 +38,7 @@ bitflags::bitflags! {
         #[doc(alias = "__GFP_ZERO")]
         #[doc(alias = "kzalloc")]
         const ZERO = 1 << 3;
-        /// The caller is prepared for a refusal: count it, and do not tell (`__GFP_NOWARN`).
+        /// The caller is prepared for a refusal: count it, and do not tell [`Platform::refused`] (`__GFP_NOWARN`).
         #[doc(alias = "__GFP_NOWARN")]
         const NO_WARN = 1 << 4;
         /// Below 16 MiB; served in whole pages (`GFP_DMA`).
@@ -138,7 +140,11 @@ impl<P: Platform> SlabSystem<P> {
     fn serve(&self, size: usize, align: usize, flags: Flags) -> Result<NonNull<u8>, AllocError> {
         let class = match Self::class_for(size, align) {
             Some(class) if !flags.limited() => class,
-            _ => return self.alloc_large(size, align, &flags.request()),
+            _ => {
+                return self
+                    .alloc_large(size, align, &flags.request())
+                    .map_err(|error| self.tell_refused(size, error, flags));
+            }
         };
         if Self::FEATURES.sample > 0
             && let Some(object) = self.alloc_guarded(size, align, flags)
@@ -153,7 +159,7 @@ impl<P: Platform> SlabSystem<P> {
         // SAFETY: the first row, not null; class `i` has index `i`, so its column in that row is `i`.
         let object = match unsafe { self.pop_local(row, class as u32) } {
             Some(object) => object,
-            None => self.serve_slow(class, flags)?,
+            None => self.serve_slow(class, size, flags)?,
         };
         self.on_alloc(
             Self::FEATURES,
@@ -191,9 +197,48 @@ impl<P: Platform> SlabSystem<P> {
 
     #[cold]
     #[inline(never)]
-    fn serve_slow(&self, class: usize, flags: Flags) -> Result<NonNull<u8>, AllocError> {
+    fn serve_slow(
+        &self,
+        class: usize,
+        size: usize,
+        flags: Flags,
+    ) -> Result<NonNull<u8>, AllocError> {
         let cache = self.class(class).ok_or(AllocError::NotInitialised)?;
         self.alloc_slow(cache, &flags.request())
+            .map_err(|error| self.tell_refused(size, error, flags))
+    }
+
+    /// Tells the platform of a refusal, if the caller did not ask for silence; gives the error on.
+    #[cold]
+    pub(crate) fn tell_refused(&self, bytes: usize, error: AllocError, flags: Flags) -> AllocError {
+        if let Some(platform) = self.platform()
+            && !flags.contains(Flags::NO_WARN)
+        {
+            platform.refused(bytes, error);
+        }
+        error
+    }
+
+    /// `size` bytes from the memory of a node; served in whole pages, as other requests for a certain place are.
+    ///
+    /// [`NodePolicy::Local`] is [`kmalloc`](Self::kmalloc): objects come from the slabs that CPUs fill, each from its own node first.
+    /// The memory is freed by its pointer alone ([`kfree`](Self::kfree)).
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`]; with [`NodePolicy::Strict`] also where another node has memory.
+    #[track_caller]
+    pub fn kmalloc_node(
+        &self,
+        size: usize,
+        flags: Flags,
+        node: NodePolicy,
+    ) -> Result<NonNull<u8>, AllocError> {
+        if node == NodePolicy::Local {
+            return self.kmalloc(size, flags);
+        }
+        self.alloc_large(size.max(1), 8, &flags.request().node(node))
+            .map_err(|error| self.tell_refused(size, error, flags))
     }
 
     fn find(&self, platform: &P, memory: NonNull<u8>) -> Found<'_, P::Lock> {

@@ -27,6 +27,7 @@ mod kmalloc;
 mod meta;
 mod misuse;
 mod own;
+mod owners;
 mod pages;
 mod picture;
 mod platform;
@@ -49,6 +50,7 @@ pub use harden::Owned;
 pub use info::{CacheInfo, SlabInfo, SlabTotals};
 pub use kmalloc::Flags;
 pub use misuse::Misuse;
+pub use owners::OwnerCount;
 pub use picture::Picture;
 pub use platform::{Parts, Platform};
 pub use policy::{

@@ -15,7 +15,9 @@
 use core::ptr::NonNull;
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{AllocError, Frame, FrameRequest, FrameTag, LargeSource, Order, PAGE_SIZE};
+use kmem_hal::{
+    AllocError, Frame, FrameRequest, FrameTag, LargeSource, NodePolicy, Order, PAGE_SIZE,
+};
 
 use crate::block;
 use crate::platform::Platform;
@@ -41,8 +43,8 @@ impl<P: Platform> SlabSystem<P> {
             }
             served
         };
-        // The large source maps whatever frames it finds: not for requests below an address limit.
-        let limited = request.max_address.as_u64() != u64::MAX;
+        // The large source maps whatever frames it finds: not for requests below an address limit or from a node.
+        let limited = request.max_address.as_u64() != u64::MAX || request.node != NodePolicy::Local;
         let large = || {
             let memory = platform.large().alloc_large(size, align)?;
             if request.zeroed {

@@ -6,8 +6,8 @@ use core::fmt;
 use core::marker::PhantomData;
 
 use kmem_hal::{
-    Cpu, FrameSink, FrameSource, FrameTable, IrqSafe, LargeSource, NoLarge, PhysMap, RawLock,
-    TraceEvent,
+    AllocError, Cpu, FrameSink, FrameSource, FrameTable, IrqSafe, LargeSource, NoLarge, PhysMap,
+    RawLock, TraceEvent,
 };
 
 use crate::misuse::Misuse;
@@ -50,6 +50,13 @@ pub unsafe trait Platform {
     #[inline]
     fn trace(&self, event: TraceEvent) {
         let _ = event;
+    }
+
+    /// Told of an allocation of `bytes` bytes that was refused, unless its flags said [`NO_WARN`](crate::Flags::NO_WARN). A kernel prints;
+    /// the default only lets it be counted. Must not allocate from the same system.
+    #[doc(alias = "warn_alloc")]
+    fn refused(&self, bytes: usize, error: AllocError) {
+        let _ = (bytes, error);
     }
 
     /// Told of a misuse that was found. A kernel prints or panics; the default only lets it be counted.

@@ -7,7 +7,7 @@
 use core::ptr::NonNull;
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{Cpu, Shrink};
+use kmem_hal::{Cpu, FrameRequest, NodeId, Pressure, PressureLevel, Shrink};
 
 use crate::array::Array;
 use crate::grow::retire;
@@ -140,6 +140,19 @@ impl<P: Platform> SlabSystem<P> {
         for empty in busy.unload().into_iter().filter_map(NonNull::new) {
             // SAFETY: the idle CPU's head owned the array, which is empty; the flag of this CPU is set.
             unsafe { self.drop_array(cache, empty) };
+        }
+    }
+}
+
+/// As the page-frame allocator's hook for short memory: gives back what caches hold beyond need, in any context.
+///
+/// A request of the slab system itself may end here: it holds no lock then, and what it has begun to use is left alone.
+impl<P: Platform> Pressure for SlabSystem<P> {
+    fn pressure(&self, _node: NodeId, level: PressureLevel, _request: &FrameRequest) -> bool {
+        match level {
+            // Somebody reclaims in the background; arrays and depots are what keeps the rest fast.
+            PressureLevel::Low => false,
+            _ => self.shrink() > 0,
         }
     }
 }

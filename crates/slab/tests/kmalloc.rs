@@ -4,10 +4,14 @@ mod common;
 
 use std::alloc::Layout;
 use std::ptr::NonNull;
+use std::sync::Mutex;
 
-use common::{Arena, System, parts, system};
-use kmem_hal::AllocError;
-use kmem_slab::{CLASSES, Flags, Geometry, InitError, SlabSystem, class_size};
+use common::{Arena, System, ThreadCpu, parts, system};
+use kmem_hal::{
+    AllocError, FrameRequest, FrameSink, FrameSource, NodeId, NodePolicy, OwnedFrame, Pressure,
+    PressureLevel, Spin,
+};
+use kmem_slab::{CLASSES, Flags, Geometry, InitError, Parts, SlabSystem, class_size};
 
 fn fill(memory: NonNull<u8>, size: usize, seed: u8) {
     for at in 0..size {
@@ -306,4 +310,67 @@ fn the_picture_shows_how_full_each_slab_is() {
     }
     system.shrink();
     assert_eq!(line(&system), "");
+}
+
+/// The frames of the arena, and which node each request named.
+struct Nodes(&'static Arena, Mutex<Vec<NodePolicy>>);
+
+// SAFETY: the arena's frames.
+unsafe impl FrameSource for &Nodes {
+    fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
+        self.1.lock().unwrap().push(request.node);
+        self.0.alloc(request)
+    }
+}
+
+impl FrameSink for &Nodes {
+    fn free(&self, frame: OwnedFrame) {
+        self.0.free(frame);
+    }
+}
+
+#[test]
+fn a_node_that_is_asked_for_reaches_the_page_source() {
+    let nodes = Nodes(Arena::new(1024), Mutex::default());
+    // SAFETY: map and table cover the arena.
+    let parts: Parts<_, _, _, Spin> =
+        unsafe { Parts::new(&nodes, nodes.0.map(), ThreadCpu(1), nodes.0.table) };
+    let mut system = SlabSystem::new();
+    system.init(parts).unwrap();
+    let seen = || std::mem::take(&mut *nodes.1.lock().unwrap());
+    seen();
+    let strict = NodePolicy::Strict(NodeId::new(1));
+    let far = system.kmalloc_node(100, Flags::ZERO, strict).unwrap();
+    assert_eq!(seen(), [strict]);
+    assert_eq!(system.ksize(far), Some(4096));
+    let near = system
+        .kmalloc_node(100, Flags::empty(), NodePolicy::Local)
+        .unwrap();
+    assert!(seen().iter().all(|&node| node == NodePolicy::Local));
+    assert_eq!(system.ksize(near), Some(112));
+    // SAFETY: allocated above, freed once.
+    unsafe {
+        system.kfree(far.as_ptr());
+        system.kfree(near.as_ptr());
+    }
+    system.teardown().unwrap();
+}
+
+#[test]
+fn short_memory_brings_out_what_caches_hold() {
+    let (arena, system) = common::system(1024, 1);
+    let objects: Vec<_> = (0..2000)
+        .map(|_| system.kmalloc(512, Flags::empty()).unwrap())
+        .collect();
+    for object in objects {
+        // SAFETY: allocated above, freed once.
+        unsafe { system.kfree(object.as_ptr()) };
+    }
+    let held = arena.used();
+    let told = |level| system.pressure(NodeId::ZERO, level, &FrameRequest::ONE);
+    assert!(!told(PressureLevel::Low), "arrays are not given up early");
+    assert_eq!(arena.used(), held);
+    assert!(told(PressureLevel::Refusing));
+    assert!(arena.used() < held);
+    assert!(!told(PressureLevel::Refusing), "nothing more is there");
 }

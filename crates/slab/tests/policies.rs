@@ -11,14 +11,15 @@ use std::sync::{Arc, Mutex};
 use common::{Arena, TestParts, parts, run_as};
 use kmem_hal::{AllocError, FrameTable, LargeSource, OffsetMap, Spin};
 use kmem_slab::{
-    Cache, Check, Flags, Guard, Misuse, Owner, Plain, Platform, Poison, Policy, Quarantine,
-    Redzone, Shuffle, SlabSystem,
+    Cache, Check, Flags, Guard, Misuse, Owner, OwnerCount, Plain, Platform, Poison, Policy,
+    Quarantine, Redzone, Shuffle, SlabSystem,
 };
 
 /// The parts of the other tests with a policy, a log of what was reported, and a source of pages for guarded objects.
 struct Hardened<H> {
     parts: TestParts,
     log: Arc<Mutex<Vec<Misuse>>>,
+    refused: Arc<Mutex<Vec<usize>>>,
     large: Pages,
     policy: PhantomData<fn() -> H>,
 }
@@ -29,7 +30,9 @@ struct Pages(Mutex<Vec<usize>>);
 // SAFETY: V1, V2: the host's heap gives each page once.
 unsafe impl LargeSource for Pages {
     fn alloc_large(&self, size: usize, _align: usize) -> Result<NonNull<u8>, AllocError> {
-        assert!(size <= 4096);
+        if size > 4096 {
+            return Err(AllocError::OutOfMemory);
+        }
         // SAFETY: the layout is not empty.
         let page = unsafe { std::alloc::alloc(Layout::from_size_align(4096, 4096).unwrap()) };
         self.0.lock().unwrap().push(page.expose_provenance());
@@ -85,6 +88,10 @@ unsafe impl<H: Policy> Platform for Hardened<H> {
     fn large(&self) -> &Pages {
         &self.large
     }
+    fn refused(&self, bytes: usize, error: AllocError) {
+        assert_eq!(error, AllocError::OutOfMemory);
+        self.refused.lock().unwrap().push(bytes);
+    }
     fn misuse(&self, misuse: &Misuse) {
         self.log.lock().unwrap().push(*misuse);
     }
@@ -94,22 +101,29 @@ struct World<H: Policy> {
     arena: &'static Arena,
     system: SlabSystem<Hardened<H>>,
     log: Arc<Mutex<Vec<Misuse>>>,
+    refused: Arc<Mutex<Vec<usize>>>,
 }
 
 impl<H: Policy> World<H> {
     fn new() -> Self {
         run_as(0);
-        let (arena, log) = (Arena::new(2048), Arc::default());
+        let (arena, log, refused) = (Arena::new(2048), Arc::default(), Arc::default());
         let system = SlabSystem::new();
         system
             .init(Hardened {
                 parts: parts(arena, 2),
                 log: Arc::clone(&log),
+                refused: Arc::clone(&refused),
                 large: Pages(Mutex::default()),
                 policy: PhantomData,
             })
             .unwrap();
-        Self { arena, system, log }
+        Self {
+            arena,
+            system,
+            log,
+            refused,
+        }
     }
 
     fn take(&self, size: usize) -> NonNull<u8> {
@@ -392,6 +406,60 @@ fn owner_tells_which_line_leaked() {
     assert_eq!((refused.cache, refused.objects), ("kmalloc-128", 1));
     // SAFETY: the allocation is still there.
     unsafe { world.system.kfree(leaked.as_ptr()) };
+    world.end();
+}
+
+#[test]
+fn owner_counts_objects_by_line() {
+    let mut world: World<Owner> = World::new();
+    let many: Vec<_> = (0..10).map(|_| world.take(100)).collect();
+    let line = line!() + 1;
+    let one = world.system.kmalloc(5000, Flags::empty()).unwrap();
+    let mut table = [OwnerCount::NONE; 4];
+    let (counts, others) = world.system.owner_counts(&mut table);
+    assert_eq!((counts.len(), others), (2, 0));
+    // Most bytes first.
+    assert_eq!((counts[0].objects, counts[0].bytes), (1, 5000));
+    assert_eq!(counts[0].place.unwrap().line(), line);
+    assert_eq!((counts[1].cache, counts[1].objects), ("kmalloc-128", 10));
+    assert_eq!(counts[1].bytes, 1000);
+    assert!(
+        counts[1]
+            .to_string()
+            .contains("10 objects, 1000 bytes from")
+    );
+    // A table that is too small says so.
+    let mut small = [OwnerCount::NONE; 1];
+    let (counts, others) = world.system.owner_counts(&mut small);
+    assert_eq!(counts[0].objects + others, 11);
+    for object in many.into_iter().chain([one]) {
+        // SAFETY: live allocations.
+        unsafe { world.system.kfree(object.as_ptr()) };
+    }
+    world.end();
+}
+
+#[test]
+fn refusals_are_told_unless_the_caller_asks_for_silence() {
+    let world: World<Plain> = World::new();
+    let mut held = Vec::new();
+    while let Ok(object) = world.system.kmalloc(8192, Flags::NO_WARN) {
+        held.push(object);
+    }
+    assert_eq!(*world.refused.lock().unwrap(), []);
+    assert!(world.system.kmalloc(8000, Flags::empty()).is_err());
+    assert!(world.system.kmalloc(8000, Flags::NO_WARN).is_err());
+    assert!(world.system.kmalloc(20_000, Flags::empty()).is_err());
+    {
+        let cache: Cache<'_, [u64; 600], _> = Cache::new(&world.system, "large");
+        assert!(cache.alloc([0; 600]).is_err());
+        assert!(cache.alloc_with([0; 600], Flags::NO_WARN).is_err());
+    }
+    assert_eq!(*world.refused.lock().unwrap(), [8000, 20_000, 4800]);
+    for object in held {
+        // SAFETY: live allocations.
+        unsafe { world.system.kfree(object.as_ptr()) };
+    }
     world.end();
 }
 
