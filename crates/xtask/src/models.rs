@@ -158,7 +158,7 @@ pub fn address_sanitizer(shell: &mut Shell) -> Result<String, Stop> {
     }
     command
         .args(["--target-dir", "target/asan"])
-        .env("RUSTFLAGS", "-Zsanitizer=address");
+        .env("RUSTFLAGS", "-Zsanitizer=address --cfg kmem_asan");
     // Leaks are counted by the tests themselves, frame by frame; LeakSanitizer would need ptrace.
     command.env("ASAN_OPTIONS", "detect_leaks=0");
     let text = shell.output(&mut command)?;

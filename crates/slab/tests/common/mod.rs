@@ -31,7 +31,10 @@ impl Arena {
     pub fn new(frames: usize) -> &'static Self {
         let memory = Layout::from_size_align(frames << 12, 1 << 22).unwrap();
         // SAFETY: the layout is not empty.
-        let base = unsafe { alloc_zeroed(memory) }.expose_provenance();
+        let base = unsafe { alloc_zeroed(memory) };
+        // No frame is anybody's yet.
+        poison(base, frames << 12);
+        let base = base.expose_provenance();
         let slots = Layout::from_size_align(FrameTable::SECTION_BYTES, 64).unwrap();
         // SAFETY: the layout is not empty.
         let slots = NonNull::new(unsafe { alloc_zeroed(slots) }).unwrap();
@@ -108,8 +111,9 @@ unsafe impl FrameSource for Arena {
             .ok_or(AllocError::OutOfMemory)?;
         used[first..first + size].fill(true);
         drop(used);
+        let bytes = std::ptr::with_exposed_provenance_mut::<u8>(self.base + (first << 12));
+        unpoison(bytes, size << 12);
         if request.zeroed {
-            let bytes = std::ptr::with_exposed_provenance_mut::<u8>(self.base + (first << 12));
             // SAFETY: the block is inside the arena and was just taken.
             unsafe { bytes.write_bytes(0, size << 12) };
         }
@@ -125,9 +129,37 @@ impl FrameSink for Arena {
             let place = &mut used[frame.number() as usize];
             assert!(*place, "frame {frame} was freed twice");
             *place = false;
+            let bytes = self.base + ((frame.number() as usize) << 12);
+            poison(std::ptr::with_exposed_provenance(bytes), 4096);
         }
         let _ = frame.into_raw();
     }
+}
+
+#[cfg(kmem_asan)]
+unsafe extern "C" {
+    fn __asan_poison_memory_region(address: *const core::ffi::c_void, bytes: usize);
+    fn __asan_unpoison_memory_region(address: *const core::ffi::c_void, bytes: usize);
+}
+
+/// Under AddressSanitizer: whoever touches these bytes from now on ends the process.
+pub fn poison(address: *const u8, bytes: usize) {
+    #[cfg(kmem_asan)]
+    // SAFETY: marks shadow bytes only.
+    unsafe {
+        __asan_poison_memory_region(address.cast(), bytes)
+    };
+    let _ = (address, bytes);
+}
+
+/// The opposite of [`poison`].
+pub fn unpoison(address: *const u8, bytes: usize) {
+    #[cfg(kmem_asan)]
+    // SAFETY: marks shadow bytes only.
+    unsafe {
+        __asan_unpoison_memory_region(address.cast(), bytes)
+    };
+    let _ = (address, bytes);
 }
 
 thread_local! {
