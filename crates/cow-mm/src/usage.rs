@@ -154,7 +154,7 @@ impl<E: Env> AddressSpace<'_, E> {
         let mut next = Some(range.first());
         while let Some((page, payload)) = next.and_then(|from| self.next_payload(from, range)) {
             if let Some(Absent::Swapped(entry)) = Absent::of(payload) {
-                let entries = u64::from(self.mm().swap().slot(entry).count).max(1);
+                let entries = self.mm().swap().slot(entry).count.max(1);
                 let viewers = entries.saturating_mul(self.tables().path(page).sharers());
                 resident.swap += PAGE_SIZE;
                 resident.swap_pss += (PAGE_SIZE << SHARE_BITS) / viewers;

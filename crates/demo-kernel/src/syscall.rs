@@ -2,7 +2,9 @@
 //!
 //! rax: number, then result or a negative error number; arguments in rdi, rsi, rdx, r10, r8, r9.
 
-use kmem::cow_mm::{Advice, Errno, Limits, MapRequest, Prot, RemapFlags};
+use kmem::cow_mm::{
+    Advice, Errno, Limits, LockAll, LockFlags, MapRequest, Prot, RemapFlags, SyncFlags,
+};
 use kmem::hal::{UserAccess, VirtAddr};
 
 use crate::error::Error;
@@ -80,7 +82,7 @@ fn dispatch(frame: &mut TrapFrame) -> Result<Answer, Error> {
             let flags = RemapFlags::from_bits(d as u32).ok_or(Error::EINVAL)?;
             space.mremap(a, b, c, flags, e).map_err(Error::from)
         }
-        26 => done(space.msync(a, b)),
+        26 => done(space.msync_with(a, b, SyncFlags::from_bits_retain(c as u32))),
         27 => mincore(a, b, c),
         28 => {
             let advice = Advice::from_number(c as i32).ok_or(Error::EINVAL)?;
@@ -97,6 +99,8 @@ fn dispatch(frame: &mut TrapFrame) -> Result<Answer, Error> {
         110 => Ok(u64::from(process::parent_pid())),
         149 => done(space.mlock(a, b)),
         150 => done(space.munlock(a, b)),
+        151 => done(space.mlockall(LockAll::from_bits_retain(a as u32))),
+        152 => done(space.munlockall()),
         158 => arch_prctl(a, b),
         160 => limit(b, a, 0),
         186 => Ok(u64::from(
@@ -119,6 +123,7 @@ fn dispatch(frame: &mut TrapFrame) -> Result<Answer, Error> {
         273 | 334 => Err(Error::ENOSYS), // set_robust_list, rseq: C does without
         302 => limit(c, b, d),
         318 => random(a, b),
+        325 => done(space.mlock2(a, b, LockFlags::from_bits_retain(c as u32))),
         _ => Err(Error::ENOSYS),
     };
     value.map(Answer::Value)

@@ -1,11 +1,13 @@
 //! The calls of `kmem-cow-mm`, on four-level tables, with objects from fixed pools.
 
+use core::fmt::Write;
+
 use kmem_cow_mm::{
-    AddressSpace, Advice, Env, Errno, ExecError, Image, Layout, MapRequest, Mm, Object, Outcome,
-    Prot, RemapFlags, SpaceMemory, Start, Usage, VmaMemory,
+    AddressSpace, Advice, Env, Errno, ExecError, Image, Layout, LockAll, MapRequest, Mm, Object,
+    Outcome, PagemapEntry, Prot, RemapFlags, SpaceMemory, Start, Status, Usage, VmaMemory,
 };
 use kmem_hal::lock::SpinWait;
-use kmem_hal::{FixedPool, PageFault, UserFault, VirtAddr};
+use kmem_hal::{FaultCode, FixedPool, Page, PageFault, UserFault, VirtAddr};
 use kmem_paging::format::X86_64;
 use kmem_vma_tree::Node;
 
@@ -67,6 +69,21 @@ calls! {
         space.madvise(start, length, advice)
     }
     call_cow_mm_mlock(space: &Space, start: u64, length: u64) -> Result<(), Errno> { space.mlock(start, length) }
+    call_cow_mm_mlockall(space: &Space, flags: LockAll) -> Result<(), Errno> { space.mlockall(flags) }
+    call_cow_mm_pkey_mprotect(space: &Space, start: u64, length: u64, prot: Prot, key: i32) -> Result<(), Errno> {
+        space.pkey_mprotect(start, length, prot, key)
+    }
+    call_cow_mm_set_anon_name(space: &Space, start: u64, length: u64, name: &[u8]) -> Result<(), Errno> {
+        space.set_anon_name(start, length, Some(name))
+    }
+    call_cow_mm_explain_fault(space: &Space, address: VirtAddr, code: FaultCode, to: &mut dyn Write) -> core::fmt::Result {
+        write!(to, "{}", space.explain_fault(address, code))
+    }
+    call_cow_mm_smaps(space: &Space, to: &mut dyn Write) -> core::fmt::Result { write!(to, "{}", space.smaps()) }
+    call_cow_mm_status(space: &Space) -> Status { space.status() }
+    call_cow_mm_pagemap(space: &Space, first: Page, entries: &mut [PagemapEntry]) -> usize {
+        space.pagemap(first, entries)
+    }
     call_cow_mm_msync(space: &Space, start: u64, length: u64) -> Result<(), Errno> { space.msync(start, length) }
     call_cow_mm_brk(space: &Space, end: u64) -> u64 { space.brk(end) }
     call_cow_mm_fork(space: &Space) -> Result<Space, Errno> { space.fork() }
