@@ -3,9 +3,14 @@
 use core::ptr::NonNull;
 
 use kmem_hal::Frame;
+
 use kmem_vma_tree::{Lockable, Value, VmaLock};
 
+use crate::absent::SwapEntry;
 use crate::vma_memory::VmaMemory;
+
+/// Set in a word that says a place in swap; frames' numbers have no such bit.
+const SWAPPED: u64 = 1 << 63;
 
 /// A word in a tree. Which of the two it is the tree's owner knows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -28,9 +33,22 @@ impl Handle {
         Self(frame.number())
     }
 
-    /// The frame that the word is the number of.
-    pub(crate) fn frame(self) -> Frame {
-        Frame::from_number(self.0)
+    /// A page's place in swap.
+    pub(crate) fn of_swap(entry: SwapEntry) -> Self {
+        Self(SWAPPED | entry.to_word())
+    }
+
+    /// The frame that the word is the number of; `None` where the page is in swap.
+    pub(crate) fn frame(self) -> Option<Frame> {
+        (self.0 & SWAPPED == 0).then(|| Frame::from_number(self.0))
+    }
+
+    /// The place in swap that the word says, if it says one.
+    pub(crate) fn swap(self) -> Option<SwapEntry> {
+        match self.0 & SWAPPED {
+            0 => None,
+            _ => SwapEntry::from_word(self.0 & !SWAPPED),
+        }
     }
 }
 

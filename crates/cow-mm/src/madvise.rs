@@ -135,8 +135,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             return Err(Errno::EOPNOTSUPP);
         }
         for page in part.iter() {
-            if let Some(frame) = self.mm().cached_page(file, vma.object_page(page)) {
-                self.mm().zero_frame(frame, 0, PAGE_SIZE as usize);
+            let (mm, index) = (self.mm(), vma.object_page(page));
+            mm.forget_swapped_out(file, index)?;
+            if let Some(frame) = mm.get_cached(file, index) {
+                mm.zero_frame(frame, 0, PAGE_SIZE as usize);
+                mm.put_reference(frame);
             }
         }
         Ok(())

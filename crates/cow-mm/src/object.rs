@@ -20,7 +20,9 @@ use core::fmt;
 use core::ptr::NonNull;
 
 use kmem_hal::sync::{AtomicPtr, AtomicU32, Ordering};
-use kmem_hal::{AllocError, Frame, ObjectAlloc, Order, PageProvider, RawSleepLock, SleepLock};
+use kmem_hal::{
+    AllocError, Frame, IoTicket, ObjectAlloc, Order, PageProvider, RawSleepLock, SleepLock,
+};
 use kmem_vma_tree::{Node, RangeTree};
 
 use crate::env::Env;
@@ -263,7 +265,11 @@ impl<'m, E: Env> Mm<'m, E> {
         self.commit().adjust(object.promised, 0);
         let mut pages = object.pages;
         for entry in pages.get_mut().iter() {
-            self.put_reference(entry.value.frame());
+            match (entry.value.frame(), entry.value.swap()) {
+                (Some(frame), _) => self.put_reference(frame),
+                (None, Some(entry)) => self.drop_swap(entry),
+                (None, None) => {}
+            }
         }
         pages.get_mut().clear();
         drop(pages);
@@ -311,6 +317,26 @@ impl<'m, E: Env> Mm<'m, E> {
             at = object.next.load(Ordering::Relaxed);
         }
         None
+    }
+
+    /// Brings in every page of shared memory that is in an area of swap; a ticket where one must be read first.
+    pub(crate) fn bring_shared_in(&self, area: u8) -> Result<Option<IoTicket>, Errno> {
+        let lists = self.objects().0.read();
+        for &head in &lists.0 {
+            let mut at = head;
+            while let Some(object) = NonNull::new(at.cast::<Object<E::Nodes, E::Lock>>()) {
+                // SAFETY: objects in the list live, and stay there while it is locked (`I2`).
+                at = unsafe { object.as_ref() }.next.load(Ordering::Relaxed);
+                let file = FileRef {
+                    object: object.cast(),
+                    open: 0,
+                };
+                if let Some(ticket) = self.bring_object_in(file, area)? {
+                    return Ok(Some(ticket));
+                }
+            }
+        }
+        Ok(None)
     }
 
     /// An object's number, which its pages' slots name.

@@ -22,8 +22,9 @@
 use kmem_hal::sync::Ordering;
 use kmem_hal::{
     Frame, FrameRequest, FrameTag, IoError, IoState, IoTicket, Mobility, PAGE_SIZE, Page,
-    PageProvider, PageRange, SlotFlags, UserSlot,
+    PageProvider, PageRange, PhysMap, SlotFlags, UserSlot,
 };
+use kmem_paging::Env as _;
 
 use crate::env::Env;
 use crate::errno::Errno;
@@ -31,6 +32,8 @@ use crate::handle::Handle;
 use crate::mm::Mm;
 use crate::object::{Backing, FileRef, Object};
 use crate::reclaim::Evicted;
+use crate::swap::SwapEntry;
+use crate::swap_in::Swapped;
 
 /// In place of a ticket: the provider refused or failed, and the next look-up asks again.
 const NOT_STARTED: u64 = u64::MAX;
@@ -72,10 +75,25 @@ impl<'m, E: Env> Mm<'m, E> {
         let page = Page::new(index).ok_or(Errno::EINVAL)?;
         let mut pages = object.pages.write();
         let (frame, state) = match pages.get(page) {
-            Some(entry) => {
-                let frame = entry.value.frame();
-                (frame, self.ask_again(object, index, frame)?)
-            }
+            Some(entry) => match (entry.value.frame(), entry.value.swap()) {
+                (Some(frame), _) => (frame, self.ask_again(object, index, frame)?),
+                (None, Some(entry)) => match self.swapped_page(entry)? {
+                    Swapped::NeedIo(ticket) => return Ok(ObjectPage::NeedIo(ticket)),
+                    Swapped::Gone => return Err(Errno::EIO),
+                    Swapped::Ready(found) => {
+                        let frame = self.page_from_swap(object, index, found)?;
+                        let kept = Some(Handle::of_frame(frame));
+                        let single = PageRange::single(page);
+                        if pages.store(single, kept, &mut |_| {}).is_err() {
+                            self.put_reference(frame);
+                            return Err(Errno::ENOMEM);
+                        }
+                        self.drop_swap(entry);
+                        (frame, IoState::Done)
+                    }
+                },
+                (None, None) => return Err(Errno::EIO),
+            },
             None => {
                 let frame = self.new_page(
                     FrameTag::File,
@@ -102,6 +120,31 @@ impl<'m, E: Env> Mm<'m, E> {
                 Ok(ObjectPage::Ready(frame))
             }
         }
+    }
+
+    /// The page of shared memory whose bytes are in a page of the swap cache, to which the caller holds a reference: the page itself, or
+    /// a copy where it was read without knowing whose it is. The reference of the answer is the tree's.
+    fn page_from_swap(
+        &self,
+        object: &Object<E::Nodes, E::Lock>,
+        index: u64,
+        found: Frame,
+    ) -> Result<Frame, Errno> {
+        let slot = self.slot(found);
+        if slot.tag() == FrameTag::File {
+            slot.set_flags(SlotFlags::DIRTY);
+            return Ok(found);
+        }
+        let request = FrameRequest::ONE.mobility(Mobility::Movable);
+        let copy = self.new_page(FrameTag::File, object.number, index, &request);
+        if let Ok(copy) = copy {
+            // SAFETY: `found` is referenced, and nobody writes to a page in the swap cache; `copy` is new. E2: both are in reach.
+            unsafe { self.env().paging().map().copy(found, copy) };
+            self.slot(copy)
+                .set_flags(SlotFlags::UP_TO_DATE | SlotFlags::DIRTY);
+        }
+        self.put_reference(found);
+        copy
     }
 
     /// Asks the provider for a page that is in the tree and not up to date.
@@ -158,7 +201,7 @@ impl<'m, E: Env> Mm<'m, E> {
     /// The frame of page `index`, if the cache has it whole. No reference: for a look, or under a lock that keeps it.
     pub(crate) fn cached_page(&self, file: FileRef, index: u64) -> Option<Frame> {
         let pages = self.object(file).pages.read();
-        let frame = pages.get(Page::new(index)?)?.value.frame();
+        let frame = pages.get(Page::new(index)?)?.value.frame()?;
         self.slot(frame)
             .flags()
             .contains(SlotFlags::UP_TO_DATE)
@@ -168,7 +211,7 @@ impl<'m, E: Env> Mm<'m, E> {
     /// As [`cached_page`](Self::cached_page), with a reference.
     pub(crate) fn get_cached(&self, file: FileRef, index: u64) -> Option<Frame> {
         let pages = self.object(file).pages.read();
-        let frame = pages.get(Page::new(index)?)?.value.frame();
+        let frame = pages.get(Page::new(index)?)?.value.frame()?;
         let page = self.user(frame);
         let whole = page.slot().flags().contains(SlotFlags::UP_TO_DATE);
         (whole && page.add_reference().is_ok()).then_some(frame)
@@ -177,6 +220,9 @@ impl<'m, E: Env> Mm<'m, E> {
     /// Starts reading `pages` pages after one, as far as that costs nothing but memory.
     #[doc(alias = "page_cache_ra_order")]
     pub(crate) fn read_ahead(&self, file: FileRef, index: u64, pages: u64) {
+        if self.provider(self.object(file)).is_none() {
+            return;
+        }
         for near in (index + 1)..=index.saturating_add(pages) {
             let missing = Page::new(near)
                 .is_some_and(|page| self.object(file).pages.read().get(page).is_none());
@@ -195,6 +241,9 @@ impl<'m, E: Env> Mm<'m, E> {
     /// Takes the pages from an index on out of the tree, whatever is in them.
     pub(crate) fn forget_from(&self, file: FileRef, first_gone: u64) -> Result<(), Errno> {
         let object = self.object(file);
+        if self.provider(object).is_none() {
+            return Ok(());
+        }
         let Some(all) = Page::new(first_gone).and_then(|first| PageRange::new(first, Page::MAX))
         else {
             return Ok(());
@@ -222,7 +271,7 @@ impl<'m, E: Env> Mm<'m, E> {
                 let mut pages = object.pages.write();
                 removed = pages
                     .get(index)
-                    .is_some_and(|entry| entry.value.frame() == frame);
+                    .is_some_and(|entry| entry.value.frame() == Some(frame));
                 if removed {
                     outcome = pages.store(PageRange::single(index), None, &mut |_| {});
                 }
@@ -250,6 +299,7 @@ impl<'m, E: Env> Mm<'m, E> {
             .pages
             .read()
             .iter()
+            .filter(|entry| entry.value.frame().is_some())
             .map(|entry| entry.range.count())
             .sum()
     }
@@ -264,6 +314,9 @@ impl<'m, E: Env> Mm<'m, E> {
     #[doc(alias = "filemap_write_and_wait_range")]
     pub(crate) fn write_back(&self, file: FileRef, indices: PageRange) -> Result<(), Errno> {
         let object = self.object(file);
+        if self.provider(object).is_none() {
+            return Ok(());
+        }
         let mut at = Some(indices.first());
         while let Some(from) = at {
             let Some((index, frame)) = self.next_cached(object, from, indices) else {
@@ -294,7 +347,7 @@ impl<'m, E: Env> Mm<'m, E> {
         let entry = pages
             .first_at_or_after(from)
             .filter(|entry| entry.range.first() <= indices.last())?;
-        let frame = entry.value.frame();
+        let frame = entry.value.frame()?;
         self.user(frame).add_reference().ok()?;
         Some((entry.range.first(), frame))
     }
@@ -383,8 +436,12 @@ impl<'m, E: Env> Mm<'m, E> {
         page: UserSlot<'_>,
     ) -> Evicted {
         let slot = page.slot();
-        if self.provider(object).is_none() || !slot.flags().contains(SlotFlags::UP_TO_DATE) {
+        if !slot.flags().contains(SlotFlags::UP_TO_DATE) {
             return Evicted::Kept;
+        }
+        if let Some(entry) = self.cache_entry(frame) {
+            // Shared memory whose write failed, or found no place.
+            return self.write_to_swap(frame, entry);
         }
         if page.mappings() > 0 {
             let spaces = self.registry().lock();
@@ -399,6 +456,9 @@ impl<'m, E: Env> Mm<'m, E> {
         if page.mappings() > 0 {
             return Evicted::Kept;
         }
+        if self.provider(object).is_none() {
+            return self.evict_shared(object, frame, page);
+        }
         match self.write_locked(object, page.page(), frame) {
             Ok(IoState::Done) => {}
             Ok(IoState::Pending(ticket)) => return Evicted::Writing(Some(ticket)),
@@ -410,7 +470,7 @@ impl<'m, E: Env> Mm<'m, E> {
         let mut pages = object.pages.write();
         let here = pages
             .get(index)
-            .is_some_and(|entry| entry.value.frame() == frame);
+            .is_some_and(|entry| entry.value.frame() == Some(frame));
         // The tree's and the caller's: nobody looks at it, and under the tree's lock nobody begins to (`I4`).
         let alone = page.references() == 2 && page.mappings() == 0;
         let clean = !slot
@@ -430,6 +490,95 @@ impl<'m, E: Env> Mm<'m, E> {
         Evicted::Freed
     }
 
+    /// A page of shared memory that nobody maps: to swap, and the tree names its slot.
+    #[doc(alias = "shmem_writepage")]
+    fn evict_shared(
+        &self,
+        object: &Object<E::Nodes, E::Lock>,
+        frame: Frame,
+        page: UserSlot<'_>,
+    ) -> Evicted {
+        let Some(index) = Page::new(page.page()) else {
+            return Evicted::Kept;
+        };
+        // The cache's reference, before the slot names the frame; the slot's count is the tree's.
+        if page.add_reference().is_err() {
+            return Evicted::Kept;
+        }
+        let Some(entry) = self.swap().take(frame) else {
+            self.put_reference(frame);
+            return Evicted::Kept;
+        };
+        page.slot().set_flags(SlotFlags::DIRTY);
+        self.enter_cache(entry, frame);
+        let stored = {
+            let mut pages = object.pages.write();
+            let here = pages
+                .get(index)
+                .is_some_and(|entry| entry.value.frame() == Some(frame));
+            // The tree's, the cache's and the caller's: under the tree's lock nobody begins to look at it (`I4`).
+            let alone = page.references() == 3 && page.mappings() == 0;
+            let kept = Some(Handle::of_swap(entry));
+            here && alone
+                && pages
+                    .store(PageRange::single(index), kept, &mut |_| {})
+                    .is_ok()
+        };
+        if !stored {
+            self.drop_swap(entry);
+            return Evicted::Kept;
+        }
+        self.put_reference(frame);
+        self.write_to_swap(frame, entry)
+    }
+
+    /// Whether a page of shared memory is in swap.
+    pub(crate) fn is_swapped_out(&self, file: FileRef, index: u64) -> bool {
+        let pages = self.object(file).pages.read();
+        Page::new(index)
+            .and_then(|page| pages.get(page))
+            .is_some_and(|entry| entry.value.swap().is_some())
+    }
+
+    /// Forgets what is in swap of a page of shared memory: it reads as zeros.
+    pub(crate) fn forget_swapped_out(&self, file: FileRef, index: u64) -> Result<(), Errno> {
+        let mut pages = self.object(file).pages.write();
+        let Some(page) = Page::new(index) else {
+            return Ok(());
+        };
+        let Some(entry) = pages.get(page).and_then(|entry| entry.value.swap()) else {
+            return Ok(());
+        };
+        let stored = pages.store(PageRange::single(page), None, &mut |_| {});
+        stored.map_err(|_| Errno::ENOMEM)?;
+        self.drop_swap(entry);
+        Ok(())
+    }
+
+    /// Brings in every page of an object that is in an area of swap; a ticket where one must be read first.
+    pub(crate) fn bring_object_in(
+        &self,
+        file: FileRef,
+        area: u8,
+    ) -> Result<Option<IoTicket>, Errno> {
+        loop {
+            let found = {
+                let pages = self.object(file).pages.read();
+                let in_area = |entry: &SwapEntry| entry.area == area;
+                pages
+                    .iter()
+                    .find(|entry| entry.value.swap().as_ref().is_some_and(in_area))
+                    .map(|entry| entry.range.first().number())
+            };
+            let Some(index) = found else { return Ok(None) };
+            match self.object_page(file, index)? {
+                ObjectPage::Ready(frame) => self.put_reference(frame),
+                ObjectPage::NeedIo(ticket) => return Ok(Some(ticket)),
+                ObjectPage::Beyond => self.forget_swapped_out(file, index)?,
+            }
+        }
+    }
+
     /// Lets the tree name `to` instead of `from`, with a reference; `false`, and nothing is changed, where somebody else holds `from`.
     pub(crate) fn replace_cached(&self, from: Frame, to: Frame) -> bool {
         let page = self.user(from);
@@ -440,7 +589,7 @@ impl<'m, E: Env> Mm<'m, E> {
             let mut pages = self.object(file).pages.write();
             let here = pages
                 .get(index)
-                .is_some_and(|entry| entry.value.frame() == from);
+                .is_some_and(|entry| entry.value.frame() == Some(from));
             if !here || page.references() != 2 || page.mappings() != 0 {
                 return false;
             }

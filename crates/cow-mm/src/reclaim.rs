@@ -6,6 +6,7 @@
 //!      file, clean ───────────────> out of every table ──> out of the page cache ──> free
 //!      file, dirty ── write back ──> then as clean
 //!      anonymous ── slot of swap ──> out of every table, entries name the slot ── write ── done ──> free
+//!      shared memory ── the same, and its object's tree names the slot
 //!      anonymous, lazily freed and not written since ──> out of every table ──> free
 //! ```
 //!
@@ -25,7 +26,7 @@
 //! CPUs that run its spaces. A call ends with one flush of each space whose accessed bits it cleared (Linux leaves that out on x86, and
 //! waits until the TLB forgets by itself).
 //!
-//! Not handled: shared memory (it stays in memory), huge pages, one flush for many pages.
+//! Not handled: huge pages, one flush for many pages.
 //!
 //! Context: task context, no lock of a space or an object held.
 //!
@@ -299,7 +300,12 @@ impl<E: Env> Mm<'_, E> {
         if page.mappings() > 0 || !self.held_by_nobody_else(frame, page) {
             return Evicted::Kept;
         }
-        if page.slot().flags().contains(SlotFlags::DIRTY) {
+        self.write_to_swap(frame, entry)
+    }
+
+    /// Lets a page of the swap cache that nobody maps go, written first if the slot has not its bytes.
+    pub(crate) fn write_to_swap(&self, frame: Frame, entry: SwapEntry) -> Evicted {
+        if self.slot(frame).flags().contains(SlotFlags::DIRTY) {
             match self.start_transfer(entry, frame, true) {
                 // The end of the transfer took it out of the cache.
                 Ok(Started::Done) => {

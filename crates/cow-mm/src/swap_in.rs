@@ -289,10 +289,11 @@ impl<'m, E: Env> Mm<'m, E> {
                 }
             });
             if flow.is_break() {
-                break;
+                return outcome;
             }
         }
-        outcome
+        drop(spaces);
+        self.bring_shared_in(area)
     }
 }
 

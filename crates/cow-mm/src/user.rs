@@ -65,16 +65,24 @@ impl<E: Env> AddressSpace<'_, E> {
             self.mm().put_reference(frame);
             return Some(());
         }
+        let mm = self.mm();
         let frame = match (self.frame_at(page), vma.file) {
             (Some(frame), _) => frame,
-            (None, None) => self.mm().zero_page(),
-            (None, Some(file)) => match self.mm().cached_page(file, vma.object_page(page)) {
-                Some(frame) => frame,
-                None if self.mm().object_info(file).is_shared_memory => self.mm().zero_page(),
-                None => return None,
-            },
+            (None, None) => mm.zero_page(),
+            (None, Some(file)) => {
+                let index = vma.object_page(page);
+                if let Some(frame) = mm.get_cached(file, index) {
+                    mm.read_frame(frame, offset, to);
+                    mm.put_reference(frame);
+                    return Some(());
+                }
+                if mm.is_swapped_out(file, index) || !mm.object_info(file).is_shared_memory {
+                    return None;
+                }
+                mm.zero_page()
+            }
         };
-        self.mm().read_frame(frame, offset, to);
+        mm.read_frame(frame, offset, to);
         Some(())
     }
 

@@ -4,7 +4,7 @@ mod common;
 
 use common::{PAGE, Program, World};
 use kmem_cow_mm::replacement::{Clock, Fifo, Generations, Replacement, TwoLists};
-use kmem_cow_mm::{MapRequest, Mm, Outcome, Prot, Reclaimer};
+use kmem_cow_mm::{MapFlags, MapRequest, Mm, Outcome, Prot, Reclaimer};
 use kmem_hal::{FrameRequest, FrameSink, FrameSource, Migrate, Mmu, Page, VirtAddr};
 use kmem_mock_x86::{Disk, Machine};
 
@@ -355,5 +355,47 @@ fn a_working_set_twice_as_large_as_memory_keeps_its_contents() {
     child.exit();
     while mm.poll_swap().is_some() {}
     assert_eq!(mm.meminfo().swap.free, 16384);
+    assert_eq!(world.used_frames(), before);
+}
+
+#[test]
+fn shared_memory_goes_to_swap_and_comes_back_for_everybody() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let disk = swap(world, mm, 64);
+    disk.set_latency(1);
+    let parent = Program::new(mm);
+    let request = MapRequest {
+        flags: MapFlags::SHARED | MapFlags::ANONYMOUS,
+        ..MapRequest::anonymous(16 * PAGE, RW)
+    };
+    let start = parent.space.mmap(&request).unwrap().as_u64();
+    let child = parent.fork().unwrap();
+    for page in 0..16 {
+        let writer = if page % 2 == 0 { &parent } else { &child };
+        writer.store(start + page * PAGE, page + 1).unwrap();
+    }
+    let mut reclaimer = Reclaimer::new(Fifo);
+    reclaimer.reclaim(mm, 16);
+    // On its way out it comes back without a read, and is written again.
+    assert_eq!(child.load(start), Ok(1));
+    assert_eq!(disk.transfers().0, 0);
+    child.store(start, 100).unwrap();
+    while mm.poll_swap().is_some() {}
+    assert_eq!(mm.meminfo().shared, 1);
+    assert_eq!(mm.meminfo().swap.free, 64 - 15);
+    for page in 0..16 {
+        let want = if page == 0 { 100 } else { page + 1 };
+        for program in [&parent, &child] {
+            assert_eq!(program.load(start + page * PAGE), Ok(want));
+        }
+    }
+    reclaimer.reclaim(mm, 16);
+    while mm.poll_swap().is_some() {}
+    while mm.swap_off(0).unwrap().is_some() {}
+    assert_eq!(parent.load(start + PAGE), Ok(2));
+    parent.exit();
+    child.exit();
     assert_eq!(world.used_frames(), before);
 }
