@@ -119,7 +119,7 @@ fn amounts(f: &mut fmt::Formatter<'_>, resident: &Resident, rollup: bool) -> fmt
         ("Referenced:", resident.referenced),
         ("Anonymous:", resident.anonymous),
         ("KSM:", 0),
-        ("LazyFree:", 0),
+        ("LazyFree:", resident.lazy_free),
         ("AnonHugePages:", 0),
         ("ShmemPmdMapped:", 0),
         ("FilePmdMapped:", 0),

@@ -12,6 +12,7 @@ use kmem_paging::{Entry, Leaf};
 use crate::absent::Absent;
 use crate::env::Env;
 use crate::flags::VmFlags;
+use crate::reclaim::LAZY_FREE;
 use crate::space::AddressSpace;
 use crate::vma::Vma;
 
@@ -31,6 +32,8 @@ pub struct Resident {
     pub referenced: u64,
     /// Present and anonymous.
     pub anonymous: u64,
+    /// Anonymous, given up by `MADV_FREE`, and not written since.
+    pub lazy_free: u64,
     /// Written out to swap.
     pub swap: u64,
     pss: u64,
@@ -103,6 +106,7 @@ impl Resident {
             (&mut self.shared.dirty, other.shared.dirty),
             (&mut self.referenced, other.referenced),
             (&mut self.anonymous, other.anonymous),
+            (&mut self.lazy_free, other.lazy_free),
             (&mut self.swap, other.swap),
             (&mut self.pss, other.pss),
             (&mut self.pss_dirty, other.pss_dirty),
@@ -197,6 +201,9 @@ impl<E: Env> AddressSpace<'_, E> {
         }
         if leaf.attributes.accessed {
             resident.referenced += PAGE_SIZE;
+        }
+        if anonymous && !dirty && slot.flags().contains(LAZY_FREE) {
+            resident.lazy_free += PAGE_SIZE;
         }
         match (anonymous, shared_memory) {
             (true, _) => {

@@ -38,4 +38,6 @@ regressions! {
     addresses_at_the_top_are_refused
     a_stack_grows_into_no_guard
     protection_outlives_a_page_that_is_absent
+    counts_are_refused_before_they_wrap
+    an_absent_entry_names_no_memory_that_exists
 }

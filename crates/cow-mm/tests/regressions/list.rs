@@ -1,8 +1,9 @@
 //! The list: faults that address spaces have had, each as a small run that a correct one passes.
 //!
-//! Where it says `Guard`, a fault on purpose of that name (`src/mutants.in`) takes the guard away, and the run must notice.
+//! With each stand the faults on purpose (`src/mutants.in`) that take its guard away: the run must notice them.
 
-use kmem_cow_mm::{Advice, Env, Layout, MapFlags, MapRequest, Prot, RemapFlags, Signal};
+use kmem_cow_mm::{Advice, Env, Layout, MapFlags, MapRequest, Outcome, Prot, RemapFlags, Signal};
+use kmem_hal::sync::Ordering;
 use kmem_hal::{FaultCode, Frame, Page, PageFault, VirtAddr};
 use kmem_mock_x86::{Adversary, Machine, MemoryMap};
 use kmem_paging::Env as _;
@@ -76,6 +77,16 @@ pub const ALL: &[Regression] = &[
         "a_stack_grows_into_no_guard",
         a_stack_grows_into_no_guard,
         &["stack-guard-forgotten"],
+    ),
+    (
+        "counts_are_refused_before_they_wrap",
+        counts_are_refused_before_they_wrap,
+        &["counts-wrap"],
+    ),
+    (
+        "an_absent_entry_names_no_memory_that_exists",
+        an_absent_entry_names_no_memory_that_exists,
+        &[],
     ),
     (
         "protection_outlives_a_page_that_is_absent",
@@ -475,5 +486,57 @@ fn protection_outlives_a_page_that_is_absent() {
     assert_eq!(program.store(AT, 1), Err(signal(Signal::AccessError, AT)));
     program.space.mprotect(AT, PAGE, RW).unwrap();
     program.store(AT, 2).unwrap();
+    program.exit();
+}
+
+/// CVE-2016-0728 and its kind: a count that wraps frees what is in use. A page that is mapped as often as can be counted is not mapped
+/// once more.
+fn counts_are_refused_before_they_wrap() {
+    let world = World::new();
+    let parent = Program::new(world.mm());
+    map(&parent, 2, RW);
+    parent.store(AT, 1).unwrap();
+    let child = parent.fork().unwrap();
+    let slot = world.paging().slots().slot(frame(&parent, AT)).unwrap();
+    let word = slot.owner().load(Ordering::Acquire);
+    slot.owner()
+        .store(word | u64::from(u32::MAX) << 32, Ordering::Release);
+    // The child's write would copy the table, and map the page a second time.
+    assert_eq!(child.store(AT + PAGE, 2), Err(Outcome::OutOfMemory));
+    assert_eq!(slot.as_user().unwrap().mappings(), u32::MAX);
+    slot.owner().store(word, Ordering::Release);
+    child.store(AT + PAGE, 2).unwrap();
+    assert_eq!((parent.load(AT), child.load(AT)), (Ok(1), Ok(1)));
+    child.exit();
+    parent.exit();
+}
+
+/// L1TF, CVE-2018-3620: a processor that reads past the present bit must find an address at the top of its space.
+fn an_absent_entry_names_no_memory_that_exists() {
+    let world = World::new();
+    let program = Program::new(world.mm());
+    map(&program, 2, RW);
+    program.store(AT, 1).unwrap();
+    program
+        .space
+        .madvise(AT, PAGE, Advice::GuardInstall)
+        .unwrap();
+    program
+        .space
+        .mprotect(AT + PAGE, PAGE, Prot::empty())
+        .unwrap();
+    for address in [AT, AT + PAGE] {
+        let page = Page::containing(VirtAddr::new(address));
+        let Some(step) = program.space.tables().path(page).steps().last() else {
+            panic!("no way to the page")
+        };
+        assert_eq!(step.word & 1, 0, "not present");
+        let frame = step.word >> 12 & ((1 << 40) - 1);
+        assert!(
+            step.word == 0 || frame >= world.machine.memory().frame_limit(),
+            "{:#x}",
+            step.word
+        );
+    }
     program.exit();
 }
