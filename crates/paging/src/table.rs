@@ -17,7 +17,7 @@ use kmem_hal::lock::{IrqSafe, Lock};
 use kmem_hal::sync::{AtomicBool, AtomicUsize, Ordering, fence};
 use kmem_hal::{
     AllocError, Asid, Completion, Cpu, CpuSet, FlushRequest, FlushScope, Frame, FrameHandle, Grace,
-    Mmu, Order, OwnedFrame, Page, PageRange, Root, Trace, TraceEvent,
+    Mmu, Order, OwnedFrame, Page, PageRange, PhysAddr, Root, Trace, TraceEvent, VirtAddr,
 };
 
 use crate::attributes::{Leaf, Payload, Rights};
@@ -418,6 +418,58 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         }
         // SAFETY: the closure makes no guard and does not panic: an index is below the entries of its table.
         unsafe { self.env.grace().read_with(|| self.descend(page)) }
+    }
+
+    /// Where an access to `address` ends, if it is mapped: as [`query`](Self::query), for the address alone.
+    ///
+    /// Costs the loads of the walk and a read section of the environment's [`Grace`].
+    ///
+    /// Context: any, interrupts included.
+    ///
+    /// # Examples
+    ///
+    /// See the crate's first page.
+    #[doc(alias = "translate_addr")]
+    #[doc(alias = "virt_to_phys")]
+    #[inline]
+    #[must_use]
+    pub fn translate(&self, address: VirtAddr) -> Option<PhysAddr> {
+        let levels = self.levels();
+        if !F::canonical(levels).contains(address) {
+            return None;
+        }
+        // SAFETY: as in `query`.
+        unsafe { self.env.grace().read_with(|| self.find(address)) }
+    }
+
+    /// As `translate`, inside a read section.
+    #[inline(always)]
+    fn find(&self, address: VirtAddr) -> Option<PhysAddr> {
+        let levels = self.levels();
+        let map = self.env.map();
+        let page = address.as_u64() >> kmem_hal::PAGE_SHIFT;
+        let mut frame = self.root;
+        macro_rules! find {
+            ($($number:literal)*) => {$(
+                if $number <= F::LEVELS.len() && $number <= levels {
+                    // SAFETY: as in `descend`.
+                    let words = unsafe { F::Word::words(map, frame) };
+                    let word = F::Word::load(&words[index_at::<F>(page, $number)]);
+                    if !F::is_table($number, word) {
+                        let level = level::<F>($number);
+                        if !level.leaf || !F::is_present($number, word) {
+                            return None;
+                        }
+                        let inside = address.as_u64() & ((1 << (level.shift + kmem_hal::PAGE_SHIFT)) - 1);
+                        return Some(PhysAddr::new(F::leaf_frame($number, word).start().as_u64() | inside));
+                    }
+                    frame = F::table_frame(word);
+                }
+            )*};
+        }
+        find!(5 4 3 2 1);
+        let _ = frame;
+        unreachable!("level 1 has no tables below it")
     }
 
     /// As `query`, inside a read section.

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use kmem_hal::{
     AllocError, DeviceFrame, Frame, FrameRequest, FrameSink, FrameSource, Order, OwnedFrame, Page,
-    PageRange, PhysAddr, PhysMap,
+    PageRange, PhysAddr, PhysMap, VirtAddr,
 };
 use kmem_paging::format::X86_64;
 use kmem_paging::{Attributes, ChangeError, PageTable, Parts, Rights, TableCache};
@@ -267,9 +267,8 @@ impl Table for Kmem {
     }
     #[inline]
     fn translate(&self, index: u64) -> Option<u64> {
-        let page = page(index);
-        let leaf = self.table().query(page).leaf()?;
-        Some(leaf.frame_of(page)?.number())
+        let address = VirtAddr::new((FIRST + index) * 4096);
+        Some(self.table().translate(address)?.as_u64() / 4096)
     }
     fn map_2m(&mut self, blocks: u64) {
         self.map_range_2m(blocks);

@@ -370,6 +370,28 @@ impl<'m, C: Cpu, L: RawLock, const Q: usize, B: Barrier> EpochGrace<'m, C, L, Q,
         Section::Stray(&self.strays)
     }
 
+    /// [`read_with`](Grace::read_with) on a CPU without an area. The caller is pinned.
+    #[cold]
+    #[inline(never)]
+    fn read_as_stray<R>(&self, f: impl FnOnce() -> R) -> R {
+        let _ = self.stray();
+        let answer = f();
+        self.strays.fetch_sub(1, Ordering::Release);
+        answer
+    }
+
+    /// [`read_with`](Grace::read_with) where a reader is announced already, which speaks for this one. The caller is pinned.
+    #[cold]
+    #[inline(never)]
+    fn read_announced<R>(&self, announcement: &Announcement, f: impl FnOnce() -> R) -> R {
+        // A guard's fence lies behind every load here; an announcement that this context interrupted may have none yet.
+        if !announcement.fenced.get() && self.plant() != Plant::NoReaderFence {
+            self.barrier.reader();
+        }
+        compiler_fence(Ordering::SeqCst);
+        f()
+    }
+
     /// Moves the epoch on if nobody prevents it; gives the epoch seen last.
     fn try_advance(&self) -> u64 {
         let epoch = self.epoch.load(Ordering::Acquire);
@@ -467,35 +489,27 @@ unsafe impl<'m, C: Cpu, L: RawLock, const Q: usize, B: Barrier> Grace
         EpochGuard { section, _pin: pin }
     }
 
-    #[inline]
+    #[inline(always)]
     unsafe fn read_with<R>(&self, f: impl FnOnce() -> R) -> R {
         let pin = self.cpu.pin();
-        let area = self.area(pin.id().index());
-        let own = match area {
-            Some(area) => {
-                let announcement = &area.announcement;
-                let own = announcement.announce(&self.epoch);
-                // A guard's fence lies behind every load here; an announcement that this context interrupted may have none yet.
-                if (own || !announcement.fenced.get()) && self.plant() != Plant::NoReaderFence {
-                    self.barrier.reader();
-                }
-                compiler_fence(Ordering::SeqCst);
-                own
-            }
-            None => {
-                let _ = self.stray();
-                true
-            }
-        };
-        let answer = f();
-        match area {
-            // What `f` began it ended, and it ended nothing else (the caller's promise): the word is this section's.
-            Some(area) if own => area.announcement.silence(),
-            Some(_) => {}
-            None => {
-                self.strays.fetch_sub(1, Ordering::Release);
-            }
+        let index = pin.id().index();
+        if index >= self.count.load(Ordering::Acquire) {
+            return self.read_as_stray(f);
         }
+        let first = self.areas.load(Ordering::Relaxed);
+        // SAFETY: as in `areas`; the index is below the count.
+        let area = unsafe { &*first.add(index) };
+        let announcement = &area.announcement;
+        if !announcement.announce(&self.epoch) {
+            return self.read_announced(announcement, f);
+        }
+        if self.plant() != Plant::NoReaderFence {
+            self.barrier.reader();
+        }
+        compiler_fence(Ordering::SeqCst);
+        let answer = f();
+        // What `f` began it ended, and it ended nothing else (the caller's promise): the word is this section's.
+        announcement.silence();
         drop(pin);
         answer
     }
