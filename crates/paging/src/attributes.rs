@@ -271,6 +271,17 @@ impl Attributes {
         self
     }
 
+    /// All of it in one number, for comparison; never `u64::MAX`.
+    #[inline(always)]
+    pub(crate) const fn key(self) -> u64 {
+        self.rights.bits() as u64
+            | (self.memory_type as u64) << 8
+            | (self.soft.bits() as u64) << 16
+            | (self.pkey as u64) << 32
+            | (self.accessed as u64) << 40
+            | (self.dirty as u64) << 41
+    }
+
     /// Without the right to write.
     #[must_use]
     pub const fn write_protected(mut self) -> Self {

@@ -11,9 +11,14 @@
 //!        └───────────────────────────── over capacity, shrink ─────────────────────────────────┘
 //! ```
 //!
+//! A grace period costs an interrupt for each CPU, and the tables of one commit are seldom enough to pay for it. So flushed tables wait until
+//! there are some of them ([`retire`]), and one grace period serves all.
+//!
 //! Invariants
 //! - `T1`: a frame on a list here belongs to the list alone, holds zeros, lies in reach of the map, has a slot, and no TLB
 //!   or paging-structure cache of any CPU refers to it.
+//!
+//! - `T2`: a frame that waits is as `T1` says, but that lock-free readers may still be in it.
 //!
 //! Costs: a list operation is a lock and two stores into slots; no memory beyond the slots.
 
@@ -21,8 +26,8 @@ use core::fmt;
 
 use kmem_hal::lock::{IrqSafe, Lock};
 use kmem_hal::{
-    AllocError, Context, Frame, FrameRequest, FrameSink, FrameSlot, FrameSource, FrameTag, Order,
-    OwnedFrame, PhysAddr, PhysMap,
+    AllocError, Context, Frame, FrameRequest, FrameSink, FrameSlot, FrameSource, FrameTag, Grace,
+    Order, OwnedFrame, PhysAddr, PhysMap,
 };
 
 use crate::env::Env;
@@ -145,41 +150,70 @@ impl Chain {
 #[derive(Debug)]
 pub struct TableCache {
     list: Lock<Chain, IrqSafe>,
+    /// Tables that wait for their grace period (`T2`).
+    waiting: Lock<Chain, IrqSafe>,
     capacity: usize,
 }
+
+/// The most tables that wait for a grace period: 256 KiB.
+const MOST_WAITING: usize = 64;
 
 impl TableCache {
     /// Tables that are kept when nobody says otherwise: 1 MiB.
     pub const DEFAULT_CAPACITY: usize = 256;
 
     kmem_hal::const_new! {
-        /// A cache that keeps up to `capacity` tables.
+        /// A cache that keeps up to `capacity` tables, and lets a quarter as many wait for a grace period, 64 at most.
         #[must_use]
         pub fn new(capacity: usize) -> Self {
             Self {
                 list: Lock::new(Chain::EMPTY),
+                waiting: Lock::new(Chain::EMPTY),
                 capacity,
             }
         }
     }
 
-    /// Tables kept now.
+    /// Tables kept now, those that wait for a grace period included.
     #[must_use]
     pub fn length(&self) -> usize {
-        self.list.lock().length
+        self.list.lock().length + self.waiting.lock().length
     }
 
     /// Gives up to `count` tables back to the environment's frames; answers how many.
     ///
     /// `env` is the environment that the cache belongs to.
+    ///
+    /// Context: may wait for a grace period: not in interrupts, and not inside a read section of the environment's [`Grace`].
     pub fn shrink<E: Env>(env: &E, count: usize) -> usize {
         for done in 0..count {
-            match env.cache().pop(env) {
+            let frame = env.cache().pop(env).or_else(|| {
+                env.cache().settle(env, 0);
+                env.cache().pop(env)
+            });
+            match frame {
                 Some(frame) => free(env, frame),
                 None => return done,
             }
         }
         count
+    }
+
+    /// Where more than `most` tables wait, waits for a grace period with them, and keeps or frees them.
+    fn settle<E: Env>(&self, env: &E, most: usize) {
+        let due = {
+            let mut waiting = self.waiting.lock();
+            if waiting.length <= most {
+                return;
+            }
+            core::mem::replace(&mut *waiting, Chain::EMPTY)
+        };
+        // Lock-free readers may be in the tables until now.
+        if !mutant!("tables-freed-without-grace") {
+            env.grace().synchronize();
+        }
+        // SAFETY: T2, and the grace period that it waits for: so T1 holds.
+        unsafe { give_chain(env, due) };
     }
 
     fn pop<E: Env>(&self, env: &E) -> Option<OwnedFrame> {
@@ -214,6 +248,17 @@ impl TableCache {
         list.prepend(env, front);
         frames
     }
+}
+
+/// Takes tables that were detached and flushed, to be kept or freed after a grace period.
+///
+/// # Safety
+///
+/// `T2` holds for each, and their slots say that they are tables.
+pub(crate) unsafe fn retire<E: Env>(env: &E, tables: Chain) {
+    let cache = env.cache();
+    cache.waiting.lock().prepend(env, tables);
+    cache.settle(env, (cache.capacity / 4).min(MOST_WAITING));
 }
 
 /// Keeps zeroed frames, or frees them.
@@ -368,6 +413,14 @@ impl<'e, E: Env> TableReserve<'e, E> {
     /// A frame of the reserve that need not be zeroed.
     pub(crate) fn take_plain(&mut self) -> Option<OwnedFrame> {
         self.plain.take_frame(self.env)
+    }
+
+    /// A frame of which every word will be written: of the reserve, or fresh.
+    pub(crate) fn take_unzeroed<F: Format>(&mut self) -> Result<OwnedFrame, AllocError> {
+        match self.take_plain().or_else(|| self.take()) {
+            Some(frame) => Ok(frame),
+            None => take_plain(self.env, F::TABLE_FRAME_LIMIT),
+        }
     }
 
     /// A zeroed frame: of the reserve, of the cache (some more come along, twice as many each time), or fresh.

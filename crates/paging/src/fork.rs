@@ -20,13 +20,14 @@ use kmem_hal::{Page, PageRange, Trace, TraceEvent};
 
 use crate::attributes::{Attributes, Leaf, Payload};
 use crate::cursor::{
-    Change, Cursor, Divisible, Restricted, Unencodable, change_entry, child as below, mark_shared,
+    Change, Cursor, Divisible, Restricted, Unencodable, change_entry, mark_shared,
 };
 use crate::env::Env;
 use crate::error::ForkError;
-use crate::format::{Format, Kind, level};
+use crate::format::{Format, Kind, Word, level};
 use crate::gather::Gather;
 use crate::mutants::mutant;
+use crate::node::{self, Slots};
 use crate::quiescent::Live;
 use crate::table::{Entry, PageTable, decode, index_at};
 
@@ -60,86 +61,84 @@ pub enum ForkStep<H> {
     Stop,
 }
 
-/// Shares tables of level `number` from `page` on, as far as they lie in `page ..= last` whole and one after the other below one table;
+/// Shares tables of level `LEVEL` from `page` on, as far as they lie in `page ..= last` whole and one after the other below one table;
 /// gives the pages of their entries that are in use (of those one level down, for tables of tables) and where to go on. `None` where none is
 /// there to share; the page where the child has no room.
-fn share_run<F: Format, E: Env, H: Divisible, const N: usize>(
+///
+/// A table costs loads of its entry and its slot, a store to each and one to the child's entry, none of them locked where nobody shares it yet.
+fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize>(
     parent: &mut Cursor<'_, F, E, H>,
     child: &mut Cursor<'_, F, E, H>,
-    number: usize,
     page: u64,
     last: u64,
     gather: &mut Gather<'_, F, E, H, N>,
 ) -> Result<Option<(u64, Option<u64>)>, u64> {
-    if number + 1 > parent.table().levels() {
+    if LEVEL + 1 > parent.table().levels() {
         return Ok(None);
     }
-    let upper = level::<F>(number + 1);
+    let upper = level::<F>(LEVEL + 1);
     let covered = 1u64 << upper.shift;
     if page & (covered - 1) != 0 || last - page < covered - 1 {
         return Ok(None);
     }
-    let node = parent.seek_level(Page::from_number(page), number + 1);
-    if node.level != number + 1 {
+    let node = parent.seek_level(Page::from_number(page), LEVEL + 1);
+    if node.level != LEVEL + 1 {
         return Ok(None);
     }
-    let env = parent.table().env();
-    let mut index = index_at::<F>(page, number + 1);
-    let mut at = page;
-    let mut pages = 0;
-    let mut marked = false;
-    let next = loop {
-        let word = node.load(index);
-        if !F::is_table(number + 1, word) || F::shared_table(number + 1, word).is_none() {
-            break Some(at);
+    let first = index_at::<F>(page, LEVEL + 1);
+    let word = node.load(first);
+    if !F::is_table(LEVEL + 1, word) || F::shared_table(LEVEL + 1, word).is_none() {
+        return Ok(None);
+    }
+    let mut slots = Slots::new(parent.table().env());
+    if node::has_pins(slots.of(F::table_frame(word))) {
+        return Ok(None);
+    }
+    // Makes the child's table there; the entry itself comes when its share is counted.
+    let at = Page::from_number(page);
+    if child.place_table(at, LEVEL + 1, word).is_err() {
+        return Err(page);
+    }
+    let into = child.seek_level(at, LEVEL + 1);
+    into.store(first, 0);
+    let whole = ((last - page + 1) >> upper.shift).min((upper.entries() - first) as u64) as usize;
+    // In a table that was there already, one at a time, so that each place is looked at.
+    let whole = if into.live() == 1 { whole } else { 1 };
+    let mut live = 0;
+    let mut shared = 0;
+    gather.announce();
+    let entries = node.entries(first, whole);
+    for (entry, place) in entries.iter().zip(into.entries(first, whole)) {
+        let word = F::Word::load(entry);
+        if !F::is_table(LEVEL + 1, word) {
+            break;
         }
-        let table = below(env, &node, index);
-        if table.has_pins() || !table.add_share() {
-            break Some(at);
-        }
-        gather.announce();
-        let Some(word) = mark_shared(&node, index) else {
-            unreachable!("asked above")
+        let Some(used) = node::share(slots.of(F::table_frame(word))) else {
+            break;
         };
-        marked = true;
-        if child
-            .place_table(Page::from_number(at), number + 1, word)
-            .is_err()
-        {
-            let _ = table.drop_share();
-            note_shared(parent, gather, page, at + (covered - 1));
-            return Err(at);
-        }
-        let live = u64::from(table.live());
-        pages += live << level::<F>(number).shift;
-        let tables = if number == 1 { 1 } else { 1 + live as usize };
-        child.table().count_shared(tables, true);
-        if last - at < covered {
-            break None;
-        }
-        at += covered;
-        index += 1;
-        if index == upper.entries() || last - at < covered - 1 {
-            break Some(at);
-        }
-    };
-    if marked {
-        note_shared(parent, gather, page, next.map_or(last, |next| next - 1));
+        let Some(word) = mark_shared::<F>(LEVEL + 1, entry, word) else {
+            unreachable!("all tables of a level can be shared, or none")
+        };
+        F::Word::store(place, word);
+        live += u64::from(used);
+        shared += 1;
     }
-    Ok((next != Some(page)).then_some((pages, next)))
-}
-
-/// Notes that nothing in these pages may be written to any more.
-fn note_shared<F: Format, E: Env, H: Divisible, const N: usize>(
-    parent: &Cursor<'_, F, E, H>,
-    gather: &mut Gather<'_, F, E, H, N>,
-    first: u64,
-    last: u64,
-) {
-    if mutant!("share-not-noted") {
-        return;
+    if shared == 0 {
+        into.sub_live(1);
+        return Ok(None);
     }
-    gather.note_pages(first, last, 1, parent.table().may_be_global(), true);
+    into.add_live(shared - 1);
+    let below = if LEVEL == 1 { 0 } else { live };
+    child
+        .table()
+        .count_shared((u64::from(shared) + below) as usize, true);
+    let end = page + u64::from(shared) * covered;
+    // Nothing in these pages may be written to any more.
+    if !mutant!("share-not-noted") {
+        gather.note_pages(page, end - 1, 1, parent.table().may_be_global(), true);
+    }
+    let pages = live << level::<F>(LEVEL).shift;
+    Ok(Some((pages, (end - 1 < last).then_some(end))))
 }
 
 impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
@@ -219,7 +218,11 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
         let last = range.last().number();
         'tables: loop {
             for number in (1..=most).rev() {
-                match share_run(&mut parent, &mut child, number, page, last, gather) {
+                let run = match number {
+                    1 => share_run::<1, _, _, _, N>(&mut parent, &mut child, page, last, gather),
+                    _ => share_run::<2, _, _, _, N>(&mut parent, &mut child, page, last, gather),
+                };
+                match run {
                     Ok(None) => {}
                     Ok(Some((pages, next))) => {
                         copied += pages;

@@ -31,7 +31,7 @@
 use core::fmt;
 use core::mem::MaybeUninit;
 
-use kmem_hal::{Frame, FrameHandle, FrameSink, Grace, Order, OwnedFrame, Page, PageRange};
+use kmem_hal::{Frame, FrameHandle, FrameSink, Order, OwnedFrame, Page, PageRange};
 
 use crate::attributes::Payload;
 use crate::cache::{self, Chain};
@@ -136,6 +136,9 @@ pub struct Gather<'t, F: Format, E: Env, H: FrameHandle, const N: usize = 32> {
     blocks: [MaybeUninit<u64>; N],
     length: usize,
     stale: Hull,
+    /// From this page on, a leaf of level 1 that is not global only raises the end of the hull: the gather is announced, and the hull has
+    /// the rest.
+    steady: u64,
     tables: Chain,
     /// Leaf tables that were detached with their leaves (`G4`).
     whole: Chain,
@@ -154,6 +157,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             blocks: [MaybeUninit::uninit(); N],
             length: 0,
             stale: Hull::EMPTY,
+            steady: u64::MAX,
             tables: Chain::EMPTY,
             whole: Chain::EMPTY,
             shares: 0,
@@ -175,6 +179,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             (&raw mut (*gather).table).write(table);
             (&raw mut (*gather).length).write(0);
             (&raw mut (*gather).stale).write(Hull::EMPTY);
+            (&raw mut (*gather).steady).write(u64::MAX);
             (&raw mut (*gather).tables).write(Chain::EMPTY);
             (&raw mut (*gather).whole).write(Chain::EMPTY);
             (&raw mut (*gather).shares).write(0);
@@ -259,6 +264,32 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
         hull.local |= local;
     }
 
+    /// Announces and notes one leaf of level 1, before its store.
+    #[inline(always)]
+    pub(crate) fn announce_page(&mut self, page: u64, global: bool) {
+        if page < self.steady || global {
+            return self.announce_first_page(page, global);
+        }
+        if page > self.stale.last && !mutant!("hull-does-not-grow") {
+            self.stale.last = page;
+        }
+    }
+
+    #[inline(never)]
+    fn announce_first_page(&mut self, page: u64, global: bool) {
+        self.announce();
+        self.note_pages(page, page, 1, global, !global);
+        let hull = &self.stale;
+        let mixed = !hull.local || hull.stride > 1;
+        let keeps = mutant!("hull-keeps-the-first");
+        let takes = mutant!("hull-takes-the-larger-stride");
+        self.steady = if mixed || keeps || takes {
+            u64::MAX
+        } else {
+            hull.first
+        };
+    }
+
     /// Takes a block whose entry was cleared. There is room.
     #[inline]
     pub(crate) fn push(&mut self, frame: Frame, order: Order) {
@@ -330,6 +361,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             }
             self.announced = false;
             self.stale = Hull::EMPTY;
+            self.steady = u64::MAX;
             self.table.retract();
         }
         while let Some(last) = self.length.checked_sub(1) {
@@ -372,12 +404,11 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
         let env = self.table.env();
         // SAFETY: the share keeps the table.
         let table = unsafe { Node::<F>::new(env, frame, number) };
-        table.lock(env);
         if table.drop_share() {
-            table.unlock();
             return;
         }
         // Nobody else leads here, and after the flush no CPU walks here.
+        table.lock(env);
         table.unlock_stray();
         let mut cleared = 0;
         for (index, entry) in table
@@ -391,10 +422,8 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             }
             if F::is_table(number, word) {
                 let below = child(env, &table, index);
-                below.lock(env);
-                if below.drop_share() {
-                    below.unlock();
-                } else {
+                if !below.drop_share() {
+                    below.lock(env);
                     below.unlock_stray();
                     self.whole.push(below.frame, below.slot);
                 }
@@ -422,17 +451,21 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             let mut cleared = 0;
             for entry in table.entries(0, level::<F>(1).entries()) {
                 let word = F::Word::load(entry);
-                if word == 0 {
-                    continue;
-                }
                 // No CPU reaches the entry after the flush, so nothing else writes to it (G4).
+                let leaf = if F::is_present(1, word) {
+                    Some(F::leaf_frame(1, word))
+                } else if word == 0 {
+                    continue;
+                } else {
+                    (F::kind(1, word) == Kind::Leaf).then(|| F::leaf_frame(1, word))
+                };
                 if !mutant!("whole-keeps-its-words") {
                     F::Word::store(entry, 0);
                 }
                 cleared += 1;
-                if F::kind(1, word) == Kind::Leaf {
+                if let Some(frame) = leaf {
                     // SAFETY: `into_entry` of this type filled the entry; it is gone, and its translations were flushed.
-                    give(unsafe { H::from_entry(F::leaf_frame(1, word), Order::ZERO) });
+                    give(unsafe { H::from_entry(frame, Order::ZERO) });
                 } else {
                     payloads(F::payload_of(word));
                 }
@@ -446,13 +479,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
     #[cold]
     fn free_tables(&mut self) {
         let env = self.table.env();
-        // Lock-free readers may be in the tables until now.
-        if !mutant!("tables-freed-without-grace") {
-            env.grace().synchronize();
-        }
-        // SAFETY: a detached table is on this list alone (G2) and has no reader after the grace period; the flush above was told
-        // that tables are freed; they hold zeros (N2, G4). So T1 holds.
-        unsafe { cache::give_chain(env, core::mem::replace(&mut self.tables, Chain::EMPTY)) };
+        // SAFETY: a detached table is on this list alone (G2); the flush above was told that tables are freed; they hold zeros (N2, G4).
+        // So T2 holds.
+        unsafe { cache::retire(env, core::mem::replace(&mut self.tables, Chain::EMPTY)) };
     }
 }
 

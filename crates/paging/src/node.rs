@@ -17,14 +17,17 @@
 //!   frame has been through flush and grace period. It holds zeros, unless it is a leaf table that went into the gather whole
 //!   ([`Gather`](crate::Gather) `G4`).
 //! - `N3`: locks are taken parent before child; nobody waits for a parent's lock while holding a child's.
+//! - `N5`: a table to which a shared table leads is locked only under the lock of the table above it: so whoever holds that one, and finds
+//!   a share count of 1 and the lock free, has word 0 for itself.
 //! - `N4`: the lock is never taken in interrupts, nor with interrupts off.
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{Frame, FrameSlot, Page, SlotFlags, TableOwner, TableSlot};
+use kmem_hal::{Frame, FrameSlot, FrameTable, Page, SlotFlags, TableOwner, TableSlot};
 
 use crate::env::Env;
-use crate::format::{Format, Kind, Word};
+use crate::format::{Format, Kind, Word, level};
 use crate::quiescent::Liveness;
+use crate::table::index_at;
 
 /// A word of a table in memory.
 pub(crate) type Entry<F> = <<F as Format>::Word as Word>::Atomic;
@@ -94,6 +97,7 @@ impl<F: Format> Clone for Node<'_, F> {
 impl<F: Format> Copy for Node<'_, F> {}
 
 const LIVE_MASK: u64 = 0xffff;
+const PINS_SHIFT: u32 = 32;
 
 impl<'t, F: Format> Node<'t, F> {
     /// The table in `frame`.
@@ -124,6 +128,14 @@ impl<'t, F: Format> Node<'t, F> {
     #[inline(always)]
     pub fn entry(&self, index: usize) -> &'t Entry<F> {
         &self.words[index]
+    }
+
+    /// The word of `page`, where this is a leaf table.
+    #[inline(always)]
+    pub fn leaf_entry(&self, page: u64) -> &'t Entry<F> {
+        debug_assert!(self.level == 1 && self.words.len() == level::<F>(1).entries());
+        // SAFETY: a table of level 1 has as many words as the level has entries, of which the index is one.
+        unsafe { self.words.get_unchecked(index_at::<F>(page, 1)) }
     }
 
     /// Words `first .. first + count`.
@@ -181,22 +193,10 @@ impl<'t, F: Format> Node<'t, F> {
         self.slot.count()
     }
 
-    /// Whether frames that it maps are pinned.
-    #[inline]
-    pub fn has_pins(&self) -> bool {
-        self.slot.as_table().is_some_and(|slot| slot.pins() > 0)
-    }
-
-    /// Counts one more upper entry; `false` where that cannot be counted. The caller holds the lock.
-    #[inline]
-    pub fn add_share(&self) -> bool {
-        self.slot.add_count(1).is_ok()
-    }
-
-    /// Counts one upper entry less; `false`, and nothing is changed, where it is the only one. The caller holds the lock.
+    /// Gives up the upper entry that the caller had; whether others are left. If not, the table is the caller's.
     #[inline]
     pub fn drop_share(&self) -> bool {
-        self.shares() > 1 && self.slot.sub_count(1).is_ok()
+        drop_share(self.slot)
     }
 
     /// Words that are not zero, and holds. The caller holds the lock, or wants an old value.
@@ -238,6 +238,64 @@ impl<'t, F: Format> Node<'t, F> {
     }
 }
 
+/// Finds the slots of tables one after the other, faster where they lie together.
+pub(crate) struct Slots<'t> {
+    table: &'t FrameTable,
+    first: u64,
+    slots: &'t [FrameSlot],
+}
+
+impl<'t> Slots<'t> {
+    pub fn new<E: Env>(env: &'t E) -> Self {
+        Self {
+            table: env.slots(),
+            first: 0,
+            slots: &[],
+        }
+    }
+
+    /// The slot of a table.
+    #[inline(always)]
+    pub fn of(&mut self, frame: Frame) -> &'t FrameSlot {
+        let at = frame.number().wrapping_sub(self.first);
+        match usize::try_from(at).ok().and_then(|at| self.slots.get(at)) {
+            Some(slot) => slot,
+            None => self.find(frame),
+        }
+    }
+
+    #[cold]
+    fn find(&mut self, frame: Frame) -> &'t FrameSlot {
+        // As in `View::node`.
+        let Some((first, slots)) = self.table.slots_around(frame) else {
+            unreachable!("a page table without a frame slot")
+        };
+        (self.first, self.slots) = (first.number(), slots);
+        &slots[(frame.number() - self.first) as usize]
+    }
+}
+
+/// Counts one more upper entry of a table without pins; gives its live count, or `None` where it cannot be shared. The caller has the lock of
+/// a table that leads here, and nobody locks this one without the lock of one that does (`N5`).
+#[inline(always)]
+pub(crate) fn share(slot: &FrameSlot) -> Option<u32> {
+    let index = slot.index().load(Ordering::Relaxed);
+    let shared = index >> PINS_SHIFT == 0 && (slot.add_second() || slot.add_count(1).is_ok());
+    shared.then_some((index & LIVE_MASK) as u32)
+}
+
+/// Whether frames that a table maps are pinned.
+#[inline(always)]
+pub(crate) fn has_pins(slot: &FrameSlot) -> bool {
+    slot.index().load(Ordering::Relaxed) >> PINS_SHIFT != 0
+}
+
+/// Gives up an upper entry of a table; whether others are left. As [`Node::drop_share`].
+#[inline(always)]
+pub(crate) fn drop_share(slot: &FrameSlot) -> bool {
+    slot.drop_one() > 0
+}
+
 pub(crate) fn next(slot: &FrameSlot) -> Option<Frame> {
     slot.links()
         .load(Ordering::Relaxed)
@@ -250,7 +308,12 @@ pub(crate) fn next(slot: &FrameSlot) -> Option<Frame> {
 /// A plain store does where the hardware has nothing to write into the word (`F4`), or does not walk there (`Q1`).
 #[inline(always)]
 pub(crate) fn take<F: Format, S: Liveness>(entry: &Entry<F>) -> u64 {
-    let word = F::Word::load(entry);
+    take_known::<F, S>(entry, F::Word::load(entry))
+}
+
+/// As [`take`], where the word was read already, under the lock.
+#[inline(always)]
+pub(crate) fn take_known<F: Format, S: Liveness>(entry: &Entry<F>, word: u64) -> u64 {
     if S::QUIESCENT || F::is_settled(word) {
         F::Word::store(entry, 0);
         word

@@ -28,7 +28,7 @@ use crate::error::{RangeError, TableError};
 use crate::format::{Format, Kind, Word, level};
 use crate::gather::{FLUSH_CEILING, Gather, Stale};
 use crate::mutants::mutant;
-use crate::node::Node;
+use crate::node::{self, Node, Slots};
 
 /// The most levels that any format has.
 pub(crate) const MAX_LEVELS: usize = 5;
@@ -679,6 +679,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             self.flush(None, true, 0);
         }
         let mut node = self.root_node();
+        let mut slots = Slots::new(&self.env);
         let mut indices = [0usize; MAX_LEVELS + 1];
         let mut parents = [Frame::ZERO; MAX_LEVELS + 2];
         let mut first = 0u64;
@@ -691,7 +692,11 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             };
             let shift = level::<F>(number).shift;
             let mut below = None;
-            while indices[number] < entries {
+            if indices[number] == 0 && number > 1 {
+                drop_shares(&node, entries, &mut slots);
+            }
+            // Entries are cleared and counted down, so that the rest of an empty table is not looked at.
+            while indices[number] < entries && node.live() > 0 {
                 let index = indices[number];
                 indices[number] += 1;
                 let word = node.load(index);
@@ -699,21 +704,11 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
                     continue;
                 }
                 node.store(index, 0);
+                node.sub_live(1);
                 let page = Page::containing(
                     F::canonical(self.levels)
                         .sign_extend(Page::from_number(first | (index as u64) << shift).start()),
                 );
-                if F::is_table(number, word) && F::is_shared_table(number, word) {
-                    // SAFETY: an entry of an attached table pointed to it, and its share is this table's until it is dropped.
-                    let table: Node<'_, F> =
-                        unsafe { Node::new(&self.env, F::table_frame(word), number - 1) };
-                    table.lock(&self.env);
-                    let others = table.drop_share();
-                    table.unlock();
-                    if others {
-                        continue;
-                    }
-                }
                 match decode::<F>(page, number, word) {
                     Entry::Leaf(leaf) => {
                         // SAFETY: the entry is gone, and every translation was flushed above, after the root was
@@ -762,6 +757,30 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             }
         }
     }
+}
+
+/// Gives up the shares of tables to which the first `count` entries of a table point, and clears those that point to other spaces' tables now.
+fn drop_shares<F: Format>(node: &Node<'_, F>, count: usize, slots: &mut Slots<'_>) {
+    let mut left = node.live();
+    let mut dropped = 0;
+    for entry in node.entries(0, count) {
+        let word = F::Word::load(entry);
+        if word == 0 {
+            continue;
+        }
+        if F::is_table(node.level, word)
+            && F::is_shared_table(node.level, word)
+            && node::drop_share(slots.of(F::table_frame(word)))
+        {
+            F::Word::store(entry, 0);
+            dropped += 1;
+        }
+        left = left.saturating_sub(1);
+        if left == 0 {
+            break;
+        }
+    }
+    node.sub_live(dropped);
 }
 
 /// What an entry is worth below tables that are shared, if they are: rights are the AND over all levels.

@@ -8,7 +8,7 @@ use kmem_hal::{
     PageRange, PhysAddr, PhysMap, VirtAddr,
 };
 use kmem_paging::format::X86_64;
-use kmem_paging::{Attributes, ChangeError, PageTable, Parts, Rights, TableCache};
+use kmem_paging::{Attributes, ChangeError, Cursor, PageTable, Parts, Rights, TableCache};
 use memory_addr::MemoryAddr as _;
 use page_table_entry::{MappingFlags, x86_64::X64PTE};
 use page_table_multiarch::{PageSize, PageTable64, PagingHandler, PagingMetaData};
@@ -197,6 +197,24 @@ pub(super) fn unmap_kmem(table: &KmemTable, range: PageRange) -> u64 {
 }
 
 impl Kmem {
+    /// Maps `count` pages to the frames of a device, in blocks that are as large as can be, by leaves of at most `largest`.
+    fn map_linear(
+        cursor: &mut Cursor<'_, X86_64, &'static Env, DeviceFrame>,
+        count: u64,
+        largest: Order,
+        attributes: Attributes,
+    ) {
+        let mut done = 0;
+        while done < count {
+            let order =
+                Order::new((count - done).ilog2() as u8).expect("the range is not that large");
+            cursor
+                .map_divided(page(done), Self::handle(done, order), largest, attributes)
+                .expect("the range is free");
+            done += order.frames();
+        }
+    }
+
     /// Unmaps `count` pages, `step` apart, one by one.
     fn unmap_steps(&mut self, count: u64, step: u64) -> u64 {
         let table = self.table();
@@ -288,20 +306,13 @@ impl Ranged for Kmem {
         if used {
             attributes = attributes.accessed().dirty();
         }
-        cursor
-            .map_range(pages(count), Order::ZERO, attributes, |at, _left| {
-                Some(Self::handle(at.number() - FIRST, Order::ZERO))
-            })
-            .expect("the range is free");
+        Self::map_linear(&mut cursor, count, Order::ZERO, attributes);
     }
     fn map_range_2m(&mut self, blocks: u64) {
         let range = pages(blocks * SPARSE);
         let mut cursor = self.table().cursor(range).expect("a valid range");
-        cursor
-            .map_range(range, huge(), Rights::USER_DATA, |at, _left| {
-                Some(Self::handle(at.number() - FIRST, huge()))
-            })
-            .expect("the range is free");
+        let attributes = Attributes::new(Rights::USER_DATA);
+        Self::map_linear(&mut cursor, blocks * SPARSE, huge(), attributes);
     }
     fn protect_range(&mut self, count: u64, writable: bool) {
         let table = self.table();

@@ -243,6 +243,19 @@ impl FrameTable {
         self.slot(frame)
     }
 
+    /// The slots around that of `frame`, and the frame of the first of them: for loops over frames that mostly lie together. `None` where the
+    /// table does not cover the frame.
+    #[inline]
+    #[must_use]
+    pub fn slots_around(&self, frame: Frame) -> Option<(Frame, &[FrameSlot])> {
+        let section = usize::try_from(frame.number() / SECTION_FRAMES).ok()?;
+        let slots = self.directory().get(section)?.slots()?;
+        let first = Frame::from_number(frame.number() / SECTION_FRAMES * SECTION_FRAMES);
+        // SAFETY: as in `slot`.
+        let slots = unsafe { core::slice::from_raw_parts(slots, SECTION_FRAMES as usize) };
+        Some((first, slots))
+    }
+
     /// The slot of the block that `frame` is part of, and the block's first frame.
     ///
     /// Follows a [`FrameTag::Tail`] to its head; any other frame is its own head.

@@ -347,6 +347,29 @@ impl FrameSlot {
             .map_err(|found| (found >> COUNT_SHIFT) as u32)
     }
 
+    /// Adds a reference by a plain store, where there is exactly one and its holder keeps everybody else from word 0 meanwhile; `false`, and
+    /// nothing is changed, where the count is another or the lock bit is taken.
+    #[must_use]
+    #[inline]
+    pub fn add_second(&self) -> bool {
+        let state = self.state.load(Ordering::Acquire);
+        let locked = u64::from(SlotFlags::LOCKED.bits()) << FLAGS_SHIFT;
+        let first = state & (!(COUNT_ONE - 1) | locked) == COUNT_ONE;
+        if first {
+            self.state.store(state + COUNT_ONE, Ordering::Release);
+        }
+        first
+    }
+
+    /// Gives back a reference that the caller holds, in one locked step; gives the count after.
+    #[must_use]
+    #[inline]
+    pub fn drop_one(&self) -> u32 {
+        let before = self.state.fetch_sub(COUNT_ONE, Ordering::AcqRel);
+        debug_assert!(before >> COUNT_SHIFT > 0, "a reference that nobody held");
+        ((before >> COUNT_SHIFT) as u32).wrapping_sub(1)
+    }
+
     /// The owner word: what the frame belongs to.
     #[must_use]
     #[inline]

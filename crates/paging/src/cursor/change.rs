@@ -20,7 +20,7 @@ use super::{Cursor, Divisible};
 use crate::attributes::{Attributes, Leaf, Rights};
 use crate::env::Env;
 use crate::error::ChangeError;
-use crate::format::{Format, Kind, Word, level};
+use crate::format::{Format, Kind, Patch, Word, level};
 use crate::gather::{Gather, Stale};
 use crate::mutants::mutant;
 use crate::node::{self, Node};
@@ -62,29 +62,22 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// As [`update`](Self::update).
     #[doc(alias = "change_protection")]
     #[doc(alias = "pte_modify")]
-    #[inline]
+    #[inline(always)]
     pub fn protect<const N: usize>(
         &mut self,
         range: PageRange,
         rights: Rights,
         gather: &mut Gather<'_, F, E, H, N>,
     ) -> Result<u64, ChangeError> {
-        // The held leaf table: no walk.
-        if let Some(node) = self.held_leaves(range)
-            && self.range.contains_range(range)
+        // A leaf of the held leaf table: no walk.
+        let page = range.first();
+        if page == range.last()
+            && let Some(node) = self.held_leaf(page)
             && gather.belongs_to(self.table)
             && let Some(patch) = F::rights_patch(1, rights)
+            && let Some(changed) = self.patch_one(node, page.number(), patch, rights, gather)
         {
-            self.table.note_global(rights);
-            let page = range.first().number();
-            if page == range.last().number()
-                && let Some(changed) = self.patch_one(&node, page, patch, gather)
-            {
-                return Ok(changed);
-            }
-            gather.announce();
-            let count = range.count() as usize;
-            return Ok(self.patch_leaves(&node, page, count, rights, patch, gather));
+            return Ok(changed);
         }
         self.protect_slowly(range, rights, gather)
     }
@@ -109,20 +102,20 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         &self,
         node: &Node<'t, F>,
         page: u64,
-        (keep, set): (u64, u64),
+        patch: Patch,
+        rights: Rights,
         gather: &mut Gather<'_, F, E, H, N>,
     ) -> Option<u64> {
-        let entry = node.entry(index_at::<F>(page, 1));
+        let entry = node.leaf_entry(page);
         let word = F::Word::load(entry);
         if !F::is_present(1, word) || !(S::QUIESCENT || F::is_settled(word)) {
             return None;
         }
-        let new = word & keep | set;
-        if F::needs_flush(1, word, new) {
-            gather.announce();
-            let global = F::is_global(1, word);
+        self.table.note_global(rights);
+        let new = patch.apply(word);
+        if patch.needs_flush(word, word) {
             if !mutant!("patch-one-not-noted") {
-                gather.note_pages(page, page, 1, global, !global);
+                gather.announce_page(page, F::is_global(1, word));
             }
             let page = PageRange::single(Page::from_number(page));
             self.table.env().trace().event(TraceEvent::Restricted(page));
@@ -144,9 +137,10 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         page: u64,
         count: usize,
         rights: Rights,
-        (keep, set): (u64, u64),
+        patch: Patch,
         gather: &mut Gather<'_, F, E, H, N>,
     ) -> u64 {
+        let Patch { keep, set, .. } = patch;
         let trace = self.table.env().trace();
         let entries = node.entries(index_at::<F>(page, 1), count);
         let mut changed = 0u64;
@@ -185,11 +179,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
                 !mutant!("patch-not-noted"),
                 !mutant!("patch-looks-at-the-union"),
             );
-            if run > 0
-                && noted
-                && (F::needs_flush(1, union, union & keep | set)
-                    || both && F::needs_flush(1, common, common & keep | set))
-            {
+            if run > 0 && noted && patch.needs_flush(union, if both { common } else { union }) {
                 let first = Page::from_number(page + first as u64);
                 let last = Page::from_number(page + (at as u64 - 1));
                 if let Some(range) = PageRange::new(first, last) {
@@ -321,7 +311,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         &mut self,
         range: PageRange,
         gather: &mut Gather<'_, F, E, H, N>,
-        patch: Option<(Rights, (u64, u64))>,
+        patch: Option<(Rights, Patch)>,
         change: &mut impl FnMut(usize, Page, u64) -> Result<Option<u64>, Unencodable>,
     ) -> Result<u64, ChangeError> {
         let mut pages = 0;
@@ -372,7 +362,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         page: u64,
         last: u64,
         gather: &mut Gather<'_, F, E, H, N>,
-        patch: Option<(Rights, (u64, u64))>,
+        patch: Option<(Rights, Patch)>,
         change: &mut impl FnMut(usize, Page, u64) -> Result<Option<u64>, Unencodable>,
     ) -> Result<(u64, Option<u64>), u64> {
         let index = index_at::<F>(page, 1);

@@ -9,7 +9,7 @@
 
 use kmem_hal::{AllocError, Frame, FrameHandle, Order, Page, PageRange, Trace, TraceEvent};
 
-use super::Cursor;
+use super::{Cursor, Template};
 use crate::attributes::{Attributes, Leaf, Payload, Rights};
 use crate::env::Env;
 use crate::error::{ChangeError, MapError};
@@ -59,21 +59,18 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     ) -> Result<(), (MapError, H)> {
         let attributes = attributes.into();
         let (frame, order) = handle.into_entry();
-        // The next page of the held leaf table: no walk, and every shift is a constant.
-        if let Some(node) = self.held
-            && node.level == 1
-            && order == Order::ZERO
-            && page.number().wrapping_sub(self.span.0) < self.span.1
-            && self.range.contains(page)
-            && F::can_encode(1, frame, &attributes)
+        // The next page of the held leaf table, mapped as the one before: no walk, and one word is changed into another.
+        if order == Order::ZERO
+            && self.template.key == attributes.key()
+            && let Some(node) = self.held_leaf(page)
+            && F::can_encode(1, frame, &Attributes::new(Rights::READ))
         {
-            let entry = node.entry(index_at::<F>(page.number(), 1));
+            let entry = node.leaf_entry(page.number());
             if F::Word::load(entry) == 0 {
-                self.table.note_global(attributes.rights);
                 if !mutant!("map-held-not-counted") {
                     node.add_live(1);
                 }
-                F::Word::store(entry, F::leaf(1, frame, &attributes));
+                F::Word::store(entry, F::relocate(1, self.template.word, frame));
                 if !mutant!("map-held-does-not-settle") {
                     self.settle(PageRange::single(page), order);
                 }
@@ -95,6 +92,14 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     ) -> Result<(), (MapError, H)> {
         match self.map_raw(page, frame, order, attributes) {
             Ok(()) => {
+                if F::can_encode(1, Frame::ZERO, attributes) {
+                    // The table knows of global leaves from now on, for good.
+                    self.table.note_global(attributes.rights);
+                    self.template = Template {
+                        key: attributes.key(),
+                        word: F::leaf(1, Frame::ZERO, attributes),
+                    };
+                }
                 self.settle(block(page, order), order);
                 self.table
                     .env()
@@ -190,7 +195,11 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     }
 
     /// Takes the frames for the tables that mapping `range` with leaves of `order` and larger needs.
-    fn reserve_for_map(&mut self, range: PageRange, order: Order) -> Result<(), AllocError> {
+    pub(super) fn reserve_for_map(
+        &mut self,
+        range: PageRange,
+        order: Order,
+    ) -> Result<(), AllocError> {
         let ((parts, whole), above) = self.missing_by_level(range, order);
         self.reserve.fill::<F>(parts + above)?;
         self.reserve.fill_plain::<F>(whole)

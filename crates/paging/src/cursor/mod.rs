@@ -14,6 +14,7 @@
 //! - `U2`: `path[l]` for the levels above the held one are the tables from the root to it.
 //! - `U4`: a table to which an entry points that says "shared", and everything below it, is changed by nobody, but that leaves and
 //!   entries in it may lose the right to write. A held table of that kind is only read.
+//! - `U5`: `window` is the part of `range` in the held table, where that is a leaf table that this space alone leads to; otherwise it is empty.
 //! - `U3`: a walk runs inside a read section of the environment's `Grace`, and keeps nothing from it but a table that
 //!   it locked and found attached.
 //!
@@ -21,6 +22,7 @@
 //! another one on the same pages; [`Cursor::release`] lets go. Lock-free queries are always possible.
 //!
 mod change;
+mod divide;
 mod foreign;
 mod huge;
 mod map;
@@ -73,6 +75,10 @@ pub struct Cursor<'t, F: Format, E: Env, H: FrameHandle, S: Liveness = Live> {
     shared: bool,
     /// Whether copies of shared tables may use the frames set aside for them.
     spares: bool,
+    /// The first page and the page count of what may be changed without a walk (`U5`).
+    window: (u64, u64),
+    /// The leaf that was mapped last, for the next one like it.
+    template: Template,
     reserve: TableReserve<'t, E>,
     liveness: PhantomData<S>,
 }
@@ -89,6 +95,8 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
             path: [Frame::ZERO; MAX_LEVELS + 1],
             shared: false,
             spares: false,
+            window: (0, 0),
+            template: Template::NONE,
             reserve: TableReserve::empty(table.env()),
             liveness: PhantomData,
         }
@@ -108,9 +116,16 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
 
     /// Lets the held table go. The next operation takes it again.
     pub fn release(&mut self) {
-        if let Some(node) = self.held.take() {
+        if let Some(node) = self.let_go() {
             node.unlock();
         }
+    }
+
+    /// The held table, which is no longer the cursor's; it is locked still.
+    #[inline]
+    fn let_go(&mut self) -> Option<Node<'t, F>> {
+        self.window.1 = 0;
+        self.held.take()
     }
 
     /// Takes frames for the tables that mapping all of `range` with leaves of `order` still needs, so that this cannot
@@ -138,14 +153,21 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         seen_from(decode::<F>(page, node.level, word), self.shared)
     }
 
-    /// The held table, if it is a leaf table that has all of `range`.
+    /// The held table, if it is a leaf table that has `page`, which may be changed.
     #[inline(always)]
-    fn held_leaves(&self, range: PageRange) -> Option<Node<'t, F>> {
-        self.held.filter(|node| {
-            node.level == 1
-                && range.first().number().wrapping_sub(self.span.0) < self.span.1
-                && range.last().number().wrapping_sub(self.span.0) < self.span.1
-        })
+    fn held_leaf(&self, page: Page) -> Option<&Node<'t, F>> {
+        if page.number().wrapping_sub(self.window.0) < self.window.1 {
+            self.held.as_ref()
+        } else {
+            None
+        }
+    }
+
+    /// The held table, if it is a leaf table that has all of `range`, which may be changed.
+    #[inline(always)]
+    fn held_leaves(&self, range: PageRange) -> Option<&Node<'t, F>> {
+        self.held_leaf(range.last())?;
+        self.held_leaf(range.first())
     }
 
     /// Goes to the lowest table for `page` that exists and is not below level `target`; locks and holds it.
@@ -176,6 +198,8 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         // SAFETY: a table of the path (U2), inside the section; or P1.
         let mut view = unsafe { View::<F>::new(env, frame, level) };
         let mut shared = false;
+        // The table whose entry led to `view`, where that is shared.
+        let mut above: Option<Node<'t, F>> = None;
         'root: loop {
             loop {
                 self.path[view.level] = view.frame;
@@ -184,7 +208,13 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
                 let level = view.level;
                 if level == target || !F::is_table(level, word) {
                     let node = view.node(env);
-                    node.lock(env);
+                    if let Some(above) = above {
+                        if !lock_below(env, &above, &node, page) {
+                            break;
+                        }
+                    } else {
+                        node.lock(env);
+                    }
                     if node.is_stray() && !mutant!("walk-ignores-stray") {
                         node.unlock();
                         break;
@@ -200,17 +230,23 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
                         if shared {
                             // Looked up again at every call.
                             self.span.1 = 0;
+                            self.window.1 = 0;
                         }
                         return node;
                     }
                     node.unlock();
                 }
                 shared |= F::is_shared_table(level, word);
+                if shared {
+                    // SAFETY: as below.
+                    above = Some(unsafe { Node::new(env, self.path[level], level) });
+                }
                 // SAFETY: an entry that this read section found in an attached table, or in one that was attached when
                 // the section began, points to a table until the section ends (U3).
                 view = unsafe { View::new(env, F::table_frame(word), level - 1) };
             }
             shared = false;
+            above = None;
             // SAFETY: P1: the root is attached.
             view = unsafe { View::<F>::new(env, self.table.root_frame(), self.table.levels()) };
             continue 'root;
@@ -221,7 +257,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     #[inline]
     fn leave_for(&mut self, page: Page, target: usize) -> (Frame, usize) {
         let levels = self.table.levels();
-        if let Some(node) = self.held.take() {
+        if let Some(node) = self.let_go() {
             node.unlock();
             if self.shared {
                 return (self.table.root_frame(), levels);
@@ -289,6 +325,12 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         let pages = 1u64 << (level.shift + level.bits);
         self.path[node.level] = node.frame;
         self.span = (page.number() & !(pages - 1), pages);
+        if node.level == 1 && (!S::QUIESCENT || self.is_alone(1)) {
+            let first = self.span.0.max(self.range.first().number());
+            let last = (self.span.0 + (pages - 1)).min(self.range.last().number());
+            // A table on the way to a page of the range.
+            self.window = (first, last - first + 1);
+        }
         self.held = Some(node);
     }
 
@@ -317,6 +359,20 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         let node = unsafe { Node::<F>::new(env, frame, number) };
         node.claim(first_page::<F>(number, page), self.table.root_frame());
         Some(node)
+    }
+
+    /// A private table of `level` that will cover `page`, for a copy of another: as `make_plain_table`.
+    fn make_copy(&mut self, number: usize, page: Page) -> Result<Node<'t, F>, AllocError> {
+        let env = self.table.env();
+        let frame = match self.reserve.take_unzeroed::<F>() {
+            Err(error) if self.spares => self.table.take_spare().ok_or(error)?,
+            frame => frame?,
+        };
+        let (frame, _) = frame.into_raw();
+        // SAFETY: the frame is private, in reach and has a slot.
+        let node = unsafe { Node::<F>::new(env, frame, number) };
+        node.claim(first_page::<F>(number, page), self.table.root_frame());
+        Ok(node)
     }
 
     /// Gives back a private, zero table.
@@ -450,6 +506,41 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         }
         true
     }
+}
+
+/// Locks a table that others share, under the lock of the table above it (`N5`); `false`, and nothing is locked, where that one does not lead
+/// to it any more. Inside a read section.
+#[cold]
+fn lock_below<F: Format, E: Env>(
+    env: &E,
+    above: &Node<'_, F>,
+    node: &Node<'_, F>,
+    page: Page,
+) -> bool {
+    above.lock(env);
+    let word = above.load(index_at::<F>(page.number(), above.level));
+    let leads =
+        !above.is_stray() && F::is_table(above.level, word) && F::table_frame(word) == node.frame;
+    if leads {
+        node.lock(env);
+    }
+    above.unlock();
+    leads
+}
+
+/// What a leaf of level 1 with certain attributes looks like.
+struct Template {
+    /// [`Attributes::key`] of them.
+    key: u64,
+    /// For frame 0.
+    word: u64,
+}
+
+impl Template {
+    const NONE: Self = Self {
+        key: u64::MAX,
+        word: 0,
+    };
 }
 
 /// The first page that a table of `level` with `page` in it covers.

@@ -22,10 +22,10 @@ use crate::attributes::Payload;
 use crate::env::Env;
 use crate::error::{ChangeError, HugeError, MapError, MoveError, UnshareError};
 use crate::fork::ForkItem;
-use crate::format::{Format, Kind, level};
+use crate::format::{Format, Kind, Word, level};
 use crate::gather::{Gather, Stale};
 use crate::mutants::mutant;
-use crate::node::{self, Node, View};
+use crate::node::{self, Node, Slots, View};
 use crate::quiescent::{Live, Liveness};
 use crate::table::{Entry, decode, index_at};
 
@@ -256,21 +256,19 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         if gather.is_full() {
             return Err(UnshareError::Full);
         }
-        let copy = match self.make_table(table.level, page) {
-            Ok(copy) => copy,
-            Err(error) if !self.spares => return Err(error.into()),
-            Err(error) => {
-                let spare = self.table.take_spare().ok_or(error)?;
-                self.make_table_in(spare, table.level, page)
-            }
-        };
         table.lock(env);
         if table.shares() == 1 || mutant!("share-is-not-copied") {
             own(parent, index);
             table.unlock();
-            self.unmake_table(copy);
             return Ok(false);
         }
+        let copy = match self.make_copy(table.level, page) {
+            Ok(copy) => copy,
+            Err(error) => {
+                table.unlock();
+                return Err(error.into());
+            }
+        };
         let first = super::first_page::<F>(table.level, page);
         let outcome = copy_table(env, &table, &copy, first, step);
         table.unlock();
@@ -282,7 +280,6 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         gather.announce();
         // The old entry lost no dirty bit: it points to a table.
         parent.store(index, F::table(parent.level, copy.frame));
-        copy.unlock();
         // The other pages' translations stay right: the same frames, not to be written to. What must go are the paths to the table.
         gather.note(Stale::leaf(
             PageRange::single(page),
@@ -303,9 +300,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
                     // SAFETY: `copy_table` counted a share of it.
                     let below: Node<'_, F> =
                         unsafe { Node::new(env, F::table_frame(word), copy.level - 1) };
-                    below.lock(env);
                     let _ = below.drop_share();
-                    below.unlock();
                 }
                 Kind::Leaf => {
                     let order = level::<F>(copy.level).order();
@@ -320,6 +315,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
 }
 
 /// The table below an entry of a locked, attached table.
+#[inline(always)]
 pub(crate) fn child<'t, F: Format, E: Env>(
     env: &'t E,
     parent: &Node<'t, F>,
@@ -332,38 +328,33 @@ pub(crate) fn child<'t, F: Format, E: Env>(
 /// Makes an entry of a locked table this space's own again. A right is added, so nobody needs to be told.
 fn own<F: Format>(parent: &Node<'_, F>, index: usize) {
     let mut word = parent.load(index);
-    while let Err(found) = exchange(parent, index, word, F::own_table(parent.level, word)) {
+    while let Err(found) = parent.change::<Live>(index, word, F::own_table(parent.level, word)) {
         word = found;
     }
 }
 
-/// Changes an entry that points to a table, whose accessed bit the hardware may set meanwhile.
-pub(crate) fn exchange<F: Format>(
-    parent: &Node<'_, F>,
-    index: usize,
-    old: u64,
-    new: u64,
-) -> Result<(), u64> {
-    use crate::format::Word;
-    F::Word::compare_exchange(parent.entry(index), old, new)
-}
-
-/// Says "shared" in an entry of a locked table. The word that it has then.
-pub(crate) fn mark_shared<F: Format>(parent: &Node<'_, F>, index: usize) -> Option<u64> {
-    let mut word = parent.load(index);
+/// Says "shared" in an entry of a locked table of `level`, which had this word. The word that it has then; `None` where the format cannot say
+/// so.
+#[inline(always)]
+pub(crate) fn mark_shared<F: Format>(
+    level: usize,
+    entry: &node::Entry<F>,
+    mut word: u64,
+) -> Option<u64> {
     loop {
-        let new = F::shared_table(parent.level, word)?;
+        let new = F::shared_table(level, word)?;
         if new == word {
             return Some(word);
         }
-        match exchange(parent, index, word, new) {
+        match node::change::<F, Live>(entry, word, new) {
             Ok(()) => return Some(new),
             Err(found) => word = found,
         }
     }
 }
 
-/// Writes a copy of a locked table, which covers from `first`, into a private one that holds zeros.
+/// Writes a copy of a locked table, which covers from `first`, into a private one, of which every word is written.
+#[inline(always)]
 fn copy_table<F: Format, E: Env, H: Divisible>(
     env: &E,
     table: &Node<'_, F>,
@@ -371,69 +362,90 @@ fn copy_table<F: Format, E: Env, H: Divisible>(
     first: Page,
     step: &mut impl FnMut(ForkItem) -> UnshareStep<H>,
 ) -> Result<(), UnshareError> {
-    let number = table.level;
+    if table.level == 1 {
+        // Every shift is a constant.
+        copy_words(env, table, copy, first, 1, step)
+    } else {
+        copy_words(env, table, copy, first, table.level, step)
+    }
+}
+
+#[inline(always)]
+fn copy_words<F: Format, E: Env, H: Divisible>(
+    env: &E,
+    table: &Node<'_, F>,
+    copy: &Node<'_, F>,
+    first: Page,
+    number: usize,
+    step: &mut impl FnMut(ForkItem) -> UnshareStep<H>,
+) -> Result<(), UnshareError> {
     let shift = level::<F>(number).shift;
+    let count = level::<F>(number).entries();
     let mut live = 0;
-    for index in 0..level::<F>(number).entries() {
-        let mut word = table.load(index);
-        if word == 0 {
-            continue;
-        }
-        if F::is_table(number, word) {
-            // No lock: the count is changed in one step, and while this table leads to it nobody finds it at 1 by another way.
-            let below: Node<'_, F> = child(env, table, index);
-            if !below.add_share() {
-                return Err(UnshareError::Saturated);
-            }
-            let Some(word) = mark_shared(table, index) else {
-                return Err(UnshareError::Saturated);
+    let mut outcome = Ok(());
+    let mut done = count;
+    let entries = table.entries(0, count);
+    let copies = copy.entries(0, count);
+    let mut slots = Slots::new(env);
+    for (index, (entry, into)) in entries.iter().zip(copies).enumerate() {
+        let mut word = F::Word::load(entry);
+        let copied = if word == 0 {
+            0
+        } else if F::is_table(number, word) {
+            let slot = slots.of(F::table_frame(word));
+            let counted = slot.add_second() || slot.add_count(1).is_ok();
+            let shared = if counted {
+                mark_shared::<F>(number, entry, word)
+            } else {
+                None
             };
-            copy.store(index, word);
-            live += 1;
-            continue;
-        }
-        let page = Page::from_number(first.number() + ((index as u64) << shift));
-        let item = match decode::<F>(page, number, word) {
-            Entry::Leaf(leaf) => ForkItem::Leaf(leaf),
-            Entry::Payload(payload) => ForkItem::Payload(page, payload),
-            Entry::Empty => continue,
-        };
-        let protect = match step(item) {
-            UnshareStep::Skip => continue,
-            UnshareStep::Stop => return Err(UnshareError::Stopped),
-            UnshareStep::Payload => {
-                copy.store(index, word);
-                live += 1;
-                continue;
-            }
-            UnshareStep::Protected(handle) => {
-                let _ = handle.into_entry();
-                true
-            }
-            UnshareStep::Kept(handle) => {
-                let _ = handle.into_entry();
-                false
-            }
-        };
-        if protect && !mutant!("share-copy-keeps-write") {
-            loop {
-                let new = F::write_protected(number, word);
-                if new == word {
+            let Some(shared) = shared else {
+                outcome = Err(UnshareError::Saturated);
+                done = index;
+                break;
+            };
+            shared
+        } else {
+            let page = Page::from_number(first.number() + ((index as u64) << shift));
+            let answer = match decode::<F>(page, number, word) {
+                Entry::Leaf(leaf) => step(ForkItem::Leaf(leaf)),
+                Entry::Payload(payload) => step(ForkItem::Payload(page, payload)),
+                Entry::Empty => UnshareStep::Skip,
+            };
+            match answer {
+                UnshareStep::Skip => 0,
+                UnshareStep::Stop => {
+                    outcome = Err(UnshareError::Stopped);
+                    done = index;
                     break;
                 }
-                // The others may have it loaded.
-                match node::change::<F, Live>(table.entry(index), word, new) {
-                    Ok(()) => {
-                        word = new;
-                        break;
+                UnshareStep::Payload => word,
+                UnshareStep::Protected(handle) => {
+                    let _ = handle.into_entry();
+                    loop {
+                        let new = F::write_protected(number, word);
+                        if new == word || mutant!("share-copy-keeps-write") {
+                            break word;
+                        }
+                        // The others may have it loaded.
+                        match node::change::<F, Live>(entry, word, new) {
+                            Ok(()) => break new,
+                            Err(found) => word = found,
+                        }
                     }
-                    Err(found) => word = found,
+                }
+                UnshareStep::Kept(handle) => {
+                    let _ = handle.into_entry();
+                    word
                 }
             }
-        }
-        copy.store(index, word);
-        live += 1;
+        };
+        F::Word::store(into, copied);
+        live += u32::from(copied != 0);
+    }
+    for into in &copies[done..] {
+        F::Word::store(into, 0);
     }
     copy.add_live(live);
-    Ok(())
+    outcome
 }

@@ -101,32 +101,29 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// As [`unmap_with`](Self::unmap_with).
     #[doc(alias = "zap_page_range")]
     #[doc(alias = "unmap_page_range")]
-    #[inline]
+    #[inline(always)]
     pub fn unmap<const N: usize>(
         &mut self,
         range: PageRange,
         gather: &mut Gather<'_, F, E, H, N>,
     ) -> Result<u64, ChangeError> {
         // A leaf of the held leaf table, and not its last: no walk, and nothing to detach.
-        let page = range.first().number();
-        if page == range.last().number()
-            && let Some(node) = self.held_leaves(range)
-            && self.range.contains(range.first())
+        let page = range.first();
+        if page == range.last()
+            && let Some(node) = self.held_leaf(page)
             && gather.belongs_to(self.table)
             && !gather.is_full()
             && node.live() > 1
         {
-            let entry = node.entry(index_at::<F>(page, 1));
+            let entry = node.leaf_entry(page.number());
             let word = F::Word::load(entry);
             if F::is_present(1, word) {
-                gather.announce();
-                let word = node::take::<F, S>(entry);
+                if !mutant!("unmap-one-not-noted") {
+                    gather.announce_page(page.number(), F::is_global(1, word));
+                }
+                let word = node::take_known::<F, S>(entry, word);
                 if !mutant!("unmap-one-not-counted") {
                     node.sub_live(1);
-                }
-                let global = F::is_global(1, word);
-                if !mutant!("unmap-one-not-noted") {
-                    gather.note_pages(page, page, 1, global, !global);
                 }
                 gather.push(F::leaf_frame(1, word), Order::ZERO);
                 self.table.env().trace().event(TraceEvent::Unmapped(range));
@@ -570,7 +567,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// Detaches the held table, which is empty, and every table above that this empties.
     #[cold]
     pub(super) fn prune<const N: usize>(&mut self, gather: &mut Gather<'_, F, E, H, N>) {
-        let Some(mut child) = self.held.take() else {
+        let Some(mut child) = self.let_go() else {
             return;
         };
         let env = self.table.env();

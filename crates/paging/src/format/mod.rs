@@ -109,6 +109,35 @@ pub enum Kind {
     Table,
 }
 
+/// A change of present leaves that is the same for all of them: bits to keep, and bits to set. What the hardware writes is kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Patch {
+    /// Bits that stay as they are.
+    pub keep: u64,
+    /// Bits that are set.
+    pub set: u64,
+    /// A leaf that has one of these must be flushed: it loses a bit that CPUs rely on.
+    pub lost: u64,
+    /// A leaf that lacks one of these must be flushed: it gets a bit that forbids something.
+    pub gained: u64,
+}
+
+impl Patch {
+    /// The word after the change.
+    #[inline(always)]
+    #[must_use]
+    pub const fn apply(self, word: u64) -> u64 {
+        word & self.keep | self.set
+    }
+
+    /// Whether some leaf among those whose words have this union and this intersection must be flushed.
+    #[inline(always)]
+    #[must_use]
+    pub const fn needs_flush(self, union: u64, common: u64) -> bool {
+        union & self.lost | !common & self.gained != 0
+    }
+}
+
 /// How one processor mode writes its page tables. Words travel as `u64` whatever their size in memory.
 ///
 /// # Safety
@@ -225,13 +254,9 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
         Self::leaf(level, Self::leaf_frame(level, word), &attributes)
     }
 
-    /// For present leaves of `level`: the bits to keep and the bits to set that give them `rights`. `None` where that takes
-    /// more than bits.
-    ///
-    /// What the hardware writes is kept. Some leaf of a run needs a flush for it exactly where the union of their words does, or
-    /// their intersection ([`needs_flush`](Self::needs_flush)).
+    /// What gives present leaves of `level` these rights, where that takes no more than bits.
     #[inline(always)]
-    fn rights_patch(level: usize, rights: Rights) -> Option<(u64, u64)> {
+    fn rights_patch(level: usize, rights: Rights) -> Option<Patch> {
         let _ = (level, rights);
         None
     }

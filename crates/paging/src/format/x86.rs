@@ -16,7 +16,7 @@
 
 use kmem_hal::Frame;
 
-use super::Kind;
+use super::{Kind, Patch};
 use crate::attributes::{Attributes, MemoryType, Payload, Rights, Soft};
 use crate::mutants::mutant;
 
@@ -25,8 +25,8 @@ pub(super) const WRITE: u64 = 1 << 1;
 pub(super) const USER: u64 = 1 << 2;
 const PWT: u64 = 1 << 3;
 const PCD: u64 = 1 << 4;
-const ACCESSED: u64 = 1 << 5;
-const DIRTY: u64 = 1 << 6;
+pub(super) const ACCESSED: u64 = 1 << 5;
+pub(super) const DIRTY: u64 = 1 << 6;
 const PAGE_SIZE: u64 = 1 << 7;
 const PAT_SMALL: u64 = 1 << 7;
 const GLOBAL: u64 = 1 << 8;
@@ -150,13 +150,12 @@ impl Mode {
             let attributes = self.attributes(level, word).rights(rights);
             return self.leaf(level, self.leaf_frame(level, word), &attributes);
         }
-        let (keep, set) = self.rights_patch(rights);
-        word & keep | set
+        self.rights_patch(rights).apply(word)
     }
 
-    /// The bits of a present leaf that rights do not touch, and those that say these rights.
+    /// What gives present leaves these rights.
     #[inline(always)]
-    pub fn rights_patch(self, rights: Rights) -> (u64, u64) {
+    pub fn rights_patch(self, rights: Rights) -> Patch {
         let mut keep = !(WRITE | USER | GLOBAL);
         let mut set = 0;
         if mutant!("format-protect-keeps-write") {
@@ -180,18 +179,19 @@ impl Mode {
         if rights.contains(Rights::GLOBAL) {
             set |= GLOBAL;
         }
-        (keep, set)
+        let (lost, gained) = self.told();
+        Patch {
+            keep,
+            set,
+            lost: lost & !keep & !set,
+            gained: gained & set,
+        }
     }
 
-    /// Bits whose loss, and bits whose change, a CPU must be told of.
+    /// Bits whose loss a CPU must be told of, and those whose gain.
     #[inline(always)]
-    pub fn needs_flush(self, level: usize, old: u64, new: u64) -> bool {
-        if old & PRESENT == 0 {
-            return false;
-        }
-        let pat = if level > 1 { PAT_LARGE } else { PAT_SMALL };
+    fn told(self) -> (u64, u64) {
         let mut lost = PRESENT | WRITE | USER | DIRTY | GLOBAL;
-        let mut changed = pat | PCD | PWT;
         if mutant!("flush-not-for-write") {
             lost &= !WRITE;
         }
@@ -204,17 +204,29 @@ impl Mode {
         if mutant!("flush-not-for-global") {
             lost &= !GLOBAL;
         }
-        if mutant!("flush-not-for-memory-type") {
-            changed = 0;
-        }
         // Under SMEP and SMAP a page that becomes the user's is no longer the kernel's to run or touch (SDM 4.10.4.2).
         let mut gained = USER;
         if self.no_execute && !mutant!("flush-not-for-nx") {
             gained |= NO_EXECUTE;
         }
+        (lost, gained)
+    }
+
+    /// Bits whose loss, gain or change a CPU must be told of.
+    #[inline(always)]
+    pub fn needs_flush(self, level: usize, old: u64, new: u64) -> bool {
+        if old & PRESENT == 0 {
+            return false;
+        }
+        let pat = if level > 1 { PAT_LARGE } else { PAT_SMALL };
+        let mut changed = pat | PCD | PWT;
+        if mutant!("flush-not-for-memory-type") {
+            changed = 0;
+        }
         if self.keys && !mutant!("flush-not-for-key") {
             changed |= 15 << PKEY_SHIFT;
         }
+        let (lost, gained) = self.told();
         (old & !new & lost) | ((old ^ new) & changed) | (new & !old & gained) != 0
     }
 
@@ -416,7 +428,7 @@ macro_rules! by_mode {
         }
 
         #[inline(always)]
-        fn rights_patch(_level: usize, rights: Rights) -> Option<(u64, u64)> {
+        fn rights_patch(_level: usize, rights: Rights) -> Option<$crate::format::Patch> {
             rights.grants_access().then(|| $mode.rights_patch(rights))
         }
 

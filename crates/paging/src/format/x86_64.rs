@@ -4,7 +4,7 @@
 
 use kmem_hal::{Canonical, Frame};
 
-use super::x86::{Mode, PRESENT, USER, WRITE, by_mode};
+use super::x86::{ACCESSED, DIRTY, Mode, PRESENT, USER, WRITE, by_mode};
 use super::{Format, Kind, Level};
 use crate::attributes::{Attributes, Payload, Rights};
 
@@ -89,7 +89,8 @@ macro_rules! long_mode {
 
             #[inline(always)]
             fn table(_level: usize, frame: Frame) -> u64 {
-                frame.start().as_u64() | PRESENT | WRITE | USER
+                // With A set the processor has nothing to write into it; D means nothing here, and says so to `is_settled`.
+                frame.start().as_u64() | PRESENT | WRITE | USER | ACCESSED | DIRTY
             }
 
             by_mode!(MODE);
