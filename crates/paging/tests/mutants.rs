@@ -82,7 +82,7 @@ fn switching_trials() -> Vec<Trial> {
         };
         (format!("switching {seed}"), Box::new(run))
     };
-    (0..64).map(trial).collect()
+    (0..160).map(trial).collect()
 }
 
 /// Everything that a mutant has to get past, cheap things first. Those that were made for its part of the sources come before all others.

@@ -461,12 +461,18 @@ impl Worker<'_> {
         }
     }
 
-    /// One CPU changes two pages of two spaces all the time, the others switch between the spaces and look.
+    /// One CPU changes a page of two spaces now and then, the others switch between the spaces and look: a change that comes in the middle
+    /// of a switch finds what it changes still cached.
     fn hot_step(&mut self) {
         match self.rng.below(16) {
-            0..=13 if self.cpu == 0 => self.change(),
+            _ if self.cpu == 0 => {
+                for _ in 0..self.rng.below(60) {
+                    self.world.env.machine.yield_now();
+                }
+                self.change();
+            }
             0 => self.go_lazy(),
-            1..=7 => {
+            1..=12 => {
                 self.run_space();
                 self.look();
             }
