@@ -13,7 +13,6 @@
 
 use core::arch::asm;
 
-use kmem::{Frame, PhysAddr};
 
 /// Where physical memory is mapped (`boot.s`: top-table entry 256).
 pub const DIRECT: u64 = 0xffff_8000_0000_0000;
@@ -65,14 +64,6 @@ pub fn five_levels() -> bool {
     // SAFETY: reading CR4 has no effect.
     unsafe { asm!("mov {}, cr4", out(reg) cr4, options(nostack, nomem)) };
     cr4 & 1 << 12 != 0
-}
-
-/// The root table that this CPU translates through.
-pub fn current_root() -> Frame {
-    let root: u64;
-    // SAFETY: reading CR3 has no effect.
-    unsafe { asm!("mov {}, cr3", out(reg) root, options(nostack)) };
-    Frame::containing(PhysAddr::new(root))
 }
 
 /// The root table of `boot.s`.

@@ -25,7 +25,7 @@ use kmem::{
 };
 
 use crate::layout::{self, DIRECT, FIXMAP_END, IMAGE_BASE};
-use crate::platform::{self, KERNEL_ROOT, MAX_CPUS, Machine};
+use crate::platform::{self, MAX_CPUS, Machine};
 use crate::pvh::Boot;
 use crate::{apic, smp};
 
@@ -148,7 +148,8 @@ pub unsafe fn init(map: &Boot) -> Result<(), InitError> {
     unsafe { HEAP.init_mapped(&mut boot, &Config::new().cpus(1))? };
     GRACE.init(&GRACE_AREAS);
     let table = keep(&TABLE, kernel_table(map));
-    KERNEL_ROOT.store(table.root().frame.number(), Ordering::Release);
+    // SAFETY: it maps the kernel's half, and is never freed.
+    unsafe { platform::SPACES.set_kernel_root(table.root()) };
     // SAFETY: the table maps the image and the stacks in it, and the direct map, where they are.
     unsafe { load_kernel_table() };
     let registers = Fixed::new(table)

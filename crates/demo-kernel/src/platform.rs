@@ -5,7 +5,7 @@
 //! | `PhysMap` | [`phys`], hal's own `OffsetMap` | physical memory is mapped at [`DIRECT`] |
 //! | `Cpu` | [`Machine`] | the number stands in a per-CPU word behind `gs` |
 //! | `CpuCall` | [`Machine`] | a mailbox and an interrupt to each CPU |
-//! | `Mmu` | [`Machine`] | CR3, `invlpg`, and a call to the other CPUs |
+//! | `Mmu` | [`Machine`], by [`SPACES`] | kmem's `AsidMmu` over the instructions and `CpuCall` |
 //! | `UserAccess` | [`Machine`] | a copy that the page-fault handler may cut short |
 //! | `PageProvider` | [`MemoryFile`] | a file whose bytes lie in memory |
 //! | `RawLock`, `RawSleepLock` | hal's own `IrqSafe`, `SpinWait` | `cli` and spin; spin |
@@ -14,14 +14,16 @@
 
 use core::arch::{asm, global_asm};
 use core::ptr;
-use core::sync::atomic::Ordering::{Acquire, Relaxed, Release, SeqCst};
-use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64, fence};
+use core::sync::atomic::Ordering::{Acquire, Relaxed, Release};
+use core::sync::atomic::{AtomicPtr, AtomicU32, AtomicU64};
 
 use kmem::hal::{
-    Completion, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FlushRequest, FlushScope, Frame,
+    CachePadded, Completion, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FlushRequest, Frame,
     IoError, IoState, IoTicket, Mmu, OffsetMap, PageProvider, PhysMap, Root, UserAccess, UserFault,
     VirtAddr,
 };
+
+use kmem::paging::{AsidArea, AsidMmu, X86Tlb};
 
 use crate::layout::{DIRECT, DIRECT_BYTES}; // *Yours may come from the boot loader.*
 use crate::plant::{self, Plant};
@@ -112,52 +114,43 @@ pub fn answer_calls() {
     }
 }
 
-/// The root that each CPU has loaded, and the one that it loads. A CPU without a task keeps its root (lazy).
-static LOADED: [[AtomicU64; 2]; MAX_CPUS] = [const { [const { AtomicU64::new(0) }; 2] }; MAX_CPUS];
-/// The kernel's own root, whose upper half all spaces share.
-pub static KERNEL_ROOT: AtomicU64 = AtomicU64::new(0);
+static ASID_AREAS: [CachePadded<AsidArea>; MAX_CPUS] =
+    [const { CachePadded::new(AsidArea::new()) }; MAX_CPUS];
+static GENERATIONS: [AtomicU64; 64] = [const { AtomicU64::new(0) }; 64];
+/// Who has which root loaded, lazily or not, and who must be told of a flush. *Say here whether your processors have PCID and INVPCID.*
+// SAFETY: an area for each CPU; roots are loaded by `Machine` alone. QEMU's emulation has no tags.
+pub static SPACES: AsidMmu<'static, X86Tlb, Machine> = unsafe {
+    AsidMmu::new(
+        X86Tlb::new(false, false),
+        Machine,
+        &ASID_AREAS,
+        &GENERATIONS,
+    )
+};
 
-// SAFETY: M1: invlpg and a write to CR3 are serialising and drop paging-structure caches too. M2: `shootdown` returns
-// when every CPU has flushed. M3: a CPU counts from before it loads a root until after it has loaded another; the fence
-// orders the change of an entry before the look, and a load of CR3 orders the announcement before the walks. M4: an
-// interrupt arrives after the stores made before it was sent.
+// SAFETY: `AsidMmu` keeps the contract; the faults of `plant.rs` are there to break it.
 unsafe impl Mmu for Machine {
-    unsafe fn load_root(&self, root: Root, _keep: bool) {
-        let [loaded, next] = &LOADED[this_cpu().index()];
-        next.store(root.frame.number(), SeqCst);
-        // SAFETY: the caller's promise: the tables map what runs. No PCIDs here, so that nothing is kept.
-        unsafe { asm!("mov cr3, {}", in(reg) root.frame.start().as_u64(), options(nostack)) };
-        loaded.store(root.frame.number(), SeqCst);
+    unsafe fn load_root(&self, root: Root, keep: bool) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { SPACES.load_root(root, keep) };
     }
 
     fn flush_local(&self, request: &FlushRequest) {
-        match request.scope {
-            _ if plant::is(Plant::LostFlush) => {}
-            FlushScope::Pages { range, stride } if range.count() / stride.max(1) <= 32 => {
-                for page in range.iter().step_by(stride.max(1) as usize) {
-                    // SAFETY: drops cached translations; no effect on memory.
-                    unsafe { asm!("invlpg [{}]", in(reg) page.start().as_u64(), options(nostack)) };
-                }
-            }
-            // SAFETY: the same root again.
-            FlushScope::Space if !request.global => unsafe {
-                asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack));
-            },
-            // SAFETY: global entries survive a write to CR3: CR4.PGE (bit 7) goes off and on.
-            _ => unsafe {
-                asm!("mov {0}, cr4", "mov {1}, {0}", "and {1}, -129", "mov cr4, {1}", "mov cr4, {0}",
-                    out(reg) _, out(reg) _, options(nostack));
-            },
+        if !plant::is(Plant::LostFlush) {
+            SPACES.flush_local(request);
         }
     }
 
     fn active_cpus(&self, root: Root) -> CpuSet {
-        fence(SeqCst);
-        let frame = root.frame.number();
-        let everywhere = frame == KERNEL_ROOT.load(Relaxed);
-        let has = |word: &AtomicU64| word.load(SeqCst) == frame;
-        let active = |cpu: &CpuId| everywhere || LOADED[cpu.index()].iter().any(has);
-        smp::online().iter().filter(active).collect()
+        SPACES.active_cpus(root)
+    }
+
+    fn flush_targets(&self, request: &FlushRequest) -> CpuSet {
+        SPACES.flush_targets(request)
+    }
+
+    fn is_loaded(&self, root: Root) -> bool {
+        SPACES.is_loaded(root)
     }
 
     fn this_cpu(&self) -> CpuId {
@@ -165,10 +158,10 @@ unsafe impl Mmu for Machine {
     }
 
     fn shootdown(&self, cpus: &CpuSet, request: &FlushRequest) -> Completion {
-        if !plant::spoils_shootdown(cpus, request) {
-            let _ = self.run_on(cpus, &|_| self.flush_local(request));
+        if plant::spoils_shootdown(cpus, request) {
+            return Completion::DONE;
         }
-        Completion::DONE
+        SPACES.shootdown(cpus, request)
     }
 }
 

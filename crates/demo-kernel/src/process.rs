@@ -10,18 +10,18 @@ use core::fmt;
 use core::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 
 use kmem::cow_mm::{ExecError, Image, MapFlags, OpenFile, Outcome, Signal};
-use kmem::hal::{CpuCall, FaultCode, Frame, Lock, Mmu, PageFault, Root, UserAccess, VirtAddr};
+use kmem::hal::{FaultCode, Lock, Mmu, PageFault, UserAccess, VirtAddr};
 use kmem::{FrameSink, FrameSource, IrqSafe, OwnedFrame};
 
 use crate::error::Error;
 use crate::file::{self, Files};
 use crate::memory::{self, Space, frames};
 use crate::plant::{self, Plant};
-use crate::platform::{KERNEL_ROOT, Machine};
+use crate::platform::{Machine, SPACES};
 use crate::sched::{self, THREADS, Thread};
 use crate::signal::{self, Action, SIGBUS, SIGFPE, SIGILL, SIGKILL, SIGSEGV, SIGTRAP};
 use crate::traps::{TrapFrame, USER_CODE, USER_DATA};
-use crate::{cpu, layout, println};
+use crate::{cpu, println};
 
 /// What a parent learns from `wait4`, and the kernel from a scenario's program: as Linux encodes it.
 pub type Status = i32;
@@ -290,26 +290,12 @@ pub fn enter_space(index: usize) {
     // SAFETY: P1: a thread of the process is about to run here.
     let space = unsafe { (*TABLE[index].space.get()).as_ref() }.expect("a thread has memory");
     let root = space.root();
-    if layout::current_root() != root.frame {
-        // SAFETY: the space shares the kernel's half.
-        unsafe { Machine.load_root(root, false) };
-    }
+    // SAFETY: the space shares the kernel's half.
+    unsafe { Machine.load_root(root, true) };
 }
 
-/// Has every CPU leave a space, and ends it.
+/// Ends a space that no thread runs in any more. CPUs that keep it lazily leave it when its tables go.
 fn leave_space(space: Space) {
-    let root = space.root();
-    let kernel = Root {
-        frame: Frame::from_number(KERNEL_ROOT.load(Ordering::Relaxed)),
-        ..root
-    };
-    let leave = |_| {
-        if layout::current_root() == root.frame {
-            // SAFETY: no thread of the space runs any more: the CPU keeps it lazily.
-            unsafe { Machine.load_root(kernel, false) };
-        }
-    };
-    let _ = Machine.run_on(&Machine.active_cpus(root), &leave);
     space.exit();
 }
 
@@ -330,6 +316,8 @@ pub fn exit_thread(status: Status) -> ! {
         };
         process.files.lock().close_all();
         if let Some(space) = set_space(index, None) {
+            // From here on this is a kernel thread.
+            SPACES.enter_lazy();
             leave_space(space);
         }
         spoil();

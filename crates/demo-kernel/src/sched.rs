@@ -15,6 +15,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering
 
 use kmem::VirtAddr;
 
+use crate::platform::SPACES;
 use crate::traps::{self, TrapFrame};
 use crate::{cpu, memory, process};
 
@@ -206,7 +207,8 @@ pub fn run_one() -> bool {
         )
     };
     area.thread.store(core::ptr::null_mut(), Ordering::Relaxed);
-    // The thread's space stays loaded: the next thread may be of the same process, and the kernel needs none (lazy TLB).
+    // The thread's space stays loaded: the next thread may be of the same process, and the kernel needs none.
+    SPACES.enter_lazy();
     let dead = thread.state.load(Ordering::Relaxed) == DEAD;
     thread.on_cpu.store(false, Ordering::Release);
     if dead {

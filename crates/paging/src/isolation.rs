@@ -21,6 +21,8 @@
 //!   added (user mode faults, and finds it when it comes back). They change under the root's lock, before the flush that covers the change.
 //! - `T3`: the user root's borrowed entries are the trampoline table's, which never change (`P3`).
 //!
+//! The kernel leaves CR4.PGE clear: a global translation that it used would be there in user mode too, whatever root is loaded. Linux does the same.
+//!
 //! Costs: a frame a space, a store more where a top entry changes, and two loads of CR3 each way in and out, which drop nothing where the
 //! processor has tags. [`AsidMmu`](crate::AsidMmu) with isolation drops pages under both tags.
 //!

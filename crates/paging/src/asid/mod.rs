@@ -25,6 +25,8 @@
 //! - `S3`: where tables are freed, a lazy CPU goes over to the kernel's root; so a space that is taken down is lazy nowhere.
 //! - `S4`: an interrupt inside of `load_root` cannot know which root is loaded: it drops everything, and what it interrupted starts again.
 //! - `S5`: a global entry serves every tag: a request that names some goes to every CPU.
+//! - `S6`: with isolation CR4.PGE is clear, so that no entry is global whatever its G bit says: the kernel's pages are under the tags of all
+//!   spaces, and a flush of some spoils all tags but the current one.
 //!
 //! Page-table isolation ([`PageTable::isolated`](crate::PageTable::isolated)): each space has a second root for user mode, in the frame
 //! after its own, under a tag of its own; [`enter_user`](AsidMmu::enter_user) and [`enter_kernel`](AsidMmu::enter_kernel) are what the
@@ -117,6 +119,8 @@ impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
     }
 
     /// With a user root beside each space's own ([`PageTable::isolated`](crate::PageTable::isolated)).
+    ///
+    /// The kernel leaves CR4.PGE clear then: a global entry of the kernel's would serve user mode as well.
     #[must_use]
     pub fn with_isolation(mut self) -> Self {
         self.isolated = true;
@@ -271,7 +275,8 @@ impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
         };
         let slot = &area.slots[number];
         let upto = slot.generation() == now || mutant!("asid-ignores-generations");
-        let fresh = (known || mutant!("asid-takes-a-tag-over")) && keep && upto && self.tagged();
+        let same = known && upto || !known && mutant!("asid-takes-a-tag-over");
+        let fresh = same && keep && self.tagged();
         if !fresh {
             // Nothing is known of what the tag holds until it was dropped (A1).
             slot.forget();
@@ -327,6 +332,9 @@ impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
         }
         let here = here && !leaves;
         let (number, slot) = area.current();
+        if request.global && self.isolated && !mutant!("asid-kernel-pages-under-one-tag") {
+            self.spoil_others(area);
+        }
         let (range, stride) = match request.scope {
             FlushScope::Pages { range, stride }
                 if range.count().div_ceil(stride.max(1)) <= FLUSH_CEILING =>
@@ -374,6 +382,18 @@ impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
         }
         if here && stamp != 0 {
             slot.set_generation(stamp);
+        }
+    }
+
+    /// Has everything dropped before it is used that is not under the current tag: with isolation CR4.PGE is clear, and the kernel's pages are
+    /// cached under every tag (`S6`).
+    fn spoil_others(&self, area: &AsidArea) {
+        let (current, slot) = area.current();
+        slot.spoil_user();
+        for (number, slot) in area.slots.iter().enumerate() {
+            if number != current {
+                slot.forget();
+            }
         }
     }
 

@@ -7,6 +7,7 @@ use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 
 use kmem_hal::{FrameRequest, FrameSink, FrameSource, Mmu, OwnedFrame, Page, PageRange, VirtAddr};
+use kmem_mock_x86::manual::cr4;
 use kmem_mock_x86::{
     Adversary, Machine, MemoryMap, Registers, Scheduler, SeededRng, Stats, VirtualCpu,
 };
@@ -68,6 +69,12 @@ fn linear(page: u64) -> u64 {
 
 impl World {
     pub fn new(seed: u64, isolated: bool, registers: Registers, adversary: Adversary) -> Self {
+        // A global page of the kernel's would be there in user mode as well.
+        let pge = if isolated { cr4::PGE } else { 0 };
+        let registers = Registers {
+            cr4: registers.cr4 & !pge,
+            ..registers
+        };
         let machine = Machine::builder()
             .memory(MemoryMap::pc(32 << 20))
             .cpus(CPUS)
@@ -165,7 +172,7 @@ impl World {
     }
 
     fn kernel_rights(&self, rng: &mut SeededRng) -> Rights {
-        if self.isolated || rng.below(2) == 0 {
+        if rng.below(2) == 0 {
             Rights::KERNEL_DATA
         } else {
             Rights::KERNEL_DATA | Rights::GLOBAL
