@@ -4,7 +4,7 @@
 //! real system calls and real page faults under whatever hypervisor there is, with everything that its kernel does besides. The two
 //! are printed together to show orders of magnitude, not who is faster at the same work. Limits of the same run: `limit:memcpy` copies the
 //! words of the tables, `limit:eager-copy` copies entries, clears their write bits and counts a reference for each, `limit:copy-table` copies the 512 entries
-//! of a table and counts a reference for each, `limit:zero-frame` and
+//! of a table and counts a reference for each (a locked addition, as other spaces count too, to a slot of 32 bytes), `limit:zero-frame` and
 //! `limit:copy-frame` zero and copy 4 KiB that are not in a cache.
 //!
 //! | workload | an operation |
@@ -12,15 +12,20 @@
 //! | `fork_1g_tables`, `fork_64g_tables` | a fork's work on the tables of 1 GiB in pages of 4 KiB, which shares leaf tables; of 64 GiB, level-2 tables |
 //! | `fork_exit_tables` | the first of these and the end of the child's tables |
 //! | `first_write_table`, `first_write_level2` | a table copied at its first change, with a count for each frame; a level-2 table and a leaf table |
-//! | `fork_1g` | a fork of a space with 1 GiB of touched pages, in the parent |
+//! | `fork_1g` | a fork of a space with 1 GiB of touched pages, in the parent; `limit:eager-copy` is kmem's own fork that shares no tables |
+//! | `fork_read_all` | one page of a fork and a child that reads from all pages (kmem: walks its tables for each), and its end |
+//! | `fork_exec` | a fork of a program with 40 mappings, another image of 40 in the child, and its end (host: `/bin/true`) |
+//! | `retake_table` | a write fault after the child has gone without a write: the whole table is taken back |
 //! | `fork_exit` | the same and the child's end, in parent and child |
 //! | `fork_write_all` | one page of a fork, a child that writes to all pages, and its end |
 //! | `first_write`, `later_write` | a write fault that copies, with the child alive: the first in each 2 MiB, and the others |
-//! | `reuse_fault` | a write fault after the child has gone: no copy |
+//! | `reuse_fault` | a write fault after the child has gone, which had written to a page of each table: no copy |
 //! | `anon_fault` | a first write to an anonymous page |
 //! | `mmap_munmap` | a page mapped and unmapped, not touched |
 //! | `mprotect_split_merge` | a call that makes one page in the middle of a mapping read-only, or writable again |
 //! | `brk_grow` | a call that moves the break up by a page, or down again |
+
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use kmem_cow_mm::{
     AddressSpace, Env, Layout, MapRequest, Mm, Object, Outcome, Prot, SpaceMemory, VmaMemory,
@@ -244,6 +249,14 @@ impl HostMemory {
         }
     }
 
+    #[inline]
+    fn read(&self, pages: impl Iterator<Item = u64>) {
+        for page in pages {
+            // SAFETY: inside the mapping, which this value owns.
+            std::hint::black_box(unsafe { self.base.add((page * PAGE) as usize).read_volatile() });
+        }
+    }
+
     /// Gives the pages back to the kernel.
     fn forget(&self) {
         let length = (self.pages * PAGE) as usize;
@@ -347,6 +360,7 @@ pub fn run(runner: &mut Runner) {
     let count = runner.size(1 << 12, 1 << 14);
     let mm = World::leak(Region::new(4 * count + (1 << 13)).touched());
     writes(runner, mm, count);
+    programs(runner, mm);
     faults(runner, mm, count);
     calls(runner, mm);
 }
@@ -452,17 +466,17 @@ fn own(table: &Table, page: Page, counts: &mut [u32]) -> bool {
     copied
 }
 
-/// Copies the entries of one table and counts a reference for each frame.
+/// Copies the entries of one table and counts a reference for each frame, in slots of 32 bytes, as other spaces' forks may too.
 fn copy_one_table() -> impl Competitor {
     let from: Vec<u64> = (0..GIB).map(|frame| frame << 12 | 0x67).collect();
     let mut to = vec![0u64; GIB as usize];
-    let mut counts = vec![1u32; GIB as usize];
+    let counts: Vec<[AtomicU64; 4]> = (0..GIB).map(|_| Default::default()).collect();
     move |index: u64, watch: &mut Watch| {
         let first = (index * 64 * 512 % GIB) as usize;
         watch.time(|| {
             for (from, to) in from.iter().zip(&mut to).skip(first).take(64 * 512) {
                 *to = *from;
-                counts[(*from >> 12) as usize] += 1;
+                counts[(*from >> 12) as usize][1].fetch_add(1 << 32, Ordering::AcqRel);
             }
         });
         std::hint::black_box((&to, &counts));
@@ -585,10 +599,16 @@ fn whole(runner: &mut Runner) {
         drop(child);
         Slice::ops(1, memory.pages)
     };
+    let eagerly = |_: u64, watch: &mut Watch| {
+        let child = watch.time(|| process.space.fork_copying());
+        drop(child.expect("memory for a child"));
+        Slice::limit(1)
+    };
     runner.run(
         workload("fork_1g")
             .with("kmem", of_kmem)
             .with("host-kernel", of_host)
+            .with("limit:eager-copy", eagerly)
             .with("limit:memcpy", copy_tables()),
     );
     let of_kmem = |_: u64, watch: &mut Watch| {
@@ -658,6 +678,28 @@ fn writes(runner: &mut Runner, mm: &'static Mm<'static, World>, count: u64) {
             .with("kmem", of_kmem)
             .with("host-kernel", of_host),
     );
+    let of_kmem = |_: u64, watch: &mut Watch| {
+        let mut sum = 0;
+        watch.time(|| {
+            let child = process.fork();
+            sum = (0..count).filter_map(|page| child.frame(page)).count() as u64;
+            drop(child);
+        });
+        assert_eq!(sum, count, "a page is missing");
+        Slice::ops(count, count)
+    };
+    let of_host = |_: u64, watch: &mut Watch| {
+        let before = children_time();
+        watch.time(|| Child::working(|| memory.read(0..count)).wait());
+        watch.add(children_time() - before);
+        Slice::ops(count, count)
+    };
+    runner.run(
+        workload("fork_read_all")
+            .n(count)
+            .with("kmem", of_kmem)
+            .with("host-kernel", of_host),
+    );
     let firsts = || (0..count).step_by(512);
     let others = || (0..count).filter(|page| page % 512 != 0);
     for (name, is_first) in [("first_write", true), ("later_write", false)] {
@@ -704,10 +746,15 @@ fn writes(runner: &mut Runner, mm: &'static Mm<'static, World>, count: u64) {
     }
     let of_kmem = |_: u64, watch: &mut Watch| {
         let before = process.frame(1);
-        drop(process.fork());
-        watch.time(|| process.write(0..count, FaultCode::PRESENT));
+        let child = process.fork();
+        // Both sides have tables of their own from now on, and all their leaves are read-only.
+        child.write(firsts(), FaultCode::PRESENT);
+        drop(child);
+        process.write(firsts(), FaultCode::PRESENT);
+        watch.time(|| process.write(others(), FaultCode::PRESENT));
         assert_eq!(process.frame(1), before, "a page was copied for nobody");
-        Slice::ops(count, count)
+        let ops = others().count() as u64;
+        Slice::ops(ops, ops)
     };
     let of_host = |_: u64, watch: &mut Watch| {
         Child::working(|| ()).wait();
@@ -717,6 +764,81 @@ fn writes(runner: &mut Runner, mm: &'static Mm<'static, World>, count: u64) {
     runner.run(
         workload("reuse_fault")
             .n(count)
+            .with("kmem", of_kmem)
+            .with("host-kernel", of_host),
+    );
+    let of_kmem = |_: u64, watch: &mut Watch| {
+        let before = process.frame(1);
+        drop(process.fork());
+        watch.time(|| process.write(firsts(), FaultCode::PRESENT));
+        assert_eq!(process.frame(1), before, "a page was copied for nobody");
+        let ops = firsts().count() as u64;
+        Slice::ops(ops, ops)
+    };
+    runner.run(workload("retake_table").n(count).with("kmem", of_kmem));
+}
+
+/// A program of 40 mappings, with pages in each.
+fn program(mm: &'static Mm<'static, World>) -> Process {
+    let space = AddressSpace::new(mm, Layout::x86_64()).expect("memory for a root");
+    let mut start = 0;
+    for number in 0..40 {
+        // Other rights than the neighbours', so that they do not merge.
+        let prot = match number % 2 {
+            0 => Prot::READ | Prot::WRITE,
+            _ => Prot::READ,
+        };
+        let request = MapRequest::anonymous(16 * PAGE, prot);
+        start = space.mmap(&request).expect("room for a mapping").as_u64();
+        let code = match number % 2 {
+            0 => FaultCode::WRITE | FaultCode::USER,
+            _ => FaultCode::USER,
+        };
+        for page in 0..4 {
+            let outcome = space.fault(&PageFault {
+                address: VirtAddr::new(start + page * PAGE),
+                code,
+            });
+            assert_eq!(outcome, Outcome::Handled);
+        }
+    }
+    assert_eq!(space.map_count(), 40);
+    Process {
+        space,
+        start,
+        pages: 4,
+    }
+}
+
+fn programs(runner: &mut Runner, mm: &'static Mm<'static, World>) {
+    let parent = program(mm);
+    let of_kmem = |_: u64, watch: &mut Watch| {
+        watch.time(|| {
+            let child = parent.fork();
+            let image = program(mm);
+            drop(child);
+            drop(image);
+        });
+        parent.check();
+        Slice::ops(1, 40)
+    };
+    let of_host = |_: u64, watch: &mut Watch| {
+        let before = children_time();
+        watch.time(|| {
+            let path = c"/bin/true";
+            let arguments = [path.as_ptr(), std::ptr::null()];
+            let child = Child::working(|| {
+                // SAFETY: strings with a zero at their ends, and a list that ends with a null pointer.
+                unsafe { libc::execv(path.as_ptr(), arguments.as_ptr()) };
+            });
+            child.wait();
+        });
+        watch.add(children_time() - before);
+        Slice::ops(1, 40)
+    };
+    runner.run(
+        workload("fork_exec")
+            .n(40)
             .with("kmem", of_kmem)
             .with("host-kernel", of_host),
     );

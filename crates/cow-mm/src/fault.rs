@@ -33,7 +33,7 @@
 use kmem_hal::{
     Access, FaultCode, Frame, IoTicket, Page, PageFault, PageRange, SlotFlags, VirtAddr,
 };
-use kmem_paging::{Entry, Leaf, Replaced, Rights};
+use kmem_paging::{Entry, Replaced, Rights};
 
 use crate::env::Env;
 use crate::errno::Errno;
@@ -115,7 +115,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             return Outcome::Signal { signal, address };
         }
         let access = fault.code.access();
-        let outcome = match self.fault_in_vma(fault.address, access) {
+        let outcome = match self.fault_in_vma(fault) {
             Some(outcome) => outcome,
             None => self.fault_locked(&mut self.lock(), fault.address, access),
         };
@@ -132,13 +132,19 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 
     /// A fault in a mapping that exists, without the space's lock; `None` where it takes that: to add or change a mapping, or because
     /// somebody does.
-    fn fault_in_vma(&self, address: VirtAddr, access: Access) -> Option<Result<(), Stop>> {
+    fn fault_in_vma(&self, fault: &PageFault) -> Option<Result<(), Stop>> {
+        let (address, access) = (fault.address, fault.code.access());
         let page = Page::containing(address);
         // The VMA stays as it is while it is held, and so do its pages' entries but for other faults. Nothing below waits for
         // the space's lock.
         let (vma, _held) = self.core().vmas.lock_vma(page)?;
         if !allows(vma.flags, access) || needs_anon(&vma, access) {
             return None;
+        }
+        let write = access == Access::Write;
+        if write && fault.code.contains(FaultCode::PRESENT) {
+            // Copy on write, most likely: straight to the entry.
+            return Some(self.present(&vma, page, access));
         }
         Some(self.fault_page(&vma, page, address, access))
     }
@@ -173,7 +179,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         access: Access,
     ) -> Result<(), Stop> {
         match self.tables().query(page) {
-            Entry::Leaf(leaf) => self.present(vma, page, leaf, access),
+            Entry::Leaf(leaf) if leaf.attributes.rights.contains(needed(access)) => {
+                // A stale translation, which the processor has dropped by now, or another CPU was faster.
+                Ok(())
+            }
+            Entry::Leaf(_) => self.present(vma, page, access),
             Entry::Payload(payload) => self.fault_absent(vma, page, payload, address),
             Entry::Empty => self.absent(vma, page, address, access == Access::Write),
         }
@@ -221,18 +231,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         Ok(state.vmas.get(page))
     }
 
-    /// Something is mapped and the access still faulted.
-    fn present(&self, vma: &Vma, page: Page, leaf: Leaf, access: Access) -> Result<(), Stop> {
+    /// Something is mapped, and it does not allow the access.
+    fn present(&self, vma: &Vma, page: Page, access: Access) -> Result<(), Stop> {
         let granted = rights(vma.flags);
-        let wanted = match access {
-            Access::Read => Rights::READ,
-            Access::Write => Rights::WRITE,
-            Access::Execute => Rights::EXECUTE,
-        };
-        if leaf.attributes.rights.contains(wanted) {
-            // A stale translation, which the processor has dropped by now, or another CPU was faster.
-            return Ok(());
-        }
         let Ok(mut cursor) = self.tables().cursor(PageRange::single(page)) else {
             return Ok(());
         };
@@ -388,6 +389,15 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 Outcome::Signal { .. } | Outcome::KernelFault => return Err(Errno::EFAULT),
             }
         }
+    }
+}
+
+/// What an entry must grant.
+fn needed(access: Access) -> Rights {
+    match access {
+        Access::Read => Rights::READ,
+        Access::Write => Rights::WRITE,
+        Access::Execute => Rights::EXECUTE,
     }
 }
 

@@ -49,11 +49,23 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     #[doc(alias = "dup_mmap")]
     pub fn fork(&self) -> Result<Self, Errno> {
         let child = self.empty_child()?;
-        self.copy_to(&child)?;
+        self.copy_to(&child, true)?;
         Ok(child)
     }
 
-    fn copy_to(&self, child: &Self) -> Result<(), Errno> {
+    /// As [`fork`](Self::fork), but copies every entry now and shares no table: for a program that forks once and cannot have the copies later, and to
+    /// compare with.
+    ///
+    /// # Errors
+    ///
+    /// As there.
+    pub fn fork_copying(&self) -> Result<Self, Errno> {
+        let child = self.empty_child()?;
+        self.copy_to(&child, false)?;
+        Ok(child)
+    }
+
+    fn copy_to(&self, child: &Self, share: bool) -> Result<(), Errno> {
         let mut parent = self.lock();
         let mut state = child.lock();
         state.brk = parent.brk;
@@ -67,14 +79,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             pages += vma.range.count();
             (!vma.flags.contains(VmFlags::DONTCOPY)).then(|| self.inherited(vma))
         })?;
-        if pages >= LEVEL2_FROM {
+        if pages >= LEVEL2_FROM && share {
             self.core().sharing.level2.store(true, Ordering::Relaxed);
             child.core().sharing.level2.store(true, Ordering::Relaxed);
         }
         // From here on no fault is at work in this space.
         parent.vmas.lock_all();
         let mut gather = self.tables().gather::<1>();
-        let outcome = self.share_all(child, parent.vmas.iter(), &mut gather);
+        let outcome = self.share_all(child, share, parent.vmas.iter(), &mut gather);
         self.settle(&mut gather);
         outcome
     }
@@ -83,20 +95,22 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     fn share_all<const N: usize>(
         &self,
         child: &Self,
+        share: bool,
         vmas: impl Iterator<Item = Vma>,
         gather: &mut SpaceGather<'_, 'm, E, N>,
     ) -> Result<(), Errno> {
         let unit = self.share_unit();
+        let levels = if share { self.levels_to_share() } else { 0 };
         let mut share = |first: u64, last: u64| {
             let range = PageRange::new(Page::from_number(first), Page::from_number(last));
             let Some(range) = range else { return Ok(()) };
-            if !self.shares_tables() {
+            if levels > 0 && !self.shares_tables() {
                 self.tables().keep_spares(SPARES)?;
                 self.core().sharing.tables.store(true, Ordering::Relaxed);
             }
             // SAFETY: the space's lock is held and every VMA of it is, so nothing else is at work in its tables; nobody runs in the
             // child yet, whose lock is held too.
-            unsafe { self.share_leaves(child, range, gather) }
+            unsafe { self.share_leaves(child, range, levels, gather) }
         };
         // Pages in whole tables with something to inherit, not shared yet; and the page after the last mapping that is not inherited.
         let mut pending: Option<(u64, u64)> = None;
@@ -129,7 +143,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if let Some((from, to)) = pending {
             share(from, to)?;
         }
-        if self.shares_tables() {
+        if levels > 0 && self.shares_tables() {
             child.core().sharing.tables.store(true, Ordering::Relaxed);
             child.tables().keep_spares(SPARES)?;
         }

@@ -7,8 +7,9 @@
 //!
 //! Invariants
 //! - `I1`: a [`PageRef`] stands for one mapping counted in the frame's slot.
-//! - `I3`: a page whose slot says `EXCLUSIVE` is anonymous and has one mapping. Whether that mapping is one space's the tables say: a shared
-//!   table's leaves are mapped once and seen by many.
+//! - `I3`: a page whose slot says `EXCLUSIVE` is anonymous, and while it has one mapping nobody but that mapping's table has it: no cache, no look-up;
+//!   its pins are those of that table's space. Whether the table is one space's its own count says: a shared table's leaves are mapped once and
+//!   seen by many. (So a second mapping costs one count, and the bit may stay.)
 //! - `I2`: the zero page always has a reference of the `Mm`'s own, so no mapping's end frees it.
 
 use kmem_hal::sync::{AtomicU32, AtomicU64, Ordering};
@@ -227,10 +228,6 @@ impl<'m, E: Env> Mm<'m, E> {
             return None;
         }
         let anonymous = page.slot().tag() == FrameTag::Anon;
-        let exclusive = page.slot().flags().contains(SlotFlags::EXCLUSIVE);
-        if anonymous && exclusive && !mutant!("shared-stays-exclusive") {
-            page.slot().clear_flags(SlotFlags::EXCLUSIVE);
-        }
         Some((PageRef { frame }, anonymous))
     }
 
@@ -242,15 +239,15 @@ impl<'m, E: Env> Mm<'m, E> {
     #[doc(alias = "wp_can_reuse_anon_folio")]
     pub(crate) fn is_exclusive(&self, frame: Frame) -> bool {
         let page = self.user(frame);
-        if page.slot().tag() != FrameTag::Anon {
+        let shared = page.mappings() != 1 && !mutant!("shared-stays-exclusive");
+        if page.slot().tag() != FrameTag::Anon || shared {
             return false;
         }
         if page.slot().flags().contains(SlotFlags::EXCLUSIVE) {
             return true;
         }
-        // The others have gone, and nobody looks at it: it is exclusive again.
-        let alone =
-            page.mappings() == 1 && (page.references() == 1 || mutant!("reuse-ignores-references"));
+        // Nobody looks at it any more: it is exclusive again.
+        let alone = page.references() == 1 || mutant!("reuse-ignores-references");
         if alone {
             page.slot().set_flags(SlotFlags::EXCLUSIVE);
         }

@@ -317,7 +317,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         }
     }
 
-    /// Gives the child what is mapped in a range: whole tables are shared, entries of the others copied. Anonymous pages lose the right to
+    /// Gives the child what is mapped in a range: whole tables of level `most` and below are shared, entries of the others copied. Anonymous pages lose the right to
     /// be written on both sides, which is flushed when the gather is committed.
     ///
     /// # Errors
@@ -331,6 +331,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         &self,
         child: &Self,
         range: PageRange,
+        most: usize,
         gather: &mut SpaceGather<'_, 'm, E, N>,
     ) -> Result<(), Errno> {
         let mut counted = None;
@@ -374,7 +375,6 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 parent: (anonymous && leaf.is_writable()).then_some(shared),
             }
         };
-        let most = self.levels_to_share();
         // SAFETY: the caller's promise is passed on.
         let outcome = unsafe {
             self.tables()

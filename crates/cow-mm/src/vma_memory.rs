@@ -6,7 +6,7 @@
 //!
 //! A fault finds a VMA without a lock, and may still look at its lock word when the VMA is gone already. So memory goes from the stock back to
 //! the allocator only after a grace period. To become another VMA of the same space it waits for nothing: its lock lives on, and the
-//! fault, once it holds the lock, looks again whether the tree still leads there.
+//! fault, once it holds the lock, looks whether the page is in the VMA.
 //!
 //! Invariants
 //! - `M1`: a lock is made once, when its memory comes from the allocator, and lives until the memory goes back.
@@ -54,6 +54,16 @@ impl VmaMemory {
     pub(crate) unsafe fn read(memory: NonNull<Self>) -> Option<Vma> {
         // SAFETY: `M2`: nobody writes meanwhile.
         unsafe { (*memory.as_ptr()).vma.with(|vma| *vma) }
+    }
+
+    /// Says that the memory is no VMA's any more.
+    ///
+    /// # Safety
+    ///
+    /// As [`write`](Self::write).
+    pub(crate) unsafe fn clear(memory: NonNull<Self>) {
+        // SAFETY: `M2`: nobody else looks.
+        unsafe { (*memory.as_ptr()).vma.with_mut(|place| *place = None) }
     }
 
     /// Writes the VMA.

@@ -18,7 +18,9 @@
 //! - `I1`: every handle in the tree is the address of a VMA that this set allocated and has not freed.
 //! - `I2`: the tree holds a VMA under exactly the VMA's own range.
 //! - `I3`: each VMA with a file holds one reference of its object, and each with a name one use of it.
-//! - `I4`: what the tree says of a page changes only while the VMAs concerned, old and new, are write-locked.
+//! - `I4`: what the tree says of a page changes only while the VMAs concerned, old and new, are write-locked; a VMA that is taken out is
+//!   emptied under its lock. So whoever holds a VMA's lock and finds its page in it holds the VMA that the tree leads to.
+//! - `I6`: what a read section of the grace period found in the tree stays a VMA's memory until the section ends.
 //! - `I5`: an object that a VMA of the set maps has its bit in `objects` of the ledger; other objects may have it too.
 //!
 //! Source: Linux `mm/vma.c`, `include/linux/mmap_lock.h` (per-VMA locks).
@@ -79,12 +81,15 @@ impl<'m, E: Env> VmaIndex<'m, E> {
     #[doc(alias = "lock_vma_under_rcu")]
     pub fn lock_vma(&self, page: Page) -> Option<(Vma, VmaReadGuard<'_>)> {
         let section = self.tree.read();
-        let (entry, guard) = section.lookup_locked(&self.seq, page).ok()?;
-        // SAFETY: the VMA is locked, and the tree leads to it.
-        let vma = unsafe { VmaMemory::read(entry.value.vma()?) }?;
-        // SAFETY: only the lifetime changes, from that of the section to that of the index: a locked VMA is not taken out of the
-        // tree (`I4`), and only what was taken out is freed.
-        let guard = unsafe { core::mem::transmute::<VmaReadGuard<'_>, VmaReadGuard<'_>>(guard) };
+        let memory = section.get(page)?.value.vma()?;
+        // SAFETY: found in the section, which keeps the memory a VMA's (`I6`), and the lock holds it after that (`I4`).
+        let guard = unsafe { VmaMemory::lock_of(memory) }.try_read(&self.seq)?;
+        // Now that nobody changes it: is it still the one? No second search is needed, as it says so itself.
+        // SAFETY: the lock is held.
+        let vma = unsafe { VmaMemory::read(memory) }?;
+        if !vma.range.contains(page) {
+            return None;
+        }
         Some((vma, guard))
     }
 }
@@ -370,6 +375,8 @@ fn hold<E: Env>(mm: &Mm<'_, E>, vma: &Vma, ledger: &mut Ledger) {
 fn discard<E: Env>(mm: &Mm<'_, E>, stock: &mut VmaStock, ledger: &mut Ledger, handle: Handle) {
     if let Some((id, vma)) = read(handle) {
         ledger.counters.remove(&vma);
+        // SAFETY: M2: write-locked, or nobody looks at the set any more.
+        unsafe { VmaMemory::clear(id.0) };
         stock.put(id.0);
         if let Some(file) = vma.file {
             mm.put_object(file);
@@ -505,10 +512,14 @@ impl<E: Env> Edit<'_, '_, E> {
     /// Removes everything in the range, cutting what sticks out.
     pub fn clear(&mut self, range: PageRange) {
         self.split_around(range);
+        let mut any = false;
         for entry in self.tree.range(range) {
             start_write(self.mm, self.seq, entry.value);
+            any = true;
         }
-        self.put(range, None);
+        if any {
+            self.put(range, None);
+        }
     }
 
     /// Gives a VMA another range and, with it, other contents; the range may only take free pages.

@@ -128,8 +128,9 @@ pub(crate) struct Stock<const W: usize> {
 }
 
 impl<const W: usize> Stock<W> {
-    /// Nodes in a batch: 16, and fewer of the small nodes of a model.
-    const BATCH: usize = W / 2;
+    /// Nodes in a batch: 128, and fewer of the small nodes of a model. A batch costs a look at the grace period, which on many machines is an
+    /// interrupt for each CPU: microseconds, and an edit of an address space takes half of one.
+    const BATCH: usize = if W >= 32 { W * 4 } else { W / 2 };
 
     kmem_hal::const_new! {
         pub(crate) fn new() -> Self {

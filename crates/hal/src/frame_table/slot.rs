@@ -65,7 +65,7 @@ bitflags::bitflags! {
         const UP_TO_DATE = 1 << 3;
         /// On its way to or from a device.
         const WRITEBACK = 1 << 4;
-        /// Belongs to exactly one address space (Linux's `PageAnonExclusive`).
+        /// Belongs to its mapper alone, while it has one mapping (Linux's `PageAnonExclusive`).
         const EXCLUSIVE = 1 << 5;
         /// Detached from its structure: a walker that arrives here must start again.
         const STRAY = 1 << 6;
