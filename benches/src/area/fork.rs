@@ -758,8 +758,10 @@ fn writes(runner: &mut Runner, mm: &'static Mm<'static, World>, count: u64) {
     };
     let of_host = |_: u64, watch: &mut Watch| {
         Child::working(|| ()).wait();
-        watch.time(|| memory.write(0..count));
-        Slice::ops(count, count)
+        memory.write(firsts());
+        watch.time(|| memory.write(others()));
+        let ops = others().count() as u64;
+        Slice::ops(ops, ops)
     };
     runner.run(
         workload("reuse_fault")

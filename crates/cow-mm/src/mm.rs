@@ -7,9 +7,9 @@
 //!
 //! Invariants
 //! - `I1`: a [`PageRef`] stands for one mapping counted in the frame's slot.
-//! - `I3`: a page whose slot says `EXCLUSIVE` is anonymous, and while it has one mapping nobody but that mapping's table has it: no cache, no look-up;
-//!   its pins are those of that table's space. Whether the table is one space's its own count says: a shared table's leaves are mapped once and
-//!   seen by many. (So a second mapping costs one count, and the bit may stay.)
+//! - `I3`: an anonymous page is exclusive while it has one mapping and that mapping's reference only; or pins, and was exclusive (`EXCLUSIVE`)
+//!   when it got the first. Whether the mapping is one space's alone its table says: a shared table's leaves are mapped once and seen by
+//!   many. So a second mapping costs one count, and the bit may stay.
 //! - `I2`: the zero page always has a reference of the `Mm`'s own, so no mapping's end frees it.
 
 use kmem_hal::sync::{AtomicU32, AtomicU64, Ordering};
@@ -26,6 +26,7 @@ use crate::meminfo::Counts;
 use crate::mutants::mutant;
 use crate::names::{NameLock, Names};
 use crate::object::ObjectList;
+use crate::pin::PIN;
 use crate::registry::Registry;
 use crate::swap::Swap;
 use crate::transfer::Transfers;
@@ -243,15 +244,19 @@ impl<'m, E: Env> Mm<'m, E> {
         if page.slot().tag() != FrameTag::Anon || shared {
             return false;
         }
-        if page.slot().flags().contains(SlotFlags::EXCLUSIVE) {
-            return true;
+        let exclusive = page.slot().flags().contains(SlotFlags::EXCLUSIVE);
+        match page.references() {
+            // Nobody looks at it but its one mapping.
+            1 => {
+                if !exclusive {
+                    page.slot().set_flags(SlotFlags::EXCLUSIVE);
+                }
+                true
+            }
+            // Pinned while it was exclusive; whoever else looks at it, it stays with its pins.
+            PIN.. => exclusive,
+            _ => mutant!("reuse-ignores-references"),
         }
-        // Nobody looks at it any more: it is exclusive again.
-        let alone = page.references() == 1 || mutant!("reuse-ignores-references");
-        if alone {
-            page.slot().set_flags(SlotFlags::EXCLUSIVE);
-        }
-        alone
     }
 
     /// A mapping of a page on which the caller holds a reference or the lock that keeps it mapped.
