@@ -146,6 +146,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             // Copy on write, most likely: straight to the entry.
             return Some(self.present(&vma, page, access));
         }
+        if write && vma.is_anonymous() && !vma.is_shared() {
+            // A first touch, most likely: no look before the page is there.
+            return Some(self.first_touch(&vma, page, address));
+        }
         Some(self.fault_page(&vma, page, address, access))
     }
 
@@ -302,6 +306,20 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         outcome.map(|()| cursor)
     }
 
+    /// A write to private memory without a file, where nothing should be mapped yet.
+    #[doc(alias = "do_anonymous_page")]
+    fn first_touch(&self, vma: &Vma, page: Page, address: VirtAddr) -> Result<(), Stop> {
+        let attributes = attributes(vma.flags).accessed().dirty();
+        let mapping = self
+            .mm()
+            .new_anonymous(self.family(), vma.object_page(page), None)?;
+        match self.install(page, mapping, attributes)? {
+            true => Ok(()),
+            // Something is, or what was there was swapped out.
+            false => self.fault_page(vma, page, address, Access::Write),
+        }
+    }
+
     /// Nothing is mapped.
     fn absent(&self, vma: &Vma, page: Page, address: VirtAddr, write: bool) -> Result<(), Stop> {
         let mut attributes = attributes(vma.flags).accessed();
@@ -374,7 +392,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     pub(crate) fn bring_in(&self, address: VirtAddr, write: bool) -> Result<(), Errno> {
         let page = Page::containing(address);
         loop {
-            if let Some(leaf) = self.leaf(page)
+            let leaf = self.leaf(page);
+            if let Some(leaf) = leaf
                 && leaf.attributes.rights.grants_access()
                 && (!write || leaf.is_writable())
             {
@@ -382,6 +401,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             }
             let mut code = FaultCode::USER;
             code.set(FaultCode::WRITE, write);
+            code.set(FaultCode::PRESENT, leaf.is_some());
             match self.fault(&PageFault { address, code }) {
                 Outcome::Handled => {}
                 Outcome::NeedIo(_) => kmem_hal::sync::spin_loop(),

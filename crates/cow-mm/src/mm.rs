@@ -168,6 +168,7 @@ impl<'m, E: Env> Mm<'m, E> {
         core::num::NonZeroU64::new(id).unwrap_or(core::num::NonZeroU64::MIN)
     }
 
+    #[inline]
     pub(crate) fn slot(&self, frame: Frame) -> &'m FrameSlot {
         match self.env.paging().slots().slot(frame) {
             Some(slot) => slot,
@@ -198,6 +199,7 @@ impl<'m, E: Env> Mm<'m, E> {
     }
 
     /// The first mapping of a new anonymous page, of zeros or a copy of `source`: one space's alone.
+    #[inline]
     pub(crate) fn new_anonymous(
         &self,
         family: u32,
@@ -223,6 +225,7 @@ impl<'m, E: Env> Mm<'m, E> {
     /// so that a write through either mapping must copy.
     ///
     /// The caller holds the lock of a table that maps it.
+    #[inline]
     pub(crate) fn map_again(&self, frame: Frame) -> Option<(PageRef, bool)> {
         let page = self.user(frame);
         if page.add_mapping().is_err() && !mutant!("counts-wrap") {
@@ -238,6 +241,7 @@ impl<'m, E: Env> Mm<'m, E> {
     /// maps the page anew meanwhile.
     #[doc(alias = "PageAnonExclusive")]
     #[doc(alias = "wp_can_reuse_anon_folio")]
+    #[inline]
     pub(crate) fn is_exclusive(&self, frame: Frame) -> bool {
         let page = self.user(frame);
         let shared = page.mappings() != 1 && !mutant!("shared-stays-exclusive");
@@ -267,6 +271,7 @@ impl<'m, E: Env> Mm<'m, E> {
     }
 
     /// Ends a mapping whose translation has been flushed everywhere.
+    #[inline]
     pub(crate) fn put(&self, mapping: PageRef) {
         let frame = mapping.frame;
         if self.user(frame).sub_mapping() == Ok((0, 0)) {
@@ -281,6 +286,7 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
+    #[inline]
     pub(crate) fn user(&self, frame: Frame) -> UserSlot<'m> {
         match self.slot(frame).as_user() {
             Some(page) => page,

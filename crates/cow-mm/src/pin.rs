@@ -108,6 +108,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                     write: access == Access::Write,
                 });
             }
+            code.set(FaultCode::PRESENT, self.frame_at(page).is_some());
             match self.fault(&PageFault { address, code }) {
                 Outcome::Handled => {}
                 Outcome::NeedIo(ticket) => return Err(PinError::NeedIo(ticket)),

@@ -158,6 +158,7 @@ impl FrameSlot {
 
     /// The slot as that of a page table; `None` where the frame is something else.
     #[must_use]
+    #[inline]
     pub fn as_table(&self) -> Option<TableSlot<'_>> {
         TableSlot::new(self)
     }
@@ -170,6 +171,7 @@ impl FrameSlot {
 
     /// The slot as that of a user page or a page of a file; `None` where the frame is something else.
     #[must_use]
+    #[inline]
     pub fn as_user(&self) -> Option<UserSlot<'_>> {
         UserSlot::new(self)
     }
@@ -270,6 +272,7 @@ impl FrameSlot {
     ///
     /// The count, unchanged, where the sum would pass 2^32 - 1: a count that wraps frees memory in use.
     #[doc(alias = "get_page")]
+    #[inline]
     pub fn add_count(&self, n: u32) -> Result<u32, u32> {
         let step = |state: u64| state.checked_add(u64::from(n) << COUNT_SHIFT);
         self.state
@@ -337,6 +340,7 @@ impl FrameSlot {
     ///
     /// The count, unchanged, where it is below `n`: a reference was given back that nobody held.
     #[doc(alias = "put_page")]
+    #[inline]
     pub fn sub_count(&self, n: u32) -> Result<u32, u32> {
         let bits = u64::from(n) * COUNT_ONE;
         self.state

@@ -34,6 +34,8 @@ use crate::sync::Ordering;
 
 const MAPPING_SHIFT: u32 = 32;
 const MAPPING_ONE: u64 = 1 << MAPPING_SHIFT;
+/// From so many mappings on each is looked at with the limit in mind.
+const NEARLY_SATURATED: u64 = u32::MAX as u64 - (1 << 16);
 const OBJECT_MASK: u64 = u32::MAX as u64;
 const AGE_SHIFT: u32 = 52;
 const INDEX_MASK: u64 = (1 << AGE_SHIFT) - 1;
@@ -108,6 +110,7 @@ impl<'a> UserSlot<'a> {
     /// One mapping and the reference of all mappings; the mapping is the caller's to put into a table, or to
     /// [take back](Self::sub_mapping). `object` and `page` as in [`claim`](Self::claim).
     #[doc(alias = "folio_add_new_anon_rmap")]
+    #[inline]
     pub fn claim_exclusive(slot: &'a FrameSlot, object: u32, page: u64) -> Self {
         slot.claim_with(
             FrameTag::Anon,
@@ -123,6 +126,7 @@ impl<'a> UserSlot<'a> {
         Self(slot)
     }
 
+    #[inline]
     pub(super) fn new(slot: &'a FrameSlot) -> Option<Self> {
         matches!(slot.tag(), FrameTag::Anon | FrameTag::File).then_some(Self(slot))
     }
@@ -140,6 +144,7 @@ impl<'a> UserSlot<'a> {
 
     /// The untyped slot: its lock, flags and links.
     #[must_use]
+    #[inline]
     pub const fn slot(self) -> &'a FrameSlot {
         self.0
     }
@@ -192,6 +197,7 @@ impl<'a> UserSlot<'a> {
     /// References: one for all mappings together, one for a cache, and those of pins and look-ups.
     #[doc(alias = "page_ref_count")]
     #[must_use]
+    #[inline]
     pub fn references(self) -> u32 {
         self.0.count()
     }
@@ -203,6 +209,7 @@ impl<'a> UserSlot<'a> {
     /// [`CountError::Underflow`] where there is none: the frame is being freed (Linux's `get_page_unless_zero`);
     /// [`CountError::Saturated`] at the limit.
     #[doc(alias = "get_page_unless_zero")]
+    #[inline]
     pub fn add_reference(self) -> Result<u32, CountError> {
         self.0.try_add_count(1)
     }
@@ -213,6 +220,7 @@ impl<'a> UserSlot<'a> {
     ///
     /// [`CountError::Underflow`] where there is none.
     #[doc(alias = "put_page")]
+    #[inline]
     pub fn sub_reference(self) -> Result<u32, CountError> {
         self.0.sub_count(1).map_err(|_| CountError::Underflow)
     }
@@ -220,6 +228,7 @@ impl<'a> UserSlot<'a> {
     /// How many leaf tables map the page.
     #[doc(alias = "page_mapcount")]
     #[must_use]
+    #[inline]
     pub fn mappings(self) -> u32 {
         (self.0.owner().load(Ordering::Acquire) >> MAPPING_SHIFT) as u32
     }
@@ -232,8 +241,19 @@ impl<'a> UserSlot<'a> {
     ///
     /// [`CountError::Saturated`]; nothing has changed.
     #[doc(alias = "page_add_anon_rmap")]
+    #[inline]
     pub fn add_mapping(self) -> Result<u32, CountError> {
-        let mut word = self.0.owner().load(Ordering::Acquire);
+        let mut word = self.0.owner().load(Ordering::Relaxed);
+        if word >> MAPPING_SHIFT != 0 && word >> MAPPING_SHIFT < NEARLY_SATURATED {
+            // Mapped already, as nearly always: one addition. Between the look and it there are fewer others than are missing to the limit.
+            let before = self.0.owner().fetch_add(MAPPING_ONE, Ordering::AcqRel);
+            if before < MAPPING_ONE && self.0.add_count(1).is_err() {
+                // The last one went meanwhile, and with it the reference of all.
+                self.0.owner().fetch_sub(MAPPING_ONE, Ordering::AcqRel);
+                return Err(CountError::Saturated);
+            }
+            return Ok((before >> MAPPING_SHIFT) as u32);
+        }
         loop {
             let next = word.checked_add(MAPPING_ONE).ok_or(CountError::Saturated)?;
             let first = word < MAPPING_ONE;
@@ -264,6 +284,7 @@ impl<'a> UserSlot<'a> {
     ///
     /// [`CountError::Underflow`]; nothing has changed.
     #[doc(alias = "page_remove_rmap")]
+    #[inline]
     pub fn sub_mapping(self) -> Result<(u32, u32), CountError> {
         let step = |word: u64| word.checked_sub(MAPPING_ONE);
         let before = self
