@@ -1,8 +1,9 @@
 //! Heaps: kmem-slab over kmem-buddy beside the heaps that kernels take from the registry, and the host's malloc.
 //!
-//! Each has an arena of the same size whose pages are committed before anything is timed. Programs that ask for `&mut self` stand
+//! Each has an arena of the same size (512 MiB) whose pages are committed before anything is timed, and which the host maps in pages of 2 MiB, as
+//! kernels map their memory. Programs that ask for `&mut self` stand
 //! behind one spin lock. mimalloc, jemalloc and snmalloc need the feature `c-peers` and a C++ compiler, and run in the process's own memory, as
-//! rusty_alloc does. slab_allocator_rs gives each size an eighth of its arena and good_memory_allocator spreads over all of it: they run the
+//! rusty_alloc does, with pages as they ask for them. slab_allocator_rs gives each size an eighth of its arena and good_memory_allocator spreads over all of it: they run the
 //! workloads of one size only. `libc` is the malloc of the host, which keeps caches per thread and lives in user space. `limit:stack` is an array of
 //! objects without a lock, the last freed first; `limit:bump` hands out the addresses of 32 MiB in a row and takes nothing back: what
 //! the workload itself costs.
@@ -19,6 +20,7 @@
 //! | `hosted_sort`, `hosted_json` | a string made, sorted and dropped, or a record parsed, walked and dropped, by a program of which the heap is the global allocator |
 //! | `overhead` | bytes taken by bytes asked for, after all live objects were replaced many times |
 //! | `overhead_shrunk` | the same after nine in ten objects were freed and the heap was shrunk, where it can be |
+//! | `overhead_slabs` | bytes taken by bytes of slabs with an object in use, after that |
 //! | `rmw_per_64`, `rmw_per_64_new` | locked instructions for 64 objects that leave their slabs and come back, and for 64 of new slabs |
 //! | `shared_stores_replace` | locked instructions and stores to shared words for each replacement of `replace_2t`, counted |
 //!
@@ -560,12 +562,28 @@ fn overhead_of_kmem(machine: &Machine, count: u64, replaces: u64, seed: u64) -> 
     Overhead { full, shrunk }
 }
 
+/// Bytes that kmem has taken by the bytes of slabs with an object in use, after nine in ten objects were freed and all was shrunk.
+fn beside_live_slabs(machine: &Machine, count: u64, seed: u64) -> f64 {
+    machine.slab.shrink();
+    let before = machine.used_frames();
+    let mut live = Live::new(machine, seed);
+    live.fill(count);
+    live.shrink_to(count as usize / 10);
+    machine.slab.shrink();
+    let mut in_use = 0;
+    machine
+        .slab
+        .caches(|cache| in_use += cache.active_slabs * cache.frames_per_slab)
+        .expect("nothing interrupts");
+    (machine.used_frames() - before) as f64 / in_use as f64
+}
+
 fn overheads(runner: &mut Runner) {
     let count = runner.size(5_000, 100_000);
     // The first-fit list needs a walk of all holes for each replacement.
     let replaces = runner.size(5_000, 2_000_000);
     let of_list = count / 5;
-    let frames = runner.size(1 << 13, 1 << 16);
+    let frames = runner.size(1 << 13, 1 << 17);
     let machine = Machine::leak(Region::new(frames));
     for (name, is_full) in [("overhead", true), ("overhead_shrunk", false)] {
         if !runner.wants(name) {
@@ -602,6 +620,15 @@ fn overheads(runner: &mut Runner) {
                 .with("rlsf", of_tlsf)
                 .with("talc", of_talc)
                 .with("linked_list_allocator", of_list),
+        );
+    }
+    if runner.wants("overhead_slabs") {
+        let of_kmem =
+            |seed: u64, _: &mut Watch| Slice::value(beside_live_slabs(machine, count, seed));
+        runner.run(
+            Workload::new(AREA, "overhead_slabs", Unit::Bytes)
+                .n(count)
+                .with("kmem", of_kmem),
         );
     }
 }
