@@ -5,8 +5,9 @@
 //!   1. zones above the low watermark                               one lock for half an array
 //!   2. zones above the min watermark           reclaim is told: Low
 //!   3. the same after all CPUs' caches were emptied                reclaim is told: Min
-//!   4. the same again as long as reclaim frees something           reclaim is asked: Refusing
-//!   5. OutOfMemory, or OutOfMemoryHere where some CPU's cache could not be asked
+//!   4. the same after page blocks that were kept for others were let go
+//!   5. the same again as long as reclaim frees something           reclaim is asked: Refusing
+//!   6. OutOfMemory, or OutOfMemoryHere where some CPU's cache could not be asked
 //! ```
 
 use core::ops::ControlFlow;
@@ -84,6 +85,21 @@ impl Give for Taken<'_, '_> {
     }
 }
 
+/// Remembers the block that it hands on.
+struct First<'a, G>(&'a mut G, Option<u64>);
+
+impl<G: Give> Give for First<'_, G> {
+    fn one(&mut self, first: u64) {
+        self.1 = Some(first);
+        self.0.one(first);
+    }
+
+    fn run(&mut self, first: u64, count: usize, order: usize) {
+        self.1 = Some(first);
+        self.0.run(first, count, order);
+    }
+}
+
 /// The highest kind of zone that may serve the request.
 fn highest_for(request: &FrameRequest) -> ZoneKind {
     let highest = ZoneKind::highest_for(request.mobility);
@@ -133,7 +149,41 @@ impl Wanted {
         } else {
             mark
         };
-        zone.spare(mark, self.highest, self.movable)
+        let spare = zone.spare(mark, self.highest, self.movable);
+        if level == Mark::Min && self.atomic {
+            spare
+        } else {
+            spare.saturating_sub(zone.high_atomic())
+        }
+    }
+
+    /// Whether it is one of those that page blocks are kept for: of more than a frame, and cannot wait.
+    fn is_high_atomic(&self) -> bool {
+        self.atomic && self.order > 0 && !self.movable
+    }
+
+    /// Takes one block at the min watermark for a request that cannot wait; as [`take`](Self::take).
+    ///
+    /// The page blocks that are kept for large ones serve these first, and single frames where nothing else is left. A block that
+    /// gave a large one is kept from now on, up to `most_kept` of them.
+    fn take_atomic(&self, core: &mut Core, most_kept: u64, give: &mut impl Give) -> bool {
+        let kept = MigrateType::HighAtomic;
+        if self.is_high_atomic()
+            && self.align <= self.order
+            && core.take_batch(self.order, kept, self.limit, 1, give) > 0
+        {
+            return false;
+        }
+        let mut first = First(give, None);
+        let again = self.take(core, 1, &mut first);
+        match first.1 {
+            Some(first) if self.is_high_atomic() => core.reserve_high_atomic(first, most_kept),
+            None if !again && self.align <= self.order => {
+                core.take_batch(self.order, kept, self.limit, 1, give);
+            }
+            _ => {}
+        }
+        again
     }
 
     /// Takes up to `most` blocks from a zone's bits and hands them to `give`; `true` where it found none and there is more to be
@@ -337,7 +387,13 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         };
         let mut done = Some(true);
         while done == Some(true) {
-            done = self.locked(area, zone, |core| wanted.take(core, most, &mut taken));
+            done = self.locked(area, zone, |core| {
+                if level == Mark::Min && wanted.atomic {
+                    wanted.take_atomic(core, zone.most_high_atomic(), &mut taken)
+                } else {
+                    wanted.take(core, most, &mut taken)
+                }
+            });
         }
         given = taken.given;
         drop(taken);
@@ -398,6 +454,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
                 Ok(result) => return result,
                 Err(drained) => drained,
             };
+            if self.release_high_atomic(state, &wanted) {
+                continue;
+            }
             // Only a caller that may wait may ask for reclaim; a caller that is part of reclaim must not.
             let may_reclaim = request.context >= Context::NoIo && retries < RETRIES;
             if may_reclaim
@@ -413,6 +472,21 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
                 Drained::Here => AllocError::OutOfMemoryHere,
             });
         }
+    }
+
+    /// Lets the request have what was kept from it; whether that was anything.
+    fn release_high_atomic(&self, state: &State<L>, wanted: &Wanted) -> bool {
+        let pin = self.cpu.pin();
+        let area = state.area(pin.id());
+        let mut any = false;
+        for zone in state.zones {
+            if wanted.admits(zone) && zone.high_atomic() > 0 {
+                let to = wanted.migrate;
+                any |= self.locked(area, zone, |core| core.release_high_atomic(to)) == Some(true);
+            }
+        }
+        self.settle(state, area);
+        any
     }
 
     /// An allocation that was no plain hit. The request comes by value: a caller that makes one for a hit need not store it.

@@ -670,6 +670,7 @@ fn build_zone<const N: usize, L: RawLock + 'static>(
         shape: Shape::new(spec.blocks),
         present: [0; 3],
         stolen: 0,
+        high_atomic: 0,
         free: 0,
         free_cma: 0,
     };

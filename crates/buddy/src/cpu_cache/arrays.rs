@@ -65,7 +65,7 @@ impl Arrays<'_> {
         if word & HOT != 0 {
             let missed = area.missed.get().wrapping_add(1);
             area.missed.set(missed);
-            if missed % PATIENCE == 0 {
+            if missed.is_multiple_of(PATIENCE) {
                 // The slow path puts it away.
                 return None;
             }

@@ -80,6 +80,8 @@ pub(crate) struct Core {
     pub present: [u16; 3],
     /// Page blocks that changed their type for a request of another, since the zone last looked.
     pub stolen: u64,
+    /// Page blocks of type `HighAtomic`.
+    pub high_atomic: u64,
     pub free: u64,
     /// Free frames in blocks of type `Cma`, of which movable requests alone may count.
     pub free_cma: u64,

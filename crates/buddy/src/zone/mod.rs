@@ -41,6 +41,8 @@ pub(crate) struct Zone<L> {
     core: Lock<Core, L>,
     free: AtomicU64,
     free_cma: AtomicU64,
+    /// Frames of the page blocks that are kept for high-order requests that cannot wait.
+    high_atomic: AtomicU64,
     /// Frames by which the low and high watermarks are raised for a while.
     boost: AtomicU64,
     /// min, low, high in frames.
@@ -74,6 +76,7 @@ impl<L: RawLock> Zone<L> {
             core: Lock::new(core),
             free: AtomicU64::new(0),
             free_cma: AtomicU64::new(0),
+            high_atomic: AtomicU64::new(0),
             boost: AtomicU64::new(0),
             cpus,
             marks: [const_zero(), const_zero(), const_zero()],
@@ -103,6 +106,8 @@ impl<L: RawLock> Zone<L> {
         let result = f(core);
         self.free.store(core.free, Ordering::Relaxed);
         self.free_cma.store(core.free_cma, Ordering::Relaxed);
+        let kept = core.high_atomic * bits::BLOCK_FRAMES;
+        self.high_atomic.store(kept, Ordering::Relaxed);
         if core.stolen > 0 {
             self.raise(::core::mem::take(&mut core.stolen));
         }
@@ -117,6 +122,23 @@ impl<L: RawLock> Zone<L> {
     /// Free frames that only movable requests may have.
     pub fn free_cma(&self) -> u64 {
         self.free_cma.load(Ordering::Relaxed)
+    }
+
+    /// Frames of the page blocks that are kept for high-order requests that cannot wait, free or not.
+    pub fn high_atomic(&self) -> u64 {
+        self.high_atomic.load(Ordering::Relaxed)
+    }
+
+    /// How many page blocks may be kept for them: 1 % of the zone, none of a small one or where watermarks are off.
+    ///
+    /// Source: Linux mm/page_alloc.c, `reserve_highatomic_pageblock`.
+    pub fn most_high_atomic(&self) -> u64 {
+        let share = self.managed() / 100;
+        if share < bits::BLOCK_FRAMES || self.mark(Mark::Low) == 0 {
+            0
+        } else {
+            share.div_ceil(bits::BLOCK_FRAMES)
+        }
     }
 
     pub fn managed(&self) -> u64 {

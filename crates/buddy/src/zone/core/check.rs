@@ -107,6 +107,12 @@ impl Core {
                 }
             }
         }
+        let high_atomic = (0..self.types.len())
+            .filter(|&block| self.type_of(block) == MigrateType::HighAtomic)
+            .count();
+        if high_atomic as u64 != self.high_atomic {
+            return Err("the count of kept page blocks differs from the types");
+        }
         if free != self.free || cma != self.free_cma {
             return Err("the count of free frames differs from the bits");
         }

@@ -4,7 +4,7 @@ use kmem_hal::sync::Ordering;
 
 use super::super::bits;
 use super::super::kind::{MigrateType, UNMANAGED};
-use super::super::segment::Segment;
+use super::super::segment::{self, Segment};
 use super::Core;
 
 impl Core {
@@ -39,6 +39,8 @@ impl Core {
                 self.hint_set(set, row, block);
             }
         }
+        self.high_atomic -= u64::from(from == MigrateType::HighAtomic);
+        self.high_atomic += u64::from(to == MigrateType::HighAtomic);
         if from == MigrateType::Cma {
             self.free_cma -= free;
         }
@@ -50,6 +52,41 @@ impl Core {
         if self.is_whole(block) {
             self.list_whole(segment, block);
         }
+    }
+
+    /// Keeps the page block of frame `first` for high-order requests that cannot wait, unless `most` are kept already.
+    ///
+    /// Source: Linux mm/page_alloc.c, `reserve_highatomic_pageblock`.
+    pub fn reserve_high_atomic(&mut self, first: u64, most: u64) {
+        let Some(segment) = segment::find(self.segments, first) else {
+            return;
+        };
+        let block = segment.block_of(first);
+        let plain = matches!(
+            self.type_of(block),
+            MigrateType::Unmovable | MigrateType::Movable | MigrateType::Reclaimable
+        );
+        if plain && self.high_atomic < most {
+            self.set_type(segment, block, MigrateType::HighAtomic);
+        }
+    }
+
+    /// Lets everybody have the blocks that were kept; whether there were any.
+    ///
+    /// Source: Linux mm/page_alloc.c, `unreserve_highatomic_pageblock`, which lets go one at a time.
+    pub fn release_high_atomic(&mut self, to: MigrateType) -> bool {
+        let any = self.high_atomic > 0;
+        for segment in self.segments {
+            for block in segment.block as usize..segment.block_end() {
+                if self.high_atomic == 0 {
+                    break;
+                }
+                if self.type_of(block) == MigrateType::HighAtomic {
+                    self.set_type(segment, block, to);
+                }
+            }
+        }
+        any
     }
 
     /// Takes a block off all lists; it remembers its type.

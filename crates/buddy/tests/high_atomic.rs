@@ -1,0 +1,141 @@
+//! Page blocks that are kept for high-order requests that cannot wait: who makes them, who gets them, who ends them.
+#![cfg(not(any(loom, shuttle)))]
+
+mod common;
+
+use common::window::Window;
+use kmem_buddy::{BootMap, Buddy, Config, RegionKind, ZoneLimits};
+use kmem_hal::{
+    AllocError, Context, FrameRequest, FrameSink, FrameSource, Order, OwnedFrame, PhysAddr,
+    SingleCpu, Spin,
+};
+
+type Machine = Buddy<&'static Window, SingleCpu, Spin>;
+
+fn boot(frames: u64) -> &'static Machine {
+    let window: &'static Window = Box::leak(Box::new(Window::new(frames << 12, 1 << 20)));
+    let mut map: BootMap = BootMap::new();
+    map.push(PhysAddr::new(0), frames << 12, RegionKind::Usable)
+        .unwrap();
+    // SAFETY: each test has one thread and allocators of its own.
+    let cpu = unsafe { SingleCpu::new() };
+    let buddy: &'static Machine = Box::leak(Box::new(Buddy::new(window, cpu)));
+    let config = Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .min_free_kib(16384);
+    buddy.init(&mut map, &config).unwrap();
+    buddy
+}
+
+/// Page blocks of type HighAtomic, as /proc/pagetypeinfo says.
+fn kept(buddy: &Machine) -> u64 {
+    let text = buddy.page_type_info().to_string();
+    let column = text.lines().last().unwrap().split_whitespace().nth(4 + 3);
+    column.unwrap().parse().unwrap()
+}
+
+fn waiting(order: u8) -> FrameRequest {
+    FrameRequest::new(Order::new(order).unwrap()).context(Context::MayWait)
+}
+
+fn urgent(order: u8) -> FrameRequest {
+    FrameRequest::new(Order::new(order).unwrap())
+}
+
+/// Takes frames that may wait until less than the low watermark is free.
+fn run_low(buddy: &Machine, held: &mut Vec<OwnedFrame>) {
+    loop {
+        let zone = buddy.zones().next().unwrap();
+        let Some(more) = (zone.free + 1).checked_sub(zone.marks[1]) else {
+            return;
+        };
+        for _ in 0..more.max(1) {
+            held.push(buddy.alloc(&waiting(0)).unwrap());
+        }
+        if zone.free < zone.marks[1] {
+            return;
+        }
+    }
+}
+
+fn end(buddy: &Machine, held: Vec<OwnedFrame>) {
+    buddy.check().unwrap();
+    for frame in held {
+        buddy.free(frame);
+    }
+    buddy.drain_local();
+    assert_eq!(buddy.recount().free, buddy.mem_info().total);
+    assert_eq!(buddy.misuse(), None);
+    buddy.check().unwrap();
+}
+
+#[test]
+fn a_block_is_kept_when_memory_is_short_and_serves_its_kind() {
+    let buddy = boot(1 << 16);
+    let mut held = Vec::new();
+    held.push(buddy.alloc(&urgent(5)).unwrap());
+    assert_eq!(kept(buddy), 0, "nothing is kept while there is enough");
+    run_low(buddy, &mut held);
+    let first = buddy.alloc(&urgent(5)).unwrap();
+    assert_eq!(kept(buddy), 1);
+    let block = first.first().align_down(Order::HUGE_2M);
+    let second = buddy.alloc(&urgent(4)).unwrap();
+    assert_eq!(second.first().align_down(Order::HUGE_2M), block);
+    // Single frames and callers that can wait go elsewhere, as long as there is anything; arrays may have some from before.
+    buddy.drain_local();
+    for request in [urgent(0), waiting(4)] {
+        let other = buddy.alloc(&request).unwrap();
+        assert_ne!(other.first().align_down(Order::HUGE_2M), block);
+        held.push(other);
+    }
+    buddy.check().unwrap();
+    // What may wait is refused only after the block was let go.
+    let refused = loop {
+        match buddy.alloc(&waiting(0)) {
+            Ok(frame) => held.push(frame),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(refused, AllocError::OutOfMemory);
+    assert_eq!(kept(buddy), 0);
+    held.extend([first, second]);
+    end(buddy, held);
+}
+
+#[test]
+fn at_most_a_hundredth_is_kept() {
+    let buddy = boot(1 << 16);
+    let mut held = Vec::new();
+    run_low(buddy, &mut held);
+    for order in [9, 9, 9, 9] {
+        if let Ok(block) = buddy.alloc(&urgent(order)) {
+            held.push(block);
+        }
+    }
+    assert!(kept(buddy) <= 2, "2 page blocks are 1 % of 256 MiB");
+    end(buddy, held);
+
+    let small = boot(1 << 15);
+    let mut held = Vec::new();
+    run_low(small, &mut held);
+    held.push(small.alloc(&urgent(2)).unwrap());
+    assert_eq!(kept(small), 0, "a small zone keeps nothing");
+    end(small, held);
+}
+
+#[test]
+fn a_single_frame_that_cannot_wait_gets_the_last_of_a_kept_block() {
+    let buddy = boot(1 << 16);
+    let mut held = Vec::new();
+    run_low(buddy, &mut held);
+    held.push(buddy.alloc(&urgent(3)).unwrap());
+    assert_eq!(kept(buddy), 1);
+    let min = buddy.zones().next().unwrap().marks[0];
+    // Down to half the min watermark, whatever the frames are kept for.
+    while let Ok(frame) = buddy.alloc(&urgent(0)) {
+        held.push(frame);
+    }
+    buddy.drain_local();
+    assert!(buddy.recount().free <= min / 2 + 1);
+    end(buddy, held);
+}
