@@ -1,6 +1,20 @@
 #![doc = include_str!("../README.md")]
 #![no_std]
 
+/// Whether a fault was planted by a model; no build but loom's has any.
+#[cfg(not(loom))]
+macro_rules! planted {
+    ($fault:ident) => {
+        false
+    };
+}
+#[cfg(loom)]
+macro_rules! planted {
+    ($fault:ident) => {
+        crate::plant::is(crate::plant::Plant::$fault)
+    };
+}
+
 mod alloc;
 mod batch;
 mod boot;
@@ -12,6 +26,9 @@ mod cpu_cache;
 mod cpus;
 mod error;
 mod free;
+#[cfg(loom)]
+#[doc(hidden)]
+pub mod plant;
 mod range;
 mod refusal;
 mod state;

@@ -98,7 +98,9 @@ impl Reserved {
             let reach = self.reach();
             let reached =
                 !needs_reach || first >= reach.first().number() && end <= reach.end_number();
-            fence(Ordering::Acquire);
+            if !planted!(ReservedReaderUnfenced) {
+                fence(Ordering::Acquire);
+            }
             if before & 1 == 0 && self.version.load(Ordering::Relaxed) == before {
                 return reached && !reserved;
             }
@@ -110,8 +112,12 @@ impl Reserved {
     /// Runs `f`, which changes the list; the caller holds the lock.
     pub fn change<R>(&self, f: impl FnOnce(&Self) -> R) -> R {
         let version = self.version.load(Ordering::Relaxed);
-        self.version.store(version | 1, Ordering::Relaxed);
-        fence(Ordering::Release);
+        if !planted!(ReservedVersionEven) {
+            self.version.store(version | 1, Ordering::Relaxed);
+        }
+        if !planted!(ReservedWriterUnfenced) {
+            fence(Ordering::Release);
+        }
         let result = f(self);
         self.version.store((version | 1) + 1, Ordering::Release);
         result

@@ -4,10 +4,11 @@
 use std::collections::BTreeSet;
 
 use kmem_buddy::{BootMap, Buddy, Config, RegionKind, Reservation, ZoneLimits};
-use kmem_hal::sync::{AtomicU32, AtomicU64};
+use kmem_hal::sync::{AtomicU32, AtomicU64, Ordering};
 use kmem_hal::{
-    AllocError, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Order, OwnedFrame,
-    PhysAddr, PhysMap, Spin,
+    AllocError, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, Frame, FrameRange, FrameRequest,
+    FrameSink, FrameSource, NoCpuCall, NoPressure, Order, OwnedFrame, PhysAddr, PhysMap, RawLock,
+    Spin,
 };
 use kmem_testkit::model::ModelCpu;
 use loom::thread;
@@ -62,21 +63,35 @@ fn explore_to(switches: impl Into<Option<usize>>, model: impl Fn() + Sync + Send
 type Machine = Buddy<&'static Memory, ModelCpu, Spin>;
 
 fn boot() -> &'static Machine {
+    boot_with(ModelCpu::new(3), NoCpuCall)
+}
+
+fn boot_with<C: Cpu, L: RawLock, K>(
+    cpu: C,
+    call: K,
+) -> &'static Buddy<&'static Memory, C, L, K, NoPressure> {
+    let buddy = Buddy::with(Memory::new(), cpu, call, NoPressure);
+    initialise(&buddy);
+    Box::leak(Box::new(buddy))
+}
+
+fn initialise<C: Cpu, L: RawLock, K>(buddy: &Buddy<&'static Memory, C, L, K, NoPressure>) {
     let mut map: BootMap<4> = BootMap::new();
     map.push(PhysAddr::new(FIRST << 12), FRAMES << 12, RegionKind::Usable)
         .unwrap();
     map.reserve(PhysAddr::new(FIRST << 12), 0x3000, Reservation::Initrd)
         .unwrap();
-    let buddy = Machine::new(Memory::new(), ModelCpu::new(3));
     let config = Config::new()
         .limits(ZoneLimits::NORMAL_ONLY)
         .min_free_kib(0);
     buddy.init(&mut map, &config).unwrap();
-    Box::leak(Box::new(buddy))
 }
 
 /// Takes memory until `left` frames are free, and leaves the arrays empty.
-fn fill(buddy: &Machine, left: usize) -> Vec<OwnedFrame> {
+fn fill<C: Cpu, L: RawLock, K: CpuCall>(
+    buddy: &Buddy<&'static Memory, C, L, K, NoPressure>,
+    left: usize,
+) -> Vec<OwnedFrame> {
     let range = FrameRange::from_numbers(FIRST + 3, FIRST + FRAMES).unwrap();
     let mut taken = Vec::new();
     for order in (0..=10).rev() {
@@ -124,7 +139,11 @@ fn one(buddy: &Machine) -> Vec<OwnedFrame> {
     buddy.alloc(&FrameRequest::ONE).into_iter().collect()
 }
 
-fn settled(buddy: &Machine, held: Vec<OwnedFrame>, free: u64) {
+fn settled<C: Cpu, L: RawLock, K: CpuCall>(
+    buddy: &Buddy<&'static Memory, C, L, K, NoPressure>,
+    held: Vec<OwnedFrame>,
+    free: u64,
+) {
     distinct(&held);
     for frame in held {
         buddy.free(frame);
@@ -233,9 +252,8 @@ fn two_cpus_free_into_one_word() {
     });
 }
 
-#[test]
-fn a_reserved_frame_is_refused_while_its_neighbour_is_released() {
-    explore(|| {
+fn release_beside_a_wrong_free() {
+    {
         let buddy = boot();
         let rest = fill(buddy, 0);
         let held = on_two_cpus(
@@ -258,7 +276,12 @@ fn a_reserved_frame_is_refused_while_its_neighbour_is_released() {
         );
         drop(rest);
         settled(buddy, held, 1);
-    });
+    }
+}
+
+#[test]
+fn a_reserved_frame_is_refused_while_its_neighbour_is_released() {
+    explore(release_beside_a_wrong_free);
 }
 
 /// Takes a block of an order out of what `fill` gave, cut from a larger one if need be.
@@ -285,7 +308,10 @@ fn refused(error: AllocError) -> Vec<OwnedFrame> {
     Vec::new()
 }
 
-fn ask(buddy: &Machine, request: FrameRequest) -> Vec<OwnedFrame> {
+fn ask<C: Cpu, L: RawLock, K: CpuCall>(
+    buddy: &Buddy<&'static Memory, C, L, K, NoPressure>,
+    request: FrameRequest,
+) -> Vec<OwnedFrame> {
     match buddy.alloc(&request) {
         Ok(frame) => vec![frame],
         Err(error) => refused(error),
@@ -542,4 +568,196 @@ fn figures_beside_an_allocation_and_a_free() {
         );
         settled(buddy, held, 32);
     });
+}
+
+/// The other CPU finds the allocator in the middle of its start: refused, or served like anybody.
+fn start_beside_an_allocation() {
+    let buddy: &'static Machine =
+        Box::leak(Box::new(Machine::new(Memory::new(), ModelCpu::new(3))));
+    let held = on_two_cpus(
+        move || {
+            initialise(buddy);
+            Vec::new()
+        },
+        move || match buddy.alloc(&order(4)) {
+            Ok(block) => vec![block],
+            Err(error) => {
+                assert_eq!(error, AllocError::NotInitialised);
+                Vec::new()
+            }
+        },
+    );
+    let total = buddy.mem_info().total;
+    settled(buddy, held, total);
+}
+
+#[test]
+fn a_start_beside_an_allocation() {
+    explore_to(2, start_beside_an_allocation);
+}
+
+/// Blocks that come back at once are hot; a drain of the own arrays in between takes them along.
+#[test]
+fn a_hot_block_beside_another_cpu_that_takes() {
+    explore_to(3, || {
+        let buddy = boot();
+        let _rest = fill(buddy, 2);
+        let held = on_two_cpus(
+            move || {
+                let mut held = Vec::new();
+                for _ in 0..2 {
+                    let got = ask(buddy, FrameRequest::ONE);
+                    got.into_iter().for_each(|block| buddy.free(block));
+                }
+                assert!(buddy.drain_local());
+                held.extend(ask(buddy, FrameRequest::ONE));
+                held
+            },
+            move || ask(buddy, FrameRequest::ONE),
+        );
+        settled(buddy, held, 2);
+    });
+}
+
+/// Faults on purpose: each model must find its fault, or it proves nothing.
+mod planted {
+    use super::*;
+    use kmem_buddy::plant::{Plant, plant};
+
+    fn must_fail(model: impl Fn() + Sync + Send + 'static) {
+        let run = std::panic::AssertUnwindSafe(|| explore_to(3, model));
+        assert!(
+            std::panic::catch_unwind(run).is_err(),
+            "the model does not notice the fault"
+        );
+    }
+
+    #[test]
+    fn a_state_that_is_published_too_early() {
+        plant(Plant::StateUnpublished);
+        must_fail(start_beside_an_allocation);
+    }
+
+    #[test]
+    fn a_reserved_list_that_changes_before_it_says_so() {
+        plant(Plant::ReservedWriterUnfenced);
+        must_fail(release_beside_a_wrong_free);
+    }
+
+    #[test]
+    fn a_reserved_list_whose_version_is_read_too_early() {
+        plant(Plant::ReservedReaderUnfenced);
+        must_fail(release_beside_a_wrong_free);
+    }
+
+    #[test]
+    fn a_reserved_list_that_never_says_that_it_changes() {
+        plant(Plant::ReservedVersionEven);
+        must_fail(release_beside_a_wrong_free);
+    }
+
+    /// A lock whose release orders nothing: `K2` is broken.
+    struct Hasty(AtomicU32);
+
+    // SAFETY: none; the model must notice.
+    unsafe impl RawLock for Hasty {
+        type State = ();
+
+        fn init() -> Self {
+            Self(AtomicU32::new(0))
+        }
+        fn lock(&self) {
+            while self.try_lock().is_none() {
+                thread::yield_now();
+            }
+        }
+        fn try_lock(&self) -> Option<()> {
+            self.0
+                .compare_exchange(0, 1, Ordering::Relaxed, Ordering::Relaxed)
+                .ok()
+                .map(|_| ())
+        }
+        unsafe fn unlock(&self, (): ()) {
+            self.0.store(0, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn a_lock_that_orders_nothing() {
+        must_fail(|| {
+            let buddy = boot_with::<_, Hasty, _>(ModelCpu::new(3), NoCpuCall);
+            let _rest = fill(buddy, 2);
+            let held = on_two_cpus(
+                move || ask(buddy, FrameRequest::ONE),
+                move || ask(buddy, FrameRequest::ONE),
+            );
+            settled(buddy, held, 2);
+        });
+    }
+
+    /// Runs everything here and now, whatever the other CPU does: `R1` is broken.
+    struct Lying;
+
+    // SAFETY: none; the model must notice.
+    unsafe impl CpuCall for Lying {
+        fn run_on(&self, cpus: &CpuSet, f: &(dyn Fn(CpuId) + Sync)) -> Result<(), CpuCallError> {
+            (0..3)
+                .map(CpuId::new)
+                .filter(|&cpu| cpus.contains(cpu))
+                .for_each(f);
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn a_call_that_does_not_interrupt_the_other_cpu() {
+        must_fail(|| {
+            let buddy = boot_with::<_, Spin, _>(ModelCpu::new(3), Lying);
+            let _rest = fill(buddy, 2);
+            let held = on_two_cpus(
+                move || {
+                    buddy.drain_all();
+                    ask(buddy, FrameRequest::ONE)
+                },
+                move || {
+                    let got = ask(buddy, FrameRequest::ONE);
+                    got.into_iter().for_each(|block| buddy.free(block));
+                    ask(buddy, FrameRequest::ONE)
+                },
+            );
+            settled(buddy, held, 2);
+        });
+    }
+
+    /// Two CPUs with one number: `C2` is broken.
+    struct Doubled;
+
+    // SAFETY: none; the model must notice.
+    unsafe impl Cpu for Doubled {
+        type Guard<'a> = ();
+
+        fn raw_pin(&self) {}
+        fn id<'a>(&'a self, (): &()) -> CpuId {
+            CpuId::BOOT
+        }
+        fn count(&self) -> u32 {
+            1
+        }
+    }
+
+    #[test]
+    fn two_cpus_with_one_number() {
+        must_fail(|| {
+            let buddy = boot_with::<_, Spin, _>(Doubled, NoCpuCall);
+            let mut rest = fill(buddy, 0);
+            let (lower, upper) = block_of(&mut rest, 1).split().unwrap();
+            buddy.free(lower);
+            buddy.free(upper);
+            let held = on_two_cpus(
+                move || ask(buddy, FrameRequest::ONE),
+                move || ask(buddy, FrameRequest::ONE),
+            );
+            settled(buddy, held, 2);
+        });
+    }
 }
