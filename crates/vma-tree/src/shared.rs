@@ -79,10 +79,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> SharedTree<V, 
     /// Shares a tree that was built alone: fork fills the child's tree first. Looks at every leaf once.
     #[must_use]
     pub fn from_tree(tree: RangeTree<V, A, Exclusive, W>, grace: G) -> Self {
-        for (mut leaf, _) in tree.leaves() {
+        for (leaf, _) in tree.leaves() {
             // N6: the tree is ours alone, so the leaf may be written.
             leaf.sort();
-            leaf.save();
         }
         let (root, len, top) = (tree.root_word(), tree.len(), tree.top());
         tree.stock.trim_to(&tree.alloc, 0);

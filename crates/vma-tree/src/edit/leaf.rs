@@ -147,10 +147,12 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     ) -> Result<(), AllocError> {
         // SAFETY: as in `splice_at`.
         let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
-        let mut target = self.writable(old)?;
-        let slot = target.open(hole.at);
-        target.set_range(slot, first, last);
-        target.set_value(slot, value);
+        let (mut leaf, target) = self.writable(old)?;
+        leaf.open(hole.at);
+        let leaf = self.settled(leaf, target);
+        let slot = leaf.slot(hole.at);
+        leaf.set_range(slot, first, last);
+        leaf.set_value(slot, value);
         self.replaced(path, target, || ());
         path.hole = 0;
         self.count_edit(1, 0);
@@ -168,11 +170,12 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         gap: u64,
         removed: &mut dyn FnMut(Entry<V>),
     ) -> Result<(), AllocError> {
-        let mut target = self.writable(old)?;
+        let (mut leaf, target) = self.writable(old)?;
         if !self.copies() {
             removed(entry(raw));
         }
-        target.close(at);
+        self.close(&mut leaf, at);
+        let _ = self.settled(leaf, target);
         self.replaced(path, target, || removed(entry(raw)));
         path.hole = at;
         self.count_edit(0, 1);
@@ -197,20 +200,25 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             value: whole.split(cut.first - raw.first).to_word(),
         });
         let above = whole.split(cut.last + 1 - raw.first);
-        let mut target = self.writable(old)?;
+        let (mut leaf, target) = self.writable(old)?;
         if !self.copies() {
             removed(gone);
         }
         let upper = at + 1;
-        target.set_range(target.slot(at), raw.first, cut.first - 1);
-        let slot = target.open(upper);
-        target.set_range(slot, cut.last + 1, raw.last);
-        target.set_value(slot, above.to_word());
-        if let Some(value) = cut.value {
-            let slot = target.open(upper);
-            target.set_range(slot, cut.first, cut.last);
-            target.set_value(slot, value);
+        leaf.open(upper);
+        if cut.value.is_some() {
+            leaf.open(upper);
         }
+        let leaf = self.settled(leaf, target);
+        leaf.set_range(leaf.slot(at), raw.first, cut.first - 1);
+        let mut slot = leaf.slot(upper);
+        if let Some(value) = cut.value {
+            leaf.set_range(slot, cut.first, cut.last);
+            leaf.set_value(slot, value);
+            slot = leaf.slot(upper + 1);
+        }
+        leaf.set_range(slot, cut.last + 1, raw.last);
+        leaf.set_value(slot, above.to_word());
         self.replaced(path, target, || removed(gone));
         if cut.value.is_none() {
             path.hole = upper;
@@ -236,13 +244,14 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     ) -> Result<(), AllocError> {
         // SAFETY: as in `splice_at`.
         let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
-        let mut target = self.writable(old)?;
-        let slot = target.slot(at);
-        target.set_range(slot, grown.first, grown.last);
-        target.set_value(slot, grown.value);
+        let (mut leaf, target) = self.writable(old)?;
         if both {
-            target.close(at + 1);
+            self.close(&mut leaf, at + 1);
         }
+        let leaf = self.settled(leaf, target);
+        let slot = leaf.slot(at);
+        leaf.set_range(slot, grown.first, grown.last);
+        leaf.set_value(slot, grown.value);
         self.replaced(path, target, || ());
         path.hole = 0;
         self.count_edit(1, 1 + usize::from(both));
@@ -250,17 +259,37 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         Ok(())
     }
 
-    /// The leaf to write an edit into: itself, or a copy where readers may look at it.
+    /// The leaf as an edit begins, and the node to write it into: its own, or another where readers may look at it.
+    ///
+    /// An edit opens and closes positions of the leaf, has it [`settled`](Self::settled), and then writes ranges and values.
     #[inline(always)]
-    fn writable<'n>(&self, old: &'n Node<W>) -> Result<Leaf<'n, W>, AllocError> {
+    fn writable<'n>(&self, old: &'n Node<W>) -> Result<(Leaf<'n, W>, &'n Node<W>), AllocError> {
+        let leaf = old.leaf();
         if !self.copies() {
-            return Ok(old.leaf());
+            return Ok((leaf, old));
         }
-        let copy = self.stock.take(&self.alloc)?;
+        let target = self.stock.take(&self.alloc)?;
         // SAFETY: the node is ours until it is published, and alive while it is in the tree.
-        let copy: &'n Node<W> = unsafe { copy.as_ref() };
-        copy.copy_from(old);
-        Ok(copy.leaf())
+        Ok((leaf, unsafe { target.as_ref() }))
+    }
+
+    /// Takes the range at `position` out of a leaf that is not settled yet.
+    #[inline(always)]
+    fn close(&self, leaf: &mut Leaf<'_, W>, position: usize) {
+        let slot = leaf.close(position);
+        if !self.copies() {
+            leaf.set_unused(slot);
+        }
+    }
+
+    /// The leaf in the node to write it into, with the positions that it was given; a copy is put in order (`N6`).
+    #[inline(always)]
+    fn settled<'n>(&self, leaf: Leaf<'n, W>, target: &'n Node<W>) -> Leaf<'n, W> {
+        if self.copies() {
+            return leaf.sorted_into(target);
+        }
+        leaf.save();
+        leaf
     }
 
     /// Whether leaves are edited in copies, since readers may look at them.
@@ -269,21 +298,18 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         self.planted.copies(S::SHARED)
     }
 
-    /// Finishes what [`writable`](Self::writable) gave. A copy is put in order (`N6`) and published, what was removed is
-    /// shown with `shows` (where nothing was copied that was done before), and what it is a copy of is retired.
+    /// Publishes what was written into a copy, shows what was removed with `shows` (where nothing was copied that was done
+    /// before), and retires what it is a copy of.
     #[inline(always)]
-    fn replaced(&self, path: &mut Path<W>, mut target: Leaf<'_, W>, shows: impl FnOnce()) {
-        if !self.copies() {
-            return target.save();
+    fn replaced(&self, path: &mut Path<W>, target: &Node<W>, shows: impl FnOnce()) {
+        if self.copies() {
+            let (old, new) = (path.pointer(0), NodePtr::from(target));
+            self.publish(path, 1, new);
+            path.replace_leaf(new);
+            shows();
+            self.retire(old);
+            self.stock.trim(&self.alloc);
         }
-        target.sort();
-        target.save();
-        let (old, new) = (path.pointer(0), NodePtr::from(target.node()));
-        self.publish(path, 1, new);
-        path.replace_leaf(new);
-        shows();
-        self.retire(old);
-        self.stock.trim(&self.alloc);
     }
 
     /// Records what is left of a hole after `first ..= last` in it was filled.
@@ -420,7 +446,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         } else {
             new_gap = high - low;
         }
-        let mut target = self.writable(old)?;
+        let (mut settling, target) = self.writable(old)?;
         let shows = |removed: &mut dyn FnMut(Entry<V>)| {
             for raw in leaf.raws(from, to) {
                 show(raw, cut, removed);
@@ -438,25 +464,26 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         };
         let mut at = from + usize::from(has_lower);
         for _ in touched..pieces {
-            let _ = target.open(at);
+            settling.open(at);
         }
         for _ in pieces..touched {
-            target.close(at);
+            self.close(&mut settling, at);
         }
+        let settled = self.settled(settling, target);
         if has_lower {
             // Its value stays where it is.
-            target.set_range(target.slot(from), lowest.0, cut.first - 1);
+            settled.set_range(settled.slot(from), lowest.0, cut.first - 1);
         }
         if let Some(value) = cut.value {
-            let slot = target.slot(at);
-            target.set_range(slot, cut.first, cut.last);
-            target.set_value(slot, value);
+            let slot = settled.slot(at);
+            settled.set_range(slot, cut.first, cut.last);
+            settled.set_value(slot, value);
             at += 1;
         }
         if has_upper {
-            let slot = target.slot(at);
-            target.set_range(slot, cut.last + 1, highest.1);
-            target.set_value(slot, upper_value);
+            let slot = settled.slot(at);
+            settled.set_range(slot, cut.last + 1, highest.1);
+            settled.set_value(slot, upper_value);
         }
         self.replaced(path, target, || shows(removed));
         path.hole = if has_middle {

@@ -1,5 +1,7 @@
 //! The leaf: how ranges are packed into words, found, put in and taken out.
 
+use core::hint::select_unpredictable;
+
 use super::{Node, Raw, UNUSED, count_above};
 
 /// How many bits of a key may hold the length. The first that fits is taken.
@@ -107,12 +109,11 @@ impl Order {
 
     /// Puts a free slot to `position`: the last of `slots`, which the nibbles above push out of its place.
     #[inline(always)]
-    fn open(&mut self, position: usize, slots: usize) -> usize {
+    fn open(&mut self, position: usize, slots: usize) {
         let below = Self::below(position);
         let free = self.0 >> (4 * (slots - 1));
         let above = ((self.0 & !below) << 4) & Self::below(slots);
         self.0 = (self.0 & below) | above | (free << bits(position));
-        free as usize
     }
 
     /// Makes the slot at `position` free: the last of `slots`.
@@ -429,21 +430,26 @@ impl<'a, const W: usize> Leaf<'a, W> {
         first - self.coding.base <= self.coding.reach()
     }
 
-    /// Makes room for a range at `position`: the slot, which is to be written. There is a free one.
+    /// Makes room for a range at `position`, which is to be written. There is a free slot.
     #[inline(always)]
-    pub(crate) fn open(&mut self, position: usize) -> usize {
+    pub(crate) fn open(&mut self, position: usize) {
         debug_assert!(position <= self.count && self.count < Node::<W>::RANGES);
         self.count += 1;
-        self.order.open(position, Node::<W>::RANGES)
+        self.order.open(position, Node::<W>::RANGES);
     }
 
-    /// Takes the range at `position` out.
+    /// Takes the range at `position` out. Its slot is to be written with [`set_unused`](Self::set_unused).
     #[inline(always)]
-    pub(crate) fn close(&mut self, position: usize) {
+    pub(crate) fn close(&mut self, position: usize) -> usize {
         debug_assert!(position < self.count);
-        let slot = self.order.close(position, Node::<W>::RANGES);
-        self.node.set_word(slot, UNUSED);
         self.count -= 1;
+        self.order.close(position, Node::<W>::RANGES)
+    }
+
+    /// Marks a slot that has no range any more.
+    #[inline(always)]
+    pub(crate) fn set_unused(&self, slot: usize) {
+        self.node.set_word(slot, UNUSED);
     }
 
     /// The slot of the range at `position`.
@@ -474,19 +480,37 @@ impl<'a, const W: usize> Leaf<'a, W> {
         self.node.set_word(Node::<W>::LINK, self.order.0);
     }
 
+    /// Writes the leaf into `target`, which no reader can reach, with every range in the slot of its position (`N6`).
+    ///
+    /// A range at a position that was just opened means nothing there, and is to be written.
+    #[inline(always)]
+    pub(crate) fn sorted_into<'b>(&self, target: &'b Node<W>) -> Leaf<'b, W> {
+        let mut order = self.order.0;
+        for position in 0..Node::<W>::RANGES {
+            let slot = (order & 15) as usize;
+            order >>= 4;
+            let key = self.node.leaf_word(slot);
+            let used = position < self.count;
+            target.set_word(position, select_unpredictable(used, key, UNUSED));
+            let value = self.node.leaf_word(Node::<W>::VALUES + slot);
+            target.set_word(Node::<W>::VALUES + position, value);
+        }
+        let sorted = Leaf {
+            node: target,
+            coding: self.coding,
+            count: self.count,
+            order: Node::<W>::SORTED,
+        };
+        sorted.save();
+        sorted
+    }
+
     /// Puts every range into the slot of its position (`N6`). The node is one that no reader can reach.
-    pub(crate) fn sort(&mut self) {
-        if self.order == Node::<W>::SORTED {
-            return;
-        }
-        let mut words = [(UNUSED, 0); 15];
-        for (position, word) in words.iter_mut().enumerate().take(self.count) {
-            *word = (self.key(position), self.value(position));
-        }
-        self.order = Node::<W>::SORTED;
-        for (slot, &(key, value)) in words.iter().enumerate().take(Node::<W>::RANGES) {
-            self.node.set_word(slot, key);
-            self.node.set_word(Node::<W>::VALUES + slot, value);
+    pub(crate) fn sort(&self) {
+        if !self.is_sorted() {
+            let old = Node::blank();
+            old.copy_from(self.node);
+            let _ = old.leaf().sorted_into(self.node);
         }
     }
 }
