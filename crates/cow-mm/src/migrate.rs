@@ -28,6 +28,7 @@ use kmem_paging::{Entry as TableEntry, Env as _, Rights};
 use crate::absent::{Absent, Moving};
 use crate::env::Env;
 use crate::mm::Mm;
+use crate::mutants::mutant;
 use crate::reclaim::LAZY_FREE;
 use crate::registry::First;
 use crate::rmap::{Identity, Refused};
@@ -122,7 +123,7 @@ impl<'m, E: Env> Mm<'m, E> {
         };
         let spaces = self.registry().lock();
         let taken = self.take_leaves(&spaces, frame);
-        let clean = taken == Ok(false)
+        let clean = (taken == Ok(false) || mutant!("lazily-freed-though-written"))
             && self.user(frame).mappings() == 0
             && self.held_by_nobody_else(frame, self.user(frame));
         self.put_leaves(&spaces, identity, frame, (!clean).then_some(frame));
@@ -151,9 +152,11 @@ impl<'m, E: Env> Mm<'m, E> {
             self.put_leaves(&spaces, identity, from, Some(from));
             return Err(MigrateError::Pinned);
         }
-        // SAFETY: the caller owns `to`; of `from` it holds a reference, and nobody writes to it: no table maps it, and no one else
-        // holds it. E2: both are in reach.
-        unsafe { self.env().paging().map().copy(from, to) };
+        if !mutant!("moved-page-not-copied") {
+            // SAFETY: the caller owns `to`; of `from` it holds a reference, and nobody writes to it: no table maps it, and no one
+            // else holds it. E2: both are in reach.
+            unsafe { self.env().paging().map().copy(from, to) };
+        }
         let slot = self.slot(to);
         let tag = page.slot().tag();
         let claimed = UserSlot::claim(slot, tag, Order::ZERO, page.object(), page.page());

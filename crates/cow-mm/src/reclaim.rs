@@ -38,6 +38,7 @@ use kmem_paging::Env as _;
 use crate::absent::Absent;
 use crate::env::Env;
 use crate::mm::Mm;
+use crate::mutants::mutant;
 use crate::replacement::{Clock, Replacement, Verdict};
 use crate::rmap::Refused;
 use crate::swap::SwapEntry;
@@ -156,7 +157,7 @@ impl<P: Replacement> Reclaimer<P> {
         }
         mm.count(|counts| &counts.scanned);
         let looked = mm.look_at_mappings(frame, true);
-        if looked.locked {
+        if looked.locked && !mutant!("locked-page-goes") {
             return Evicted::Kept;
         }
         let used = looked.accessed || page.slot().flags().contains(SlotFlags::REFERENCED);
@@ -305,7 +306,8 @@ impl<E: Env> Mm<'_, E> {
 
     /// Lets a page of the swap cache that nobody maps go, written first if the slot has not its bytes.
     pub(crate) fn write_to_swap(&self, frame: Frame, entry: SwapEntry) -> Evicted {
-        if self.slot(frame).flags().contains(SlotFlags::DIRTY) {
+        let dirty = self.slot(frame).flags().contains(SlotFlags::DIRTY);
+        if dirty && !mutant!("swapped-page-not-written") {
             match self.start_transfer(entry, frame, true) {
                 // The end of the transfer took it out of the cache.
                 Ok(Started::Done) => {

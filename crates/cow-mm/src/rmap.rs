@@ -32,6 +32,7 @@ use kmem_paging::{Cleared, Entry as TableEntry, Leaf, Payload};
 use crate::env::Env;
 use crate::flags::VmFlags;
 use crate::mm::{Mm, PageRef};
+use crate::mutants::mutant;
 use crate::object::FileRef;
 use crate::registry::First;
 use crate::space::{AddressSpace, Core};
@@ -295,7 +296,7 @@ impl<'m, E: Env> Mm<'m, E> {
         if leaf.frame != frame || leaf.order != Order::ZERO {
             return Ok(None);
         }
-        if place.vma.flags.contains(VmFlags::LOCKED) {
+        if place.vma.flags.contains(VmFlags::LOCKED) && !mutant!("locked-page-goes") {
             return Err(Refused::Locked);
         }
         let payload = instead(&leaf)?;
@@ -308,7 +309,11 @@ impl<'m, E: Env> Mm<'m, E> {
             // there are no others.
             let taken = unsafe { cursor.take_shared(page, frame, payload) };
             cursor.release();
-            self.flush(place.spaces, own, page);
+            if mutant!("shared-entry-flushed-for-one") {
+                tables.flush_foreign(page);
+            } else {
+                self.flush(place.spaces, own, page);
+            }
             let taken = taken.map(|(leaf, mapping): (Leaf, PageRef)| {
                 self.put(mapping);
                 leaf
@@ -346,7 +351,7 @@ impl<'m, E: Env> Mm<'m, E> {
         let Some(identity) = self.identity(frame) else {
             return;
         };
-        if self.user(frame).mappings() == 0 {
+        if self.user(frame).mappings() == 0 || mutant!("cleaned-page-stays-writable") {
             return;
         }
         let spaces = self.registry().lock();

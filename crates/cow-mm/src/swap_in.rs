@@ -26,6 +26,7 @@ use crate::env::Env;
 use crate::errno::Errno;
 use crate::fault::{Outcome, Signal, Stop};
 use crate::mm::Mm;
+use crate::mutants::mutant;
 use crate::space::AddressSpace;
 use crate::swap::{SwapEntry, SwapSlot};
 use crate::tables::attributes;
@@ -205,6 +206,7 @@ impl<'m, E: Env> Mm<'m, E> {
     /// Counts one more entry like this; `false` where that cannot be counted.
     pub(crate) fn copy_payload(&self, payload: Payload) -> bool {
         match Absent::of(payload) {
+            Some(Absent::Swapped(_)) if mutant!("copied-swap-entry-not-counted") => true,
             Some(Absent::Swapped(entry)) => self.swap().add_count(entry),
             // The mover counts what it finds.
             _ => true,

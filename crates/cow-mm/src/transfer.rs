@@ -17,6 +17,7 @@ use kmem_hal::{Frame, IoState, IoTicket, SlotFlags};
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::mm::Mm;
+use crate::mutants::mutant;
 use crate::swap::SwapEntry;
 
 /// The page's read failed.
@@ -180,6 +181,9 @@ impl<E: Env> Mm<'_, E> {
             }
             // The first fault that finds it says so to its process.
             (false, false) => {
+                if mutant!("failed-read-is-up-to-date") {
+                    slot.set_flags(SlotFlags::UP_TO_DATE);
+                }
                 slot.set_flags(FAILED);
             }
         }

@@ -6,6 +6,8 @@
 mod common;
 #[path = "regressions/list.rs"]
 mod list;
+#[path = "regressions/swap.rs"]
+mod swap;
 
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
@@ -18,6 +20,7 @@ fn every_fault_is_noticed() {
     for (name, _) in ALL {
         let guards: Vec<_> = list::ALL
             .iter()
+            .chain(swap::ALL)
             .filter(|entry| entry.2.contains(name))
             .collect();
         for (regression, run, _) in &guards {

@@ -5,13 +5,16 @@
 mod common;
 #[path = "regressions/list.rs"]
 mod list;
+#[path = "regressions/swap.rs"]
+mod swap;
 
 macro_rules! regressions {
     ($($name:ident)*) => {
         $(
             #[test]
             fn $name() {
-                let (_, run, _) = list::ALL.iter().find(|entry| entry.0 == stringify!($name)).unwrap();
+                let mut all = list::ALL.iter().chain(swap::ALL);
+                let (_, run, _) = all.find(|entry| entry.0 == stringify!($name)).unwrap();
                 run();
             }
         )*
@@ -19,12 +22,22 @@ macro_rules! regressions {
         #[test]
         fn every_entry_of_the_list_is_a_test() {
             let tests = [$(stringify!($name)),*];
-            assert!(list::ALL.iter().all(|entry| tests.contains(&entry.0)));
+            let mut all = list::ALL.iter().chain(swap::ALL);
+            assert!(all.all(|entry| tests.contains(&entry.0)));
         }
     };
 }
 
 regressions! {
+    a_page_comes_back_from_swap_as_it_went
+    a_copied_entry_of_swap_is_counted
+    a_failed_read_is_no_page
+    an_entry_in_a_shared_table_is_flushed_for_all
+    no_dirty_bit_is_lost_by_write_back
+    what_is_written_after_madv_free_stays
+    locked_memory_is_not_reclaimed
+    a_moved_page_takes_its_bytes_along
+    an_entry_of_swap_names_no_memory
     reuse_while_another_reference_exists
     a_shared_page_is_not_exclusive
     a_chain_of_forks_each_writes_its_own
