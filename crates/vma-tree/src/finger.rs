@@ -100,6 +100,8 @@ impl Set {
 
 /// The entries that one reader found last.
 ///
+/// 5 KiB: one for each thread or CPU, beside its other data; not on a kernel's stack.
+///
 /// A finger belongs to the tree it was first used with. Before it is used with another, [`clear`](Self::clear) it: a tree
 /// in the memory of an older one cannot be told from it.
 ///

@@ -235,9 +235,58 @@ impl core::error::Error for LookupError {}
 impl<V: Lockable, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> ReadSection<'_, V, A, G, W> {
     /// The VMA that covers `page`, locked for reading.
     ///
+    /// What is given out stays as it is until the guard is dropped: the range, the value, and whatever the VMA's writer
+    /// changes only while it has the VMA write-locked (`L3`). The guard may outlive nothing but the section's borrow.
+    ///
     /// # Errors
     ///
-    /// [`LookupError`]. Never waits.
+    /// [`LookupError`]. Never waits: whoever gets one takes the space's own lock and looks again.
+    ///
+    /// # Examples
+    ///
+    /// A fault that needs the lock of the space only where its VMA is being changed:
+    ///
+    /// ```
+    /// use kmem_hal::{FixedPool, Page, PageRange, SingleGrace};
+    /// use kmem_vma_tree::{Lockable, LookupError, Node, SharedTree, SpaceSeq, Value, VmaLock};
+    ///
+    /// struct Vma { lock: VmaLock, writable: bool }
+    /// static STACK: Vma = Vma { lock: VmaLock::new(), writable: true };
+    ///
+    /// #[derive(Clone, Copy)]
+    /// struct Handle(&'static Vma);
+    /// impl Value for Handle {
+    ///     fn to_word(self) -> u64 { core::ptr::from_ref(self.0).expose_provenance() as u64 }
+    ///     fn from_word(word: u64) -> Self {
+    ///         // SAFETY: the word came from `to_word`, and no VMA is freed here.
+    ///         Self(unsafe { &*core::ptr::with_exposed_provenance(word as usize) })
+    ///     }
+    /// }
+    /// // SAFETY: LV1: no VMA is freed; LV2: the range stays as it is below.
+    /// unsafe impl Lockable for Handle {
+    ///     unsafe fn lock<'v>(self) -> &'v VmaLock { &self.0.lock }
+    /// }
+    ///
+    /// let (nodes, space) = (FixedPool::<Node, 32>::new(), SpaceSeq::new());
+    /// // SAFETY: one thread runs this example.
+    /// let grace = unsafe { SingleGrace::new() };
+    /// let mut tree: SharedTree<Handle, _, _> = SharedTree::new_in(&nodes, &grace);
+    /// let (mut writer, readers) = tree.split();
+    /// writer.store(PageRange::single(Page::ZERO), Some(Handle(&STACK)), &mut |_| ())?;
+    ///
+    /// let section = readers.read();
+    /// let (entry, guard) = section.lookup_locked(&space, Page::ZERO).ok().unwrap();
+    /// assert!(entry.value.0.writable);
+    /// assert_eq!(STACK.lock.readers(), 1);
+    /// drop(guard);
+    ///
+    /// // `mprotect` on another CPU: faults in this VMA take the slow way until it is done.
+    /// STACK.lock.start_write(&space, &mut || ());
+    /// assert_eq!(section.lookup_locked(&space, Page::ZERO).err(), Some(LookupError::WriteLocked));
+    /// space.end_write_all();
+    /// assert!(section.lookup_locked(&space, Page::ZERO).is_ok());
+    /// # Ok::<(), kmem_hal::AllocError>(())
+    /// ```
     #[doc(alias = "lock_vma_under_rcu")]
     pub fn lookup_locked(
         &self,
