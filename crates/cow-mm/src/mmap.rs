@@ -12,6 +12,7 @@
 use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
 
 use crate::commit::Overcommit;
+use crate::counters::Counters;
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{MapFlags, Prot, VmFlags};
@@ -201,7 +202,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let (flags, offset) = self.mmap_flags(request, file, range, offset)?;
         let flags = flags | lock;
         // What a fixed mapping replaces does not count twice.
-        let replaced = state.vmas.counters_in(range);
+        let replaced = match request.flags.contains(MapFlags::FIXED) {
+            true => state.vmas.counters_in(range),
+            false => Counters::default(),
+        };
         if !state.may_expand(pages - replaced.total, flags) {
             cut_edges(state, range);
             return Err(Errno::ENOMEM);

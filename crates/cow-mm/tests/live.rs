@@ -281,6 +281,22 @@ fn ask(kernel: &mut Kernel, call: Call) -> Option<(kernel::Answer, Vec<Line>)> {
     kernel.ask(what, words)
 }
 
+/// The `VmFlags` of each mapping in the window, by its address, as `smaps` prints them.
+fn vm_flags(smaps: &str) -> Vec<(u64, String)> {
+    let mut flags = Vec::new();
+    let mut start = 0;
+    for line in smaps.lines() {
+        if let Some(letters) = line.strip_prefix("VmFlags:") {
+            if WINDOW.contains(&start) {
+                flags.push((start, letters.trim().to_string()));
+            }
+        } else if let Some((address, _)) = line.split_once('-') {
+            start = u64::from_str_radix(address, 16).unwrap_or(start);
+        }
+    }
+    flags
+}
+
 /// Advice that the running kernel is built with, among that whose effect on contents is certain.
 fn known_advice(kernel: &mut Kernel) -> Vec<i32> {
     let at = WINDOW.start;
@@ -364,6 +380,15 @@ fn run(seed: u64, count: usize) -> Result<(), String> {
         let listed = ours.lines();
         if number % 16 == 0 {
             common::check_counters(&ours.programs);
+            if let [program] = &ours.programs[..] {
+                let theirs = vm_flags(&kernel.smaps().ok_or("no smaps")?);
+                let ours = vm_flags(&program.space.smaps().to_string());
+                if theirs != ours {
+                    return Err(format!(
+                        "seed {seed}, call {number}: {call:x?}\n  after:{history}\n  flags: Linux {theirs:x?}\n  kmem  {ours:x?}"
+                    ));
+                }
+            }
         }
         if got != expected || listed != now {
             let only = |a: &[Line], b: &[Line]| {

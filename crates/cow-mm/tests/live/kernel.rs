@@ -275,6 +275,11 @@ impl Kernel {
         })
     }
 
+    /// The child's `smaps`; while it has children of its own they answer in its place, and this is the parent's.
+    pub fn smaps(&self) -> Option<String> {
+        std::fs::read_to_string(format!("/proc/{}/smaps", self.child)).ok()
+    }
+
     /// Limits the child, in bytes; whether that was possible.
     pub fn limit(&self, resource: u32, bytes: u64) -> bool {
         let limit = libc::rlimit {
