@@ -345,16 +345,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let Some(vma) = state.vmas.get(page) else {
             return;
         };
-        if !vma.is_shared() {
-            self.prepare_reverse_map(state, page);
-        }
-    }
-
-    /// The same for any VMA: guard regions of shared ones have notes in entries that a child inherits.
-    pub(crate) fn prepare_reverse_map(&self, state: &mut State<'m, E>, page: Page) {
-        let Some(vma) = state.vmas.get(page).filter(|vma| vma.anon.is_none()) else {
+        if vma.anon.is_some() || vma.is_shared() {
             return;
-        };
+        }
         let next = vma
             .range
             .last()

@@ -137,6 +137,8 @@ bitflags! {
         const LOCKONFAULT = 1 << 23;
         /// The four bits of its protection key ([`VmFlags::key`]).
         const KEY_BITS = 0xf << 24;
+        /// Had a guard region once: a child inherits its tables. Sticks to whatever it merges with.
+        const MAYBE_GUARD = 1 << 28;
     }
 }
 
@@ -148,7 +150,9 @@ impl VmFlags {
     /// A VMA with one of these never merges (`VM_SPECIAL`).
     pub const SPECIAL: Self = Self::DONTEXPAND.union(Self::PFNMAP);
     /// Bits that do not keep two VMAs from merging.
-    pub const IGNORED_BY_MERGE: Self = Self::SOFTDIRTY;
+    pub const IGNORED_BY_MERGE: Self = Self::SOFTDIRTY.union(Self::MAYBE_GUARD);
+    /// Bits that a merged VMA has if any of its parts had them (`VM_STICKY`).
+    pub const STICKY: Self = Self::IGNORED_BY_MERGE;
 
     /// The protection key, 0 to 15.
     #[doc(alias = "vma_pkey")]

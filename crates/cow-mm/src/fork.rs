@@ -127,7 +127,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 after_gap = last + 1;
                 continue;
             }
-            if vma.anon.is_none() {
+            if vma.anon.is_none() && !vma.flags.contains(VmFlags::MAYBE_GUARD) {
                 continue;
             }
             let (first, last) = ((first & !(unit - 1)).max(after_gap), last | (unit - 1));

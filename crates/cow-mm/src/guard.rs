@@ -30,9 +30,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if vma.flags.intersects(VmFlags::SPECIAL | VmFlags::LOCKED) {
             return Err(Errno::EINVAL);
         }
-        // A child inherits tables of mappings with a reverse map, and the notes with them.
-        self.prepare_reverse_map(state, part.first());
+        // A child inherits the tables of a mapping with this flag, and the notes with them.
+        state
+            .vmas
+            .update(part.first(), |vma| vma.flags |= VmFlags::MAYBE_GUARD);
         state.guards = true;
+        if vma.is_anonymous() {
+            self.prepare_anon(state, part.first());
+        }
         let guard = Absent::Guard
             .payload::<E::Format>()
             .ok_or(Errno::EOPNOTSUPP)?;

@@ -640,6 +640,8 @@ impl<E: Env> Edit<'_, '_, E> {
             return;
         };
         let range = next.map_or(range, |(_, next)| range.hull(next.range));
+        let others = next.map_or(new.flags, |(_, next)| new.flags | next.flags);
+        let flags = kept.flags | others & VmFlags::STICKY;
         let anon = kept
             .anon
             .or(new.anon)
@@ -659,6 +661,7 @@ impl<E: Env> Edit<'_, '_, E> {
                 range,
                 offset,
                 anon,
+                flags,
                 ..kept
             },
         );
