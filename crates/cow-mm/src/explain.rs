@@ -17,6 +17,7 @@ use kmem_hal::{Access, FaultCode, PAGE_SIZE, Page, VirtAddr};
 use kmem_paging::format::Kind;
 use kmem_paging::{Entry, Path, Rights};
 
+use crate::absent::Absent;
 use crate::env::Env;
 use crate::fault::allows;
 use crate::flags::VmFlags;
@@ -246,10 +247,18 @@ impl Explanation<'_> {
         }
         match self.path.found() {
             Entry::Empty => self.first_touch(vma),
-            Entry::Payload(_) => {
-                "The mapping allows it and the page is elsewhere: the fault handler brings it back, and the access is made again. \
-                In a guard region the program gets SIGSEGV instead."
-            }
+            Entry::Payload(payload) => match Absent::of(payload) {
+                Some(Absent::Guard) => {
+                    "The page is in a guard region (MADV_GUARD_INSTALL): the program gets SIGSEGV (MAPERR). Check whether a stack or a \
+                    buffer ran over its end."
+                }
+                Some(Absent::Moving(_)) => {
+                    "The page is being moved to another frame: the access is made again, and finds it there in a moment."
+                }
+                Some(Absent::Swapped(_)) | None => {
+                    "The mapping allows it and the page is in swap: the fault handler brings it back, and the access is made again."
+                }
+            },
             Entry::Leaf(leaf) => {
                 let wanted = match self.code.access() {
                     Access::Read => Rights::READ,

@@ -4,7 +4,7 @@ mod common;
 
 use common::{PAGE, Program, World, check_counters, signal};
 use kmem_cow_mm::{Advice, Errno, MapFlags, MapRequest, Prot, RemapFlags, Signal};
-use kmem_hal::{Page, VirtAddr};
+use kmem_hal::{FaultCode, Page, VirtAddr};
 
 const RW: Prot = Prot::READ.union(Prot::WRITE);
 const AT: u64 = 0x1000_0000;
@@ -43,6 +43,10 @@ fn a_guard_region_faults_until_it_is_removed() {
     assert_eq!(space.map_count(), 1, "no mapping of its own");
     assert_eq!(space.recount().rss_anon, 6, "what it held is gone");
     let guard = AT + 2 * PAGE;
+    let story = space
+        .explain_fault(VirtAddr::new(guard), FaultCode::USER)
+        .to_string();
+    assert!(story.contains("MADV_GUARD_INSTALL"), "{story}");
     assert_eq!(
         program.store(guard, 1),
         Err(signal(Signal::MapError, guard))
