@@ -118,7 +118,9 @@ fn build(shell: &mut Shell, debug: bool) -> Result<Images, Stop> {
     shell.run(&mut cargo)?;
     shell.run(&mut oracle)?;
     let profile = if debug { "debug" } else { "release" };
-    let built = folder.join("target/x86_64-unknown-linux-gnu").join(profile);
+    let target = std::env::var_os("CARGO_TARGET_DIR");
+    let target = target.map_or_else(|| folder.join("target"), |target| folder.join(target));
+    let built = target.join("x86_64-unknown-linux-gnu").join(profile);
     Ok(Images {
         kernel: built.join("demo-kernel"),
         programs: built.join("programs"),
