@@ -2,7 +2,10 @@
 //!
 //! All manage a zone of the same size. Programs that ask for `&mut self` stand behind one spin lock, which a kernel would have to put
 //! there; kmem needs none on its fast path, and that is part of what is compared. `limit:stack` is an array of frame numbers without
-//! any lock: what a cache in front of any allocator costs at least.
+//! any lock: what a cache in front of any allocator costs at least. `limit:array` is one for each CPU, found by the CPU's number, as any
+//! cache has to be. `limit:loop` is what the loop of `mixed_80` costs with vectors of blocks that never run out; it is part of everybody's row.
+//!
+//! LLFree is not among them: it is on no registry of crates.
 //!
 //! | workload | an operation |
 //! |---|---|
@@ -26,9 +29,9 @@ use super::counted;
 use crate::clock::{Watch, race};
 use crate::harness::{Competitor, Runner, Slice, Workload};
 use crate::lock::Locked;
-use crate::mixed::{Frames, Mixed, verify};
+use crate::mixed::{Frames, Mixed, TOP, verify};
 use crate::output::Unit;
-use crate::platform::{BASE, HostBuddy, Region, buddy, run_as};
+use crate::platform::{BASE, CPUS, HostBuddy, Region, ThreadCpus, buddy, run_as};
 use crate::rng::Rng;
 
 const AREA: &str = "buddy";
@@ -213,12 +216,97 @@ fn stack_pair(frames: u64) -> impl Competitor {
     }
 }
 
+/// An array for each CPU, without a flag, a lock or a check.
+struct Arrays([std::cell::UnsafeCell<Vec<u32>>; CPUS as usize]);
+
+// SAFETY: a thread uses the array of its own number only (`run_as`).
+unsafe impl Sync for Arrays {}
+
+impl Arrays {
+    fn new(frames: u64) -> Self {
+        Self(std::array::from_fn(|_| {
+            (0..frames as u32).collect::<Vec<_>>().into()
+        }))
+    }
+
+    #[inline(always)]
+    fn own(&self) -> Option<*mut Vec<u32>> {
+        let pin = ThreadCpus::all();
+        // What is read before a pin is not what is read after it.
+        std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
+        let cpu = kmem_hal::Cpu::pin(&pin).id().index();
+        self.0.get(cpu).map(std::cell::UnsafeCell::get)
+    }
+}
+
+impl Frames for Arrays {
+    #[inline(always)]
+    fn alloc(&self, _order: u8) -> Option<u64> {
+        // SAFETY: this thread's array, for the length of this call.
+        let frame = unsafe { &mut *self.own()? }.pop()?;
+        Some(u64::from(frame) + BASE)
+    }
+    #[inline(always)]
+    fn free(&self, frame: u64, _order: u8) {
+        let Some(own) = self.own() else { return };
+        // SAFETY: as above.
+        let own = unsafe { &mut *own };
+        if own.len() < own.capacity() {
+            own.push((frame - BASE) as u32);
+        }
+    }
+}
+
+fn array_pair(frames: u64) -> impl Competitor {
+    let arrays = Arrays::new(frames);
+    move |_: u64, watch: &mut Watch| {
+        watch.time(|| do_pairs(&arrays, 0));
+        Slice::limit(2 * PAIRS)
+    }
+}
+
+/// Vectors of blocks by order that never run out: what a workload costs without an allocator.
+struct Endless(std::cell::RefCell<[Vec<u64>; TOP as usize + 1]>);
+
+// SAFETY: used by the thread that made it.
+unsafe impl Sync for Endless {}
+
+impl Frames for Endless {
+    #[inline]
+    fn alloc(&self, order: u8) -> Option<u64> {
+        let frame = self.0.borrow_mut()[usize::from(order)].pop();
+        Some(frame.unwrap_or(BASE))
+    }
+    #[inline]
+    fn free(&self, frame: u64, order: u8) {
+        self.0.borrow_mut()[usize::from(order)].push(frame);
+    }
+}
+
+fn mixed_loop(size: u64) -> impl Competitor {
+    let endless = Endless(Default::default());
+    let mut state = Mixed::new(size / 10 * 8, 1);
+    move |index: u64, watch: &mut Watch| {
+        if index == 0 {
+            state.fill(&endless);
+        }
+        watch.time(|| {
+            for _ in 0..MIXED_OPS {
+                state.step(&endless);
+            }
+        });
+        Slice::limit(MIXED_OPS)
+    }
+}
+
 fn pairs(runner: &mut Runner, frames: u64) {
     for (name, order) in [("pair_o0", 0), ("pair_o3", 3), ("pair_o9", 9)] {
         if runner.wants(name) {
             let mut workload = programs!(workload(name, Unit::Ns), frames, pair(order));
             if order == 0 {
-                workload = workload.with("limit:stack", stack_pair(frames));
+                workload = workload
+                    .with("limit:stack", stack_pair(frames))
+                    .with("limit:array", array_pair(frames));
             }
             runner.run(workload);
         }
@@ -350,7 +438,8 @@ fn refused<F: Frames>(frames: F, size: u64, ops: u64) -> impl Competitor {
 
 fn mixes(runner: &mut Runner, frames: u64) {
     if runner.wants("mixed_80") {
-        runner.run(programs!(workload("mixed_80", Unit::Ns), frames, mixed()));
+        let workload_1t = programs!(workload("mixed_80", Unit::Ns), frames, mixed());
+        runner.run(workload_1t.with("limit:loop", mixed_loop(frames)));
         runner.run(programs!(
             workload("mixed_80", Unit::Ns).threads(2),
             frames,

@@ -7,8 +7,6 @@ use core::cell::Cell;
 /// An ordering that is left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Plant {
-    /// `init` publishes the allocator before what it is made of.
-    StateUnpublished,
     /// Whoever changes the reserved list does not say so before the change.
     ReservedWriterUnfenced,
     /// Whoever looks at the reserved list looks at its version too early.

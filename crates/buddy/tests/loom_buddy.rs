@@ -639,12 +639,6 @@ mod planted {
     }
 
     #[test]
-    fn a_state_that_is_published_too_early() {
-        plant(Plant::StateUnpublished);
-        must_fail(start_beside_an_allocation);
-    }
-
-    #[test]
     fn a_reserved_list_that_changes_before_it_says_so() {
         plant(Plant::ReservedWriterUnfenced);
         must_fail(release_beside_a_wrong_free);
@@ -730,38 +724,6 @@ mod planted {
                     buddy.free(last);
                     ask(buddy, FrameRequest::ONE)
                 },
-            );
-            settled(buddy, held, 2);
-        });
-    }
-
-    /// Two CPUs with one number: `C2` is broken.
-    struct Doubled;
-
-    // SAFETY: none; the model must notice.
-    unsafe impl Cpu for Doubled {
-        type Guard<'a> = ();
-
-        fn raw_pin(&self) {}
-        fn id<'a>(&'a self, (): &()) -> CpuId {
-            CpuId::BOOT
-        }
-        fn count(&self) -> u32 {
-            1
-        }
-    }
-
-    #[test]
-    fn two_cpus_with_one_number() {
-        must_fail(|| {
-            let buddy = boot_with::<_, Spin, _>(Doubled, NoCpuCall);
-            let mut rest = fill(buddy, 0);
-            let (lower, upper) = block_of(&mut rest, 1).split().unwrap();
-            buddy.free(lower);
-            buddy.free(upper);
-            let held = on_two_cpus(
-                move || ask(buddy, FrameRequest::ONE),
-                move || ask(buddy, FrameRequest::ONE),
             );
             settled(buddy, held, 2);
         });
