@@ -204,14 +204,10 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
             mark_unmanaged(zone);
         }
         watermark::set_up(state);
-        let publish = if planted!(StateUnpublished) {
-            Ordering::Relaxed
-        } else {
-            Ordering::Release
-        };
         self.state
-            .store(core::ptr::from_ref(state).cast_mut(), publish);
-        self.areas.store(state.cpus.as_ptr().cast_mut(), publish);
+            .store(core::ptr::from_ref(state).cast_mut(), Ordering::Release);
+        self.areas
+            .store(state.cpus.as_ptr().cast_mut(), Ordering::Release);
         self.phase.store(READY, Ordering::Release);
         Ok(())
     }
