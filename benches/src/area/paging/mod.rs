@@ -16,7 +16,7 @@
 //! | `meta_per_page` | bytes beyond the tables themselves by mapped page |
 //!
 //! kmem gives an emptied table back at once and keeps empty tables in its cache (here without a limit, as long as `sparse_remap` runs);
-//! x86_64 and page_table_multiarch keep tables until the root is dropped, page-table-generic frees them. Limits: `limit:store` stores entries in a row, `limit:load-store` loads and stores
+//! x86_64, page_table_multiarch and aarch64-paging keep tables until the root is dropped, page-table-generic frees them. Limits: `limit:store` stores entries in a row, `limit:load-store` loads and stores
 //! them, `limit:locked-and` clears a bit in each by a locked instruction, `limit:zero-table` zeroes 4 KiB that are not in a cache.
 
 use std::hint::black_box;
@@ -37,9 +37,11 @@ use crate::rng::Rng;
 
 const AREA: &str = "paging";
 
+mod arm;
 mod generic;
 mod tables;
 
+use arm::Arm;
 use generic::Generic;
 use tables::*;
 
@@ -66,6 +68,7 @@ macro_rules! programs {
             .with("x86_64", $make::<Offset>($($argument),*))
             .with("page_table_multiarch", $make::<Multiarch>($($argument),*))
             .with("page-table-generic", $make::<Generic>($($argument),*))
+            .with("aarch64-paging", $make::<Arm>($($argument),*))
     };
 }
 
@@ -76,6 +79,7 @@ macro_rules! ranged {
             .with("kmem", $make::<Kmem>($($argument),*))
             .with("page_table_multiarch", $make::<Multiarch>($($argument),*))
             .with("page-table-generic", $make::<Generic>($($argument),*))
+            .with("aarch64-paging", $make::<Arm>($($argument),*))
     };
 }
 

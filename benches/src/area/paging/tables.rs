@@ -45,6 +45,10 @@ impl Pool {
         self.free.lock().push(frame);
     }
 
+    pub(super) fn region(&self) -> &'static Region {
+        self.region
+    }
+
     #[inline]
     pub(super) fn pointer(&self, frame: u64) -> *mut u8 {
         self.region.to_ptr(PhysAddr::new(frame * 4096))
