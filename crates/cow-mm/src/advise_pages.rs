@@ -149,6 +149,11 @@ impl<E: Env> AddressSpace<'_, E> {
             let Some(frame) = self.frame_at(page) else {
                 continue;
             };
+            // One mapping in a table that a fork shares is several spaces'.
+            let cursor = self.tables().cursor(PageRange::single(page));
+            if cursor.is_ok_and(|mut cursor| cursor.look(page).1) {
+                continue;
+            }
             self.mm().with_page(frame, |page| {
                 if page.mappings() == 1 && self.mm().may_go(frame, page) {
                     self.mm().evict(frame, page);
