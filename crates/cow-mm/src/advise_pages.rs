@@ -169,7 +169,7 @@ impl<E: Env> AddressSpace<'_, E> {
         for (page, index) in range.iter().zip(index..) {
             if let Some(payload) = self.payload_at(page) {
                 if let Some(Absent::Swapped(entry)) = Absent::of(payload)
-                    && let Ok(Swapped::Ready(frame)) = mm.swapped_page(entry)
+                    && let Ok(Swapped::Ready(frame)) = mm.swapped_page(entry, true)
                 {
                     mm.put_reference(frame);
                 }

@@ -77,7 +77,7 @@ impl<'m, E: Env> Mm<'m, E> {
         let (frame, state) = match pages.get(page) {
             Some(entry) => match (entry.value.frame(), entry.value.swap()) {
                 (Some(frame), _) => (frame, self.ask_again(object, index, frame)?),
-                (None, Some(entry)) => match self.swapped_page(entry)? {
+                (None, Some(entry)) => match self.swapped_page(entry, true)? {
                     Swapped::NeedIo(ticket) => return Ok(ObjectPage::NeedIo(ticket)),
                     Swapped::Gone => return Err(Errno::EIO),
                     Swapped::Ready(found) => {

@@ -25,6 +25,7 @@ use crate::absent::Absent;
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::fault::{Outcome, Signal, Stop};
+use crate::flags::VmFlags;
 use crate::mm::Mm;
 use crate::mutants::mutant;
 use crate::space::AddressSpace;
@@ -51,12 +52,12 @@ pub(crate) enum Swapped {
 }
 
 impl<'m, E: Env> Mm<'m, E> {
-    /// The page of a swap entry, read if it must be.
+    /// The page of a swap entry, read if it must be; with the rest of its cluster, if `ahead` says so.
     ///
     /// # Errors
     ///
     /// [`Errno::ENOMEM`], or [`Errno::EIO`] where the device failed: the next look-up asks it again.
-    pub(crate) fn swapped_page(&self, entry: SwapEntry) -> Result<Swapped, Errno> {
+    pub(crate) fn swapped_page(&self, entry: SwapEntry, ahead: bool) -> Result<Swapped, Errno> {
         loop {
             let slot = self.swap().slot(entry);
             if slot.count == 0 {
@@ -65,11 +66,13 @@ impl<'m, E: Env> Mm<'m, E> {
             let Some(frame) = slot.frame else {
                 match self.read_swap(entry)? {
                     Some(Started::Pending(ticket) | Started::Busy(ticket)) => {
-                        self.read_cluster(entry);
+                        if ahead {
+                            self.read_cluster(entry);
+                        }
                         return Ok(Swapped::NeedIo(ticket));
                     }
-                    Some(Started::Done) => self.read_cluster(entry),
-                    None => {}
+                    Some(Started::Done) if ahead => self.read_cluster(entry),
+                    Some(Started::Done) | None => {}
                 }
                 continue;
             };
@@ -341,7 +344,8 @@ impl<E: Env> AddressSpace<'_, E> {
         entry: SwapEntry,
     ) -> Result<Option<IoTicket>, Errno> {
         let mm = self.mm();
-        let frame = match mm.swapped_page(entry)? {
+        let ahead = !vma.flags.contains(VmFlags::RAND_READ);
+        let frame = match mm.swapped_page(entry, ahead)? {
             Swapped::Ready(frame) => frame,
             Swapped::NeedIo(ticket) => return Ok(Some(ticket)),
             Swapped::Gone => return Ok(None),
