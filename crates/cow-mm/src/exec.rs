@@ -109,14 +109,20 @@ impl From<Errno> for ExecError {
     }
 }
 
-/// What the headers of an image say, checked.
-#[derive(Default)]
-pub(crate) struct Headers {
+/// What the auxiliary vector says of a program, before its place is added to the addresses.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Program {
     pub entry: u64,
-    position_independent: bool,
     /// The address of the table of program headers in memory.
     pub table_address: u64,
     pub count: u64,
+}
+
+/// What the headers of an image say, checked.
+#[derive(Default)]
+struct Headers {
+    program: Program,
+    position_independent: bool,
     segments: [Segment; MAX_SEGMENTS],
     used: usize,
     /// The path of the interpreter: where in the file, and how long with its zero.
@@ -190,24 +196,27 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             (bias + end).next_multiple_of(PAGE_SIZE)
         });
         let mut start = Start {
-            entry: VirtAddr::new(bias.wrapping_add(headers.entry)),
+            entry: VirtAddr::new(bias.wrapping_add(headers.program.entry)),
             stack: VirtAddr::new(0),
             bias,
             interpreter: 0,
         };
+        let program = headers.program;
+        let segments = bounds(&headers, bias);
         if let Some(file) = interpreter {
-            (start.entry, start.interpreter) = self.map_interpreter(file)?;
+            // One set of headers stands on the stack, not two.
+            (start.entry, start.interpreter) = self.map_interpreter(file, &mut headers)?;
         }
         if start.entry.as_u64() >= self.layout().task_size {
             return Err(Errno::EINVAL.into());
         }
-        start.stack = self.write_tables(image, &headers, &start, &strings)?;
+        start.stack = self.write_tables(image, &program, &start, &strings)?;
         let mut state = self.lock();
         state.segments = Segments {
             stack: start.stack.as_u64(),
             arguments: (strings.arguments, strings.environment),
             environment: (strings.environment, strings.environment_end),
-            ..bounds(&headers, bias)
+            ..segments
         };
         Ok(start)
     }
@@ -241,7 +250,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         (self.layout().task_size / 3 * 2) & !(alignment - 1)
     }
 
-    /// Fills `headers` in place: returned by value they would stand on the stack more than once.
+    /// Fills `headers` in place, whatever they held: returned by value they would stand on the stack more than once.
     #[inline(never)]
     fn read_headers(&self, file: OpenFile, headers: &mut Headers) -> Result<(), ExecError> {
         let class = self.class();
@@ -249,9 +258,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let bytes = &mut bytes[..class.header_size()];
         self.read_file(file, 0, bytes)?;
         let header = Header::parse(class, bytes)?;
-        headers.entry = header.entry;
+        headers.program = Program {
+            entry: header.entry,
+            count: header.count,
+            table_address: 0,
+        };
         headers.position_independent = header.position_independent;
-        headers.count = header.count;
+        (headers.used, headers.interpreter, headers.stack) = (0, None, None);
         for index in 0..header.count {
             let mut bytes = [0; ENTRY_SIZE];
             let bytes = &mut bytes[..class.entry_size()];
@@ -267,7 +280,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                     headers.used += 1;
                     let inside = header.table.wrapping_sub(segment.offset);
                     if segment.offset <= header.table && inside < segment.file_size {
-                        headers.table_address = segment.address + inside;
+                        headers.program.table_address = segment.address + inside;
                     }
                 }
                 Entry::Interpreter { offset, length } if headers.interpreter.is_none() => {
@@ -314,13 +327,19 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     #[inline(never)]
-    fn map_interpreter(&self, file: OpenFile) -> Result<(VirtAddr, u64), ExecError> {
-        let mut headers = Headers::default();
-        self.read_headers(file, &mut headers)?;
+    fn map_interpreter(
+        &self,
+        file: OpenFile,
+        headers: &mut Headers,
+    ) -> Result<(VirtAddr, u64), ExecError> {
+        self.read_headers(file, headers)?;
         // It is placed as a mapping without an address, whatever it asks of an interpreter of its own.
         headers.interpreter = None;
-        let bias = self.map_image(file, &headers)?;
-        Ok((VirtAddr::new(bias.wrapping_add(headers.entry)), bias))
+        let bias = self.map_image(file, headers)?;
+        Ok((
+            VirtAddr::new(bias.wrapping_add(headers.program.entry)),
+            bias,
+        ))
     }
 
     /// Maps an image's segments; gives what was added to their addresses.

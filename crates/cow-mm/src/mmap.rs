@@ -100,18 +100,25 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// See the crate's front page.
     #[doc(alias = "do_mmap")]
     pub fn mmap(&self, request: &MapRequest) -> Result<VirtAddr, Errno> {
-        let mut state = self.lock();
-        let checked = self.check_mmap(&mut state, request)?;
-        let start = checked.range.start();
-        let locked = checked.flags.contains(VmFlags::LOCKED);
-        self.map_checked(&mut state, checked)?;
-        drop(state);
+        let (start, locked) = self.mmap_without_pages(request)?;
         let populate = MapFlags::POPULATE | MapFlags::NONBLOCK;
         if locked || request.flags & populate == MapFlags::POPULATE {
             // As in Linux, a page that cannot be populated now is no error of mmap.
             let _ = self.populate(start.as_u64(), request.length, Populate::AsMapped);
         }
         Ok(start)
+    }
+
+    /// Makes the mapping; says where it is, and whether it is locked. Not inlined, so that its memory on the stack is gone before
+    /// pages are brought in.
+    #[inline(never)]
+    fn mmap_without_pages(&self, request: &MapRequest) -> Result<(VirtAddr, bool), Errno> {
+        let mut state = self.lock();
+        let checked = self.check_mmap(&mut state, request)?;
+        let start = checked.range.start();
+        let locked = checked.flags.contains(VmFlags::LOCKED);
+        self.map_checked(&mut state, checked)?;
+        Ok((start, locked))
     }
 
     /// Makes a mapping that only a kernel makes: the stack of a program that runs already, `[vdso]`, `[vvar]`.

@@ -20,7 +20,7 @@ use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
 use crate::brk::heap_flags;
 use crate::env::Env;
 use crate::errno::Errno;
-use crate::exec::{Headers, Image, Start};
+use crate::exec::{Image, Program, Start};
 use crate::flags::VmFlags;
 use crate::merge::Candidate;
 use crate::space::AddressSpace;
@@ -137,34 +137,28 @@ impl<E: Env> AddressSpace<'_, E> {
     pub(crate) fn write_tables(
         &self,
         image: &Image<'_>,
-        headers: &Headers,
+        program: &Program,
         start: &Start,
         strings: &Strings,
     ) -> Result<VirtAddr, Errno> {
         let word = self.class().word_size();
         let arguments = arguments(image);
-        let mut auxiliary = [(0, 0); AUXILIARY];
-        let extra = image.auxiliary.iter().copied().take(AUXILIARY - 11);
         let own = [
-            (AT_PHDR, start.bias.wrapping_add(headers.table_address)),
+            (AT_PHDR, start.bias.wrapping_add(program.table_address)),
             (AT_PHENT, self.class().entry_size() as u64),
-            (AT_PHNUM, headers.count),
+            (AT_PHNUM, program.count),
             (AT_PAGESZ, PAGE_SIZE),
             (AT_BASE, start.interpreter),
             (AT_FLAGS, 0),
-            (AT_ENTRY, start.bias.wrapping_add(headers.entry)),
+            (AT_ENTRY, start.bias.wrapping_add(program.entry)),
             (AT_SECURE, 0),
             (AT_RANDOM, strings.random),
             (AT_EXECFN, strings.path),
         ];
-        let mut used = 0;
-        for (place, entry) in auxiliary.iter_mut().zip(own.into_iter().chain(extra)) {
-            *place = entry;
-            used += 1;
-        }
-        // The last pair stays (0, 0): the end.
-        let auxiliary = auxiliary.get(..used + 1).unwrap_or(&auxiliary);
-        let words = 1 + arguments.len() + 1 + image.environment.len() + 1 + 2 * auxiliary.len();
+        let extra = &image.auxiliary[..image.auxiliary.len().min(AUXILIARY - own.len() - 1)];
+        // The last pair, (0, 0), is the end.
+        let pairs = own.len() + extra.len() + 1;
+        let words = 1 + arguments.len() + 1 + image.environment.len() + 1 + 2 * pairs;
         let size = words as u64 * word;
         let pointer = strings.random.checked_sub(size).ok_or(Errno::ENOMEM)? & !15;
         let mut at = pointer;
@@ -185,9 +179,9 @@ impl<E: Env> AddressSpace<'_, E> {
             }
             put(0)?;
         }
-        for (key, value) in auxiliary {
-            put(*key)?;
-            put(*value)?;
+        for &(key, value) in own.iter().chain(extra).chain(&[(0, 0)]) {
+            put(key)?;
+            put(value)?;
         }
         Ok(VirtAddr::new(pointer))
     }

@@ -286,6 +286,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     /// Moves leaves to another range of the same length.
+    // Its gather stands on the stack only while it works.
+    #[inline(never)]
     pub(crate) fn move_leaves(&self, from: PageRange, to: PageRange) -> Result<(), Errno> {
         let mut gather = self.tables().gather::<32>();
         loop {
