@@ -13,7 +13,6 @@
 
 use core::arch::asm;
 
-
 /// Where physical memory is mapped (`boot.s`: top-table entry 256).
 pub const DIRECT: u64 = 0xffff_8000_0000_0000;
 /// How much of it, in bytes.

@@ -24,15 +24,15 @@ use crate::page::Page;
 ///
 /// # Safety
 ///
-/// - `B1`: after `load(root, false)` the CPU translates through `root` and holds nothing under its tag but global entries and what it
+/// - `T1`: after `load(root, false)` the CPU translates through `root` and holds nothing under its tag but global entries and what it
 ///   loaded since. After `load(root, true)` it translates through `root`; what it held stays, or some of it.
-/// - `B2`: after `drop_page(page)` it holds no translation of `page` under the current tag, no global one, and no
+/// - `T2`: after `drop_page(page)` it holds no translation of `page` under the current tag, no global one, and no
 ///   paging-structure entry of the current tag.
-/// - `B3`: where `drop_page_of(tag, page)` gives `true` it holds no translation of `page` under `tag` but a global one.
-/// - `B4`: after `drop_current`, and where `drop_tag(tag)` gives `true`, it holds nothing under the tag but global entries and what it
+/// - `T3`: where `drop_page_of(tag, page)` gives `true` it holds no translation of `page` under `tag` but a global one.
+/// - `T4`: after `drop_current`, and where `drop_tag(tag)` gives `true`, it holds nothing under the tag but global entries and what it
 ///   loaded since.
-/// - `B5`: after `drop_all` it holds nothing that it held before, whatever the tag.
-/// - `B6`: each call is ordered like a full fence: walks after it see the stores before it.
+/// - `T5`: after `drop_all` it holds nothing that it held before, whatever the tag.
+/// - `T6`: each call is ordered like a full fence: walks after it see the stores before it.
 pub unsafe trait Tlb {
     /// How many tags the processor has: they are the numbers below this one. 1 where it has none, and every tag is 0.
     fn tags(&self) -> u16;

@@ -111,7 +111,7 @@ unsafe impl Mmu for Machine {
     }
 }
 
-// SAFETY: B1 to B5: each is one instruction, which drops what the manual says (`cpu`); B6: one host thread, in program order.
+// SAFETY: T1 to T5: each is one instruction, which drops what the manual says (`cpu`); T6: one host thread, in program order.
 unsafe impl Tlb for Machine {
     fn tags(&self) -> u16 {
         Mmu::asid_count(self)

@@ -73,6 +73,7 @@ pub fn run(world: &'static World, init: &mut Process, at: u64) -> Result<Made, S
     for page in (0..PAGES).step_by(8) {
         store(&mut child, at, page, word(1, page))?;
     }
+    let resident = init.space().recount().rss_anon;
     let mut figures = Vec::new();
     let mut reclaimer = Reclaimer::new(TwoLists);
     // Once to take the accessed bits away, then in earnest.
@@ -101,9 +102,9 @@ pub fn run(world: &'static World, init: &mut Process, at: u64) -> Result<Made, S
     figures.push(Figure {
         what: "VmSwap of init",
         said: init.space().swapped(),
-        recount: absent(init, at),
+        recount: resident - init.space().recount().rss_anon,
         unit: "pages",
-        of: "pages without a frame that were written",
+        of: "anonymous pages before, less those now",
     });
     let mut compared = 0;
     read_all(init, &mut child, at, &mut compared)?;
@@ -220,13 +221,6 @@ fn slots_of(init: &Process, child: &Process) -> u64 {
         });
     }
     seen.len() as u64
-}
-
-/// Pages of a process, all of which were written, that have no frame.
-fn absent(process: &Process, at: u64) -> u64 {
-    pages(at)
-        .filter(|page| process.space().frame_at(*page).is_none())
-        .count() as u64
 }
 
 /// Gives every page another frame; how many entries name it afterwards.

@@ -447,7 +447,7 @@ fn pages(range: kmem_hal::PageRange, stride: u64) -> impl Iterator<Item = Page> 
 // SAFETY: M1: `serve` drops what the request names under the tags that this CPU uses now; what is under other tags it drops before it uses
 // them again, for their slots miss the generation that `flush_targets` counted, or are forgotten. M2: `run_on` returns when every CPU has
 // served. M3: a CPU that has a root loaded, or is about to, says so (A3); the fence orders the entry stores before the look, and that of
-// `switch` the announcement before the look at the generation. Lazy CPUs use no user address, and are told where tables are freed. M4: B6.
+// `switch` the announcement before the look at the generation. Lazy CPUs use no user address, and are told where tables are freed. M4: T6.
 // M5: as M3.
 unsafe impl<T: Tlb + Sync, C: Cpu + CpuCall + Sync> Mmu for AsidMmu<'_, T, C> {
     unsafe fn load_root(&self, root: Root, keep: bool) {

@@ -53,8 +53,8 @@ impl X86Tlb {
     }
 }
 
-// SAFETY: B1 to B5: by the manual, each instruction drops that much (4.10.4.1); INVLPG drops the paging-structure entries of the
-// current PCID too. B6: all of them are serialising.
+// SAFETY: T1 to T5: by the manual, each instruction drops that much (4.10.4.1); INVLPG drops the paging-structure entries of the
+// current PCID too. T6: all of them are serialising.
 unsafe impl Tlb for X86Tlb {
     fn tags(&self) -> u16 {
         if self.pcid { 4096 } else { 1 }
