@@ -213,6 +213,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let below = state.vmas.before(page);
         let blocked = below.is_some_and(|below| {
             !below.flags.contains(VmFlags::GROWSDOWN)
+                && below.flags.intersects(VmFlags::ACCESS)
                 && below.range.last().number() + guard >= page.number()
         });
         let added = vma.range.first().number() - page.number();

@@ -262,6 +262,36 @@ fn the_heap_grows_and_shrinks_and_a_stack_grows_down() {
 }
 
 #[test]
+fn a_stack_keeps_its_gap_only_to_memory_that_can_be_accessed() {
+    let world = World::new();
+    let program = Program::new(world.mm());
+    let space = &program.space;
+    let stack = MapFlags::GROWSDOWN | MapFlags::PRIVATE | MapFlags::ANONYMOUS | MapFlags::FIXED;
+    for (at, prot, gap, error) in [
+        (0x7000_0000, Prot::empty(), 0, Signal::AccessError),
+        (0x7100_0000, Prot::READ, 256, Signal::MapError),
+    ] {
+        let below = at - 300 * PAGE;
+        let request = MapRequest {
+            address: at,
+            flags: stack,
+            ..MapRequest::anonymous(PAGE, RW)
+        };
+        space.mmap(&request).unwrap();
+        space
+            .mmap(&MapRequest::anonymous(PAGE, prot).at(below))
+            .unwrap();
+        let nearest = below + (1 + gap) * PAGE;
+        program.store(nearest, 3).unwrap();
+        let vma = space.vma_at(VirtAddr::new(at)).unwrap();
+        assert_eq!(vma.range.first().start(), VirtAddr::new(nearest));
+        let beyond = nearest - PAGE;
+        assert_eq!(program.store(beyond, 3), Err(signal(error, beyond)));
+    }
+    program.exit();
+}
+
+#[test]
 fn a_failed_call_changes_nothing() {
     let world = World::new();
     let mm = world.mm();
