@@ -3,15 +3,18 @@
 //! ```text
 //!   1  every entry:  leaf of `from`  ──>  "moving" (and flushed: nobody reads or writes the page now)
 //!   2  copy the bytes, the flags and what the page is a page of; the cache names `to`
-//!   3  every entry:  "moving"        ──>  leaf of `to`, with the rights it had
+//!   3  every entry:  "moving"        ──>  leaf of `to`, with the rights it had; of anonymous memory without the right to write
 //! ```
+//!
+//! An entry that says "moving" may be copied, by fork or with its table, and then two say that it was writable. So the first write to an
+//! anonymous page after it moved faults, which decides by whether the page is somebody's alone.
 //!
 //! A fault on a page that is moving makes the access again. Entries are changed where they are, in tables that spaces share too; nothing is
 //! allocated.
 //!
 //! Invariants
 //! - `I1`: the list of spaces is locked from 1 to 3, so every entry that was taken in 1, or copied from one since, is found in 3.
-//! - `I2`: a page that cannot be moved whole is put back as it was.
+//! - `I2`: a page that cannot be moved whole stays in its frame, and its leaves are put back as in 3.
 //!
 //! Context: task context, no lock of a space or an object held; may wait for other CPUs.
 //!
@@ -91,9 +94,11 @@ impl<'m, E: Env> Mm<'m, E> {
                 return ControlFlow::Continue(());
             };
             let mut granted = rights(place.vma.flags);
+            // The entry may be one of two copies: whose the page is decides the next write.
+            let anonymous = matches!(identity, Identity::Anonymous { .. });
             granted.set(
                 Rights::WRITE,
-                granted.contains(Rights::WRITE) && moving.writable,
+                granted.contains(Rights::WRITE) && moving.writable && !anonymous,
             );
             let mut attributes = attributes(place.vma.flags).rights(granted);
             attributes.accessed = moving.accessed;

@@ -2,9 +2,10 @@
 
 use kmem_cow_mm::replacement::Fifo;
 use kmem_cow_mm::{
-    Advice, Errno, MapFlags, MapRequest, Mm, Outcome, Prot, Reclaimer, RemapFlags, Signal,
+    Advice, Env as _, Errno, MapFlags, MapRequest, Mm, Outcome, Prot, Reclaimer, RemapFlags, Signal,
 };
-use kmem_hal::{FrameRequest, FrameSink, FrameSource, Migrate, MigrateError};
+use kmem_hal::{FrameRequest, FrameSink, FrameSource, FrameTag, Migrate, MigrateError};
+use kmem_paging::{Env as _, Rights};
 use kmem_testkit::processes::{Answer, PROCESSES, ProcessOp, Processes, WINDOW, span, stored};
 
 use super::{PAGE, Program, World};
@@ -135,7 +136,7 @@ fn real(program: &Program, op: ProcessOp) -> Option<Answer> {
     }
 }
 
-/// Moves a page, if one is there, to another frame; everything else about its entry stays.
+/// Moves a page, if one is there, to another frame; everything else about its entry stays, but the right to write to anonymous memory.
 fn migrate(program: &Program, address: u64) -> Option<()> {
     let space = &program.space;
     let frames = space.mm().env().frames();
@@ -151,7 +152,13 @@ fn migrate(program: &Program, address: u64) -> Option<()> {
             let now = space.tables().query(page).leaf();
             let now = now.expect("a page that was moved is mapped");
             assert_eq!(now.frame, target);
-            assert_eq!(now.attributes.rights, leaf.attributes.rights);
+            let mut rights = leaf.attributes.rights;
+            let slot = space.mm().env().paging().slots().slot(target);
+            if slot.unwrap().tag() == FrameTag::Anon {
+                // The next write decides whose it is.
+                rights.remove(Rights::WRITE);
+            }
+            assert_eq!(now.attributes.rights, rights);
             frames.free(old);
         }
         Err((MigrateError::Pinned, to)) => frames.free(to),
