@@ -4,7 +4,7 @@
 //! made from one another, the only way in which an anonymous page gets into two.
 //!
 //! ```text
-//!   Registry ── lock ── first ──> Core ⇄ Core ⇄ Core      family 7: a shell and its children
+//!   Registry ── lock ── first ──> Core ⇄ Core ⇄ Core <── last      family 7: a shell and its children
 //!                                  7      7      12
 //! ```
 //!
@@ -12,6 +12,8 @@
 //! - `I1`: a core is in the list from before its tables hold a leaf until after they were last looked at; it stays where it is
 //!   meanwhile.
 //! - `I2`: the links of a core are read and written under the list's lock.
+//! - `I3`: a parent comes before its children. A fork copies to a child that is in the list already, and a walk waits for the parent's lock
+//!   until that is done: so it looks at the child after the copies are there, or the fork copies what the walk has left in the parent.
 //!
 //! Addresses are kept without their type, so that an `Mm` may be borrowed for less than its life; a space that was forgotten
 //! stays in the list with the `Mm` it was made with, which [`First::iter`] compares.
@@ -75,8 +77,11 @@ pub(crate) struct Registry<L> {
     first: SleepLock<First, L>,
 }
 
-/// Where the list begins.
-pub(crate) struct First(Link);
+/// Where the list begins, and where it ends.
+pub(crate) struct First {
+    first: Link,
+    last: Link,
+}
 
 // SAFETY: addresses of cores, which are shareable, and which are read under the list's lock (`I1`, `I2`).
 unsafe impl Send for First {}
@@ -86,38 +91,43 @@ unsafe impl Sync for First {}
 impl<L: RawSleepLock> Registry<L> {
     pub(crate) fn new() -> Self {
         Self {
-            first: SleepLock::new(First(None)),
+            first: SleepLock::new(First {
+                first: None,
+                last: None,
+            }),
         }
     }
 
-    /// Adds a space to the end that is searched first.
+    /// Adds a space at the end, after its parent (`I3`).
     pub(crate) fn add<E: Env>(&self, core: NonNull<Core<'_, E>>) {
         let core = core.cast::<Entry>();
-        let mut first = self.first.write();
+        let mut list = self.first.write();
         // SAFETY: `I1`: cores in the list live, and this one was just made.
         unsafe {
-            core.as_ref().next.set(first.0);
-            core.as_ref().previous.set(None);
-            if let Some(next) = first.0 {
-                next.as_ref().previous.set(Some(core));
+            core.as_ref().next.set(None);
+            core.as_ref().previous.set(list.last);
+            match list.last {
+                Some(last) => last.as_ref().next.set(Some(core)),
+                None => list.first = Some(core),
             }
         }
-        first.0 = Some(core);
+        list.last = Some(core);
     }
 
     /// Takes a space out. When this returns nobody looks at it any more.
     pub(crate) fn remove<E: Env>(&self, core: NonNull<Core<'_, E>>) {
         let core = core.cast::<Entry>();
-        let mut first = self.first.write();
+        let mut list = self.first.write();
         // SAFETY: `I1`: the core and its neighbours are in the list, so they live.
         unsafe {
             let (next, previous) = (core.as_ref().next.get(), core.as_ref().previous.get());
             match previous {
                 Some(previous) => previous.as_ref().next.set(next),
-                None => first.0 = next,
+                None => list.first = next,
             }
-            if let Some(next) = next {
-                next.as_ref().previous.set(previous);
+            match next {
+                Some(next) => next.as_ref().previous.set(previous),
+                None => list.last = previous,
             }
         }
     }
@@ -129,12 +139,12 @@ impl<L: RawSleepLock> Registry<L> {
 }
 
 impl First {
-    /// The spaces, the youngest first.
+    /// The spaces, parents before their children (`I3`).
     pub(crate) fn iter<'a, 'm, E: Env>(
         &'a self,
         mm: &'a Mm<'m, E>,
     ) -> impl Iterator<Item = NonNull<Core<'m, E>>> + 'a {
-        core::iter::successors(self.0, |link| {
+        core::iter::successors(self.first, |link| {
             // SAFETY: `I1`, and the borrow keeps the lock.
             unsafe { link.as_ref() }.next.get()
         })

@@ -14,7 +14,8 @@
 //! Invariants
 //! - `I1`: an anonymous page's index is the offset of its VMA at the page (`I2` of the VMA), which does not change as the VMA moves; so a
 //!   VMA of the family that maps the page covers the index.
-//! - `I2`: the walk holds the list's lock throughout, so no space comes or goes, and each space's lock while it looks at its VMAs.
+//! - `I2`: the walk holds the list's lock throughout, so no space comes or goes, and each space's lock while it looks at its VMAs;
+//!   parents before their children (`I3` of the registry), so that it misses no copy which a fork makes meanwhile.
 //! - `I3`: a leaf that is found is looked at again under its table's lock before it is changed.
 //!
 //! Costs: for an anonymous page of a space that never forked, one look-up; in a family, one for each member until every mapping is found.
