@@ -95,20 +95,22 @@ impl<E: Env> AddressSpace<'_, E> {
     pub(crate) fn advise_pages(&self, range: PageRange, advice: Advice) {
         let mut at = Some(range.first());
         while let Some(from) = at {
-            let next = self.read().vmas.at_or_after(from);
+            let state = self.read();
+            let next = state.vmas.at_or_after(from);
             let Some(vma) = next.filter(|vma| vma.range.first() <= range.last()) else {
                 break;
             };
             let Some(part) = vma.range.intersection(range) else {
                 break;
             };
+            // The file lives as long as the mapping, which may go as soon as the lock does.
+            let file = vma.file.filter(|_| advice == Advice::WillNeed);
+            file.inspect(|&file| self.mm().get_object(file));
+            drop(state);
             match advice {
                 Advice::Cold => self.make_cold(part),
                 Advice::PageOut => self.page_out(part),
                 Advice::WillNeed => {
-                    // The file lives as long as the mapping, which may go meanwhile.
-                    let file = vma.file;
-                    file.inspect(|&file| self.mm().get_object(file));
                     self.fetch(part, file, vma.object_page(part.first()));
                     file.inspect(|&file| self.mm().put_object(file));
                 }
