@@ -345,32 +345,44 @@ impl<E: Env> AddressSpace<'_, E> {
     ) -> Result<Option<IoTicket>, Errno> {
         let mm = self.mm();
         let ahead = !vma.flags.contains(VmFlags::RAND_READ);
-        let frame = match mm.swapped_page(entry, ahead)? {
-            Swapped::Ready(frame) => frame,
-            Swapped::NeedIo(ticket) => return Ok(Some(ticket)),
-            Swapped::Gone => return Ok(None),
-        };
-        let outcome = self.map_back(vma, page, payload, frame);
-        if outcome == Ok(true) {
-            mm.drop_swap(entry);
+        loop {
+            let frame = match mm.swapped_page(entry, ahead)? {
+                Swapped::Ready(frame) => frame,
+                Swapped::NeedIo(ticket) => return Ok(Some(ticket)),
+                Swapped::Gone => return Ok(None),
+            };
+            let outcome = self.map_back(vma, page, payload, entry, frame);
+            if outcome == Ok(true) {
+                mm.drop_swap(entry);
+            }
+            mm.put_reference(frame);
+            // Where the entry still stands, its page left the cache, or moved, since the look-up.
+            if outcome != Ok(false) || self.payload_at(page) != Some(payload) {
+                return outcome.map(|_| None);
+            }
         }
-        mm.put_reference(frame);
-        outcome.map(|_| None)
     }
 
+    /// Maps the page that was found for a swap entry; `false` where the entry was replaced or the page is not the slot's any more.
     fn map_back(
         &self,
         vma: &Vma,
         page: Page,
         payload: Payload,
+        entry: SwapEntry,
         frame: Frame,
     ) -> Result<bool, Errno> {
         let mm = self.mm();
         let family = self.core().entry.family();
-        mm.user(frame).set_object(family, vma.object_page(page));
         let Ok(mut cursor) = self.tables().cursor(PageRange::single(page)) else {
             return Err(Errno::EFAULT);
         };
+        // While the entry stands, its slot is counted and becomes no other page's. Before the lock it could, and that page keeps its name.
+        let stands = cursor.look(page).0 == Entry::Payload(payload);
+        if !stands || mm.swap().slot(entry).frame != Some(frame) {
+            return Ok(false);
+        }
+        mm.user(frame).set_object(family, vma.object_page(page));
         let mapping = mm.map_page(frame)?;
         // Whoever writes next decides under the table's lock whether the page is its own by then.
         let attributes = attributes(vma.flags).accessed().write_protected();
