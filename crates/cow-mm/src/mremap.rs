@@ -321,6 +321,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         }
         if let Some(from) = from {
             let moved = PageRange::with_count(target.first(), from.count()).ok_or(Errno::EINVAL)?;
+            // Else a fault may put a page where the leaves are gone already, and nobody looks for it there again.
+            edit.lock_range(from);
             self.move_leaves(from, moved)?;
         }
         edit.add(target, new, true);

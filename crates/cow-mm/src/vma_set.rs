@@ -412,6 +412,13 @@ impl<E: Env> Edit<'_, '_, E> {
         start_write(self.mm, self.seq, Handle::of_vma(id.0));
     }
 
+    /// Write-locks what lies in a range: from here on no fault is at work there, nor puts a page there, before the call ends.
+    pub fn lock_range(&mut self, range: PageRange) {
+        for entry in self.tree.range(range) {
+            start_write(self.mm, self.seq, entry.value);
+        }
+    }
+
     /// Says that a range is a VMA's, or nobody's. VMAs that end by this are write-locked.
     fn put(&mut self, range: PageRange, id: Option<VmaId>) {
         let (mm, seq, stock, ledger) = (self.mm, self.seq, &mut *self.stock, &mut *self.ledger);
