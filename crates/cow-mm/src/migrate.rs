@@ -143,10 +143,12 @@ impl<'m, E: Env> Mm<'m, E> {
                 _ => Err(MigrateError::NotMovable),
             };
         };
-        if page
-            .slot()
-            .flags()
-            .intersects(SlotFlags::WRITEBACK | SlotFlags::PINNED)
+        let tag = page.slot().tag();
+        let flags = page.slot().flags();
+        // On its way from the provider, which writes to this frame.
+        let reading = tag == FrameTag::File && !flags.contains(SlotFlags::UP_TO_DATE);
+        if reading
+            || flags.intersects(SlotFlags::WRITEBACK | SlotFlags::PINNED)
             || !self.held_by_nobody_else(from, page)
         {
             return Err(MigrateError::Pinned);
@@ -157,19 +159,10 @@ impl<'m, E: Env> Mm<'m, E> {
             self.put_leaves(&spaces, identity, from, Some(from));
             return Err(MigrateError::Pinned);
         }
-        if !mutant!("moved-page-not-copied") {
-            // SAFETY: the caller owns `to`; of `from` it holds a reference, and nobody writes to it: no table maps it, and no one
-            // else holds it. E2: both are in reach.
-            unsafe { self.env().paging().map().copy(from, to) };
-        }
         let slot = self.slot(to);
-        let tag = page.slot().tag();
         let claimed = UserSlot::claim(slot, tag, Order::ZERO, page.object(), page.page());
         debug_assert!(claimed.is_some());
         self.user(to).set_age(page.age());
-        slot.set_flags(page.slot().flags().intersection(TAKEN_ALONG));
-        let links = page.slot().links().load(kmem_hal::sync::Ordering::Acquire);
-        slot.links().store(links, kmem_hal::sync::Ordering::Release);
         if !self.follow_in_cache(from, to, tag) {
             slot.release();
             self.put_leaves(&spaces, identity, from, Some(from));
@@ -179,11 +172,31 @@ impl<'m, E: Env> Mm<'m, E> {
         Ok(())
     }
 
-    /// Lets the cache that holds `from` hold `to` instead; `false`, and nothing is changed, where somebody else took a reference.
+    /// Copies a page's bytes, its flags and its links.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns `to`, holds a reference of `from`, and keeps everybody from writing to it.
+    pub(crate) unsafe fn take_along(&self, from: Frame, to: Frame) {
+        if !mutant!("moved-page-not-copied") {
+            // SAFETY: passed on. E2: both are in reach.
+            unsafe { self.env().paging().map().copy(from, to) };
+        }
+        let (old, new) = (self.slot(from), self.slot(to));
+        let links = old.links().load(kmem_hal::sync::Ordering::Acquire);
+        new.links().store(links, kmem_hal::sync::Ordering::Release);
+        new.set_flags(old.flags().intersection(TAKEN_ALONG));
+    }
+
+    /// Makes `to` what `from` is, and lets the cache that holds `from` hold `to` instead; `false`, and nothing is changed, where somebody
+    /// else took a reference.
     fn follow_in_cache(&self, from: Frame, to: Frame, tag: FrameTag) -> bool {
         if tag == FrameTag::File {
             return self.replace_cached(from, to);
         }
+        // SAFETY: the caller owns `to` and holds a reference of `from`, which is anonymous: it is written through tables, and no table
+        // maps it; no one else held it after the last was flushed.
+        unsafe { self.take_along(from, to) };
         let Some(entry) = self.cache_entry(from) else {
             return true;
         };

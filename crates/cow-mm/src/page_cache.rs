@@ -579,7 +579,8 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
-    /// Lets the tree name `to` instead of `from`, with a reference; `false`, and nothing is changed, where somebody else holds `from`.
+    /// Lets the tree name `to`, which the caller owns and which becomes a copy, instead of `from`, with a reference; `false`, and nothing is
+    /// changed, where somebody else holds `from`.
     pub(crate) fn replace_cached(&self, from: Frame, to: Frame) -> bool {
         let page = self.user(from);
         let Some(file) = self.find_object(page.object()) else {
@@ -601,6 +602,9 @@ impl<'m, E: Env> Mm<'m, E> {
                 .store(PageRange::single(index), kept, &mut |_| {})
                 .is_ok();
             if stored {
+                // SAFETY: `to` is the caller's, who holds a reference of `from`. Nobody maps that, and no reference is left but the
+                // caller's and the tree's: a write takes one under the tree's lock, which is held until the copy is whole.
+                unsafe { self.take_along(from, to) };
                 self.put_reference(from);
             } else {
                 self.put_reference(to);
