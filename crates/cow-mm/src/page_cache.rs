@@ -254,34 +254,23 @@ impl<'m, E: Env> Mm<'m, E> {
             while !slot.try_lock() {
                 kmem_hal::sync::spin_loop();
             }
-            while slot.flags().contains(SlotFlags::WRITEBACK) {
-                let ticket = IoTicket(slot.links().load(Ordering::Acquire));
-                if let Some(provider) = self.provider(object) {
-                    let _ = self.note_write(frame, provider.poll(ticket));
-                }
-            }
-            let reading = !slot.flags().contains(SlotFlags::UP_TO_DATE)
-                && matches!(
-                    self.ask_again(object, index.number(), frame),
-                    Ok(IoState::Pending(_))
-                );
-            let mut removed = false;
+            self.end_write(object, frame);
+            let mut pages = object.pages.write();
             let mut outcome = Ok(());
-            if !reading {
-                let mut pages = object.pages.write();
-                removed = pages
-                    .get(index)
-                    .is_some_and(|entry| entry.value.frame() == Some(frame));
-                if removed {
-                    outcome = pages.store(PageRange::single(index), None, &mut |_| {});
-                }
-                removed &= outcome.is_ok();
-                if removed {
-                    // Nobody's from now on: whoever still holds it, for a pin or a copy, is the last to let it go.
-                    self.user(frame).set_object(0, 0);
-                    slot.clear_flags(SlotFlags::DIRTY);
-                }
+            let mut removed = pages
+                .get(index)
+                .is_some_and(|entry| entry.value.frame() == Some(frame))
+                && !self.is_being_read(object, index, frame);
+            if removed {
+                outcome = pages.store(PageRange::single(index), None, &mut |_| {});
             }
+            removed &= outcome.is_ok();
+            if removed {
+                // Nobody's from now on: whoever still holds it, for a pin or a copy, is the last to let it go.
+                self.user(frame).set_object(0, 0);
+                slot.clear_flags(SlotFlags::DIRTY);
+            }
+            drop(pages);
             slot.unlock();
             self.put_reference(frame);
             outcome.map_err(|_| Errno::ENOMEM)?;
@@ -290,6 +279,27 @@ impl<'m, E: Env> Mm<'m, E> {
             }
         }
         Ok(())
+    }
+
+    /// Waits until the provider has a page that is being written. The caller has the page's lock, or the object to itself.
+    fn end_write(&self, object: &Object<E::Nodes, E::Lock>, frame: Frame) {
+        let slot = self.slot(frame);
+        while slot.flags().contains(SlotFlags::WRITEBACK) {
+            let ticket = IoTicket(slot.links().load(Ordering::Acquire));
+            if let Some(provider) = self.provider(object) {
+                let _ = self.note_write(frame, provider.poll(ticket));
+            }
+        }
+    }
+
+    /// Whether the provider is still reading into a page of the tree; a read that never began is not begun. The caller has the tree's lock,
+    /// or the object to itself.
+    fn is_being_read(&self, object: &Object<E::Nodes, E::Lock>, index: Page, frame: Frame) -> bool {
+        self.slot(frame).links().load(Ordering::Acquire) != NOT_STARTED
+            && matches!(
+                self.ask_again(object, index.number(), frame),
+                Ok(IoState::Pending(_))
+            )
     }
 
     /// Frames that the object's cache holds.
