@@ -174,6 +174,9 @@ impl<'m, E: Env> Mm<'m, E> {
     }
 
     /// Gives an open handle back. Mappings keep the object alive.
+    ///
+    /// With the last of both the cache goes. Transfers that are under way are waited for; pages that are dirty are not written, so
+    /// [`sync_file`](Self::sync_file) comes first where their bytes are to last.
     pub fn close(&self, file: FileRef) {
         self.put_object(file);
     }
@@ -253,13 +256,15 @@ impl<'m, E: Env> Mm<'m, E> {
         self.object(file).references.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Takes a reference away; the last one ends the object and frees its pages.
+    /// Takes a reference away; the last one ends the object and frees its pages, once the provider has let go of them.
     pub(crate) fn put_object(&self, file: FileRef) {
         if self.object(file).references.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
         let memory = file.object.cast::<Object<E::Nodes, E::Lock>>();
         self.unlist(memory);
+        // SAFETY: the object lives until it is read out below.
+        self.end_transfers(unsafe { memory.as_ref() });
         // SAFETY: the last reference is gone, so nobody else reaches the object; it is read out once.
         let object = unsafe { memory.as_ptr().read() };
         self.commit().adjust(object.promised, 0);

@@ -302,6 +302,24 @@ impl<'m, E: Env> Mm<'m, E> {
             )
     }
 
+    /// Waits until the provider has let go of every page of an object that nobody else reaches any more.
+    ///
+    /// Takes no page's lock: who evicts a page may hold it, and the object's last reference.
+    pub(crate) fn end_transfers(&self, object: &Object<E::Nodes, E::Lock>) {
+        if self.provider(object).is_none() {
+            return;
+        }
+        for entry in object.pages.read().iter() {
+            let Some(frame) = entry.value.frame() else {
+                continue;
+            };
+            self.end_write(object, frame);
+            while self.is_being_read(object, entry.range.first(), frame) {
+                kmem_hal::sync::spin_loop();
+            }
+        }
+    }
+
     /// Frames that the object's cache holds.
     #[must_use]
     pub fn cached_pages(&self, file: FileRef) -> u64 {
