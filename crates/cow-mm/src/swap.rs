@@ -197,9 +197,16 @@ impl Swap {
                         .compare_exchange(0, taken, Ordering::AcqRel, Ordering::Relaxed)
                         .is_ok()
                 {
-                    if let Some(Some(area)) = self.areas.lock().get_mut(usize::from(number)) {
-                        area.hand = (at + 1) % slots.len();
-                    }
+                    let mut areas = self.areas.lock();
+                    let still = areas[usize::from(number)]
+                        .as_mut()
+                        .filter(|now| now.open && core::ptr::eq(slots_of(now), slots));
+                    let Some(now) = still else {
+                        // Closed or removed since it was copied out: nobody has seen the slot.
+                        free.store(0, Ordering::Release);
+                        break;
+                    };
+                    now.hand = (at + 1) % slots.len();
                     return Some(SwapEntry {
                         area: number,
                         offset: at as u64,
