@@ -66,35 +66,36 @@ fn tag_of(object: NonNull<u8>, slot: usize) -> *mut u64 {
 }
 
 impl<P: Platform> SlabSystem<P> {
-    /// Notes what memory is mapped: pointers to it are contiguous (hal `P1`), and it only grows (`P4`).
-    pub(crate) fn note_mapped(&self, platform: &P) {
-        let reach = platform.map().reach();
-        let bytes = usize::try_from(reach.count().saturating_mul(PAGE_SIZE)).unwrap_or(usize::MAX);
-        let first = platform.map().to_ptr(reach.first().start());
-        self.mapped_from.store(first.addr(), Ordering::Relaxed);
-        self.mapped_bytes.store(bytes, Ordering::Relaxed);
-    }
-
     #[inline(always)]
     fn is_mapped(&self, tag: *mut u64) -> bool {
-        let from = self.mapped_from.load(Ordering::Relaxed);
-        let inside = tag.addr().wrapping_sub(from) < self.mapped_bytes.load(Ordering::Relaxed);
+        let bytes = self.mapped_bytes.load(Ordering::Acquire);
+        let inside = tag
+            .addr()
+            .wrapping_sub(self.mapped_from.load(Ordering::Relaxed))
+            < bytes;
         inside || self.is_mapped_meanwhile(tag)
     }
 
-    /// Looks again where memory may have been added since. What is below the first pointer of `init` is always looked up here.
+    /// Looks the first time, and again where memory may have been added since. Pointers to mapped memory are contiguous (hal `P1`), and
+    /// there is only ever more of it (`P4`), so what is found holds for all later looks.
     #[cold]
     #[inline(never)]
     fn is_mapped_meanwhile(&self, tag: *mut u64) -> bool {
         let Some(platform) = self.platform() else {
             return false;
         };
-        let frame = Frame::containing(platform.map().to_phys(tag.cast()));
-        let is_mapped = platform.map().reach().contains(frame);
-        if is_mapped {
-            self.note_mapped(platform);
+        let address = platform.map().to_phys(tag.cast());
+        let reach = platform.map().reach();
+        if !reach.contains(Frame::containing(address)) {
+            return false;
         }
-        is_mapped
+        // The first pointer is computed, not asked for: the first frame in reach need not be memory.
+        let above = address.as_u64() - reach.first().start().as_u64();
+        let bytes = usize::try_from(reach.count().saturating_mul(PAGE_SIZE)).unwrap_or(usize::MAX);
+        let from = tag.addr().wrapping_sub(above as usize);
+        self.mapped_from.store(from, Ordering::Relaxed);
+        self.mapped_bytes.store(bytes, Ordering::Release);
+        true
     }
 
     /// Turns the tag of an object in use into that of a free one; `false`, and nothing is changed, where it is not that of an object in use.

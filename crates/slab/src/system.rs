@@ -165,7 +165,6 @@ impl<P: Platform> SlabSystem<P> {
             .with_mut(|place| unsafe { (*place).write(platform) as &P });
         match self.start(platform) {
             Ok(row) => {
-                self.note_mapped(platform);
                 self.rows[0].store(row.as_ptr(), Ordering::Release);
                 self.state.store(READY, Ordering::Release);
                 Ok(())
