@@ -11,7 +11,8 @@
 //!   parent leaf !W ── gather: flush                      child leaf !W   (child is loaded nowhere: no flush)
 //! ```
 //!
-//! The child's tables are reserved before the first store, so a fork that lacks memory for tables has changed nothing.
+//! The child's tables are reserved before the first store, so a [`fork_into`](PageTable::fork_into) that lacks memory for tables has changed
+//! nothing. `fork_sharing` reserves none: where it stops half-way the child is destroyed, and the parent takes its tables back as it writes.
 //!
 //! [`PageTable::fork_sharing`] copies entries above tables instead, and the tables themselves at their first change
 //! ([`Cursor::unshare`](crate::Cursor::unshare)).
@@ -169,7 +170,8 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
     /// about the rest.
     ///
     /// `most` is 1 for tables of leaves, 2 for a level more: then 1 GiB of 4 KiB pages costs one entry, and its first change two
-    /// copies. A shared table's leaves stand for one handle each, however many spaces share it. Tables with pins are not shared, nor is anything in
+    /// copies. A shared table's leaves stand for one handle each, however many spaces share it. Tables with pins are not shared (pins are counted in leaf tables
+    /// only: with pins anywhere in `range`, `most` is 1), nor is anything in
     /// formats that cannot forbid writing above the leaves ([`Format::shared_table`]).
     ///
     /// # Errors

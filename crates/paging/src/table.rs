@@ -665,6 +665,8 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// ([`Mmu::load_root`](kmem_hal::Mmu::load_root)); so it is loaded nowhere.
     ///
     /// A table that was lent from is leaked instead: other tables point into it.
+    ///
+    /// Context: outside of read sections of the environment's `Grace`; waits for a grace period where tables were shared.
     #[doc(alias = "exit_mmap")]
     #[doc(alias = "free_pgtables")]
     pub fn destroy(self, mut leaves: impl FnMut(Leaf, H), mut payloads: impl FnMut(Page, Payload)) {
@@ -693,7 +695,10 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             let shift = level::<F>(number).shift;
             let mut below = None;
             if indices[number] == 0 && number > 1 {
-                drop_shares(&node, entries, &mut slots);
+                // Who gave its share of these tables up may have readers that are in them still.
+                if drop_shares(&node, entries, &mut slots) {
+                    self.env.grace().synchronize();
+                }
             }
             // Entries are cleared and counted down, so that the rest of an empty table is not looked at.
             while indices[number] < entries && node.live() > 0 {
@@ -741,8 +746,8 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
                     if number == self.levels {
                         self.drop_user_root();
                     }
-                    // SAFETY: O1: nothing points to the table any more, and no reader has a reference to `self`; O3: as
-                    // above. It holds zeros.
+                    // SAFETY: O1: nothing points to the table any more, no reader has a reference to `self`, and those of spaces that
+                    // shared the table were waited for; O3: as above. It holds zeros.
                     cache::give(&self.env, unsafe {
                         OwnedFrame::from_raw(node.frame, Order::ZERO)
                     });
@@ -759,21 +764,24 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     }
 }
 
-/// Gives up the shares of tables to which the first `count` entries of a table point, and clears those that point to other spaces' tables now.
-fn drop_shares<F: Format>(node: &Node<'_, F>, count: usize, slots: &mut Slots<'_>) {
+/// Gives up the shares of tables to which the first `count` entries of a table point, and clears those that point to other spaces' tables
+/// now. Whether one that other spaces had shared is left to this one alone.
+fn drop_shares<F: Format>(node: &Node<'_, F>, count: usize, slots: &mut Slots<'_>) -> bool {
     let mut left = node.live();
     let mut dropped = 0;
+    let mut inherited = false;
     for entry in node.entries(0, count) {
         let word = F::Word::load(entry);
         if word == 0 {
             continue;
         }
-        if F::is_table(node.level, word)
-            && F::is_shared_table(node.level, word)
-            && node::drop_share(slots.of(F::table_frame(word)))
-        {
-            F::Word::store(entry, 0);
-            dropped += 1;
+        if F::is_table(node.level, word) && F::is_shared_table(node.level, word) {
+            if node::drop_share(slots.of(F::table_frame(word))) {
+                F::Word::store(entry, 0);
+                dropped += 1;
+            } else {
+                inherited = true;
+            }
         }
         left = left.saturating_sub(1);
         if left == 0 {
@@ -781,6 +789,7 @@ fn drop_shares<F: Format>(node: &Node<'_, F>, count: usize, slots: &mut Slots<'_
         }
     }
     node.sub_live(dropped);
+    inherited
 }
 
 /// What an entry is worth below tables that are shared, if they are: rights are the AND over all levels.

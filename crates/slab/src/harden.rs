@@ -15,7 +15,8 @@
 //! - `I2`: a tag says "in use" exactly while the object is in a user's hands and nobody wrote behind it.
 //! - `I3`: with `Poison`, the bytes before the record of a free object are all `FREED`.
 //!
-//! What it does not find: a free of an address at whose slot somebody wrote the very tag (one in 2^64 by accident).
+//! What it does not find: a free of an address at whose slot somebody wrote the very tag (one in 2^64 by accident), nor a free
+//! of one object by two CPUs at the same moment.
 //!
 //! Nothing here runs in a build without policies.
 

@@ -304,12 +304,16 @@ impl<P: Platform> SlabSystem<P> {
     /// not freed twice.
     #[inline]
     pub unsafe fn kfree_layout(&self, memory: NonNull<u8>, layout: Layout) {
+        if layout.size() == 0 {
+            // No memory stands behind it, however it is aligned.
+            return;
+        }
         let Some(class) = Self::class_for(layout.size(), layout.align()) else {
             // SAFETY: the caller's promise.
             return unsafe { self.kfree(memory.as_ptr()) };
         };
         let row = self.first_row();
-        if layout.size() == 0 || row.is_null() {
+        if row.is_null() {
             return;
         }
         if Self::FEATURES.sample > 0 && self.is_guarded(memory) {

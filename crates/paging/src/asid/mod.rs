@@ -140,6 +140,9 @@ impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
     /// Says that this CPU goes on with a kernel thread, which uses no user address: the space that is loaded stays, and need not be told of
     /// changes. [`load_root`](Mmu::load_root) ends it.
     ///
+    /// Name the kernel's root first ([`set_kernel_root`](Self::set_kernel_root)): without one a lazy CPU has nowhere to go when the space is taken
+    /// down, and the kernel must switch it away itself before that.
+    ///
     /// Context: a pinned task, as the scheduler's switch is.
     #[doc(alias = "enter_lazy_tlb")]
     pub fn enter_lazy(&self) {

@@ -85,8 +85,9 @@ unsafe impl Tlb for X86Tlb {
     }
 
     fn drop_current(&self) {
-        // SAFETY: the same root and tag again; CR3 reads without bit 63.
-        unsafe { asm!("mov {0}, cr3", "mov cr3, {0}", out(reg) _, options(nostack)) };
+        // SAFETY: the same root and tag again; CR3 reads without bit 63. Interrupts are off in between: one could load another root (a lazy
+        // CPU leaves a space that goes), which the second move would undo.
+        unsafe { asm!("pushfq", "cli", "mov {0}, cr3", "mov cr3, {0}", "popfq", out(reg) _) };
     }
 
     fn drop_tag(&self, tag: Asid) -> bool {
@@ -101,8 +102,8 @@ unsafe impl Tlb for X86Tlb {
             Self::invpcid(2, Asid::ZERO, 0);
             return;
         }
-        // SAFETY: CR4 as it was, after a moment without global pages: a change of PGE drops everything. An interrupt in between finds
-        // global pages off, which only costs time.
+        // SAFETY: CR4 as it was, after a moment with PGE the other way round: each change of it drops everything, and so the second does with
+        // what an interrupt cached in between.
         unsafe {
             asm!("mov {0}, cr4", "mov {1}, {0}", "xor {1}, {pge}", "mov cr4, {1}", "mov cr4, {0}",
                 out(reg) _, out(reg) _, pge = const PGE, options(nostack));

@@ -147,7 +147,9 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
                 table.add_live(level.entries() as u32);
                 self.table.count_table(table.frame, number);
                 node.add_live(1);
-                node.store(above, F::table(node.level, table.frame));
+                let word = F::table(node.level, table.frame);
+                node.store(above, word);
+                self.table.mirror(&node, above, word);
                 return (level.entries() as u64, None);
             }
         }

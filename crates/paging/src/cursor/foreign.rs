@@ -48,7 +48,11 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
 
     /// Drops the translations of a page that was changed from outside on every CPU, and waits.
     pub fn flush_foreign(&self, page: Page) {
-        let stale = Stale::leaf(PageRange::single(page), self.may_be_global());
+        // The page itself need not be global: both kinds are dropped.
+        let stale = Stale {
+            local: true,
+            ..Stale::leaf(PageRange::single(page), self.may_be_global())
+        };
         self.flush(Some(stale), false, 1);
         self.retract();
     }

@@ -13,7 +13,8 @@
 //!   a live entry.
 //! - `U2`: `path[l]` for the levels above the held one are the tables from the root to it.
 //! - `U4`: a table to which an entry points that says "shared", and everything below it, is changed by nobody, but that leaves and
-//!   entries in it may lose the right to write. A held table of that kind is only read.
+//!   entries in it may lose the right to write, and but for `foreign.rs`, whose caller announces and flushes in every space. A held table of that
+//!   kind is otherwise only read.
 //! - `U5`: `window` is the part of `range` in the held table, where that is a leaf table that this space alone leads to; otherwise it is empty.
 //! - `U3`: a walk runs inside a read section of the environment's `Grace`, and keeps nothing from it but a table that
 //!   it locked and found attached.

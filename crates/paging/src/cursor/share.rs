@@ -6,7 +6,7 @@
 //!   child   entry, not writable ──┘                  child   entry, writable ──────> a copy of it
 //! ```
 //!
-//! A shared table is changed by nobody (`U4`), so its change needs no flush in other spaces: what a space changes is a copy first, to which only its own
+//! A shared table is changed by nobody who sees one space alone (`U4`), so its change needs no flush in other spaces: what a space changes is a copy first, to which only its own
 //! root leads. The handles of a shared table's leaves are the table's, not each space's; a copy has handles of its own, which a
 //! callback makes. Where a copy is made, the leaves of both sides lose the right to write, since both now stand for the same
 //! frames.
