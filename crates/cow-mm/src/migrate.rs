@@ -15,6 +15,7 @@
 //! Invariants
 //! - `I1`: the list of spaces is locked from 1 to 3, so every entry that was taken in 1, or copied from one since, is found in 3.
 //! - `I2`: a page that cannot be moved whole stays in its frame, and its leaves are put back as in 3.
+//! - `I3`: a page that somebody else holds stays; who takes a reference by the frame's number after that look gives it back, and is waited for.
 //!
 //! Context: task context, no lock of a space or an object held; may wait for other CPUs.
 //!
@@ -164,12 +165,28 @@ impl<'m, E: Env> Mm<'m, E> {
         debug_assert!(claimed.is_some());
         self.user(to).set_age(page.age());
         if !self.follow_in_cache(from, to, tag) {
-            slot.release();
             self.put_leaves(&spaces, identity, from, Some(from));
+            // Reclaim may wait for the list with a reference of `to`.
+            drop(spaces);
+            self.take_back(to);
             return Err(MigrateError::Pinned);
         }
         self.put_leaves(&spaces, identity, from, Some(to));
+        // Whoever took a reference by the frame's number, and gets the page's lock next, finds nothing to do.
+        page.set_object(0, 0);
+        page.slot().clear_flags(SlotFlags::DIRTY);
         Ok(())
+    }
+
+    /// Takes the last reference of a page that no table and no cache names; the frame is the caller's then.
+    ///
+    /// Reclaim and the look-up of swapped pages take references by a frame's number, see that the page is not what they looked for, and give
+    /// them back: they are waited for.
+    fn take_back(&self, frame: Frame) {
+        while !self.user(frame).sub_last_reference() {
+            kmem_hal::sync::spin_loop();
+        }
+        self.slot(frame).release();
     }
 
     /// Copies a page's bytes, its flags and its links.
@@ -203,10 +220,27 @@ impl<'m, E: Env> Mm<'m, E> {
         if self.user(to).add_reference().is_err() {
             return false;
         }
+        // A look-up that finds `to` waits for this, until it is clear that `to` stays.
+        let up_to_date = self.slot(to).clear_flags(SlotFlags::UP_TO_DATE) & SlotFlags::UP_TO_DATE;
         if !self.swap().exchange_frame(entry, Some(from), Some(to)) {
             self.put_reference(to);
             return false;
         }
+        // The caller's and the cache's. Whoever takes one from here on looks at the slot after that, and sees the change: so the count is
+        // read by changing it.
+        let page = self.user(from);
+        let alone = page.add_reference() == Ok(2) && page.mappings() == 0;
+        self.put_reference(from);
+        if !alone {
+            // The reference of the one that leaves the cache; of `from`, where the slot was given up meanwhile, and `to` with it.
+            let back = self.swap().exchange_frame(entry, Some(to), Some(from));
+            if !back {
+                self.slot(from).clear_flags(SWAP_CACHE);
+            }
+            self.put_reference(if back { to } else { from });
+            return false;
+        }
+        self.slot(to).set_flags(up_to_date);
         self.slot(from).clear_flags(SWAP_CACHE);
         self.put_reference(from);
         true
@@ -252,11 +286,8 @@ impl<E: Env> Migrate for Mm<'_, E> {
         // The maker's reference of the new page: its mappings and cache have theirs.
         self.put_reference(target);
         self.count(|counts| &counts.moved);
-        if page.sub_reference() == Ok(0) {
-            page.slot().release();
-            // SAFETY: O1: the last reference is gone; O2: a page of one frame; O3: its translations were flushed.
-            return Ok(unsafe { OwnedFrame::from_raw(from, Order::ZERO) });
-        }
-        unreachable!("I1: nobody can take a reference of a page that no table and no cache names")
+        self.take_back(from);
+        // SAFETY: O1: the last reference is gone; O2: a page of one frame; O3: its translations were flushed.
+        Ok(unsafe { OwnedFrame::from_raw(from, Order::ZERO) })
     }
 }

@@ -202,7 +202,7 @@ impl Swap {
                         .as_mut()
                         .filter(|now| now.open && core::ptr::eq(slots_of(now), slots));
                     let Some(now) = still else {
-                        // Closed or removed since it was copied out: nobody has seen the slot.
+                        // Closed or removed since it was copied out: nobody was told of the slot.
                         free.store(0, Ordering::Release);
                         break;
                     };

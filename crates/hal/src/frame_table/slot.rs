@@ -323,6 +323,14 @@ impl FrameSlot {
             .map_err(|_| CountError::Underflow)
     }
 
+    /// Takes the only reference away; `false`, and nothing is changed, where the count is not 1.
+    pub(super) fn sub_only(&self) -> bool {
+        let step = |state: u64| (state >> COUNT_SHIFT == 1).then(|| state - COUNT_ONE);
+        self.state
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, step)
+            .is_ok()
+    }
+
     /// Replaces the upper half of word 0, whatever its owner keeps there.
     pub(super) fn replace_count(&self, f: impl Fn(u32) -> u32) {
         let step = |state: u64| {

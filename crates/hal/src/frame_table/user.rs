@@ -225,6 +225,28 @@ impl<'a> UserSlot<'a> {
         self.0.sub_count(1).map_err(|_| CountError::Underflow)
     }
 
+    /// Takes the caller's reference away where it is the only one; the frame is the caller's to free then. `false`, and nothing is changed,
+    /// where there are others.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use kmem_hal::{FrameSlot, FrameTag, Order, UserSlot};
+    ///
+    /// let slot = FrameSlot::new();
+    /// let page = UserSlot::claim(&slot, FrameTag::Anon, Order::ZERO, 9, 0).unwrap();
+    /// page.add_reference().unwrap();
+    /// assert!(!page.sub_last_reference());
+    /// page.sub_reference().unwrap();
+    /// assert!(page.sub_last_reference());
+    /// assert_eq!(page.references(), 0);
+    /// ```
+    #[doc(alias = "page_ref_freeze")]
+    #[must_use]
+    pub fn sub_last_reference(self) -> bool {
+        self.0.sub_only()
+    }
+
     /// How many leaf tables map the page.
     #[doc(alias = "page_mapcount")]
     #[must_use]
