@@ -48,9 +48,11 @@ impl BuddySystem {
 }
 
 impl Frames for BuddySystem {
+    #[inline(always)]
     fn alloc(&self, order: u8) -> Option<u64> {
         Some(self.0.with(|inner| inner.alloc(1 << order))? as u64)
     }
+    #[inline(always)]
     fn free(&self, frame: u64, order: u8) {
         self.0
             .with(|inner| inner.dealloc(frame as usize, 1 << order));
@@ -69,6 +71,7 @@ impl Bitmap {
 }
 
 impl Frames for Bitmap {
+    #[inline(always)]
     fn alloc(&self, order: u8) -> Option<u64> {
         let first = self.0.with(|inner| match order {
             0 => inner.alloc(),
@@ -76,6 +79,7 @@ impl Frames for Bitmap {
         })?;
         Some(first as u64 + BASE)
     }
+    #[inline(always)]
     fn free(&self, frame: u64, order: u8) {
         let first = (frame - BASE) as usize;
         let freed = self.0.with(|inner| match order {
@@ -114,6 +118,7 @@ impl ListBuddy {
 }
 
 impl Frames for ListBuddy {
+    #[inline(always)]
     fn alloc(&self, order: u8) -> Option<u64> {
         let address = self
             .inner
@@ -121,6 +126,7 @@ impl Frames for ListBuddy {
             .ok()?;
         Some((address as u64 / 4096).wrapping_add(self.offset))
     }
+    #[inline(always)]
     fn free(&self, frame: u64, order: u8) {
         let address = frame.wrapping_sub(self.offset) as usize * 4096;
         self.inner
