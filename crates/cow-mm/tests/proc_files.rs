@@ -114,6 +114,10 @@ fn the_formats_are_the_running_kernels() {
                 continue;
             }
             let number = number - usize::from(ours.starts_with('7'));
+            if theirs[number].bytes().filter(u8::is_ascii_digit).count() > 8 {
+                // Wider than its column, as the terabytes that AddressSanitizer reserves.
+                continue;
+            }
             assert_eq!(shape(line), shape(theirs[number]), "line {number}");
         }
     }

@@ -34,8 +34,6 @@ use crate::sync::Ordering;
 
 const MAPPING_SHIFT: u32 = 32;
 const MAPPING_ONE: u64 = 1 << MAPPING_SHIFT;
-/// From so many mappings on each is looked at with the limit in mind.
-const NEARLY_SATURATED: u64 = u32::MAX as u64 - (1 << 16);
 const OBJECT_MASK: u64 = u32::MAX as u64;
 const AGE_SHIFT: u32 = 52;
 const INDEX_MASK: u64 = (1 << AGE_SHIFT) - 1;
@@ -266,16 +264,6 @@ impl<'a> UserSlot<'a> {
     #[inline]
     pub fn add_mapping(self) -> Result<u32, CountError> {
         let mut word = self.0.owner().load(Ordering::Relaxed);
-        if word >> MAPPING_SHIFT != 0 && word >> MAPPING_SHIFT < NEARLY_SATURATED {
-            // Mapped already, as nearly always: one addition. Between the look and it there are fewer others than are missing to the limit.
-            let before = self.0.owner().fetch_add(MAPPING_ONE, Ordering::AcqRel);
-            if before < MAPPING_ONE && self.0.add_count(1).is_err() {
-                // The last one went meanwhile, and with it the reference of all.
-                self.0.owner().fetch_sub(MAPPING_ONE, Ordering::AcqRel);
-                return Err(CountError::Saturated);
-            }
-            return Ok((before >> MAPPING_SHIFT) as u32);
-        }
         loop {
             let next = word.checked_add(MAPPING_ONE).ok_or(CountError::Saturated)?;
             let first = word < MAPPING_ONE;
