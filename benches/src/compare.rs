@@ -121,6 +121,9 @@ Exit code 0 if every check held, 1 if one failed, 2 for a wrong command line.";
         if runner.rows().is_empty() {
             runner.problem("nothing was measured".into());
         }
+        for loss in runner.losses() {
+            println!("LOST {loss}");
+        }
         if runner.problems().is_empty() {
             println!("{} figures, every check held", runner.rows().len());
             return ExitCode::SUCCESS;

@@ -167,6 +167,7 @@ pub struct Runner {
     options: Options,
     rows: Vec<Row>,
     problems: Vec<String>,
+    losses: Vec<String>,
 }
 
 #[derive(Default)]
@@ -187,6 +188,7 @@ impl Runner {
             options,
             rows: Vec::new(),
             problems: Vec::new(),
+            losses: Vec::new(),
         }
     }
 
@@ -221,6 +223,17 @@ impl Runner {
     #[must_use]
     pub fn problems(&self) -> &[String] {
         &self.problems
+    }
+
+    /// Rows that a peer lost by itself: it ran out of memory, or panicked.
+    #[must_use]
+    pub fn losses(&self) -> &[String] {
+        &self.losses
+    }
+
+    fn loss(&mut self, loss: String) {
+        eprintln!("compare: {loss}");
+        self.losses.push(loss);
     }
 
     /// Notes something that went wrong.
@@ -275,10 +288,13 @@ impl Runner {
                     }
                     Err(_) => {
                         samples[at].failed = true;
-                        self.problem(format!(
-                            "{} {}: {program} panicked",
-                            workload.area, workload.name
-                        ));
+                        let what =
+                            format!("{} {}: {program} panicked", workload.area, workload.name);
+                        if is_ours(program) {
+                            self.problem(what);
+                        } else {
+                            self.loss(what);
+                        }
                     }
                 }
             }
@@ -311,6 +327,11 @@ impl Runner {
             }
         }
     }
+}
+
+/// Whether a failure of this program is a failure of the comparison: a peer may fail by itself.
+fn is_ours(program: &str) -> bool {
+    program.starts_with("kmem") || program.starts_with("limit:")
 }
 
 /// One program's turn in one repetition: its figure and those of its slices.
@@ -455,12 +476,26 @@ mod tests {
             Workload::new("area", "work", Unit::Ns)
                 .with("idle", idle)
                 .with("unmeasured", unmeasured)
-                .with("broken", broken)
+                .with("kmem broken", broken)
                 .with("kmem", honest(10_000)),
         );
         assert_eq!(runner.problems().len(), 3);
         assert_eq!(runner.rows().len(), 1);
         assert_eq!(runner.rows()[0].program, "kmem");
+    }
+
+    #[test]
+    fn a_peer_that_panics_loses_its_row_and_nothing_else() {
+        let broken = |_: u64, _: &mut Watch| -> Slice { panic!("as planned") };
+        let mut runner = quiet();
+        runner.run(
+            Workload::new("area", "work", Unit::Ns)
+                .with("peer", broken)
+                .with("kmem", honest(10_000)),
+        );
+        assert!(runner.problems().is_empty());
+        assert_eq!(runner.losses(), ["area work: peer panicked"]);
+        assert_eq!(runner.rows().len(), 1);
     }
 
     #[test]

@@ -326,7 +326,14 @@ impl<'h, H: Heap> Live<'h, H> {
         let (memory, old) = self.objects[at];
         // SAFETY: allocated by this value, replaced below.
         unsafe { self.heap.free(memory, old) };
-        let memory = take(self.heap, layout, layout.size() as u64);
+        let memory = self.heap.alloc(layout);
+        if memory.is_null() {
+            // What was freed must not be freed again when this value is dropped.
+            self.objects.swap_remove(at);
+            panic!("out of memory");
+        }
+        // SAFETY: 8 bytes at least, aligned to 8, just allocated.
+        unsafe { memory.cast::<u64>().write(layout.size() as u64) };
         self.objects[at] = (memory, layout);
         self.requested += layout.size();
         self.requested -= old.size();
