@@ -24,6 +24,14 @@ fn libraries(directory: &Path, name: &str) -> Vec<PathBuf> {
     found
 }
 
+/// Where else the compiler finds crates: with `--target`, procedural macros are built for the host, in a folder of their own.
+fn of_host(deps: &Path) -> PathBuf {
+    // TARGET_DIR/TRIPLE/PROFILE/deps, and TARGET_DIR/PROFILE/deps.
+    let profile = deps.parent().unwrap();
+    let target = profile.ancestors().nth(2).unwrap_or(profile);
+    target.join(profile.file_name().unwrap()).join("deps")
+}
+
 struct Compiler {
     directory: PathBuf,
     hal: PathBuf,
@@ -48,6 +56,8 @@ impl Compiler {
             .arg(out.with_extension("rmeta"))
             .arg("-L")
             .arg(format!("dependency={}", self.directory.display()))
+            .arg("-L")
+            .arg(format!("dependency={}", of_host(&self.directory).display()))
             .arg("--extern")
             .arg(format!("kmem_hal={}", self.hal.display()))
             .arg("--extern")
