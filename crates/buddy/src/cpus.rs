@@ -56,13 +56,16 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
 
     /// Empties this CPU's arrays into the zones; `false` where the caller interrupted their user.
     pub fn drain_local(&self) -> bool {
-        let Some(state) = self.state() else {
-            return true;
-        };
+        self.state().is_none_or(|state| self.drain_here(state).1)
+    }
+
+    /// Empties the arrays of one CPU, the caller's at some instant: which it was, and whether they are empty.
+    fn drain_here(&self, state: &State<L>) -> (CpuId, bool) {
         let pin = self.cpu.pin();
-        state
-            .area(pin.id())
-            .is_none_or(|area| self.drain_area(state, area))
+        let cpu = pin.id();
+        let area = state.area(cpu);
+        let all = area.is_none_or(|area| self.drain_area(state, area));
+        (cpu, all)
     }
 
     /// Empties the arrays of all CPUs, as far as they can be called.
@@ -75,12 +78,12 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let Some(state) = self.state() else {
             return Drained::All;
         };
-        let here = self.drain_local();
+        // From here on the caller may be on any CPU: what was drained is left out, not what it is on now (R1 of `CpuCall`).
+        let (drained, here) = self.drain_here(state);
         let mut others = CpuSet::EMPTY;
-        let me = self.cpu.pin().id();
         for cpu in 0..state.cpus.len() as u32 {
             let cpu = CpuId::new(cpu);
-            if cpu != me && state.area(cpu).is_some() {
+            if cpu != drained && state.area(cpu).is_some() {
                 others.insert(cpu);
             }
         }

@@ -14,6 +14,8 @@ use kmem_hal::{
 
 thread_local! {
     static CURRENT: Cell<u32> = const { Cell::new(0) };
+    static PINS: Cell<u32> = const { Cell::new(0) };
+    static WANDERS: Cell<bool> = const { Cell::new(false) };
     static IN_LOCK: RefCell<Option<Box<dyn FnOnce()>>> = const { RefCell::new(None) };
 }
 
@@ -27,11 +29,27 @@ impl Played {
     }
 }
 
-// SAFETY: one thread plays one CPU at a time, and changes it only between calls (C1, C2); ids stay below 4 (C3).
+/// Lets the thread be moved again.
+struct Unpin;
+
+impl Drop for Unpin {
+    fn drop(&mut self) {
+        PINS.set(PINS.get() - 1);
+    }
+}
+
+// SAFETY: one thread plays one CPU at a time, and changes it only where nothing is pinned (C1, C2); ids stay below 4 (C3).
 unsafe impl Cpu for Played {
-    type Guard<'a> = ();
-    fn raw_pin(&self) {}
-    fn id(&self, (): &()) -> CpuId {
+    type Guard<'a> = Unpin;
+    /// A thread that wanders was moved between CPUs 0 and 1 since its last pin.
+    fn raw_pin(&self) -> Unpin {
+        if PINS.get() == 0 && WANDERS.get() {
+            Self::become_cpu(1 - CURRENT.get());
+        }
+        PINS.set(PINS.get() + 1);
+        Unpin
+    }
+    fn id(&self, _: &Unpin) -> CpuId {
         CpuId::new(CURRENT.get())
     }
     fn count(&self) -> u32 {
@@ -141,6 +159,27 @@ fn with_calls_the_frames_of_other_cpus_are_found() {
     }
     assert!(buddy.drain_all());
     assert_eq!(buddy.mem_info().free, 10);
+}
+
+/// The scheduler moves the caller whenever it may: the CPU that was drained first is not the one that calls the others.
+#[test]
+fn a_drain_that_moves_between_cpus_leaves_none_out() {
+    for first in [0, 1] {
+        let buddy = boot::<_, _, Spin>(4096, Played, NoPressure, &config());
+        let total = buddy.mem_info().free;
+        for cpu in 0..4 {
+            Played::become_cpu(cpu);
+            let frame = buddy.alloc(&FrameRequest::ONE).unwrap();
+            buddy.free(frame);
+        }
+        Played::become_cpu(first);
+        WANDERS.set(true);
+        let drained = buddy.drain_all();
+        WANDERS.set(false);
+        assert!(drained);
+        let info = buddy.mem_info();
+        assert_eq!((info.cached, info.free), (0, total));
+    }
 }
 
 #[test]
