@@ -2,14 +2,14 @@
 
 use core::fmt;
 
-use kmem_hal::sync::{AtomicPtr, AtomicU32, Ordering};
+use kmem_hal::sync::{AtomicPtr, AtomicU32, LocalBool, Ordering};
 use kmem_hal::{
     Cpu, Frame, FrameRange, IrqSafe, NoCpuCall, NoPressure, Order, PhysMap, Pinned, RawLock,
 };
 
 use crate::boot::BootMap;
 use crate::config::Config;
-use crate::cpu_cache::CpuArea;
+use crate::cpu_cache::{CpuArea, set_holding};
 use crate::error::{FreeError, InitError, Misuse};
 use crate::state::{self, State};
 use crate::watermark;
@@ -99,29 +99,6 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         self.state().is_some()
     }
 
-    /// Runs `f` under a zone's lock; `None` where this call interrupted a holder and the lock is not free.
-    ///
-    /// The caller is pinned to the CPU of `area`.
-    pub(crate) fn locked<R>(
-        &self,
-        area: Option<&CpuArea>,
-        zone: &Zone<L>,
-        f: impl FnOnce(&mut Core) -> R,
-    ) -> Option<R> {
-        /// Looks at a lock that another CPU may hold, from a context that must not spin for ever.
-        const TRIES: u32 = 256;
-        match area {
-            None => Some(zone.locked(f)),
-            Some(area) if area.is_holding() => zone.try_locked(TRIES, f),
-            Some(area) => {
-                area.set_holding(true);
-                let result = zone.locked(f);
-                area.set_holding(false);
-                Some(result)
-            }
-        }
-    }
-
     /// Notes a wrong free; the block stays out of use.
     pub(crate) fn note_misuse(&self, state: &State<L>, error: FreeError, first: u64, order: usize) {
         state
@@ -170,6 +147,56 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         let area = unsafe { (*areas.add(pin.id().index())).load(Ordering::Acquire) };
         // SAFETY: a non-null pointer came from a `&'static CpuArea` in `build` or `cpu_online`.
         unsafe { area.as_ref() }
+    }
+
+    /// Runs `f` under a zone's lock; `None` where this call interrupted a holder and the lock is not free.
+    ///
+    /// The caller is pinned: to the CPU of `area`, to one without an area, or it is [`holding`](Self::holding) for the area's.
+    pub(crate) fn locked<R>(
+        &self,
+        area: Option<&CpuArea>,
+        zone: &Zone<L>,
+        f: impl FnOnce(&mut Core) -> R,
+    ) -> Option<R> {
+        /// Looks at a lock that another CPU may hold, from a context that must not spin for ever.
+        const TRIES: u32 = 256;
+        let (nested, flag) = match area {
+            Some(area) => (area.is_holding(), Some(&area.holding)),
+            None => {
+                let cpu = self.cpu.pin().id();
+                let flag = self.state().and_then(|state| state.bare.get(cpu.index()));
+                (flag.is_some_and(LocalBool::get), flag)
+            }
+        };
+        match flag {
+            _ if nested => zone.try_locked(TRIES, f),
+            None => Some(zone.locked(f)),
+            Some(flag) => {
+                set_holding(flag, true);
+                let result = zone.locked(f);
+                set_holding(flag, false);
+                Some(result)
+            }
+        }
+    }
+
+    /// Runs `f`, which takes locks by itself and returns with none, so that calls that interrupt it do not wait for them (`I2` of the
+    /// CPUs' areas).
+    pub(crate) fn holding<R>(&self, state: &State<L>, f: impl FnOnce() -> R) -> R {
+        let pin = self.cpu.pin();
+        let area = state.area(pin.id());
+        let own = area.map(|area| &area.holding);
+        let flag = own.or_else(|| state.bare.get(pin.id().index()));
+        let nested = flag.is_some_and(LocalBool::get);
+        if let Some(flag) = flag {
+            set_holding(flag, true);
+        }
+        let result = f();
+        if let Some(flag) = flag {
+            set_holding(flag, nested);
+        }
+        self.settle(state, area);
+        result
     }
 }
 

@@ -136,7 +136,15 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         // SAFETY: the frames are this call's, in reach, and never freed once the area is published.
         let area = area.and_then(|memory| unsafe {
             let list = state.list(node.index());
-            state::build_area(memory, order.bytes() as usize, node, state.zones, list)
+            let bare = state.bare.get(cpu.index());
+            state::build_area(
+                memory,
+                order.bytes() as usize,
+                node,
+                bare,
+                state.zones,
+                list,
+            )
         });
         let published = area.is_some_and(|area| {
             slot.compare_exchange(
@@ -171,11 +179,12 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let Some(state) = self.state() else {
             return true;
         };
-        // Pinned, so that an interrupt of this CPU cannot take the other's place half-way.
-        let _pin = self.cpu.pin();
-        state
-            .area(cpu)
-            .is_none_or(|area| self.drain_area(state, area))
+        // Noted at this CPU as well, whose NMIs would wait for what it holds for the other.
+        self.holding(state, || {
+            state
+                .area(cpu)
+                .is_none_or(|area| self.drain_area(state, area))
+        })
     }
 }
 

@@ -39,7 +39,7 @@ fn is_managed<L: RawLock + 'static>(
         .is_managed(first, end, !needs_no_reach(zone.kind))
 }
 
-impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
+impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     /// The segment of a frame; the last one used is tried first.
     #[inline]
     pub(crate) fn segment(

@@ -323,20 +323,10 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
 
     /// Runs `f` with the list of reserved runs; interrupts of this CPU will not wait for it.
     fn with_reserved<R>(&self, state: &State<L>, f: impl FnOnce(&Reserved) -> R) -> R {
-        let pin = self.cpu.pin();
-        let area = state.area(pin.id());
-        let nested = area.is_some_and(crate::cpu_cache::CpuArea::is_holding);
-        if let (Some(area), false) = (area, nested) {
-            area.set_holding(true);
-        }
-        let guard = state.reserved_lock.lock();
-        let result = f(&state.reserved);
-        drop(guard);
-        if let (Some(area), false) = (area, nested) {
-            area.set_holding(false);
-            self.settle(state, Some(area));
-        }
-        result
+        self.holding(state, || {
+            let _guard = state.reserved_lock.lock();
+            f(&state.reserved)
+        })
     }
 
     /// Takes over the frames that became mapped since `init` or the last call; how many.

@@ -10,7 +10,7 @@
 use core::ptr::NonNull;
 
 use kmem_hal::sync::{
-    AtomicPtr, AtomicU8, AtomicU32, AtomicU64, CachePadded, Ordering, fence, spin_loop,
+    AtomicPtr, AtomicU8, AtomicU32, AtomicU64, CachePadded, LocalBool, Ordering, fence, spin_loop,
 };
 use kmem_hal::{
     CpuId, Frame, FrameRange, Lock, Mobility, NodeId, PAGE_SIZE, PhysAddr, PhysMap, RawLock,
@@ -190,6 +190,8 @@ pub(crate) struct State<L: 'static> {
     pub lists: &'static [u16],
     /// Areas of the CPUs that are online; null otherwise.
     pub cpus: &'static [AtomicPtr<CpuArea>],
+    /// Set while a CPU that has no area is inside a zone's lock.
+    pub bare: &'static [LocalBool],
     pub cpu_node: fn(CpuId) -> NodeId,
     pub reserved: Reserved,
     /// Held by whoever changes the reserved list.
@@ -385,6 +387,7 @@ fn plan<const N: usize, L: RawLock + 'static>(
         + room::<Segment>(plan.segments)
         + room::<u16>(nodes * plan.zones)
         + room::<AtomicPtr<CpuArea>>(plan.cpus)
+        + room::<LocalBool>(plan.cpus)
         + room::<ReservedSlot>(plan.reserved)
         + room::<State<L>>(1)
         + plan.online as u64 * area_room(plan.zones);
@@ -405,6 +408,7 @@ pub(crate) unsafe fn build_area<L: RawLock + 'static>(
     memory: NonNull<u8>,
     bytes: usize,
     node: NodeId,
+    bare: Option<&'static LocalBool>,
     zones: &[Zone<L>],
     list: &[u16],
 ) -> Option<NonNull<CpuArea>> {
@@ -412,12 +416,13 @@ pub(crate) unsafe fn build_area<L: RawLock + 'static>(
         next: memory,
         left: bytes,
     };
-    carve_area(&mut carver, node, zones, list)
+    carve_area(&mut carver, node, bare, zones, list)
 }
 
 fn carve_area<L: RawLock + 'static>(
     carver: &mut Carver,
     node: NodeId,
+    bare: Option<&'static LocalBool>,
     zones: &[Zone<L>],
     list: &[u16],
 ) -> Option<NonNull<CpuArea>> {
@@ -436,7 +441,7 @@ fn carve_area<L: RawLock + 'static>(
             .and_then(|zone| caches.get(zone))
     });
     let area = carver.slice(1, |_| {
-        CachePadded::new(CpuArea::new(u32::from(node.get()), caches, first))
+        CachePadded::new(CpuArea::new(u32::from(node.get()), bare, caches, first))
     });
     area.first().map(|area| NonNull::from(&**area))
 }
@@ -540,12 +545,13 @@ pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
 
     let areas: &'static [AtomicPtr<CpuArea>] =
         carver.slice(plan.cpus, |_| AtomicPtr::new(core::ptr::null_mut()));
+    let bare: &'static [LocalBool] = carver.slice(plan.cpus, |_| LocalBool::new(false));
     for (cpu, slot) in areas.iter().enumerate().take(plan.online) {
         let node = (config.cpu_node)(CpuId::new(cpu as u32));
         let list = lists
             .get(node.index() * plan.zones..(node.index() + 1) * plan.zones)
             .unwrap_or(&[]);
-        if let Some(area) = carve_area(&mut carver, node, zones, list) {
+        if let Some(area) = carve_area(&mut carver, node, bare.get(cpu), zones, list) {
             slot.store(area.as_ptr(), Ordering::Release);
         }
     }
@@ -573,6 +579,7 @@ pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
             nodes: plan.nodes,
             lists,
             cpus: areas,
+            bare,
             cpu_node: config.cpu_node,
             reserved: reserved.take().unwrap_or(Reserved::new(&[])),
             reserved_lock: Lock::new(()),

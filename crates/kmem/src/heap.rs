@@ -114,7 +114,7 @@ where
     }
 
     /// /proc/buddyinfo.
-    pub fn buddyinfo(&self) -> BuddyInfo<L> {
+    pub fn buddyinfo(&self) -> BuddyInfo<'_, L> {
         self.memory.frames().buddy_info()
     }
 

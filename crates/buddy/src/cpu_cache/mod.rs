@@ -5,7 +5,7 @@
 //!     busy      a call is in the arrays          heads[order][type]
 //!     hot       the block that came back last   slots   [ o0 unmovable | o0 movable | .. | o9 ]
 //!     window    where frees go without a search
-//!     holding   a call has a zone lock
+//!     holding   a call has a zone lock             bare: the same, from the time before the CPU had an area
 //!     pending   blocks freed by nested calls that could not get the lock
 //! ```
 //!
@@ -15,7 +15,8 @@
 //! Invariants (with hal's `C2`: only contexts that finish first interrupt the owner)
 //! - `I1`: arrays, the hot block and the window are read and written only by the pinned owner, between setting and clearing `busy`. A
 //!   nested call that finds `busy` set leaves them alone and goes to the zone.
-//! - `I2`: a nested call that finds `holding` set never spins: it tries the lock, and if that fails it refuses an
+//! - `I2`: whoever takes a zone's lock has set `holding` of the CPU that it runs on (`bare` where that has no area), views and those who
+//!   empty the arrays of another CPU too. A nested call that finds it set never spins: it tries the lock, and if that fails it refuses an
 //!   allocation or leaves a freed block in `pending`, which the interrupted call empties before it returns.
 //! - `I3`: blocks in arrays, and the hot one, are allocated as far as the zone knows.
 //! - `I4`: a block is lent from an array, or when it is hot, so that it is of a zone that served plain requests of its type. Emptying
@@ -56,7 +57,7 @@ const PENDING: usize = 2;
 #[repr(C)]
 pub(crate) struct CpuArea {
     busy: LocalBool,
-    holding: LocalBool,
+    pub holding: LocalBool,
     pending_any: AtomicBool,
     /// Order, type and state of the block that was lent last (`arrays::key`). In the 16 bytes of `busy`: stores of one call to one
     /// such place are merged.
@@ -82,6 +83,8 @@ pub(crate) struct CpuArea {
     pub interleave: LocalU32,
     /// Calls that had to leave the arrays alone.
     pub nested: LocalU64,
+    /// Stands for `holding` where a call began before the area was there.
+    bare: Option<&'static LocalBool>,
     pending: [AtomicU64; PENDING],
     pub caches: &'static [ZoneCache],
 }
@@ -89,6 +92,7 @@ pub(crate) struct CpuArea {
 impl CpuArea {
     pub fn new(
         node: u32,
+        bare: Option<&'static LocalBool>,
         caches: &'static [ZoneCache],
         first: [Option<&'static ZoneCache>; CACHED_TYPES],
     ) -> Self {
@@ -116,6 +120,7 @@ impl CpuArea {
             refilled: LocalU32::new(0),
             interleave: LocalU32::new(0),
             nested: LocalU64::new(0),
+            bare,
             pending: core::array::from_fn(|_| AtomicU64::new(0)),
             caches,
         }
@@ -169,14 +174,7 @@ impl CpuArea {
 
     /// Whether this CPU is inside a zone lock, or about to be.
     pub fn is_holding(&self) -> bool {
-        self.holding.get()
-    }
-
-    /// Notes whether this CPU is inside a zone lock.
-    pub fn set_holding(&self, holding: bool) {
-        compiler_fence(Ordering::SeqCst);
-        self.holding.set(holding);
-        compiler_fence(Ordering::SeqCst);
+        self.holding.get() || self.bare.is_some_and(LocalBool::get)
     }
 
     /// Leaves a block for the interrupted call (`I2`); `false` where there is no room.
@@ -209,6 +207,13 @@ impl CpuArea {
     }
 }
 
+/// Notes whether the CPU of this flag is inside a zone lock (`I2`).
+pub(crate) fn set_holding(flag: &LocalBool, holding: bool) {
+    compiler_fence(Ordering::SeqCst);
+    flag.set(holding);
+    compiler_fence(Ordering::SeqCst);
+}
+
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     extern crate std;
@@ -218,7 +223,7 @@ mod tests {
 
     #[test]
     fn a_nested_call_is_kept_out_of_the_arrays() {
-        let area = CpuArea::new(0, &[], [None; 3]);
+        let area = CpuArea::new(0, None, &[], [None; 3]);
         let outer = area.enter().unwrap();
         assert!(
             area.enter_or_note().is_none(),
@@ -235,7 +240,7 @@ mod tests {
 
     #[test]
     fn pending_blocks_wait_until_they_are_taken() {
-        let area = CpuArea::new(0, &[], [None; 3]);
+        let area = CpuArea::new(0, None, &[], [None; 3]);
         for first in 0..PENDING as u64 {
             assert!(area.leave_pending(first << 3, 3));
         }

@@ -4,21 +4,20 @@ use core::fmt;
 
 use kmem_hal::RawLock;
 
-use super::figures;
-use crate::state::State;
+use super::{Look, figures};
 
 /// Free blocks by order, printed as Linux's /proc/buddyinfo prints them (mm/vmstat.c, `frag_show_print`).
-pub struct BuddyInfo<L: 'static> {
-    pub(super) state: Option<&'static State<L>>,
+pub struct BuddyInfo<'a, L: 'static> {
+    pub(super) look: Option<Look<'a, L>>,
 }
 
-impl<L: RawLock> fmt::Display for BuddyInfo<L> {
+impl<L: RawLock> fmt::Display for BuddyInfo<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Some(state) = self.state else {
+        let Some(look) = self.look else {
             return Ok(());
         };
-        for (index, zone) in state.zones.iter().enumerate() {
-            let zone = figures(state, index, zone);
+        for (index, zone) in look.state.zones.iter().enumerate() {
+            let zone = figures(look, index, zone);
             write!(f, "Node {}, zone {:>8} ", zone.node, zone.kind)?;
             for count in zone.blocks {
                 write!(f, "{count:>6} ")?;
@@ -29,7 +28,7 @@ impl<L: RawLock> fmt::Display for BuddyInfo<L> {
     }
 }
 
-impl<L: RawLock> fmt::Debug for BuddyInfo<L> {
+impl<L: RawLock> fmt::Debug for BuddyInfo<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }

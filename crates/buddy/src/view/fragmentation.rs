@@ -13,8 +13,7 @@ use core::fmt;
 
 use kmem_hal::{Order, RawLock};
 
-use super::{ZoneFree, figures};
-use crate::state::State;
+use super::{Look, ZoneFree, figures};
 use crate::zone::bits::ORDERS;
 
 impl ZoneFree {
@@ -75,23 +74,23 @@ impl ZoneFree {
 }
 
 /// Which part of free memory is unusable, by zone and order, printed as debugfs' extfrag/unusable_index.
-pub struct UnusableIndex<L: 'static> {
-    pub(super) state: Option<&'static State<L>>,
+pub struct UnusableIndex<'a, L: 'static> {
+    pub(super) look: Option<Look<'a, L>>,
 }
 
 /// Why requests would fail, by zone and order, printed as debugfs' extfrag/extfrag_index.
-pub struct FragmentationIndex<L: 'static> {
-    pub(super) state: Option<&'static State<L>>,
+pub struct FragmentationIndex<'a, L: 'static> {
+    pub(super) look: Option<Look<'a, L>>,
 }
 
 fn lines<L: RawLock>(
-    state: Option<&'static State<L>>,
+    look: Option<Look<'_, L>>,
     f: &mut fmt::Formatter<'_>,
     mut one: impl FnMut(&mut fmt::Formatter<'_>, &ZoneFree, Order) -> fmt::Result,
 ) -> fmt::Result {
-    let zones = state.into_iter().flat_map(|state| {
-        let zones = state.zones.iter().enumerate();
-        zones.map(move |(index, zone)| figures(state, index, zone))
+    let zones = look.into_iter().flat_map(|look| {
+        let zones = look.state.zones.iter().enumerate();
+        zones.map(move |(index, zone)| figures(look, index, zone))
     });
     for zone in zones {
         write!(f, "Node {}, zone {:>8} ", zone.node, zone.kind)?;
@@ -103,31 +102,31 @@ fn lines<L: RawLock>(
     Ok(())
 }
 
-impl<L: RawLock> fmt::Display for UnusableIndex<L> {
+impl<L: RawLock> fmt::Display for UnusableIndex<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        lines(self.state, f, |f, zone, order| {
+        lines(self.look, f, |f, zone, order| {
             let index = zone.unusable_index(order);
             write!(f, "{}.{:03} ", index / 1000, index % 1000)
         })
     }
 }
 
-impl<L: RawLock> fmt::Display for FragmentationIndex<L> {
+impl<L: RawLock> fmt::Display for FragmentationIndex<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        lines(self.state, f, |f, zone, order| {
+        lines(self.look, f, |f, zone, order| {
             let index = zone.fragmentation_index(order);
             write!(f, "{:>2}.{:03} ", index / 1000, (index % 1000).abs())
         })
     }
 }
 
-impl<L: RawLock> fmt::Debug for UnusableIndex<L> {
+impl<L: RawLock> fmt::Debug for UnusableIndex<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }
 }
 
-impl<L: RawLock> fmt::Debug for FragmentationIndex<L> {
+impl<L: RawLock> fmt::Debug for FragmentationIndex<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }

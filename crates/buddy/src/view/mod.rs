@@ -11,12 +11,13 @@ mod picture;
 mod show_mem;
 mod zoneinfo;
 
-use kmem_hal::{CpuId, NodeId, RawLock};
+use kmem_hal::{Cpu, CpuId, NodeId, RawLock};
 
 use crate::buddy::Buddy;
 use crate::cpu_cache::{CpuArea, ZoneCache};
 use crate::state::State;
 use crate::zone::bits::ORDERS;
+use crate::zone::core::Core;
 use crate::zone::kind::{MigrateType, ZoneKind};
 use crate::zone::{Mark, Zone, segment};
 
@@ -27,6 +28,39 @@ pub use pagetypeinfo::PageTypeInfo;
 pub use picture::{Picture, PictureCell, Svg};
 pub use show_mem::ShowMem;
 pub use zoneinfo::ZoneInfo;
+
+/// Who can say that this CPU is inside a lock: the allocator, whatever its types are.
+trait Holder {
+    /// Runs `f`, during which calls that interrupt it wait for no lock of a zone.
+    fn hold(&self, f: &mut dyn FnMut());
+}
+
+/// The state, and the way to look into its zones.
+struct Look<'a, L: 'static> {
+    state: &'static State<L>,
+    holder: &'a dyn Holder,
+}
+
+impl<L> Clone for Look<'_, L> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<L> Copy for Look<'_, L> {}
+
+impl<L: RawLock> Look<'_, L> {
+    /// Runs `f` under a zone's lock.
+    fn at<R: Default>(self, zone: &Zone<L>, f: impl FnOnce(&mut Core) -> R) -> R {
+        let (mut f, mut result) = (Some(f), R::default());
+        self.holder.hold(&mut || {
+            if let Some(f) = f.take() {
+                result = zone.locked(f);
+            }
+        });
+        result
+    }
+}
 
 /// The figures of one zone at one instant, in frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,8 +162,8 @@ fn managed_in<L: RawLock + 'static>(state: &State<L>, kind: ZoneKind, first: u64
     count
 }
 
-fn figures<L: RawLock + 'static>(state: &State<L>, index: usize, zone: &Zone<L>) -> ZoneFree {
-    let (blocks, free, cma, free_cma) = zone.locked(|core| {
+fn figures<L: RawLock + 'static>(look: Look<'_, L>, index: usize, zone: &Zone<L>) -> ZoneFree {
+    let (blocks, free, cma, free_cma) = look.at(zone, |core| {
         let mut cma = 0;
         for segment in zone.segments {
             for block in segment.block as usize..segment.block_end() {
@@ -146,7 +180,7 @@ fn figures<L: RawLock + 'static>(state: &State<L>, index: usize, zone: &Zone<L>)
         kind: zone.kind,
         blocks,
         free,
-        cached: cached(state, index),
+        cached: cached(look.state, index),
         spanned: zone.spanned,
         present: zone.present,
         managed: zone.managed(),
@@ -164,61 +198,65 @@ fn figures<L: RawLock + 'static>(state: &State<L>, index: usize, zone: &Zone<L>)
     }
 }
 
-impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
+impl<M, C: Cpu, L: RawLock + 'static, K, P> Holder for Buddy<M, C, L, K, P> {
+    fn hold(&self, f: &mut dyn FnMut()) {
+        match self.state() {
+            Some(state) => self.holding(state, f),
+            None => f(),
+        }
+    }
+}
+
+impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
+    fn look(&self) -> Option<Look<'_, L>> {
+        let state = self.state()?;
+        Some(Look {
+            state,
+            holder: self,
+        })
+    }
+
     /// The figures of every zone that has memory, by node and kind. Takes each zone's lock in turn; not for NMIs.
-    pub fn zones(&self) -> impl Iterator<Item = ZoneFree> + use<M, C, L, K, P> {
-        let state = self.state();
-        state.into_iter().flat_map(|state| {
-            state
+    pub fn zones(&self) -> impl Iterator<Item = ZoneFree> + use<'_, M, C, L, K, P> {
+        self.look().into_iter().flat_map(|look| {
+            look.state
                 .zones
                 .iter()
                 .enumerate()
-                .map(move |(index, zone)| figures(state, index, zone))
+                .map(move |(index, zone)| figures(look, index, zone))
         })
     }
 
     /// Free blocks by order: /proc/buddyinfo.
-    pub fn buddy_info(&self) -> BuddyInfo<L> {
-        BuddyInfo {
-            state: self.state(),
-        }
+    pub fn buddy_info(&self) -> BuddyInfo<'_, L> {
+        BuddyInfo { look: self.look() }
     }
 
     /// Everything about each zone: /proc/zoneinfo.
-    pub fn zone_info(&self) -> ZoneInfo<L> {
-        ZoneInfo {
-            state: self.state(),
-        }
+    pub fn zone_info(&self) -> ZoneInfo<'_, L> {
+        ZoneInfo { look: self.look() }
     }
 
     /// Free blocks and page blocks by migrate type: /proc/pagetypeinfo.
-    pub fn page_type_info(&self) -> PageTypeInfo<L> {
-        PageTypeInfo {
-            state: self.state(),
-        }
+    pub fn page_type_info(&self) -> PageTypeInfo<'_, L> {
+        PageTypeInfo { look: self.look() }
     }
 
     /// Which part of free memory each order cannot use: debugfs' extfrag/unusable_index.
-    pub fn unusable_index(&self) -> UnusableIndex<L> {
-        UnusableIndex {
-            state: self.state(),
-        }
+    pub fn unusable_index(&self) -> UnusableIndex<'_, L> {
+        UnusableIndex { look: self.look() }
     }
 
     /// Whether requests of each order fail for lack of memory or since it is broken up: debugfs' extfrag/extfrag_index.
     #[doc(alias = "extfrag_index")]
-    pub fn fragmentation_index(&self) -> FragmentationIndex<L> {
-        FragmentationIndex {
-            state: self.state(),
-        }
+    pub fn fragmentation_index(&self) -> FragmentationIndex<'_, L> {
+        FragmentationIndex { look: self.look() }
     }
 
     /// What a kernel logs when memory runs out: zones against their marks, free blocks by order and type.
     #[doc(alias = "__show_mem")]
-    pub fn show_mem(&self) -> ShowMem<L> {
-        ShowMem {
-            state: self.state(),
-        }
+    pub fn show_mem(&self) -> ShowMem<'_, L> {
+        ShowMem { look: self.look() }
     }
 
     /// Physical memory in at most 2048 cells, as text, SVG and data.
@@ -243,8 +281,8 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     /// # let _ = buddy.picture().svg().to_string();
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
-    pub fn picture(&self) -> Picture<L> {
-        Picture::new(self.state())
+    pub fn picture(&self) -> Picture<'_, L> {
+        Picture::new(self.look())
     }
 
     /// Frames that nested calls freed and for which there was no place to wait: out of use until the next boot.
@@ -278,15 +316,16 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     /// Exact while nothing else allocates or frees.
     pub fn recount(&self) -> Recount {
         let mut result = Recount::default();
-        let Some(state) = self.state() else {
+        let Some(look) = self.look() else {
             return result;
         };
+        let state = look.state;
         for (index, zone) in state.zones.iter().enumerate() {
             result.cached += cached(state, index);
             for segment in zone.segments {
                 result.managed += managed_in(state, zone.kind, segment.first, segment.end);
             }
-            result.free += zone.locked(|core| {
+            result.free += look.at(zone, |core| {
                 core.words
                     .iter()
                     .map(|word| u64::from(word.count_ones()))
@@ -302,12 +341,13 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     ///
     /// What does not agree, and in which zone.
     pub fn check(&self) -> Result<(), (NodeId, ZoneKind, &'static str)> {
-        let Some(state) = self.state() else {
+        let Some(look) = self.look() else {
             return Ok(());
         };
-        for zone in state.zones {
-            zone.locked(|core| core.check())
-                .map_err(|what| (zone.node, zone.kind, what))?;
+        for zone in look.state.zones {
+            if let Some(what) = look.at(zone, |core| core.check().err()) {
+                return Err((zone.node, zone.kind, what));
+            }
         }
         Ok(())
     }

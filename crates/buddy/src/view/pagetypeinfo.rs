@@ -4,7 +4,7 @@ use core::fmt;
 
 use kmem_hal::RawLock;
 
-use crate::state::State;
+use super::Look;
 use crate::zone::bits::{BLOCK_FRAMES, BLOCK_ORDER, ORDERS};
 use crate::zone::kind::MigrateType;
 
@@ -12,13 +12,13 @@ use crate::zone::kind::MigrateType;
 ///
 /// Blocks that are being emptied are on no list, as in Linux they are on a list of their own: their free frames show
 /// under `Isolate`.
-pub struct PageTypeInfo<L: 'static> {
-    pub(super) state: Option<&'static State<L>>,
+pub struct PageTypeInfo<'a, L: 'static> {
+    pub(super) look: Option<Look<'a, L>>,
 }
 
-impl<L: RawLock> fmt::Display for PageTypeInfo<L> {
+impl<L: RawLock> fmt::Display for PageTypeInfo<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Some(state) = self.state else {
+        let Some(look) = self.look else {
             return Ok(());
         };
         writeln!(f, "Page block order: {BLOCK_ORDER}")?;
@@ -29,9 +29,9 @@ impl<L: RawLock> fmt::Display for PageTypeInfo<L> {
             write!(f, "{order:>6} ")?;
         }
         writeln!(f)?;
-        for zone in state.zones {
+        for zone in look.state.zones {
             for migrate in MigrateType::ALL {
-                let counts = zone.locked(|core| core.counts(Some(migrate)));
+                let counts = look.at(zone, |core| core.counts(Some(migrate)));
                 write!(
                     f,
                     "Node {:>4}, zone {:>8}, type {migrate:>12} ",
@@ -49,10 +49,10 @@ impl<L: RawLock> fmt::Display for PageTypeInfo<L> {
             write!(f, "{migrate:>12} ")?;
         }
         writeln!(f)?;
-        for zone in state.zones {
+        for zone in look.state.zones {
             write!(f, "Node {}, zone {:>8} ", zone.node, zone.kind)?;
             for migrate in MigrateType::ALL {
-                let count = zone.locked(|core| {
+                let count = look.at(zone, |core| {
                     (0..core.types.len())
                         .filter(|&block| core.type_of(block) == migrate)
                         .count()
@@ -65,7 +65,7 @@ impl<L: RawLock> fmt::Display for PageTypeInfo<L> {
     }
 }
 
-impl<L: RawLock> fmt::Debug for PageTypeInfo<L> {
+impl<L: RawLock> fmt::Debug for PageTypeInfo<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }

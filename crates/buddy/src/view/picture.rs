@@ -12,8 +12,7 @@ use core::fmt;
 
 use kmem_hal::{Frame, FrameRange, NodeId, RawLock};
 
-use super::managed_in;
-use crate::state::State;
+use super::{Look, managed_in};
 use crate::zone::bits::{BLOCK_FRAMES, WORDS};
 use crate::zone::core::Core;
 use crate::zone::kind::{MigrateType, ZoneKind};
@@ -62,15 +61,15 @@ impl PictureCell {
 }
 
 /// Physical memory in cells: text by `Display`, a drawing by [`svg`](Self::svg), data by [`cells`](Self::cells).
-pub struct Picture<L: 'static> {
-    state: Option<&'static State<L>>,
+pub struct Picture<'a, L: 'static> {
+    look: Option<Look<'a, L>>,
     cell: u64,
 }
 
-impl<L: RawLock> Picture<L> {
-    pub(super) fn new(state: Option<&'static State<L>>) -> Self {
+impl<'a, L: RawLock> Picture<'a, L> {
+    pub(super) fn new(look: Option<Look<'a, L>>) -> Self {
         let picture = Self {
-            state,
+            look,
             cell: BLOCK_FRAMES,
         };
         picture.at_most(CELLS)
@@ -79,7 +78,7 @@ impl<L: RawLock> Picture<L> {
     /// With at most about `cells` cells, and at least one for each run of memory.
     #[must_use]
     pub fn at_most(self, cells: u64) -> Self {
-        let segments = self.state.into_iter().flat_map(|state| state.segments);
+        let segments = self.look.into_iter().flat_map(|look| look.state.segments);
         let present: u64 = segments.map(|segment| segment.end - segment.first).sum();
         let cell = present.div_ceil(cells.max(1)).max(BLOCK_FRAMES);
         Self {
@@ -95,14 +94,14 @@ impl<L: RawLock> Picture<L> {
     }
 
     /// The cells by address.
-    pub fn cells(&self) -> impl Iterator<Item = PictureCell> + use<L> {
-        let (state, cell) = (self.state, self.cell);
-        state.into_iter().flat_map(move |state| {
-            state.segments.iter().flat_map(move |segment| {
+    pub fn cells(&self) -> impl Iterator<Item = PictureCell> + use<'a, L> {
+        let (look, cell) = (self.look, self.cell);
+        look.into_iter().flat_map(move |look| {
+            look.state.segments.iter().flat_map(move |segment| {
                 let first = segment.first & !(cell - 1);
                 (first..segment.end)
                     .step_by(cell as usize)
-                    .filter_map(move |at| look(state, segment, at, at + cell))
+                    .filter_map(move |at| count(look, segment, at, at + cell))
             })
         })
     }
@@ -114,26 +113,24 @@ impl<L: RawLock> Picture<L> {
     }
 }
 
-fn look<L: RawLock>(
-    state: &'static State<L>,
+fn count<L: RawLock>(
+    look: Look<'_, L>,
     segment: &'static Segment,
     first: u64,
     end: u64,
 ) -> Option<PictureCell> {
-    let zone = state.zones.get(segment.zone as usize)?;
+    let zone = look.state.zones.get(segment.zone as usize)?;
     let (first, end) = (first.max(segment.first), end.min(segment.end));
-    let (free, migrate) = zone.locked(|core| {
-        (
-            free_between(core, segment, first, end),
-            core.type_of(segment.block_of(first)),
-        )
-    });
+    let (free, migrate) = look.at(zone, |core| {
+        let free = free_between(core, segment, first, end);
+        Some((free, core.type_of(segment.block_of(first))))
+    })?;
     Some(PictureCell {
         range: FrameRange::from_numbers(first, end)?,
         node: zone.node,
         kind: zone.kind,
         migrate,
-        managed: managed_in(state, zone.kind, first, end),
+        managed: managed_in(look.state, zone.kind, first, end),
         free,
     })
 }
@@ -160,7 +157,7 @@ fn breaks(line: u64, before: Option<&PictureCell>, next: &PictureCell) -> bool {
         })
 }
 
-impl<L: RawLock> fmt::Display for Picture<L> {
+impl<L: RawLock> fmt::Display for Picture<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut before: Option<PictureCell> = None;
         let mut line = 0;
@@ -192,7 +189,7 @@ impl<L: RawLock> fmt::Display for Picture<L> {
 }
 
 /// A [`Picture`] as an SVG document.
-pub struct Svg<'a, L: 'static>(&'a Picture<L>);
+pub struct Svg<'a, L: 'static>(&'a Picture<'a, L>);
 
 /// The colours of a wholly free and a wholly taken cell.
 const fn colours(migrate: MigrateType) -> ([u32; 3], [u32; 3]) {
@@ -297,7 +294,7 @@ impl<L: RawLock> fmt::Display for Svg<'_, L> {
     }
 }
 
-impl<L: RawLock> fmt::Debug for Picture<L> {
+impl<L: RawLock> fmt::Debug for Picture<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Picture({} frames a cell)", self.cell)
     }

@@ -7,8 +7,7 @@ use core::fmt;
 
 use kmem_hal::RawLock;
 
-use super::{MemInfo, figures};
-use crate::state::State;
+use super::{Look, MemInfo, figures};
 use crate::zone::bits::ORDERS;
 use crate::zone::kind::{MigrateType, ZoneKind};
 
@@ -17,8 +16,8 @@ const KIB_PER_FRAME: u64 = 4;
 /// The allocator's state in the form in which Linux logs it when an allocation fails.
 #[doc(alias = "show_mem")]
 #[doc(alias = "show_free_areas")]
-pub struct ShowMem<L: 'static> {
-    pub(super) state: Option<&'static State<L>>,
+pub struct ShowMem<'a, L: 'static> {
+    pub(super) look: Option<Look<'a, L>>,
 }
 
 /// The letter of a type behind a count of blocks.
@@ -33,14 +32,14 @@ const fn letter(migrate: MigrateType) -> char {
     }
 }
 
-impl<L: RawLock> fmt::Display for ShowMem<L> {
+impl<L: RawLock> fmt::Display for ShowMem<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Some(state) = self.state else {
+        let Some(look) = self.look else {
             return writeln!(f, "Mem-Info: not initialised");
         };
         let zones = || {
-            let zones = state.zones.iter().enumerate();
-            zones.map(move |(index, zone)| figures(state, index, zone))
+            let zones = look.state.zones.iter().enumerate();
+            zones.map(move |(index, zone)| figures(look, index, zone))
         };
         let info = MemInfo::of(zones());
         writeln!(f, "Mem-Info:")?;
@@ -70,9 +69,9 @@ impl<L: RawLock> fmt::Display for ShowMem<L> {
             }
             writeln!(f)?;
         }
-        for zone in state.zones {
+        for zone in look.state.zones {
             let by_type = MigrateType::ALL
-                .map(|migrate| (migrate, zone.locked(|core| core.counts(Some(migrate)))));
+                .map(|migrate| (migrate, look.at(zone, |core| core.counts(Some(migrate)))));
             write!(f, "Node {} {}: ", zone.node, zone.kind)?;
             let mut total = 0;
             for order in 0..ORDERS {
@@ -102,8 +101,11 @@ impl<L: RawLock> fmt::Display for ShowMem<L> {
         writeln!(f, "{high} pages HighMem/MovableOnly")?;
         writeln!(f, "{} pages reserved", present - info.total)?;
         writeln!(f, "{} pages cma reserved", info.cma_total)?;
-        let lost = state.lost.load(kmem_hal::sync::Ordering::Relaxed);
-        let misuse = state.misuse_count.load(kmem_hal::sync::Ordering::Relaxed);
+        let lost = look.state.lost.load(kmem_hal::sync::Ordering::Relaxed);
+        let misuse = look
+            .state
+            .misuse_count
+            .load(kmem_hal::sync::Ordering::Relaxed);
         if lost + misuse > 0 {
             writeln!(f, "{lost} pages lost, {misuse} wrong frees")?;
         }
@@ -111,7 +113,7 @@ impl<L: RawLock> fmt::Display for ShowMem<L> {
     }
 }
 
-impl<L: RawLock> fmt::Debug for ShowMem<L> {
+impl<L: RawLock> fmt::Debug for ShowMem<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }

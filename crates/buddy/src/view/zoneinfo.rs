@@ -4,26 +4,25 @@ use core::fmt;
 
 use kmem_hal::{CpuId, RawLock};
 
-use super::figures;
-use crate::state::State;
+use super::{Look, figures};
 use crate::zone::bits::{BLOCK_ORDER, ORDERS};
 
 /// Everything about each zone, printed as Linux 6.18's /proc/zoneinfo prints it (mm/vmstat.c, `zoneinfo_show_print`).
 ///
 /// Lines about what this crate knows nothing of (page cache, swap, NUMA hits) are left out.
-pub struct ZoneInfo<L: 'static> {
-    pub(super) state: Option<&'static State<L>>,
+pub struct ZoneInfo<'a, L: 'static> {
+    pub(super) look: Option<Look<'a, L>>,
 }
 
-impl<L: RawLock> fmt::Display for ZoneInfo<L> {
+impl<L: RawLock> fmt::Display for ZoneInfo<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let Some(state) = self.state else {
+        let Some(look) = self.look else {
             return Ok(());
         };
-        for (index, zone) in state.zones.iter().enumerate() {
+        for (index, zone) in look.state.zones.iter().enumerate() {
             let limit = zone.limits[0].load(kmem_hal::sync::Ordering::Relaxed);
             let boost = zone.boost();
-            let zone = figures(state, index, zone);
+            let zone = figures(look, index, zone);
             writeln!(f, "Node {}, zone {:>8}", zone.node, zone.kind)?;
             writeln!(f, "  pages free     {}", zone.free)?;
             writeln!(f, "        boost    {boost}")?;
@@ -57,11 +56,11 @@ impl<L: RawLock> fmt::Display for ZoneInfo<L> {
                 writeln!(f, "      {name:<12} {frames}")?;
             }
             writeln!(f, "  pagesets")?;
-            for cpu in 0..state.cpus.len() as u32 {
-                let Some(area) = state.area(CpuId::new(cpu)) else {
+            for cpu in 0..look.state.cpus.len() as u32 {
+                let Some(area) = look.state.area(CpuId::new(cpu)) else {
                     continue;
                 };
-                let count = super::cached_by(state, area, index);
+                let count = super::cached_by(look.state, area, index);
                 writeln!(f, "    cpu: {cpu}")?;
                 writeln!(f, "              count:    {count}")?;
                 writeln!(f, "              high:     {limit}")?;
@@ -76,7 +75,7 @@ impl<L: RawLock> fmt::Display for ZoneInfo<L> {
     }
 }
 
-impl<L: RawLock> fmt::Debug for ZoneInfo<L> {
+impl<L: RawLock> fmt::Debug for ZoneInfo<'_, L> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)
     }

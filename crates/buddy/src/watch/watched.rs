@@ -398,12 +398,12 @@ impl<M: PhysMap, C: Cpu, W: Watch, L: RawLock + 'static, K: CpuCall, P: Pressure
     }
 }
 
-struct Shown<L: RawLock + 'static, W: 'static> {
-    plain: ShowMem<L>,
+struct Shown<'a, L: RawLock + 'static, W: 'static> {
+    plain: ShowMem<'a, L>,
     table: Option<&'static Table<W>>,
 }
 
-impl<L: RawLock, W: Watch> fmt::Display for Shown<L, W> {
+impl<L: RawLock, W: Watch> fmt::Display for Shown<'_, L, W> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.plain.fmt(f)?;
         self.table.map_or(Ok(()), |table| table.watch.show(f))

@@ -1,0 +1,184 @@
+//! An NMI at the worst instant: the CPU that it interrupts holds a zone's lock. It allocates and frees, and never waits for it.
+
+mod common;
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+
+use common::window::Window;
+use kmem_buddy::{BootMap, Buddy, Config, RegionKind, Reservation, ZoneLimits};
+use kmem_hal::{
+    AllocError, Cpu, CpuId, FrameRequest, FrameSink, FrameSource, NoCpuCall, NoPressure, Order,
+    OwnedFrame, PhysAddr, RawLock,
+};
+
+thread_local! {
+    static CURRENT: Cell<u32> = const { Cell::new(0) };
+    static NMI: RefCell<Option<Box<dyn Fn()>>> = const { RefCell::new(None) };
+    static STRUCK: Cell<u32> = const { Cell::new(0) };
+}
+
+#[derive(Clone, Copy)]
+struct Played;
+
+// SAFETY: one thread plays one CPU at a time, and changes it only between calls (C1, C2); ids stay below 3 (C3).
+unsafe impl Cpu for Played {
+    type Guard<'a> = ();
+    fn raw_pin(&self) {}
+    fn id(&self, (): &()) -> CpuId {
+        CpuId::new(CURRENT.get())
+    }
+    fn count(&self) -> u32 {
+        3
+    }
+}
+
+/// A lock in whose hold the NMI strikes, and which knows who would wait for ever.
+struct Struck(Cell<bool>);
+
+// SAFETY: the tests run on one thread.
+unsafe impl Sync for Struck {}
+
+// SAFETY: K1: the flag, on one thread; a second holder is a panic.
+unsafe impl RawLock for Struck {
+    type State = ();
+    const INIT: Self = Self(Cell::new(false));
+    fn lock(&self) {
+        assert!(!self.0.get(), "waits for ever for what it interrupted");
+        self.0.set(true);
+        let nmi = NMI.with(|armed| armed.borrow_mut().take());
+        if let Some(nmi) = nmi {
+            nmi();
+            STRUCK.set(STRUCK.get() + 1);
+            NMI.with(|armed| *armed.borrow_mut() = Some(nmi));
+        }
+    }
+    fn try_lock(&self) -> Option<()> {
+        (!self.0.replace(true)).then_some(())
+    }
+    unsafe fn unlock(&self, (): ()) {
+        self.0.set(false);
+    }
+}
+
+type Frames = Buddy<Window, Played, Struck, NoCpuCall, NoPressure>;
+
+const FRAMES: u64 = 8192;
+
+fn boot() -> &'static Frames {
+    CURRENT.set(0);
+    let mut map: BootMap = BootMap::new();
+    map.push(PhysAddr::new(0), FRAMES << 12, RegionKind::Usable)
+        .unwrap();
+    map.reserve(PhysAddr::new(0), 1 << 20, Reservation::BootStructures)
+        .unwrap();
+    let window = Window::new(FRAMES << 12, FRAMES << 12);
+    let buddy = Box::leak(Box::new(Buddy::new(window, Played)));
+    let config = Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .min_free_kib(0);
+    buddy.init(&mut map, &config.cpus(2)).unwrap();
+    buddy
+}
+
+/// Runs `call` with an NMI that allocates and frees inside each lock that it takes.
+fn strike<R>(buddy: &'static Frames, call: impl FnOnce() -> R) -> R {
+    let large = FrameRequest::new(Order::new(4).unwrap());
+    let frees: Rc<RefCell<Vec<OwnedFrame>>> = Rc::default();
+    for _ in 0..16 {
+        frees.borrow_mut().push(buddy.alloc(&large).unwrap());
+    }
+    let rest = frees.clone();
+    let nmi = move || {
+        match buddy.alloc(&large) {
+            // The lock that is held is no zone's.
+            Ok(frame) => buddy.free(frame),
+            Err(error) => assert_eq!(error, AllocError::Busy),
+        }
+        if let Some(frame) = frees.borrow_mut().pop() {
+            buddy.free(frame);
+        }
+    };
+    NMI.with(|armed| *armed.borrow_mut() = Some(Box::new(nmi)));
+    STRUCK.set(0);
+    let result = call();
+    NMI.with(|armed| armed.borrow_mut().take());
+    for frame in rest.borrow_mut().drain(..) {
+        buddy.free(frame);
+    }
+    assert!(STRUCK.get() > 0, "no lock was taken");
+    result
+}
+
+#[test]
+fn an_nmi_inside_a_view_does_not_wait() {
+    let buddy = boot();
+    let total = buddy.recount().managed;
+    let views: [(&str, &dyn Fn() -> String); 10] = [
+        ("zones", &|| format!("{:?}", buddy.zones().next())),
+        ("buddyinfo", &|| buddy.buddy_info().to_string()),
+        ("zoneinfo", &|| buddy.zone_info().to_string()),
+        ("pagetypeinfo", &|| buddy.page_type_info().to_string()),
+        ("unusable", &|| buddy.unusable_index().to_string()),
+        ("show_mem", &|| buddy.show_mem().to_string()),
+        ("picture", &|| buddy.picture().to_string()),
+        ("meminfo", &|| buddy.mem_info().to_string()),
+        ("recount", &|| format!("{:?}", buddy.recount())),
+        ("check", &|| format!("{:?}", buddy.check())),
+    ];
+    for cpu in [0, 2] {
+        CURRENT.set(cpu);
+        for (name, view) in views {
+            let text = strike(buddy, view);
+            assert!(!text.is_empty(), "{name}");
+        }
+    }
+    // What NMIs freed on a CPU that has no area to keep it is lost, and counted.
+    assert!(buddy.lost() > 0 && buddy.lost().is_multiple_of(16));
+    CURRENT.set(0);
+    buddy.drain_local();
+    assert_eq!(buddy.misuse(), None);
+    assert_eq!(buddy.recount().free + buddy.lost(), total);
+    buddy.check().unwrap();
+}
+
+#[test]
+fn an_nmi_inside_the_draining_of_another_cpu_does_not_wait() {
+    let buddy = boot();
+    let total = buddy.recount().free;
+    for here in [0, 2] {
+        CURRENT.set(1);
+        let frame = buddy.alloc(&FrameRequest::ONE).unwrap();
+        buddy.free(frame);
+        assert!(buddy.mem_info().cached > 0);
+        CURRENT.set(here);
+        // SAFETY: nobody plays CPU 1 now.
+        assert!(strike(buddy, || unsafe {
+            buddy.cpu_offline(CpuId::new(1))
+        }));
+        assert_eq!(buddy.mem_info().cached, 0);
+    }
+    let info = buddy.mem_info();
+    assert_eq!(info.free + info.cached + buddy.lost(), total);
+    buddy.check().unwrap();
+}
+
+#[test]
+fn an_nmi_on_a_cpu_that_is_not_online_does_not_wait() {
+    let buddy = boot();
+    CURRENT.set(2);
+    let frame = strike(buddy, || buddy.alloc(&FrameRequest::ONE).unwrap());
+    strike(buddy, || buddy.free(frame));
+    strike(buddy, || {
+        // SAFETY: nobody uses the boot structures of this map.
+        unsafe { buddy.release(Reservation::BootStructures) }
+    });
+    // It comes online, and is interrupted as the others are.
+    strike(buddy, || buddy.cpu_online(CpuId::new(2)).unwrap());
+    let lost = buddy.lost();
+    let large = FrameRequest::new(Order::new(5).unwrap());
+    let frame = strike(buddy, || buddy.alloc(&large).unwrap());
+    strike(buddy, || buddy.free(frame));
+    assert_eq!(buddy.lost(), lost, "an area has places for what NMIs free");
+    buddy.check().unwrap();
+}
