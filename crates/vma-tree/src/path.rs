@@ -34,8 +34,9 @@ impl<const W: usize> Path<W> {
             nodes: [const { MaybeUninit::uninit() }; MAX_HEIGHT],
             slots: [const { MaybeUninit::uninit() }; MAX_HEIGHT],
             height: 0,
-            low: 1,
-            high: 0,
+            // Beyond every page.
+            low: u64::MAX,
+            high: u64::MAX,
             hole: 0,
         }
     }
@@ -92,7 +93,7 @@ impl<const W: usize> Path<W> {
     /// Whether the leaf answers for `page`.
     #[inline(always)]
     pub(crate) fn answers(&self, page: u64) -> bool {
-        self.low <= page && page <= self.high
+        page.wrapping_sub(self.low) <= self.high.wrapping_sub(self.low)
     }
 
     /// Notes the node at `level` and which of its children is taken.

@@ -259,11 +259,14 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let mut lower = false;
         if hole.low == first {
             if at > 0 {
-                let below = entry(leaf.raw(at - 1));
-                if let Some(value) = merge(&below, middle) {
+                let below = leaf.raw(at - 1);
+                if let Some(value) = merge(&entry(below), middle) {
                     lower = true;
-                    let range = below.range.hull(middle.range);
-                    *middle = Entry { range, value };
+                    *middle = entry(Raw {
+                        first: below.first,
+                        last,
+                        value: value.to_word(),
+                    });
                 }
             } else if first > 0 {
                 // The range below is another leaf's.
@@ -272,11 +275,14 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         }
         let mut upper = false;
         if last + 1 == hole.end && at < leaf.count() {
-            let above = entry(leaf.raw(at));
-            if let Some(value) = merge(middle, &above) {
+            let above = leaf.raw(at);
+            if let Some(value) = merge(middle, &entry(above)) {
                 upper = true;
-                let range = middle.range.hull(above.range);
-                *middle = Entry { range, value };
+                *middle = entry(Raw {
+                    first: middle.first().number(),
+                    last: above.last,
+                    value: value.to_word(),
+                });
             }
         }
         let grown = Raw {
@@ -284,10 +290,15 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             last: middle.last().number(),
             value: middle.value.to_word(),
         };
-        if lower || upper {
+        if lower && upper {
+            if leaf.fits_pages(grown.last - grown.first) {
+                self.heal(path, hole, grown)?;
+                return Ok(true);
+            }
+        } else if lower || upper {
             if leaf.fits(grown.first, grown.last) {
                 let at = at - usize::from(lower);
-                self.fill(path, at, grown, lower && upper, (hole, (first, last)))?;
+                self.fill(path, at, grown, (hole, (first, last)))?;
                 return Ok(true);
             }
         } else if self.has_room(&leaf, (first, last)) {
@@ -362,6 +373,15 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             value: Some(middle.value.to_word()),
             shown: (first, last),
         };
+        if to == from + 1 && middle.range == range {
+            let raw = leaf.raw(from);
+            if raw.first <= first
+                && last <= raw.last
+                && self.overlay(path, (from, raw), &cut, removed)?
+            {
+                return Ok(true);
+            }
+        }
         self.edit_merged(path, &cut, (from, to), removed)?;
         Ok(true)
     }

@@ -102,21 +102,23 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let rank = leaf.rank(cut.first);
         if let Some(at) = rank.checked_sub(1) {
             let (first, last) = leaf.range(at);
-            if first < cut.first && cut.last < last {
-                let pieces = 1 + usize::from(cut.value.is_some());
-                if leaf.count() + pieces <= Node::<W>::RANGES && leaf.fits_part(cut.last + 1) {
-                    let raw = leaf.raw_of(at, (first, last));
-                    return self.punch(path, old, (at, raw), cut, removed);
-                }
-            } else if (first, last) == pages
-                && at > 0
-                && rank < leaf.count()
-                && cut.value.is_none()
-                && (leaf.count() > Node::<W>::LEAF_LOW || path.height() == 1)
-            {
-                let gap = leaf.range(rank).0 - leaf.range(at - 1).1 - 1;
+            if cut.last <= last {
                 let raw = leaf.raw_of(at, (first, last));
-                return self.take_out(path, old, (at, raw), gap, removed);
+                if first < cut.first && cut.last < last {
+                    let pieces = 1 + usize::from(cut.value.is_some());
+                    if leaf.count() + pieces <= Node::<W>::RANGES && leaf.fits_part(cut.last + 1) {
+                        return self.punch(path, old, (at, raw), cut, removed);
+                    }
+                } else if (first, last) == pages && cut.value.is_none() {
+                    if rank < leaf.count()
+                        && (leaf.count() > Node::<W>::LEAF_LOW || path.height() == 1)
+                    {
+                        let gap = leaf.range(rank).0 - Self::free_below(path, &leaf, at);
+                        return self.take_out(path, old, (at, raw), gap, removed);
+                    }
+                } else if self.overlay(path, (at, raw), cut, removed)? {
+                    return Ok(());
+                }
             }
         }
         if let Some(hole) = Hole::find(path, &leaf, rank, pages) {
@@ -160,7 +162,16 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         Ok(())
     }
 
-    /// Takes the range at a position out from between two others, where `gap` pages are free afterwards.
+    /// The first page that is free below position `at` if any is: the one after the range below.
+    #[inline(always)]
+    fn free_below(path: &Path<W>, leaf: &Leaf<'_, W>, at: usize) -> u64 {
+        match at.checked_sub(1) {
+            Some(below) => leaf.range(below).1 + 1,
+            None => path.low(),
+        }
+    }
+
+    /// Takes the range at a position out from below another, where `gap` pages are free afterwards.
     #[inline(always)]
     fn take_out(
         &self,
@@ -210,7 +221,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             leaf.open(upper);
         }
         let leaf = self.settled(leaf, target);
-        leaf.set_range(leaf.slot(at), raw.first, cut.first - 1);
+        leaf.shorten(leaf.slot(at), raw.last + 1 - cut.first);
         let mut slot = leaf.slot(upper);
         if let Some(value) = cut.value {
             leaf.set_range(slot, cut.first, cut.last);
@@ -231,31 +242,120 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         Ok(())
     }
 
-    /// Lets the ranges on both sides of a hole, or one of them, grow by `pages` into it: the range at `at` becomes `grown`,
-    /// and the one above it goes if `both`. The range fits.
+    /// Puts what `cut` says over a part of the range at a position, or over all of it; `false`, and nothing has changed, where
+    /// there is no room for the pieces, or the leaf's end or emptiness is at stake.
+    ///
+    /// Holes only grow, and the boundary stays.
+    #[inline(never)]
+    pub(crate) fn overlay(
+        &self,
+        path: &mut Path<W>,
+        (at, raw): (usize, Raw),
+        cut: &Cut,
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<bool, AllocError> {
+        // SAFETY: as in `splice_at`.
+        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let (has_lower, has_upper) = (raw.first < cut.first, cut.last < raw.last);
+        let pieces =
+            usize::from(has_lower) + usize::from(cut.value.is_some()) + usize::from(has_upper);
+        let (mut leaf, count) = (old.leaf(), old.leaf().count());
+        let in_place = pieces > 0
+            && count + pieces - 1 <= Node::<W>::RANGES
+            && (cut.value.is_some() || has_upper || at + 1 < count)
+            && leaf.fits_part(if has_upper { cut.last + 1 } else { cut.first });
+        if !in_place {
+            return Ok(false);
+        }
+        let gap = match cut.value {
+            Some(_) => 0,
+            None if has_lower && has_upper => cut.last + 1 - cut.first,
+            None if has_lower => leaf.range(at + 1).0 - cut.first,
+            None => cut.last + 1 - Self::free_below(path, &leaf, at),
+        };
+        let whole = V::from_word(raw.value);
+        let upper_value = if has_upper {
+            whole.split(cut.last + 1 - raw.first).to_word()
+        } else {
+            0
+        };
+        let target;
+        (leaf, target) = self.writable(old)?;
+        if !self.copies() {
+            show(raw, cut, removed);
+        }
+        for _ in 1..pieces {
+            leaf.open(at + 1);
+        }
+        let leaf = self.settled(leaf, target);
+        let mut position = at;
+        if has_lower {
+            // Its value stays where it is.
+            leaf.set_range(leaf.slot(position), raw.first, cut.first - 1);
+            position += 1;
+        }
+        let hole = position;
+        if let Some(value) = cut.value {
+            let slot = leaf.slot(position);
+            leaf.set_range(slot, cut.first, cut.last);
+            leaf.set_value(slot, value);
+            position += 1;
+        }
+        if has_upper {
+            let slot = leaf.slot(position);
+            leaf.set_range(slot, cut.last + 1, raw.last);
+            leaf.set_value(slot, upper_value);
+        }
+        self.replaced(path, target, || show(raw, cut, removed));
+        path.hole = if cut.value.is_none() { hole } else { 0 };
+        self.count_edit(pieces, 1);
+        self.gap_changed(path, 0, gap);
+        Ok(true)
+    }
+
+    /// Lets the range at `at`, which is beside a hole, grow by `pages` into it: it becomes `grown`. The range fits.
     #[inline(always)]
     pub(crate) fn fill(
         &self,
         path: &mut Path<W>,
         at: usize,
         grown: Raw,
-        both: bool,
         (hole, pages): (&Hole, (u64, u64)),
     ) -> Result<(), AllocError> {
         // SAFETY: as in `splice_at`.
         let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
-        let (mut leaf, target) = self.writable(old)?;
-        if both {
-            self.close(&mut leaf, at + 1);
-        }
+        let (leaf, target) = self.writable(old)?;
         let leaf = self.settled(leaf, target);
         let slot = leaf.slot(at);
         leaf.set_range(slot, grown.first, grown.last);
         leaf.set_value(slot, grown.value);
         self.replaced(path, target, || ());
         path.hole = 0;
-        self.count_edit(1, 1 + usize::from(both));
+        self.count_edit(1, 1);
         self.hole_filled(path, hole, pages);
+        Ok(())
+    }
+
+    /// Makes the ranges on both sides of a hole one, which is `grown`. Its length fits.
+    #[inline(always)]
+    pub(crate) fn heal(
+        &self,
+        path: &mut Path<W>,
+        hole: &Hole,
+        grown: Raw,
+    ) -> Result<(), AllocError> {
+        // SAFETY: as in `splice_at`.
+        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let (mut leaf, target) = self.writable(old)?;
+        self.close(&mut leaf, hole.at);
+        let leaf = self.settled(leaf, target);
+        let slot = leaf.slot(hole.at - 1);
+        leaf.lengthen(slot, grown.last + 1 - hole.low);
+        leaf.set_value(slot, grown.value);
+        self.replaced(path, target, || ());
+        path.hole = 0;
+        self.count_edit(1, 2);
+        self.gap_changed(path, hole.end - hole.low, 0);
         Ok(())
     }
 
@@ -402,11 +502,13 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         }
         let count = leaf.count() + pieces - touched;
         let enough = pieces >= touched || count >= Node::<W>::LEAF_LOW || path.height() == 1;
-        let fits = enough
-            && count.wrapping_sub(1) < Node::<W>::RANGES
-            && (!has_middle || leaf.fits(cut.first, cut.last))
+        let codes = (!has_middle || leaf.fits(cut.first, cut.last))
             && (!has_upper || leaf.fits_part(cut.last + 1));
-        if !fits {
+        if !(enough && codes && count.wrapping_sub(1) < Node::<W>::RANGES) {
+            if codes && count > Node::<W>::RANGES && self.split_leaf(path, cut, (from, to))? {
+                // Half of the leaf surely holds the pieces.
+                return self.splice_ranked(path, cut, path.leaf().rank(cut.first), removed);
+            }
             return self.rebuild_leaf(path, cut, (from, to), removed);
         }
         // The pages between which gaps change, and the gaps there. A rest keeps the gap beside it as it is.

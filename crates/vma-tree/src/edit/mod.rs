@@ -32,6 +32,7 @@
 
 pub(crate) mod leaf;
 mod rebuild;
+mod split;
 mod sweep;
 
 use kmem_hal::{AllocError, ObjectAlloc, Page, PageRange};

@@ -58,6 +58,20 @@ impl<const W: usize> Node<W> {
         self.set_half(0, count as u32 + 1);
     }
 
+    /// Puts a child that begins with page `first` above child `slot` of a node that is not full. Not under readers.
+    pub(crate) fn insert_child(&self, slot: usize, first: u64, node: NodePtr<W>, gap: u32) {
+        let count = self.children();
+        for at in (slot + 1..count).rev() {
+            self.set_word(at, self.word(at - 1));
+            self.set_word(Self::PIVOTS + at + 1, self.word(Self::PIVOTS + at));
+            self.set_half(at + 2, self.half(at + 1));
+        }
+        self.set_word(slot, first);
+        self.set_word(Self::PIVOTS + slot + 1, to_word(node));
+        self.set_half(slot + 2, gap);
+        self.set_half(0, count as u32 + 1);
+    }
+
     fn half(&self, index: usize) -> u32 {
         (self.word(Self::GAPS + index / 2) >> (32 * (index & 1))) as u32
     }

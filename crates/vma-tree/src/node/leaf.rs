@@ -424,6 +424,12 @@ impl<'a, const W: usize> Leaf<'a, W> {
             && self.coding.fits_length(last - first)
     }
 
+    /// Whether a range of this leaf's can be so long.
+    #[inline(always)]
+    pub(crate) fn fits_pages(&self, pages_less_one: u64) -> bool {
+        self.coding.fits_length(pages_less_one)
+    }
+
     /// Whether a range that begins with `first` and is a part of one of this leaf's can be written into it.
     #[inline(always)]
     pub(crate) fn fits_part(&self, first: u64) -> bool {
@@ -462,6 +468,18 @@ impl<'a, const W: usize> Leaf<'a, W> {
     #[inline(always)]
     pub(crate) fn set_range(&self, slot: usize, first: u64, last: u64) {
         self.node.set_word(slot, self.coding.key(first, last));
+    }
+
+    /// Takes `pages` pages, but not all, from the end of the range in `slot`.
+    #[inline(always)]
+    pub(crate) fn shorten(&self, slot: usize, pages: u64) {
+        self.node.set_word(slot, self.node.leaf_word(slot) - pages);
+    }
+
+    /// Adds `pages` pages, which fit, to the end of the range in `slot`.
+    #[inline(always)]
+    pub(crate) fn lengthen(&self, slot: usize, pages: u64) {
+        self.node.set_word(slot, self.node.leaf_word(slot) + pages);
     }
 
     /// Writes the word of the value of the range in `slot`.
@@ -503,6 +521,36 @@ impl<'a, const W: usize> Leaf<'a, W> {
         };
         sorted.save();
         sorted
+    }
+
+    /// Moves the ranges from `position` on into `upper`, in order, and gives both leaves. Not under readers.
+    pub(crate) fn split_into<'b>(self, position: usize, upper: &'b Node<W>) -> (Self, Leaf<'b, W>) {
+        for slot in 0..Node::<W>::RANGES {
+            let from = position + slot;
+            if from < self.count {
+                let old = self.slot(from);
+                upper.set_word(slot, self.node.leaf_word(old));
+                let value = self.node.leaf_word(Node::<W>::VALUES + old);
+                upper.set_word(Node::<W>::VALUES + slot, value);
+                self.set_unused(old);
+            } else {
+                upper.set_word(slot, UNUSED);
+            }
+        }
+        let above = Leaf {
+            node: upper,
+            coding: self.coding,
+            count: self.count - position,
+            order: Node::<W>::SORTED,
+        };
+        // The nibbles from the number of ranges on are the free slots already.
+        let below = Leaf {
+            count: position,
+            ..self
+        };
+        above.save();
+        below.save();
+        (below, above)
     }
 
     /// Puts every range into the slot of its position (`N6`). The node is one that no reader can reach.
