@@ -167,6 +167,20 @@ impl<const W: usize> Path<W> {
         self.high
     }
 
+    /// Notes that another leaf was put above the present one, below the same parent, and answers for the pages above `last`; the
+    /// path leads to it if `above`.
+    #[inline]
+    pub(crate) fn split(&mut self, upper: NodePtr<W>, last: u64, above: bool) {
+        self.hole = 0;
+        if above {
+            self.take(1, self.pointer(1), self.slot(1) + 1);
+            self.replace_leaf(upper);
+            self.low = last + 1;
+        } else {
+            self.high = last;
+        }
+    }
+
     /// Notes that the boundary above the leaf was moved.
     pub(crate) fn set_high(&mut self, high: u64) {
         self.high = high;

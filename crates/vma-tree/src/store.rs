@@ -304,6 +304,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         } else if self.has_room(&leaf, (first, last)) {
             self.insert(path, hole, (first, last), grown.value)?;
             return Ok(true);
+        } else if leaf.fits(first, last)
+            && self.insert_split(path, hole, (first, last), grown.value)?
+        {
+            return Ok(true);
         }
         let cut = Cut {
             first: grown.first,

@@ -63,6 +63,11 @@ impl Hole {
         })
     }
 
+    /// The same hole where it lies below position `at` of another leaf.
+    pub(crate) fn moved(&self, at: usize) -> Self {
+        Self { at, ..*self }
+    }
+
     /// The hole that the last edit left, if the range `first ..= last` lies in it: then nobody need search.
     #[inline(always)]
     pub(crate) fn left_by_last_edit<const W: usize>(
@@ -127,6 +132,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             };
             if self.has_room(&leaf, pages) {
                 return self.insert(path, &hole, pages, value);
+            }
+            if leaf.fits(cut.first, cut.last) && self.insert_split(path, &hole, pages, value)? {
+                return Ok(());
             }
         }
         self.splice_ranked(path, cut, rank, removed)
@@ -505,7 +513,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let codes = (!has_middle || leaf.fits(cut.first, cut.last))
             && (!has_upper || leaf.fits_part(cut.last + 1));
         if !(enough && codes && count.wrapping_sub(1) < Node::<W>::RANGES) {
-            if codes && count > Node::<W>::RANGES && self.split_leaf(path, cut, (from, to))? {
+            if codes && count > Node::<W>::RANGES && self.split(path, cut, (from, to))? {
                 // Half of the leaf surely holds the pieces.
                 return self.splice_ranked(path, cut, path.leaf().rank(cut.first), removed);
             }
@@ -636,6 +644,17 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         path.lower_boundary(1, last);
         path.set_high(last);
         self.refresh_gap(above);
+    }
+
+    /// [`split_leaf`](Self::split_leaf), out of line.
+    #[inline(never)]
+    fn split(
+        &self,
+        path: &mut Path<W>,
+        cut: &Cut,
+        touched: (usize, usize),
+    ) -> Result<bool, AllocError> {
+        Ok(self.split_leaf(path, cut.first, touched)?.is_some())
     }
 
     /// The same edit where the leaf cannot hold what becomes of it, or would hold too little.

@@ -64,10 +64,17 @@ impl<const W: usize> Node<W> {
         for at in (slot + 1..count).rev() {
             self.set_word(at, self.word(at - 1));
             self.set_word(Self::PIVOTS + at + 1, self.word(Self::PIVOTS + at));
-            self.set_half(at + 2, self.half(at + 1));
         }
         self.set_word(slot, first);
         self.set_word(Self::PIVOTS + slot + 1, to_word(node));
+        // The records move up by half a word.
+        let place = Self::GAPS + (slot + 2) / 2;
+        for word in (place + 1..=Self::GAPS + (count + 1) / 2).rev() {
+            self.set_word(word, self.word(word) << 32 | self.word(word - 1) >> 32);
+        }
+        if slot.is_multiple_of(2) {
+            self.set_word(place, self.word(place) << 32);
+        }
         self.set_half(slot + 2, gap);
         self.set_half(0, count as u32 + 1);
     }
