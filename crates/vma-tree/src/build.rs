@@ -96,13 +96,13 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> Builder<V, A, W> {
         Ok(())
     }
 
-    /// Takes over a leaf with other values; `low` is the first page it answers for in its own tree, `gap` the largest gap
+    /// Takes over a leaf with other values, by slot; `low` is the first page it answers for in its own tree, `gap` the largest gap
     /// there. `false`, and nothing is taken, where its ranges had better be pushed one by one.
     #[inline]
     fn adopt(
         &mut self,
         source: &Leaf<'_, W>,
-        values: &[u64],
+        values: &[u64; 16],
         (low, gap): (u64, u32),
     ) -> Result<bool, BuildError> {
         let few = source.count() * 2 < Node::<W>::RANGES;
@@ -115,8 +115,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> Builder<V, A, W> {
         let fresh = unsafe { node.as_ref() };
         fresh.copy_from(source.node());
         let leaf = fresh.leaf();
-        for (position, &value) in values.iter().enumerate() {
-            leaf.set_value(leaf.slot(position), value);
+        for (slot, &value) in values.iter().enumerate().take(Node::<W>::RANGES) {
+            leaf.set_value(slot, value);
         }
         let gap = if self.low == low {
             gap
@@ -315,21 +315,24 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let mut builder = Builder::new(alloc);
         let mut low = 0;
         for (leaf, gap) in self.leaves() {
-            let mut values = [0; 15];
-            let mut kept = 0_u32;
-            for (slot, place) in values.iter_mut().enumerate().take(leaf.count()) {
-                if let Some(value) = filter(entry(leaf.raw(slot))) {
-                    *place = value.to_word();
-                    kept |= 1 << slot;
+            // By slot, as they will lie.
+            let mut values = [0; 16];
+            let (mut kept, mut all) = (0_u32, true);
+            for slot in leaf.slots() {
+                match filter(entry(leaf.raw_in(slot))) {
+                    Some(value) => {
+                        values[slot & 15] = value.to_word();
+                        kept |= 1 << slot;
+                    }
+                    None => all = false,
                 }
             }
-            let all = kept.count_ones() as usize == leaf.count();
-            let adopted = all && builder.adopt(&leaf, &values[..leaf.count()], (low, gap))?;
+            let adopted = all && builder.adopt(&leaf, &values, (low, gap))?;
             if !adopted {
-                for slot in (0..leaf.count()).filter(|slot| kept >> slot & 1 == 1) {
+                for slot in leaf.slots().filter(|slot| kept >> slot & 1 == 1) {
                     builder.push(Raw {
-                        value: values[slot],
-                        ..leaf.raw(slot)
+                        value: values[slot & 15],
+                        ..leaf.raw_in(slot)
                     })?;
                 }
             }

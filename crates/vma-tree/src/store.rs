@@ -343,33 +343,63 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         if over_end || at_start {
             return Ok(false);
         }
-        let below = if to > from && leaf.range(from).0 < first {
-            part_below(entry(leaf.raw(from)), range.first())
-        } else if from > 0 && leaf.range(from - 1).1 + 1 == first {
-            Some(entry(leaf.raw(from - 1)))
+        let lowest = (to > from).then(|| leaf.raw(from));
+        let highest = if to > from + 1 {
+            Some(leaf.raw(to - 1))
         } else {
-            None
+            lowest
         };
-        if let Some(below) = below
-            && let Some(value) = merge(&below, middle)
+        // What touches below: the lower rest of the lowest range, or the range below.
+        let below = match lowest {
+            Some(raw) if raw.first < first => Some((
+                Raw {
+                    last: first - 1,
+                    ..raw
+                },
+                0,
+            )),
+            _ if from > 0 => Some((leaf.raw(from - 1), 1)).filter(|(raw, _)| raw.last + 1 == first),
+            _ => None,
+        };
+        let mut merged = false;
+        if let Some((below, more)) = below
+            && let Some(value) = merge(&entry(below), middle)
         {
-            let range = below.range.hull(middle.range);
-            from -= usize::from(to == from || leaf.range(from).0 >= first);
-            *middle = Entry { range, value };
+            merged = true;
+            from -= more;
+            *middle = entry(Raw {
+                first: below.first,
+                last,
+                value: value.to_word(),
+            });
         }
-        let above = if to > from && leaf.range(to - 1).1 > last {
-            part_above(entry(leaf.raw(to - 1)), range.last())
-        } else if to < leaf.count() && leaf.range(to).0 == last + 1 {
-            Some(entry(leaf.raw(to)))
-        } else {
-            None
+        let above = match highest {
+            Some(raw) if raw.last > last => {
+                let value = V::from_word(raw.value).split(last + 1 - raw.first);
+                Some((
+                    Raw {
+                        first: last + 1,
+                        last: raw.last,
+                        value: value.to_word(),
+                    },
+                    0,
+                ))
+            }
+            _ if to < leaf.count() => {
+                Some((leaf.raw(to), 1)).filter(|(raw, _)| raw.first == last + 1)
+            }
+            _ => None,
         };
-        if let Some(above) = above
-            && let Some(value) = merge(middle, &above)
+        if let Some((above, more)) = above
+            && let Some(value) = merge(middle, &entry(above))
         {
-            let range = middle.range.hull(above.range);
-            to += usize::from(to == 0 || leaf.range(to - 1).1 <= last);
-            *middle = Entry { range, value };
+            merged = true;
+            to += more;
+            *middle = entry(Raw {
+                first: middle.first().number(),
+                last: above.last,
+                value: value.to_word(),
+            });
         }
         let cut = Cut {
             first: middle.first().number(),
@@ -377,14 +407,13 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             value: Some(middle.value.to_word()),
             shown: (first, last),
         };
-        if to == from + 1 && middle.range == range {
-            let raw = leaf.raw(from);
-            if raw.first <= first
-                && last <= raw.last
-                && self.overlay(path, (from, raw), &cut, removed)?
-            {
-                return Ok(true);
-            }
+        if let Some(raw) = lowest
+            && !merged
+            && raw.first <= first
+            && last <= raw.last
+            && self.overlay(path, (from, raw), &cut, removed)?
+        {
+            return Ok(true);
         }
         self.edit_merged(path, &cut, (from, to), removed)?;
         Ok(true)

@@ -259,6 +259,17 @@ impl<'a, const W: usize> Leaf<'a, W> {
         }
     }
 
+    /// The slots of the ranges, ascending.
+    #[inline(always)]
+    pub(crate) fn slots(&self) -> impl Iterator<Item = usize> + use<W> {
+        let mut order = self.order.0;
+        (0..self.count).map(move |_| {
+            let slot = (order & 15) as usize;
+            order >>= 4;
+            slot
+        })
+    }
+
     /// The ranges from position `from` up to (not including) `to`, which is not below, ascending.
     #[inline(always)]
     pub(crate) fn raws(&self, from: usize, to: usize) -> impl Iterator<Item = Raw> + use<'a, W> {
@@ -313,18 +324,19 @@ impl<'a, const W: usize> Leaf<'a, W> {
     /// The largest gap below the first range, from `low` on, and between ranges.
     pub(crate) fn largest_gap(&self, low: u64) -> u64 {
         let (shift, mask) = (self.coding.width, self.coding.length_mask());
-        // Distances from the base do. That of `low` may lie below it, and wraps.
-        let mut free = low.wrapping_sub(self.coding.base);
-        let mut largest = 0;
+        // Distances from the base do. That of the page below `low` may lie below it, and wraps.
+        let mut last = low.wrapping_sub(self.coding.base).wrapping_sub(1);
+        // One more than the pages of a gap.
+        let mut largest = 1;
         let mut order = self.order.0;
         for _ in 0..self.count {
             let key = self.node.leaf_word((order & 15) as usize);
             order >>= 4;
             let first = key >> shift;
-            largest = largest.max(first.wrapping_sub(free));
-            free = first + (key & mask) + 1;
+            largest = largest.max(first.wrapping_sub(last));
+            last = first + (key & mask);
         }
-        largest
+        largest - 1
     }
 
     /// The last page of the leaf's last range.
