@@ -89,12 +89,20 @@ impl Set {
         place.holds(page, edits).then(|| place.raw())
     }
 
+    /// The other entry, if it covers the page; it is found often from now on.
+    #[inline(always)]
+    fn seldom(&mut self, page: u64, edits: u64) -> Option<Raw> {
+        if !self.0[1].holds(page, edits) {
+            return None;
+        }
+        self.0.swap(0, 1);
+        Some(self.0[0].raw())
+    }
+
     /// Either entry, which is found often from now on.
     fn either(&mut self, page: u64, edits: u64) -> Option<Raw> {
-        if self.0[1].holds(page, edits) {
-            self.0.swap(0, 1);
-        }
         self.often(page, edits)
+            .or_else(|| self.seldom(page, edits))
     }
 }
 
@@ -129,6 +137,8 @@ pub struct Finger<V> {
     small: [Set; SMALL],
     medium: [Set; LARGER],
     large: [Set; LARGER],
+    /// Whether an area that is not small was ever remembered: mostly nobody need look for one.
+    has_larger: bool,
     /// The tree; a finger may be used with another, and then starts over.
     tree: usize,
     _values: core::marker::PhantomData<V>,
@@ -142,6 +152,7 @@ impl<V> Finger<V> {
             small: [Set::UNUSED; SMALL],
             medium: [Set::UNUSED; LARGER],
             large: [Set::UNUSED; LARGER],
+            has_larger: false,
             tree: 0,
             _values: core::marker::PhantomData,
         }
@@ -153,6 +164,7 @@ impl<V> Finger<V> {
         self.small.fill(Set::UNUSED);
         self.medium.fill(Set::UNUSED);
         self.large.fill(Set::UNUSED);
+        self.has_larger = false;
         self.tree = 0;
     }
 
@@ -174,6 +186,7 @@ impl<V> Finger<V> {
 
     fn remember(&mut self, page: u64, raw: Raw, edits: u64) {
         let more = raw.last - raw.first;
+        self.has_larger |= more >= SMALL_PAGES;
         let set = if more < SMALL_PAGES {
             self.small(page)
         } else if more < MEDIUM_PAGES {
@@ -237,11 +250,13 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             finger.tree = tree;
         }
         let number = page.number();
-        let found = finger
-            .small(number)
-            .either(number, edits)
-            .or_else(|| finger.medium(number).either(number, edits))
-            .or_else(|| finger.large(number).either(number, edits));
+        let mut found = finger.small(number).seldom(number, edits);
+        if found.is_none() && finger.has_larger {
+            found = finger
+                .medium(number)
+                .either(number, edits)
+                .or_else(|| finger.large(number).either(number, edits));
+        }
         if let Some(raw) = found {
             return Some(entry(raw));
         }
