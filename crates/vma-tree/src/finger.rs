@@ -101,8 +101,7 @@ impl Set {
 
     /// Either entry, which is found often from now on.
     fn either(&mut self, page: u64, edits: u64) -> Option<Raw> {
-        self.often(page, edits)
-            .or_else(|| self.seldom(page, edits))
+        self.often(page, edits).or_else(|| self.seldom(page, edits))
     }
 }
 

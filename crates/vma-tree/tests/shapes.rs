@@ -376,3 +376,64 @@ fn offsets_follow_every_cut() {
             .all(|entry| entry.value.0 == entry.first().number())
     );
 }
+
+/// A full leaf of a tree of one's own is split in place: no node is written anew but the one that is added.
+#[test]
+fn a_full_leaf_is_split_where_it_stands() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    let full = Node::<32>::RANGES as u64;
+    fill(&mut tree, (0..full).map(|i| 2 * i));
+    assert_eq!((tree.height(), heap.live.get()), (1, 1));
+    // It takes a leaf and a root. Where either is not to be had nothing changes.
+    let before: Vec<_> = tree.iter().collect();
+    for nodes in 0..2 {
+        heap.left.set(Some(nodes));
+        let stored = tree.store(count(4 * 13, 3), Some(13), &mut |_| ());
+        assert!(stored.is_err());
+        assert!(tree.iter().eq(before.iter().copied()));
+        tree.check().unwrap();
+    }
+    heap.left.set(None);
+    tree.store(count(4 * 13, 3), Some(13), &mut |_| ()).unwrap();
+    tree.check().unwrap();
+    assert_eq!((tree.height(), heap.live.get()), (2, 3));
+    // Fill the holes between, in leaves below a root that is not full: a node for each leaf that is added, no other.
+    let (live, mut added) = (heap.live.get(), 0);
+    for i in (0..full).map(|i| 2 * i + 1).filter(|&i| i != 13) {
+        let leaves = tree.stats().leaves;
+        tree.store(count(4 * i, 3), Some(i), &mut |_| ()).unwrap();
+        tree.check().unwrap();
+        added += tree.stats().leaves - leaves;
+    }
+    assert_eq!(heap.live.get(), live + added);
+    assert!(tree.iter().map(|entry| entry.value).eq(0..2 * full));
+}
+
+/// A range that becomes one with its neighbours is written over them whole; what was removed is its own pages all the same.
+#[test]
+fn a_merge_shows_what_was_inside_the_range() {
+    fn run<const W: usize>() {
+        let heap = Heap::default();
+        let mut tree = RangeTree::<u64, &Heap, kmem_vma_tree::Exclusive, W>::new_in(&heap);
+        for (range, value) in [
+            (pages(0, 0), 0),
+            (pages(0x3f, 0xc8), 3),
+            (pages(0xc9, 0xce), 0),
+            (pages(0xcf, 0xd0), 3),
+            (pages(0xd1, 0xd1), 0),
+        ] {
+            tree.store(range, Some(value), &mut |_| ()).unwrap();
+        }
+        let mut removed = Vec::new();
+        let entry = tree
+            .store_merged(pages(0xcf, 0xcf), 3, &mut |piece| removed.push(piece.range))
+            .unwrap();
+        assert_eq!(entry.range, pages(0xcf, 0xd0));
+        assert_eq!(removed, [pages(0xcf, 0xcf)]);
+        tree.check().unwrap();
+    }
+    run::<32>();
+    run::<11>();
+    run::<8>();
+}
