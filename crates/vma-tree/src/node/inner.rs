@@ -69,7 +69,7 @@ impl<const W: usize> Node<W> {
         self.set_word(Self::PIVOTS + slot + 1, to_word(node));
         // The records move up by half a word.
         let place = Self::GAPS + (slot + 2) / 2;
-        for word in (place + 1..=Self::GAPS + (count + 1) / 2).rev() {
+        for word in (place + 1..=Self::GAPS + count.div_ceil(2)).rev() {
             self.set_word(word, self.word(word) << 32 | self.word(word - 1) >> 32);
         }
         if slot.is_multiple_of(2) {
