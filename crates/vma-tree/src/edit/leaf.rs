@@ -121,6 +121,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                         let gap = leaf.range(rank).0 - Self::free_below(path, &leaf, at);
                         return self.take_out(path, old, (at, raw), gap, removed);
                     }
+                } else if cut.value.is_none() {
+                    if self.trim(path, old, (at, raw), cut, removed)? {
+                        return Ok(());
+                    }
                 } else if self.overlay(path, (at, raw), cut, removed)? {
                     return Ok(());
                 }
@@ -250,10 +254,60 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         Ok(())
     }
 
-    /// Puts what `cut` says over a part of the range at a position, or over all of it; `false`, and nothing has changed, where
-    /// there is no room for the pieces, or the leaf's end or emptiness is at stake.
+    /// Takes the pages of `cut` from an end of the range at a position, which is longer; `false`, and nothing has changed, where
+    /// that is the leaf's end, or what is left cannot be written.
+    #[inline(always)]
+    fn trim(
+        &self,
+        path: &mut Path<W>,
+        old: &Node<W>,
+        (at, raw): (usize, Raw),
+        cut: &Cut,
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<bool, AllocError> {
+        let leaf = old.leaf();
+        let is_upper = raw.first < cut.first;
+        let gap = if is_upper {
+            if at + 1 == leaf.count() {
+                return Ok(false);
+            }
+            leaf.range(at + 1).0 - cut.first
+        } else {
+            if !leaf.fits_part(cut.last + 1) {
+                return Ok(false);
+            }
+            cut.last + 1 - Self::free_below(path, &leaf, at)
+        };
+        let cut_at = if is_upper { cut.first } else { cut.last + 1 };
+        let upper = V::from_word(raw.value).split(cut_at - raw.first).to_word();
+        let gone = entry(Raw {
+            first: cut.first,
+            last: cut.last,
+            value: if is_upper { upper } else { raw.value },
+        });
+        let (leaf, target) = self.writable(old)?;
+        if !self.copies() {
+            removed(gone);
+        }
+        let leaf = self.as_it_was(leaf, target);
+        let slot = leaf.slot(at);
+        if is_upper {
+            leaf.shorten(slot, raw.last + 1 - cut.first);
+        } else {
+            leaf.set_range(slot, cut.last + 1, raw.last);
+            leaf.set_value(slot, upper);
+        }
+        self.replaced(path, target, || removed(gone));
+        path.hole = at + usize::from(is_upper);
+        self.count_edit(1, 1);
+        self.gap_changed(path, 0, gap);
+        Ok(true)
+    }
+
+    /// Puts the value of `cut` over a part of the range at a position, or over all of it; `false`, and nothing has changed, where
+    /// there is no room for the pieces.
     ///
-    /// Holes only grow, and the boundary stays.
+    /// No hole and no boundary changes.
     #[inline(never)]
     pub(crate) fn overlay(
         &self,
@@ -264,60 +318,41 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     ) -> Result<bool, AllocError> {
         // SAFETY: as in `splice_at`.
         let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let Some(value) = cut.value else {
+            return Ok(false);
+        };
         let (has_lower, has_upper) = (raw.first < cut.first, cut.last < raw.last);
-        let pieces =
-            usize::from(has_lower) + usize::from(cut.value.is_some()) + usize::from(has_upper);
-        let (mut leaf, count) = (old.leaf(), old.leaf().count());
-        let in_place = pieces > 0
-            && count + pieces - 1 <= Node::<W>::RANGES
-            && (cut.value.is_some() || has_upper || at + 1 < count)
-            && leaf.fits_part(if has_upper { cut.last + 1 } else { cut.first });
-        if !in_place {
+        let more = usize::from(has_lower) + usize::from(has_upper);
+        let leaf = old.leaf();
+        let starts = if has_upper { cut.last + 1 } else { cut.first };
+        if leaf.count() + more > Node::<W>::RANGES || !leaf.fits_part(starts) {
             return Ok(false);
         }
-        let gap = match cut.value {
-            Some(_) => 0,
-            None if has_lower && has_upper => cut.last + 1 - cut.first,
-            None if has_lower => leaf.range(at + 1).0 - cut.first,
-            None => cut.last + 1 - Self::free_below(path, &leaf, at),
-        };
-        let whole = V::from_word(raw.value);
-        let upper_value = if has_upper {
-            whole.split(cut.last + 1 - raw.first).to_word()
-        } else {
-            0
-        };
-        let target;
-        (leaf, target) = self.writable(old)?;
+        let (mut leaf, target) = self.writable(old)?;
         if !self.copies() {
             show(raw, cut, removed);
         }
-        for _ in 1..pieces {
+        for _ in 0..more {
             leaf.open(at + 1);
         }
         let leaf = self.settled(leaf, target);
-        let mut position = at;
+        let mut slot = leaf.slot(at);
         if has_lower {
             // Its value stays where it is.
-            leaf.set_range(leaf.slot(position), raw.first, cut.first - 1);
-            position += 1;
+            leaf.set_range(slot, raw.first, cut.first - 1);
+            slot = leaf.slot(at + 1);
         }
-        let hole = position;
-        if let Some(value) = cut.value {
-            let slot = leaf.slot(position);
-            leaf.set_range(slot, cut.first, cut.last);
-            leaf.set_value(slot, value);
-            position += 1;
-        }
+        leaf.set_range(slot, cut.first, cut.last);
+        leaf.set_value(slot, value);
         if has_upper {
-            let slot = leaf.slot(position);
+            let slot = leaf.slot(at + more);
+            let rest = V::from_word(raw.value).split(cut.last + 1 - raw.first);
             leaf.set_range(slot, cut.last + 1, raw.last);
-            leaf.set_value(slot, upper_value);
+            leaf.set_value(slot, rest.to_word());
         }
         self.replaced(path, target, || show(raw, cut, removed));
-        path.hole = if cut.value.is_none() { hole } else { 0 };
-        self.count_edit(pieces, 1);
-        self.gap_changed(path, 0, gap);
+        path.hole = 0;
+        self.count_edit(1 + more, 1);
         Ok(true)
     }
 
@@ -333,7 +368,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         // SAFETY: as in `splice_at`.
         let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
         let (leaf, target) = self.writable(old)?;
-        let leaf = self.settled(leaf, target);
+        let leaf = self.as_it_was(leaf, target);
         let slot = leaf.slot(at);
         leaf.set_range(slot, grown.first, grown.last);
         leaf.set_value(slot, grown.value);
@@ -397,6 +432,15 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             return leaf.sorted_into(target);
         }
         leaf.save();
+        leaf
+    }
+
+    /// [`settled`](Self::settled) where no position was opened or closed.
+    #[inline(always)]
+    fn as_it_was<'n>(&self, leaf: Leaf<'n, W>, target: &'n Node<W>) -> Leaf<'n, W> {
+        if self.copies() {
+            return leaf.sorted_into(target);
+        }
         leaf
     }
 
