@@ -14,7 +14,7 @@ use core::panic::Location;
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::{AtomicPtr, Ordering};
-use kmem_hal::{AllocError, Cpu, ObjectAlloc, Reserve};
+use kmem_hal::{AllocError, ObjectAlloc, Reserve};
 
 use crate::geometry::Geometry;
 use crate::info::CacheInfo;
@@ -33,7 +33,8 @@ use crate::system::SlabSystem;
 /// `H` is the cache's [`Policy`], the system's where it does not say otherwise.
 ///
 /// Dropping a cache whose objects are all back gives its memory back; with objects still out (leaked boxes, raw pointers) the
-/// memory stays, and the cache stays in `slabinfo`. [`destroy`](Self::destroy) says which of the two it was.
+/// memory stays, and the cache stays in `slabinfo`. [`destroy`](Self::destroy) says which of the two it was. A drop waits for nobody: where a walk
+/// over the system's caches looks at this one at the moment, that walk gives the memory back when it goes on.
 #[doc(alias = "kmem_cache")]
 pub struct Cache<
     's,
@@ -168,9 +169,9 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
             // SAFETY: joined, and lives until this cache is dropped.
             Ok(_) => Ok(unsafe { joined.as_ref() }),
             Err(other) => {
-                // Another context joined meanwhile. On Busy the unused one stays in the registry: empty, and freed at teardown.
-                // SAFETY: nobody but the registry knows the new one, and it never had a slab.
-                let _ = unsafe { self.system.leave(joined) };
+                // Another context joined meanwhile.
+                // SAFETY: nobody but the registry knows the new one.
+                unsafe { self.system.let_go(joined) };
                 // SAFETY: as above.
                 unsafe { other.as_ref() }.ok_or(AllocError::Busy)
             }
@@ -346,54 +347,34 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
 
     /// Gives all memory of the cache back and leaves the system.
     ///
+    /// Waits for walks over the system's caches ([`caches`](SlabSystem::caches), [`shrink`](SlabSystem::shrink)) that look at this one at the
+    /// moment: for tasks, and not from the callback of such a walk, where it waits for ever. Dropping the cache waits for nobody.
+    ///
     /// # Errors
     ///
     /// [`Leaked`] where objects are still out: their memory stays theirs for ever, and the cache stays in `slabinfo`.
     #[doc(alias = "kmem_cache_destroy")]
     pub fn destroy(mut self) -> Result<(), Leaked> {
-        let result = self.dismantle();
-        core::mem::forget(self);
-        result
+        match self.part() {
+            // SAFETY: the cache was borrowed exclusively and is gone.
+            Some(raw) => unsafe { self.system.leave(raw) },
+            None => Ok(()),
+        }
     }
 
-    fn dismantle(&mut self) -> Result<(), Leaked> {
-        let Some(pointer) = NonNull::new(self.raw.swap(ptr::null_mut(), Ordering::Acquire)) else {
-            return Ok(());
-        };
-        // SAFETY: joined, and left only below.
-        let raw = unsafe { pointer.as_ref() };
-        // SAFETY: a cache exists, so the system is ready.
-        let platform = unsafe { self.system.platform_unchecked() };
-        let cpus = platform.cpu().count();
-        let here = platform.cpu().pin().id().get();
-        for cpu in (0..cpus).filter(|&cpu| cpu != here) {
-            // SAFETY: the cache is borrowed exclusively, so no other CPU is in a call on it, nor will be.
-            unsafe { self.system.drain_idle(raw, cpu) };
-        }
-        self.system.shrink_cache(raw);
-        let leaked = |raw: &RawCache<P::Lock>| Leaked {
-            cache: raw.setup.name,
-            objects: self.system.info_of(raw).active_objects,
-        };
-        self.system.retire_empty(raw);
-        if self.system.info_of(raw).slabs > 0 {
-            return Err(leaked(raw));
-        }
-        // SAFETY: the cache is borrowed exclusively and was drained above.
-        unsafe { self.system.drop_arrays(raw, cpus) };
-        // SAFETY: no slab, no array, no user but the registry.
-        match unsafe { self.system.leave(pointer) } {
-            Ok(()) => Ok(()),
-            // In a context that interrupted the registry: the empty cache stays there.
-            Err(_) => Ok(()),
-        }
+    /// What the system knows of the cache, which forgets it.
+    fn part(&mut self) -> Option<NonNull<RawCache<P::Lock>>> {
+        NonNull::new(self.raw.swap(ptr::null_mut(), Ordering::Acquire))
     }
 }
 
 impl<T, P: Platform, const STABLE: bool, H: Policy> Drop for Cache<'_, T, P, STABLE, H> {
     fn drop(&mut self) {
         // Leaked objects keep their memory; `slabinfo` shows them.
-        let _ = self.dismantle();
+        if let Some(raw) = self.part() {
+            // SAFETY: the cache is borrowed exclusively and is gone afterwards.
+            unsafe { self.system.let_go(raw) };
+        }
     }
 }
 

@@ -42,6 +42,7 @@ mod slab;
 mod slab_box;
 mod system;
 mod teardown;
+mod users;
 
 pub use cache::{Cache, Leaked};
 pub use class::{CLASSES, LARGEST_CLASS, class_of, class_size};
@@ -68,4 +69,5 @@ pub mod model {
     pub use crate::depot::Depot;
     pub use crate::head::{Busy, Head};
     pub use crate::slab::{Pending, Slab};
+    pub use crate::users::Users;
 }

@@ -6,7 +6,7 @@
 
 use core::ptr;
 
-use kmem_hal::sync::{AtomicPtr, AtomicU32, AtomicU64, LocalPtr, LocalU32, Ordering};
+use kmem_hal::sync::{AtomicPtr, AtomicU64, LocalPtr, LocalU32, Ordering};
 use kmem_hal::{Lock, RawLock};
 
 use crate::depot::Depot;
@@ -14,6 +14,7 @@ use crate::geometry::Geometry;
 use crate::head::Row;
 use crate::policy::Features;
 use crate::slab::{Pending, Slab};
+use crate::users::Users;
 
 /// What runs once for each object of a new slab, and before a slab goes back.
 #[derive(Clone, Copy)]
@@ -68,7 +69,7 @@ pub struct RawCache<L> {
     pub failures: AtomicU64,
     pub misuses: AtomicU64,
     /// Contexts that look at the cache by way of the registry.
-    pub users: AtomicU32,
+    pub users: Users,
     /// The next cache of the registry, under its lock.
     pub next: LocalPtr<RawCache<L>>,
 }
@@ -96,7 +97,7 @@ impl<L: RawLock> RawCache<L> {
             direct_frees: AtomicU64::new(0),
             failures: AtomicU64::new(0),
             misuses: AtomicU64::new(0),
-            users: AtomicU32::new(0),
+            users: Users::new(),
             next: LocalPtr::new(ptr::null_mut()),
         }
     }

@@ -3,14 +3,15 @@
 //! Invariants
 //! - `G1`: the list and the used indices belong to the holder of the registry's lock, who has set the busy flag of the head `GUARD` on its CPU
 //!   first: a context that interrupts it answers `Busy` and never waits.
-//! - `G2`: a cache that is on the list is alive; one that a context looks at by way of the list is counted in `users`, and `leave` waits
-//!   for those.
+//! - `G2`: a cache that is on the list is alive. One that a walk looks at by way of the list counts the walk in `users`; nobody takes it apart,
+//!   and its index is not given to another cache, before every walk has left it.
 
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
 use kmem_hal::{AllocError, Cpu, RawLock};
 
+use crate::cache::Leaked;
 use crate::head::COLUMNS;
 use crate::platform::Platform;
 use crate::raw::{RawCache, Setup};
@@ -73,27 +74,70 @@ impl<P: Platform> SlabSystem<P> {
         joined
     }
 
-    /// Takes a cache out of the registry and gives its memory back.
+    /// The owner of a cache lets go of it: its memory goes back, now or when the last walk that looks at it goes on.
     ///
     /// # Safety
     ///
-    /// The cache belongs to this system, nobody uses it any more except by way of the registry, it has no slab, and its heads
-    /// and depot have no arrays.
-    pub(crate) unsafe fn leave(&self, cache: NonNull<RawCache<P::Lock>>) -> Result<(), AllocError> {
-        let platform = self.platform().ok_or(AllocError::NotInitialised)?;
+    /// The cache belongs to this system, and nobody uses it any more except by way of the registry.
+    pub(crate) unsafe fn let_go(&self, cache: NonNull<RawCache<P::Lock>>) {
+        // SAFETY: the cache is alive until it is dismantled, here or by the last walk.
+        if unsafe { cache.as_ref() }.users.let_go() {
+            // SAFETY: this context has the cache alone (users U1).
+            let _ = unsafe { self.dismantle(cache) };
+        }
+    }
+
+    /// As [`let_go`](Self::let_go), but waits for the walks that look at the cache.
+    ///
+    /// # Errors
+    ///
+    /// [`Leaked`] where objects are out; the cache stays in the registry.
+    ///
+    /// # Safety
+    ///
+    /// As [`let_go`](Self::let_go).
+    pub(crate) unsafe fn leave(&self, cache: NonNull<RawCache<P::Lock>>) -> Result<(), Leaked> {
+        // SAFETY: the cache is alive until it is dismantled below.
+        unsafe { cache.as_ref() }.users.wait_and_let_go();
+        // SAFETY: this context has the cache alone (users U1).
+        unsafe { self.dismantle(cache) }
+    }
+
+    /// Gives all memory of a cache back and takes it out of the registry; leaves it there where objects are out.
+    ///
+    /// In a context that interrupted the registry the empty cache stays there too.
+    ///
+    /// # Safety
+    ///
+    /// The caller has the cache alone (users `U1`).
+    unsafe fn dismantle(&self, cache: NonNull<RawCache<P::Lock>>) -> Result<(), Leaked> {
         // SAFETY: the cache is alive until its memory goes back below.
-        let (index, users) = unsafe { (cache.as_ref().index, &cache.as_ref().users) };
-        self.with_registry(platform, |registry| {
+        let raw = unsafe { cache.as_ref() };
+        // SAFETY: the caller has the cache alone.
+        unsafe { self.empty(raw) };
+        let info = self.info_of(raw);
+        if info.slabs > 0 {
+            raw.users.stay();
+            return Err(Leaked {
+                cache: raw.setup.name,
+                objects: info.active_objects,
+            });
+        }
+        // SAFETY: a cache exists, so the system is ready.
+        let platform = unsafe { self.platform_unchecked() };
+        let index = raw.index as usize;
+        // Only now may the index, and with it the heads, become another cache's (G2).
+        let removed = self.with_registry(platform, |registry| {
+            self.reset_heads(raw);
             registry.remove(cache);
-            registry.used[index as usize / COLUMNS] &= !(1 << (index as usize % COLUMNS));
-        })?;
-        // Nobody finds it any more; wait for those who had.
-        while users.load(Ordering::Acquire) != 0 {
-            kmem_hal::sync::spin_loop();
+            registry.used[index / COLUMNS] &= !(1 << (index % COLUMNS));
+        });
+        if removed.is_err() {
+            raw.users.stay();
+            return Ok(());
         }
         let mut pool_of_descriptors: *mut Slab = ptr::null_mut();
-        // SAFETY: alive as above.
-        unsafe { cache.as_ref() }.for_each_slab(|slab| {
+        raw.for_each_slab(|slab| {
             slab.next.set(pool_of_descriptors);
             pool_of_descriptors = ptr::from_ref(slab).cast_mut();
             true
@@ -126,21 +170,33 @@ impl<P: Platform> SlabSystem<P> {
         loop {
             let found = self.with_registry(platform, |registry| registry.find(from))?;
             let Some(cache) = found else { return Ok(()) };
-            // SAFETY: `find` counted this context as a user, so `leave` waits.
+            let walk = Walk {
+                system: self,
+                cache,
+            };
+            // SAFETY: `find` counted this walk, so the cache stays (G2).
             let cache = unsafe { cache.as_ref() };
             from = cache.index + 1;
-            let _user = User(cache);
             each(cache);
+            drop(walk);
         }
     }
 }
 
-/// A context that looks at a cache by way of the registry; counted off when dropped, a panic of the callback included.
-struct User<'c, L>(&'c RawCache<L>);
+/// A walk that looks at a cache; counted off when dropped, a panic of the callback included.
+struct Walk<'s, P: Platform> {
+    system: &'s SlabSystem<P>,
+    cache: NonNull<RawCache<P::Lock>>,
+}
 
-impl<L> Drop for User<'_, L> {
+impl<P: Platform> Drop for Walk<'_, P> {
     fn drop(&mut self) {
-        self.0.users.fetch_sub(1, Ordering::Release);
+        // SAFETY: alive until this walk is counted off (G2), and after that only where this call has it alone (users U1).
+        unsafe {
+            if self.cache.as_ref().users.exit() {
+                let _ = self.system.dismantle(self.cache);
+            }
+        }
     }
 }
 
@@ -186,25 +242,23 @@ impl<L: RawLock> Registry<L> {
         })
     }
 
-    /// The cache with the lowest index from `from`, counted as used.
-    fn find(&self, from: u32) -> Option<NonNull<RawCache<L>>> {
-        let mut best: Option<NonNull<RawCache<L>>> = None;
-        let mut at = self.first;
-        // SAFETY: caches on the list are alive, and the list belongs to the holder of its lock.
-        while let Some(cache) = unsafe { at.as_ref() } {
-            // SAFETY: as above.
-            let better = best.is_none_or(|best| cache.index < unsafe { best.as_ref() }.index);
-            if cache.index >= from && better {
-                best = Some(NonNull::from(cache));
+    /// The cache with the lowest index from `from` whose owner is there; this walk is counted.
+    fn find(&self, mut from: u32) -> Option<NonNull<RawCache<L>>> {
+        loop {
+            let mut best: Option<&RawCache<L>> = None;
+            let mut at = self.first;
+            // SAFETY: caches on the list are alive, and the list belongs to the holder of its lock.
+            while let Some(cache) = unsafe { at.as_ref() } {
+                if cache.index >= from && best.is_none_or(|best| cache.index < best.index) {
+                    best = Some(cache);
+                }
+                at = cache.next.get();
             }
-            at = cache.next.get();
+            let best = best?;
+            if best.users.enter() {
+                return Some(NonNull::from(best));
+            }
+            from = best.index + 1;
         }
-        if let Some(best) = best {
-            // SAFETY: as above.
-            unsafe { best.as_ref() }
-                .users
-                .fetch_add(1, Ordering::Acquire);
-        }
-        best
     }
 }

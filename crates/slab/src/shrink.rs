@@ -90,22 +90,38 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
-    /// Returns every array of a cache that nobody uses to the pool, and clears its heads for the next owner of the index.
+    /// Gives back all that a cache holds which nobody uses: the arrays of every CPU and of the depot, and every slab without an object that
+    /// is out.
     ///
     /// # Safety
     ///
-    /// Nobody is in a call on the cache, nor will be; its arrays hold no object.
-    pub(crate) unsafe fn drop_arrays(&self, cache: &RawCache<P::Lock>, cpus: u32) {
+    /// Nobody is in a call on the cache, on whichever CPU and by whichever way, nor will be before this call returns; what they wrote is
+    /// visible to the caller.
+    pub(crate) unsafe fn empty(&self, cache: &RawCache<P::Lock>) {
+        // SAFETY: a cache exists, so the system is ready.
+        let cpus = unsafe { self.platform_unchecked() }.cpu().count();
+        // No CPU is left to itself as "the calling one": this task may move from one to another at any time.
         for head in (0..cpus).filter_map(|cpu| self.head_of(cache, cpu)) {
             if let Some(busy) = head.enter() {
+                self.drain_head(cache, &busy);
                 for empty in busy.unload().into_iter().filter_map(NonNull::new) {
-                    // SAFETY: nobody uses the head any more, and the array is empty.
+                    // SAFETY: the head owned the array, which was drained.
                     unsafe { self.free_array(empty) };
                 }
             }
+        }
+        self.shrink_cache(cache);
+        self.retire_empty(cache);
+        self.drop_spare_arrays(cache);
+    }
+
+    /// Clears the heads of a cache that is empty, for the next owner of its index.
+    pub(crate) fn reset_heads(&self, cache: &RawCache<P::Lock>) {
+        // SAFETY: a cache exists, so the system is ready.
+        let cpus = unsafe { self.platform_unchecked() }.cpu().count();
+        for head in (0..cpus).filter_map(|cpu| self.head_of(cache, cpu)) {
             head.reset();
         }
-        self.drop_spare_arrays(cache);
     }
 
     /// Returns the arrays of a depot to their pool.

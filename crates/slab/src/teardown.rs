@@ -2,7 +2,6 @@
 
 use core::ptr;
 
-use kmem_hal::Cpu;
 use kmem_hal::sync::Ordering;
 
 use crate::cache::Leaked;
@@ -35,20 +34,14 @@ impl<P: Platform> SlabSystem<P> {
         }
         // SAFETY: ready.
         let platform = unsafe { self.platform_unchecked() };
-        let cpus = platform.cpu().count();
-        let here = platform.cpu().pin().id().get();
         let blocks = self.page_blocks.load(Ordering::Relaxed);
         let mut leaked = (blocks > 0).then_some(Leaked {
             cache: "pages",
             objects: blocks,
         });
         let walked = self.for_each_cache(|cache| {
-            for cpu in (0..cpus).filter(|&cpu| cpu != here) {
-                // SAFETY: nobody is in a call on the system by contract.
-                unsafe { self.drain_idle(cache, cpu) };
-            }
-            self.shrink_cache(cache);
-            self.retire_empty(cache);
+            // SAFETY: nobody is in a call on the system by contract.
+            unsafe { self.empty(cache) };
             if self.info_of(cache).slabs > 0 && leaked.is_none() {
                 leaked = Some(Leaked {
                     cache: cache.setup.name,

@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use kmem_hal::sync::{AtomicBool, Ordering};
 use kmem_hal::{Lock, Spin};
-use kmem_slab::model::{Array, ArrayStack, Depot, Head, Pending, Slab};
+use kmem_slab::model::{Array, ArrayStack, Depot, Head, Pending, Slab, Users};
 use loom::cell::UnsafeCell;
 use loom::thread;
 
@@ -280,4 +280,66 @@ fn a_cpu_that_goes_leaves_its_objects_to_whoever_drains_it() {
         }
         cpu.join().unwrap();
     });
+}
+
+#[test]
+fn one_context_takes_a_cache_apart_and_has_it_alone() {
+    /// The count of walks, what a walk changes (a head, say), and whether the cache was taken apart.
+    struct Shared(Users, [UnsafeCell<u32>; 2], UnsafeCell<bool>);
+    // SAFETY: the cells belong to who the count says.
+    unsafe impl Sync for Shared {}
+    // SAFETY: as above.
+    unsafe impl Send for Shared {}
+
+    impl Shared {
+        fn take_apart(&self) {
+            for cell in &self.1 {
+                // SAFETY: no walk looks, which is what loom checks.
+                cell.with_mut(|cell| unsafe { *cell += 1 });
+            }
+            // SAFETY: as above.
+            self.2.with_mut(|gone| unsafe {
+                assert!(!*gone, "taken apart twice");
+                *gone = true;
+            });
+        }
+
+        fn walk(&self, cpu: usize) {
+            if !self.0.enter() {
+                return;
+            }
+            // SAFETY: a walk has its CPU's part while it is counted.
+            self.2.with(|gone| assert!(unsafe { !*gone }));
+            self.1[cpu].with_mut(|cell| unsafe { *cell += 1 });
+            if self.0.exit() {
+                self.take_apart();
+            }
+        }
+    }
+
+    for waits in [false, true] {
+        loom::model(move || {
+            let shared = Arc::new(Shared(
+                Users::new(),
+                std::array::from_fn(|_| UnsafeCell::new(0)),
+                UnsafeCell::new(false),
+            ));
+            let walks = [0, 1].map(|cpu| {
+                let there = Arc::clone(&shared);
+                thread::spawn(move || there.walk(cpu))
+            });
+            if waits {
+                shared.0.wait_and_let_go();
+                shared.take_apart();
+            } else if shared.0.let_go() {
+                shared.take_apart();
+            }
+            for walk in walks {
+                walk.join().unwrap();
+            }
+            assert!(!shared.0.enter());
+            // SAFETY: all threads have ended.
+            shared.2.with(|gone| assert!(unsafe { *gone }));
+        });
+    }
 }

@@ -1,0 +1,74 @@
+//! Who looks at a cache by way of the registry, and who takes a cache apart whose owner has let go.
+//!
+//! ```text
+//!   0  <->  1  <->  2 ..      walks look at the cache
+//!   |       |
+//!   v       v                 its owner lets go
+//!   L  <-  L+1  <- L+2 ..     no new walk comes; whoever brings the count to 0 has the cache alone
+//! ```
+//!
+//! Invariants
+//! - `U1`: while the word counts no walk and says `LEAVING`, one context has the cache to itself: the one that made it so. It sees what every
+//!   walk wrote.
+//! - `U2`: nobody waits who did not ask to: the last walk takes the cache apart where its owner came while walks looked at it.
+
+use kmem_hal::sync::{AtomicU32, Ordering};
+
+/// The owner has let go.
+const LEAVING: u32 = 1 << 31;
+
+/// The count of a cache's walks, and whether its owner has let go.
+#[derive(Debug)]
+pub struct Users(AtomicU32);
+
+impl Users {
+    kmem_hal::const_new! {
+        /// Nobody looks, and the owner is there.
+        pub fn new() -> Self {
+            Self(AtomicU32::new(0))
+        }
+    }
+
+    /// Counts the caller as a walk; `false` where the owner has let go.
+    #[must_use]
+    pub fn enter(&self) -> bool {
+        let one_more = |users: u32| (users & LEAVING == 0).then_some(users + 1);
+        self.0
+            .fetch_update(Ordering::Acquire, Ordering::Relaxed, one_more)
+            .is_ok()
+    }
+
+    /// Counts a walk off; `true` where the owner has let go meanwhile and the caller now has the cache alone (`U1`).
+    #[must_use]
+    pub fn exit(&self) -> bool {
+        self.0.fetch_sub(1, Ordering::AcqRel) == LEAVING + 1
+    }
+
+    /// The owner lets go; `true` where it has the cache alone (`U1`), otherwise the last walk will.
+    #[must_use]
+    pub fn let_go(&self) -> bool {
+        self.0.fetch_or(LEAVING, Ordering::AcqRel) == 0
+    }
+
+    /// The owner lets go once no walk looks: it has the cache alone (`U1`) afterwards. Waits for the walks.
+    pub fn wait_and_let_go(&self) {
+        while self
+            .0
+            .compare_exchange_weak(0, LEAVING, Ordering::AcqRel, Ordering::Relaxed)
+            .is_err()
+        {
+            kmem_hal::sync::spin_loop();
+        }
+    }
+
+    /// Whoever had the cache alone leaves it in the registry; walks may come again.
+    pub fn stay(&self) {
+        self.0.store(0, Ordering::Release);
+    }
+}
+
+impl Default for Users {
+    fn default() -> Self {
+        Self::new()
+    }
+}
