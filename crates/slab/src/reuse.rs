@@ -4,7 +4,9 @@
 //! builds every object of a slab once, when the slab is made; a free resets it and leaves it built; it is taken apart when its slab
 //! goes back.
 //!
-//! Invariant `R1`: every object of a live slab holds a built `T`, in use or not.
+//! Invariants
+//! - `R1`: every object of a live slab holds a built `T`, in use or not.
+//! - `R2`: `T` is `Send` and `'static`: any CPU may use, reset and take apart what another has built, at any time.
 //!
 //! Source: Bonwick, "The Slab Allocator: An Object-Caching Kernel Memory Allocator", USENIX Summer 1994.
 
@@ -22,6 +24,34 @@ use crate::raw::Hooks;
 use crate::system::SlabSystem;
 
 /// A cache of built objects of type `T`.
+///
+/// A built object goes from user to user and from CPU to CPU without being rebuilt, and is taken apart wherever its slab goes back,
+/// which may be after the cache is gone (one that was forgotten, or dropped while a walk looked at it). So `T` is [`Send`] and borrows nothing:
+///
+/// ```
+/// # use kmem_slab::{Platform, ReuseCache, SlabSystem};
+/// # use std::sync::Arc;
+/// fn shared<P: Platform>(system: &SlabSystem<P>) -> ReuseCache<'_, Arc<u8>, P> {
+///     ReuseCache::new(system, "shared", || Arc::new(1), |_| {})
+/// }
+/// ```
+///
+/// ```compile_fail,E0277
+/// # use kmem_slab::{Platform, ReuseCache, SlabSystem};
+/// # use std::rc::Rc;
+/// // Two CPUs would count one `Rc` at once.
+/// fn shared<P: Platform>(system: &SlabSystem<P>) -> ReuseCache<'_, Rc<u8>, P> {
+///     ReuseCache::new(system, "shared", || Rc::new(1), |_| {})
+/// }
+/// ```
+///
+/// ```compile_fail
+/// # use kmem_slab::{Platform, ReuseCache, SlabSystem};
+/// // What a user leaves in the object may be gone when the next one looks.
+/// fn borrowing<'a, P: Platform>(system: &'a SlabSystem<P>) -> ReuseCache<'a, Option<&'a u8>, P> {
+///     ReuseCache::new(system, "borrowing", || None, |_| {})
+/// }
+/// ```
 pub struct ReuseCache<'s, T, P: Platform> {
     cache: Cache<'s, T, P>,
     reset: fn(&mut T),
@@ -39,7 +69,7 @@ unsafe fn destruct<T>(object: *mut u8) {
     unsafe { object.cast::<T>().drop_in_place() };
 }
 
-impl<'s, T, P: Platform> ReuseCache<'s, T, P> {
+impl<'s, T: Send + 'static, P: Platform> ReuseCache<'s, T, P> {
     kmem_hal::const_new! {
         /// A cache whose objects `build` makes once and `reset` makes ready for the next user when they are freed.
         ///
