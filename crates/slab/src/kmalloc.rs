@@ -79,7 +79,9 @@ impl Flags {
         request
     }
 
-    fn limited(self) -> bool {
+    /// Whether only memory below some address will do.
+    #[inline(always)]
+    pub(crate) fn limited(self) -> bool {
         self.intersects(Self::DMA.union(Self::DMA32))
     }
 }
@@ -109,7 +111,19 @@ impl<P: Platform> SlabSystem<P> {
     #[inline]
     #[track_caller]
     pub fn kmalloc(&self, size: usize, flags: Flags) -> Result<NonNull<u8>, AllocError> {
-        self.serve(size.max(1), 8, flags)
+        self.serve(size.max(1), Self::natural(size), flags)
+    }
+
+    /// What `kmalloc` aligns so many bytes to where the class would not do it.
+    ///
+    /// A power of two is a class whose objects lie at multiples of it; with a policy's bytes behind the object, it is another.
+    #[inline(always)]
+    fn natural(size: usize) -> usize {
+        if Self::FEATURES.extra() > 0 && size.is_power_of_two() && size as u64 <= PAGE_SIZE {
+            size.max(8)
+        } else {
+            8
+        }
     }
 
     /// Memory for `layout`. A size of zero costs nothing and gives an aligned pointer.
@@ -390,7 +404,7 @@ impl<P: Platform> SlabSystem<P> {
             return self.kmalloc(size, flags);
         };
         let had = self.ksize(old).ok_or(AllocError::Unsatisfiable)?;
-        if self.fits_in_place(had, size.max(1), 8) {
+        if self.fits_in_place(had, size.max(1), Self::natural(size)) {
             return Ok(old);
         }
         let new = self.kmalloc(size, flags)?;

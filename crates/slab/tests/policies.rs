@@ -147,7 +147,9 @@ impl<H: Policy> World<H> {
 fn check_finds_a_double_free_at_the_call_and_goes_on() {
     let world: World<Check> = World::new();
     for size in [8, 24, 40, 64, 100, 5000] {
-        let (a, b) = (world.take(size), world.take(size));
+        let layout = Layout::from_size_align(size, 8).unwrap();
+        let take = || world.system.kmalloc_layout(layout, Flags::empty()).unwrap();
+        let (a, b) = (take(), take());
         // SAFETY: the second free of `a` is the misuse under test, which the policy refuses.
         unsafe {
             world.system.kfree(a.as_ptr());
@@ -158,7 +160,6 @@ fn check_finds_a_double_free_at_the_call_and_goes_on() {
             matches!(world.seen()[..], [Misuse::DoubleFree { address: at, .. }] if at == address),
             "size {size}"
         );
-        let layout = Layout::from_size_align(size, 8).unwrap();
         // SAFETY: as above, with the layout.
         unsafe { world.system.kfree_layout(a, layout) };
         assert!(matches!(world.seen()[..], [Misuse::DoubleFree { .. }]));
@@ -227,7 +228,7 @@ fn check_finds_the_wrong_class_the_wrong_cache_and_strangers() {
         world.seen()[..],
         [Misuse::WrongCache {
             cache: "kmalloc-224",
-            belongs_to: "kmalloc-80",
+            belongs_to: "kmalloc-128",
             ..
         }]
     ));
@@ -489,7 +490,9 @@ fn guard_puts_one_in_so_many_at_the_end_of_its_own_page() {
     let world: World<Guard<4>> = World::new();
     let mut at_an_end = 0;
     for size in [16, 48, 100, 1024] {
-        let objects: Vec<_> = (0..8).map(|_| world.take(size)).collect();
+        let layout = Layout::from_size_align(size, 8).unwrap();
+        let take = |_| world.system.kmalloc_layout(layout, Flags::empty()).unwrap();
+        let objects: Vec<_> = (0..8).map(take).collect();
         for object in objects {
             let end = object.as_ptr().addr() + size.next_multiple_of(8);
             let guarded = end.is_multiple_of(4096);
@@ -500,7 +503,6 @@ fn guard_puts_one_in_so_many_at_the_end_of_its_own_page() {
                 if object.as_ptr().addr() & 16 == 0 {
                     world.system.kfree(object.as_ptr());
                 } else {
-                    let layout = Layout::from_size_align(size, 8).unwrap();
                     world.system.kfree_layout(object, layout);
                 }
             }
@@ -513,7 +515,8 @@ fn guard_puts_one_in_so_many_at_the_end_of_its_own_page() {
 /// A mixed run: contents stay, counts agree, nothing is reported, all memory goes back.
 fn works<H: Policy>() {
     let world: World<H> = World::new();
-    let mut held: Vec<(NonNull<u8>, usize, u8)> = Vec::new();
+    // Address, size, content, and whether the layout was told.
+    let mut held: Vec<(NonNull<u8>, usize, u8, bool)> = Vec::new();
     let mut state = 9u64;
     for step in 0..6000u32 {
         state = state
@@ -522,28 +525,35 @@ fn works<H: Policy>() {
         let random = (state >> 33) as usize;
         if !random.is_multiple_of(3) && held.len() < 300 || held.is_empty() {
             let size = 1 + random % [40, 300, 3000][random % 3];
-            let Ok(object) = world.system.kmalloc(size, Flags::empty()) else {
+            let by_layout = step.is_multiple_of(2);
+            let served = if by_layout {
+                let layout = Layout::from_size_align(size, 8).unwrap();
+                world.system.kmalloc_layout(layout, Flags::empty())
+            } else {
+                world.system.kmalloc(size, Flags::empty())
+            };
+            let Ok(object) = served else {
                 continue;
             };
             // SAFETY: a live allocation of `size` bytes.
             unsafe { object.write_bytes(step as u8, size) };
-            held.push((object, size, step as u8));
+            held.push((object, size, step as u8, by_layout));
         } else {
-            let (object, size, fill) = held.swap_remove(random % held.len());
+            let (object, size, fill, by_layout) = held.swap_remove(random % held.len());
             // SAFETY: a live allocation, filled above.
             let bytes = unsafe { std::slice::from_raw_parts(object.as_ptr(), size) };
             assert!(bytes.iter().all(|&byte| byte == fill));
             let layout = Layout::from_size_align(size, 8).unwrap();
             // SAFETY: a live allocation.
             unsafe {
-                if random.is_multiple_of(2) {
+                if random.is_multiple_of(2) || !by_layout {
                     world.system.kfree(object.as_ptr());
                 } else if random.is_multiple_of(5) {
                     let grown = world.system.realloc(object.as_ptr(), layout, size + 40);
                     let grown = NonNull::new(grown).unwrap();
                     assert_eq!(grown.as_ptr().read(), fill);
                     grown.write_bytes(fill, size + 40);
-                    held.push((grown, size + 40, fill));
+                    held.push((grown, size + 40, fill, true));
                 } else {
                     world.system.kfree_layout(object, layout);
                 }
@@ -580,6 +590,50 @@ fn systems_with_any_policy_work() {
     works::<Owner>();
     works::<Guard<10>>();
     works::<(Check, Redzone, Poison, Quarantine<32>, Shuffle, Owner)>();
+}
+
+/// Powers of two up to a page lie at multiples of themselves, whatever lies behind each object.
+fn aligns<H: Policy>() {
+    let world: World<H> = World::new();
+    let aligned = |object: NonNull<u8>, size: usize| {
+        assert!(
+            object.as_ptr().addr().is_multiple_of(size),
+            "{size} bytes at {object:?}"
+        );
+    };
+    for size in (0..=12).map(|shift| 1usize << shift) {
+        let mut held: Vec<_> = (0..20).map(|_| world.take(size)).collect();
+        for object in &mut held {
+            aligned(*object, size);
+            // SAFETY: a live allocation, replaced by what it became.
+            unsafe {
+                // Its class may be the same as that of the power of two, or not.
+                for other in [size + 3, size] {
+                    let moved = world
+                        .system
+                        .krealloc(object.as_ptr(), other, Flags::empty());
+                    *object = moved.unwrap();
+                }
+            }
+            aligned(*object, size);
+        }
+        for object in held {
+            // SAFETY: a live allocation.
+            unsafe { world.system.kfree(object.as_ptr()) };
+        }
+    }
+    world.end();
+}
+
+#[test]
+fn powers_of_two_are_aligned_to_themselves_under_every_policy() {
+    aligns::<Plain>();
+    aligns::<Check>();
+    aligns::<Redzone>();
+    aligns::<Poison>();
+    aligns::<Owner>();
+    aligns::<Guard<3>>();
+    aligns::<(Check, Redzone, Poison, Quarantine<32>, Shuffle, Owner)>();
 }
 
 #[test]
