@@ -266,7 +266,8 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
     ///
     /// # Errors
     ///
-    /// [`Full`], which gives the value back.
+    /// [`Full`], which gives the value back; with [`AllocError::Unsatisfiable`] where the flags limit the address ([`DMA`](Flags::DMA),
+    /// [`DMA32`](Flags::DMA32)): a cache's objects lie anywhere.
     #[inline]
     #[track_caller]
     pub fn alloc_with(
@@ -274,6 +275,11 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
         value: T,
         flags: Flags,
     ) -> Result<SlabBox<'_, T, P, STABLE, H>, Full<T>> {
+        if flags.limited() {
+            let error = AllocError::Unsatisfiable;
+            let error = self.system.tell_refused(size_of::<T>(), error, flags);
+            return Err(Full { value, error });
+        }
         match self.alloc_memory(flags) {
             Ok(object) => {
                 // SAFETY: memory for a `T` that belongs to this call (I2).

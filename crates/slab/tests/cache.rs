@@ -286,3 +286,19 @@ fn flags_reach_the_page_source() {
         3
     );
 }
+
+#[test]
+fn a_limit_of_addresses_is_refused_and_not_ignored() {
+    let (_, system) = system(1024, 1);
+    let cache: Cache<'_, u64, _> = Cache::new(&system, "limits");
+    for flags in [Flags::DMA, Flags::DMA32 | Flags::MAY_WAIT] {
+        // With an object at hand too.
+        drop(cache.alloc(1).unwrap());
+        let refused = cache.alloc_with(3, flags).unwrap_err();
+        assert_eq!(
+            (refused.error, refused.value),
+            (AllocError::Unsatisfiable, 3)
+        );
+    }
+    assert_eq!(cache.info().unwrap().active_objects, 0);
+}
