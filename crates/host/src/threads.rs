@@ -8,11 +8,13 @@
 //! - `I2`: a number goes back with release and is leased with acquire: the next holder sees what the last one wrote (`C5`).
 //! - `I3`: the last number is shared by threads that got none, and by threads that are past the end of their thread-local storage;
 //!   whoever runs as it holds the lock `SHARED`.
+//! - `I4`: a thread that runs as the shared number leases none before it stops: a nested pin, a signal handler's too, has the number of
+//!   the pin around it. A handler that leases between two steps of its thread's own first pin wins; the thread's second number goes back.
 //!
 //! The numbers are the process's, like its threads: that is the one `static` here.
 
 use std::cell::Cell;
-use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
 use kmem_hal::{Cpu, CpuId};
 
@@ -36,15 +38,28 @@ static SHARED: AtomicUsize = AtomicUsize::new(0);
 thread_local! {
     /// Has no destructor, so it can be read at any time.
     static ID: Cell<u32> = const { Cell::new(NONE) };
-    static LEASE: Lease = const { Lease(Cell::new(NONE)) };
+    static LEASE: Lease = const { Lease(AtomicU32::new(NONE)) };
 }
 
-/// Gives the number back at the end of the thread.
-struct Lease(Cell<u32>);
+/// Gives the number back at the end of the thread. Atomic for the thread's own signal handlers.
+struct Lease(AtomicU32);
+
+impl Lease {
+    /// The thread has the number `id` from now on, unless a signal handler has leased one meanwhile: then `id` goes back (`I4`).
+    fn adopt(&self, id: u32) {
+        match self
+            .0
+            .compare_exchange(NONE, id, Ordering::Relaxed, Ordering::Relaxed)
+        {
+            Ok(_) => ID.set(id),
+            Err(_) => give_back(id),
+        }
+    }
+}
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        let id = self.0.replace(NONE);
+        let id = self.0.swap(NONE, Ordering::Relaxed);
         if id != NONE {
             // From here on the thread runs as the shared number (I3).
             ID.set(NONE);
@@ -82,7 +97,10 @@ pub struct ThreadCpu;
 
 impl ThreadCpu {
     /// Runs `f` with the number of each CPU that no thread holds now, one after the other; none leases it meanwhile.
+    ///
+    /// The shared number is one of them, unless this thread has no other.
     pub fn with_idle(self, mut f: impl FnMut(CpuId)) {
+        drop(self.raw_pin()); // leases a number, if there is one
         for (index, word) in FREE.iter().enumerate() {
             for bit in 0..64 {
                 let mask = 1 << bit;
@@ -93,6 +111,11 @@ impl ThreadCpu {
                     word.fetch_or(mask, Ordering::Release);
                 }
             }
+        }
+        // A handler that interrupted its thread here, or as the shared number, leaves it alone.
+        if ID.get() != NONE && SHARED.load(Ordering::Relaxed) != me() {
+            let _guard = lock_shared();
+            f(CpuId::new(SHARED_ID));
         }
     }
 
@@ -149,18 +172,29 @@ unsafe impl Cpu for ThreadCpu {
     }
 }
 
+/// What the calling thread writes to `SHARED`.
+fn me() -> usize {
+    ID.with(|id| std::ptr::from_ref(id).addr())
+}
+
 #[cold]
 fn first_pin() -> HostGuard {
+    if SHARED.load(Ordering::Relaxed) == me() {
+        // A nested pin, or a signal handler, of the holder: the same number, even where one of its own could be had now (I4).
+        return HostGuard {
+            id: SHARED_ID,
+            unlock: false,
+        };
+    }
     // Past the end of the thread's storage nobody would give a number back.
     let leased = LEASE.try_with(|lease| {
         // Registering the destructor may have pinned already, and a signal handler may do so here.
-        if lease.0.get() == NONE
+        if lease.0.load(Ordering::Relaxed) == NONE
             && let Some(id) = take()
         {
-            lease.0.set(id);
-            ID.set(id);
+            lease.adopt(id);
         }
-        lease.0.get()
+        lease.0.load(Ordering::Relaxed)
     });
     match leased {
         Ok(id) if id != NONE => HostGuard { id, unlock: false },
@@ -168,15 +202,17 @@ fn first_pin() -> HostGuard {
     }
 }
 
+/// Runs as the shared number, or as the thread's own where a signal handler has leased one while it waited (`I4`).
 fn shared() -> HostGuard {
-    let me = ID.with(|id| std::ptr::from_ref(id).addr());
-    if SHARED.load(Ordering::Relaxed) == me {
-        // A signal handler, or a nested pin, of the holder.
-        return HostGuard {
-            id: SHARED_ID,
-            unlock: false,
-        };
+    let guard = lock_shared();
+    match ID.get() {
+        NONE => guard,
+        id => HostGuard { id, unlock: false },
     }
+}
+
+fn lock_shared() -> HostGuard {
+    let me = me();
     while SHARED
         .compare_exchange_weak(0, me, Ordering::Acquire, Ordering::Relaxed)
         .is_err()
@@ -187,5 +223,23 @@ fn shared() -> HostGuard {
     HostGuard {
         id: SHARED_ID,
         unlock: true,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_second_of_two_numbers_goes_back() {
+        let is_free = |id: u32| FREE[id as usize / 64].load(Ordering::Relaxed) >> (id % 64) & 1;
+        LEASE.with(|lease| {
+            let (first, second) = (take().unwrap(), take().unwrap());
+            // As a signal handler does between the thread's search and what it does with its number.
+            lease.adopt(first);
+            lease.adopt(second);
+            assert_eq!(lease.0.load(Ordering::Relaxed), first);
+            assert_eq!((ID.get(), is_free(first), is_free(second)), (first, 0, 1));
+        });
     }
 }
