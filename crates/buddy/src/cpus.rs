@@ -126,7 +126,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if !slot.load(Ordering::Acquire).is_null() {
             return Ok(());
         }
-        let node = (state.cpu_node)(cpu);
+        let node = state.node_of(cpu);
         let order = Order::for_bytes(state::area_room(state.zones.len()))
             .ok_or(AllocError::Unsatisfiable)?;
         let request = FrameRequest::new(order).node(NodePolicy::Preferred(node));

@@ -192,7 +192,8 @@ pub(crate) struct State<L: 'static> {
     pub cpus: &'static [AtomicPtr<CpuArea>],
     /// Set while a CPU that has no area is inside a zone's lock.
     pub bare: &'static [LocalBool],
-    pub cpu_node: fn(CpuId) -> NodeId,
+    cpu_node: fn(CpuId) -> NodeId,
+    distance: fn(NodeId, NodeId) -> u8,
     pub reserved: Reserved,
     /// Held by whoever changes the reserved list.
     pub reserved_lock: Lock<(), L>,
@@ -217,6 +218,11 @@ impl<L: RawLock + 'static> State<L> {
         let area = self.cpus.get(cpu.index())?.load(Ordering::Acquire);
         // SAFETY: a non-null pointer came from a `&'static CpuArea` in `build` or `cpu_online`.
         unsafe { area.as_ref() }
+    }
+
+    /// The node whose zones a CPU asks first.
+    pub fn node_of(&self, cpu: CpuId) -> NodeId {
+        nearest(self.nodes, (self.cpu_node)(cpu), self.distance)
     }
 
     /// The zones that node `node` asks, in order.
@@ -548,6 +554,7 @@ pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
     let bare: &'static [LocalBool] = carver.slice(plan.cpus, |_| LocalBool::new(false));
     for (cpu, slot) in areas.iter().enumerate().take(plan.online) {
         let node = (config.cpu_node)(CpuId::new(cpu as u32));
+        let node = nearest(plan.nodes, node, config.distance);
         let list = lists
             .get(node.index() * plan.zones..(node.index() + 1) * plan.zones)
             .unwrap_or(&[]);
@@ -581,6 +588,7 @@ pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
             cpus: areas,
             bare,
             cpu_node: config.cpu_node,
+            distance: config.distance,
             reserved: reserved.take().unwrap_or(Reserved::new(&[])),
             reserved_lock: Lock::new(()),
             misuse_count: AtomicU64::new(0),
@@ -595,6 +603,18 @@ pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
         })
     };
     state.first().ok_or(InitError::NoMemory)
+}
+
+/// The node itself where it is one of the `nodes` first, which have lists; otherwise the nearest of them: a node without memory may have any
+/// number.
+fn nearest(nodes: usize, node: NodeId, distance: fn(NodeId, NodeId) -> u8) -> NodeId {
+    if node.index() < nodes {
+        return node;
+    }
+    let others = (0..nodes).map(|other| NodeId::new(other as u16));
+    others
+        .min_by_key(|&other| distance(node, other))
+        .unwrap_or(NodeId::ZERO)
 }
 
 /// The plans of all zones that have memory, by node and kind.
