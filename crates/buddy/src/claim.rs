@@ -218,6 +218,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let state = self.state().ok_or(ClaimError::NotInitialised)?;
         let segment = self.whole_segment(state, area.range)?;
         let end = area.range.end_number();
+        if frames > area.range.count() {
+            return Err(ClaimError::NoRoom);
+        }
         let round = |at: u64| (at + align.frames() - 1) & !(align.frames() - 1);
         // A place where nothing has to move, if there is one.
         let mut at = round(area.range.first().number());

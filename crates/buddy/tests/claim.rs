@@ -205,6 +205,27 @@ impl Migrate for NoOwner {
 }
 
 #[test]
+fn a_claim_longer_than_its_area_is_refused() {
+    let window = Window::new(FRAMES << 12, FRAMES << 12);
+    let buddy = boot(&window);
+    let range = FrameRange::from_numbers(0x1000, 0x1400).unwrap();
+    let area = buddy.cma_area("camera", range).unwrap();
+    let free = buddy.mem_info().free;
+    for frames in [0, range.count() + 1, u64::MAX - 0x1000, u64::MAX] {
+        for align in [Order::ZERO, Order::MAX] {
+            let refused = buddy.cma_claim(&area, frames, align, &NoOwner);
+            assert_eq!(refused.unwrap_err(), ClaimError::NoRoom, "{frames:#x}");
+        }
+    }
+    let refused = buddy.cma_claim(&area, 1, Order::MAX, &NoOwner);
+    assert_eq!(refused.unwrap_err(), ClaimError::NoRoom);
+    assert_eq!(buddy.mem_info().free, free);
+    let whole = buddy.cma_claim(&area, range.count(), Order::ZERO, &NoOwner);
+    buddy.free_range(whole.unwrap()).unwrap();
+    buddy.check().unwrap();
+}
+
+#[test]
 fn a_claim_that_fails_leaves_everything_as_it_was() {
     let window = Window::new(FRAMES << 12, FRAMES << 12);
     let buddy = boot(&window);
