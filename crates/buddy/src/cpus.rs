@@ -166,7 +166,18 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         }
         // The area lives for ever: `frames` is not freed.
         let _kept = frames.into_raw();
+        self.share_zones(state);
         Ok(())
+    }
+
+    /// Shares the zones among the CPUs that have arrays; larger arrays shrink when they are next filled or found full.
+    fn share_zones(&self, state: &State<L>) {
+        self.with_reserved(state, |_| {
+            let slots = state.cpus.iter();
+            let cpus = slots.filter(|slot| !slot.load(Ordering::Acquire).is_null());
+            let cpus = cpus.count() as u32;
+            state.zones.iter().for_each(|zone| zone.share_among(cpus));
+        });
     }
 
     /// Empties the arrays of a CPU that has gone offline; it keeps them for its return.

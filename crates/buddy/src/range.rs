@@ -322,7 +322,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     }
 
     /// Runs `f` with the list of reserved runs; interrupts of this CPU will not wait for it.
-    fn with_reserved<R>(&self, state: &State<L>, f: impl FnOnce(&Reserved) -> R) -> R {
+    pub(crate) fn with_reserved<R>(&self, state: &State<L>, f: impl FnOnce(&Reserved) -> R) -> R {
         self.holding(state, || {
             let _guard = state.reserved_lock.lock();
             f(&state.reserved)

@@ -35,7 +35,8 @@ pub(crate) fn set_up<L: RawLock + 'static>(state: &State<L>) {
     let all: u64 = state.zones.iter().map(Zone::managed).sum();
     let default = (low * KIB_PER_FRAME * 16).isqrt().clamp(128, 262_144);
     let kib = state.min_free_kib.unwrap_or(default);
-    let min_frames = kib / KIB_PER_FRAME;
+    // More than there is keeps no more than all.
+    let min_frames = (kib / KIB_PER_FRAME).min(all);
     // A machine without low memory shares out by all of it.
     let base = if low == 0 { all } else { low }.max(1);
     for zone in state.zones {

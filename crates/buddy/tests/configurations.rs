@@ -218,6 +218,80 @@ fn sixty_four_nodes_and_4096_cpus() {
     CURRENT.set(0);
 }
 
+/// Nodes without memory may have numbers beyond those with: their CPUs, at boot and later, are served by the nearest node.
+#[test]
+fn a_cpu_of_a_node_without_memory_asks_the_nearest_one() {
+    const NODE: u64 = 32 * MIB;
+    let window = Window::new(3 * NODE, 3 * NODE);
+    let mut map = map(&[(0, 3 * NODE)]);
+    for node in 0..3u16 {
+        let base = PhysAddr::new(u64::from(node) * NODE);
+        map.assign_node(base, NODE, NodeId::new(node)).unwrap();
+    }
+    let buddy: Buddy<_, _, Spin, _, _> = Buddy::with(&window, Many, NoCpuCall, NoPressure);
+    let config = Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .min_free_kib(0)
+        .cpus(2)
+        .cpu_node(|cpu| NodeId::new([7, u16::MAX, 9][cpu.index()]))
+        .distance(|from, to| match (from.get(), to.get()) {
+            (7, 1) | (9, 2) => 15,
+            (from, to) if from == to => 10,
+            _ => 40,
+        });
+    buddy.init(&mut map, &config).unwrap();
+    let total = buddy.mem_info().free;
+    let order9 = FrameRequest::new(Order::HUGE_2M);
+    for (cpu, node) in [(0, 1), (1, 0), (2, 2)] {
+        CURRENT.set(cpu);
+        buddy.cpu_online(CpuId::new(cpu)).unwrap();
+        for request in [FrameRequest::ONE, FrameRequest::ONE.movable(), order9] {
+            let frame = buddy.alloc(&request).unwrap();
+            assert_eq!(frame.first().number() / (NODE >> 12), node, "CPU {cpu}");
+            buddy.free(frame);
+        }
+        let range = buddy
+            .alloc_range(3, Order::ZERO, &FrameRequest::ONE)
+            .unwrap();
+        assert_eq!(range.range().first().number() / (NODE >> 12), node);
+        buddy.free_range(range).unwrap();
+        buddy.drain_local();
+    }
+    // The third CPU's area.
+    assert!(total - buddy.mem_info().free <= 8);
+    CURRENT.set(0);
+}
+
+/// CPUs that come online share the zones with those that are: no more is kept in arrays than if all had been there at boot.
+#[test]
+fn cpus_that_come_later_share_the_zones() {
+    let window = Window::new(1 << 30, 1 << 30);
+    let cached = |at_boot: u32| {
+        let buddy: Buddy<_, _, Spin, _, _> = Buddy::with(&window, Many, NoCpuCall, NoPressure);
+        let config = Config::new()
+            .limits(ZoneLimits::NORMAL_ONLY)
+            .min_free_kib(0)
+            .cpus(at_boot);
+        buddy.init(&mut map(&[(0, 1 << 30)]), &config).unwrap();
+        for cpu in 0..64 {
+            buddy.cpu_online(CpuId::new(cpu)).unwrap();
+        }
+        for cpu in 0..64 {
+            CURRENT.set(cpu);
+            for request in [FrameRequest::ONE, FrameRequest::new(Order::HUGE_2M)] {
+                let frames = [(); 5].map(|()| buddy.alloc(&request).unwrap());
+                frames.into_iter().for_each(|frame| buddy.free(frame));
+            }
+        }
+        CURRENT.set(0);
+        buddy.check().unwrap();
+        buddy.mem_info().cached
+    };
+    let (late, at_boot) = (cached(1), cached(64));
+    // An array that was filled before the others came is as large as it was until it is next found full.
+    assert!(late <= at_boot + 128, "{late} and {at_boot} frames");
+}
+
 /// 16 TiB of addresses with a GiB in every 256: the tables follow memory, never the highest address.
 #[test]
 fn tables_are_sized_by_memory_and_not_by_the_highest_address() {

@@ -49,8 +49,8 @@ pub(crate) struct Zone<L> {
     pub marks: [AtomicU64; 3],
     /// Frames kept from requests that could also use a zone of kind i.
     pub protection: [AtomicU64; 5],
-    /// How many CPUs share it.
-    cpus: u32,
+    /// How many CPUs share it: those that have arrays.
+    cpus: AtomicU32,
     /// How many blocks of each type a CPU may cache, by order.
     pub limits: [AtomicU32; CACHED_ORDERS],
 }
@@ -78,7 +78,7 @@ impl<L: RawLock> Zone<L> {
             free_cma: AtomicU64::new(0),
             high_atomic: AtomicU64::new(0),
             boost: AtomicU64::new(0),
-            cpus,
+            cpus: AtomicU32::new(cpus),
             marks: [const_zero(), const_zero(), const_zero()],
             protection: ::core::array::from_fn(|_| const_zero()),
             limits: ::core::array::from_fn(|_| AtomicU32::new(0)),
@@ -147,10 +147,20 @@ impl<L: RawLock> Zone<L> {
 
     /// Notes that `frames` frames more are the allocator's.
     pub fn add_managed(&self, frames: u64) {
-        let managed = self.managed.fetch_add(frames, Ordering::Relaxed) + frames;
+        self.managed.fetch_add(frames, Ordering::Relaxed);
+        self.set_limits();
+    }
+
+    /// Notes that `cpus` CPUs have arrays. The caller keeps others who change the limits away.
+    pub fn share_among(&self, cpus: u32) {
+        self.cpus.store(cpus, Ordering::Relaxed);
+        self.set_limits();
+    }
+
+    fn set_limits(&self) {
+        let (managed, cpus) = (self.managed(), self.cpus.load(Ordering::Relaxed));
         for (order, limit) in self.limits.iter().enumerate() {
-            let most = order_limit(order, managed, self.cpus);
-            limit.store(most, Ordering::Relaxed);
+            limit.store(order_limit(order, managed, cpus), Ordering::Relaxed);
         }
     }
 
