@@ -237,7 +237,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     /// Something is mapped, and it does not allow the access.
-    fn present(&self, vma: &Vma, page: Page, access: Access) -> Result<(), Stop> {
+    pub(crate) fn present(&self, vma: &Vma, page: Page, access: Access) -> Result<(), Stop> {
         let granted = rights(vma.flags);
         let Ok(mut cursor) = self.tables().cursor(PageRange::single(page)) else {
             return Ok(());

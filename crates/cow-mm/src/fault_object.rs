@@ -2,13 +2,13 @@
 //!
 //! ```text
 //!   read ──> the page, read-only, and those around it that are in memory already (fault-around): one fault for 16 pages
-//!   write, shared ──> DIRTY, then writable           write, private ──> a copy
+//!   write, shared ──> read-only, DIRTY, then writable  write, private ──> a copy
 //!   not in memory ──> asked for, with the pages after it (read-ahead), and NeedIo
 //! ```
 //!
 //! Source: Linux `mm/memory.c` (`do_read_fault`, `do_cow_fault`, `do_shared_fault`), `mm/filemap.c` (`do_sync_mmap_readahead`).
 
-use kmem_hal::{Frame, Page, PageRange, SlotFlags, VirtAddr};
+use kmem_hal::{Access, Frame, Page, PageRange, VirtAddr};
 use kmem_paging::Entry;
 
 use crate::env::Env;
@@ -24,6 +24,14 @@ use crate::vma::Vma;
 
 /// Pages that a read fault maps at most (`fault_around_bytes` of 64 KiB).
 const AROUND: u64 = 16;
+
+/// How a page of an object was mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mapped {
+    AsWanted,
+    /// Read-only; the write that faulted makes it writable.
+    ToBeWritten,
+}
 
 /// Pages that are read after one that was missing, where nothing was said, and where the reader said "sequential".
 const AHEAD: u64 = 8;
@@ -42,10 +50,13 @@ impl<E: Env> AddressSpace<'_, E> {
         let source = self.object_frame(vma, file, page, address)?;
         let outcome = self.map_object_page(vma, file, page, source, write);
         self.mm().put_reference(source);
-        if outcome.is_ok() && !write {
-            self.fault_around(vma, file, page);
+        match outcome? {
+            // Under the table's lock, and `DIRTY` before the right to write: a write-back that clears the flag after that finds the entry.
+            Mapped::ToBeWritten => return self.present(vma, page, Access::Write),
+            Mapped::AsWanted if !write => self.fault_around(vma, file, page),
+            Mapped::AsWanted => {}
         }
-        Ok(outcome?)
+        Ok(())
     }
 
     fn object_frame(
@@ -77,7 +88,7 @@ impl<E: Env> AddressSpace<'_, E> {
         }
     }
 
-    /// The caller holds a reference of `source`.
+    /// The caller holds a reference of `source`. A page of a file that is to be written through to is mapped read-only first.
     fn map_object_page(
         &self,
         vma: &Vma,
@@ -85,7 +96,7 @@ impl<E: Env> AddressSpace<'_, E> {
         page: Page,
         source: Frame,
         write: bool,
-    ) -> Result<(), Errno> {
+    ) -> Result<Mapped, Errno> {
         let mm = self.mm();
         let mut entry = attributes(vma.flags).accessed();
         if !vma.is_shared() {
@@ -99,22 +110,21 @@ impl<E: Env> AddressSpace<'_, E> {
                 }
                 mm.map_page(source)?
             };
-            return self.install(page, mapping, entry).map(|_| ());
+            self.install(page, mapping, entry)?;
+            return Ok(Mapped::AsWanted);
         }
-        let shared_memory = mm.object_info(file).is_shared_memory;
-        let writable = write || shared_memory;
-        if writable {
+        if mm.object_info(file).is_shared_memory {
+            // Whoever takes it out of memory writes it in any case.
             entry.dirty = write;
-        } else {
-            // The first write must be seen, so that it reaches the file.
-            entry = entry.write_protected();
+            self.install(page, mm.map_page(source)?, entry)?;
+            return Ok(Mapped::AsWanted);
         }
-        self.install(page, mm.map_page(source)?, entry)?;
-        if writable {
-            // After the entry is there: a write-back that cleared the flag before has not seen the entry, one that comes now will.
-            mm.slot(source).set_flags(SlotFlags::DIRTY);
-        }
-        Ok(())
+        // The first write must be seen, so that it reaches the file.
+        self.install(page, mm.map_page(source)?, entry.write_protected())?;
+        Ok(match write {
+            true => Mapped::ToBeWritten,
+            false => Mapped::AsWanted,
+        })
     }
 
     /// Maps pages around one that was read, as far as they are in memory, and nothing is in their place yet.

@@ -36,7 +36,7 @@ use crate::mutants::mutant;
 use crate::reclaim::LAZY_FREE;
 use crate::registry::First;
 use crate::rmap::{Identity, Refused};
-use crate::swap_in::SWAP_CACHE;
+use crate::swap_in::LINKS_ARE_SWAP;
 use crate::tables::{attributes, rights};
 
 /// Flags that a page takes along.
@@ -45,7 +45,7 @@ const TAKEN_ALONG: SlotFlags = SlotFlags::DIRTY
     .union(SlotFlags::UP_TO_DATE)
     .union(SlotFlags::EXCLUSIVE)
     .union(LAZY_FREE)
-    .union(SWAP_CACHE);
+    .union(LINKS_ARE_SWAP);
 
 impl<'m, E: Env> Mm<'m, E> {
     /// Puts "moving" in place of every leaf of a page.
@@ -234,14 +234,10 @@ impl<'m, E: Env> Mm<'m, E> {
         if !alone {
             // The reference of the one that leaves the cache; of `from`, where the slot was given up meanwhile, and `to` with it.
             let back = self.swap().exchange_frame(entry, Some(to), Some(from));
-            if !back {
-                self.slot(from).clear_flags(SWAP_CACHE);
-            }
             self.put_reference(if back { to } else { from });
             return false;
         }
         self.slot(to).set_flags(up_to_date);
-        self.slot(from).clear_flags(SWAP_CACHE);
         self.put_reference(from);
         true
     }

@@ -42,7 +42,6 @@ use crate::mutants::mutant;
 use crate::replacement::{Clock, Replacement, Verdict};
 use crate::rmap::Refused;
 use crate::swap::SwapEntry;
-use crate::swap_in::SWAP_CACHE;
 use crate::transfer::Started;
 
 /// An anonymous page that its process gave up (`MADV_FREE`): it goes without a copy unless it is written again.
@@ -211,7 +210,7 @@ impl<E: Env> Mm<'_, E> {
         frame != self.zero_page()
             && page.slot().order() == Order::ZERO
             && !flags.intersects(SlotFlags::WRITEBACK | SlotFlags::PINNED)
-            && (page.object() != 0 || flags.contains(SWAP_CACHE))
+            && (page.object() != 0 || self.cache_entry(frame).is_some())
             && self.held_by_nobody_else(frame, page)
     }
 

@@ -34,8 +34,13 @@ use crate::tables::attributes;
 use crate::transfer::{FAILED, Started};
 use crate::vma::Vma;
 
-/// The page is in the swap cache: its word of links is its swap entry.
-pub(crate) const SWAP_CACHE: SlotFlags = SlotFlags::OWNER_0;
+/// The page's word of links is a swap entry: of the slot in whose cache it is, or was last. Which of both, the slot says
+/// ([`Mm::cache_entry`]): the flag stays when the page leaves. Taking it away would be a second step after the slot's change, between which
+/// reclaim may put the page into the cache of another slot, and the flag that went would be that one's.
+const SWAP_CACHE: SlotFlags = SlotFlags::OWNER_0;
+
+/// What a page that is moved takes along of this.
+pub(crate) const LINKS_ARE_SWAP: SlotFlags = SWAP_CACHE;
 
 /// Slots that are read together (`page_cluster` of 3).
 const CLUSTER: u64 = 8;
@@ -123,19 +128,31 @@ impl<'m, E: Env> Mm<'m, E> {
         let request = FrameRequest::ONE.movable();
         let frame = self.new_page(FrameTag::Anon, 0, 0, &request)?;
         self.enter_cache(entry, frame);
-        // The new page's first reference is the cache's from here on; the transfer has its own.
-        if !self.swap().exchange_frame(entry, None, Some(frame)) {
-            self.put_reference(frame);
-            return Ok(None);
-        }
+        // One reference for the cache beside the maker's: as soon as the slot names the page, somebody else may give up the slot's last
+        // count, and the cache's reference with it.
+        let entered = self.user(frame).add_reference().is_ok()
+            && (self.swap().exchange_frame(entry, None, Some(frame)) || {
+                self.put_reference(frame);
+                false
+            });
+        let outcome = match entered {
+            true => self.read_entered(entry, frame).map(Some),
+            false => Ok(None),
+        };
+        self.put_reference(frame);
+        outcome
+    }
+
+    /// Starts reading a page that was put into the cache, to which the caller holds a reference; where that fails it leaves the cache.
+    fn read_entered(&self, entry: SwapEntry, frame: Frame) -> Result<Started, Errno> {
         match self.start_transfer(entry, frame, false) {
             Ok(Started::Busy(ticket)) => {
                 self.leave_cache(entry, frame);
-                Ok(Some(Started::Busy(ticket)))
+                Ok(Started::Busy(ticket))
             }
             Ok(started) => {
                 self.count(|counts| &counts.swapped_in);
-                Ok(Some(started))
+                Ok(started)
             }
             Err(error) => {
                 self.leave_cache(entry, frame);
@@ -185,7 +202,6 @@ impl<'m, E: Env> Mm<'m, E> {
     pub(crate) fn leave_cache(&self, entry: SwapEntry, frame: Frame) -> bool {
         let left = self.swap().exchange_frame(entry, Some(frame), None);
         if left {
-            self.slot(frame).clear_flags(SWAP_CACHE);
             self.put_reference(frame);
         }
         left
@@ -194,7 +210,6 @@ impl<'m, E: Env> Mm<'m, E> {
     /// Gives up a count of a slot: an entry is gone.
     pub(crate) fn drop_swap(&self, entry: SwapEntry) {
         if let Some(frame) = self.swap().sub_count(entry) {
-            self.slot(frame).clear_flags(SWAP_CACHE);
             self.put_reference(frame);
         }
     }
