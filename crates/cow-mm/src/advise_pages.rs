@@ -6,6 +6,7 @@
 //! | `MADV_COLD` | they count as not used, and go before others |
 //! | `MADV_PAGEOUT` | they are reclaimed now |
 //! | `MADV_WILLNEED` | those of files and in swap are read, without waiting |
+//! | `MADV_REMOVE` | those of shared memory go, out of every space and out of their object |
 //!
 //! Pages that other spaces map too are left alone, as in Linux: one process's advice is not the others'.
 //!
@@ -16,6 +17,7 @@ use kmem_paging::{ChangeError, Cleared, Entry, Leaf};
 
 use crate::absent::Absent;
 use crate::env::Env;
+use crate::errno::Errno;
 use crate::flags::Advice;
 use crate::object::FileRef;
 use crate::page_cache::ObjectPage;
@@ -92,7 +94,11 @@ impl<E: Env> AddressSpace<'_, E> {
     }
 
     /// Does what an advice says to the pages of a range in which it was accepted. No lock is held.
-    pub(crate) fn advise_pages(&self, range: PageRange, advice: Advice) {
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`] for [`Advice::Remove`].
+    pub(crate) fn advise_pages(&self, range: PageRange, advice: Advice) -> Result<(), Errno> {
         let mut at = Some(range.first());
         while let Some(from) = at {
             let state = self.read();
@@ -104,7 +110,8 @@ impl<E: Env> AddressSpace<'_, E> {
                 break;
             };
             // The file lives as long as the mapping, which may go as soon as the lock does.
-            let file = vma.file.filter(|_| advice == Advice::WillNeed);
+            let uses_file = matches!(advice, Advice::WillNeed | Advice::Remove);
+            let file = vma.file.filter(|_| uses_file);
             file.inspect(|&file| self.mm().get_object(file));
             drop(state);
             match advice {
@@ -114,13 +121,25 @@ impl<E: Env> AddressSpace<'_, E> {
                     self.fetch(part, file, vma.object_page(part.first()));
                     file.inspect(|&file| self.mm().put_object(file));
                 }
-                _ => return,
+                Advice::Remove => {
+                    let Some(file) = file else { return Ok(()) };
+                    let mut outcome = Ok(());
+                    // Another thread may have changed the mapping since it was looked at.
+                    if Self::may_remove(&vma) && self.mm().info(file).is_shared_memory {
+                        let first = vma.object_page(part.first());
+                        outcome = self.mm().punch(file, first, part.count());
+                    }
+                    self.mm().put_object(file);
+                    outcome?;
+                }
+                _ => return Ok(()),
             }
             at = part
                 .last()
                 .checked_add(1)
                 .filter(|next| range.contains(*next));
         }
+        Ok(())
     }
 
     /// Makes pages look as if nobody had used them.

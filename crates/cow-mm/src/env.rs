@@ -5,7 +5,7 @@
 
 use core::marker::PhantomData;
 
-use kmem_hal::{ObjectAlloc, RawSleepLock};
+use kmem_hal::{IoTicket, ObjectAlloc, RawSleepLock};
 use kmem_paging::Env as PagingEnv;
 use kmem_paging::format::Format;
 use kmem_vma_tree::Node;
@@ -47,6 +47,22 @@ pub unsafe trait Env: Sized {
     fn objects(&self) -> &Self::Objects;
     /// Memory for address spaces.
     fn spaces(&self) -> &Self::Spaces;
+
+    /// Waits for I/O that a call cannot go on without; returns when the I/O of the ticket may be done, and the call asks its device then.
+    ///
+    /// A kernel with a scheduler lets the caller sleep here until the device interrupts. No lock is held that a fault or a device needs; where
+    /// an object ends with its last mapping, the lock of the space that gives it up may be.
+    ///
+    /// Calls that can be made again say what they wait for instead: faults, pins, `exec`, reads and writes of files.
+    #[doc(alias = "io_schedule")]
+    fn wait(&self, ticket: IoTicket) {
+        breathe(ticket);
+    }
+}
+
+/// Waits without a scheduler.
+fn breathe(_: IoTicket) {
+    kmem_hal::sync::spin_loop();
 }
 
 /// An [`Env`] of separate parts: values, or references to them.
@@ -59,6 +75,7 @@ pub struct Parts<P, F, N, V, O, S, L> {
     vmas: V,
     objects: O,
     spaces: S,
+    wait: fn(IoTicket),
     kind: PhantomData<fn() -> (F, L)>,
 }
 
@@ -75,8 +92,15 @@ impl<P, F, N, V, O, S, L> Parts<P, F, N, V, O, S, L> {
             vmas,
             objects,
             spaces,
+            wait: breathe,
             kind: PhantomData,
         }
+    }
+
+    /// The same with another way to [wait](Env::wait) for I/O.
+    #[must_use]
+    pub fn with_wait(self, wait: fn(IoTicket)) -> Self {
+        Self { wait, ..self }
     }
 }
 
@@ -113,5 +137,8 @@ where
     }
     fn spaces(&self) -> &S {
         &self.spaces
+    }
+    fn wait(&self, ticket: IoTicket) {
+        (self.wait)(ticket);
     }
 }

@@ -173,9 +173,12 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if self.map_count() != 0 {
             return Err(Errno::EINVAL.into());
         }
+        let _held = self.mm().hold(image.file.file)?;
         let mut headers = Headers::default();
         self.read_headers(image.file, &mut headers)?;
         let interpreter = image.interpreter.filter(|_| headers.interpreter.is_some());
+        let _held = interpreter.map(|file| self.mm().hold(file.file));
+        let _held = _held.transpose()?;
         if let Some(file) = interpreter {
             self.check_interpreter(file)?;
         }
@@ -227,6 +230,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// As [`exec`](Self::exec); [`Errno::ENAMETOOLONG`] where `path` is too short.
     pub fn interpreter(&self, file: OpenFile, path: &mut [u8]) -> Result<Option<usize>, ExecError> {
+        let _held = self.mm().hold(file.file)?;
         let mut headers = Headers::default();
         self.read_headers(file, &mut headers)?;
         let Some((offset, length)) = headers.interpreter else {
@@ -380,7 +384,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let mut done = 0;
         while done < to.len() {
             let at = offset.checked_add(done as u64).ok_or(Errno::ENOEXEC)?;
-            let size = self.mm().object_info(file.file).size;
+            let size = self.mm().info(file.file).size;
             let frame = match self.mm().object_page(file.file, at / PAGE_SIZE)? {
                 ObjectPage::Ready(frame) if at < size => frame,
                 ObjectPage::NeedIo(ticket) => return Err(ExecError::NeedIo(ticket)),

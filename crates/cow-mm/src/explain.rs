@@ -67,7 +67,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 return false;
             } else {
                 vma = Some(*found);
-                if let Some(info) = found.file.map(|file| mm.object_info(file)) {
+                if let Some(info) = found.file.map(|file| mm.info(file)) {
                     file = Some(info.name);
                     beyond = found.object_page(page) >= info.size.div_ceil(PAGE_SIZE);
                 }

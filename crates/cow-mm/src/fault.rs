@@ -382,7 +382,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         self.prepare_anon(&mut state, Page::containing(address));
     }
 
-    /// Faults a page in as an access would, retrying while I/O is on its way.
+    /// Faults a page in as an access would, and waits for what is on its way. No lock is held.
     pub(crate) fn bring_in(&self, address: VirtAddr, write: bool) -> Result<(), Errno> {
         let page = Page::containing(address);
         loop {
@@ -398,7 +398,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             code.set(FaultCode::PRESENT, leaf.is_some());
             match self.fault(&PageFault { address, code }) {
                 Outcome::Handled => {}
-                Outcome::NeedIo(_) => kmem_hal::sync::spin_loop(),
+                Outcome::NeedIo(ticket) => self.mm().env().wait(ticket),
                 Outcome::OutOfMemory => return Err(Errno::ENOMEM),
                 Outcome::Signal { .. } | Outcome::KernelFault => return Err(Errno::EFAULT),
             }

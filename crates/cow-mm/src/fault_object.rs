@@ -113,7 +113,7 @@ impl<E: Env> AddressSpace<'_, E> {
             self.install(page, mapping, entry)?;
             return Ok(Mapped::AsWanted);
         }
-        if mm.object_info(file).is_shared_memory {
+        if mm.info(file).is_shared_memory {
             // Whoever takes it out of memory writes it in any case.
             entry.dirty = write;
             self.install(page, mm.map_page(source)?, entry)?;
@@ -131,7 +131,7 @@ impl<E: Env> AddressSpace<'_, E> {
     #[doc(alias = "do_fault_around")]
     fn fault_around(&self, vma: &Vma, file: FileRef, page: Page) {
         let mm = self.mm();
-        if mm.object_info(file).is_shared_memory {
+        if mm.info(file).is_shared_memory {
             return;
         }
         let first = page.number() & !(AROUND - 1);

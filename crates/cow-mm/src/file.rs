@@ -30,7 +30,7 @@ impl<'m, E: Env> Mm<'m, E> {
     ///
     /// # Errors
     ///
-    /// [`Errno::EIO`] and [`Errno::ENOMEM`], where not one byte was read before.
+    /// [`Errno::EIO`] and [`Errno::ENOMEM`], where not one byte was read before; [`Errno::EBADF`] where the file is gone.
     #[doc(alias = "filemap_read")]
     pub fn read_file(&self, file: FileRef, offset: u64, to: &mut [u8]) -> Result<FileIo, Errno> {
         let length = to.len();
@@ -60,9 +60,10 @@ impl<'m, E: Env> Mm<'m, E> {
     ///
     /// # Errors
     ///
-    /// [`Errno::EIO`]; what was written before is written.
+    /// [`Errno::EIO`]; what was written before is written. [`Errno::EBADF`] where the file is gone.
     #[doc(alias = "fsync")]
     pub fn sync_file(&self, file: FileRef) -> Result<(), Errno> {
+        let _held = self.hold(file)?;
         match PageRange::new(Page::ZERO, Page::MAX) {
             Some(all) => self.write_back(file, all),
             None => Ok(()),
@@ -76,6 +77,7 @@ impl<'m, E: Env> Mm<'m, E> {
         length: usize,
         mut access: impl FnMut(kmem_hal::Frame, usize, usize, usize),
     ) -> Result<FileIo, Errno> {
+        let _held = self.hold(file)?;
         let size = self.object(file).size();
         let room = usize::try_from(size.saturating_sub(offset)).unwrap_or(usize::MAX);
         let length = length.min(room);
@@ -114,10 +116,12 @@ impl<'m, E: Env> Mm<'m, E> {
     ///
     /// # Errors
     ///
-    /// [`Errno::ENOMEM`] where not even the frames set aside are left to copy a shared table: call again.
+    /// [`Errno::ENOMEM`] where not even the frames set aside are left to copy a shared table: call again. [`Errno::EBADF`] where the file
+    /// is gone.
     #[doc(alias = "truncate_pagecache")]
     #[doc(alias = "unmap_mapping_range")]
     pub fn truncate_file(&self, file: FileRef) -> Result<(), Errno> {
+        let _held = self.hold(file)?;
         let size = self.object(file).size();
         let first_gone = size.div_ceil(PAGE_SIZE);
         self.unmap_from(file, first_gone)?;

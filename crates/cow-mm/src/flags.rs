@@ -229,6 +229,10 @@ pub enum Advice {
     PopulateWrite = 23,
     /// Huge pages now.
     Collapse = 25,
+    /// The pages' memory is broken: a test of the handling of memory failures.
+    HwPoison = 100,
+    /// The pages' memory is going to break.
+    SoftOffline = 101,
     /// Accesses fault for good, without a mapping of their own.
     GuardInstall = 102,
     /// Accesses find pages again, empty ones.
@@ -236,8 +240,9 @@ pub enum Advice {
 }
 
 impl Advice {
-    /// Every advice, in the order of the numbers.
-    pub const ALL: [Self; 24] = [
+    /// Every advice, in the order of the numbers. Not to be tried out on a real kernel: [`HwPoison`](Self::HwPoison) and
+    /// [`SoftOffline`](Self::SoftOffline) take memory from it.
+    pub const ALL: [Self; 26] = [
         Self::Normal,
         Self::Random,
         Self::Sequential,
@@ -260,6 +265,8 @@ impl Advice {
         Self::PopulateRead,
         Self::PopulateWrite,
         Self::Collapse,
+        Self::HwPoison,
+        Self::SoftOffline,
         Self::GuardInstall,
         Self::GuardRemove,
     ];
@@ -278,9 +285,10 @@ impl Advice {
     #[must_use]
     pub const fn missing_effect(self) -> Option<&'static str> {
         match self {
-            Self::Remove => Some(
-                "shared memory reads as zeros for everybody, its frames stay; files: EOPNOTSUPP",
-            ),
+            Self::Remove => Some("EOPNOTSUPP for files: no hole is punched into them"),
+            Self::HwPoison | Self::SoftOffline => {
+                Some("EPERM, as to a caller without CAP_SYS_ADMIN; no memory failure is made")
+            }
             Self::Collapse => Some("EINVAL, as from a Linux without transparent huge pages"),
             Self::Mergeable | Self::Unmergeable => {
                 Some("noted in the VMA; equal pages are not merged")

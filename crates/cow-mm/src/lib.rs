@@ -42,6 +42,7 @@ mod page_cache;
 mod pagemap;
 mod pin;
 mod place;
+mod punch;
 mod reclaim;
 mod registry;
 pub mod replacement;

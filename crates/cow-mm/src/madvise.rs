@@ -20,7 +20,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// # Errors
     ///
     /// [`Errno::EINVAL`] for an unaligned address, a length that wraps, or advice that the mapping cannot take;
-    /// [`Errno::ENOMEM`] where there was a hole: the advice was applied to the rest.
+    /// [`Errno::ENOMEM`] where there was a hole: the advice was applied to the rest; [`Errno::EPERM`] for advice that needs a capability.
     #[doc(alias = "do_madvise")]
     pub fn madvise(&self, address: u64, length: u64, advice: Advice) -> Result<(), Errno> {
         let Some(range) = self.advised_range(address, length)? else {
@@ -33,6 +33,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             Advice::PopulateWrite => {
                 return self.populate(address, range.count() * PAGE_SIZE, Populate::Write);
             }
+            // No caller of kmem's has a capability: a kernel whose caller has it does this itself.
+            Advice::HwPoison | Advice::SoftOffline => return Err(Errno::EPERM),
             _ => {}
         }
         let mut accepted = None;
@@ -44,10 +46,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 Ok(())
             })
         };
-        if let Some(accepted) = accepted {
-            self.advise_pages(accepted, advice);
-        }
-        outcome
+        let done = match accepted {
+            Some(accepted) => self.advise_pages(accepted, advice),
+            None => Ok(()),
+        };
+        outcome.and(done)
     }
 
     fn advise_part(
@@ -78,10 +81,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 let refused = vma.flags.intersects(VmFlags::LOCKED | VmFlags::PFNMAP);
                 return if refused { Err(Errno::EINVAL) } else { Ok(()) };
             }
-            Advice::Remove => return self.remove_contents(vma, part),
+            Advice::Remove => return self.check_remove(vma),
             // As from a Linux without transparent huge pages.
             Advice::Collapse => return Err(Errno::EINVAL),
-            Advice::WillNeed | Advice::PopulateRead | Advice::PopulateWrite => return Ok(()),
+            Advice::WillNeed
+            | Advice::PopulateRead
+            | Advice::PopulateWrite
+            | Advice::HwPoison
+            | Advice::SoftOffline => return Ok(()),
             Advice::Normal => (VmFlags::empty(), VmFlags::SEQ_READ | VmFlags::RAND_READ),
             Advice::Random => (VmFlags::RAND_READ, VmFlags::SEQ_READ),
             Advice::Sequential => (VmFlags::SEQ_READ, VmFlags::RAND_READ),
@@ -121,28 +128,25 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         Ok(())
     }
 
-    /// Makes pages of shared memory read as zeros, for everybody who maps them (`madvise_remove`).
-    fn remove_contents(&self, vma: &Vma, part: PageRange) -> Result<(), Errno> {
+    /// Whether the pages of a mapping may be taken from everybody who maps them (`madvise_remove`).
+    fn check_remove(&self, vma: &Vma) -> Result<(), Errno> {
         if vma.flags.contains(VmFlags::LOCKED) {
             return Err(Errno::EINVAL);
         }
         let file = vma.file.ok_or(Errno::EINVAL)?;
-        if !vma.flags.contains(VmFlags::SHARED | VmFlags::MAYWRITE) {
+        if !Self::may_remove(vma) {
             return Err(Errno::EACCES);
         }
-        if !self.mm().object_info(file).is_shared_memory {
+        if !self.mm().info(file).is_shared_memory {
             // No provider of kmem's can punch a hole into its file.
             return Err(Errno::EOPNOTSUPP);
         }
-        for page in part.iter() {
-            let (mm, index) = (self.mm(), vma.object_page(page));
-            mm.forget_swapped_out(file, index)?;
-            if let Some(frame) = mm.get_cached(file, index) {
-                mm.zero_frame(frame, 0, PAGE_SIZE as usize);
-                mm.put_reference(frame);
-            }
-        }
         Ok(())
+    }
+
+    pub(crate) fn may_remove(vma: &Vma) -> bool {
+        let needed = VmFlags::SHARED | VmFlags::MAYWRITE;
+        vma.flags.contains(needed) && !vma.flags.contains(VmFlags::LOCKED)
     }
 
     /// Gives advice about several ranges: `process_madvise`, for this process or another one; gives how many bytes of them were

@@ -64,7 +64,7 @@ pub(crate) fn line<E: Env>(
     let (start, end) = vma.bounds();
     let letters = permissions(vma.flags);
     let letters = core::str::from_utf8(&letters).unwrap_or("----");
-    let info = vma.file.map(|file| space.mm().object_info(file));
+    let info = vma.file.map(|file| space.mm().info(file));
     let offset = info.map_or(0, |_| vma.offset * kmem_hal::PAGE_SIZE);
     let (minor, inode) = info.map_or((0, 0), |info| (1, info.inode));
     let prefix =

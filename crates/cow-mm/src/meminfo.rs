@@ -162,7 +162,7 @@ impl<E: Env> Mm<'_, E> {
         let Some(file) = self.find_object(number) else {
             return false;
         };
-        let shared = self.object_info(file).is_shared_memory;
+        let shared = self.info(file).is_shared_memory;
         self.put_object(file);
         shared
     }

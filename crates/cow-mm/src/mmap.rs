@@ -100,6 +100,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// See the crate's front page.
     #[doc(alias = "do_mmap")]
     pub fn mmap(&self, request: &MapRequest) -> Result<VirtAddr, Errno> {
+        // So that a handle that outlived its file is an error, and the file lives until the mapping holds it.
+        let _held = request.file.map(|open| self.mm().hold(open.file));
+        let _held = _held.transpose()?;
         let (start, locked) = self.mmap_without_pages(request)?;
         let populate = MapFlags::POPULATE | MapFlags::NONBLOCK;
         if locked || request.flags & populate == MapFlags::POPULATE {

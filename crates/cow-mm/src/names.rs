@@ -227,7 +227,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         };
         let mut state = self.lock();
         let outcome = self.for_each_part(&mut state, range, |state, vma, part| {
-            let is_file = |file| !self.mm().object_info(file).is_shared_memory;
+            let is_file = |file| !self.mm().info(file).is_shared_memory;
             if vma.file.is_some_and(is_file) {
                 return Err(Errno::EBADF);
             }

@@ -13,6 +13,8 @@
 //!
 //! Invariants
 //! - `I1`: an object lives while its reference count is not 0: one for each open handle and for each VMA.
+//! - `I3`: an address in a [`FileRef`] is followed only by whoever knows that the object lives: a mapping of it, or a [`Held`]. What came from
+//!   outside is held first, which finds the object by its number and compares the address.
 //! - `I2`: an object is in the list of all from its making until its last reference is gone; whoever finds it there takes a reference only
 //!   where one is left.
 
@@ -61,10 +63,14 @@ unsafe impl<T, A: ObjectAlloc<T>> ObjectAlloc<T> for Borrowed<A> {
 }
 
 /// Which object a mapping maps, and through which open of it.
+///
+/// A name, which may be kept longer than what it names: calls of [`Mm`] that take one look first whether its object lives, by a number that no
+/// other object gets, and answer [`Errno::EBADF`] where it does not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct FileRef {
     object: NonNull<()>,
     open: u32,
+    number: u32,
 }
 
 // SAFETY: an address and a number; what is behind the address is reached through `Mm`, whose objects are shareable.
@@ -86,6 +92,8 @@ pub(crate) enum Backing {
 pub struct Object<N: ObjectAlloc<Node>, L: RawSleepLock> {
     references: AtomicU32,
     opens: AtomicU32,
+    /// Open handles that were not closed: each is one of the references.
+    handles: AtomicU32,
     pub(crate) number: u32,
     inode: u64,
     /// Pages that are charged for it while it lives (see `commit.rs`).
@@ -95,6 +103,18 @@ pub struct Object<N: ObjectAlloc<Node>, L: RawSleepLock> {
     pub(crate) pages: SleepLock<RangeTree<Handle, Borrowed<N>>, L>,
     /// The next object in the list of all.
     next: AtomicPtr<()>,
+}
+
+/// A reference of an object, given back when it is dropped.
+pub(crate) struct Held<'a, 'm, E: Env> {
+    mm: &'a Mm<'m, E>,
+    found: FileRef,
+}
+
+impl<E: Env> Drop for Held<'_, '_, E> {
+    fn drop(&mut self) {
+        self.mm.put_object(self.found);
+    }
 }
 
 /// All objects of a kernel, by number.
@@ -163,22 +183,54 @@ impl<'m, E: Env> Mm<'m, E> {
     }
 
     /// Opens the same file again: the same pages, another `struct file`. Holds a reference of its own.
+    ///
+    /// Of an object that is gone the answer is the handle as it was, of which every call says that it is bad.
     #[must_use]
     pub fn reopen(&self, file: FileRef) -> FileRef {
+        let Ok(held) = self.hold(file) else {
+            return file;
+        };
         let object = self.object(file);
-        object.references.fetch_add(1, Ordering::Relaxed);
+        object.handles.fetch_add(1, Ordering::Relaxed);
+        // The reference is the new handle's from here on.
+        core::mem::forget(held);
         FileRef {
             open: object.opens.fetch_add(1, Ordering::Relaxed),
             ..file
         }
     }
 
-    /// Gives an open handle back. Mappings keep the object alive.
+    /// Gives an open handle back; `false`, and nothing is changed, where there is none to give back. Mappings keep the object alive.
     ///
     /// With the last of both the cache goes. Transfers that are under way are waited for; pages that are dirty are not written, so
     /// [`sync_file`](Self::sync_file) comes first where their bytes are to last.
-    pub fn close(&self, file: FileRef) {
-        self.put_object(file);
+    pub fn close(&self, file: FileRef) -> bool {
+        let Ok(_held) = self.hold(file) else {
+            return false;
+        };
+        let order = (Ordering::AcqRel, Ordering::Relaxed);
+        let handles = &self.object(file).handles;
+        let open = handles
+            .fetch_update(order.0, order.1, |open| open.checked_sub(1))
+            .is_ok();
+        if open {
+            self.put_object(file);
+        }
+        open
+    }
+
+    /// Keeps the object of a handle alive that came from outside (`I3`).
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EBADF`] where it is gone.
+    pub(crate) fn hold(&self, file: FileRef) -> Result<Held<'_, 'm, E>, Errno> {
+        let found = self.find_object(file.number).ok_or(Errno::EBADF)?;
+        let held = Held { mm: self, found };
+        match found.object == file.object {
+            true => Ok(held),
+            false => Err(Errno::EBADF),
+        }
     }
 
     /// Makes an object of shared memory, `pages` long, of which `promised` are charged already and given back with it.
@@ -206,6 +258,10 @@ impl<'m, E: Env> Mm<'m, E> {
         let object = Object {
             references: AtomicU32::new(1),
             opens: AtomicU32::new(1),
+            handles: AtomicU32::new(match backing {
+                Backing::Shared(_) => 0,
+                Backing::File(_) => 1,
+            }),
             number,
             inode,
             promised: 0,
@@ -226,17 +282,27 @@ impl<'m, E: Env> Mm<'m, E> {
         Ok(FileRef {
             object: memory.cast(),
             open: 0,
+            number,
         })
     }
 
     pub(crate) fn object(&self, file: FileRef) -> &Object<E::Nodes, E::Lock> {
-        // SAFETY: `I1`: whoever has a `FileRef` holds a reference, so the object lives.
+        // SAFETY: `I1` and `I3`: the caller knows that the object lives.
         unsafe { file.object.cast::<Object<E::Nodes, E::Lock>>().as_ref() }
     }
 
     /// What `maps` prints of the object.
-    #[must_use]
-    pub fn object_info(&self, file: FileRef) -> ObjectInfo<'_> {
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EBADF`] where the object is gone: the last handle was closed and the last mapping went.
+    pub fn object_info(&self, file: FileRef) -> Result<ObjectInfo<'_>, Errno> {
+        let _held = self.hold(file)?;
+        Ok(self.info(file))
+    }
+
+    /// As [`object_info`](Self::object_info), of an object that lives.
+    pub(crate) fn info(&self, file: FileRef) -> ObjectInfo<'_> {
         let object = self.object(file);
         let (name, is_shared_memory) = match object.name {
             // SAFETY: `open_file` took the name for 'm.
@@ -317,6 +383,7 @@ impl<'m, E: Env> Mm<'m, E> {
                 return taken.is_ok().then_some(FileRef {
                     object: found.cast(),
                     open: 0,
+                    number,
                 });
             }
             at = object.next.load(Ordering::Relaxed);
@@ -331,10 +398,12 @@ impl<'m, E: Env> Mm<'m, E> {
             let mut at = head;
             while let Some(object) = NonNull::new(at.cast::<Object<E::Nodes, E::Lock>>()) {
                 // SAFETY: objects in the list live, and stay there while it is locked (`I2`).
-                at = unsafe { object.as_ref() }.next.load(Ordering::Relaxed);
+                let listed = unsafe { object.as_ref() };
+                at = listed.next.load(Ordering::Relaxed);
                 let file = FileRef {
                     object: object.cast(),
                     open: 0,
+                    number: listed.number,
                 };
                 if let Some(ticket) = self.bring_object_in(file, area)? {
                     return Ok(Some(ticket));
@@ -346,7 +415,7 @@ impl<'m, E: Env> Mm<'m, E> {
 
     /// An object's number, which its pages' slots name.
     pub(crate) fn object_number(&self, file: FileRef) -> u32 {
-        self.object(file).number
+        file.number
     }
 
     pub(crate) fn put_reference(&self, frame: Frame) {

@@ -38,6 +38,15 @@ use crate::swap_in::Swapped;
 /// In place of a ticket: the provider refused or failed, and the next look-up asks again.
 const NOT_STARTED: u64 = u64::MAX;
 
+/// What a call has to wait for before it can go on with a page.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Waits {
+    /// For a device.
+    ForTransfer(IoTicket),
+    /// For somebody who has the page's lock, which nobody keeps while a device is at work.
+    ForLock,
+}
+
 /// What a look-up of an object's page found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum ObjectPage {
@@ -249,57 +258,91 @@ impl<'m, E: Env> Mm<'m, E> {
             return Ok(());
         };
         while let Some((index, frame)) = self.next_cached(object, all.first(), all) {
-            let slot = self.slot(frame);
-            // A transfer on its way, an eviction or a move comes to its end first.
-            while !slot.try_lock() {
-                kmem_hal::sync::spin_loop();
-            }
-            self.end_write(object, frame);
-            let mut pages = object.pages.write();
-            let mut outcome = Ok(());
-            let mut removed = pages
-                .get(index)
-                .is_some_and(|entry| entry.value.frame() == Some(frame))
-                && !self.is_being_read(object, index, frame);
-            if removed {
-                outcome = pages.store(PageRange::single(index), None, &mut |_| {});
-            }
-            removed &= outcome.is_ok();
-            if removed {
-                // Nobody's from now on: whoever still holds it, for a pin or a copy, is the last to let it go.
-                self.user(frame).set_object(0, 0);
-                slot.clear_flags(SlotFlags::DIRTY);
-            }
-            drop(pages);
-            slot.unlock();
+            let waits = self.forget_page(object, index, frame);
             self.put_reference(frame);
-            outcome.map_err(|_| Errno::ENOMEM)?;
-            if removed {
-                self.put_reference(frame);
+            match waits? {
+                Some(Waits::ForTransfer(ticket)) => self.env().wait(ticket),
+                Some(Waits::ForLock) => kmem_hal::sync::spin_loop(),
+                None => {}
             }
         }
         Ok(())
     }
 
-    /// Waits until the provider has a page that is being written. The caller has the page's lock, or the object to itself.
-    fn end_write(&self, object: &Object<E::Nodes, E::Lock>, frame: Frame) {
+    /// Takes a page out of the tree, if it is there still, or says what has to come to its end first. The caller holds a reference.
+    fn forget_page(
+        &self,
+        object: &Object<E::Nodes, E::Lock>,
+        index: Page,
+        frame: Frame,
+    ) -> Result<Option<Waits>, Errno> {
         let slot = self.slot(frame);
-        while slot.flags().contains(SlotFlags::WRITEBACK) {
-            let ticket = IoTicket(slot.links().load(Ordering::Acquire));
-            if let Some(provider) = self.provider(object) {
-                let _ = self.note_write(frame, provider.poll(ticket));
-            }
+        if !slot.try_lock() {
+            // An eviction, a move or a write-back that is just begun.
+            return Ok(Some(Waits::ForLock));
+        }
+        let outcome = match self.pending_write(object, frame) {
+            // Nobody waits for a device with a page's lock.
+            Some(ticket) => Ok(Some(Waits::ForTransfer(ticket))),
+            None => self.forget_locked(object, index, frame),
+        };
+        slot.unlock();
+        outcome
+    }
+
+    fn forget_locked(
+        &self,
+        object: &Object<E::Nodes, E::Lock>,
+        index: Page,
+        frame: Frame,
+    ) -> Result<Option<Waits>, Errno> {
+        let mut pages = object.pages.write();
+        let here = pages.get(index).and_then(|entry| entry.value.frame());
+        if here != Some(frame) {
+            return Ok(None);
+        }
+        if let Some(ticket) = self.pending_read(object, index, frame) {
+            return Ok(Some(Waits::ForTransfer(ticket)));
+        }
+        let stored = pages.store(PageRange::single(index), None, &mut |_| {});
+        stored.map_err(|_| Errno::ENOMEM)?;
+        // Nobody's from now on: whoever still holds it, for a pin or a copy, is the last to let it go.
+        self.user(frame).set_object(0, 0);
+        self.slot(frame).clear_flags(SlotFlags::DIRTY);
+        drop(pages);
+        self.put_reference(frame);
+        Ok(None)
+    }
+
+    /// The ticket of a page's write, if the provider has not all of it yet. The caller has the page's lock, or the object to itself.
+    fn pending_write(&self, object: &Object<E::Nodes, E::Lock>, frame: Frame) -> Option<IoTicket> {
+        let slot = self.slot(frame);
+        let provider = self.provider(object)?;
+        if !slot.flags().contains(SlotFlags::WRITEBACK) {
+            return None;
+        }
+        let ticket = IoTicket(slot.links().load(Ordering::Acquire));
+        match self.note_write(frame, provider.poll(ticket)) {
+            Ok(IoState::Pending(ticket)) => Some(ticket),
+            _ => None,
         }
     }
 
-    /// Whether the provider is still reading into a page of the tree; a read that never began is not begun. The caller has the tree's lock,
+    /// The ticket of a page's read, if the provider is still at it; a read that never began is not begun. The caller has the tree's lock,
     /// or the object to itself.
-    fn is_being_read(&self, object: &Object<E::Nodes, E::Lock>, index: Page, frame: Frame) -> bool {
-        self.slot(frame).links().load(Ordering::Acquire) != NOT_STARTED
-            && matches!(
-                self.ask_again(object, index.number(), frame),
-                Ok(IoState::Pending(_))
-            )
+    fn pending_read(
+        &self,
+        object: &Object<E::Nodes, E::Lock>,
+        index: Page,
+        frame: Frame,
+    ) -> Option<IoTicket> {
+        if self.slot(frame).links().load(Ordering::Acquire) == NOT_STARTED {
+            return None;
+        }
+        match self.ask_again(object, index.number(), frame) {
+            Ok(IoState::Pending(ticket)) => Some(ticket),
+            _ => None,
+        }
     }
 
     /// Waits until the provider has let go of every page of an object that nobody else reaches any more.
@@ -313,16 +356,21 @@ impl<'m, E: Env> Mm<'m, E> {
             let Some(frame) = entry.value.frame() else {
                 continue;
             };
-            self.end_write(object, frame);
-            while self.is_being_read(object, entry.range.first(), frame) {
-                kmem_hal::sync::spin_loop();
+            while let Some(ticket) = self.pending_write(object, frame) {
+                self.env().wait(ticket);
+            }
+            while let Some(ticket) = self.pending_read(object, entry.range.first(), frame) {
+                self.env().wait(ticket);
             }
         }
     }
 
-    /// Frames that the object's cache holds.
+    /// Frames that the object's cache holds; none where it is gone.
     #[must_use]
     pub fn cached_pages(&self, file: FileRef) -> u64 {
+        let Ok(_held) = self.hold(file) else {
+            return 0;
+        };
         self.object(file)
             .pages
             .read()
@@ -352,8 +400,9 @@ impl<'m, E: Env> Mm<'m, E> {
             };
             let outcome = loop {
                 match self.write_page(object, index.number(), frame) {
-                    Ok(IoState::Done) => break Ok(()),
-                    Ok(IoState::Pending(_)) => kmem_hal::sync::spin_loop(),
+                    Ok(None) => break Ok(()),
+                    Ok(Some(Waits::ForTransfer(ticket))) => self.env().wait(ticket),
+                    Ok(Some(Waits::ForLock)) => kmem_hal::sync::spin_loop(),
                     Err(error) => break Err(error),
                 }
             };
@@ -380,21 +429,23 @@ impl<'m, E: Env> Mm<'m, E> {
         Some((entry.range.first(), frame))
     }
 
-    /// Writes a page if it is dirty; `Done` where the provider has its bytes. Ask again while the answer is `Pending`.
+    /// Writes a page if it is dirty; what to wait for before asking again where the provider has not its bytes yet.
     fn write_page(
         &self,
         object: &Object<E::Nodes, E::Lock>,
         index: u64,
         frame: Frame,
-    ) -> Result<IoState, Errno> {
+    ) -> Result<Option<Waits>, Errno> {
         let slot = self.slot(frame);
         if !slot.try_lock() {
-            // Somebody else writes, moves or evicts it.
-            return Ok(IoState::Pending(IoTicket(0)));
+            return Ok(Some(Waits::ForLock));
         }
         let state = self.write_locked(object, index, frame);
         slot.unlock();
-        state
+        Ok(match state? {
+            IoState::Done => None,
+            IoState::Pending(ticket) => Some(Waits::ForTransfer(ticket)),
+        })
     }
 
     /// As [`write_page`](Self::write_page), with the page's lock held.

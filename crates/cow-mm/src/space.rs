@@ -414,7 +414,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             counters.add(&vma);
             let shared_memory = vma
                 .file
-                .is_some_and(|file| self.mm().object_info(file).is_shared_memory);
+                .is_some_and(|file| self.mm().info(file).is_shared_memory);
             self.for_each_leaf(vma.range, |leaf| {
                 if leaf.frame == self.mm().zero_page() && !mutant!("zero-page-counts") {
                     return;

@@ -129,7 +129,7 @@ impl<E: Env> AddressSpace<'_, E> {
         let mut resident = Resident::default();
         let shared_memory = vma
             .file
-            .is_some_and(|file| self.mm().object_info(file).is_shared_memory);
+            .is_some_and(|file| self.mm().info(file).is_shared_memory);
         self.for_each_leaf(vma.range, |leaf| {
             self.account(&mut resident, leaf, shared_memory);
         });

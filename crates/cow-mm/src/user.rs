@@ -76,7 +76,7 @@ impl<E: Env> AddressSpace<'_, E> {
                     mm.put_reference(frame);
                     return Some(());
                 }
-                if mm.is_swapped_out(file, index) || !mm.object_info(file).is_shared_memory {
+                if mm.is_swapped_out(file, index) || !mm.info(file).is_shared_memory {
                     return None;
                 }
                 mm.zero_page()

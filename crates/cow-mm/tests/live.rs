@@ -182,7 +182,7 @@ impl Ours {
             if start < WINDOW.start || end > WINDOW.end {
                 return true;
             }
-            let name = match vma.file.map(|file| space.mm().object_info(file)) {
+            let name = match vma.file.map(|file| space.mm().object_info(file).unwrap()) {
                 None => "-".to_string(),
                 Some(info) if info.is_shared_memory => {
                     let known = inodes.iter().position(|known| *known == info.inode);
@@ -310,8 +310,10 @@ fn known_advice(kernel: &mut Kernel) -> Vec<i32> {
     };
     ask(kernel, map).unwrap();
     let mut known = vec![77];
+    // Given to a real kernel by root, these take real memory away.
+    let harmful = [Advice::HwPoison, Advice::SoftOffline];
     for advice in Advice::ALL {
-        if advice != Advice::Free {
+        if advice != Advice::Free && !harmful.contains(&advice) {
             let (answer, _) = ask(kernel, Call::Advise(at, 4096, advice as i32)).unwrap();
             if answer.result == 0 {
                 known.push(advice as i32);

@@ -4,7 +4,9 @@ mod common;
 
 use common::{PAGE, Program, World, signal};
 use kmem_cow_mm::replacement::Fifo;
-use kmem_cow_mm::{Advice, MapFlags, MapRequest, Mm, OpenFile, Prot, Reclaimer, Signal};
+use kmem_cow_mm::{
+    Advice, Errno, Image, MapFlags, MapRequest, Mm, OpenFile, Prot, Reclaimer, Signal,
+};
 use kmem_hal::{Frame, IoError, IoState, IoTicket, Page, PageProvider, VirtAddr};
 use kmem_mock_x86::DiskImage;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -335,4 +337,220 @@ fn advice_about_pages_has_its_effect() {
     Reclaimer::new(kmem_cow_mm::replacement::Clock).reclaim(mm, 2);
     assert!((0..6).all(present) && !present(6) && !present(7));
     program.exit();
+}
+
+/// What a handle names is gone: its memory may be another object's by now.
+#[test]
+fn a_handle_that_outlived_its_file_is_an_error_and_never_another_files() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let (_, old) = world.file(mm, &bytes(2));
+    let program = Program::new(mm);
+    let start = map(&program, old, 2, RW, MapFlags::SHARED);
+    let again = mm.reopen(old.file);
+    assert!(mm.close(old.file) && mm.close(again));
+    // The mapping keeps it alive, and no handle can be closed that is none.
+    assert!(!mm.close(old.file));
+    assert_eq!(mm.object_info(old.file).unwrap().inode, 42);
+    program.store(start, 7).unwrap();
+    program.space.munmap(start, 2 * PAGE).unwrap();
+    // The heap gives the memory away again at once.
+    let (_, other) = world.file(mm, &bytes(3));
+    for stale in [old.file, again, mm.reopen(old.file)] {
+        let mut word = [0; 8];
+        assert_eq!(mm.object_info(stale).err(), Some(Errno::EBADF));
+        assert_eq!(mm.read_file(stale, 0, &mut word), Err(Errno::EBADF));
+        assert_eq!(mm.write_file(stale, 0, &word), Err(Errno::EBADF));
+        assert_eq!(mm.sync_file(stale), Err(Errno::EBADF));
+        assert_eq!(mm.truncate_file(stale), Err(Errno::EBADF));
+        assert_eq!(mm.cached_pages(stale), 0);
+        assert!(!mm.close(stale));
+        let file = OpenFile {
+            file: stale,
+            ..other
+        };
+        let request = MapRequest {
+            flags: MapFlags::SHARED,
+            file: Some(file),
+            ..MapRequest::anonymous(PAGE, RW)
+        };
+        assert_eq!(program.space.mmap(&request), Err(Errno::EBADF));
+        let image = Image::new(file, b"/bin/test");
+        assert_eq!(
+            Program::new(mm).space.exec(&image),
+            Err(Errno::EBADF.into())
+        );
+    }
+    assert_eq!(mm.object_info(other.file).unwrap().size, 3 * PAGE);
+    program.exit();
+    assert!(mm.close(other.file));
+    assert_eq!(world.used_frames(), before);
+}
+
+#[test]
+fn removed_pages_of_shared_memory_are_freed_for_everybody() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    world.disk(mm, 64);
+    let parent = Program::new(mm);
+    let request = MapRequest {
+        flags: MapFlags::SHARED | MapFlags::ANONYMOUS,
+        ..MapRequest::anonymous(8 * PAGE, RW)
+    };
+    let start = parent.space.mmap(&request).unwrap().as_u64();
+    for page in 0..8 {
+        parent.store(start + page * PAGE, page + 1).unwrap();
+    }
+    let child = parent.fork().unwrap();
+    child.load(start).unwrap();
+    // Two are in swap.
+    parent
+        .space
+        .madvise(start + 4 * PAGE, 2 * PAGE, Advice::PageOut)
+        .unwrap();
+    let locked = start + 7 * PAGE;
+    child.space.mlock(locked, PAGE).unwrap();
+    let pin = child
+        .space
+        .pin(VirtAddr::new(start + 3 * PAGE), kmem_hal::Access::Write)
+        .unwrap();
+    let used = world.used_frames();
+    parent
+        .space
+        .madvise(start + PAGE, 7 * PAGE, Advice::Remove)
+        .unwrap();
+    // Pages 1, 2 and 6 are free, 3 is the pin's, 4 and 5 are gone from swap, 7 is locked by the child and keeps its frame.
+    assert_eq!(used - world.used_frames(), 3);
+    assert_eq!(mm.meminfo().swap.free, 64);
+    for program in [&parent, &child] {
+        assert_eq!(program.load(start), Ok(1));
+        for page in 1..8 {
+            assert_eq!(program.load(start + page * PAGE), Ok(0));
+        }
+    }
+    child.store(start + 3 * PAGE, 33).unwrap();
+    assert_eq!(parent.load(start + 3 * PAGE), Ok(33));
+    let mut word = [0; 8];
+    pin.read(0, &mut word);
+    assert_eq!(u64::from_le_bytes(word), 4, "the pin's page is its own now");
+    drop(pin);
+    for harmful in [Advice::HwPoison, Advice::SoftOffline] {
+        assert_eq!(
+            parent.space.madvise(start, PAGE, harmful),
+            Err(Errno::EPERM)
+        );
+    }
+    parent.exit();
+    child.exit();
+    assert_eq!(world.used_frames(), before);
+}
+
+/// A file whose every transfer takes some rounds, and which counts how often it was asked.
+#[derive(Debug)]
+struct Slow {
+    image: &'static DiskImage<'static>,
+    polls: AtomicU64,
+}
+
+// SAFETY: W1 to W3: forwards to an image that keeps them.
+unsafe impl PageProvider for Slow {
+    fn size(&self) -> u64 {
+        self.image.size()
+    }
+    fn read(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
+        self.image.read(index, frame)
+    }
+    fn write(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
+        self.image.write(index, frame)
+    }
+    fn poll(&self, ticket: IoTicket) -> Result<IoState, IoError> {
+        self.polls.fetch_add(1, Ordering::SeqCst);
+        self.image.poll(ticket)
+    }
+}
+
+#[test]
+fn calls_that_wait_for_a_device_ask_the_kernel_to_wait() {
+    const ROUNDS: u64 = 5;
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let image: &'static DiskImage<'static> =
+        Box::leak(Box::new(DiskImage::from_bytes(world.machine, &bytes(4))));
+    image.set_latency(ROUNDS as u32);
+    let polls = AtomicU64::new(0);
+    let slow: &'static Slow = Box::leak(Box::new(Slow { image, polls }));
+    let file = OpenFile {
+        file: mm.open_file(slow, "/slow", 7).unwrap(),
+        readable: true,
+        writable: true,
+    };
+    let program = Program::new(mm);
+    let start = map(&program, file, 4, RW, MapFlags::SHARED);
+    // Each time that the device was asked, and had not finished, the kernel was asked to wait; and no more often.
+    let waited = |what: &str, call: &dyn Fn()| {
+        let before = (
+            world.waits.load(Ordering::SeqCst),
+            slow.polls.load(Ordering::SeqCst),
+        );
+        call();
+        let waits = world.waits.load(Ordering::SeqCst) - before.0;
+        let polls = slow.polls.load(Ordering::SeqCst) - before.1;
+        assert!(waits >= ROUNDS - 1, "{what}: waited {waits} times");
+        // One look more for each page whose transfer is over.
+        assert!(
+            polls <= waits + 4,
+            "{what}: {polls} questions, {waits} waits"
+        );
+    };
+    waited("populate", &|| {
+        program
+            .space
+            .madvise(start, PAGE, Advice::PopulateWrite)
+            .unwrap();
+    });
+    waited("write_memory", &|| {
+        // Of a page of which no read was begun.
+        let far = start + 3 * PAGE;
+        program
+            .space
+            .madvise(start, 4 * PAGE, Advice::Random)
+            .unwrap();
+        let to = VirtAddr::new(far);
+        program.space.write_memory(to, &9u64.to_le_bytes()).unwrap();
+    });
+    waited("msync", &|| program.space.msync(start, PAGE).unwrap());
+    // A page on its way out ends with its object.
+    program.store(start, 5).unwrap();
+    let made = Reclaimer::new(Fifo).reclaim(mm, 1);
+    assert!(made.writing > 0, "{made:?}");
+    program.exit();
+    waited("close", &|| assert!(mm.close(file.file)));
+    assert_eq!(world.used_frames(), before);
+}
+
+#[test]
+fn a_truncation_waits_for_reads_that_are_under_way() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let (provider, file) = shrinking(world, mm, 8);
+    provider.image.set_latency(6);
+    let program = Program::new(mm);
+    let start = map(&program, file, 8, RW, MapFlags::SHARED);
+    program
+        .space
+        .madvise(start, 8 * PAGE, Advice::WillNeed)
+        .unwrap();
+    provider.size.store(0, Ordering::SeqCst);
+    mm.truncate_file(file.file).unwrap();
+    let waits = world.waits.load(Ordering::SeqCst);
+    assert!(waits >= 5, "waited {waits} times");
+    assert_eq!(mm.cached_pages(file.file), 0);
+    assert_eq!(provider.image.in_flight(), 0);
+    program.exit();
+    assert!(mm.close(file.file));
+    assert_eq!(world.used_frames(), before);
 }

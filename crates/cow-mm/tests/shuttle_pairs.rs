@@ -375,9 +375,10 @@ enum Op {
     SwapOff,
     Truncate,
     Sync,
+    Remove,
 }
 
-const OPS: [Op; 22] = [
+const OPS: [Op; 23] = [
     Op::Read,
     Op::Write,
     Op::WriteShared,
@@ -400,6 +401,7 @@ const OPS: [Op; 22] = [
     Op::SwapOff,
     Op::Truncate,
     Op::Sync,
+    Op::Remove,
 ];
 
 /// What a thread did: writes that were made, and children.
@@ -427,7 +429,8 @@ impl Program {
     /// Whether an operation of the schedule may take away what a page of the region holds.
     fn may_lose(&self, page: u64) -> bool {
         match page {
-            SHARED | COPY => false,
+            COPY => false,
+            SHARED => self.one_of(&[Op::Remove]),
             FILE.. if page < COPY => page != FILE && self.one_of(&[Op::Truncate]),
             _ => self.one_of(&[Op::DontNeed, Op::Free]),
         }
@@ -579,8 +582,9 @@ fn run_op(program: &Program, thread: usize, round: u64, op: Op, done: &mut Done)
                 let new = value(thread, round, page);
                 assert!(pin.write(word as usize, &new.to_le_bytes()));
                 done.wrote.push((page, new));
-                let gone = [Op::Unmap, Op::Move, Op::Protect, Op::DontNeed, Op::Free];
-                if op == Op::PinShared || !program.one_of(&gone) {
+                let gone = [Op::Unmap, Op::Move, Op::Protect];
+                let stays = op == Op::PinShared || !program.one_of(&gone);
+                if stays && !program.may_lose(page) {
                     assert_eq!(access(kernel, space, page + word, None), Ok(new));
                 }
             }
@@ -616,6 +620,7 @@ fn run_op(program: &Program, thread: usize, round: u64, op: Op, done: &mut Done)
             mm.truncate_file(file.file).unwrap();
         }
         Op::Sync => mm.sync_file(file.file).unwrap(),
+        Op::Remove => space.madvise(SHARED, PAGE, Advice::Remove).unwrap(),
     }
 }
 
@@ -791,37 +796,38 @@ fn check(program: &Program, done: &[Done], children: &[Space], elder: usize) {
                 done.iter().any(|&wrote| wrote == (FILE, found))
             }
         };
+        let shared = page == SHARED || page & !PAGE == FILE;
+        let mut seen = want;
         for (word, &want) in want.iter().enumerate() {
             let found = access(kernel, space, at + 8 * word as u64, None).unwrap();
             let fine = found == want
                 || found == 0 && program.may_lose(page)
                 || word > 0 && want == 0 && of_file(word, found);
             assert!(fine, "{found:#x} in word {word} of {at:#x}, not {want:#x}");
+            seen[word] = found;
         }
         for (number, child) in children.iter().enumerate() {
-            let Ok(found) = access(kernel, child, at, None) else {
-                assert!(page & !PAGE == ANON && program.one_of(&[Op::Move, Op::Unmap]));
-                continue;
-            };
-            assert!(
-                found == stamp || found == 0 && number >= elder && program.may_lose(page),
-                "child {number} has {found:#x} at {at:#x}"
-            );
-            let shared = page == SHARED || page & !PAGE == FILE;
-            for word in 1..=THREADS {
-                let found = access(kernel, child, at + 8 * word as u64, None).unwrap();
-                let ever = done[word - 1]
-                    .wrote
-                    .iter()
-                    .any(|&wrote| wrote == (page, found));
-                let fine = if shared {
-                    found == want[word]
-                } else {
-                    found == 0 || number >= elder && ever || of_file(word, found)
+            // A child of the schedule's may have been made after its parent's pages moved or went.
+            let born_here = number >= elder;
+            for (word, &seen) in seen.iter().enumerate() {
+                let Ok(found) = access(kernel, child, page + 8 * word as u64, None) else {
+                    assert!(
+                        born_here && page & !PAGE == ANON && program.one_of(&[Op::Move, Op::Unmap])
+                    );
+                    continue;
+                };
+                let ever = |word: usize| {
+                    let done = &done[word - 1].wrote;
+                    done.iter().any(|&wrote| wrote == (page, found))
+                };
+                let fine = match word {
+                    _ if shared => found == seen,
+                    0 => found == stamp || found == 0 && born_here && program.may_lose(page),
+                    _ => found == 0 || born_here && ever(word) || of_file(word, found),
                 };
                 assert!(
                     fine,
-                    "child {number} has {found:#x} in word {word} of {at:#x}"
+                    "child {number} has {found:#x} in word {word} of {page:#x}"
                 );
             }
         }

@@ -47,6 +47,8 @@ pub struct World<F = X86_64> {
     spaces: Failing<'static, HeapObjects<SpaceMemory>>,
     format: PhantomData<fn() -> F>,
     disk: std::sync::OnceLock<&'static Disk<'static>>,
+    /// How often a call waited for I/O.
+    pub waits: std::sync::atomic::AtomicU64,
 }
 
 // SAFETY: E1: fields never change; E2: the slots cover the machine's memory; E3: worlds are leaked.
@@ -73,6 +75,10 @@ unsafe impl<F: Format> Env for World<F> {
     }
     fn spaces(&self) -> &Self::Spaces {
         &self.spaces
+    }
+    fn wait(&self, _ticket: kmem_hal::IoTicket) {
+        let order = std::sync::atomic::Ordering::Relaxed;
+        self.waits.fetch_add(1, order);
     }
 }
 
@@ -117,6 +123,7 @@ impl<F: Format> World<F> {
             spaces: Failing::new(HeapObjects::new(), plan),
             format: PhantomData,
             disk: std::sync::OnceLock::new(),
+            waits: std::sync::atomic::AtomicU64::new(0),
         }))
     }
 

@@ -411,9 +411,9 @@ impl MmUnderTest for Process {
             let bit = |flag, prot: u32| if vma.flags.contains(flag) { prot } else { 0 };
             let prot = bit(VmFlags::READ, 1) | bit(VmFlags::WRITE, 2) | bit(VmFlags::EXEC, 4);
             let start = vma.range.start().as_u64();
-            let whose = match vma.file {
-                Some(file) => {
-                    let info = mm.object_info(file);
+            let info = vma.file.and_then(|file| mm.object_info(file).ok());
+            let whose = match vma.file.zip(info) {
+                Some((file, info)) => {
                     if info.is_shared_memory {
                         let mut hasher = DefaultHasher::new();
                         file.hash(&mut hasher);
