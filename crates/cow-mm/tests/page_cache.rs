@@ -554,3 +554,62 @@ fn a_truncation_waits_for_reads_that_are_under_way() {
     assert!(mm.close(file.file));
     assert_eq!(world.used_frames(), before);
 }
+
+/// A pager may fail at once or late, for a read or a write, and have less than was mapped: the access is a bus error, and nothing else is.
+#[test]
+fn a_pager_that_fails_is_a_bus_error_and_is_asked_again() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let (provider, file) = shrinking(world, mm, 4);
+    let program = Program::new(mm);
+    let start = map(&program, file, 4, RW, MapFlags::SHARED);
+    let copy = map(&program, file, 4, RW, MapFlags::PRIVATE);
+    let want = |page: u64| {
+        let at = (page * PAGE) as usize;
+        u64::from_le_bytes(bytes(4)[at..at + 8].try_into().unwrap())
+    };
+    for start in [start, copy] {
+        program
+            .space
+            .madvise(start, 4 * PAGE, Advice::Random)
+            .unwrap();
+    }
+    for (page, latency) in [(0, 0), (1, 4)] {
+        provider.image.set_latency(latency);
+        provider.image.fail_at(1);
+        let address = start + page * PAGE;
+        let refused = Err(signal(Signal::BusError, address));
+        assert_eq!(program.load(address), refused, "page {page}");
+        // The page keeps its frame, and nobody maps it.
+        assert_eq!(mm.cached_pages(file.file), page + 1);
+        assert_eq!(program.space.recount().rss_file, page);
+        assert_eq!(program.load(address), Ok(want(page)));
+    }
+    // A write to a private copy needs the page as well.
+    let address = copy + 2 * PAGE;
+    provider.image.fail_at(1);
+    let refused = Err(signal(Signal::BusError, address));
+    assert_eq!(program.store(address, 5), refused);
+    assert_eq!(program.store(address, 5), Ok(()));
+    assert_eq!(program.load(start + 2 * PAGE), Ok(want(2)));
+    // What calls read fails alike.
+    provider.image.set_latency(0);
+    provider.image.fail_at(1);
+    let mut word = [0; 8];
+    let read = mm.read_file(file.file, 3 * PAGE, &mut word);
+    assert_eq!(read, Err(Errno::EIO));
+    assert_eq!(program.load(start + 3 * PAGE), Ok(want(3)));
+    // The pager has less than it said: what is behind the end is no page any more, what is before it stays.
+    provider.size.store(PAGE, Ordering::SeqCst);
+    mm.truncate_file(file.file).unwrap();
+    for start in [start, copy] {
+        let behind = start + 2 * PAGE;
+        let refused = Err(signal(Signal::BusError, behind));
+        assert_eq!(program.load(behind), refused);
+        assert_eq!(program.load(start), Ok(want(0)));
+    }
+    program.exit();
+    assert!(mm.close(file.file));
+    assert_eq!(world.used_frames(), before);
+}
