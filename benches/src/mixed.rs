@@ -37,11 +37,11 @@ pub trait Frames: Sync {
 }
 
 impl<F: Frames + ?Sized> Frames for &F {
-    #[inline]
+    #[inline(always)]
     fn alloc(&self, order: u8) -> Option<u64> {
         (**self).alloc(order)
     }
-    #[inline]
+    #[inline(always)]
     fn free(&self, frame: u64, order: u8) {
         (**self).free(frame, order);
     }
