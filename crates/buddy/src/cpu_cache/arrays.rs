@@ -24,11 +24,10 @@ pub(super) const NONE: u32 = 0;
 const LENT: u32 = 1;
 /// It came back and is free.
 const HOT: u32 = 2;
-/// The block's migrate type.
-const TYPE: u32 = 3 << TYPE_SHIFT;
-const TYPE_SHIFT: u32 = 2;
-/// Its order, the rest.
-const ORDER_SHIFT: u32 = 4;
+/// The block's order, the rest of the lower half, which is all that a free compares.
+const ORDER_SHIFT: u32 = 2;
+/// Its migrate type, the upper half.
+const TYPE_SHIFT: u32 = 16;
 /// Allocations that a hot block of another order or type may outlast.
 const PATIENCE: u32 = 64;
 
@@ -37,6 +36,10 @@ const PATIENCE: u32 = 64;
 const fn key(order: usize, migrate: usize, state: u32) -> u32 {
     (order as u32) << ORDER_SHIFT | (migrate as u32) << TYPE_SHIFT | state
 }
+
+/// What follows is laid out beside the path of the hot block, which stays in one piece.
+#[cold]
+const fn beside() {}
 
 /// The right to use a CPU's arrays.
 pub(crate) struct Arrays<'a> {
@@ -62,6 +65,7 @@ impl Arrays<'_> {
             area.hot.set(key(order, migrate, LENT));
             return Some(area.hot_first.get());
         }
+        beside();
         if word & HOT != 0 {
             let missed = area.missed.get().wrapping_add(1);
             area.missed.set(missed);
@@ -113,10 +117,11 @@ impl Arrays<'_> {
     pub fn push(&self, first: u64, order: usize) -> bool {
         let area = self.area;
         let word = area.hot.get();
-        if word & !TYPE == key(order, 0, LENT) && area.hot_first.get() == first {
+        if word as u16 == key(order, 0, LENT) as u16 && area.hot_first.get() == first {
             area.hot.set(word - LENT + HOT);
             return true;
         }
+        beside();
         let Some(guess) = self.guess_of(first, order) else {
             return false;
         };
@@ -161,7 +166,7 @@ impl Arrays<'_> {
         let word = self.area.hot.get();
         let hot = self.area.hot_block();
         self.area.hot.set(NONE);
-        hot.map(|(first, order)| (first, order, ((word & TYPE) >> TYPE_SHIFT) as usize))
+        hot.map(|(first, order)| (first, order, (word >> TYPE_SHIFT) as usize))
     }
 
     /// Guesses the type of the block that holds a frame from now on, where that is one of the window's.
@@ -207,7 +212,7 @@ impl CpuArea {
     /// The first frame and the order of the hot block. May be read by anybody, as a figure.
     pub fn hot_block(&self) -> Option<(u64, usize)> {
         let word = self.hot.get();
-        let order = word >> ORDER_SHIFT;
+        let order = word as u16 >> ORDER_SHIFT;
         (word & HOT != 0).then(|| (self.hot_first.get(), order as usize))
     }
 }
@@ -216,6 +221,6 @@ impl Drop for Arrays<'_> {
     #[inline(always)]
     fn drop(&mut self) {
         compiler_fence(Ordering::SeqCst);
-        self.area.busy.set(false);
+        self.area.busy.set(0);
     }
 }

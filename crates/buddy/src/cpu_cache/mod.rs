@@ -56,14 +56,15 @@ const PENDING: usize = 2;
 /// points at `blocks` bytes, one for each page block from `first` on, each of them wholly in one segment of the zone of `cache`.
 #[repr(C)]
 pub(crate) struct CpuArea {
-    busy: LocalBool,
-    pub holding: LocalBool,
-    pending_any: AtomicBool,
+    /// 1 or 0; as wide as what is stored beside it.
+    busy: LocalU32,
     /// Order, type and state of the block that was lent last (`arrays::key`). In the 16 bytes of `busy`: stores of one call to one
     /// such place are merged.
     hot: LocalU32,
     /// Its first frame.
     hot_first: LocalU64,
+    pub holding: LocalBool,
+    pending_any: AtomicBool,
     /// Allocations that were not for the hot block.
     missed: LocalU32,
     /// The type of the block that was freed last: less than `CACHED_TYPES`.
@@ -103,7 +104,7 @@ impl CpuArea {
             }))
         };
         Self {
-            busy: LocalBool::new(false),
+            busy: LocalU32::new(0),
             hot: LocalU32::new(arrays::NONE),
             hot_first: LocalU64::new(0),
             missed: LocalU32::new(0),
@@ -155,10 +156,10 @@ impl CpuArea {
     /// The caller is pinned to this CPU for as long as the value lives.
     #[inline(always)]
     pub fn enter(&self) -> Option<Arrays<'_>> {
-        if self.busy.get() {
+        if self.busy.get() != 0 {
             return None;
         }
-        self.busy.set(true);
+        self.busy.set(1);
         compiler_fence(Ordering::SeqCst);
         Some(Arrays::of(self))
     }
