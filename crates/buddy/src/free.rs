@@ -238,7 +238,8 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         result
     }
 
-    /// Empties half of a full array; `false` where nothing can be cached now.
+    /// Empties half of a full array, or all of it where nothing was taken out since the last time; `false` where nothing can be
+    /// cached now.
     #[cold]
     fn make_room(
         &self,
@@ -262,10 +263,13 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         if limit == 0 {
             return false;
         }
-        area.note_flush();
         // A limit that was never set, or has grown, has room already.
-        let half = (limit / 2).max(1) as usize;
-        count < limit || self.flush(state, area, zone, cache, (stack, order), half)
+        if count < limit {
+            return true;
+        }
+        let again = area.note_flush(stack);
+        let most = if again { limit } else { limit.div_ceil(2) };
+        self.flush(state, area, zone, cache, (stack, order), most as usize)
     }
 }
 

@@ -77,8 +77,8 @@ pub(crate) struct CpuArea {
     window_cache: LocalPtr<ZoneCache>,
     /// The segment that was used last; null before the first use.
     last_segment: LocalPtr<Segment>,
-    /// One more than the array that was refilled last, if none was flushed since.
-    refilled: LocalU32,
+    /// Which array was refilled or flushed last: one more than twice its number, or two more where it was flushed.
+    moved: LocalU32,
     pub node: LocalU32,
     /// Where interleaved requests go next.
     pub interleave: LocalU32,
@@ -118,7 +118,7 @@ impl CpuArea {
             window_types: LocalPtr::new(core::ptr::null_mut()),
             window_cache: null(),
             last_segment: LocalPtr::new(core::ptr::null_mut()),
-            refilled: LocalU32::new(0),
+            moved: LocalU32::new(0),
             interleave: LocalU32::new(0),
             nested: LocalU64::new(0),
             bare,
@@ -141,14 +141,18 @@ impl CpuArea {
 
     /// Notes that an array is refilled; whether it was refilled last time too: its CPU only takes now.
     pub fn note_refill(&self, stack: usize) -> bool {
-        let before = self.refilled.get();
-        self.refilled.set(stack as u32 + 1);
-        before == stack as u32 + 1
+        self.note_move(2 * stack as u32 + 1)
     }
 
-    /// Notes that an array was flushed.
-    pub fn note_flush(&self) {
-        self.refilled.set(0);
+    /// Notes that an array is flushed; whether it was flushed last time too: its CPU only frees now.
+    pub fn note_flush(&self, stack: usize) -> bool {
+        self.note_move(2 * stack as u32 + 2)
+    }
+
+    fn note_move(&self, moved: u32) -> bool {
+        let before = self.moved.get();
+        self.moved.set(moved);
+        before == moved
     }
 
     /// Makes the arrays the caller's (`I1`); `None` where the caller interrupted their user.

@@ -107,34 +107,38 @@ impl Core {
         entries: &[LocalU32],
         order: usize,
     ) -> (usize, Stop) {
-        let (words, summaries) = (&mut *self.words, &mut *self.summaries);
-        let most = segment.end - segment.first - (1 << order);
-        // Frames count from the first block's base, words from that block's first one.
+        // Entries become places from the segment's first block on, which its words and summaries are cut out for.
         let base = segment.first & !(BLOCK_FRAMES - 1);
-        let first_word = segment.block as usize * WORDS;
+        let blocks = segment.block as usize..segment.block_end();
+        let words = &mut self.words[blocks.start * WORDS..blocks.end * WORDS];
+        let summaries = &mut self.summaries[blocks.clone()];
+        let shift = start.wrapping_sub(base);
+        let lowest = segment.first - base;
+        let most = segment.end - segment.first - (1 << order);
+        let run = bits::run_mask(0, order);
         for (done, entry) in entries.iter().enumerate() {
-            let first = start + u64::from(entry.get());
-            if first.wrapping_sub(segment.first) > most {
+            let place = u64::from(entry.get()).wrapping_add(shift);
+            if place.wrapping_sub(lowest) > most {
                 return (done, Stop::Outside);
             }
-            let at = first_word + ((first - base) / 64) as usize;
-            let mask = bits::run_mask((first % 64) as u32, order);
-            let free = words[at] & mask;
-            if free != 0 {
-                let all = free == mask;
-                let error = if all {
+            let (at, mask) = ((place / 64) as usize, run << (place % 64));
+            let now = words[at];
+            if now & mask != 0 {
+                let error = if now & mask == mask {
                     GiveError::Free
                 } else {
                     GiveError::PartlyFree
                 };
                 return (done, Stop::Wrong(error));
             }
-            words[at] |= mask;
+            words[at] = now | mask;
             let summary = &mut summaries[at / WORDS];
-            let before = *summary;
-            *summary = before | 0x80 << (8 * (at % WORDS));
-            if before & STALE == 0 {
-                return (done + 1, Stop::Stale(at / WORDS));
+            let (before, stale) = (*summary, 0x80 << (8 * (at % WORDS)));
+            if before & stale == 0 {
+                *summary = before | stale;
+                if before & STALE == 0 {
+                    return (done + 1, Stop::Stale(blocks.start + at / WORDS));
+                }
             }
         }
         (entries.len(), Stop::Outside)
