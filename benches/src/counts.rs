@@ -13,6 +13,8 @@ use kmem::hal::{
 };
 use kmem::vma_tree::{GapRequest, Node, RangeTree};
 use kmem::{BootMap, Config, Heap, PhysAddr, RegionKind};
+use kmem_benches::mixed::pairs;
+use kmem_benches::platform::{Region, buddy};
 
 /// A machine of 64 MiB on one CPU. Its lock is the plain one: the default asks for the privilege level, by an instruction
 /// that valgrind does not know. Page tables, which use the default lock, cannot be counted for that reason.
@@ -58,6 +60,15 @@ fn frames(order: u8, batch: usize) {
                 frames.free(frame);
             }
         }
+    });
+}
+
+/// The pair as `compare` calls it, so that what is between its loop and the allocator does not grow unseen.
+fn compared(order: u8) {
+    let frames = buddy(Region::leak(1 << 14));
+    assert_eq!(pairs(&frames, order, 1), 1, "64 MiB are free");
+    measured(&mut || {
+        black_box(pairs(&frames, black_box(order), N as u64));
     });
 }
 
@@ -153,6 +164,7 @@ const WORKLOADS: &[Workload] = &[
     }),
     ("buddy/pair_o0", || frames(0, 1)),
     ("buddy/pair_o3", || frames(3, 1)),
+    ("buddy/compared_o0", || compared(0)),
     ("buddy/batch_o0", || frames(0, N)),
     ("slab/pair64", || objects(64, 1)),
     ("slab/batch64", || objects(64, N)),

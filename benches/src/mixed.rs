@@ -63,6 +63,20 @@ impl<F: Frames + ?Sized> Frames for &F {
     }
 }
 
+/// An allocation and a free of one order, in turns; how many allocations were answered.
+///
+/// A call through a reference has to cost what a call costs: `counts` counts this loop, too.
+pub fn pairs(frames: &impl Frames, order: u8, count: u64) -> u64 {
+    let mut answered = 0;
+    for _ in 0..count {
+        if let Some(frame) = frames.alloc(order) {
+            answered += 1;
+            frames.free(frame, order);
+        }
+    }
+    answered
+}
+
 /// An order: half of them 0, a quarter 1, and so on to [`TOP`].
 pub fn order(rng: &mut Rng) -> u8 {
     (rng.next().trailing_zeros() as u8).min(TOP)

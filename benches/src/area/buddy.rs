@@ -29,7 +29,7 @@ use super::counted;
 use crate::clock::{Watch, race};
 use crate::harness::{Competitor, Runner, Slice, Workload};
 use crate::lock::Locked;
-use crate::mixed::{Frames, Mixed, TOP, verify};
+use crate::mixed::{Frames, Mixed, TOP, pairs, verify};
 use crate::output::Unit;
 use crate::platform::{BASE, CPUS, HostBuddy, Region, ThreadCpus, buddy, run_as};
 use crate::rng::Rng;
@@ -153,7 +153,7 @@ macro_rules! programs {
 /// Runs the workloads of this area.
 pub fn run(runner: &mut Runner) {
     let frames = runner.size(1 << 16, 1 << 18);
-    pairs(runner, frames);
+    hot_pairs(runner, frames);
     bulks(runner, frames);
     mixes(runner, frames);
     fragmentation(runner, frames);
@@ -168,17 +168,6 @@ fn workload(name: &'static str, unit: Unit) -> Workload<'static> {
 
 const PAIRS: u64 = 10_000;
 
-fn do_pairs(frames: &impl Frames, order: u8) -> u64 {
-    let mut answered = 0;
-    for _ in 0..PAIRS {
-        if let Some(frame) = frames.alloc(order) {
-            answered += 1;
-            frames.free(frame, order);
-        }
-    }
-    answered
-}
-
 /// Half of the zone in use, frame by frame; the first slice checks that blocks do not overlap.
 fn half<F: Frames>(frames: &F, size: u64, index: u64, held: &mut Vec<u64>) {
     if index == 0 {
@@ -191,7 +180,7 @@ fn pair<F: Frames>(frames: F, size: u64, order: u8) -> impl Competitor {
     let mut held = Vec::new();
     move |index: u64, watch: &mut Watch| {
         half(&frames, size, index, &mut held);
-        let answered = watch.time(|| do_pairs(&frames, order));
+        let answered = watch.time(|| pairs(&frames, order, PAIRS));
         Slice::ops(2 * PAIRS, answered)
     }
 }
@@ -202,7 +191,7 @@ fn pair_2t<F: Frames>(frames: F, size: u64) -> impl Competitor {
         half(&frames, size, index, &mut held);
         let (elapsed, answered) = race(|cpu| {
             run_as(cpu);
-            do_pairs(&frames, 0)
+            pairs(&frames, 0, PAIRS)
         });
         watch.add(elapsed);
         Slice::ops(2 * PAIRS, answered[0] + answered[1])
@@ -266,7 +255,7 @@ impl Frames for Arrays {
 fn array_pair(frames: u64) -> impl Competitor {
     let arrays = Arrays::new(frames);
     move |_: u64, watch: &mut Watch| {
-        watch.time(|| do_pairs(&arrays, 0));
+        watch.time(|| pairs(&arrays, 0, PAIRS));
         Slice::limit(2 * PAIRS)
     }
 }
@@ -305,7 +294,7 @@ fn mixed_loop(size: u64) -> impl Competitor {
     }
 }
 
-fn pairs(runner: &mut Runner, frames: u64) {
+fn hot_pairs(runner: &mut Runner, frames: u64) {
     for (name, order) in [("pair_o0", 0), ("pair_o3", 3), ("pair_o9", 9)] {
         if runner.wants(name) {
             let mut workload = programs!(workload(name, Unit::Ns), frames, pair(order));

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use common::window::Window;
 use kmem_buddy::{
-    BootMap, Buddy, ClaimError, Config, Emptying, PlaceError, RegionKind, ZoneLimits,
+    BootMap, Buddy, ClaimError, Config, Emptying, PlaceError, RegionKind, Reservation, ZoneLimits,
 };
 use kmem_hal::{
     Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Migrate, MigrateError, Order,
@@ -259,6 +259,63 @@ fn a_claim_that_fails_leaves_everything_as_it_was() {
         assert!(!range.contains(frame.first()));
     }
     assert_eq!(offline.range(), range);
+}
+
+/// Memory that may be plugged in later is listed and reserved at boot, so that there are tables for it.
+#[test]
+fn memory_is_plugged_in_and_out() {
+    let window = Window::new(FRAMES << 12, FRAMES << 12);
+    let plugged = FrameRange::from_numbers(FRAMES / 2, FRAMES).unwrap();
+    let mut map: BootMap = BootMap::new();
+    map.push(PhysAddr::new(0), FRAMES << 12, RegionKind::Usable)
+        .unwrap();
+    map.reserve(
+        plugged.first().start(),
+        plugged.count() << 12,
+        Reservation::Other,
+    )
+    .unwrap();
+    // SAFETY: one thread.
+    let buddy = Machine::new(&window, unsafe { SingleCpu::new() });
+    let config = Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .min_free_kib(0);
+    buddy.init(&mut map, &config).unwrap();
+    let total = buddy.mem_info().total;
+    let fill = || -> Vec<OwnedFrame> {
+        std::iter::from_fn(|| buddy.alloc(&FrameRequest::ONE).ok()).collect()
+    };
+    let held = fill();
+    assert_eq!(held.len() as u64, total);
+    assert!(held.iter().all(|frame| !plugged.contains(frame.first())));
+    // In: nobody uses it, and it is mapped.
+    // SAFETY: as said.
+    let joined = unsafe { buddy.release_range(plugged) };
+    assert_eq!(joined, Ok(plugged.count()));
+    assert_eq!(buddy.mem_info().total, total + plugged.count());
+    let users = Pages::new(&window, &buddy);
+    for _ in 0..1000 {
+        users.add(buddy.alloc(&FrameRequest::ONE.movable()).unwrap());
+    }
+    assert!(
+        users
+            .pages
+            .borrow()
+            .keys()
+            .all(|frame| *frame >= FRAMES / 2)
+    );
+    // Out: its users move, and nothing of it is given any more.
+    buddy.free_bulk(held);
+    let offline = buddy.claim(plugged, &users).unwrap();
+    users.check();
+    assert!(users.pages.borrow().keys().all(|frame| *frame < FRAMES / 2));
+    let held = fill();
+    assert_eq!(held.len() as u64, total - 1000);
+    buddy.free_bulk(held);
+    // In once more.
+    buddy.free_range(offline).unwrap();
+    assert_eq!(fill().len() as u64, total + plugged.count() - 1000);
+    buddy.check().unwrap();
 }
 
 #[test]

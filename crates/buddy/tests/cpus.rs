@@ -210,6 +210,38 @@ fn cpus_come_and_go() {
     buddy.check().unwrap();
 }
 
+/// Half of a full array leaves it; all of it, where its CPU took nothing between two flushes.
+#[test]
+fn a_cpu_that_only_frees_flushes_whole_arrays() {
+    let buddy: &Buddy<_, _, Spin> = boot(1 << 16, NoCpuCall, NoPressure, &config());
+    let mut frames = Vec::new();
+    buddy
+        .alloc_batch(&FrameRequest::ONE, 1000, &mut |frame| frames.push(frame))
+        .unwrap();
+    buddy.drain_local();
+    let mut free = |count: u64| -> u64 {
+        frames
+            .drain(..count as usize)
+            .for_each(|frame| buddy.free(frame));
+        buddy.mem_info().cached
+    };
+    assert_eq!(free(128), 128);
+    assert_eq!(free(1), 65, "half");
+    assert_eq!(free(63), 128);
+    assert_eq!(free(1), 1, "all");
+    assert_eq!(free(127), 128);
+    assert_eq!(free(1), 1, "all");
+    // What was taken meanwhile may be taken again: half stays.
+    let taken: Vec<_> = (0..2)
+        .map(|_| buddy.alloc(&FrameRequest::ONE).unwrap())
+        .collect();
+    assert_eq!(buddy.mem_info().cached, 63, "one left, and a refill");
+    assert_eq!(free(65), 128);
+    assert_eq!(free(1), 65, "half");
+    taken.into_iter().for_each(|frame| buddy.free(frame));
+    buddy.check().unwrap();
+}
+
 #[test]
 fn a_double_free_is_found_at_the_flush() {
     let buddy = boot::<_, _, Spin>(4096, Played, NoPressure, &config());
