@@ -1,4 +1,4 @@
-//! Freeing: into the CPU's array, which gives its older half back to the zone when it is full.
+//! Freeing: into the CPU's array, which gives its older half, or all, back to the zone when it is full.
 //!
 //! What is wrong with a block is found as early as it costs nothing: a foreign or misaligned one at the call, since the
 //! segment must be found anyway; a double free or a wrong order when the block's bits are set. A wrong block is never
@@ -238,7 +238,7 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         result
     }
 
-    /// Empties half of a full array, or all of it where nothing was taken out since the last time; `false` where nothing can be
+    /// Empties half of a full array, or all of it where none was refilled since it was flushed last; `false` where nothing can be
     /// cached now.
     #[cold]
     fn make_room(

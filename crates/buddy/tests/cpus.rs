@@ -210,7 +210,7 @@ fn cpus_come_and_go() {
     buddy.check().unwrap();
 }
 
-/// Half of a full array leaves it; all of it, where its CPU took nothing between two flushes.
+/// Half of a full array leaves it; all of it, where no array was refilled since it was flushed last.
 #[test]
 fn a_cpu_that_only_frees_flushes_whole_arrays() {
     let buddy: &Buddy<_, _, Spin> = boot(1 << 16, NoCpuCall, NoPressure, &config());

@@ -6,7 +6,7 @@
 //!   slots   [ o0 unmovable | o0 movable | o0 reclaimable | o1 .. | o9 ]
 //! ```
 //!
-//! Half an array moves from or to the zone under one lock.
+//! Half an array moves from or to the zone under one lock; a whole one where the same array moved the same way last time.
 //!
 //! Invariant `A1`: array `s` has `bottom = STARTS[s] <= top <= end <= STARTS[s + 1]`.
 //!
