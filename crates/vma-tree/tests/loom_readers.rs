@@ -194,6 +194,37 @@ fn in_a_leaf(bug: Plant) {
     );
 }
 
+/// One leaf: a range loses its lower end, another is written over at its upper end.
+fn at_an_end(bug: Plant) {
+    explore(
+        &[(0, 9, 1), (20, 29, 2)],
+        bug,
+        1,
+        |writer| {
+            store(writer, 0, 3, None);
+            store(writer, 26, 29, Some(3));
+        },
+        |tree| {
+            let section = tree.read();
+            let late = flat(section.get(page(27)));
+            assert!(
+                [Some((20, 29, 2)), Some((26, 29, 3))].contains(&late),
+                "{late:?}"
+            );
+            let below = flat(section.get(page(22)));
+            assert!(
+                below == Some((20, 25, 2)) || (below == Some((20, 29, 2)) && late == below),
+                "{below:?}"
+            );
+            let early = flat(section.get(page(5)));
+            assert!(
+                early == Some((4, 9, 1)) || (early == Some((0, 9, 1)) && late == Some((20, 29, 2))),
+                "{early:?}"
+            );
+        },
+    );
+}
+
 /// A full leaf is split under a new root, and joined again: growth and shrinking of the root.
 fn root_grows_and_shrinks(bug: Plant) {
     explore(
@@ -353,6 +384,11 @@ fn reader_beside_edits_in_a_leaf() {
 }
 
 #[test]
+fn reader_beside_edits_at_an_end() {
+    at_an_end(Plant::Nothing);
+}
+
+#[test]
 fn reader_beside_a_growing_and_shrinking_root() {
     root_grows_and_shrinks(Plant::Nothing);
 }
@@ -386,6 +422,7 @@ fn walk_beside_a_writer() {
 fn a_missing_publish_fence_is_found() {
     // (Under a model that reuses nodes the half-written ones hold wild pointers, and the model ends in a crash.)
     finds(Plant::NoPublishFence, in_a_leaf);
+    finds(Plant::NoPublishFence, at_an_end);
     finds(Plant::NoPublishFence, root_grows_and_shrinks);
 }
 
@@ -397,6 +434,7 @@ fn reuse_without_a_grace_period_is_found() {
 #[test]
 fn editing_under_readers_is_found() {
     finds(Plant::InPlace, in_a_leaf);
+    finds(Plant::InPlace, at_an_end);
 }
 
 /// A tree that is not shared works under loom's atomics too.

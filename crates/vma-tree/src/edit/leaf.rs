@@ -497,14 +497,21 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         &self,
         path: &mut Path<W>,
         cut: &Cut,
-        rank: usize,
+        mut rank: usize,
         removed: &mut dyn FnMut(Entry<V>),
     ) -> Result<(), AllocError> {
-        let (from, to) = path.leaf().touched(rank, cut.first, cut.last);
-        self.edit_at(path, cut, (from, to), removed)
+        loop {
+            let touched = path.leaf().touched(rank, cut.first, cut.last);
+            if self.edit_at(path, cut, touched, removed)? {
+                return Ok(());
+            }
+            // In half of the leaf.
+            rank = path.leaf().rank(cut.first);
+        }
     }
 
-    /// Makes the pages of `cut`, which touches the ranges `from .. to` of the path's leaf first, what it says.
+    /// Makes the pages of `cut`, which touches the ranges `from .. to` of the path's leaf first, what it says; `false` where the
+    /// leaf was split for it, and the edit is to be made in the half that the path leads to now.
     #[inline(always)]
     fn edit_at(
         &self,
@@ -512,16 +519,18 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         cut: &Cut,
         (from, to): (usize, usize),
         removed: &mut dyn FnMut(Entry<V>),
-    ) -> Result<(), AllocError> {
+    ) -> Result<bool, AllocError> {
         let leaf = path.leaf();
         // E1: the pages between the last range of a leaf and its boundary are none, but in the tree's last leaf.
         if to == leaf.count() && cut.last > leaf.end() && !path.is_last() {
-            return self.splice_across(path, from, cut, removed);
+            self.splice_across(path, from, cut, removed)?;
+            return Ok(true);
         }
         self.edit_leaf(path, cut, (from, to), removed)
     }
 
-    /// Makes the pages of `cut`, which touches the ranges `from .. to` of the path's leaf and no other, what it says.
+    /// Makes the pages of `cut`, which touches the ranges `from .. to` of the path's leaf and no other, what it says, as
+    /// [`edit_at`](Self::edit_at).
     #[inline(always)]
     fn edit_leaf(
         &self,
@@ -529,7 +538,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         cut: &Cut,
         (from, to): (usize, usize),
         removed: &mut dyn FnMut(Entry<V>),
-    ) -> Result<(), AllocError> {
+    ) -> Result<bool, AllocError> {
         // SAFETY: E3, E4: the path's nodes are alive, and a leaf that is taken out is kept until its ranges were shown.
         let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
         let leaf = old.leaf();
@@ -550,7 +559,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let has_middle = cut.value.is_some();
         let pieces = usize::from(has_lower) + usize::from(has_middle) + usize::from(has_upper);
         if touched + pieces == 0 {
-            return Ok(());
+            return Ok(true);
         }
         let count = leaf.count() + pieces - touched;
         let enough = pieces >= touched || count >= Node::<W>::LEAF_LOW || path.height() == 1;
@@ -558,10 +567,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             && (!has_upper || leaf.fits_part(cut.last + 1));
         if !(enough && codes && count.wrapping_sub(1) < Node::<W>::RANGES) {
             if codes && count > Node::<W>::RANGES && self.split(path, cut, (from, to))? {
-                // Half of the leaf surely holds the pieces.
-                return self.splice_ranked(path, cut, path.leaf().rank(cut.first), removed);
+                return Ok(false);
             }
-            return self.rebuild_leaf(path, cut, (from, to), removed);
+            self.rebuild_leaf(path, cut, (from, to), removed)?;
+            return Ok(true);
         }
         // The pages between which gaps change, and the gaps there. A rest keeps the gap beside it as it is.
         let mut new_gap = 0;
@@ -660,10 +669,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 self.lower(path, boundary);
             }
         }
-        Ok(())
+        Ok(true)
     }
 
-    /// [`edit_leaf`](Self::edit_leaf), out of line.
+    /// [`edit_leaf`](Self::edit_leaf), to its end.
     #[inline(never)]
     pub(crate) fn edit_merged(
         &self,
@@ -672,7 +681,11 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         touched: (usize, usize),
         removed: &mut dyn FnMut(Entry<V>),
     ) -> Result<(), AllocError> {
-        self.edit_leaf(path, cut, touched, removed)
+        if self.edit_leaf(path, cut, touched, removed)? {
+            return Ok(());
+        }
+        let rank = path.leaf().rank(cut.first);
+        self.splice_ranked(path, cut, rank, removed)
     }
 
     /// The largest gap of a leaf went: what is the largest now?
