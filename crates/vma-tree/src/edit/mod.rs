@@ -14,7 +14,8 @@
 //!
 //! Nothing that a reader can reach changes before that one store, and all memory has been taken before it. So a reader
 //! sees all of an edit or nothing, and an edit that finds no memory has changed nothing. A leaf or an inner node that
-//! overflows or runs low is the same case: its neighbour is drawn into the rebuilding.
+//! overflows or runs low is the same case: its neighbour is drawn into the rebuilding. Where nobody reads meanwhile, a leaf
+//! that overflows is split where it stands, if its parent has room.
 //!
 //! Invariants
 //! - `E1`: the boundary above a leaf that is not the last is the last page of its last range. So a gap lies in one leaf
@@ -30,6 +31,7 @@
 //! Cost: N ranges, height h = log N; in a leaf one descent and at most one node; across leaves O(h) nodes and O(k) for
 //! k ranges removed.
 
+mod general;
 pub(crate) mod leaf;
 mod rebuild;
 mod split;
