@@ -12,7 +12,7 @@
 //! - `I1`: a slab with a free bit is on the list of its fullness as of the last time the lock's holder looked, or on the
 //!   pending stack, or about to be put there by whoever set the bit.
 //! - `I2`: a slab with no free bit, seen under the lock, is on no list. No list of full slabs exists that a search could walk.
-//! - `I3`: dead descriptors are on `dead`, and on no other list.
+//! - `I3`: dead descriptors are on `dead` and on no other list, or their holder's, or given up and on the pending stack (slab I5).
 //! - `I4`: `slabs`, `objects` and `frames` count live slabs, from the first time that the lock's holder sees one until it is retired.
 
 use core::ptr::{self, NonNull};
@@ -172,14 +172,19 @@ impl Depot {
         }
     }
 
-    /// Keeps a dead descriptor for the next slab of the cache (`I3`).
-    ///
-    /// Only one that was retired and not buried yet: a late mention on the pending stack changes nothing.
+    /// Keeps a dead descriptor, which was the caller's, for the next slab of the cache (`I3`).
     pub fn bury(&mut self, slab: &Slab) {
-        if slab.objects() == 0 && slab.bucket.get() == RETIRED {
-            slab.bucket.set(BURIED);
-            slab.next.set(self.dead);
-            self.dead = ptr::from_ref(slab).cast_mut();
+        debug_assert!(slab.objects() == 0);
+        slab.bucket.set(BURIED);
+        slab.next.set(self.dead);
+        self.dead = ptr::from_ref(slab).cast_mut();
+    }
+
+    /// As [`bury`](Self::bury), for what was found on the pending stack: nothing where somebody holds it, it was buried, or it is live. A late
+    /// mention there changes nothing.
+    pub fn bury_given_up(&mut self, slab: &Slab) {
+        if slab.is_given_up() {
+            self.bury(slab);
         }
     }
 

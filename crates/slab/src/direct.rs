@@ -129,7 +129,7 @@ fn take_from_depot<L: kmem_hal::RawLock>(
     NonNull::new(one)
 }
 
-/// Merges and lists what contexts without the lock have freed into, and buries what they had retired.
+/// Merges and lists what contexts without the lock have freed into, and buries what they gave up.
 pub(crate) fn settle<L: kmem_hal::RawLock>(cache: &RawCache<L>, depot: &mut Depot) {
     if !cache.pending.any() {
         return;
@@ -140,6 +140,6 @@ pub(crate) fn settle<L: kmem_hal::RawLock>(cache: &RawCache<L>, depot: &mut Depo
             cache.misuses.fetch_add(twice as u64, Ordering::Relaxed);
             depot.relist(slab);
         }
-        depot.bury(slab);
+        depot.bury_given_up(slab);
     });
 }

@@ -231,7 +231,10 @@ impl<P: Platform> SlabSystem<P> {
                 },
             );
         }
-        self.give_slabs_back(cache, retired, |bury| bury(&mut cache.depot.lock()));
+        self.give_slabs_back(cache, retired, |bury| {
+            bury(&mut cache.depot.lock()); // I1: busy is set
+            true
+        });
     }
 
     /// Replaces each pointer by its slab's descriptor and writes its number there to `numbers`; answers how many are left.

@@ -98,22 +98,23 @@ impl<P: Platform> SlabSystem<P> {
         Ok(slab)
     }
 
-    /// Puts a descriptor without memory where the next slab finds it.
+    /// Puts a descriptor without memory, which is the caller's, where the next slab finds it.
     fn bury(&self, cache: &RawCache<P::Lock>, slab: &Slab) {
-        slab.bucket.set(crate::slab::RETIRED);
         if self.with_depot(cache, |depot| depot.bury(slab)).is_none() {
+            slab.give_up();
             cache.pending.push(slab);
         }
     }
 
-    /// Gives a chain of retired slabs back to the page source; `locked` runs its argument under the depot's lock, if it can.
+    /// Gives a chain of retired slabs back to the page source; `locked` runs its argument under the depot's lock and says `true`, or `false`
+    /// where it cannot.
     ///
     /// Answers how many frames went back.
     pub(crate) fn give_slabs_back(
         &self,
         cache: &RawCache<P::Lock>,
         chain: *mut Slab,
-        locked: impl FnOnce(&mut dyn FnMut(&mut Depot)),
+        locked: impl FnOnce(&mut dyn FnMut(&mut Depot)) -> bool,
     ) -> u64 {
         if chain.is_null() {
             return 0;
@@ -140,15 +141,23 @@ impl<P: Platform> SlabSystem<P> {
             unsafe { block::give_pages(platform, first, pages) };
             frames += pages;
         }
-        locked(&mut |depot| {
-            let mut at = chain;
-            // SAFETY: as above; `bury` changes the link of the one before.
-            while let Some(slab) = unsafe { at.as_ref() } {
-                at = slab.next.get();
-                depot.bury(slab);
-            }
-        });
+        if !locked(&mut |depot| each_of(chain, |slab| depot.bury(slab))) {
+            each_of(chain, |slab| {
+                slab.give_up();
+                cache.pending.push(slab);
+            });
+        }
         frames
+    }
+}
+
+/// Calls `each` with every slab of a chain of retired ones, whose descriptors are then somebody else's.
+fn each_of(chain: *mut Slab, mut each: impl FnMut(&Slab)) {
+    let mut at = chain;
+    // SAFETY: descriptors live as long as their cache; this one's is the holder of the chain until `each` has given it away (slab I5).
+    while let Some(slab) = unsafe { at.as_ref() } {
+        at = slab.next.get();
+        each(slab);
     }
 }
 
@@ -169,4 +178,85 @@ pub fn retire(depot: &mut Depot, keep: usize) -> *mut Slab {
         chain = slab.as_ptr();
     }
     chain
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    extern crate alloc;
+    use super::*;
+    use crate::direct::settle;
+    use crate::geometry::Geometry;
+    use crate::policy::{Plain, Policy};
+    use crate::raw::Setup;
+    use kmem_hal::Spin;
+
+    /// A cache, and a chain of its `COUNT` slabs, retired and without memory.
+    fn chain() -> (RawCache<Spin>, [&'static Slab; COUNT], *mut Slab) {
+        let setup = Setup {
+            name: "chain",
+            geometry: Geometry::new(64, 8).unwrap(),
+            stable: false,
+            hooks: None,
+            features: Plain::FEATURES,
+        };
+        let cache = RawCache::new(setup, ptr::null(), 0, ptr::null());
+        let slabs = core::array::from_fn(|_| {
+            let slab: &Slab = alloc::boxed::Box::leak(alloc::boxed::Box::new(Slab::new(
+                ptr::null_mut(),
+                ptr::null_mut(),
+            )));
+            slab.set_memory(ptr::null_mut(), 1, 8);
+            slab.release_from(0);
+            cache.depot.lock().relist(slab);
+            slab
+        });
+        let chain = retire(&mut cache.depot.lock(), 0);
+        each_of(chain, Slab::clear_memory);
+        (cache, slabs, chain)
+    }
+
+    const COUNT: usize = 4;
+
+    /// A note that a context without the lock left late, and the lock's next holder, on another CPU.
+    fn late_note(cache: &RawCache<Spin>, slab: &Slab) {
+        cache.pending.push(slab);
+        settle(cache, &mut cache.depot.lock());
+    }
+
+    fn buried(cache: &RawCache<Spin>) -> usize {
+        let mut depot = cache.depot.lock();
+        settle(cache, &mut depot);
+        core::iter::from_fn(|| depot.exhume())
+            .take(2 * COUNT)
+            .count()
+    }
+
+    #[test]
+    fn a_late_note_does_not_cut_the_chain_that_its_slab_is_in() {
+        for late in 0..COUNT {
+            let (cache, slabs, chain) = chain();
+            late_note(&cache, slabs[late]);
+            each_of(chain, |slab| cache.depot.lock().bury(slab));
+            late_note(&cache, slabs[late]);
+            assert_eq!(buried(&cache), COUNT, "late {late}");
+        }
+    }
+
+    #[test]
+    fn a_chain_is_buried_where_its_holder_cannot_have_the_lock() {
+        for late in 0..COUNT {
+            let (cache, slabs, chain) = chain();
+            late_note(&cache, slabs[late]);
+            each_of(chain, |slab| {
+                slab.give_up();
+                // Another note may come first, and what was given up be used again at once.
+                if ptr::eq(slab, slabs[late]) {
+                    late_note(&cache, slab);
+                    assert!(cache.depot.lock().exhume().is_some());
+                }
+                cache.pending.push(slab);
+            });
+            assert_eq!(buried(&cache), COUNT - 1, "late {late}");
+        }
+    }
 }

@@ -47,7 +47,7 @@ impl<P: Platform> SlabSystem<P> {
             return 0;
         };
         self.give_slabs_back(cache, chain, |bury| {
-            self.with_depot(cache, |depot| bury(depot));
+            self.with_depot(cache, |depot| bury(depot)).is_some()
         })
     }
 

@@ -23,12 +23,14 @@
 //!   written before the first bit is set (release), read after a bit was cleared (acquire).
 //! - `I4`: a descriptor belongs to one cache until that cache is destroyed (type-stable): a context without the lock may
 //!   look at a dead one and finds no bit.
-//! - `I5`: list links, `bucket` and `free` belong to the holder of the depot's lock; `free` counts the set bits of `bits`.
+//! - `I5`: list links, `bucket` and `free` belong to the holder of the depot's lock; `free` counts the set bits of `bits`. The links and
+//!   `bucket` of a retired slab, and of a descriptor on its way to new memory, belong to whoever took it out, until that one buries it
+//!   under the lock or gives it up.
 //!
 //! Costs: taking or giving any number of objects under the lock is no locked instruction of its own; without it, one a word.
 
 use kmem_hal::sync::{
-    AtomicBool, AtomicPtr, AtomicU64, LocalPtr, LocalU8, LocalU16, LocalU64, Ordering,
+    AtomicBool, AtomicPtr, AtomicU64, LocalPtr, LocalU8, LocalU16, LocalU64, Ordering, fence,
 };
 
 /// Words of free bits in a descriptor.
@@ -106,8 +108,11 @@ pub const UNLISTED: u8 = 0xff;
 /// `bucket` of a slab that the depot has not counted yet.
 pub const NEW: u8 = 0xfc;
 
-/// `bucket` of a slab whose memory is on its way back to the page source.
+/// `bucket` of a slab that whoever emptied it has in a chain: its memory is on its way back to the page source.
 pub const RETIRED: u8 = 0xfe;
+
+/// `bucket` of a descriptor without memory, given up by its holder, who could not have the lock: to be buried by who finds it.
+const GIVEN_UP: u8 = 0xfb;
 
 /// `bucket` of a dead descriptor that waits for its next slab.
 pub const BURIED: u8 = 0xfd;
@@ -212,6 +217,22 @@ impl Slab {
     /// Makes the descriptor dead; the caller has claimed every object.
     pub fn clear_memory(&self) {
         self.objects.set(0);
+    }
+
+    /// Gives a descriptor without memory up, without the lock (`I5`): whoever has the lock and finds it buries it.
+    pub fn give_up(&self) {
+        // What the holder read of the links comes before the write of whoever buries it.
+        fence(Ordering::Release);
+        self.bucket.set(GIVEN_UP);
+    }
+
+    /// Whether the descriptor is to be buried by the caller, who has the depot's lock.
+    pub fn is_given_up(&self) -> bool {
+        let given_up = self.bucket.get() == GIVEN_UP;
+        if given_up {
+            fence(Ordering::Acquire);
+        }
+        given_up
     }
 
     /// Objects number `first` and above belong to the slab from now on. Under the depot's lock.
