@@ -312,7 +312,14 @@ unsafe impl<T, const N: usize> ObjectAlloc<T> for FixedPool<T, N> {
 ///
 /// - `V1`: memory that was given is valid for `size` bytes, aligned to `align`, and given to nobody else until freed.
 /// - `V2`: `contains` is true exactly for the addresses of memory that was given and not freed.
+/// - `V3`: where `in_any_context` says `true`, every call works in interrupts and NMIs, whatever they interrupted.
 pub unsafe trait LargeSource {
+    /// Whether memory may be taken and given back in any context, or only in tasks, as is true of what maps memory. Once `true`, always `true`.
+    #[inline]
+    fn in_any_context(&self) -> bool {
+        false
+    }
+
     /// `size` bytes aligned to `align` (a power of two).
     ///
     /// # Errors
@@ -341,8 +348,12 @@ pub unsafe trait LargeSource {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct NoLarge;
 
-// SAFETY: V1, V2: nothing is ever given.
+// SAFETY: V1 to V3: nothing is ever given.
 unsafe impl LargeSource for NoLarge {
+    #[inline]
+    fn in_any_context(&self) -> bool {
+        true
+    }
     fn alloc_large(&self, _size: usize, _align: usize) -> Result<NonNull<u8>, AllocError> {
         Err(AllocError::Unsatisfiable)
     }

@@ -40,8 +40,13 @@ impl Ranges {
     }
 }
 
-// SAFETY: V1: a range of frames that the allocator gave; V2: the slots of heads say `Vmalloc` exactly while they are out.
+// SAFETY: V1: a range of frames that the allocator gave; V2: the slots of heads say `Vmalloc` exactly while they are out; V3: the
+// page-frame allocator's ranges are taken and given back in any context.
 unsafe impl LargeSource for Ranges {
+    fn in_any_context(&self) -> bool {
+        true
+    }
+
     fn alloc_large(&self, size: usize, align: usize) -> Result<NonNull<u8>, AllocError> {
         if size as u64 <= Order::MAX_BUDDY.bytes() {
             return Err(AllocError::Unsatisfiable);

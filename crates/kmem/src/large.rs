@@ -53,8 +53,12 @@ impl<V> Default for LateLarge<V> {
     }
 }
 
-// SAFETY: V1, V2: the source's, which is the same for ever; before it is there nothing is given.
+// SAFETY: V1 to V3: the source's, which is the same for ever; before it is there nothing is given.
 unsafe impl<V: LargeSource> LargeSource for &'static LateLarge<V> {
+    fn in_any_context(&self) -> bool {
+        self.get().is_some_and(LargeSource::in_any_context)
+    }
+
     fn alloc_large(&self, size: usize, align: usize) -> Result<NonNull<u8>, AllocError> {
         match self.get() {
             Some(source) => source.alloc_large(size, align),

@@ -19,7 +19,13 @@ fn sizes_beyond_the_caches_are_vmallocs() {
     assert!(!vmalloc.contains(small.as_ptr()));
     let before = free();
     // Larger than any run of frames that an allocator of order 10 could give.
-    let large = slab.kmalloc(9 << 20, Flags::empty()).unwrap();
+    // vmalloc is for tasks: whoever may be in an interrupt does not get there.
+    assert!(slab.kmalloc(9 << 20, Flags::empty()).is_err());
+    let block = slab.kmalloc(1 << 20, Flags::empty()).unwrap();
+    assert!(!vmalloc.contains(block.as_ptr()));
+    // SAFETY: given above.
+    unsafe { slab.kfree(block.as_ptr()) };
+    let large = slab.kmalloc(9 << 20, Flags::MAY_WAIT).unwrap();
     assert!(vmalloc.contains(large.as_ptr()));
     assert!((&LARGE).contains(large.as_ptr()));
     assert_eq!(slab.ksize(large), Some(9 << 20));
@@ -38,7 +44,7 @@ fn sizes_beyond_the_caches_are_vmallocs() {
     assert!(before - free() <= 16, "{} frames are gone", before - free());
 
     // No memory for it: refused, nothing is left.
-    assert!(slab.kmalloc(1 << 30, Flags::empty()).is_err());
+    assert!(slab.kmalloc(1 << 30, Flags::MAY_WAIT).is_err());
     assert_eq!(vmalloc.used(), (0, 0));
     assert!(!LARGE.set(vmalloc), "it is set once");
 }

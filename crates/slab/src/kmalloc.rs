@@ -102,7 +102,8 @@ fn dangling(align: usize) -> NonNull<u8> {
 impl<P: Platform> SlabSystem<P> {
     /// `size` bytes, aligned to 8, and to `size` itself where that is a power of two up to a page.
     ///
-    /// Zero bytes are served as one.
+    /// Zero bytes are served as one. Sizes above 8 KiB may come from the large source, if that works in any context or the flags say that
+    /// the caller may wait; those above 4 MiB come from nowhere else.
     ///
     /// # Errors
     ///
@@ -199,7 +200,11 @@ impl<P: Platform> SlabSystem<P> {
         if !turn.is_multiple_of(u64::from(Self::FEATURES.sample)) || size > page || align > page {
             return None;
         }
-        let memory = self.platform()?.large().alloc_large(page, page).ok()?;
+        let platform = self.platform()?;
+        if !self.may_ask_large(platform, flags.request().context) {
+            return None;
+        }
+        let memory = platform.large().alloc_large(page, page).ok()?;
         // SAFETY: inside the page, which belongs to this call.
         let object = unsafe { memory.add((page - size) & !(align - 1)) };
         if flags.contains(Flags::ZERO) {
@@ -274,6 +279,9 @@ impl<P: Platform> SlabSystem<P> {
     }
 
     /// Frees memory by its pointer alone. Null is nothing.
+    ///
+    /// In any context, except for what a large source gave that is for tasks only, as vmalloc is: only sizes above 8 KiB that were allocated
+    /// with a flag that allows waiting (and, under [`Guard`](crate::Guard), any size) can lie there.
     ///
     /// # Safety
     ///
@@ -417,6 +425,8 @@ impl<P: Platform> SlabSystem<P> {
     }
 
     /// `GlobalAlloc::alloc`: memory for `layout`, null where there is none or before `init`.
+    ///
+    /// As without flags, from any context: above 4 MiB only from a large source that works in any.
     #[inline]
     pub fn alloc(&self, layout: Layout) -> *mut u8 {
         match self.kmalloc_layout(layout, Flags::empty()) {

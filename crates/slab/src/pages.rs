@@ -5,6 +5,9 @@
 //!   64 KiB < size              the large source, then pages (up to 4 MiB)
 //! ```
 //!
+//! A large source that is for tasks (vmalloc) is asked only where the flags say that the caller may wait. So what was allocated without such
+//! a flag never comes from there, and can be freed in any context.
+//!
 //! Pages are taken as a power of two and the frames beyond the size go back at once (Linux's `alloc_pages_exact`), so 9 KiB cost
 //! 12 KiB and not 16.
 //!
@@ -16,7 +19,7 @@ use core::ptr::NonNull;
 
 use kmem_hal::sync::Ordering;
 use kmem_hal::{
-    AllocError, Frame, FrameRequest, FrameTag, LargeSource, NodePolicy, Order, PAGE_SIZE,
+    AllocError, Context, Frame, FrameRequest, FrameTag, LargeSource, NodePolicy, Order, PAGE_SIZE,
 };
 
 use crate::block;
@@ -53,13 +56,18 @@ impl<P: Platform> SlabSystem<P> {
             }
             Ok(memory)
         };
-        if limited {
+        if limited || !self.may_ask_large(platform, request.context) {
             pages()
         } else if size <= PAGES_FIRST {
             pages().or_else(|refused| large().map_err(|_: AllocError| refused))
         } else {
             large().or_else(|_| pages())
         }
+    }
+
+    /// Whether a caller in this context may be served by the large source.
+    pub(crate) fn may_ask_large(&self, platform: &P, context: Context) -> bool {
+        context != Context::Atomic || platform.large().in_any_context()
     }
 
     fn alloc_pages(

@@ -11,7 +11,7 @@
 //! | [`Quarantine<N>`](Quarantine) | more of what `Check` and `Poison` find: the last `N` freed objects of each cache wait before they are given again | a lock a free |
 //! | [`Shuffle`] | nothing; makes the order of addresses hard to guess | a swap an object at each refill |
 //! | [`Owner`] | who allocated what is still there: cache, size and source line | 24 bytes an object |
-//! | [`Guard<EVERY>`](Guard) | out-of-bounds accesses of one in `EVERY` allocations, by a page fault | an allocation from the large source for each of them |
+//! | [`Guard<EVERY>`](Guard) | out-of-bounds accesses of one in `EVERY` allocations, by a page fault | an allocation from the large source for each of them; where that is for tasks, only of those whose flags allow waiting, which are then freed in tasks |
 //!
 //! `Redzone`, `Poison`, `Quarantine` and `Owner` check as well.
 //!

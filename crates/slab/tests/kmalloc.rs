@@ -8,8 +8,8 @@ use std::sync::Mutex;
 
 use common::{Arena, System, ThreadCpu, parts, system};
 use kmem_hal::{
-    AllocError, FrameRequest, FrameSink, FrameSource, NodeId, NodePolicy, OwnedFrame, Pressure,
-    PressureLevel, Spin,
+    AllocError, FrameRequest, FrameSink, FrameSource, LargeSource, NodeId, NodePolicy, OwnedFrame,
+    Pressure, PressureLevel, Spin,
 };
 use kmem_slab::{CLASSES, Flags, Geometry, InitError, Parts, SlabSystem, class_size};
 
@@ -373,4 +373,94 @@ fn short_memory_brings_out_what_caches_hold() {
     assert!(told(PressureLevel::Refusing));
     assert!(arena.used() < held);
     assert!(!told(PressureLevel::Refusing), "nothing more is there");
+}
+
+/// A large source of the host's heap; one for tasks only counts who asks it.
+struct Heap {
+    in_any_context: bool,
+    given: Mutex<Vec<(usize, Layout)>>,
+}
+
+// SAFETY: V1 to V3: the host's heap gives each area once, in any context that a test has.
+unsafe impl LargeSource for &'static Heap {
+    fn in_any_context(&self) -> bool {
+        self.in_any_context
+    }
+    fn alloc_large(&self, size: usize, _align: usize) -> Result<NonNull<u8>, AllocError> {
+        let layout = Layout::from_size_align(size, 4096).unwrap();
+        // SAFETY: the layout is not empty.
+        let memory = NonNull::new(unsafe { std::alloc::alloc(layout) }).unwrap();
+        let mut given = self.given.lock().unwrap();
+        given.push((memory.as_ptr().expose_provenance(), layout));
+        Ok(memory)
+    }
+    unsafe fn free_large(&self, memory: NonNull<u8>) {
+        let mut given = self.given.lock().unwrap();
+        let at = given
+            .iter()
+            .position(|area| area.0 == memory.as_ptr().addr());
+        let (_, layout) = given.swap_remove(at.expect("an area that was given"));
+        // SAFETY: from `alloc_large`, and only once.
+        unsafe { std::alloc::dealloc(memory.as_ptr(), layout) };
+    }
+    fn contains(&self, address: *const u8) -> bool {
+        let given = self.given.lock().unwrap();
+        let inside =
+            |area: &(usize, Layout)| (area.0..area.0 + area.1.size()).contains(&address.addr());
+        given.iter().any(inside)
+    }
+    fn size_of(&self, memory: NonNull<u8>) -> Option<usize> {
+        let given = self.given.lock().unwrap();
+        let area = given.iter().find(|area| area.0 == memory.as_ptr().addr())?;
+        Some(area.1.size())
+    }
+}
+
+#[test]
+fn a_large_source_for_tasks_is_asked_only_by_who_may_wait() {
+    for in_any_context in [false, true] {
+        let arena = Arena::new(2048);
+        let heap: &'static Heap = Box::leak(Box::new(Heap {
+            in_any_context,
+            given: Mutex::default(),
+        }));
+        let mut system = SlabSystem::new();
+        // SAFETY: map and table cover the arena.
+        let parts: Parts<_, _, _, Spin, _, _> =
+            unsafe { Parts::with_large(arena, arena.map(), ThreadCpu(1), arena.table, heap) };
+        system.init(parts).unwrap();
+        let asked = |size, flags| {
+            let served = system.kmalloc(size, flags);
+            let asked = heap.given.lock().unwrap().len();
+            if let Ok(memory) = served {
+                // SAFETY: allocated above.
+                unsafe { system.kfree(memory.as_ptr()) };
+            }
+            (served.is_ok(), asked == 1)
+        };
+        for flags in [Flags::MAY_WAIT, Flags::NO_IO, Flags::NO_RECLAIM] {
+            assert_eq!(asked(100 << 10, flags), (true, true));
+            assert_eq!(asked(5 << 20, flags), (true, true));
+        }
+        for flags in [Flags::empty(), Flags::RESERVE | Flags::ZERO] {
+            assert_eq!(asked(100 << 10, flags), (true, in_any_context));
+            assert_eq!(asked(5 << 20, flags), (in_any_context, in_any_context));
+        }
+        // No page is left: the source is the way out only for who may ask it.
+        let mut held = Vec::new();
+        while let Ok(memory) = system.kmalloc_node(4096, Flags::NO_WARN, NodePolicy::Interleave) {
+            held.push(memory);
+        }
+        assert_eq!(asked(9 << 10, Flags::MAY_WAIT), (true, true));
+        assert_eq!(
+            asked(9 << 10, Flags::empty()),
+            (in_any_context, in_any_context)
+        );
+        for memory in held {
+            // SAFETY: allocated above.
+            unsafe { system.kfree(memory.as_ptr()) };
+        }
+        system.teardown().unwrap();
+        assert_eq!(arena.used(), 0);
+    }
 }

@@ -27,8 +27,11 @@ struct Hardened<H> {
 /// Pages of the host's heap, as a large source.
 struct Pages(Mutex<Vec<usize>>);
 
-// SAFETY: V1, V2: the host's heap gives each page once.
+// SAFETY: V1 to V3: the host's heap gives each page once.
 unsafe impl LargeSource for Pages {
+    fn in_any_context(&self) -> bool {
+        true
+    }
     fn alloc_large(&self, size: usize, _align: usize) -> Result<NonNull<u8>, AllocError> {
         if size > 4096 {
             return Err(AllocError::OutOfMemory);

@@ -235,8 +235,11 @@ unsafe impl<T, A: ObjectAlloc<T>> ObjectAlloc<T> for Failing<'_, A> {
     }
 }
 
-// SAFETY: V1, V2 are the wrapped source's.
+// SAFETY: V1 to V3 are the wrapped source's.
 unsafe impl<L: LargeSource> LargeSource for Failing<'_, L> {
+    fn in_any_context(&self) -> bool {
+        self.inner.in_any_context()
+    }
     fn alloc_large(&self, size: usize, align: usize) -> Result<NonNull<u8>, AllocError> {
         self.allocate()?;
         self.inner.alloc_large(size, align)
