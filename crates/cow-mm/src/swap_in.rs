@@ -136,28 +136,24 @@ impl<'m, E: Env> Mm<'m, E> {
                 false
             });
         let outcome = match entered {
-            true => self.read_entered(entry, frame).map(Some),
+            true => self.read_entered(entry, frame),
             false => Ok(None),
         };
         self.put_reference(frame);
         outcome
     }
 
-    /// Starts reading a page that was put into the cache, to which the caller holds a reference; where that fails it leaves the cache.
-    fn read_entered(&self, entry: SwapEntry, frame: Frame) -> Result<Started, Errno> {
-        match self.start_transfer(entry, frame, false) {
-            Ok(Started::Busy(ticket)) => {
-                self.leave_cache(entry, frame);
-                Ok(Started::Busy(ticket))
-            }
-            Ok(started) => {
-                self.count(|counts| &counts.swapped_in);
-                Ok(started)
-            }
-            Err(error) => {
-                self.leave_cache(entry, frame);
-                Err(error)
-            }
+    /// Starts reading a page that was put into the cache, to which the caller holds a reference. Where that fails it leaves the cache; where
+    /// it had left that already, as the slot was given up meanwhile, the failure is nobody's: look again.
+    fn read_entered(&self, entry: SwapEntry, frame: Frame) -> Result<Option<Started>, Errno> {
+        let started = self.start_transfer(entry, frame, false);
+        if let Ok(Started::Done | Started::Pending(_)) = started {
+            self.count(|counts| &counts.swapped_in);
+            return started.map(Some);
+        }
+        match self.leave_cache(entry, frame) {
+            true => started.map(Some),
+            false => Ok(None),
         }
     }
 
