@@ -25,6 +25,7 @@
 //! - `I3`: tags in a queue ascend, so the front is the oldest.
 //! - `I4`: a call is made outside every lock, once, by whoever took it out of its queue.
 //! - `I5`: a CPU that has no area yet counts its readers in `strays`, and the epoch stands still while there are any.
+//! - `I6`: an area is that of one value: `init` takes only areas that none has taken before.
 //!
 //! # What a reader pays
 //!
@@ -56,8 +57,8 @@ use super::{Deferred, Grace};
 use crate::cpu::{Cpu, Pinned};
 use crate::lock::{IrqSafe, Lock, RawLock};
 use crate::sync::{
-    AtomicPtr, AtomicU64, AtomicUsize, CachePadded, LocalBool, LocalU32, Ordering, compiler_fence,
-    fence, spin_loop,
+    AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, CachePadded, LocalBool, LocalU32, Ordering,
+    compiler_fence, fence, spin_loop,
 };
 
 /// What a CPU tells the others about its readers.
@@ -152,33 +153,29 @@ struct Queue<const Q: usize> {
 impl<const Q: usize> Queue<Q> {
     const fn new() -> Self {
         Self {
-            calls: [None; Q],
+            calls: [const { None }; Q],
             front: 0,
             len: 0,
         }
     }
 
-    fn push(&mut self, tag: u64, call: Deferred) -> bool {
+    /// Adds a call; gives it back where there is no room.
+    fn push(&mut self, tag: u64, call: Deferred) -> Result<(), Deferred> {
         if self.len == Q {
-            return false;
+            return Err(call);
         }
         self.calls[(self.front + self.len) % Q] = Some((tag, call));
         self.len += 1;
-        true
+        Ok(())
     }
 
     /// The oldest call, if its tag is at most `tag`.
     fn pop(&mut self, tag: u64) -> Option<Deferred> {
         let place = self.calls.get_mut(self.front)?;
-        match *place {
-            Some((found, call)) if found <= tag => {
-                *place = None;
-                self.front = (self.front + 1) % Q;
-                self.len -= 1;
-                Some(call)
-            }
-            _ => None,
-        }
+        let (_, call) = place.take_if(|(found, _)| *found <= tag)?;
+        self.front = (self.front + 1) % Q;
+        self.len -= 1;
+        Some(call)
     }
 }
 
@@ -189,6 +186,8 @@ pub struct EpochArea<L = IrqSafe, const Q: usize = 32> {
     queue: Lock<Queue<Q>, L>,
     /// Calls queued, as a hint that needs no lock.
     queued: AtomicUsize,
+    /// Whether a value has the area (`I6`).
+    taken: AtomicBool,
 }
 
 impl<L: RawLock, const Q: usize> EpochArea<L, Q> {
@@ -199,6 +198,7 @@ impl<L: RawLock, const Q: usize> EpochArea<L, Q> {
                 announcement: CachePadded::new(Announcement::new()),
                 queue: Lock::new(Queue::new()),
                 queued: AtomicUsize::new(0),
+                taken: AtomicBool::new(false),
             }
         }
     }
@@ -320,10 +320,11 @@ impl<'m, C: Cpu, L: RawLock, const Q: usize, B: Barrier> EpochGrace<'m, C, L, Q,
         Plant::Nothing
     }
 
-    /// Gives the CPUs `0..areas.len()` an area each. Only the first call has an effect.
+    /// Gives the CPUs `0..areas.len()` an area each; gives how many got one. Only the first call has an effect.
     ///
-    /// CPUs beyond the end go on without one: correct, slower, and they delay each other.
-    pub fn init(&self, areas: &'m [CachePadded<EpochArea<L, Q>>]) {
+    /// An area serves one value for ever: one that another has been given is not taken, nor are those behind it. CPUs without one go
+    /// on all the same: correct, slower, and they delay each other.
+    pub fn init(&self, areas: &'m [CachePadded<EpochArea<L, Q>>]) -> usize {
         let first = areas.as_ptr().cast_mut();
         let given = self.areas.compare_exchange(
             ptr::null_mut(),
@@ -331,9 +332,14 @@ impl<'m, C: Cpu, L: RawLock, const Q: usize, B: Barrier> EpochGrace<'m, C, L, Q,
             Ordering::Relaxed,
             Ordering::Relaxed,
         );
-        if given.is_ok() {
-            self.count.store(areas.len(), Ordering::Release);
+        if given.is_err() {
+            return 0;
         }
+        let untaken =
+            |area: &&CachePadded<EpochArea<L, Q>>| !area.taken.swap(true, Ordering::AcqRel);
+        let count = areas.iter().take_while(untaken).count();
+        self.count.store(count, Ordering::Release);
+        count
     }
 
     /// The CPUs that the value serves.
@@ -524,9 +530,7 @@ unsafe impl<'m, C: Cpu, L: RawLock, const Q: usize, B: Barrier> Grace
         // The unlinking comes before the epoch is read.
         fence(Ordering::SeqCst);
         let tag = self.epoch.load(Ordering::Relaxed);
-        if !queue.push(tag, call) {
-            return Err(call);
-        }
+        queue.push(tag, call)?;
         area.queued.store(queue.len, Ordering::Release);
         Ok(())
     }

@@ -26,8 +26,8 @@ pub use single::{SingleGrace, SingleGuard};
 
 /// A call that waits for a grace period: what to reclaim, and how.
 ///
-/// Two words and a function; no memory is needed to defer one.
-#[derive(Clone, Copy, Debug)]
+/// Two words and a function; no memory is needed to defer one. It is made once, so it cannot be copied.
+#[derive(Debug)]
 pub struct Deferred {
     run: unsafe fn(context: *const (), object: NonNull<()>),
     context: *const (),

@@ -38,7 +38,7 @@ impl SingleGrace {
             Self {
                 depth: LocalUsize::new(0),
                 queued: LocalUsize::new(0),
-                queue: UnsafeCell::new([None; QUEUE]),
+                queue: UnsafeCell::new([const { None }; QUEUE]),
             }
         }
     }

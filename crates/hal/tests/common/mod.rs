@@ -398,8 +398,15 @@ pub fn graces(ops: &[GraceOp]) {
     let epoch = EpochGrace::<_, Spin, 4>::new(cpu);
     // Without an area first, and then with one.
     one_grace(&epoch, &ops[..ops.len() / 2]);
-    epoch.init(&areas);
+    assert_eq!(epoch.init(&areas), 1);
+    assert_eq!(epoch.init(&areas), 0, "only the first call has an effect");
+    // The area is the first value's: another goes on without one.
+    let other = EpochGrace::<_, Spin, 4>::new(cpu);
+    assert_eq!(other.init(&areas), 0, "two values share an area");
+    let reading = other.read();
     one_grace(&epoch, ops);
+    drop(reading);
+    one_grace(&other, ops);
 }
 
 const RANKS: [Rank; 11] = [
