@@ -182,7 +182,8 @@ fn ioremap(kernel: &'static Kernel) -> impl Competitor {
 }
 
 fn stacks(kernel: &'static Kernel) -> impl Competitor {
-    let slots: &'static [StackSlots] = Box::leak(Box::new([StackSlots::new(), StackSlots::new()]));
+    let slots: &'static mut [StackSlots] =
+        Box::leak(Box::new([StackSlots::new(), StackSlots::new()]));
     let cache = StackCache::new(kernel, ThreadCpus::all(), slots, 4);
     move |_: u64, watch: &mut Watch| {
         let mut sum = 0;

@@ -92,12 +92,29 @@ pub struct StackCache<
 impl<'v, 'a, F: Format, E: Env, T: ObjectAlloc<Node>, L: RawLock, C: Cpu, const N: usize>
     StackCache<'v, 'a, F, E, T, L, C, N>
 {
-    /// Stacks of `pages` pages; `slots` has one entry for each CPU that keeps some.
+    /// Stacks of `pages` pages; `slots` has one entry for each CPU that keeps some, and serves this cache alone (`S1`):
+    ///
+    /// ```compile_fail,E0499
+    /// use kmem_hal::{Cpu, ObjectAlloc, RawLock};
+    /// use kmem_paging::{Env, format::Format};
+    /// use kmem_vma_tree::Node;
+    /// use kmem_vmalloc::{StackCache, StackSlots, Vmalloc};
+    ///
+    /// fn two<'v, 'a, F: Format, E: Env, T: ObjectAlloc<Node>, L: RawLock, C: Cpu + Copy>(
+    ///     source: &'v Vmalloc<'a, F, E, T, L>,
+    ///     cpu: C,
+    ///     slots: &'v mut [StackSlots],
+    /// ) {
+    ///     let small = StackCache::new(source, cpu, slots, 2);
+    ///     let large = StackCache::new(source, cpu, slots, 4); // would hand out the small ones
+    ///     drop((small, large));
+    /// }
+    /// ```
     #[must_use]
     pub fn new(
         source: &'v Vmalloc<'a, F, E, T, L>,
         cpu: C,
-        slots: &'v [StackSlots<N>],
+        slots: &'v mut [StackSlots<N>],
         pages: u64,
     ) -> Self {
         Self {

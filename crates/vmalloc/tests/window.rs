@@ -355,8 +355,8 @@ fn dma_buffers_are_contiguous_and_in_reach_of_the_device() {
 #[test]
 fn stacks_are_kept_and_given_back_under_pressure() {
     on_machine(256, |machine, vmalloc, _| {
-        let slots: [StackSlots<2>; 2] = [StackSlots::new(), StackSlots::new()];
-        let stacks = StackCache::new(vmalloc, machine, &slots, 4);
+        let mut slots: [StackSlots<2>; 2] = [StackSlots::new(), StackSlots::new()];
+        let stacks = StackCache::new(vmalloc, machine, &mut slots, 4);
         let tops: Vec<_> = (0..3).map(|_| stacks.alloc().unwrap()).collect();
         let before = machine.stats().interrupts;
         for top in &tops {
@@ -395,8 +395,8 @@ fn stacks_are_kept_and_given_back_under_pressure() {
 #[test]
 fn a_stack_of_another_cpu_is_better_than_none() {
     on_machine(7, |machine, vmalloc, _| {
-        let slots: [StackSlots<1>; 2] = [StackSlots::new(), StackSlots::new()];
-        let stacks = StackCache::new(vmalloc, machine, &slots, 4);
+        let mut slots: [StackSlots<1>; 2] = [StackSlots::new(), StackSlots::new()];
+        let stacks = StackCache::new(vmalloc, machine, &mut slots, 4);
         let top = stacks.alloc().unwrap();
         assert_eq!(stacks.alloc(), Err(VmallocError::NoSpace));
         stacks.free(top).unwrap();
