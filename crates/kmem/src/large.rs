@@ -9,6 +9,7 @@
 //! is given a place in which vmalloc appears later; before that large sizes are refused as they are without vmalloc.
 
 use core::fmt;
+use core::marker::PhantomData;
 use core::ptr::NonNull;
 
 use kmem_hal::sync::{AtomicPtr, Ordering};
@@ -17,14 +18,26 @@ use kmem_hal::{AllocError, LargeSource};
 /// A [`LargeSource`] that is set once, later.
 ///
 /// The tests of this crate show the whole order: `tests/kvmalloc.rs`.
+///
+/// Whoever has the place has the source, so that it is shared between CPUs only where the source may be:
+///
+/// ```
+/// fn shared<T: Sync + Send>() {}
+/// shared::<kmem::LateLarge<kmem_hal::NoLarge>>();
+/// ```
+///
+/// ```compile_fail,E0277
+/// fn shared<T: Sync>() {}
+/// shared::<kmem::LateLarge<core::cell::Cell<u8>>>();
+/// ```
 #[doc(alias = "kvmalloc")]
-pub struct LateLarge<V: 'static>(AtomicPtr<V>);
+pub struct LateLarge<V: 'static>(AtomicPtr<V>, PhantomData<&'static V>);
 
 impl<V> LateLarge<V> {
     kmem_hal::const_new! {
         /// A place without a source.
         pub fn new() -> Self {
-            Self(AtomicPtr::new(core::ptr::null_mut()))
+            Self(AtomicPtr::new(core::ptr::null_mut()), PhantomData)
         }
     }
 
