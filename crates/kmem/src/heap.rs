@@ -60,6 +60,10 @@ impl Heap {
         map: &mut BootMap<N>,
         offset: usize,
     ) -> Result<(), InitError> {
+        // Before the memory's offset is touched: a heap that works goes on to.
+        if self.memory.frames().is_initialised() {
+            return Err(InitError::Frames(kmem_buddy::InitError::Twice));
+        }
         let end = map.present().last().map_or(0, |run| run.end_number());
         // SAFETY: P1 and P2 for the memory of the map by contract; other addresses are never accessed.
         unsafe { self.memory.frames().memory().set(offset, end) };

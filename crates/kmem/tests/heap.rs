@@ -4,7 +4,7 @@ use std::alloc::{GlobalAlloc, Layout};
 
 use kmem::boot::{E820Entry, PvhEntry, e820, pvh, raw};
 use kmem::{
-    AllocError, BootMap, FrameRequest, FrameSink, FrameSource, Heap, InitError, PhysAddr,
+    AllocError, BootMap, FrameRequest, FrameSink, FrameSource, Heap, InitError, PhysAddr, PhysMap,
     RegionKind,
 };
 
@@ -120,6 +120,14 @@ fn a_machine_without_memory_is_an_error_in_words() {
     let offset = arena(8);
     // SAFETY: as in the other test.
     unsafe { HEAP.init(&mut map(8), offset) }.unwrap();
+    // Once it works it goes on as it is: memory is where it was.
+    let memory = HEAP.memory().frames().memory();
+    let frame = kmem_hal::PhysAddr::new(0x30_0000);
+    let (pointer, reach) = (memory.to_ptr(frame), memory.reach());
+    // SAFETY: refused before the memory is looked at.
+    let error = unsafe { HEAP.init(&mut map(16), offset ^ 0x1000) }.unwrap_err();
+    assert!(error.to_string().contains("initialised already"), "{error}");
+    assert_eq!((memory.to_ptr(frame), memory.reach()), (pointer, reach));
 }
 
 #[test]
