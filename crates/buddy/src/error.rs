@@ -24,6 +24,11 @@ pub enum InitError {
         /// Frames that it spans.
         frames: u64,
     },
+    /// More CPUs than a [`CpuSet`](kmem_hal::CpuSet) can name: their caches could not be emptied.
+    TooManyCpus {
+        /// What `Cpu::count` says.
+        count: u32,
+    },
     /// More zones or page blocks than this build can number.
     TooMany {
         /// How many.
@@ -41,6 +46,9 @@ impl fmt::Display for InitError {
             }
             Self::ZoneTooLarge { frames } => {
                 write!(f, "a zone of {frames:#x} frames: more than 2^32")
+            }
+            Self::TooManyCpus { count } => {
+                write!(f, "{count} CPUs: more than {}", kmem_hal::CpuSet::CAPACITY)
             }
             Self::TooMany { count } => write!(f, "{count} zones or page blocks"),
         }

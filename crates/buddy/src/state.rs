@@ -13,7 +13,7 @@ use kmem_hal::sync::{
     AtomicPtr, AtomicU8, AtomicU32, AtomicU64, CachePadded, LocalBool, Ordering, fence, spin_loop,
 };
 use kmem_hal::{
-    CpuId, Frame, FrameRange, Lock, Mobility, NodeId, PAGE_SIZE, PhysAddr, PhysMap, RawLock,
+    CpuId, CpuSet, Frame, FrameRange, Lock, Mobility, NodeId, PAGE_SIZE, PhysAddr, PhysMap, RawLock,
 };
 
 use crate::boot::{BootMap, EarlyAllocator, Reservation};
@@ -352,6 +352,9 @@ fn plan<const N: usize, L: RawLock + 'static>(
     config: &Config,
     cpus: u32,
 ) -> Result<Plan, InitError> {
+    if cpus > CpuSet::CAPACITY {
+        return Err(InitError::TooManyCpus { count: cpus });
+    }
     let nodes = map.node_count();
     let mut plan = Plan {
         zones: 0,

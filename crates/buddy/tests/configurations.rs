@@ -10,8 +10,8 @@ use kmem_buddy::{
     Reservation, ZoneKind, ZoneLimits,
 };
 use kmem_hal::{
-    AllocError, Cpu, CpuId, Frame, FrameRequest, FrameSink, FrameSource, NoCpuCall, NoPressure,
-    NodeId, Order, PhysAddr, PhysMap, SingleCpu, Spin,
+    AllocError, Cpu, CpuId, CpuSet, Frame, FrameRequest, FrameSink, FrameSource, NoCpuCall,
+    NoPressure, NodeId, Order, PhysAddr, PhysMap, SingleCpu, Spin,
 };
 use proptest::prelude::*;
 
@@ -216,6 +216,34 @@ fn sixty_four_nodes_and_4096_cpus() {
     assert_eq!(buddy.misuse(), None);
     buddy.check().unwrap();
     CURRENT.set(0);
+}
+
+/// One more than a set can name.
+#[derive(Clone, Copy)]
+struct Crowd;
+
+// SAFETY: as `Many`; the count breaks C3, which is what is tested.
+unsafe impl Cpu for Crowd {
+    type Guard<'a> = ();
+    fn raw_pin(&self) {}
+    fn id(&self, (): &()) -> CpuId {
+        CpuId::BOOT
+    }
+    fn count(&self) -> u32 {
+        CpuSet::CAPACITY + 1
+    }
+}
+
+#[test]
+fn more_cpus_than_a_set_can_name_are_refused() {
+    let window = Window::new(64 * MIB, 64 * MIB);
+    let mut map = map(&[(0, 64 * MIB)]);
+    let free = map.free_frames();
+    let buddy: Buddy<_, _, Spin, _, _> = Buddy::with(&window, Crowd, NoCpuCall, NoPressure);
+    let error = buddy.init(&mut map, &Config::new()).unwrap_err();
+    assert_eq!(error, InitError::TooManyCpus { count: 4097 });
+    assert_eq!(error.to_string(), "4097 CPUs: more than 4096");
+    assert_eq!(map.free_frames(), free);
 }
 
 /// Nodes without memory may have numbers beyond those with: their CPUs, at boot and later, are served by the nearest node.

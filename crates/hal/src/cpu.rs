@@ -59,7 +59,8 @@ impl fmt::Display for CpuId {
 /// - `C1`: while a guard lives, the code that made it runs on one CPU and [`id`](Self::id) gives that CPU's number.
 /// - `C2`: while a guard lives, **no other context sees the same id, except interrupts and NMIs that finish before
 ///   the interrupted code resumes.** So preemption is off; interrupts may be on.
-/// - `C3`: ids are below [`count`](Self::count), and `count` never changes.
+/// - `C3`: ids are below [`count`](Self::count), and `count` never changes and is at most [`CpuSet::CAPACITY`]: a CPU that no set can
+///   name could not be called.
 /// - `C4`: pins nest.
 /// - `C5`: what a CPU wrote before it dropped its guard is visible to whoever pins the same id next.
 pub unsafe trait Cpu {
@@ -74,7 +75,7 @@ pub unsafe trait Cpu {
     /// The number of the pinned CPU.
     fn id<'a>(&'a self, guard: &Self::Guard<'a>) -> CpuId;
 
-    /// How many CPUs there may ever be.
+    /// How many CPUs there may ever be, at most [`CpuSet::CAPACITY`].
     #[doc(alias = "nr_cpu_ids")]
     fn count(&self) -> u32;
 

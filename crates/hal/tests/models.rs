@@ -5,10 +5,33 @@ mod common;
 
 use common::{GraceOp, SetOp, SlotOp};
 use kmem_hal::{
-    Canonical, Frame, FrameRange, OffsetMap, Order, Page, PageRange, PhysMap, VirtAddr,
+    Barrier, CallBarrier, Canonical, Cpu, CpuId, CpuSet, Frame, FrameRange, OffsetMap, Order, Page,
+    PageRange, PhysMap, SingleCpu, VirtAddr,
 };
 use proptest::collection::vec;
 use proptest::prelude::*;
+
+/// One CPU more than a set can name.
+struct Crowd;
+
+// SAFETY: one thread; the count breaks C3, which is what is tested.
+unsafe impl Cpu for Crowd {
+    type Guard<'a> = ();
+    fn raw_pin(&self) {}
+    fn id(&self, (): &()) -> CpuId {
+        CpuId::BOOT
+    }
+    fn count(&self) -> u32 {
+        CpuSet::CAPACITY + 1
+    }
+}
+
+#[test]
+#[should_panic(expected = "more than a set can name")]
+fn a_grace_period_that_cannot_name_every_cpu_is_none() {
+    // SAFETY: one thread.
+    CallBarrier::new(Crowd, unsafe { SingleCpu::new() }).writer();
+}
 
 /// Numbers where arithmetic goes wrong: near powers of two, near the top, and anywhere.
 fn number() -> impl Strategy<Value = u64> {

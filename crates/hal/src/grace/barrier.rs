@@ -97,10 +97,16 @@ unsafe impl<C: Cpu, R: CpuCall> Barrier for CallBarrier<C, R> {
 
     /// # Panics
     ///
-    /// Where the CPUs cannot be called ([`CpuCallError`](crate::CpuCallError)): to go on would free memory under a reader.
+    /// Where the CPUs cannot be called ([`CpuCallError`](crate::CpuCallError)), or are more than a [`CpuSet`] can name: to go on would free
+    /// memory under a reader.
     fn writer(&self) {
         fence(Ordering::SeqCst);
-        let all = CpuSet::first(self.cpus.count());
+        let count = self.cpus.count();
+        assert!(
+            count <= CpuSet::CAPACITY,
+            "a grace period needs every CPU: more than a set can name"
+        );
+        let all = CpuSet::first(count);
         let called = self.calls.run_on(&all, &|_cpu| fence(Ordering::SeqCst));
         assert!(called.is_ok(), "a grace period needs every CPU to answer");
         fence(Ordering::SeqCst);

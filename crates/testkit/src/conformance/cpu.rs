@@ -1,7 +1,7 @@
 //! Checks of [`Cpu`], clauses `C1` to `C5`.
 
 use kmem_hal::sync::{AtomicU32, LocalU64, Ordering};
-use kmem_hal::{Cpu, CpuId};
+use kmem_hal::{Cpu, CpuId, CpuSet};
 
 use super::{Contexts, Report};
 
@@ -29,6 +29,14 @@ struct World<'a, C> {
 pub fn check<C: Cpu + Sync>(report: &Report, contexts: &dyn Contexts, cpu: &C) {
     let count = cpu.count();
     if !report.check(NAME, "C3", count > 0, || "count() is 0".into()) {
+        return;
+    }
+    if !report.check(NAME, "C3", count <= CpuSet::CAPACITY, || {
+        format!(
+            "count() is {count}, more than the {} of a CpuSet",
+            CpuSet::CAPACITY
+        )
+    }) {
         return;
     }
     let world = World::new(report, contexts, cpu);

@@ -102,6 +102,10 @@ fn cpus_pass_and_broken_ones_are_named() {
     let checked: Vec<_> = report.checked().iter().map(|check| check.1).collect();
     assert_eq!(checked, ["C1", "C2", "C3", "C4", "C5"]);
 
+    let report = Report::new();
+    let many = Leased::new(CpuSet::CAPACITY + 1, "");
+    cpu::check(&report, &HostThreads::new(1), &many);
+    names(&report, "Cpu", "C3");
     for clause in ["C1", "C2", "C3", "C4"] {
         let report = Report::new();
         cpu::check(&report, &HostThreads::new(3), &Leased::new(2, clause));
