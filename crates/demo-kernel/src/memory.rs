@@ -153,6 +153,7 @@ pub unsafe fn init(map: &Boot) -> Result<(), InitError> {
     // SAFETY: the table maps the image and the stacks in it, and the direct map, where they are.
     unsafe { load_kernel_table() };
     let registers = Fixed::new(table)
+        .expect("the tables of the fixed pages")
         .set(0, PhysAddr::new(apic::PHYSICAL), MemoryType::Uncached)
         .expect("a fixed page");
     apic::set_registers(registers.as_u64());

@@ -7,7 +7,8 @@
 //! ```
 //!
 //! For what must have an address before any allocator works, or a constant one for ever: the local APIC, an early
-//! console, a page being patched. The table of the fixmap exists from [`FixMap::new`] on, so setting never needs memory.
+//! console, a page being patched. The tables of the fixmap exist from [`FixMap::new`] on and stay: each page that maps nothing holds
+//! a payload, so that no table is ever empty. So setting never needs memory, and clearing frees none.
 //!
 //! Source: Linux `arch/x86/include/asm/fixmap.h`.
 
@@ -15,9 +16,10 @@ use core::fmt;
 
 use kmem_hal::{DeviceFrame, Order, PAGE_SIZE, Page, PageRange, PhysAddr, VirtAddr};
 use kmem_paging::format::Format;
-use kmem_paging::{Attributes, Env, MapError, MemoryType, PageTable, Rights};
+use kmem_paging::{Attributes, ChangeError, Env, MapError, MemoryType, PageTable, Rights};
 
 use crate::page::KernelPage;
+use crate::window::{Window, vacancy};
 
 /// `N` fixed pages that end below `END`.
 pub struct FixMap<'a, F: Format, E: Env, const END: u64, const N: usize> {
@@ -54,11 +56,18 @@ impl<'a, F: Format, E: Env, const END: u64, const N: usize> FixMap<'a, F, E, END
     const LAYOUT: () =
         assert!(END.is_multiple_of(PAGE_SIZE) && N > 0 && END >= N as u64 * PAGE_SIZE);
 
-    /// The fixmap of a kernel's table.
-    #[must_use]
-    pub const fn new(table: &'a PageTable<F, E, KernelPage>) -> Self {
+    /// The fixmap of a kernel's table, with the tables that it needs. Nothing is mapped in its pages, and nobody else uses them.
+    ///
+    /// # Errors
+    ///
+    /// [`FixMapError::Table`]; nothing changed.
+    pub fn new(table: &'a PageTable<F, E, KernelPage>) -> Result<Self, FixMapError> {
         const { Self::LAYOUT };
-        Self { table }
+        let last = Page::containing(Self::address(0));
+        let pages = PageRange::new(Page::containing(Self::address(N - 1)), last);
+        let pages = pages.ok_or(FixMapError::Table(MapError::OutOfRange))?;
+        Window::<F>::new(table, pages).map_err(FixMapError::Table)?;
+        Ok(Self { table })
     }
 
     /// The address of a fixed page, at compile time.
@@ -112,7 +121,7 @@ impl<'a, F: Format, E: Env, const END: u64, const N: usize> FixMap<'a, F, E, END
     ///
     /// # Errors
     ///
-    /// [`FixMapError::BadIndex`].
+    /// [`FixMapError::BadIndex`]; [`FixMapError::Table`] where somebody else changed the page.
     #[doc(alias = "clear_fixmap")]
     pub fn clear(&self, index: usize) -> Result<(), FixMapError> {
         let range = PageRange::single(Self::page(index)?);
@@ -121,14 +130,19 @@ impl<'a, F: Format, E: Env, const END: u64, const N: usize> FixMap<'a, F, E, END
             .cursor(range)
             .map_err(|_| FixMapError::Table(MapError::OutOfRange))?;
         let mut gather = self.table.gather::<1>();
-        // One page: nothing to split, and the gather has room for it.
-        let _ = cursor.unmap(range, &mut gather);
+        // One page: the gather has room for it.
+        let vacancy = vacancy::<F>().ok_or(FixMapError::Table(MapError::Unencodable))?;
+        let cleared = cursor.set_payload(range.first(), vacancy, &mut gather);
         drop(cursor);
         // Fixed pages own nothing.
         gather.commit(|page: KernelPage| {
             let _ = page;
         });
-        Ok(())
+        match cleared {
+            Ok(_) => Ok(()),
+            Err(ChangeError::Memory(error)) => Err(FixMapError::Table(MapError::Memory(error))),
+            Err(_) => Err(FixMapError::Table(MapError::Occupied)),
+        }
     }
 }
 

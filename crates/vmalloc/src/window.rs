@@ -19,6 +19,11 @@ use kmem_paging::{Env, MapError, PageTable, Payload};
 /// What an entry of a window holds while nothing is mapped there.
 const VACANT: u64 = 1;
 
+/// The same as the payload that it is; `None` where the format has none.
+pub(crate) fn vacancy<F: Format>() -> Option<Payload> {
+    Payload::new::<F>(VACANT)
+}
+
 /// A payload for an entry of a window that maps nothing.
 pub(crate) fn vacant<F: Format>() -> u64 {
     const {
@@ -52,7 +57,7 @@ impl<F: Format> Window<F> {
         table: &PageTable<F, E, H>,
         pages: PageRange,
     ) -> Result<Self, MapError> {
-        let payload = Payload::new::<F>(VACANT).ok_or(MapError::Unencodable)?;
+        let payload = vacancy::<F>().ok_or(MapError::Unencodable)?;
         let mut cursor = table.cursor(pages).map_err(|_| MapError::OutOfRange)?;
         for page in pages.iter() {
             if let Err(error) = cursor.map_payload(page, payload) {
