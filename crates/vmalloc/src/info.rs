@@ -132,8 +132,9 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> fmt::Display
 
 impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> VmallocInfo<'_, '_, F, E, N, L> {
     fn line(&self, f: &mut fmt::Formatter<'_>, area: &AreaInfo, width: usize) -> fmt::Result {
-        let start = area.range.start().as_u64();
-        let bytes = area.range.count() * PAGE_SIZE;
+        // The end of an area at the top of the space is 2^64.
+        let start = u128::from(area.range.start().as_u64());
+        let bytes = u128::from(area.range.count()) * u128::from(PAGE_SIZE);
         write!(f, "{start:#0width$x}-{:#0width$x} {bytes:7}", start + bytes)?;
         if area.freed {
             return writeln!(f, " unpurged vm_area");
