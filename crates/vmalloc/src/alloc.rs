@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   take_range ── the area is in the tree, nothing is mapped ── fill ── Ok: the address
-//!                                                                └──── Err: unmap, flush, give the range back
+//!                                                                └──── Err: unmap what was mapped, flush, give the range back
 //! ```
 //!
 //! Memory of 2 MiB and more (the format's second smallest leaf) begins at a multiple of that and gets blocks of that size as
@@ -100,7 +100,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         attributes: &Attributes,
         single: &FrameRequest,
         huge: Option<Order>,
-    ) -> Result<(), VmallocError> {
+    ) -> Result<(), (VmallocError, Page)> {
         let env = self.table.env();
         self.fill(range, attributes, true, |page, left| {
             let block = huge
@@ -336,17 +336,21 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
 
     /// Maps the pages of an area that nobody knows yet: `next` gets a page and how many are left. `owned` says whether a
     /// handle that could not be mapped is vmalloc's to free.
+    ///
+    /// # Errors
+    ///
+    /// The first page that was not mapped: what lies there and behind it is not this call's.
     fn fill(
         &self,
         range: PageRange,
         attributes: &Attributes,
         owned: bool,
         next: impl FnMut(Page, u64) -> Option<KernelPage>,
-    ) -> Result<(), VmallocError> {
+    ) -> Result<(), (VmallocError, Page)> {
         let mut cursor = self
             .table
             .cursor(range)
-            .map_err(|_| VmallocError::Table(MapError::OutOfRange))?;
+            .map_err(|_| (VmallocError::Table(MapError::OutOfRange), range.first()))?;
         // The tables are nearly always there, and a call that finds no memory for one is undone: so no more than those of the
         // uppermost levels are reserved.
         let levels = F::LEVELS.iter().take(self.table.levels());
@@ -356,16 +360,17 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             .map_range(range, reserved, *attributes, next)
             .map_err(|stopped| {
                 let Some(handle) = stopped.handle else {
-                    return VmallocError::Memory;
+                    return (VmallocError::Memory, stopped.at);
                 };
                 if owned {
                     let env = self.table.env();
                     handle.release(env.slots(), env.frames());
                 }
-                match stopped.error {
+                let error = match stopped.error {
                     MapError::Memory(_) => VmallocError::Memory,
                     error => VmallocError::Table(error),
-                }
+                };
+                (error, stopped.at)
             })
     }
 
@@ -373,10 +378,12 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
     fn settle(
         &self,
         range: PageRange,
-        outcome: Result<(), VmallocError>,
+        outcome: Result<(), (VmallocError, Page)>,
     ) -> Result<VirtAddr, VmallocError> {
-        if let Err(error) = outcome {
-            self.unmap(range);
+        if let Err((error, at)) = outcome {
+            if let Some(mapped) = below(range, at) {
+                self.unmap(mapped);
+            }
             self.give_range(range.first());
             return Err(error);
         }
@@ -387,13 +394,20 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
     fn settle_borrowed(
         &self,
         range: PageRange,
-        outcome: Result<(), VmallocError>,
+        outcome: Result<(), (VmallocError, Page)>,
     ) -> Result<VirtAddr, VmallocError> {
-        if let Err(error) = outcome {
-            self.unmap_borrowed(range);
+        if let Err((error, at)) = outcome {
+            if let Some(mapped) = below(range, at) {
+                self.unmap_borrowed(mapped);
+            }
             self.give_range(range.first());
             return Err(error);
         }
         Ok(range.start())
     }
+}
+
+/// The pages of `range` below `at`, if there are any.
+fn below(range: PageRange, at: Page) -> Option<PageRange> {
+    PageRange::new(range.first(), at.checked_sub(1)?)
 }

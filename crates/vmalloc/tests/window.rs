@@ -4,15 +4,16 @@ mod common;
 
 use common::{Env, Setup, on_machine, on_table, on_window};
 use kmem_hal::{
-    FrameRequest, FrameSink, FrameSource, LargeSource, Order, PAGE_SIZE, Page, PhysAddr, Shrink,
-    VirtAddr,
+    DeviceFrame, Frame, FrameRequest, FrameSink, FrameSource, LargeSource, Order, PAGE_SIZE, Page,
+    PageRange, PhysAddr, Shrink, Spin, VirtAddr,
 };
 use kmem_mock_x86::{Adversary, Fault};
 use kmem_paging::format::X86_64;
-use kmem_paging::{Attributes, Env as _, MemoryType, Rights};
+use kmem_paging::{Attributes, Env as _, MapError, MemoryType, Rights};
+use kmem_testkit::HeapObjects;
 use kmem_vmalloc::{
-    AreaKind, BATCH, DmaMask, FixMap, FixMapError, NotAnArea, Request, StackCache, StackSlots,
-    VmallocError,
+    AreaKind, BATCH, DmaMask, FixMap, FixMapError, KernelPage, NotAnArea, Request, StackCache,
+    StackSlots, Vmalloc, VmallocError,
 };
 
 #[test]
@@ -411,7 +412,7 @@ fn fixed_pages_have_their_addresses_at_compile_time() {
     type Fixed<'a, 'm> = FixMap<'a, X86_64, &'m Env<'m>, 0xffff_ffff_ff60_0000, 4>;
     const APIC: VirtAddr = Fixed::address(1);
     on_table::<X86_64>(Setup::long(), |_, table, _| {
-        let fixed = Fixed::new(table);
+        let fixed = Fixed::new(table).unwrap();
         assert_eq!(
             fixed.set(1, PhysAddr::new(0xfee0_0000), MemoryType::Uncached),
             Ok(APIC)
@@ -428,6 +429,94 @@ fn fixed_pages_have_their_addresses_at_compile_time() {
         );
         fixed.clear(1).unwrap();
         assert!(table.query(Page::containing(APIC)).leaf().is_none());
+    });
+}
+
+/// The tables of the fixed pages are there from the start and stay: setting and clearing need no memory and give none back.
+#[test]
+fn fixed_pages_need_no_memory_once_they_are_there() {
+    type Fixed<'a, 'm> = FixMap<'a, X86_64, &'m Env<'m>, 0xffff_ffff_ff60_0000, 1>;
+    on_table::<X86_64>(Setup::long(), |_, table, plan| {
+        let page = Page::containing(Fixed::address(0));
+        // Each of the tables may be the one that there is no frame for.
+        let mut refused = 0;
+        let fixed = loop {
+            plan.fail_at(refused + 1);
+            let made = Fixed::new(table);
+            plan.stop();
+            let Err(error) = made else {
+                break made.unwrap();
+            };
+            assert!(matches!(error, FixMapError::Table(MapError::Memory(_))));
+            assert_eq!(table.query(page), kmem_paging::Entry::Empty);
+            refused += 1;
+        };
+        assert!(refused > 0, "no table was needed");
+        assert!(Fixed::new(table).is_err(), "two fixmaps share a page");
+        plan.fail_from(1);
+        let calls = plan.calls();
+        for round in 0..3u64 {
+            let address = PhysAddr::new(0xfee0_0000 + round * PAGE_SIZE);
+            let at = fixed.set(0, address, MemoryType::Uncached).unwrap();
+            assert_eq!(table.translate(at), Some(address));
+            fixed.clear(0).unwrap();
+            fixed.clear(0).unwrap();
+            assert_eq!(table.translate(at), None);
+        }
+        assert_eq!(plan.calls(), calls, "frames were asked for");
+        plan.stop();
+    });
+}
+
+/// A leaf that somebody else has in the window: an area that runs into it is refused, and it stays as it is.
+#[test]
+fn what_others_mapped_in_the_window_stays() {
+    on_machine(16, |_, vmalloc, _| {
+        let table = vmalloc.table();
+        let page = Page::from_number(vmalloc.window().first().number() + 3);
+        let frame = Frame::from_number(0xf_d000);
+        let screen = || KernelPage::borrowed(DeviceFrame::new(frame, Order::ZERO).unwrap());
+        let attributes = Attributes::new(Rights::KERNEL_DATA.union(Rights::GLOBAL));
+        let single = PageRange::single(page);
+        let mut cursor = table.cursor(single).unwrap();
+        cursor.map(page, screen(), attributes).unwrap();
+        drop(cursor);
+        let occupied = VmallocError::Table(MapError::Occupied);
+        for _ in 0..2 {
+            assert_eq!(vmalloc.alloc(6 * PAGE_SIZE), Err(occupied));
+            let frames =
+                vmalloc.vmap_borrowed(6, attributes, || Some(Frame::from_number(0xf_e000)));
+            assert_eq!(frames, Err(occupied));
+            let registers = PhysAddr::new(0xfee0_0000);
+            let mapped = vmalloc.ioremap(registers, 6 * PAGE_SIZE, MemoryType::Uncached);
+            assert_eq!(mapped, Err(occupied));
+            let leaf = table.query(page).leaf().expect("the other's leaf is gone");
+            assert_eq!(leaf.frame, frame);
+            for other in vmalloc.window().iter().filter(|&other| other != page) {
+                assert!(table.query(other).leaf().is_none(), "{other:?} is left");
+            }
+        }
+        let mut gather = table.gather::<1>();
+        let mut cursor = table.cursor(single).unwrap();
+        cursor.unmap(single, &mut gather).unwrap();
+        drop(cursor);
+        gather.commit(std::mem::forget);
+    });
+}
+
+/// The last page of the space may be the guard of an area, whose end is then 2^64.
+#[test]
+fn an_area_at_the_top_of_the_space_is_printed() {
+    on_table::<X86_64>(Setup::long(), |_, table, _| {
+        let top = Page::containing(VirtAddr::new(u64::MAX));
+        let window = PageRange::new(Page::from_number(top.number() - 3), top).unwrap();
+        let vmalloc: Vmalloc<'_, _, _, _, Spin> = Vmalloc::new(table, window, HeapObjects::new());
+        let at = vmalloc.alloc(3 * PAGE_SIZE).unwrap();
+        let info = vmalloc.info().to_string();
+        let start = "0xffffffffffffc000-0x10000000000000000   16384 ";
+        assert!(info.starts_with(start), "{info}");
+        vmalloc.free(at).unwrap();
+        vmalloc.purge();
     });
 }
 
