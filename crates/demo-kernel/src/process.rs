@@ -317,7 +317,7 @@ pub fn exit_thread(status: Status) -> ! {
         process.files.lock().close_all();
         if let Some(space) = set_space(index, None) {
             // From here on this is a kernel thread.
-            SPACES.enter_lazy();
+            let _ = SPACES.enter_lazy();
             leave_space(space);
         }
         spoil();

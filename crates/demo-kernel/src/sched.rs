@@ -208,7 +208,7 @@ pub fn run_one() -> bool {
     };
     area.thread.store(core::ptr::null_mut(), Ordering::Relaxed);
     // The thread's space stays loaded: the next thread may be of the same process, and the kernel needs none.
-    SPACES.enter_lazy();
+    let _ = SPACES.enter_lazy();
     let dead = thread.state.load(Ordering::Relaxed) == DEAD;
     thread.on_cpu.store(false, Ordering::Release);
     if dead {

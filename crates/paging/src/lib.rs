@@ -25,7 +25,7 @@ mod x86_frames;
 
 #[cfg(target_arch = "x86_64")]
 pub use asid::X86Tlb;
-pub use asid::{AsidArea, AsidMmu};
+pub use asid::{AsidArea, AsidMmu, NoKernelRoot};
 pub use attributes::{Attributes, Leaf, MemoryType, Payload, Rights, Soft, SoftBit};
 pub use cache::{TableCache, TableReserve};
 pub use cursor::UnshareStep;

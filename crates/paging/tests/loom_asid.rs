@@ -176,6 +176,12 @@ fn race(
     }
 }
 
+fn become_lazy(mmu: &AsidMmu<'static, Here, Here>) {
+    // SAFETY: a model.
+    unsafe { mmu.set_kernel_root(root(1)) };
+    mmu.enter_lazy().unwrap();
+}
+
 #[test]
 fn a_cpu_comes_back_to_a_space_that_is_flushed() {
     explore(
@@ -193,7 +199,7 @@ fn a_lazy_cpu_comes_back() {
     explore(
         3,
         race(
-            |mmu| mmu.enter_lazy(),
+            become_lazy,
             // SAFETY: a model.
             |mmu| unsafe { mmu.load_root(root(10), true) },
         ),
@@ -207,7 +213,7 @@ fn a_cpu_becomes_lazy_and_comes_back() {
         race(
             |_| {},
             |mmu| {
-                mmu.enter_lazy();
+                become_lazy(mmu);
                 // SAFETY: a model.
                 unsafe { mmu.load_root(root(10), true) };
             },

@@ -135,7 +135,7 @@ fn a_flush_reaches_whom_it_must() {
     drop(gather);
     assert_eq!(interrupts(), 2);
     // A lazy CPU hears nothing while no tables are freed.
-    env.machine.on_cpu(1, || env.mmu.enter_lazy());
+    env.machine.on_cpu(1, || env.mmu.enter_lazy().unwrap());
     unmap(&world, &a, 0x430);
     assert_eq!(interrupts(), 2);
     // It catches up when a thread of the space comes back, without a load of CR3 that drops other spaces.
@@ -154,7 +154,7 @@ fn a_flush_reaches_whom_it_must() {
     env.machine.cpu(1).read_u64(0x43_1000).unwrap();
     assert_eq!(env.machine.stats().walks, walks, "it was still in the TLB");
     // Where tables are freed a lazy CPU is told, once: it leaves the space.
-    env.machine.on_cpu(1, || env.mmu.enter_lazy());
+    env.machine.on_cpu(1, || env.mmu.enter_lazy().unwrap());
     for page in 0x429..0x440 {
         if page != 0x430 {
             unmap(&world, &a, page);
@@ -167,7 +167,7 @@ fn a_flush_reaches_whom_it_must() {
         "the last page took the leaf table with it"
     );
     // CPU 0 runs no thread of it any more.
-    env.machine.on_cpu(0, || env.mmu.enter_lazy());
+    env.machine.on_cpu(0, || env.mmu.enter_lazy().unwrap());
     drop_table(&world, a);
     assert!(env.mmu.is_loaded(b.root()));
 }

@@ -25,6 +25,9 @@
 //! - `S3`: where tables are freed, a lazy CPU goes over to the kernel's root; so a space that is taken down is lazy nowhere.
 //! - `S4`: an interrupt inside of `load_root` cannot know which root is loaded: it drops everything, and what it interrupted starts again.
 //! - `S5`: a global entry serves every tag: a request that names some goes to every CPU.
+//! - `S7`: a flush may be interrupted by another, and that one may take a lazy CPU to the kernel's root (`S3`). So a flush keeps to the slot that
+//!   was the current one before it looked which root is loaded: where the CPU left meanwhile, that slot is nobody's, and what is noted in it means
+//!   nothing; the kernel's slot never gets a space's generation.
 //! - `S6`: with isolation CR4.PGE is clear, so that no entry is global whatever its G bit says: the kernel's pages are under the tags of all
 //!   spaces, and a flush of some spoils all tags but the current one.
 //!
@@ -90,6 +93,18 @@ pub struct AsidMmu<'m, T, C> {
     isolated: bool,
 }
 
+/// The kernel's root was not named: [`AsidMmu::enter_lazy`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoKernelRoot;
+
+impl fmt::Display for NoKernelRoot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("no root of the kernel's own was named, to which a lazy CPU could go")
+    }
+}
+
+impl core::error::Error for NoKernelRoot {}
+
 impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
     kmem_hal::const_new! {
         /// Puts an MMU together.
@@ -140,14 +155,20 @@ impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
     /// Says that this CPU goes on with a kernel thread, which uses no user address: the space that is loaded stays, and need not be told of
     /// changes. [`load_root`](Mmu::load_root) ends it.
     ///
-    /// Name the kernel's root first ([`set_kernel_root`](Self::set_kernel_root)): without one a lazy CPU has nowhere to go when the space is taken
-    /// down, and the kernel must switch it away itself before that.
-    ///
     /// Context: a pinned task, as the scheduler's switch is.
+    ///
+    /// # Errors
+    ///
+    /// [`NoKernelRoot`] before [`set_kernel_root`](Self::set_kernel_root): a lazy CPU would have nowhere to go when the space is taken down. The
+    /// CPU goes on as one that runs the space: it is told of every change, and must be switched away before the space goes.
     #[doc(alias = "enter_lazy_tlb")]
-    pub fn enter_lazy(&self) {
+    pub fn enter_lazy(&self) -> Result<(), NoKernelRoot> {
+        if self.kernel().frame().is_none() {
+            return Err(NoKernelRoot);
+        }
         let pin = self.cpus.pin();
         self.area(pin.id()).lazy.store(true, Ordering::SeqCst);
+        Ok(())
     }
 
     /// Whether this CPU is lazy: it runs a kernel thread in a borrowed space.
@@ -318,6 +339,9 @@ impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
             self.serve_busy(area);
             return;
         }
+        // In this order (S7).
+        let (number, slot) = area.current();
+        compiler_fence(Ordering::SeqCst);
         let here = area.loaded.load(Ordering::Relaxed) == name.0;
         if !here && stamp == 0 {
             // Without a generation the tag itself must go.
@@ -334,7 +358,6 @@ impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
             }
         }
         let here = here && !leaves;
-        let (number, slot) = area.current();
         if request.global && self.isolated && !mutant!("asid-kernel-pages-under-one-tag") {
             self.spoil_others(area);
         }
@@ -344,8 +367,8 @@ impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
             {
                 (range, stride.max(1))
             }
-            FlushScope::Everything => return self.serve_everything(area, here, now),
-            _ if request.global => return self.serve_everything(area, here, now),
+            FlushScope::Everything => return self.serve_everything(slot, here, now),
+            _ if request.global => return self.serve_everything(slot, here, now),
             _ => {
                 if here {
                     self.drop_space(number, slot);
@@ -365,7 +388,7 @@ impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
             if had + 1 != stamp && !mutant!("asid-partial-for-several") {
                 // Another change was missed as well (S2).
                 if request.global {
-                    return self.serve_everything(area, here, now);
+                    return self.serve_everything(slot, here, now);
                 }
                 self.drop_space(number, slot);
                 slot.set_generation(now);
@@ -401,10 +424,10 @@ impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
     }
 
     /// Serves a flush of everything on this CPU.
-    fn serve_everything(&self, area: &AsidArea, here: bool, now: u64) {
+    fn serve_everything(&self, slot: &Slot, here: bool, now: u64) {
         self.tlb.drop_all();
         if here {
-            area.current().1.set_generation(now);
+            slot.set_generation(now);
         }
     }
 
@@ -425,9 +448,7 @@ impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
     /// Leaves a borrowed space for the kernel's root, in an interrupt (`S3`).
     fn leave_lazily(&self, area: &AsidArea) {
         let Some(frame) = self.kernel().frame() else {
-            // There is nowhere to go: what was cached of the tables goes.
-            let (number, slot) = area.current();
-            self.drop_space(number, slot);
+            // `enter_lazy` refuses without one.
             return;
         };
         let asid = Asid::ZERO;

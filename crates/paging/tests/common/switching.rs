@@ -232,7 +232,7 @@ impl Worker<'_> {
     }
 
     fn go_lazy(&mut self) {
-        self.world.env.mmu.enter_lazy();
+        self.world.env.mmu.enter_lazy().unwrap();
         self.stop_running();
     }
 
