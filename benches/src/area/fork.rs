@@ -11,6 +11,7 @@
 //! |---|---|
 //! | `fork_1g_tables`, `fork_64g_tables` | a fork's work on the tables of 1 GiB in pages of 4 KiB, which shares leaf tables; of 64 GiB, level-2 tables |
 //! | `fork_exit_tables` | the first of these and the end of the child's tables |
+//! | `fork_write_all_tables` | the first of these, and every table copied at its first change: the work on tables of a child that writes to every page |
 //! | `first_write_table`, `first_write_level2` | a table copied at its first change, with a count for each frame; a level-2 table and a leaf table |
 //! | `fork_1g` | a fork of a space with 1 GiB of touched pages, in the parent; `limit:eager-copy` is kmem's own fork that shares no tables |
 //! | `fork_read_all` | one page of a fork and a child that reads from all pages (kmem: walks its tables for each), and its end |
@@ -350,6 +351,7 @@ pub fn run(runner: &mut Runner) {
         "fork_64g_tables",
         "first_write_table",
         "first_write_level2",
+        "fork_write_all_tables",
     ];
     if of_tables.iter().any(|name| runner.wants(name)) {
         tables(runner);
@@ -557,6 +559,24 @@ fn tables(runner: &mut Runner) {
         workload("first_write_table")
             .with("kmem", of_kmem)
             .with("limit:copy-table", copy_one_table()),
+    );
+    let mut counts = vec![1u32; GIB as usize];
+    let of_kmem = |_: u64, watch: &mut Watch| {
+        let child = watch.time(|| {
+            let child = sharing(parent, range, 1, None);
+            for number in 0..512 {
+                let page = Page::from_number(range.first().number() + number * 512);
+                assert!(own(&child, page, &mut counts), "nothing was shared");
+            }
+            child
+        });
+        end(child);
+        Slice::ops(1, GIB)
+    };
+    runner.run(
+        workload("fork_write_all_tables")
+            .with("kmem", of_kmem)
+            .with("limit:eager-copy", eager_copy()),
     );
     let mut counts = vec![1u32; GIB as usize];
     let of_kmem = |_: u64, watch: &mut Watch| {
