@@ -46,6 +46,9 @@ use crate::table::PageTable;
 #[doc(alias = "tlb_single_page_flush_ceiling")]
 pub const FLUSH_CEILING: u64 = 33;
 
+/// Entries of a table that is emptied whole which are taken out at a time: a line of a cache.
+const AT_ONCE: usize = 8;
+
 /// Room for an order beside a frame number in a word.
 const ORDER_BITS: u32 = 8;
 
@@ -449,25 +452,26 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             // SAFETY: a detached table that the list owns, of the format's level 1.
             let table = unsafe { Node::<F>::new(env, frame, 1) };
             let mut cleared = 0;
-            for entry in table.entries(0, level::<F>(1).entries()) {
-                let word = F::Word::load(entry);
-                // No CPU reaches the entry after the flush, so nothing else writes to it (G4).
-                let leaf = if F::is_present(1, word) {
-                    Some(F::leaf_frame(1, word))
-                } else if word == 0 {
-                    continue;
-                } else {
-                    (F::kind(1, word) == Kind::Leaf).then(|| F::leaf_frame(1, word))
-                };
-                if !mutant!("whole-keeps-its-words") {
-                    F::Word::store(entry, 0);
+            for entries in table.entries(0, level::<F>(1).entries()).chunks(AT_ONCE) {
+                // All are read and cleared before the first handle is given, so that no store to the table stands between two calls of `give`, and
+                // what that keeps can stay in registers. Where it panics, the others of these few are leaked.
+                let mut words = [0; AT_ONCE];
+                for (word, entry) in words.iter_mut().zip(entries) {
+                    // No CPU reaches the entry after the flush, so nothing else writes to it (G4).
+                    *word = F::Word::load(entry);
+                    if *word != 0 && !mutant!("whole-keeps-its-words") {
+                        F::Word::store(entry, 0);
+                    }
                 }
-                cleared += 1;
-                if let Some(frame) = leaf {
-                    // SAFETY: `into_entry` of this type filled the entry; it is gone, and its translations were flushed.
-                    give(unsafe { H::from_entry(frame, Order::ZERO) });
-                } else {
-                    payloads(F::payload_of(word));
+                for &word in &words {
+                    if F::is_present(1, word) || F::kind(1, word) == Kind::Leaf {
+                        cleared += 1;
+                        // SAFETY: `into_entry` of this type filled the entry; it is gone, and its translations were flushed.
+                        give(unsafe { H::from_entry(F::leaf_frame(1, word), Order::ZERO) });
+                    } else if word != 0 {
+                        cleared += 1;
+                        payloads(F::payload_of(word));
+                    }
                 }
             }
             table.sub_live(cleared);

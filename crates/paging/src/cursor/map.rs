@@ -531,7 +531,34 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
             node.store(index, word);
             return Ok(());
         }
+        if self.lonely && node.level == 2 && target == 1 {
+            return self.grow_aside(&node, page, word);
+        }
         self.grow(node, page, target, word)
+    }
+
+    /// As `grow`, for a leaf table, and the held table of level 2 stays the held one: the next page that needs a table costs neither a walk
+    /// nor a lock.
+    fn grow_aside(&mut self, node: &Node<'t, F>, page: Page, word: u64) -> Result<(), MapError> {
+        let frame = self
+            .reserve
+            .take_or_fresh::<F>()
+            .map_err(MapError::Memory)?;
+        let (frame, _) = frame.into_raw();
+        // SAFETY: the frame is private, zero, in reach and has a slot (T1).
+        let table = unsafe { Node::<F>::new(self.table.env(), frame, 1) };
+        table.claim(super::first_page::<F>(1, page), self.table.root_frame());
+        table.store(index_at::<F>(page.number(), 1), word);
+        table.add_live(1);
+        self.table.count_table(table.frame, 1);
+        let index = index_at::<F>(page.number(), 2);
+        let word = F::table(2, table.frame);
+        if !mutant!("grow-aside-not-counted") {
+            node.add_live(1);
+        }
+        node.store(index, word);
+        self.table.mirror(node, index, word);
+        Ok(())
     }
 
     /// As `place`, where `node` is above `target` and its entry for `page` is empty.

@@ -6,7 +6,12 @@
 //!   path    root ── level 3 ── level 2 ── held (locked): the next page of the same table costs no walk
 //! ```
 //!
-//! Any number of cursors may work on one [`PageTable`] at once; cursors in different leaf tables never meet.
+//! Any number of cursors may work on one [`PageTable`] at once; cursors in different leaf tables never meet, but where tables are made or
+//! emptied.
+//!
+//! What is held is the table that the next page is likely to need: a leaf table as long as pages are changed in it; the one above it where
+//! page after page needs a leaf table of its own, or empties one. Then a table is made or detached below the held one, without a walk
+//! and without its own lock being given up and taken again.
 //!
 //! Invariants
 //! - `U1`: `held`, if any, is attached, and its lock is this cursor's. So the tables above it are attached too: each has
@@ -20,9 +25,10 @@
 //!   it locked and found attached.
 //!
 //! Context: task context, interrupts on (`N4` in `node.rs`). A context that has a cursor with a held table must not open
-//! another one on the same pages; [`Cursor::release`] lets go. Lock-free queries are always possible.
+//! another one on the same pages, nor on others of the held table, which may be one above the leaf tables; [`Cursor::release`] lets go. Lock-free queries are always possible.
 //!
 mod change;
+mod detach;
 mod divide;
 mod foreign;
 mod huge;
@@ -57,7 +63,8 @@ use crate::table::{Entry, MAX_LEVELS, PageTable, decode, index_at, seen_from};
 /// A position in a range of a [`PageTable`]'s pages, and the only way to change them.
 ///
 /// Keeps the table page that it is in locked until it moves on, is [released](Self::release) or dropped. Any number of
-/// cursors may work on one table at once; a context that has one must not open another on the same pages.
+/// cursors may work on one table at once; a context that has one must not use another on pages of the same table page, or of one above it,
+/// before it [releases](Self::release) this one.
 ///
 /// `S` says what it may assume of the processors: [`Live`] tables are changed by atomics, [`Quiescent`](crate::Quiescent) ones by plain
 /// stores.
@@ -78,6 +85,9 @@ pub struct Cursor<'t, F: Format, E: Env, H: FrameHandle, S: Liveness = Live> {
     spares: bool,
     /// The first page and the page count of what may be changed without a walk (`U5`).
     window: (u64, u64),
+    /// Whether the leaf table that was let go last had one entry: then the next page is likely to be in another table, and the table above
+    /// stays the held one.
+    lonely: bool,
     /// The leaf that was mapped last, for the next one like it.
     template: Template,
     reserve: TableReserve<'t, E>,
@@ -97,6 +107,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
             shared: false,
             spares: false,
             window: (0, 0),
+            lonely: false,
             template: Template::NONE,
             reserve: TableReserve::empty(table.env()),
             liveness: PhantomData,
@@ -259,6 +270,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     fn leave_for(&mut self, page: Page, target: usize) -> (Frame, usize) {
         let levels = self.table.levels();
         if let Some(node) = self.let_go() {
+            self.lonely = node.level == 1 && node.live() == 1;
             node.unlock();
             if self.shared {
                 return (self.table.root_frame(), levels);

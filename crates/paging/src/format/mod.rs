@@ -272,7 +272,7 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
     }
 
     /// Whether a CPU that remembers the leaf `old` may go on in a way that `new`, of the same frame, forbids, or lose a
-    /// dirty bit; or, where absent entries are remembered, whether it may refuse what `new` allows.
+    /// dirty bit; whether it remembers it under a tag, where a flush of `new`, which is global, does not look; or, where absent entries are remembered, whether it may refuse what `new` allows.
     #[inline(always)]
     fn needs_flush(level: usize, old: u64, new: u64) -> bool {
         let (old, new) = (Self::attributes(level, old), Self::attributes(level, new));
@@ -283,6 +283,7 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
             || old.memory_type != new.memory_type
             || old.pkey != new.pkey
             || old.dirty && !new.dirty
+            || new.rights.difference(old.rights).contains(Rights::GLOBAL)
             || Self::CACHES_ABSENT && old.rights != new.rights
     }
 

@@ -209,6 +209,9 @@ impl Mode {
         if self.no_execute && !mutant!("flush-not-for-nx") {
             gained |= NO_EXECUTE;
         }
+        // What is cached under a tag stays there, where a flush of a global page does not look (SDM 4.10.4.1: INVLPG drops global
+        // entries, and those of the current tag).
+        gained |= GLOBAL;
         (lost, gained)
     }
 

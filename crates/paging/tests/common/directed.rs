@@ -1,6 +1,6 @@
 // Single situations that a random run meets rarely, each on a machine that forgets nothing.
 use kmem_hal::{
-    Frame, FrameRequest, FrameSink, FrameSource, Mmu, Order, OwnedFrame, Page, PageRange,
+    Asid, Frame, FrameRequest, FrameSink, FrameSource, Mmu, Order, OwnedFrame, Page, PageRange,
 };
 use kmem_mock_x86::{AccessKind, Adversary, Machine, MemoryMap, Registers};
 use kmem_paging::format::X86_64;
@@ -28,17 +28,24 @@ struct Room {
 
 impl Room {
     fn new() -> Self {
+        Self::with(Registers::LONG)
+    }
+
+    fn with(registers: Registers) -> Self {
         let machine = Machine::builder()
             .memory(MemoryMap::pc(32 << 20))
             .cpus(2)
-            .registers(Registers::LONG)
+            .registers(registers)
             .adversary(Adversary::OFF)
             .caching(std::env::var_os("KMEM_MOCK_WITHOUT_TLB").is_none())
             .watch_kernel(true)
             .build()
             .unwrap();
         let env = HostileEnv::new(machine, 0x400, 0);
-        let table = Table::new(env).unwrap();
+        let mut table = Table::new(env).unwrap();
+        if registers == Registers::LONG_PCID {
+            table.set_asid(Asid::new(1));
+        }
         for cpu in 0..2 {
             // SAFETY: the machine runs no code from these tables, and they are taken down after the last access.
             env.machine
@@ -787,6 +794,90 @@ pub fn a_fork_without_memory_changes_nothing() {
     room.finish();
 }
 
+/// A page of the kernel's that becomes global is under the tags of other spaces still, where a later flush of a global page does not look.
+pub fn a_page_that_becomes_global_is_flushed() {
+    const KERNEL: u64 = 0xffff_8000_0000_0000 >> 12;
+    let room = Room::with(Registers::LONG_PCID);
+    room.table.lend_from(at(KERNEL)).unwrap();
+    let mut other = Table::sharing(room.env, &room.table, at(KERNEL)).unwrap();
+    other.set_asid(Asid::new(2));
+    let load = |table: &Table| {
+        // SAFETY: as in `new`.
+        room.env
+            .machine
+            .on_cpu(1, || unsafe { room.env.mmu.load_root(table.root(), true) });
+    };
+    let read = |page: u64| {
+        let cpu = room.env.machine.cpu(1);
+        cpu.translate(page << 12, AccessKind::Read).is_ok()
+    };
+    // It keeps the table: where that goes too, everything is flushed.
+    room.map(KERNEL + 5, Rights::KERNEL_DATA);
+    for (page, one_by_one) in [(KERNEL, false), (KERNEL + 1, true)] {
+        room.map(page, Rights::KERNEL_DATA);
+        load(&other);
+        assert!(read(page));
+        load(&room.table);
+        let range = pages(page, 1);
+        let rights = Rights::KERNEL_DATA | Rights::GLOBAL;
+        let mut gather = room.table.gather::<1>();
+        let mut cursor = room.table.cursor(range).unwrap();
+        let changed = if one_by_one {
+            cursor.update(range, &mut gather, |leaf| {
+                Some(leaf.attributes.rights(rights))
+            })
+        } else {
+            cursor.protect(range, rights, &mut gather)
+        };
+        assert_eq!(changed, Ok(1));
+        drop(cursor);
+        gather.commit(drop);
+        drop(gather);
+        room.unmap(range);
+        room.quiet();
+        load(&other);
+        assert!(!read(page));
+        load(&room.table);
+    }
+    other.destroy(|_, _| {}, |_, _| {});
+    // A lender stays for ever, and its environment with it: `room` is not taken down.
+}
+
+/// One page in each of many tables, one after the other: tables are made and detached below the held one.
+pub fn a_page_in_each_table() {
+    let room = Room::new();
+    let last = 0x400 + 512 * 40;
+    for two in [None, Some(0x400 + 512 * 20 + 7)] {
+        let mut cursor = room.table.cursor(pages(0, 1 << 18)).unwrap();
+        for page in (0x400..last).step_by(512).chain(two) {
+            let frame = room.alloc(Order::ZERO);
+            cursor.map(at(page), frame, Rights::USER_DATA).unwrap();
+        }
+        drop(cursor);
+        assert_eq!(room.table.table_count(), 3 + 40);
+        for page in (0x400..last).step_by(512).chain(two) {
+            assert!(room.write(0, page).is_some() && room.write(1, page).is_some());
+        }
+        let mut gather = room.table.gather::<64>();
+        let mut cursor = room.table.cursor(pages(0, 1 << 18)).unwrap();
+        for page in (0x400..last).step_by(512) {
+            assert_eq!(cursor.unmap(pages(page, 1), &mut gather), Ok(1));
+        }
+        drop(cursor);
+        gather.commit_to(&room.env.pool);
+        drop(gather);
+        room.quiet();
+        if let Some(page) = two {
+            assert_eq!(room.table.table_count(), 4, "one page is left");
+            assert!(room.write(1, page).is_some());
+            room.unmap(pages(page, 1));
+        }
+        assert_eq!(room.table.table_count(), 1);
+        room.quiet();
+    }
+    room.finish();
+}
+
 /// Every situation of this file.
 pub const ALL: &[(&str, fn())] = &[
     ("bits set meanwhile are kept", bits_set_meanwhile_are_kept),
@@ -823,6 +914,11 @@ pub const ALL: &[(&str, fn())] = &[
         "one interrupt for each CPU that has the space",
         one_interrupt_for_each_cpu_that_has_the_space,
     ),
+    (
+        "a page that becomes global is flushed",
+        a_page_that_becomes_global_is_flushed,
+    ),
+    ("a page in each table", a_page_in_each_table),
     ("a table starts empty", a_table_starts_empty),
     (
         "global pages go with a wide flush",
