@@ -15,8 +15,31 @@ use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::{LocalPtr, LocalU32};
 
-/// The most slots an array can have.
-pub const MAX_SLOTS: usize = 128;
+use crate::meta::LARGEST;
+
+/// The most slots an array can have: it fills a page of the pool.
+pub const MAX_SLOTS: usize = (LARGEST - size_of::<Array>()) / size_of::<Slot>();
+
+/// The most slots of arrays that are smaller than a page; up to here their sizes are powers of two.
+pub const SMALL_SLOTS: usize = 128;
+
+/// The next larger size of arrays.
+pub const fn larger(slots: usize) -> usize {
+    if slots < SMALL_SLOTS {
+        slots * 2
+    } else {
+        MAX_SLOTS
+    }
+}
+
+/// The next smaller size of arrays.
+pub const fn smaller(slots: usize) -> usize {
+    if slots > SMALL_SLOTS {
+        SMALL_SLOTS
+    } else {
+        slots / 2
+    }
+}
 
 /// A place for one object's pointer.
 pub type Slot = *mut u8;

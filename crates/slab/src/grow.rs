@@ -5,17 +5,19 @@
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{AllocError, Frame, FrameRequest, FrameTag, Order, PhysMap, TraceEvent};
+use kmem_hal::{AllocError, Cpu, Frame, FrameRequest, FrameTag, Order, PhysMap, TraceEvent};
 
 use crate::block;
 use crate::depot::Depot;
+use crate::direct::settle;
+use crate::head::Head;
 use crate::platform::Platform;
 use crate::raw::RawCache;
 use crate::slab::Slab;
 use crate::system::SlabSystem;
 
 impl<P: Platform> SlabSystem<P> {
-    /// A new slab; its first object goes to the caller, the others to everybody.
+    /// A new slab; its first object goes to the caller, the next into this CPU's array where that is empty, the others to everybody.
     pub(crate) fn grow(
         &self,
         cache: &RawCache<P::Lock>,
@@ -23,14 +25,33 @@ impl<P: Platform> SlabSystem<P> {
     ) -> Result<NonNull<u8>, AllocError> {
         let slab = self.new_slab(cache, request)?;
         let object = object_at(cache, slab, 0);
-        cache.direct_allocs.fetch_add(1, Ordering::Relaxed);
-        let listed = self.with_depot(cache, |depot| {
+        // SAFETY: a cache exists, so the system is ready.
+        let pin = unsafe { self.platform_unchecked() }.cpu().pin();
+        let busy = self.head(cache, &pin).and_then(Head::enter);
+        let depot = match &busy {
+            Some(_) => Some(cache.depot.lock()), // refill I1
+            None => cache.depot.try_lock(),
+        };
+        if let Some(mut depot) = depot {
+            settle(cache, &mut depot);
             slab.release_from(1);
             depot.relist(slab);
-        });
-        if listed.is_none() {
+            // The next calls are served without another look at the depot.
+            if let Some(busy) = &busy
+                && busy.head().capacity() > 0
+                && busy.head().loaded_len() == 0
+            {
+                Self::fill_loaded(cache, busy, depot);
+            }
+        } else {
             slab.release_from_remote(1);
             cache.pending.push(slab);
+        }
+        match busy {
+            Some(busy) => busy.count_alloc(),
+            None => {
+                cache.direct_allocs.fetch_add(1, Ordering::Relaxed);
+            }
         }
         NonNull::new(object).ok_or(AllocError::OutOfMemory)
     }

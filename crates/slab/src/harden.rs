@@ -26,7 +26,7 @@ use core::ptr::{self, NonNull};
 use kmem_hal::sync::Ordering;
 use kmem_hal::{Cpu, Frame, PAGE_SIZE, PhysMap};
 
-use crate::array::{Array, MAX_SLOTS};
+use crate::array::{Array, SMALL_SLOTS};
 use crate::grow::object_at;
 use crate::head::Head;
 use crate::misuse::Misuse;
@@ -346,7 +346,7 @@ impl<P: Platform> SlabSystem<P> {
         let ready = self.with_depot(cache, |depot| !depot.waiting.is_null());
         if ready != Some(true) {
             // I2 of refill: memory without the lock.
-            let Ok(array) = self.new_array(MAX_SLOTS) else {
+            let Ok(array) = self.new_array(SMALL_SLOTS) else {
                 return Some(object);
             };
             let kept = self.with_depot(cache, |depot| {

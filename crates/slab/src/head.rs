@@ -298,6 +298,14 @@ impl Busy<'_> {
             .set(self.0.net.get().wrapping_add(objects as u64));
     }
 
+    /// Counts an object that goes from a slab to its user without a stay in an array.
+    #[inline]
+    pub fn count_alloc(&self) {
+        let allocs = &self.0.allocs;
+        allocs.set(allocs.get().wrapping_add(1));
+        self.add_taken(1);
+    }
+
     /// Adds to the objects that went to depot and slabs.
     #[inline]
     pub fn add_given(&self, objects: usize) {
@@ -313,9 +321,12 @@ impl Busy<'_> {
         let calls = head.allocs.get().wrapping_add(head.frees());
         let since = (calls as u32).wrapping_sub(head.stamp.get());
         head.stamp.set(calls as u32);
-        let hot = since <= 2 * head.capacity() as u32 + 2;
-        let streak = if hot {
+        let capacity = head.capacity() as u32;
+        let streak = if since <= 2 * capacity + 2 {
             head.streak.get().saturating_add(1)
+        } else if since <= 4 * capacity {
+            // Neither: arrays that are just large enough do not shrink.
+            head.streak.get()
         } else {
             0
         };

@@ -2,6 +2,9 @@
 //!
 //! A free that knows the layout needs no look-up at all: the class is a function of size and alignment. A free by pointer alone
 //! finds the slab through the frame table.
+//!
+//! The calls with a layout are inlined always: where it is known when the program is built, so is the class, and a compiler that finds a policy's
+//! checks too large to be inlined leaves a table's look-up and three tests in each call.
 
 use core::alloc::Layout;
 use core::panic::Location;
@@ -132,7 +135,7 @@ impl<P: Platform> SlabSystem<P> {
     /// # Errors
     ///
     /// [`AllocError`].
-    #[inline]
+    #[inline(always)]
     #[track_caller]
     pub fn kmalloc_layout(&self, layout: Layout, flags: Flags) -> Result<NonNull<u8>, AllocError> {
         if layout.size() == 0 {
@@ -324,7 +327,7 @@ impl<P: Platform> SlabSystem<P> {
     ///
     /// `memory` came from [`kmalloc_layout`](Self::kmalloc_layout) of this system with this layout, without an address limit, and is
     /// not freed twice.
-    #[inline]
+    #[inline(always)]
     pub unsafe fn kfree_layout(&self, memory: NonNull<u8>, layout: Layout) {
         if layout.size() == 0 {
             // No memory stands behind it, however it is aligned.
@@ -427,7 +430,7 @@ impl<P: Platform> SlabSystem<P> {
     /// `GlobalAlloc::alloc`: memory for `layout`, null where there is none or before `init`.
     ///
     /// As without flags, from any context: above 4 MiB only from a large source that works in any.
-    #[inline]
+    #[inline(always)]
     pub fn alloc(&self, layout: Layout) -> *mut u8 {
         match self.kmalloc_layout(layout, Flags::empty()) {
             Ok(memory) => memory.as_ptr(),
@@ -449,7 +452,7 @@ impl<P: Platform> SlabSystem<P> {
     /// # Safety
     ///
     /// As [`kfree_layout`](Self::kfree_layout).
-    #[inline]
+    #[inline(always)]
     pub unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
         if let Some(memory) = NonNull::new(memory) {
             // SAFETY: the caller's promise.

@@ -4,7 +4,7 @@
 //! while the code it interrupted takes one.
 //!
 //! ```text
-//!   page: [ next | free bits | frame ][ object 0 ][ object 1 ] ... at most 63
+//!   page: [ next | free bits | frame ][ object 0 ][ object 1 ] ... 1 to 63
 //! ```
 //!
 //! Invariants
@@ -12,7 +12,7 @@
 //! - `I2`: whoever clears a bit that was set owns the object.
 //!
 //! What it does not do: give pages back before the system is torn down. Descriptors are kept by their cache and arrays
-//! by their depot, so that what lies here follows the peak of slabs and CPUs: 80 to 192 bytes a slab, half a KiB an array.
+//! by their depot, so that what lies here follows the peak of slabs and CPUs: 80 to 192 bytes a slab, 80 bytes to a page an array.
 
 use core::ptr::{self, NonNull};
 
@@ -30,6 +30,9 @@ struct MetaPage {
     frame: LocalU64,
 }
 
+/// The largest objects of a pool, in bytes: one fills a page.
+pub const LARGEST: usize = (PAGE_SIZE as usize - size_of::<MetaPage>()) & !15;
+
 /// A pool of objects of one size.
 #[derive(Debug)]
 pub struct MetaPool {
@@ -44,9 +47,9 @@ pub struct MetaPool {
 
 impl MetaPool {
     kmem_hal::const_new! {
-        /// A pool of objects of `size` bytes, a multiple of 16 up to a third of a page.
+        /// A pool of objects of `size` bytes, a multiple of 16 up to [`LARGEST`].
         pub fn new(size: usize) -> Self {
-            assert!(size.is_multiple_of(16) && size > 0 && size <= PAGE_SIZE as usize / 3);
+            assert!(size.is_multiple_of(16) && size > 0 && size <= LARGEST);
             Self {
                 size,
                 pages: AtomicPtr::new(ptr::null_mut()),

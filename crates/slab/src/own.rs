@@ -5,7 +5,7 @@ use core::ptr::{self, NonNull};
 use kmem_hal::sync::Ordering;
 use kmem_hal::{AllocError, Cpu, Frame, FrameSlot, FrameTable, FrameTag, Order, PhysMap};
 
-use crate::array::Array;
+use crate::array::{Array, SMALL_SLOTS};
 use crate::block;
 use crate::head::{HeadPage, Row};
 use crate::meta::MetaPool;
@@ -43,7 +43,8 @@ impl<P: Platform> SlabSystem<P> {
             9..=16 => 1,
             17..=32 => 2,
             33..=64 => 3,
-            _ => 4,
+            65..=SMALL_SLOTS => 4,
+            _ => 5,
         }]
     }
 

@@ -166,7 +166,7 @@ policy!(
     /// Keeps the last `N` freed objects of each cache from being given again (1 to 128).
     Quarantine<const N: usize>,
     {
-        assert!(N > 0 && N <= crate::array::MAX_SLOTS, "a quarantine holds 1 to 128 objects");
+        assert!(N > 0 && N <= crate::array::SMALL_SLOTS, "a quarantine holds 1 to 128 objects");
         Features { quarantine: N as u8, ..CHECKED }
     }
 );

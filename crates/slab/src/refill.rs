@@ -18,7 +18,7 @@ use core::ptr::{self, NonNull};
 use kmem_hal::sync::Ordering;
 use kmem_hal::{AllocError, Cpu, FrameRequest, LockGuard};
 
-use crate::array::{Array, Slot};
+use crate::array::{Array, Slot, larger, smaller};
 use crate::depot::Depot;
 use crate::direct::settle;
 use crate::grow::object_at;
@@ -107,22 +107,25 @@ impl<P: Platform> SlabSystem<P> {
                 return busy.pop();
             }
             if Self::wanted_slots(cache, busy, streak) == head.capacity() {
-                return Self::fill_loaded(cache, busy, depot, streak);
+                Self::fill_loaded(cache, busy, depot);
+                cache.adapt_limit(streak, head.capacity());
+                return busy.pop();
             }
         }
         // I2: memory without the lock.
         self.resize(cache, busy, streak);
         let depot = cache.depot.lock(); // I1: busy is set
-        Self::fill_loaded(cache, busy, depot, streak)
+        Self::fill_loaded(cache, busy, depot);
+        cache.adapt_limit(streak, head.capacity());
+        busy.pop()
     }
 
-    /// Fills the loaded array, which is empty, from the slabs, and takes one object.
-    fn fill_loaded(
+    /// Fills the loaded array, which is empty, from the slabs.
+    pub(crate) fn fill_loaded(
         cache: &RawCache<P::Lock>,
         busy: &Busy<'_>,
         mut depot: LockGuard<'_, Depot, P::Lock>,
-        streak: u32,
-    ) -> Option<NonNull<u8>> {
+    ) {
         let capacity = busy.head().capacity();
         // SAFETY: there are arrays: the loaded one, owned by the head, has `capacity` slots and is empty.
         let n = unsafe {
@@ -130,10 +133,8 @@ impl<P: Platform> SlabSystem<P> {
             fill(cache, &mut depot, slots, capacity)
         };
         drop(depot);
-        cache.adapt_limit(streak, capacity);
         busy.set_loaded_len(n);
         busy.add_taken(n);
-        busy.pop()
     }
 
     /// One object straight from a slab, where there is no memory for arrays. The busy flag is set.
@@ -183,12 +184,12 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
-    /// How many slots the next array of a CPU should have: twice as many while the cache streams, half as many when it does not.
+    /// How many slots the next array of a CPU should have: more while the cache streams, fewer when it does not.
     pub(crate) fn wanted_slots(cache: &RawCache<P::Lock>, busy: &Busy<'_>, streak: u32) -> usize {
         let (slots, geometry) = (busy.head().capacity(), cache.geometry());
         let wanted = match streak {
-            0 => slots / 2,
-            GROW_AFTER.. => slots * 2,
+            0 => smaller(slots),
+            GROW_AFTER.. => larger(slots),
             _ => slots,
         };
         wanted.clamp(geometry.array(), geometry.array_max())

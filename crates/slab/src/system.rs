@@ -24,19 +24,19 @@ use core::ptr::{self, NonNull};
 use kmem_hal::sync::{AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering, UnsafeCell};
 use kmem_hal::{AllocError, Cpu, Lock};
 
-use crate::array::{Array, MAX_SLOTS};
+use crate::array::{Array, SMALL_SLOTS};
 use crate::class::{CLASSES, LARGEST_ALIGN, NAMES, class_size};
 use crate::geometry::Geometry;
 use crate::head::Row;
-use crate::meta::MetaPool;
+use crate::meta::{LARGEST, MetaPool};
 use crate::platform::Platform;
 use crate::policy::Policy;
 use crate::raw::{RawCache, Setup};
 use crate::registry::{CHUNKS, GUARD, Registry};
 use crate::slab::{MoreWords, Slab};
 
-/// Pools of arrays: 8, 16, 32, 64 and 128 slots.
-pub(crate) const ARRAY_POOLS: usize = 5;
+/// Pools of arrays: 8, 16, 32, 64 and 128 slots, and as many as a page has room for.
+pub(crate) const ARRAY_POOLS: usize = 6;
 
 macro_rules! filled {
     ($count:expr, $value:expr) => {{
@@ -131,7 +131,8 @@ impl<P: Platform> SlabSystem<P> {
                     MetaPool::new(Array::bytes(16).next_multiple_of(16)),
                     MetaPool::new(Array::bytes(32).next_multiple_of(16)),
                     MetaPool::new(Array::bytes(64).next_multiple_of(16)),
-                    MetaPool::new(Array::bytes(MAX_SLOTS).next_multiple_of(16)),
+                    MetaPool::new(Array::bytes(SMALL_SLOTS).next_multiple_of(16)),
+                    MetaPool::new(LARGEST),
                 ],
                 registry: Lock::new(Registry::new()),
                 drain: AtomicU64::new(0),

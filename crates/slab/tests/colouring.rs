@@ -11,7 +11,7 @@ use kmem_hal::ObjectAlloc;
 use kmem_slab::{Cache, Geometry};
 use kmem_testkit::twins::LineCache;
 
-/// 3520 bytes: thirteen pages hold fifteen of them and 448 bytes more.
+/// 3520 bytes: seven pages hold eight of them and 512 bytes more.
 type Task = [u64; 440];
 
 const GEOMETRY: Geometry = match Geometry::new(size_of::<Task>(), 8) {
@@ -52,21 +52,21 @@ fn hits(addresses: &[u64]) -> u64 {
 #[test]
 fn slabs_begin_at_all_colours_in_turn() {
     assert_eq!(
-        (GEOMETRY.pages(), GEOMETRY.objects(), GEOMETRY.colours(13)),
-        (13, 15, 8)
+        (GEOMETRY.pages(), GEOMETRY.objects(), GEOMETRY.colours(7)),
+        (7, 8, 9)
     );
     tasks(400, |tasks| {
         let starts: HashSet<usize> = tasks
             .iter()
             .map(|task| task.as_ptr().addr() % 4096 / 64)
             .collect();
-        // Fifteen objects a slab, eight colours, 64 lines a page.
+        // Eight objects a slab, nine colours, 64 lines a page.
         assert!(starts.len() > 40, "{} different lines", starts.len());
     });
 }
 
 /// 200 live objects whose first line is used all the time, as the state of a task is, need 200 of the 512 lines of a cache of
-/// 32 KiB. Without colours they have fifteen places in a page, so that they fight for 120 lines.
+/// 32 KiB. Without colours they have eight places in a page, so that they fight for 64 lines.
 #[test]
 fn colours_keep_hot_lines_of_many_objects_in_the_cache() {
     tasks(200, |tasks| {

@@ -98,6 +98,22 @@ fn counting_refills_and_flushes_take_two_locked_instructions_for_64_objects() {
     give(&system, kept);
 }
 
+#[test]
+fn counting_new_slabs_take_two_locked_instructions_for_64_objects() {
+    const ARRAYS: usize = 400;
+    let (_, system) = common::system(8192, 1);
+    // Descriptors and arrays are there from a first round.
+    give(&system, take(&system, 64 * ARRAYS));
+    system.shrink();
+    let mut objects = Vec::new();
+    let locked = cost(|| objects = take(&system, 64 * ARRAYS)).locked;
+    assert!(
+        locked <= 2 * ARRAYS as u64,
+        "{locked} locked instructions for {ARRAYS} times 64 objects of new slabs"
+    );
+    give(&system, objects);
+}
+
 /// Random replacement of objects of 8 to 4096 bytes, sizes spread evenly over their logarithm: arrays absorb nearly all of it.
 #[test]
 fn counting_random_replacement_stores_nearly_nothing_to_shared_lines() {

@@ -348,6 +348,62 @@ fn whole_pages() {
     });
 }
 
+/// Values of a typed cache come and go, one of them from a reserve, while NMIs make and drop values of the same cache.
+#[test]
+fn typed_cache() {
+    type Line = [u64; 8];
+    type Lines = Cache<'static, Line, TestParts>;
+    type Boxes = RefCell<Vec<SlabBox<'static, Line, TestParts>>>;
+    let setup = || {
+        let system: &'static System = Box::leak(Box::new(World::new().system.into_inner()));
+        let cache: &'static Lines = Box::leak(Box::new(Cache::new(system, "lines")));
+        let boxes: Vec<_> = (0..5)
+            .map(|n| cache.alloc([n; 8]).expect("memory is not short"))
+            .collect();
+        // An NMI is not to ask the host for memory.
+        (cache, Boxes::new(boxes), Boxes::new(Vec::with_capacity(3)))
+    };
+    type Setup = (&'static Lines, Boxes, Boxes);
+    let operation = |(cache, boxes, _): &Setup| {
+        let mut reserve = cache.prefill::<2>(2).expect("memory is not short");
+        let mut boxes = boxes.borrow_mut();
+        drop(boxes.pop());
+        boxes.push(cache.alloc([7; 8]).expect("memory is not short"));
+        let object = reserve.take().expect("two are there");
+        // SAFETY: the object is this call's, taken from the cache, given back once.
+        unsafe {
+            object.write([8; 8]);
+            assert_eq!(object.read(), [8; 8], "written by somebody else");
+            kmem_hal::ObjectAlloc::free(*cache, object);
+        }
+    };
+    let interrupt = |(cache, _, kept): &Setup| {
+        let _there_and_back = cache.alloc([0xee; 8]);
+        if kept.borrow().len() < 3 {
+            kept.borrow_mut().extend(cache.alloc([0xdd; 8]).ok());
+        }
+    };
+    let check = |(cache, boxes, kept): &Setup| {
+        let (boxes, kept) = (boxes.take(), kept.take());
+        let info = cache.info().unwrap();
+        assert_eq!(info.misuses, 0);
+        assert_eq!(info.allocs - info.frees, info.active_objects);
+        assert_eq!(info.active_objects as usize, boxes.len() + kept.len());
+        for (at, line) in boxes.iter().enumerate() {
+            let expected = if at == 4 { 7 } else { at as u64 };
+            assert_eq!(**line, [expected; 8]);
+        }
+        assert!(kept.iter().all(|line| **line == [0xdd; 8]));
+    };
+    for way in [Stepper::alone().stride(3), Stepper::together()] {
+        let steps = way.run(setup, operation, interrupt, check);
+        println!(
+            "typed cache: {:?}",
+            steps.unwrap_or_else(|failure| panic!("{failure}"))
+        );
+    }
+}
+
 /// One cache is emptied into its slabs and the page source, while NMIs use it.
 #[test]
 fn shrink() {

@@ -56,7 +56,11 @@ fn objects_freed_on_another_cpu_flow_back_in_whole_arrays() {
     let info = info.unwrap();
     assert_eq!((info.active_objects, info.misuses), (0, 0));
     assert_eq!((info.allocs, info.frees), (rounds as u64, rounds as u64));
-    assert!(info.exchanges > 100, "the depot carries them: {info:?}");
+    // An array has 502 objects at most, and leaves one CPU before it comes to the other.
+    assert!(
+        info.exchanges >= 2 * rounds as u64 / 512,
+        "the depot carries them: {info:?}"
+    );
     assert!(
         info.frames < 64,
         "memory does not grow with the rounds: {info:?}"
