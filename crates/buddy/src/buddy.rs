@@ -87,6 +87,11 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         &self.cpu
     }
 
+    /// Who is told when memory is short.
+    pub const fn pressure(&self) -> &P {
+        &self.pressure
+    }
+
     #[inline(always)]
     pub(crate) fn state(&self) -> Option<&'static State<L>> {
         // SAFETY: a non-null pointer came from a `&'static State` in `init`.

@@ -20,7 +20,7 @@ use kmem::paging::{Attributes, MemoryType, PageTable, Parts, Rights, TableCache}
 use kmem::vma_tree::Node;
 use kmem::vmalloc::{FixMap, KernelPage, Vmalloc};
 use kmem::{
-    BootMap, Buddy, Cache, Config, Frame, Heap, InitError, IrqSafe, OffsetMap, Order, PhysAddr,
+    BootMap, Cache, Config, Frame, Heap, InitError, IrqSafe, OffsetMap, Order, PhysAddr,
     Reservation, SlabParts, boot,
 };
 
@@ -33,7 +33,7 @@ use crate::{apic, smp};
 #[global_allocator]
 pub static HEAP: Heap<OffsetMap, Machine> = Heap::with(platform::phys(), Machine);
 
-type Frames = Buddy<OffsetMap, Machine>;
+type Frames = kmem::Frames<OffsetMap, Machine>;
 /// The page-frame allocator of [`HEAP`].
 pub const fn frames() -> &'static Frames {
     HEAP.memory().frames()

@@ -6,7 +6,7 @@
 use std::ptr::NonNull;
 
 use kmem::{
-    AllocError, Buddy, Frame, FrameRange, FrameRequest, FrameSink, OffsetMap, Order, OwnedFrame,
+    AllocError, Frame, FrameRange, FrameRequest, FrameSink, Frames, OffsetMap, Order, OwnedFrame,
     PhysMap,
 };
 use kmem_hal::sync::Ordering;
@@ -18,13 +18,13 @@ use crate::threads::ThreadCpu;
 /// A source of sizes above 4 MiB; smaller ones are left to the page-frame allocator's blocks.
 #[derive(Clone, Copy, Debug)]
 pub struct Ranges {
-    frames: &'static Buddy<OffsetMap, ThreadCpu, HostLock>,
+    frames: &'static Frames<OffsetMap, ThreadCpu, HostLock>,
     table: &'static FrameTable,
 }
 
 impl Ranges {
     pub(crate) fn new(
-        frames: &'static Buddy<OffsetMap, ThreadCpu, HostLock>,
+        frames: &'static Frames<OffsetMap, ThreadCpu, HostLock>,
         table: &'static FrameTable,
     ) -> Self {
         Self { frames, table }

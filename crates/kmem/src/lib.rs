@@ -14,12 +14,14 @@ mod explain;
 mod heap;
 mod large;
 mod memory;
+mod shrinkers;
 mod table;
 
 pub use explain::Explanation;
 pub use heap::{Heap, SlabReport};
 pub use large::LateLarge;
-pub use memory::{InitError, Memory, SlabParts};
+pub use memory::{Frames, InitError, Memory, SlabParts};
+pub use shrinkers::Shrinkers;
 
 #[doc(no_inline)]
 pub use kmem_buddy::{

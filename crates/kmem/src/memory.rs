@@ -4,6 +4,8 @@
 //!   BootMap ── EarlyAllocator ──> FrameTable sections ──> Buddy (zones) ──> SlabSystem (kmalloc)
 //! ```
 //!
+//! The page-frame allocator's hook for short memory goes to the slab system first ([`Shrinkers`]).
+//!
 //! [`Memory`] is what a kernel with several CPUs, nodes or own traits keeps in its `static`; [`Heap`](crate::Heap) is
 //! the same for those who want a global allocator and nothing else.
 
@@ -16,11 +18,15 @@ use kmem_hal::{
 };
 use kmem_slab::{Parts, SlabSystem};
 
+use crate::shrinkers::Shrinkers;
 use crate::table;
+
+/// The page-frame allocator of a [`Memory`]: `P` is told of short memory after the slab system.
+pub type Frames<M, C, L = IrqSafe, K = NoCpuCall, P = NoPressure> = Buddy<M, C, L, K, Shrinkers<P>>;
 
 /// The parts that the slab system of a [`Memory`] stands on.
 pub type SlabParts<M, C, L = IrqSafe, K = NoCpuCall, P = NoPressure, V = NoLarge> =
-    Parts<&'static Buddy<M, C, L, K, P>, &'static M, &'static C, L, V, &'static FrameTable>;
+    Parts<&'static Frames<M, C, L, K, P>, &'static M, &'static C, L, V, &'static FrameTable>;
 
 /// Why the memory of a machine could not be set up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,7 +93,7 @@ where
     V: LargeSource,
 {
     table: FrameTable,
-    frames: Buddy<M, C, L, K, P>,
+    frames: Frames<M, C, L, K, P>,
     slab: SlabSystem<SlabParts<M, C, L, K, P, V>>,
 }
 
@@ -130,6 +136,7 @@ where
     kmem_hal::const_new! {
         /// A machine with everything that a kernel may bring.
         pub fn with(memory: M, cpu: C, call: K, pressure: P) -> Self {
+            let pressure = Shrinkers::of::<SlabParts<M, C, L, K, P, V>>(pressure);
             Self {
                 table: FrameTable::new(),
                 frames: Buddy::with(memory, cpu, call, pressure),
@@ -165,7 +172,10 @@ where
                 large,
             )
         };
-        self.slab.init(parts).map_err(InitError::Slab)
+        self.slab.init(parts).map_err(InitError::Slab)?;
+        // SAFETY: `with` made the hook for this slab system's platform.
+        unsafe { self.frames.pressure().connect(&self.slab) };
+        Ok(())
     }
 
     /// Carves the frame table alone: the first stage of `init`, for a kernel that shows its stages.
@@ -196,7 +206,7 @@ where
     }
 
     /// The page-frame allocator.
-    pub const fn frames(&self) -> &Buddy<M, C, L, K, P> {
+    pub const fn frames(&self) -> &Frames<M, C, L, K, P> {
         &self.frames
     }
 

@@ -2,7 +2,6 @@
 //! processor walks the tables, so what is mapped can be asked for and not touched.
 #![allow(dead_code, reason = "each example uses a part")]
 
-use kmem::buddy::Buddy;
 use kmem::hal::{FixedPool, FlushRequest, Mmu, NoCpuCall, NoPressure, Root, SingleGrace, Spin};
 use kmem::paging::format::X86_64;
 use kmem::paging::{PageTable, Parts};
@@ -19,7 +18,7 @@ unsafe impl Mmu for NoMmu {
     fn flush_local(&self, _request: &FlushRequest) {}
 }
 
-pub type Frames = Buddy<OffsetMap, SingleCpu, Spin>;
+pub type Frames = kmem::Frames<OffsetMap, SingleCpu, Spin>;
 pub type Env = Parts<'static, &'static OffsetMap, &'static Frames, NoMmu, SingleGrace, SingleCpu>;
 pub type Kernel = Vmalloc<'static, X86_64, &'static Env, &'static FixedPool<Node, 64>, Spin>;
 pub type World =

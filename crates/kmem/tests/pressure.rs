@@ -1,0 +1,137 @@
+//! Short memory: what the slab system's caches hold beyond need serves requests for frames before anything is refused, and before the kernel
+//! is asked to reclaim.
+
+use std::ptr::NonNull;
+use std::sync::Mutex;
+
+use kmem::hal::{NoCpuCall, NoLarge, PressureLevel, Shrink, Spin};
+use kmem::{
+    AllocError, BootMap, Config, Context, Flags, FrameRequest, FrameSink, FrameSource, Memory,
+    NodeId, OffsetMap, OwnedFrame, PhysAddr, Pressure, RegionKind, SingleCpu,
+};
+
+/// A kernel that has nothing to give, and remembers what it was told.
+#[derive(Default)]
+struct Told(Mutex<Vec<PressureLevel>>);
+
+impl Told {
+    fn count(&self, level: PressureLevel) -> usize {
+        let told = self.0.lock().unwrap();
+        told.iter().filter(|&&other| other == level).count()
+    }
+}
+
+impl Pressure for &'static Told {
+    fn pressure(&self, _node: NodeId, level: PressureLevel, _request: &FrameRequest) -> bool {
+        self.0.lock().unwrap().push(level);
+        false
+    }
+}
+
+type World = Memory<OffsetMap, SingleCpu, Spin, NoCpuCall, &'static Told>;
+
+const MIB: u64 = 16;
+
+/// A machine, and who is told.
+fn world() -> (&'static World, &'static Told) {
+    let bytes = vec![0u8; (MIB as usize + 1) << 20].leak();
+    let base = (bytes.as_mut_ptr().expose_provenance() + 0xf_ffff) & !0xf_ffff;
+    let told: &'static Told = Box::leak(Box::default());
+    // SAFETY: one thread uses each world.
+    let cpu = unsafe { SingleCpu::new() };
+    let world = World::with(OffsetMap::unset(), cpu, NoCpuCall, told);
+    let world: &'static World = Box::leak(Box::new(world));
+    let mut map: BootMap = BootMap::new();
+    map.push(PhysAddr::new(1 << 20), MIB << 20, RegionKind::Usable)
+        .unwrap();
+    // SAFETY: the arena is mapped there and nobody's.
+    unsafe {
+        let memory = world.frames().memory();
+        memory.set(base.wrapping_sub(1 << 20), (1 + MIB) << 8);
+    }
+    let config = Config::new().min_free_kib(64);
+    world.init_with(&mut map, &config, NoLarge).unwrap();
+    (world, told)
+}
+
+/// Objects of many sizes come and go, until arrays, depots and empty slabs hold a good deal; one of each size stays.
+fn use_caches(world: &'static World) -> Vec<NonNull<u8>> {
+    let mut kept = Vec::new();
+    for size in (64..=2048).step_by(64) {
+        let take = || world.slab().kmalloc(size, Flags::empty()).unwrap();
+        kept.push(take());
+        let objects: Vec<_> = (0..100).map(|_| take()).collect();
+        for object in objects {
+            // SAFETY: allocated above, freed once.
+            unsafe { world.slab().kfree(object.as_ptr()) };
+        }
+    }
+    kept
+}
+
+fn all_frames(world: &'static World, context: Context) -> (Vec<OwnedFrame>, AllocError) {
+    let request = FrameRequest::ONE.context(context);
+    let mut frames = Vec::new();
+    loop {
+        match world.frames().alloc(&request) {
+            Ok(frame) => frames.push(frame),
+            Err(error) => return (frames, error),
+        }
+    }
+}
+
+#[test]
+fn a_refusal_comes_after_the_caches_gave_what_they_could() {
+    for context in [Context::Atomic, Context::MayWait] {
+        let (world, told) = world();
+        let kept = use_caches(world);
+        assert!(world.slab().count() > 500, "{}", world.slab().count());
+        let (frames, error) = all_frames(world, context);
+        assert_eq!(error, AllocError::OutOfMemory, "{context:?}");
+        assert!(!frames.is_empty());
+        // Nothing is left that a shrink would give back, and nobody had to ask for one.
+        assert_eq!(world.slab().count(), 0, "{context:?}");
+        assert_eq!(world.slab().shrink(), 0, "{context:?}");
+        assert!(told.count(PressureLevel::Min) > 0, "{context:?}");
+        let may_reclaim = context == Context::MayWait;
+        assert_eq!(told.count(PressureLevel::Refusing) > 0, may_reclaim);
+        for object in kept {
+            // SAFETY: allocated in `use_caches`, freed once.
+            unsafe { world.slab().kfree(object.as_ptr()) };
+        }
+    }
+}
+
+#[test]
+fn the_kernel_is_asked_to_reclaim_only_where_the_caches_have_nothing() {
+    let (world, told) = world();
+    // Frames are short first; then a cache holds more than it needs.
+    let (mut frames, _) = all_frames(world, Context::MayWait);
+    let asked = told.count(PressureLevel::Refusing);
+    assert!(asked > 0);
+    for frame in frames.split_off(frames.len() - 600) {
+        world.frames().free(frame);
+    }
+    let kept = use_caches(world);
+    let held = world.slab().count();
+    assert!(held > 0);
+    let (more, _) = all_frames(world, Context::MayWait);
+    assert!(!more.is_empty());
+    assert_eq!(world.slab().count(), 0);
+    // One refusal, one question for each retry at most: none while the caches gave.
+    assert_eq!(told.count(PressureLevel::Refusing), 2 * asked);
+    drop(kept);
+}
+
+#[test]
+fn low_memory_leaves_the_caches_alone() {
+    let (world, told) = world();
+    let _kept = use_caches(world);
+    let held = world.slab().count();
+    let mut frames = Vec::new();
+    while told.count(PressureLevel::Low) == 0 {
+        frames.push(world.frames().alloc(&FrameRequest::ONE).unwrap());
+    }
+    assert_eq!(told.count(PressureLevel::Min), 0);
+    assert_eq!(world.slab().count(), held);
+}
