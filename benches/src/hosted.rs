@@ -9,9 +9,11 @@
 //! | `sort` | makes N strings of 8 to 31 letters in random order, sorts them, and drops them |
 //! | `json` | parses an array of N records into a tree of values, walks it, and drops it (the text is made before) |
 //!
-//! What counts is the CPU time of the thread, page faults included: heaps take their memory from the host as they like.
+//! What counts is the CPU time of the thread, page faults included: heaps take their memory from the host as they like. Whether that is in pages of 2 MiB
+//! decides more than most of what a heap does, so that every program runs both ways ([`HostPages`]).
 
 use std::alloc::{GlobalAlloc, Layout, System};
+use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -124,18 +126,50 @@ unsafe impl GlobalAlloc for Switch {
     }
 }
 
+/// The host's pages that the heaps of a run have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum HostPages {
+    /// 2 MiB where they can be had: [`HostHeap`] asks for them always, mimalloc, jemalloc and the host's malloc by a variable of the environment. snmalloc
+    /// has no such switch.
+    Large,
+    /// 4 KiB for every heap: the host gives the process no others, whatever is asked for.
+    Small,
+}
+
+/// What makes heaps that do not by themselves ask the host for pages of 2 MiB.
+const LARGE_PAGES: [(&str, &str); 3] = [
+    ("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+    ("MIMALLOC_ALLOW_LARGE_OS_PAGES", "1"),
+    ("_RJEM_MALLOC_CONF", "thp:always"),
+];
+
+fn without_large_pages() -> std::io::Result<()> {
+    let on: libc::c_ulong = 1;
+    let none: libc::c_ulong = 0;
+    // SAFETY: changes nothing but what pages this process gets, and those that take its place.
+    match unsafe { libc::prctl(libc::PR_SET_THP_DISABLE, on, none, none, none) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()),
+    }
+}
+
 /// Runs a program in a process of its own over a heap; nanoseconds for each of the N, and what it computed.
 ///
 /// # Errors
 ///
 /// The process could not be started, or did not answer.
-pub fn run(heap: &str, program: &str, n: u64) -> Result<(f64, u64), String> {
+pub fn run(heap: &str, program: &str, n: u64, pages: HostPages) -> Result<(f64, u64), String> {
     let me = std::env::current_exe().map_err(|error| error.to_string())?;
-    let answer = Command::new(me)
+    let mut command = Command::new(me);
+    command
         .args([FLAG, program, &n.to_string()])
-        .env(VARIABLE.to_str().unwrap_or_default(), heap)
-        .output()
-        .map_err(|error| error.to_string())?;
+        .env(VARIABLE.to_str().unwrap_or_default(), heap);
+    match pages {
+        HostPages::Large => command.envs(LARGE_PAGES),
+        // SAFETY: what runs between fork and exec is one system call.
+        HostPages::Small => unsafe { command.pre_exec(without_large_pages) },
+    };
+    let answer = command.output().map_err(|error| error.to_string())?;
     let text = String::from_utf8_lossy(&answer.stdout);
     let mut words = text.split_whitespace();
     let time = words.next().and_then(|word| word.parse().ok());

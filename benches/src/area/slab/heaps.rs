@@ -1,4 +1,4 @@
-//! The heaps that are compared, behind one trait.
+//! The heaps that are compared, behind one trait, whose calls are inlined for every heap alike: what is called out of line is the heap's own choice.
 
 use std::alloc::Layout;
 use std::cell::Cell;
@@ -26,11 +26,11 @@ pub(super) trait Heap: Sync {
 }
 
 impl<H: Heap + ?Sized> Heap for &H {
-    #[inline]
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         (**self).alloc(layout)
     }
-    #[inline]
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, layout: Layout) {
         // SAFETY: the caller's promise.
         unsafe { (**self).free(memory, layout) }
@@ -38,11 +38,11 @@ impl<H: Heap + ?Sized> Heap for &H {
 }
 
 impl Heap for Machine {
-    #[inline]
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         self.slab.alloc(layout)
     }
-    #[inline]
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, layout: Layout) {
         // SAFETY: the caller's promise.
         unsafe { self.slab.dealloc(memory, layout) }
@@ -53,11 +53,11 @@ impl Heap for Machine {
 pub(super) struct Checked(pub(super) &'static SlabSystem<PolicyParts<Check>>);
 
 impl Heap for Checked {
-    #[inline]
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         self.0.alloc(layout)
     }
-    #[inline]
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, layout: Layout) {
         // SAFETY: the caller's promise.
         unsafe { self.0.dealloc(memory, layout) }
@@ -94,9 +94,11 @@ pub(super) fn or_null(memory: Option<NonNull<u8>>) -> *mut u8 {
 }
 
 impl Heap for Tlsf {
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         or_null(self.inner.with(|inner| inner.allocate(layout)))
     }
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, layout: Layout) {
         let memory = NonNull::new(memory).expect("not null");
         // SAFETY: the caller's promise.
@@ -127,10 +129,12 @@ impl Talc {
 }
 
 impl Heap for Talc {
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: no layout of these workloads has size 0.
         or_null(self.inner.with(|inner| unsafe { inner.allocate(layout) }))
     }
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, layout: Layout) {
         // SAFETY: the caller's promise.
         self.inner
@@ -157,12 +161,14 @@ impl List {
 }
 
 impl Heap for List {
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         or_null(
             self.inner
                 .with(|inner| inner.allocate_first_fit(layout).ok()),
         )
     }
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, layout: Layout) {
         let memory = NonNull::new(memory).expect("not null");
         // SAFETY: the caller's promise.
@@ -175,10 +181,12 @@ impl Heap for List {
 pub(super) struct HostMalloc;
 
 impl Heap for HostMalloc {
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: any size may be asked for; malloc aligns to 16, which these workloads do not exceed.
         unsafe { libc::malloc(layout.size()) }.cast()
     }
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, _layout: Layout) {
         // SAFETY: the caller's promise.
         unsafe { libc::free(memory.cast()) }
@@ -193,7 +201,7 @@ thread_local! {
 }
 
 impl Heap for Bump {
-    #[inline]
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         let size = layout.size().next_multiple_of(16);
         let mut at = NEXT.get();
@@ -203,7 +211,7 @@ impl Heap for Bump {
         NEXT.set(at + size);
         self.0.base().wrapping_add(at)
     }
-    #[inline]
+    #[inline(always)]
     unsafe fn free(&self, _memory: *mut u8, _layout: Layout) {}
 }
 
@@ -232,13 +240,13 @@ impl Stack {
 }
 
 impl Heap for Stack {
-    #[inline]
+    #[inline(always)]
     fn alloc(&self, _layout: Layout) -> *mut u8 {
         let at = self.given.get();
         self.given.set(at + 1);
         self.objects[at].get()
     }
-    #[inline]
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, _layout: Layout) {
         let at = self.given.get() - 1;
         self.given.set(at);

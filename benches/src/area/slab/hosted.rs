@@ -2,7 +2,7 @@
 
 use super::AREA;
 use crate::harness::Runner;
-use crate::hosted::{HEAPS, run};
+use crate::hosted::{HEAPS, HostPages, run};
 use crate::output::{Row, Unit};
 use crate::stats::summarise;
 
@@ -11,24 +11,31 @@ use crate::stats::summarise;
 /// Each runs twice and the second time counts: what the host must do for a process's memory depends on what the process before it left behind
 /// (large pages that are there and warm, or memory in pieces), which was worth a fifth of the time and always hit the same program.
 pub(super) fn programs(runner: &mut Runner) {
-    for (workload, program, n) in [
-        ("hosted_sort", "sort", runner.size(200_000, 10_000_000)),
-        ("hosted_json", "json", runner.size(20_000, 500_000)),
+    let (sort, json) = (
+        runner.size(200_000, 10_000_000),
+        runner.size(20_000, 500_000),
+    );
+    for (workload, program, n, pages) in [
+        ("hosted_sort", "sort", sort, HostPages::Large),
+        ("hosted_sort_4k", "sort", sort, HostPages::Small),
+        ("hosted_json", "json", json, HostPages::Large),
+        ("hosted_json_4k", "json", json, HostPages::Small),
     ] {
         if runner.wants(workload) {
-            one(runner, workload, program, n);
+            one(runner, workload, program, n, pages);
         }
     }
 }
 
-fn one(runner: &mut Runner, workload: &str, program: &str, n: u64) {
+fn one(runner: &mut Runner, workload: &str, program: &str, n: u64, pages: HostPages) {
     let runs = runner.size(5, 3);
     let mut times = vec![Vec::new(); HEAPS.len()];
     let mut computed = None;
     for round in 0..runs {
         for turn in 0..HEAPS.len() {
             let heap = (turn + round) % HEAPS.len();
-            let twice = run(HEAPS[heap], program, n).and_then(|_| run(HEAPS[heap], program, n));
+            let once = || run(HEAPS[heap], program, n, pages);
+            let twice = once().and_then(|_| once());
             let (time, check) = match twice {
                 Ok(answer) => answer,
                 Err(problem) => return runner.problem(problem),

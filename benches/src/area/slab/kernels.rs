@@ -106,11 +106,13 @@ impl BuddySlab {
 }
 
 impl Heap for BuddySlab {
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         self.inner
             .alloc(layout)
             .map_or(std::ptr::null_mut(), NonNull::as_ptr)
     }
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, layout: Layout) {
         let memory = NonNull::new(memory).expect("not null");
         // SAFETY: the caller's promise.
@@ -185,9 +187,11 @@ impl SlabMalloc {
 }
 
 impl Heap for SlabMalloc {
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         self.inner.with(|zone| zone.allocate(layout))
     }
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, layout: Layout) {
         let memory = NonNull::new(memory).expect("not null");
         let freed = self

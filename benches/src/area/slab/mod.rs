@@ -17,7 +17,8 @@
 //! | `prodcons` | an object of 64 bytes allocated by one thread, handed over in a ring of 1024, freed by another (wall time) |
 //! | `replace_2t` | `replace` by two threads with N objects each, an operation of each thread (wall time) |
 //! | `pair64_check`, `replace_check` | the same with kmem's policy `Check`, beside kmem without it |
-//! | `hosted_sort`, `hosted_json` | a string made, sorted and dropped, or a record parsed, walked and dropped, by a program of which the heap is the global allocator |
+//! | `hosted_sort`, `hosted_json` | a string made, sorted and dropped, or a record parsed, walked and dropped, by a program of which the heap is the global allocator; every heap that can is told to ask the host for pages of 2 MiB |
+//! | `hosted_sort_4k`, `hosted_json_4k` | the same where the host gives nobody other pages than those of 4 KiB |
 //! | `overhead` | bytes taken by bytes asked for, after all live objects were replaced many times |
 //! | `overhead_shrunk` | the same after nine in ten objects were freed and the heap was shrunk, where it can be |
 //! | `overhead_slabs` | bytes taken by bytes of slabs with an object in use, after that |

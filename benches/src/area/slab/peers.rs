@@ -15,12 +15,12 @@ pub(super) struct Global<G>(pub(super) G);
 
 #[cfg(feature = "c-peers")]
 impl<G: GlobalAlloc + Sync> Heap for Global<G> {
-    #[inline]
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: no layout of these workloads has size 0.
         unsafe { self.0.alloc(layout) }
     }
-    #[inline]
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, layout: Layout) {
         // SAFETY: the caller's promise.
         unsafe { self.0.dealloc(memory, layout) }
@@ -31,11 +31,11 @@ impl<G: GlobalAlloc + Sync> Heap for Global<G> {
 pub(super) struct Rusty;
 
 impl Heap for Rusty {
-    #[inline]
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         rusty_alloc::alloc::malloc(layout.size())
     }
-    #[inline]
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, _layout: Layout) {
         // SAFETY: the caller's promise.
         unsafe { rusty_alloc::alloc::free_inline(memory) }
@@ -62,9 +62,11 @@ impl Slabs {
 }
 
 impl Heap for Slabs {
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         or_null(self.inner.with(|inner| inner.allocate(layout).ok()))
     }
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, layout: Layout) {
         let memory = NonNull::new(memory).expect("not null");
         // SAFETY: the caller's promise.
@@ -93,10 +95,12 @@ impl Good {
 }
 
 impl Heap for Good {
+    #[inline(always)]
     fn alloc(&self, layout: Layout) -> *mut u8 {
         // SAFETY: no layout of these workloads has size 0.
         self.inner.with(|inner| unsafe { inner.alloc(layout) })
     }
+    #[inline(always)]
     unsafe fn free(&self, memory: *mut u8, _layout: Layout) {
         // SAFETY: the caller's promise.
         self.inner.with(|inner| unsafe { inner.dealloc(memory) });
