@@ -152,9 +152,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         edit.modify(part, |new| new.flags = flags);
         drop(edit);
         self.restrict(part, flags);
-        let copies = VmFlags::WRITE | VmFlags::SHARED | VmFlags::LOCKED;
+        let copies = VmFlags::WRITE | VmFlags::SHARED | VmFlags::LOCKED_MASK;
         if vma.flags & copies == VmFlags::LOCKED && flags.contains(VmFlags::WRITE) {
-            // Locked memory that may be written gets its own copies now, not by faults.
+            // Locked memory that may be written gets its own copies now, not by faults; what is locked on fault waits for those.
             for page in part.iter() {
                 let _ = self.fault_locked(state, page.start(), Access::Write);
             }

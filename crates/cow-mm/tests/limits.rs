@@ -118,6 +118,18 @@ fn what_is_locked_is_present_and_what_is_locked_on_fault_comes_when_touched() {
         .mlock2(AT + 2 * PAGE, 2 * PAGE, LockFlags::ONFAULT)
         .unwrap();
     assert_eq!(space.recount().rss_anon, 2);
+    // Neither does it come when the mapping becomes writable, as what is locked at once does.
+    for (at, flags) in [
+        (AT + 64 * PAGE, LockFlags::ONFAULT),
+        (AT + 80 * PAGE, LockFlags::empty()),
+    ] {
+        map(&program, at, 1, Prot::READ).unwrap();
+        space.mlock2(at, PAGE, flags).unwrap();
+        space.mprotect(at, PAGE, RW).unwrap();
+        let pages = if flags.is_empty() { 3 } else { 2 };
+        assert_eq!(space.recount().rss_anon, pages, "{flags:?}");
+        space.munmap(at, PAGE).unwrap();
+    }
     space.mlockall(LockAll::FUTURE).unwrap();
     map(&program, AT + 32 * PAGE, 3, RW).unwrap();
     assert_eq!(space.recount().rss_anon, 5);
