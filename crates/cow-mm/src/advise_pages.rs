@@ -28,6 +28,7 @@ use crate::tables::next_table;
 
 impl<E: Env> AddressSpace<'_, E> {
     /// Lets anonymous pages of a range go when memory is short, unless they are written before. The space's lock is held.
+    #[inline(never)]
     pub(crate) fn free_lazily(&self, range: PageRange) {
         let mm = self.mm();
         let Some(range) = range.intersection(self.all_pages()) else {
@@ -64,6 +65,7 @@ impl<E: Env> AddressSpace<'_, E> {
     }
 
     /// Clears the entries of swap in a range: the next read finds zeros.
+    #[inline(never)]
     fn forget_swapped(&self, range: PageRange) {
         let mut next = Some(range.first());
         while let Some((page, _)) = next.and_then(|from| self.next_payload(from, range)) {
@@ -98,6 +100,7 @@ impl<E: Env> AddressSpace<'_, E> {
     /// # Errors
     ///
     /// [`Errno::ENOMEM`] for [`Advice::Remove`].
+    #[inline(never)]
     pub(crate) fn advise_pages(&self, range: PageRange, advice: Advice) -> Result<(), Errno> {
         let mut at = Some(range.first());
         while let Some(from) = at {
@@ -144,6 +147,7 @@ impl<E: Env> AddressSpace<'_, E> {
 
     /// Makes pages look as if nobody had used them.
     #[doc(alias = "madvise_cold")]
+    #[inline(never)]
     fn make_cold(&self, range: PageRange) {
         let Ok(mut cursor) = self.tables().cursor(range) else {
             return;
@@ -165,6 +169,7 @@ impl<E: Env> AddressSpace<'_, E> {
 
     /// Reclaims the pages of a range that no other table maps.
     #[doc(alias = "madvise_pageout")]
+    #[inline(never)]
     fn page_out(&self, range: PageRange) {
         for page in range.iter() {
             let Some(frame) = self.frame_at(page) else {
@@ -185,6 +190,7 @@ impl<E: Env> AddressSpace<'_, E> {
 
     /// Starts reading what is missing.
     #[doc(alias = "madvise_willneed")]
+    #[inline(never)]
     fn fetch(&self, range: PageRange, file: Option<FileRef>, index: u64) {
         let mm = self.mm();
         for (page, index) in range.iter().zip(index..) {

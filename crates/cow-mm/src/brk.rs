@@ -22,6 +22,18 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// Moves the break to `end`; gives where it is afterwards: where it was, if it could not be moved.
     #[doc(alias = "sys_brk")]
     pub fn brk(&self, end: u64) -> u64 {
+        let (now, missing) = self.move_break(end);
+        if let Some((start, length)) = missing {
+            // As in Linux, a page that cannot be had now is no error.
+            let _ = self.populate(start, length, Populate::AsMapped);
+        }
+        now
+    }
+
+    /// Moves the break; gives where it is afterwards, and the first byte and the length of what has to be brought in. Not inlined, as
+    /// `mmap_without_pages`.
+    #[inline(never)]
+    fn move_break(&self, end: u64) -> (u64, Option<(u64, u64)>) {
         let mut state = self.lock();
         let before = state.brk;
         // The image's own data counts as the heap does.
@@ -35,7 +47,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             || end > self.layout().task_size
             || data > state.limits.data
         {
-            return before.end;
+            return (before.end, None);
         }
         let (old, new) = (
             before.end.next_multiple_of(PAGE_SIZE),
@@ -49,13 +61,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if moved {
             state.brk.end = end;
         }
-        let (now, locked) = (state.brk.end, state.default_flags);
-        drop(state);
-        if moved && new > old && locked.contains(VmFlags::LOCKED) {
-            // As in Linux, a page that cannot be had now is no error.
-            let _ = self.populate(old, new - old, Populate::AsMapped);
-        }
-        now
+        let locked = state.default_flags.contains(VmFlags::LOCKED);
+        let missing = (moved && new > old && locked).then(|| (old, new - old));
+        (state.brk.end, missing)
     }
 
     fn grow_heap(&self, state: &mut State<'m, E>, old: u64, new: u64) -> bool {

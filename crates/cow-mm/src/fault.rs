@@ -137,7 +137,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let page = Page::containing(address);
         // The VMA stays as it is while it is held, and so do its pages' entries but for other faults. Nothing below waits for
         // the space's lock.
-        let (vma, _held) = self.core().vmas.lock_vma(page)?;
+        let vma = self.core().vmas.lock_vma(page)?;
         if !allows(vma.flags, access) || needs_anon(&vma, access) {
             return None;
         }
@@ -153,6 +153,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         Some(self.fault_page(&vma, page, address, access))
     }
 
+    #[inline(never)]
     pub(crate) fn fault_locked(
         &self,
         state: &mut State<'m, E>,
@@ -195,15 +196,21 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 
     /// The VMA of a page, grown down to it where it is a stack and may.
     fn vma_or_stack(&self, state: &mut State<'m, E>, page: Page) -> Result<Option<Vma>, Stop> {
-        let Some(vma) = state.vmas.at_or_after(page) else {
-            return Ok(None);
+        match state.vmas.get(page) {
+            None if self.grow_stack(state, page)? => Ok(state.vmas.get(page)),
+            vma => Ok(vma),
+        }
+    }
+
+    /// Lets the stack above a page that is in no VMA grow down to it, if there is one that may.
+    #[cold]
+    #[inline(never)]
+    #[doc(alias = "expand_stack")]
+    fn grow_stack(&self, state: &mut State<'m, E>, page: Page) -> Result<bool, Stop> {
+        let above = state.vmas.at_or_after(page);
+        let Some(vma) = above.filter(|vma| vma.flags.contains(VmFlags::GROWSDOWN)) else {
+            return Ok(false);
         };
-        if vma.range.contains(page) {
-            return Ok(Some(vma));
-        }
-        if !vma.flags.contains(VmFlags::GROWSDOWN) {
-            return Ok(None);
-        }
         let size =
             (vma.range.last().number() - page.number() + 1).saturating_mul(kmem_hal::PAGE_SIZE);
         let guard = match mutant!("stack-guard-forgotten") {
@@ -216,24 +223,24 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 && below.flags.intersects(VmFlags::ACCESS)
                 && below.range.last().number() + guard >= page.number()
         });
-        let added = vma.range.first().number() - page.number();
+        let (range, flags) = (vma.range, vma.flags);
+        let added = range.first().number() - page.number();
         if size > state.limits.stack
             || blocked
-            || !state.may_expand(added, vma.flags)
-            || !state.may_lock_more(added, vma.flags)
+            || !state.may_expand(added, flags)
+            || !state.may_lock_more(added, flags)
         {
-            return Ok(None);
+            return Ok(false);
         }
-        let Some(grown) = PageRange::new(page, vma.range.last()) else {
-            return Ok(None);
+        let Some(grown) = PageRange::new(page, range.last()) else {
+            return Ok(false);
         };
         let mut edit = state.vmas.edit()?;
-        if vma.flags.contains(VmFlags::ACCOUNT) && edit.charge(added, &state.limits).is_err() {
-            return Ok(None);
+        if flags.contains(VmFlags::ACCOUNT) && edit.charge(added, &state.limits).is_err() {
+            return Ok(false);
         }
-        edit.grow_down(vma.range.first(), grown);
-        drop(edit);
-        Ok(state.vmas.get(page))
+        edit.grow_down(range.first(), grown);
+        Ok(true)
     }
 
     /// Something is mapped, and it does not allow the access.
@@ -341,6 +348,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     /// Gives a private VMA a reverse map before its first anonymous page: a neighbour's where Linux takes it.
+    #[inline(never)]
     #[doc(alias = "anon_vma_prepare")]
     pub(crate) fn prepare_anon(&self, state: &mut State<'m, E>, page: Page) {
         let Some(vma) = state.vmas.get(page) else {

@@ -21,6 +21,7 @@ use crate::vma::Vma;
 
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// Makes a part of a mapping a guard region; what it held is gone.
+    #[inline(never)]
     pub(crate) fn install_guards(
         &self,
         state: &mut State<'m, E>,
@@ -74,6 +75,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     /// Makes ordinary, empty pages of the guard regions in a part of a mapping.
+    #[inline(never)]
     pub(crate) fn remove_guards(
         &self,
         state: &State<'m, E>,
@@ -102,6 +104,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// # Errors
     ///
     /// [`Errno::EAGAIN`] where not even the frames set aside for it are left.
+    #[inline(never)]
     pub(crate) fn empty(&self, state: &State<'m, E>, part: PageRange) -> Result<(), Errno> {
         let mut at = Some(part.first());
         while let Some(first) = at.filter(|first| *first <= part.last()) {

@@ -53,6 +53,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         outcome.and(done)
     }
 
+    #[inline(never)]
     fn advise_part(
         &self,
         state: &mut State<'m, E>,
@@ -113,6 +114,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         self.set_flags(state, vma, part, on, off)
     }
 
+    #[inline(never)]
     fn set_flags(
         &self,
         state: &mut State<'m, E>,
@@ -220,6 +222,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// [`Errno::ENOMEM`] where a page is not mapped or no memory is left; [`Errno::EFAULT`] where a page cannot be
     /// brought in; [`Errno::EINVAL`] where a page may not be accessed so.
+    #[inline(never)]
     pub(crate) fn populate(&self, address: u64, length: u64, how: Populate) -> Result<(), Errno> {
         let Some(range) = self.advised_range(address, length)? else {
             return Ok(());

@@ -61,36 +61,35 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             hint: new_address,
             flags,
         };
-        let mut state = self.lock();
-        self.check_remap(&state, &remap, fixed, new_address)?;
-        if fixed {
-            let start = self.remap_to(&mut state, &remap)?;
-            let moved = state.vmas.get(kmem_hal::Page::containing(start.into()));
-            drop(state);
-            if let Some(vma) = moved {
-                self.populate_growth(&vma, &remap, start);
-            }
-            return Ok(start);
+        let (start, locked) = self.remap_without_pages(&remap, fixed)?;
+        if locked && remap.new > remap.old {
+            // As in Linux, a page that cannot be had now is no error.
+            let _ = self.populate(start + remap.old, remap.new - remap.old, Populate::AsMapped);
         }
-        let vma = self.remapped_vma(&state, &remap)?;
-        if remap.new < remap.old {
-            self.munmap_locked(&mut state, address + remap.new, remap.old - remap.new)?;
-            return Ok(address);
-        }
-        if remap.new == remap.old {
-            return Ok(address);
-        }
-        let start = self.grow(&mut state, &vma, &remap)?;
-        drop(state);
-        self.populate_growth(&vma, &remap, start);
         Ok(start)
     }
 
-    /// Brings in what locked memory grew by; as in Linux, a page that cannot be had is no error.
-    fn populate_growth(&self, vma: &Vma, remap: &Remap, start: u64) {
-        if vma.flags.contains(VmFlags::LOCKED) && remap.new > remap.old {
-            let _ = self.populate(start + remap.old, remap.new - remap.old, Populate::AsMapped);
+    /// Changes the mapping; gives where it is, and whether what it grew by is locked. Not inlined, as `mmap_without_pages`.
+    #[inline(never)]
+    fn remap_without_pages(&self, remap: &Remap, fixed: bool) -> Result<(u64, bool), Errno> {
+        let mut state = self.lock();
+        self.check_remap(&state, remap, fixed, remap.hint)?;
+        let is_locked = |vma: &Vma| vma.flags.contains(VmFlags::LOCKED);
+        if fixed {
+            let start = self.remap_to(&mut state, remap)?;
+            let moved = state.vmas.get(kmem_hal::Page::containing(start.into()));
+            return Ok((start, moved.as_ref().is_some_and(is_locked)));
         }
+        let vma = self.remapped_vma(&state, remap)?;
+        let address = remap.address;
+        if remap.new < remap.old {
+            self.munmap_locked(&mut state, address + remap.new, remap.old - remap.new)?;
+        }
+        if remap.new <= remap.old {
+            return Ok((address, false));
+        }
+        let start = self.grow(&mut state, &vma, remap)?;
+        Ok((start, is_locked(&vma)))
     }
 
     fn check_remap(

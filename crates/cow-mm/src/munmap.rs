@@ -106,7 +106,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             let vma = state.vmas.get(at).ok_or(Errno::ENOMEM)?;
             let last = vma.range.last().min(range.last());
             let part = PageRange::new(at, last).ok_or(Errno::EINVAL)?;
-            self.protect_part(&mut state, &vma, part, prot, key)?;
+            if self.protect_part(&mut state, &vma, part, prot, key)? {
+                self.copy_locked(&mut state, part);
+            }
             match last.checked_add(1) {
                 Some(next) if next <= range.last() => at = next,
                 _ => return Ok(()),
@@ -114,6 +116,16 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         }
     }
 
+    /// Locked memory that may be written gets its own copies now, not by faults.
+    #[inline(never)]
+    fn copy_locked(&self, state: &mut State<'m, E>, part: PageRange) {
+        for page in part.iter() {
+            let _ = self.fault_locked(state, page.start(), Access::Write);
+        }
+    }
+
+    /// Changes a part of one mapping; whether it is locked memory that may be written now.
+    #[inline(never)]
     fn protect_part(
         &self,
         state: &mut State<'m, E>,
@@ -121,14 +133,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         part: PageRange,
         prot: Prot,
         key: Option<u8>,
-    ) -> Result<(), Errno> {
+    ) -> Result<bool, Errno> {
         let mut flags = vma.flags.difference(VmFlags::ACCESS) | VmFlags::from_prot(prot);
         flags = flags.with_key(key.unwrap_or(vma.flags.key()));
         if !may_have(vma.flags, prot) {
             return Err(Errno::EACCES);
         }
         if flags == vma.flags {
-            return Ok(());
+            return Ok(false);
         }
         let mut charge = 0;
         if flags.contains(VmFlags::WRITE) {
@@ -153,13 +165,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         drop(edit);
         self.restrict(part, flags);
         let copies = VmFlags::WRITE | VmFlags::SHARED | VmFlags::LOCKED_MASK;
-        if vma.flags & copies == VmFlags::LOCKED && flags.contains(VmFlags::WRITE) {
-            // Locked memory that may be written gets its own copies now, not by faults; what is locked on fault waits for those.
-            for page in part.iter() {
-                let _ = self.fault_locked(state, page.start(), Access::Write);
-            }
-        }
-        Ok(())
+        // What is locked on fault waits for those.
+        Ok(vma.flags & copies == VmFlags::LOCKED && flags.contains(VmFlags::WRITE))
     }
 
     /// The part of `[address, address + length)` that a call over several mappings works on.

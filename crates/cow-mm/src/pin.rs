@@ -125,7 +125,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         address: VirtAddr,
         access: Access,
     ) -> Result<Option<Frame>, PinError> {
-        if let Some((vma, _held)) = self.core().vmas.lock_vma(page)
+        if let Some(vma) = self.core().vmas.lock_vma(page)
             && (vma.is_shared() || vma.anon.is_some())
         {
             return self.pin_in(&vma, page, address, access);

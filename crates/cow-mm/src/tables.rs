@@ -68,6 +68,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// Unmaps what is present in a range, flushes, and gives the pages back.
     ///
     /// Needs no memory where the tables at the range's ends are the space's own ([`own_ends`](Self::own_ends)).
+    #[inline(never)]
     pub(crate) fn zap(&self, range: PageRange) {
         let Some(range) = range.intersection(self.all_pages()) else {
             return;
@@ -109,6 +110,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// # Errors
     ///
     /// [`Errno::ENOMEM`] where even those are used up; contents have not changed.
+    #[inline(never)]
     pub(crate) fn own_ends(&self, range: PageRange) -> Result<(), Errno> {
         let Some(range) = range
             .intersection(self.all_pages())
@@ -185,6 +187,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 
     /// Copies the tables that lead to a page where other spaces share them. Anonymous pages lose the right to be written in both
     /// tables, and are nobody's alone any more.
+    #[inline(never)]
     fn unshare<'t>(&'t self, cursor: &mut SpaceCursor<'t, 'm, E>, page: Page) -> Result<(), Errno> {
         let mut gather = self.tables().gather::<2>();
         let outcome = cursor.unshare_counted(
@@ -215,6 +218,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 
     /// Takes away what a mapping's new flags no longer grant; what they grant newly comes by faults. The tables are the space's
     /// own ([`own_range`](Self::own_range)).
+    #[inline(never)]
     pub(crate) fn restrict(&self, range: PageRange, flags: VmFlags) {
         let Some(range) = range.intersection(self.all_pages()) else {
             return;

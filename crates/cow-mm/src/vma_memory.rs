@@ -56,6 +56,16 @@ impl VmaMemory {
         unsafe { (*memory.as_ptr()).vma.with(|vma| *vma) }
     }
 
+    /// The VMA where it lies.
+    ///
+    /// # Safety
+    ///
+    /// As [`read`](Self::read), and the caller holds the lock for `'v`.
+    pub(crate) unsafe fn get<'v>(memory: NonNull<Self>) -> Option<&'v Vma> {
+        // SAFETY: `M2`: nobody writes while the lock is held.
+        unsafe { (*memory.as_ptr()).vma.with(|vma| (*vma).as_ref()) }
+    }
+
     /// Says that the memory is no VMA's any more.
     ///
     /// # Safety

@@ -79,18 +79,32 @@ impl<'m, E: Env> VmaIndex<'m, E> {
     ///
     /// Takes no lock of the space, and stores to no word but the VMA's own.
     #[doc(alias = "lock_vma_under_rcu")]
-    pub fn lock_vma(&self, page: Page) -> Option<(Vma, VmaReadGuard<'_>)> {
+    pub fn lock_vma(&self, page: Page) -> Option<HeldVma<'_>> {
         let section = self.tree.read();
         let memory = section.get(page)?.value.vma()?;
         // SAFETY: found in the section, which keeps the memory a VMA's (`I6`), and the lock holds it after that (`I4`).
         let guard = unsafe { VmaMemory::lock_of(memory) }.try_read(&self.seq)?;
         // Now that nobody changes it: is it still the one? No second search is needed, as it says so itself.
-        // SAFETY: the lock is held.
-        let vma = unsafe { VmaMemory::read(memory) }?;
+        // SAFETY: the lock is held for as long as the answer lives.
+        let vma = unsafe { VmaMemory::get(memory) }?;
         if !vma.range.contains(page) {
             return None;
         }
-        Some((vma, guard))
+        Some(HeldVma { vma, _guard: guard })
+    }
+}
+
+/// A VMA that stays as it is while this lives.
+pub(crate) struct HeldVma<'v> {
+    vma: &'v Vma,
+    _guard: VmaReadGuard<'v>,
+}
+
+impl core::ops::Deref for HeldVma<'_> {
+    type Target = Vma;
+
+    fn deref(&self) -> &Vma {
+        self.vma
     }
 }
 
@@ -420,6 +434,8 @@ impl<E: Env> Edit<'_, '_, E> {
     }
 
     /// Says that a range is a VMA's, or nobody's. VMAs that end by this are write-locked.
+    // Not inlined, as some others here: a caller's stack is that of its deepest call, and the copies of VMAs that are gone by then are not on it.
+    #[inline(never)]
     fn put(&mut self, range: PageRange, id: Option<VmaId>) {
         let (mm, seq, stock, ledger) = (self.mm, self.seq, &mut *self.stock, &mut *self.ledger);
         let kept = id.map(|id| Handle::of_vma(id.0));
@@ -451,15 +467,16 @@ impl<E: Env> Edit<'_, '_, E> {
         Ok(())
     }
 
-    fn write(&mut self, id: VmaId, vma: Vma) {
+    #[inline(never)]
+    fn write(&mut self, id: VmaId, vma: &Vma) {
         self.lock(id);
         // SAFETY: M2: write-locked, and the set is borrowed exclusively by the edit.
         let before = unsafe {
             let before = VmaMemory::read(id.0);
-            VmaMemory::write(id.0, vma);
+            VmaMemory::write(id.0, *vma);
             before
         };
-        self.ledger.counters.add(&vma);
+        self.ledger.counters.add(vma);
         let Some(before) = before else { return };
         self.ledger.counters.remove(&before);
         if before.label != vma.label {
@@ -473,6 +490,7 @@ impl<E: Env> Edit<'_, '_, E> {
     }
 
     /// Adds a VMA where nothing is.
+    #[inline(never)]
     pub fn insert(&mut self, vma: Vma) {
         let Some(memory) = self.stock.take() else {
             unreachable!("an edit makes at most {STOCK} VMAs")
@@ -488,6 +506,7 @@ impl<E: Env> Edit<'_, '_, E> {
     }
 
     /// Cuts the VMA that covers `page` so that one begins there.
+    #[inline(never)]
     pub fn split(&mut self, page: Page) {
         let Some((id, vma)) = self.find(page) else {
             return;
@@ -504,7 +523,7 @@ impl<E: Env> Edit<'_, '_, E> {
         ) else {
             return;
         };
-        self.write(id, vma.part(below));
+        self.write(id, &vma.part(below));
         self.insert(vma.part(above));
     }
 
@@ -530,44 +549,31 @@ impl<E: Env> Edit<'_, '_, E> {
     }
 
     /// Gives a VMA another range and, with it, other contents; the range may only take free pages.
-    fn reshape(&mut self, id: VmaId, old: PageRange, vma: Vma) {
+    #[inline(never)]
+    fn reshape(&mut self, id: VmaId, old: PageRange, vma: &Vma) {
+        let range = vma.range;
         self.write(id, vma);
-        for gone in difference(old, vma.range).into_iter().flatten() {
+        for gone in difference(old, range).into_iter().flatten() {
             self.put(gone, None);
         }
-        self.put(vma.range, Some(id));
+        self.put(range, Some(id));
     }
 
     /// Lets the VMA at `page` begin lower: a stack grew. The pages below it are free.
     pub fn grow_down(&mut self, page: Page, range: PageRange) {
-        if let Some((id, vma)) = self.find(page) {
-            let added = vma.range.first().number() - range.first().number();
-            self.reshape(
-                id,
-                vma.range,
-                Vma {
-                    range,
-                    offset: vma.offset.wrapping_sub(added),
-                    ..vma
-                },
-            );
+        if let Some((id, mut vma)) = self.find(page) {
+            let old = vma.range;
+            let added = old.first().number() - range.first().number();
+            vma.offset = vma.offset.wrapping_sub(added);
+            vma.range = range;
+            self.reshape(id, old, &vma);
         }
-    }
-
-    fn neighbours(&self, range: PageRange) -> (Option<Found>, Option<Found>) {
-        let previous = range
-            .first()
-            .checked_sub(1)
-            .and_then(|page| self.find(page));
-        let next = range.last().checked_add(1).and_then(|page| self.find(page));
-        (previous, next)
     }
 
     /// Adds a range where nothing is, merged with its neighbours as Linux merges; `right` allows the one after.
     #[doc(alias = "vma_merge_new_range")]
     pub fn add(&mut self, range: PageRange, new: Candidate, right: bool) {
-        let (previous, next) = self.neighbours(range);
-        match self.joined(range, &new, previous, next.filter(|_| right)) {
+        match self.joined(range, &new, None, right) {
             (None, None) => self.insert(Vma {
                 range,
                 flags: new.flags,
@@ -585,43 +591,53 @@ impl<E: Env> Edit<'_, '_, E> {
     /// `range` lies in one VMA.
     #[doc(alias = "vma_modify_flags")]
     pub fn modify(&mut self, range: PageRange, change: impl FnOnce(&mut Candidate)) {
-        let Some((id, vma)) = self.find(range.first()) else {
+        let Some((id, mut new)) = self.candidate(range) else {
             return;
         };
-        let mut new = Candidate::from(&vma.part(range));
         change(&mut new);
-        let (previous, next) = self.neighbours(range);
-        let previous = previous.filter(|(other, _)| *other != id);
-        let next = next.filter(|(other, _)| *other != id);
-        match self.joined(range, &new, previous, next) {
+        match self.joined(range, &new, Some(id), true) {
             (None, None) => {
                 self.split_around(range);
-                if let Some((id, vma)) = self.find(range.first()) {
-                    self.write(
-                        id,
-                        Vma {
-                            flags: new.flags,
-                            label: new.label,
-                            ..vma
-                        },
-                    );
-                }
+                self.relabel(range.first(), &new);
             }
             (previous, next) => {
-                self.give_away(id, vma, range);
+                self.give_away(id, range);
                 self.merge(range, &new, previous, next);
             }
         }
     }
 
-    /// The neighbours that a range joins, were it a VMA like `new`.
+    /// The VMA that has a range, and what the range would be as a VMA of its own.
+    #[inline(never)]
+    fn candidate(&self, range: PageRange) -> Option<(VmaId, Candidate)> {
+        let (id, vma) = self.find(range.first())?;
+        Some((id, Candidate::from(&vma.part(range))))
+    }
+
+    /// Gives the VMA at `page` the flags and the label of `new`.
+    #[inline(never)]
+    fn relabel(&mut self, page: Page, new: &Candidate) {
+        if let Some((id, mut vma)) = self.find(page) {
+            (vma.flags, vma.label) = (new.flags, new.label);
+            self.write(id, &vma);
+        }
+    }
+
+    /// The neighbours that a range joins, were it a VMA like `new`: none of them is `but`, and there is one after it only where `right` says so.
+    #[inline(never)]
     fn joined(
         &self,
         range: PageRange,
         new: &Candidate,
-        previous: Option<Found>,
-        next: Option<Found>,
-    ) -> (Option<Found>, Option<Found>) {
+        but: Option<VmaId>,
+        right: bool,
+    ) -> (Option<VmaId>, Option<VmaId>) {
+        let other = |page: Option<Page>| {
+            let found = page.and_then(|page| self.find(page));
+            found.filter(|(id, _)| Some(*id) != but)
+        };
+        let previous = other(range.first().checked_sub(1));
+        let next = other(range.last().checked_add(1).filter(|_| right));
         let vma = |found: &Option<Found>| found.map(|(_, vma)| vma);
         let joins = joins(
             new,
@@ -629,9 +645,10 @@ impl<E: Env> Edit<'_, '_, E> {
             vma(&previous).as_ref(),
             vma(&next).as_ref(),
         );
+        let id = |found: Option<Found>| found.map(|(id, _)| id);
         (
-            previous.filter(|_| joins.left),
-            next.filter(|_| joins.right),
+            id(previous).filter(|_| joins.left),
+            id(next).filter(|_| joins.right),
         )
     }
 
@@ -640,11 +657,38 @@ impl<E: Env> Edit<'_, '_, E> {
         &mut self,
         range: PageRange,
         new: &Candidate,
-        previous: Option<Found>,
-        next: Option<Found>,
+        previous: Option<VmaId>,
+        next: Option<VmaId>,
     ) {
-        let Some((id, kept)) = previous.or(next) else {
+        let Some(id) = previous.or(next) else {
             return;
+        };
+        let Some((old, gone, vma)) = self.merged(range, new, previous, next) else {
+            return;
+        };
+        if let (Some(next), Some(gone)) = (next, gone) {
+            self.lock(next);
+            self.put(gone, None);
+        }
+        self.reshape(id, old, &vma);
+    }
+
+    /// What becomes of the neighbours that a range joins: the range of the one that is kept, that of the one that ends, and the VMA
+    /// that comes of them.
+    #[inline(never)]
+    fn merged(
+        &self,
+        range: PageRange,
+        new: &Candidate,
+        previous: Option<VmaId>,
+        next: Option<VmaId>,
+    ) -> Option<(PageRange, Option<PageRange>, Vma)> {
+        let previous = previous.and_then(|id| read(Handle::of_vma(id.0)));
+        let next = next.and_then(|id| read(Handle::of_vma(id.0)));
+        let (_, kept) = previous.or(next)?;
+        let gone = match (previous, next) {
+            (Some(_), Some((_, next))) => Some(next.range),
+            _ => None,
         };
         let range = next.map_or(range, |(_, next)| range.hull(next.range));
         let others = next.map_or(new.flags, |(_, next)| new.flags | next.flags);
@@ -653,35 +697,32 @@ impl<E: Env> Edit<'_, '_, E> {
             .anon
             .or(new.anon)
             .or(next.and_then(|(_, next)| next.anon));
-        if let (Some(_), Some((id, next))) = (previous, next) {
-            self.lock(id);
-            self.put(next.range, None);
-        }
         let (range, offset) = match previous {
             Some(_) => (kept.range.hull(range), kept.offset),
             None => (range, new.offset),
         };
-        self.reshape(
-            id,
-            kept.range,
-            Vma {
-                range,
-                offset,
-                anon,
-                flags,
-                ..kept
-            },
-        );
+        let vma = Vma {
+            range,
+            offset,
+            anon,
+            flags,
+            ..kept
+        };
+        Some((kept.range, gone, vma))
     }
 
     /// Takes an end of a VMA, or all of it, away from it.
-    fn give_away(&mut self, id: VmaId, vma: Vma, range: PageRange) {
+    #[inline(never)]
+    fn give_away(&mut self, id: VmaId, range: PageRange) {
+        let Some((_, vma)) = read(Handle::of_vma(id.0)) else {
+            return;
+        };
         match difference(vma.range, range) {
             [None, None] => {
                 self.lock(id);
                 self.put(vma.range, None);
             }
-            [Some(rest), _] | [_, Some(rest)] => self.reshape(id, vma.range, vma.part(rest)),
+            [Some(rest), _] | [_, Some(rest)] => self.reshape(id, vma.range, &vma.part(rest)),
         }
     }
 }
