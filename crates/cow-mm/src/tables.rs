@@ -12,7 +12,7 @@ use kmem_paging::{
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::VmFlags;
-use crate::mm::PageRef;
+use crate::mm::{NearSlots, PageRef};
 use crate::space::AddressSpace;
 
 /// Pages that a leaf table covers, in the formats whose tables can be shared.
@@ -190,6 +190,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     #[inline(never)]
     fn unshare<'t>(&'t self, cursor: &mut SpaceCursor<'t, 'm, E>, page: Page) -> Result<(), Errno> {
         let mut gather = self.tables().gather::<2>();
+        let mut near = NearSlots::new();
         let outcome = cursor.unshare_counted(
             page,
             &mut gather,
@@ -203,7 +204,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                         };
                     }
                 };
-                match self.mm().map_again(leaf.frame) {
+                match self.mm().map_again(&mut near, leaf.frame) {
                     Some((handle, true)) => UnshareStep::Protected(handle),
                     Some((handle, false)) => UnshareStep::Kept(handle),
                     None => UnshareStep::Stop,
@@ -340,7 +341,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         most: usize,
         gather: &mut SpaceGather<'_, 'm, E, N>,
     ) -> Result<(), Errno> {
-        let mut counted = None;
+        let (mut counted, mut near) = (None, NearSlots::new());
         let step = |item| {
             let leaf = match item {
                 ForkItem::Leaf(leaf) => leaf,
@@ -367,7 +368,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                     parent: None,
                 };
             }
-            let Some((handle, anonymous)) = self.mm().map_again(leaf.frame) else {
+            let Some((handle, anonymous)) = self.mm().map_again(&mut near, leaf.frame) else {
                 return ForkStep::Stop;
             };
             let shared = if anonymous {
