@@ -6,6 +6,8 @@ use crate::harness::Runner;
 pub mod buddy;
 #[cfg(feature = "fork")]
 pub mod fork;
+#[cfg(feature = "fork")]
+mod host_program;
 #[cfg(feature = "paging")]
 pub mod paging;
 #[cfg(feature = "slab")]
