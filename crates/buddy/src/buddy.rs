@@ -168,8 +168,7 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         let (nested, flag) = match area {
             Some(area) => (area.is_holding(), Some(&area.holding)),
             None => {
-                let cpu = self.cpu.pin().id();
-                let flag = self.state().and_then(|state| state.bare.get(cpu.index()));
+                let flag = self.bare_flag();
                 (flag.is_some_and(LocalBool::get), flag)
             }
         };
@@ -183,6 +182,14 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
                 Some(result)
             }
         }
+    }
+
+    /// The flag of this CPU, which has no area.
+    #[cold]
+    #[inline(never)]
+    fn bare_flag(&self) -> Option<&'static LocalBool> {
+        let cpu = self.cpu.pin().id();
+        self.state()?.bare.get(cpu.index())
     }
 
     /// Runs `f`, which takes locks by itself and returns with none, so that calls that interrupt it do not wait for them (`I2` of the

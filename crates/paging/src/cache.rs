@@ -426,25 +426,50 @@ impl<'e, E: Env> TableReserve<'e, E> {
     /// A zeroed frame: of the reserve, of the cache (some more come along, twice as many each time), or fresh.
     #[inline]
     pub(crate) fn take_or_fresh<F: Format>(&mut self) -> Result<OwnedFrame, AllocError> {
+        if self.list.is_empty() {
+            self.hold::<F>(1)?;
+        }
+        self.take().ok_or(AllocError::Unsatisfiable)
+    }
+
+    /// Sees to it that there are `count` zeroed frames: of the cache, of those not zeroed, or fresh.
+    ///
+    /// # Errors
+    ///
+    /// The source's; what was found is kept for the next call.
+    pub(crate) fn hold<F: Format>(&mut self, count: usize) -> Result<(), AllocError> {
         // Frames of the cache lie in reach; a format with a smaller space has them looked at one by one.
         let all_fit = F::TABLE_FRAME_LIMIT >= 1 << 40;
-        if self.list.is_empty() && all_fit {
-            self.list = self.env.cache().pop_chain(self.env, self.batch);
-            self.batch = (self.batch * 2).min(MOST_AT_ONCE);
-        }
-        if let Some(frame) = self.take() {
-            return Ok(frame);
-        }
-        match self.take_plain() {
-            Some(frame) => {
-                // SAFETY: the frame is the reserve's own, and in reach.
-                for word in unsafe { F::Word::words(self.env.map(), frame.first()) } {
-                    F::Word::store(word, 0);
+        while self.list.length() < count {
+            if all_fit {
+                let cached = self.env.cache().pop_chain(self.env, self.batch);
+                self.batch = (self.batch * 2).min(MOST_AT_ONCE);
+                if !cached.is_empty() {
+                    self.list.prepend(self.env, cached);
+                    continue;
                 }
-                Ok(frame)
             }
-            None => take(self.env, F::TABLE_FRAME_LIMIT),
+            let frame = match self.take_plain() {
+                Some(frame) => {
+                    // SAFETY: the frame is the reserve's own, and in reach.
+                    for word in unsafe { F::Word::words(self.env.map(), frame.first()) } {
+                        F::Word::store(word, 0);
+                    }
+                    frame
+                }
+                None => match take(self.env, F::TABLE_FRAME_LIMIT) {
+                    Ok(frame) => frame,
+                    Err(error) => {
+                        if mutant!("grow-leaks") {
+                            self.list = Chain::EMPTY;
+                        }
+                        return Err(error);
+                    }
+                },
+            };
+            self.list.put(self.env, frame);
         }
+        Ok(())
     }
 }
 

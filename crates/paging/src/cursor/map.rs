@@ -570,27 +570,16 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         target: usize,
         word: u64,
     ) -> Result<(), MapError> {
-        let mut made: [Option<Node<'t, F>>; crate::table::MAX_LEVELS] = Default::default();
-        for number in target..node.level {
-            match self.make_table(number, page) {
-                Ok(table) => made[number - 1] = Some(table),
-                Err(error) => {
-                    for table in made.into_iter().flatten() {
-                        if mutant!("grow-leaks") {
-                            continue;
-                        }
-                        self.unmake_table(table);
-                    }
-                    return Err(MapError::Memory(error));
-                }
-            }
-        }
+        self.reserve
+            .hold::<F>(node.level - target)
+            .map_err(MapError::Memory)?;
         let mut word = word;
         let mut lowest = None;
         for number in target..node.level {
-            let Some(table) = made[number - 1] else {
-                unreachable!("made above")
+            let Some(frame) = self.reserve.take() else {
+                unreachable!("held above")
             };
+            let table = self.make_table_in(frame, number, page);
             table.store(index_at::<F>(page.number(), number), word);
             table.add_live(1);
             self.path[number] = table.frame;

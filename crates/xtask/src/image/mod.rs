@@ -24,7 +24,7 @@ use program::Program;
 /// first that fits counts. These are the figures of today: they keep a call from growing unseen.
 const BUDGETS: [(&str, u64); 6] = [
     ("vmalloc_", 7680),
-    ("cow_mm_", 8320),
+    ("cow_mm_", 8064),
     ("heap_init", 7680),
     ("buddy_init", 7680),
     ("vma_tree_", 5376),
