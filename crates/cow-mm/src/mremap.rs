@@ -5,6 +5,7 @@
 //!   new = old   nothing, unless it must move
 //!   new > old   room behind? grow in place. MAYMOVE? move. else ENOMEM
 //!   FIXED       unmap the target first (it stays unmapped if the rest fails), then move, mapping by mapping; holes do not move
+//!   DONTUNMAP   the old range stays mapped: the limits on size count what is moved once more, mapping by mapping
 //! ```
 //!
 //! Source: mremap(2); Linux 6.17 and later `mm/mremap.c` (several VMAs can be moved at once).
@@ -277,9 +278,16 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         {
             let from = at.max(vma.range.first().start().as_u64());
             let until = end.min(vma.range.last().start().as_u64() + PAGE_SIZE);
+            if keep && vma.flags.intersects(VmFlags::SPECIAL) {
+                return Err(Errno::EINVAL);
+            }
             // Holes are not moved: what is mapped at their place stays.
             let to = target + (from - remap.address);
             self.munmap_locked(state, to, until - from)?;
+            // What was at the target is gone already, so it makes room; of the old range nothing will go.
+            if keep && !state.may_expand((until - from) / PAGE_SIZE, vma.flags) {
+                return Err(Errno::ENOMEM);
+            }
             let range = self
                 .user_range(to, (until - from) / PAGE_SIZE)
                 .ok_or(Errno::EINVAL)?;

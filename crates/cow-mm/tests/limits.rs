@@ -4,7 +4,7 @@ mod common;
 
 use common::{PAGE, Program, World, check_counters};
 use kmem_cow_mm::{
-    CommitPolicy, Errno, Limits, LockAll, LockFlags, MapFlags, MapRequest, Overcommit, Prot,
+    CommitPolicy, Errno, Label, Limits, LockAll, LockFlags, MapFlags, MapRequest, Overcommit, Prot,
     RemapFlags,
 };
 
@@ -43,6 +43,64 @@ fn the_size_of_a_space_is_limited() {
     space.set_heap(0x60_0000);
     assert_eq!(space.brk(0x60_1000), 0x60_0000);
     check_counters([&program]);
+    program.exit();
+}
+
+#[test]
+fn memory_that_moves_and_stays_counts_once_more() {
+    let (to, flags) = (
+        AT + 64 * PAGE,
+        RemapFlags::MAYMOVE | RemapFlags::FIXED | RemapFlags::DONTUNMAP,
+    );
+    let is_mapped = |program: &Program, at: u64| {
+        let vma = program.space.find_vma(at.into());
+        vma.is_some_and(|vma| vma.range.start().as_u64() <= at)
+    };
+    let move_all = |program: &Program, pages: u64| {
+        let length = pages * PAGE;
+        program.space.mremap(AT, length, length, flags, to)
+    };
+    // The target is cleared, then the call is refused.
+    let program = limited(|limits| limits.data = 6 * PAGE);
+    map(&program, AT, 4, RW).unwrap();
+    map(&program, to, 4, Prot::READ).unwrap();
+    program.store(AT, 7).unwrap();
+    assert_eq!(move_all(&program, 4), Err(Errno::ENOMEM));
+    assert!(!is_mapped(&program, to));
+    assert_eq!(program.load(AT), Ok(7), "nothing moved");
+    check_counters([&program]);
+    program.exit();
+    // What was at the target makes room.
+    let program = limited(|limits| limits.address_space = 10 * PAGE);
+    map(&program, AT, 4, RW).unwrap();
+    map(&program, to, 4, Prot::READ).unwrap();
+    assert_eq!(move_all(&program, 4), Ok(to));
+    assert_eq!(program.space.counters().total, 8);
+    program.exit();
+    // Of several, those before the refused one have moved, and the targets behind it stay.
+    for (data, moved) in [(9, 0), (13, 1)] {
+        let program = limited(|limits| limits.data = data * PAGE);
+        map(&program, AT, 4, RW).unwrap();
+        map(&program, AT + 4 * PAGE, 4, RW | Prot::EXEC).unwrap();
+        map(&program, to, 8, Prot::READ).unwrap();
+        program.store(AT, 7).unwrap();
+        assert_eq!(move_all(&program, 8), Err(Errno::ENOMEM));
+        assert_eq!(is_mapped(&program, to), moved == 1);
+        assert_eq!(is_mapped(&program, to + 4 * PAGE), moved == 0);
+        assert_eq!(program.load(AT), Ok(if moved == 1 { 0 } else { 7 }));
+        assert_eq!(program.space.counters().data, 8 + 4 * moved);
+        check_counters([&program]);
+        program.exit();
+    }
+    // What is no ordinary memory may not be left behind; that is found out before its target is cleared.
+    let program = limited(|_| {});
+    program
+        .space
+        .map_special(AT, 4 * PAGE, Prot::READ, Label::Vdso)
+        .unwrap();
+    map(&program, to, 4, Prot::READ).unwrap();
+    assert_eq!(move_all(&program, 4), Err(Errno::EINVAL));
+    assert!(is_mapped(&program, to));
     program.exit();
 }
 
