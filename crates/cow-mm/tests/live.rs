@@ -46,7 +46,7 @@ impl Ours {
                 bytes[at..at + 8].copy_from_slice(&file_word(file, page).to_le_bytes());
             }
             let image: &'static DiskImage<'static> =
-                Box::leak(Box::new(DiskImage::from_bytes(world.machine, &bytes)));
+                common::kept::keep(Box::new(DiskImage::from_bytes(world.machine, &bytes)));
             let name = ["f0", "f1"][file];
             let file = mm.open_file(image, name, 1 + file as u64).unwrap();
             let (readable, writable) = (true, true);
@@ -68,7 +68,7 @@ impl Ours {
         let program = Program::new(mm);
         // As on the other side, everything outside the window is taken.
         let fill: &'static DiskImage<'static> =
-            Box::leak(Box::new(DiskImage::from_bytes(world.machine, &[])));
+            common::kept::keep(Box::new(DiskImage::from_bytes(world.machine, &[])));
         let fill = mm.open_file(fill, "fill", 99).unwrap();
         for (start, end) in [(0x1_0000, WINDOW.start), (WINDOW.end, 0x7fff_ffff_f000)] {
             let request = MapRequest {
@@ -412,6 +412,9 @@ fn run(seed: u64, count: usize) -> Result<(), String> {
     while let Some(program) = ours.programs.pop() {
         program.exit();
     }
+    drop(ours);
+    // SAFETY: all that this seed made is dropped, and its world is used no more.
+    unsafe { common::kept::free_all() };
     Ok(())
 }
 

@@ -5,6 +5,9 @@ use core::marker::PhantomData;
 
 pub mod driver;
 pub mod elf;
+pub mod kept;
+
+use kept::keep;
 
 use kmem_cow_mm::{
     AddressSpace, Counters, Env, FileRef, Layout, Mm, Object, OpenFile, Outcome, Signal,
@@ -51,7 +54,7 @@ pub struct World<F = X86_64> {
     pub waits: std::sync::atomic::AtomicU64,
 }
 
-// SAFETY: E1: fields never change; E2: the slots cover the machine's memory; E3: worlds are leaked.
+// SAFETY: E1: fields never change; E2: the slots cover the machine's memory; E3: worlds are kept.
 unsafe impl<F: Format> Env for World<F> {
     type Paging = Paging;
     type Format = F;
@@ -85,7 +88,7 @@ unsafe impl<F: Format> Env for World<F> {
 impl World {
     /// A machine with 64 MiB of memory.
     pub fn new() -> &'static Self {
-        let machine: &'static Machine = Box::leak(Box::new(Machine::pc(64 << 20, 1)));
+        let machine: &'static Machine = keep(Box::new(Machine::pc(64 << 20, 1)));
         Self::on(machine)
     }
 
@@ -98,22 +101,22 @@ impl<F: Format> World<F> {
     pub fn with(machine: &'static Machine) -> &'static Self {
         let sections = machine.memory().frame_limit().div_ceil(SECTION_FRAMES) as usize;
         let directory: &'static [Section] =
-            Box::leak((0..sections).map(|_| Section::absent()).collect());
+            keep((0..sections).map(|_| Section::absent()).collect());
         for section in directory {
-            section.set_ready(Box::leak(
+            section.set_ready(keep(
                 (0..SECTION_FRAMES).map(|_| FrameSlot::new()).collect(),
             ));
         }
-        let table: &'static FrameTable = Box::leak(Box::new(FrameTable::new()));
+        let table: &'static FrameTable = keep(Box::new(FrameTable::new()));
         table.init(directory);
-        let plan: &'static FailPlan = Box::leak(Box::new(FailPlan::new()));
+        let plan: &'static FailPlan = keep(Box::new(FailPlan::new()));
         let frames = Failing::new(FramePool::new(machine, 256), plan);
         // SAFETY: one thread runs each test's machine.
         let grace = unsafe { SingleGrace::new() };
         // SAFETY: the table covers the machine's memory, whose MMU walks these tables.
         let paging = unsafe { Parts::new(machine, frames, machine, grace, machine, table) }
             .with_trace(machine);
-        Box::leak(Box::new(Self {
+        keep(Box::new(Self {
             machine,
             plan,
             paging,
@@ -128,7 +131,7 @@ impl<F: Format> World<F> {
     }
 
     pub fn mm(&'static self) -> &'static Mm<'static, Self> {
-        Box::leak(Box::new(Mm::new(self).unwrap()))
+        keep(Box::new(Mm::new(self).unwrap()))
     }
 
     /// Frames in use, the cache of empty tables apart.
@@ -154,9 +157,8 @@ impl<F: Format> World<F> {
     pub fn disk(&self, mm: &'static Mm<'static, Self>, slots: usize) -> &'static Disk<'static> {
         self.disk.get_or_init(|| {
             let disk: &'static Disk<'static> =
-                Box::leak(Box::new(Disk::in_memory(self.machine, slots as u64)));
-            let slots: &'static [SwapSlot] =
-                Box::leak((0..slots).map(|_| SwapSlot::new()).collect());
+                keep(Box::new(Disk::in_memory(self.machine, slots as u64)));
+            let slots: &'static [SwapSlot] = keep((0..slots).map(|_| SwapSlot::new()).collect());
             mm.swap_on(disk, slots).unwrap();
             disk
         })
@@ -174,7 +176,7 @@ impl<F: Format> World<F> {
         bytes: &[u8],
     ) -> (&'static DiskImage<'static>, OpenFile) {
         let image: &'static DiskImage<'static> =
-            Box::leak(Box::new(DiskImage::from_bytes(self.machine, bytes)));
+            keep(Box::new(DiskImage::from_bytes(self.machine, bytes)));
         let file = mm.open_file(image, "/bin/test", 42).unwrap();
         (
             image,
