@@ -211,7 +211,9 @@ impl Mode {
         }
         // What is cached under a tag stays there, where a flush of a global page does not look (SDM 4.10.4.1: INVLPG drops global
         // entries, and those of the current tag).
-        gained |= GLOBAL;
+        if !mutant!("flush-not-for-becoming-global") {
+            gained |= GLOBAL;
+        }
         (lost, gained)
     }
 
