@@ -1,4 +1,6 @@
-//! Models of tables that spaces share: a fork against another sharer's write fault, and two write faults in one table.
+//! Models of tables that spaces share: a fork against another sharer's write fault, two write faults in one table, and a space that ends
+//! meanwhile; where leaf tables are shared, and where the tables above them are (the counts of the tables below a shared one are then added
+//! to by plain stores, `N5` of `node.rs`).
 //!
 //! Each space must end with what is its own: after a fault the space's leaf is its own to change, whatever the other side does at the same time,
 //! and every table comes back once.
@@ -8,11 +10,22 @@
 mod model_world;
 
 use kmem_hal::{DeviceFrame, Frame, Order, Page, PageRange};
-use kmem_paging::{Entry, ForkItem, PageTable, Rights, UnshareStep};
-use kmem_testkit::model::{ModelCpu, explore};
-use model_world::{Tiny, World};
+use kmem_paging::{ChangeError, Entry, ForkItem, PageTable, Rights, UnshareStep};
+use kmem_testkit::model::ModelCpu;
+use model_world::{TinyOf, World};
 
-type Table = PageTable<Tiny, &'static World, DeviceFrame>;
+/// Tables of so many levels of two entries; all but the root are shared by a fork.
+type Table<const N: usize> = PageTable<TinyOf<N>, &'static World, DeviceFrame>;
+
+/// As `explore` of the testkit, for longer paths: three levels take more steps than loom allows by itself.
+fn explore(preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    if builder.preemption_bound.is_none() {
+        builder.preemption_bound = Some(preemptions);
+    }
+    builder.max_branches = 20_000;
+    builder.check(model);
+}
 
 const READ_WRITE: Rights = Rights::READ.union(Rights::WRITE);
 
@@ -20,49 +33,57 @@ fn page(number: u64) -> Page {
     Page::new(number).unwrap()
 }
 
-/// All pages of the one leaf table.
-fn pages() -> PageRange {
-    PageRange::with_count(page(0), 2).unwrap()
+/// All pages of the one table below the root.
+fn pages<const N: usize>() -> PageRange {
+    PageRange::with_count(page(0), 1 << (N - 1)).unwrap()
 }
 
 fn handle(frame: Frame) -> DeviceFrame {
     DeviceFrame::new(frame, Order::ZERO).unwrap()
 }
 
-fn leaked(world: &'static World) -> &'static Table {
+fn leaked<const N: usize>(world: &'static World) -> &'static Table<N> {
     Box::leak(Box::new(Table::new(world).unwrap()))
 }
 
-fn map(table: &Table) {
+fn map<const N: usize>(table: &Table<N>) {
     let frame = handle(Frame::from_number(0x100));
-    let mut cursor = table.cursor(pages()).unwrap();
+    let mut cursor = table.cursor(pages::<N>()).unwrap();
     cursor.map(page(0), frame, READ_WRITE).unwrap();
 }
 
-/// Shares the leaf table with a new space.
-fn fork(parent: &Table, child: &Table) {
+/// Shares the table below the root with a new space.
+fn fork<const N: usize>(parent: &Table<N>, child: &Table<N>) {
     let mut gather = parent.gather::<1>();
+    let step = |_| unreachable!("the table is shared");
     // SAFETY: no cursor is open on either in these models.
-    let shared = unsafe { parent.fork_sharing(child, pages(), 1, &mut gather, |_| unreachable!()) };
-    assert_eq!(shared, Ok(1));
+    let shared = unsafe { parent.fork_sharing(child, pages::<N>(), N - 1, &mut gather, step) };
+    assert_eq!(shared, Ok(1 << (N - 2)));
     gather.commit(|_| {});
 }
 
-/// A write fault: the table becomes the space's own, and the leaf writable, for a page of its own.
-fn write(table: &Table, frame: u64) -> bool {
-    let mut gather = table.gather::<2>();
-    let mut cursor = table.cursor(pages()).unwrap();
-    let copied = cursor
-        .unshare(
-            page(0),
-            &mut gather,
-            |item| match item {
-                ForkItem::Leaf(leaf) => UnshareStep::Protected(handle(leaf.frame)),
-                ForkItem::Payload(..) => UnshareStep::Payload,
-            },
-            |_| {},
-        )
-        .unwrap();
+/// A write fault: it looks first, and where the tables are another space's too, they become this one's own; then the leaf is writable, for a
+/// page of its own. Gives whether a table was copied.
+fn write<const N: usize>(table: &Table<N>, frame: u64) -> bool {
+    let mut gather = table.gather::<3>();
+    let mut cursor = table.cursor(pages::<N>()).unwrap();
+    let copied = match cursor.own(page(0)) {
+        Err(ChangeError::Shared { .. }) => cursor
+            .unshare(
+                page(0),
+                &mut gather,
+                |item| match item {
+                    ForkItem::Leaf(leaf) => UnshareStep::Protected(handle(leaf.frame)),
+                    ForkItem::Payload(..) => UnshareStep::Payload,
+                },
+                |_| {},
+            )
+            .unwrap(),
+        found => {
+            assert!(matches!(found, Ok(Entry::Leaf(_))), "{found:?}");
+            false
+        }
+    };
     let own = handle(Frame::from_number(frame));
     cursor.replace(page(0), own, READ_WRITE).unwrap();
     drop(cursor);
@@ -70,7 +91,7 @@ fn write(table: &Table, frame: u64) -> bool {
     copied
 }
 
-fn leaf(table: &Table) -> (u64, bool) {
+fn leaf<const N: usize>(table: &Table<N>) -> (u64, bool) {
     match table.query(page(0)) {
         Entry::Leaf(leaf) => (
             leaf.frame.number(),
@@ -80,7 +101,7 @@ fn leaf(table: &Table) -> (u64, bool) {
     }
 }
 
-fn finish(world: &'static World, tables: &[&'static Table]) {
+fn finish<const N: usize>(world: &'static World, tables: &[&'static Table<N>]) {
     for &table in tables {
         // SAFETY: leaked by `leaked`, and nobody else uses it any more.
         let table = unsafe { Box::from_raw(std::ptr::from_ref(table).cast_mut()) };
@@ -93,12 +114,11 @@ fn finish(world: &'static World, tables: &[&'static Table]) {
     );
 }
 
-#[test]
-fn a_fork_meets_the_write_fault_of_another_sharer() {
-    explore(3, || {
+fn fork_against_write<const N: usize>(preemptions: usize) {
+    explore(preemptions, || {
         ModelCpu::bind(0);
-        let world = World::with_sections(2);
-        let (parent, first, second) = (leaked(world), leaked(world), leaked(world));
+        let world = World::with_sections(N as u64);
+        let (parent, first, second) = (leaked::<N>(world), leaked(world), leaked(world));
         map(parent);
         fork(parent, first);
         let other = loom::thread::spawn(move || {
@@ -115,12 +135,11 @@ fn a_fork_meets_the_write_fault_of_another_sharer() {
     });
 }
 
-#[test]
-fn two_sharers_write_at_once() {
-    explore(3, || {
+fn write_against_write<const N: usize>(preemptions: usize) {
+    explore(preemptions, || {
         ModelCpu::bind(0);
-        let world = World::with_sections(2);
-        let (parent, child) = (leaked(world), leaked(world));
+        let world = World::with_sections(N as u64);
+        let (parent, child) = (leaked::<N>(world), leaked(world));
         map(parent);
         fork(parent, child);
         let other = loom::thread::spawn(move || {
@@ -136,12 +155,11 @@ fn two_sharers_write_at_once() {
     });
 }
 
-#[test]
-fn a_sharer_ends_while_the_other_writes() {
-    explore(3, || {
+fn end_against_write<const N: usize>(preemptions: usize) {
+    explore(preemptions, || {
         ModelCpu::bind(0);
-        let world = World::with_sections(2);
-        let (parent, child) = (leaked(world), leaked(world));
+        let world = World::with_sections(N as u64);
+        let (parent, child) = (leaked::<N>(world), leaked(world));
         map(parent);
         fork(parent, child);
         // SAFETY: leaked above; the other thread is its only user.
@@ -155,4 +173,35 @@ fn a_sharer_ends_while_the_other_writes() {
         assert_eq!(leaf(parent), (0x300, true));
         finish(world, &[parent]);
     });
+}
+
+#[test]
+fn a_fork_meets_the_write_fault_of_another_sharer() {
+    fork_against_write::<2>(3);
+}
+
+#[test]
+fn two_sharers_write_at_once() {
+    write_against_write::<2>(3);
+}
+
+#[test]
+fn a_sharer_ends_while_the_other_writes() {
+    end_against_write::<2>(3);
+}
+
+#[test]
+fn a_fork_meets_a_write_fault_below_a_shared_level_2() {
+    fork_against_write::<3>(3);
+}
+
+#[test]
+fn two_sharers_of_a_level_2_write_at_once() {
+    // A third preemption takes twenty times as many schedules; without `N5` two show a leaf that both write to.
+    write_against_write::<3>(2);
+}
+
+#[test]
+fn a_sharer_of_a_level_2_ends_while_the_other_writes() {
+    end_against_write::<3>(3);
 }

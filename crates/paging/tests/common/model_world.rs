@@ -1,4 +1,4 @@
-// A world for models: the smallest format there can be, two levels of two entries, in memory whose free frames are at once somebody else's, who
+// A world for models: the smallest formats there can be, two levels of two entries or three, in memory whose free frames are at once somebody else's, who
 // writes words into them that look like entries.
 #![allow(dead_code)]
 
@@ -16,26 +16,36 @@ use kmem_paging::{Attributes, Env, Payload, Rights, TableCache};
 use kmem_testkit::model::ModelCpu;
 
 #[derive(Clone, Copy, Debug)]
-pub struct Tiny;
+pub struct TinyOf<const LEVELS: usize>;
+
+/// Two levels.
+pub type Tiny = TinyOf<2>;
+
+const LEVELS: [Level; 3] = [
+    Level {
+        shift: 0,
+        bits: 1,
+        leaf: true,
+    },
+    Level {
+        shift: 1,
+        bits: 1,
+        leaf: false,
+    },
+    Level {
+        shift: 2,
+        bits: 1,
+        leaf: false,
+    },
+];
 
 /// Bit 0 is set in every word, bit 1 tells tables from leaves; bit 2 says that a table is shared, bit 3 that a leaf can be written.
 // SAFETY: F1 to F3: as above; F4: there is no hardware.
-unsafe impl Format for Tiny {
+unsafe impl<const N: usize> Format for TinyOf<N> {
     type Word = u64;
-    const NAME: &'static str = "two levels of two entries";
-    const LEVELS: &'static [Level] = &[
-        Level {
-            shift: 0,
-            bits: 1,
-            leaf: true,
-        },
-        Level {
-            shift: 1,
-            bits: 1,
-            leaf: false,
-        },
-    ];
-    const MIN_LEVELS: usize = 2;
+    const NAME: &'static str = "a few levels of two entries";
+    const LEVELS: &'static [Level] = LEVELS.split_at(N).0;
+    const MIN_LEVELS: usize = N;
     const SOFT_BITS: u32 = 0;
     const PAYLOAD_BITS: u32 = 0;
     const FRAME_LIMIT: u64 = 1 << 20;
