@@ -215,8 +215,8 @@ pub type HostBuddy = Buddy<&'static Region, ThreadCpus, Spin>;
 pub fn buddy(region: &'static Region) -> &'static HostBuddy {
     let buddy = Box::leak(Box::new(HostBuddy::new(region, ThreadCpus::all())));
     // The last frame can be had, as with the peers, which have no watermarks.
-    buddy
-        .init(&mut region.boot_map(), &Config::new().min_free_kib(0))
+    // SAFETY: X1: the memory is this run's alone, and only this allocator has it.
+    unsafe { buddy.init(&mut region.boot_map(), &Config::new().min_free_kib(0)) }
         .expect("buddy starts");
     buddy
 }

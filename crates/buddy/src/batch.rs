@@ -38,7 +38,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     /// # map.push(PhysAddr::new(0), 16 << 20, RegionKind::Usable)?;
     /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 4096), SingleCpu::new()) };
     /// # let buddy: Buddy<_, _> = Buddy::new(memory, cpu);
-    /// # buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))?;
+    /// # // SAFETY: X1: nobody else uses the memory of the map.
+    /// # unsafe { buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))? };
     /// let mut pages = Vec::with_capacity(100);
     /// let given = buddy.alloc_bulk(&FrameRequest::ONE.movable(), 100, |page| pages.push(page))?;
     /// assert_eq!(given, pages.len());

@@ -221,7 +221,12 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     /// # Errors
     ///
     /// [`InitError`]; the boot map is as it was, and `init` may be called again.
-    pub fn init<const N: usize>(
+    ///
+    /// # Safety
+    ///
+    /// `X1` of [`EarlyAllocator::new`](crate::EarlyAllocator::new): the memory that `map` calls usable is in use by nobody where it is not reserved in
+    /// `map`, and no other allocator is started on it.
+    pub unsafe fn init<const N: usize>(
         &self,
         map: &mut BootMap<N>,
         config: &Config,
@@ -229,7 +234,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         self.phase
             .compare_exchange(NEW, INITIALISING, Ordering::Acquire, Ordering::Relaxed)
             .map_err(|_| InitError::Twice)?;
-        let state = match state::build::<N, M, L>(map, &self.memory, config, self.cpu.count()) {
+        // SAFETY: X1, by contract.
+        let built = unsafe { state::build::<N, M, L>(map, &self.memory, config, self.cpu.count()) };
+        let state = match built {
             Ok(state) => state,
             Err(error) => {
                 self.phase.store(NEW, Ordering::Release);

@@ -35,7 +35,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     /// # map.push(PhysAddr::new(0), 4 << 20, RegionKind::Usable)?;
     /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 1024), SingleCpu::new()) };
     /// # let buddy: Buddy<_, _> = Buddy::new(memory, cpu);
-    /// # buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))?;
+    /// # // SAFETY: X1: nobody else uses the memory of the map.
+    /// # unsafe { buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))? };
     /// let order = Order::new(2).unwrap();
     /// let pages = buddy.get_free_pages(&FrameRequest::new(order))?;
     /// assert_eq!(VirtAddr::from_ptr(pages.as_ptr()).page_offset(), 0);

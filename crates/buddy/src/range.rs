@@ -160,7 +160,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     /// # map.push(PhysAddr::new(0), 16 << 20, RegionKind::Usable)?;
     /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 4096), SingleCpu::new()) };
     /// # let buddy: Buddy<_, _> = Buddy::new(memory, cpu);
-    /// # buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))?;
+    /// # // SAFETY: X1: nobody else uses the memory of the map.
+    /// # unsafe { buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))? };
     /// // 6 MiB, more than the largest block, on a boundary of 2 MiB.
     /// let range = buddy.alloc_range(1536, Order::HUGE_2M, &FrameRequest::ONE.movable())?;
     /// assert!(range.range().first().is_aligned(Order::HUGE_2M));
@@ -248,7 +249,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     /// # map.push(PhysAddr::new(0), 16 << 20, RegionKind::Usable)?;
     /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 4096), SingleCpu::new()) };
     /// # let buddy: Buddy<_, _> = Buddy::new(memory, cpu);
-    /// # buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))?;
+    /// # // SAFETY: X1: nobody else uses the memory of the map.
+    /// # unsafe { buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))? };
     /// let vga = Frame::new(0xa0).unwrap();
     /// let block = buddy.alloc_at(vga, Order::new(5).unwrap())?;
     /// assert_eq!(buddy.alloc_at(vga, Order::ZERO), Err(PlaceError::InUse));
@@ -282,7 +284,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     /// # map.push(PhysAddr::new(0), 16 << 20, RegionKind::Usable)?;
     /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 4096), SingleCpu::new()) };
     /// # let buddy: Buddy<_, _> = Buddy::new(memory, cpu);
-    /// # buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))?;
+    /// # // SAFETY: X1: nobody else uses the memory of the map.
+    /// # unsafe { buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))? };
     /// let buffer = FrameRange::from_numbers(0x300, 0x345).unwrap();
     /// let owned = buddy.alloc_range_at(buffer)?;
     /// // Freed as a whole, or in pieces that are blocks.

@@ -460,7 +460,11 @@ fn carve_area<L: RawLock + 'static>(
 /// # Errors
 ///
 /// [`InitError`]; the boot map is as it was then.
-pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
+///
+/// # Safety
+///
+/// `X1` of [`EarlyAllocator::new`] holds for `map`.
+pub(crate) unsafe fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
     map: &mut BootMap<N>,
     memory: &M,
     config: &Config,
@@ -469,7 +473,8 @@ pub(crate) fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
     let plan = plan::<N, L>(map, config, cpus)?;
     let bytes = plan.bytes.next_multiple_of(PAGE_SIZE);
     let failed = |reason| InitError::Metadata { bytes, reason };
-    let piece = EarlyAllocator::new(map, memory)
+    // SAFETY: X1, by contract.
+    let piece = unsafe { EarlyAllocator::new(map, memory) }
         .alloc(bytes, PAGE_SIZE)
         .map_err(failed)?;
     let next = NonNull::new(memory.to_ptr(piece)).ok_or(InitError::NoMemory)?;

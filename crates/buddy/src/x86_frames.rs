@@ -20,7 +20,8 @@ use x86_64::structures::paging::{FrameAllocator, FrameDeallocator, PageSize, Phy
 /// # map.push(PhysAddr::new(0), 4 << 20, RegionKind::Usable)?;
 /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 1024), SingleCpu::new()) };
 /// # let buddy: Buddy<_, _> = Buddy::new(memory, cpu);
-/// # buddy.init(&mut map, &Config::new())?;
+/// # // SAFETY: X1: nobody else uses the memory of the map.
+/// # unsafe { buddy.init(&mut map, &Config::new())? };
 /// use x86_64::structures::paging::{FrameAllocator, FrameDeallocator, PhysFrame, Size4KiB};
 ///
 /// let mut frames = X86Frames::new(&buddy);

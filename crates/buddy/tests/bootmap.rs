@@ -100,7 +100,8 @@ fn early_allocator_takes_from_the_top_and_gives_back() {
         .unwrap();
     // SAFETY: no memory is accessed through the map.
     let memory = unsafe { OffsetMap::new(0, 0x1000) };
-    let mut early = EarlyAllocator::new(&mut map, &memory);
+    // SAFETY: X1: no memory is accessed.
+    let mut early = unsafe { EarlyAllocator::new(&mut map, &memory) };
     let a = early.alloc(24, 8).unwrap();
     assert_eq!(a, pa(0xf_f000 - 24));
     let b = early.alloc(4096, 4096).unwrap();
@@ -113,12 +114,14 @@ fn early_allocator_takes_from_the_top_and_gives_back() {
         early.alloc(1 << 40, 8),
         Err(EarlyError::NoSpace { .. })
     ));
-    let low = EarlyAllocator::new(early_map(&mut early), &memory)
+    // SAFETY: X1: no memory is accessed.
+    let low = unsafe { EarlyAllocator::new(early_map(&mut early), &memory) }
         .below(pa(0x8000))
         .alloc(1, 1);
     assert_eq!(low.unwrap(), pa(0x7fff));
     assert_eq!(map.free_frames(), 256 - 1 - 1 - 1 - 1 - 1);
-    let mut early = EarlyAllocator::new(&mut map, &memory);
+    // SAFETY: X1: no memory is accessed.
+    let mut early = unsafe { EarlyAllocator::new(&mut map, &memory) };
     // SAFETY: nobody uses these bytes.
     unsafe { early.free(a, 24).unwrap() };
     assert_eq!(map.free_frames(), 256 - 1 - 1 - 1 - 1);
@@ -128,7 +131,8 @@ fn early_map<'a, M>(early: &'a mut EarlyAllocator<'_, M>) -> &'a mut BootMap
 where
     M: kmem_hal::PhysMap,
 {
-    early.map_mut()
+    // SAFETY: X1: no memory is accessed.
+    unsafe { early.map_mut() }
 }
 
 /// A page-sized world of 64 bytes a frame would be handy; real frames it is: 40 frames, quarter-frame edges.

@@ -27,7 +27,8 @@ fn boot(window: &Window) -> Machine<'_> {
     let config = Config::new()
         .limits(ZoneLimits::NORMAL_ONLY)
         .min_free_kib(0);
-    buddy.init(&mut map, &config).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
     buddy
 }
 
@@ -280,7 +281,8 @@ fn memory_is_plugged_in_and_out() {
     let config = Config::new()
         .limits(ZoneLimits::NORMAL_ONLY)
         .min_free_kib(0);
-    buddy.init(&mut map, &config).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
     let total = buddy.mem_info().total;
     let fill = || -> Vec<OwnedFrame> {
         std::iter::from_fn(|| buddy.alloc(&FrameRequest::ONE).ok()).collect()

@@ -85,7 +85,8 @@ fn zones_that_do_not_exist_are_not_asked() {
             .limits(limits)
             .min_free_kib(0)
             .reserve_ratio([0; 5]);
-        buddy.init(&mut map, &config).unwrap();
+        // SAFETY: X1: the test's own memory, which only this allocator has.
+        unsafe { buddy.init(&mut map, &config) }.unwrap();
         assert_eq!(kinds(&buddy), expected);
         for kind in ZoneKind::ALL {
             let printed = buddy
@@ -128,7 +129,8 @@ fn a_machine_that_is_all_highmem_has_no_place_for_tables() {
     };
     let mut map = map(&[(2 * MIB, 64 * MIB)]);
     let buddy = machine(&window);
-    let result = buddy.init(&mut map, &Config::new().limits(limits));
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    let result = unsafe { buddy.init(&mut map, &Config::new().limits(limits)) };
     assert!(
         matches!(result, Err(InitError::Metadata { .. })),
         "{result:?}"
@@ -174,7 +176,8 @@ fn sixty_four_nodes_and_4096_cpus() {
         .cpus(1)
         .cpu_node(|cpu| NodeId::new((cpu.get() / 64) as u16))
         .distance(|from, to| 10 + 2 * from.get().abs_diff(to.get()) as u8);
-    buddy.init(&mut map, &config).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
     assert_eq!(buddy.zones().count(), 64);
     // CPUs that are not online cost a pointer each and nothing else: one CPU of 64 zones takes 64 arrays.
     let frames = (64 * NODE) >> 12;
@@ -240,7 +243,8 @@ fn more_cpus_than_a_set_can_name_are_refused() {
     let mut map = map(&[(0, 64 * MIB)]);
     let free = map.free_frames();
     let buddy: Buddy<_, _, Spin, _, _> = Buddy::with(&window, Crowd, NoCpuCall, NoPressure);
-    let error = buddy.init(&mut map, &Config::new()).unwrap_err();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    let error = unsafe { buddy.init(&mut map, &Config::new()) }.unwrap_err();
     assert_eq!(error, InitError::TooManyCpus { count: 4097 });
     assert_eq!(error.to_string(), "4097 CPUs: more than 4096");
     assert_eq!(map.free_frames(), free);
@@ -267,7 +271,8 @@ fn a_cpu_of_a_node_without_memory_asks_the_nearest_one() {
             (from, to) if from == to => 10,
             _ => 40,
         });
-    buddy.init(&mut map, &config).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
     let total = buddy.mem_info().free;
     let order9 = FrameRequest::new(Order::HUGE_2M);
     for (cpu, node) in [(0, 1), (1, 0), (2, 2)] {
@@ -300,7 +305,8 @@ fn cpus_that_come_later_share_the_zones() {
             .limits(ZoneLimits::NORMAL_ONLY)
             .min_free_kib(0)
             .cpus(at_boot);
-        buddy.init(&mut map(&[(0, 1 << 30)]), &config).unwrap();
+        // SAFETY: X1: the test's own memory, which only this allocator has.
+        unsafe { buddy.init(&mut map(&[(0, 1 << 30)]), &config) }.unwrap();
         for cpu in 0..64 {
             buddy.cpu_online(CpuId::new(cpu)).unwrap();
         }
@@ -338,9 +344,8 @@ fn tables_are_sized_by_memory_and_not_by_the_highest_address() {
         .unwrap();
     let present = map.present_frames();
     let buddy = machine(&window);
-    buddy
-        .init(&mut map, &Config::new().min_free_kib(0))
-        .unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &Config::new().min_free_kib(0)) }.unwrap();
     let metadata = buddy.metadata().count() << 12;
     assert!(
         metadata <= present * 15 / 100 + 32 * 1024,
@@ -370,9 +375,8 @@ fn sixteen_tebibytes() {
     let mut map = map(&[(0, TOP)]);
     let present = map.present_frames();
     let buddy = machine(&window);
-    buddy
-        .init(&mut map, &Config::new().min_free_kib(0))
-        .unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &Config::new().min_free_kib(0)) }.unwrap();
     let metadata = buddy.metadata().count() << 12;
     assert!(metadata <= present * 15 / 100 + 32 * 1024);
     let order = Order::new(30).unwrap();
@@ -391,7 +395,9 @@ fn a_zone_of_more_than_16_tebibytes_is_refused() {
     let mut map = map(&[(0, MIB), ((40 << 40) - MIB, 40 << 40)]);
     let buddy = machine(&window);
     let config = Config::new().limits(ZoneLimits::NORMAL_ONLY);
-    let Err(InitError::ZoneTooLarge { frames }) = buddy.init(&mut map, &config) else {
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    let result = unsafe { buddy.init(&mut map, &config) };
+    let Err(InitError::ZoneTooLarge { frames }) = result else {
         panic!("accepted");
     };
     assert_eq!(frames, ((40 << 40) >> 12) - 1);
@@ -461,7 +467,8 @@ proptest! {
         let memory = &window;
         let mut taken: Vec<(u64, u64)> = Vec::new();
         for &(bytes, align) in &early {
-            match EarlyAllocator::new(&mut map, &memory).alloc(bytes, 1 << align) {
+            // SAFETY: X1: the test's own memory, which only this allocator has.
+            match unsafe { EarlyAllocator::new(&mut map, &memory) }.alloc(bytes, 1 << align) {
                 Ok(at) => {
                     let (first, last) = (at.as_u64(), at.as_u64() + bytes);
                     prop_assert!(at.is_aligned(1 << align));
@@ -477,7 +484,8 @@ proptest! {
         }
         let buddy = machine(&window);
         let config = Config::new().limits(ZoneLimits::NORMAL_ONLY).min_free_kib(0);
-        if buddy.init(&mut map, &config).is_ok() {
+        // SAFETY: X1: the test's own memory, which only this allocator has.
+        if unsafe { buddy.init(&mut map, &config) }.is_ok() {
             let metadata = buddy.metadata();
             let managed = free.iter().filter(|&&frame| {
                 let (first, last) = (frame << 12, (frame + 1) << 12);

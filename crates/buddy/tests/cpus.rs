@@ -105,7 +105,8 @@ fn boot<K: CpuCall, P: Pressure, L: RawLock>(
     map.push(PhysAddr::new(0), frames << 12, RegionKind::Usable)
         .unwrap();
     let buddy = Box::leak(Box::new(Buddy::with(window, Played, call, pressure)));
-    buddy.init(&mut map, config).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, config) }.unwrap();
     buddy
 }
 

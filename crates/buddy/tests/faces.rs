@@ -33,7 +33,8 @@ fn boot(window: &Window, mib: u64) -> Machine<'_> {
     };
     let buddy = machine(window);
     let config = Config::new().limits(limits).min_free_kib(0);
-    buddy.init(&mut map, &config.reserve_ratio([0; 5])).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config.reserve_ratio([0; 5])) }.unwrap();
     buddy
 }
 
@@ -172,9 +173,8 @@ fn the_mappers_of_the_x86_64_crate_take_frames() {
     map.push(PhysAddr::new(0), 4 << 30, RegionKind::Usable)
         .unwrap();
     let buddy = machine(&window);
-    buddy
-        .init(&mut map, &Config::new().min_free_kib(0))
-        .unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &Config::new().min_free_kib(0)) }.unwrap();
     pair::<Size4KiB>(&buddy);
     pair::<Size2MiB>(&buddy);
     pair::<Size1GiB>(&buddy);
@@ -261,7 +261,8 @@ fn ring(window: &Window) -> Machine<'_> {
             let steps = from.get().abs_diff(to.get());
             10 + 10 * steps.min(4 - steps) as u8
         });
-    buddy.init(&mut map, &config).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
     buddy
 }
 
@@ -435,17 +436,18 @@ fn early_pieces_are_handed_over() {
     map.push(PhysAddr::new(0), 32 << 20, RegionKind::Usable)
         .unwrap();
     let memory = &window;
-    let table = EarlyAllocator::new(&mut map, &memory)
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    let table = unsafe { EarlyAllocator::new(&mut map, &memory) }
         .alloc_frames(3, 1)
         .unwrap();
-    let low = EarlyAllocator::new(&mut map, &memory)
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    let low = unsafe { EarlyAllocator::new(&mut map, &memory) }
         .below(PhysAddr::new(1 << 20))
         .alloc(100, 64)
         .unwrap();
     let buddy = machine(&window);
-    buddy
-        .init(&mut map, &Config::new().min_free_kib(0))
-        .unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &Config::new().min_free_kib(0)) }.unwrap();
     // What was given early is nobody else's, down to the frame of the last byte.
     assert_eq!(buddy.alloc_range_at(table), Err(PlaceError::InUse));
     assert_eq!(

@@ -23,7 +23,8 @@ fn boot(frames: u64) -> &'static Machine {
     let config = Config::new()
         .limits(ZoneLimits::NORMAL_ONLY)
         .min_free_kib(16384);
-    buddy.init(&mut map, &config).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
     buddy
 }
 

@@ -99,7 +99,8 @@ fn many_operations_keep_every_frame() {
         .limits(LIMITS)
         .min_free_kib(0)
         .reserve_ratio([0; 5]);
-    buddy.init(&mut map, &config).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
     let mut owners = Owners {
         free: vec![false; END as usize],
         used: 0,

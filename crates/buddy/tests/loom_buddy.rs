@@ -91,7 +91,8 @@ fn initialise<C: Cpu, L: RawLock, K>(buddy: &Buddy<&'static Memory, C, L, K, NoP
     let config = Config::new()
         .limits(ZoneLimits::NORMAL_ONLY)
         .min_free_kib(0);
-    buddy.init(&mut map, &config).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
 }
 
 /// Takes memory until `left` frames are free, and leaves the arrays empty.

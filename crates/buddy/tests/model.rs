@@ -48,7 +48,8 @@ fn a_split_gives_the_lower_half_and_buddies_merge() {
     let config = Config::new()
         .limits(ZoneLimits::NORMAL_ONLY)
         .min_free_kib(0);
-    buddy.init(&mut map, &config).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
     // Everything is taken but the 32 frames from 64 on.
     let mut rest = Vec::new();
     let island = buddy

@@ -64,7 +64,8 @@ fn churn(window: &Window, seed: u64) -> (Machine<'_>, Users) {
     let config = Config::new()
         .limits(ZoneLimits::NORMAL_ONLY)
         .min_free_kib(0);
-    buddy.init(&mut map, &config).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
     let total = buddy.mem_info().total;
     let mut random = Random(seed);
     let mut live: Vec<OwnedFrame> = Vec::new();

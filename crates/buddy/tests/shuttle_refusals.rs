@@ -207,7 +207,8 @@ fn boot() -> (&'static Machine, &'static Bus) {
     let config = Config::new()
         .limits(ZoneLimits::NORMAL_ONLY)
         .min_free_kib(0);
-    buddy.init(&mut map, &config).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
     let end = buddy.metadata().first().number();
     for (first, end) in [(1, ISLAND), (ISLAND + SIZE, end)] {
         let rest = FrameRange::from_numbers(first, end).unwrap();

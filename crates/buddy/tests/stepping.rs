@@ -81,7 +81,8 @@ impl World {
         let config = Config::new()
             .limits(ZoneLimits::NORMAL_ONLY)
             .min_free_kib(0);
-        buddy.init(&mut map, &config).unwrap();
+        // SAFETY: X1: the test's own memory, which only this allocator has.
+        unsafe { buddy.init(&mut map, &config) }.unwrap();
         let world = Self {
             buddy,
             total: buddy.mem_info().total,

@@ -38,12 +38,14 @@ fn boot<W: Watch>(window: &Window) -> Machine<'_, W> {
         buddy.alloc(&FrameRequest::ONE),
         Err(AllocError::NotInitialised)
     );
-    buddy
-        .init(
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe {
+        buddy.init(
             &mut map,
             &Config::new().min_free_kib(0).reserve_ratio([0; 5]),
         )
-        .unwrap();
+    }
+    .unwrap();
     buddy
 }
 
@@ -380,7 +382,8 @@ fn init_fails_whole() {
     let buddy: Machine<'_, PageOwner> = Machine::new(&window, unsafe { SingleCpu::new() });
     let before: Vec<_> = map.reservations().collect();
     assert!(matches!(
-        buddy.init(&mut map, &Config::new()),
+        // SAFETY: X1: the test's own memory, which only this allocator has.
+        unsafe { buddy.init(&mut map, &Config::new()) },
         Err(InitError::Metadata { .. })
     ));
     assert_eq!(map.reservations().collect::<Vec<_>>(), before);
@@ -389,15 +392,21 @@ fn init_fails_whole() {
     map.push(PhysAddr::new(0x1000), 7 << 12, RegionKind::Usable)
         .unwrap();
     assert!(matches!(
-        buddy.init(&mut map, &Config::new()),
+        // SAFETY: X1: the test's own memory, which only this allocator has.
+        unsafe { buddy.init(&mut map, &Config::new()) },
         Err(InitError::Metadata { .. })
     ));
     assert_eq!(map.reservations().count(), 0);
     map.push(PhysAddr::new(1 << 20), 4 << 20, RegionKind::Usable)
         .unwrap();
     let config = Config::new().limits(ZoneLimits::NORMAL_ONLY);
-    assert_eq!(buddy.init(&mut map, &config), Ok(()));
-    assert_eq!(buddy.init(&mut map, &config), Err(InitError::Twice));
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    assert_eq!(unsafe { buddy.init(&mut map, &config) }, Ok(()));
+    assert_eq!(
+        // SAFETY: X1: refused before it looks at the map.
+        unsafe { buddy.init(&mut map, &config) },
+        Err(InitError::Twice)
+    );
 }
 
 proptest! {

@@ -24,7 +24,8 @@ fn top(map: &BootMap) -> u64 {
 
 fn boot<'a>(map: &mut BootMap, window: &'a Window, config: &Config) -> Machine<'a> {
     let buddy = Machine::new(window, cpu());
-    buddy.init(map, config).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(map, config) }.unwrap();
     buddy.check().unwrap();
     buddy
 }
@@ -197,7 +198,8 @@ fn tables_stay_small() {
         let window = Window::new((4 << 30) + (mib << 20), 16 << 20);
         // SAFETY: one thread uses it.
         let buddy = Machine::new(&window, unsafe { SingleCpu::new() });
-        buddy.init(&mut map, &Config::new()).unwrap();
+        // SAFETY: X1: the test's own memory, which only this allocator has.
+        unsafe { buddy.init(&mut map, &Config::new()) }.unwrap();
         let allowed = (frames * 15 / 100 + zones * 4096).next_multiple_of(4096);
         let bytes = buddy.metadata().count() * 4096;
         assert!(bytes <= allowed, "{mib} MiB: {bytes} of {allowed} bytes");
@@ -339,7 +341,8 @@ fn init_fails_whole_or_not_at_all() {
     let mut empty: BootMap = BootMap::new();
     let buddy = Machine::new(&window, cpu());
     assert_eq!(
-        buddy.init(&mut empty, &Config::new()),
+        // SAFETY: X1: the test's own memory, which only this allocator has.
+        unsafe { buddy.init(&mut empty, &Config::new()) },
         Err(InitError::NoMemory)
     );
     assert_eq!(
@@ -351,17 +354,18 @@ fn init_fails_whole_or_not_at_all() {
     full.reserve(PhysAddr::new(0), 1 << 20, Reservation::KernelImage)
         .unwrap();
     assert!(matches!(
-        buddy.init(&mut full, &Config::new()),
+        // SAFETY: X1: the test's own memory, which only this allocator has.
+        unsafe { buddy.init(&mut full, &Config::new()) },
         Err(InitError::Metadata { .. })
     ));
     assert_eq!(full.reservations().count(), 1);
     // One MiB is enough.
     let mut small = classic(1);
-    buddy
-        .init(&mut small, &Config::new().min_free_kib(0))
-        .unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut small, &Config::new().min_free_kib(0)) }.unwrap();
     assert_eq!(
-        buddy.init(&mut small, &Config::new()),
+        // SAFETY: X1: refused before it looks at the map.
+        unsafe { buddy.init(&mut small, &Config::new()) },
         Err(InitError::Twice)
     );
     assert!(buddy.alloc(&FrameRequest::ONE).is_ok());

@@ -180,7 +180,8 @@ fn start(bytes: usize) -> Option<*mut Inner> {
     let started = boot
         .push(PhysAddr::new(BASE), usable, RegionKind::Usable)
         .is_ok()
-        && inner.memory.init_with(&mut boot, &config, large).is_ok();
+        // SAFETY: X1: the arena is this heap's alone.
+        && unsafe { inner.memory.init_with(&mut boot, &config, large) }.is_ok();
     if started {
         Some(ptr::from_ref(inner).cast_mut())
     } else {

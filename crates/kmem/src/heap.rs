@@ -53,7 +53,8 @@ impl Heap {
     ///
     /// # Safety
     ///
-    /// All memory that `map` calls usable is mapped there, writable, and in use by nobody where it is not reserved in `map`.
+    /// All memory that `map` calls usable is mapped there, writable, and in use by nobody where it is not reserved in `map`; no
+    /// other allocator is started on it (`X1` of [`EarlyAllocator::new`](kmem_buddy::EarlyAllocator::new)).
     /// One CPU uses the heap, and code on it is interrupted by interrupts and NMIs only.
     pub unsafe fn init<const N: usize>(
         &'static self,
@@ -98,13 +99,15 @@ where
     ///
     /// # Safety
     ///
-    /// The memory that `map` calls usable is in use by nobody where it is not reserved in `map`.
+    /// `X1` of [`EarlyAllocator::new`](kmem_buddy::EarlyAllocator::new): the memory that `map` calls usable is in use by nobody
+    /// where it is not reserved in `map`, and no other allocator is started on it.
     pub unsafe fn init_mapped<const N: usize>(
         &'static self,
         map: &mut BootMap<N>,
         config: &Config,
     ) -> Result<(), InitError> {
-        self.memory.init(map, config)
+        // SAFETY: X1, by contract.
+        unsafe { self.memory.init(map, config) }
     }
 
     /// What the heap is made of: frames, frame table, slab system.

@@ -74,7 +74,8 @@ impl core::error::Error for InitError {}
 /// map.push(PhysAddr::new(1 << 20), 32 << 20, RegionKind::Usable)?;
 /// // SAFETY: 33 MiB are mapped at `offset`.
 /// unsafe { MEMORY.frames().memory().set(offset, 33 << 8) };
-/// MEMORY.init(&mut map, &Config::new())?;
+/// // SAFETY: X1: nobody else uses the memory of the map.
+/// unsafe { MEMORY.init(&mut map, &Config::new())? };
 ///
 /// let frame = MEMORY.frames().alloc(&FrameRequest::ONE)?;
 /// MEMORY.frames().free(frame);
@@ -115,12 +116,18 @@ where
     /// # Errors
     ///
     /// [`InitError`]. A frame table that was carved before stays carved, and the next call uses it.
-    pub fn init<const N: usize>(
+    ///
+    /// # Safety
+    ///
+    /// `X1` of [`EarlyAllocator::new`](kmem_buddy::EarlyAllocator::new): the memory that `map` calls usable is in use by nobody
+    /// where it is not reserved in `map`, and no other allocator is started on it.
+    pub unsafe fn init<const N: usize>(
         &'static self,
         map: &mut BootMap<N>,
         config: &Config,
     ) -> Result<(), InitError> {
-        self.init_with(map, config, NoLarge)
+        // SAFETY: X1, by contract.
+        unsafe { self.init_with(map, config, NoLarge) }
     }
 }
 
@@ -150,7 +157,12 @@ where
     /// # Errors
     ///
     /// [`InitError`]. A frame table that was carved before stays carved, and the next call uses it.
-    pub fn init_with<const N: usize>(
+    ///
+    /// # Safety
+    ///
+    /// `X1` of [`EarlyAllocator::new`](kmem_buddy::EarlyAllocator::new): the memory that `map` calls usable is in use by nobody
+    /// where it is not reserved in `map`, and no other allocator is started on it.
+    pub unsafe fn init_with<const N: usize>(
         &'static self,
         map: &mut BootMap<N>,
         config: &Config,
@@ -159,8 +171,10 @@ where
         if self.frames.is_initialised() {
             return Err(InitError::Frames(kmem_buddy::InitError::Twice));
         }
-        self.carve_table(map).map_err(InitError::FrameTable)?;
-        self.frames.init(map, config).map_err(InitError::Frames)?;
+        // SAFETY: X1, by contract.
+        unsafe { self.carve_table(map) }.map_err(InitError::FrameTable)?;
+        // SAFETY: X1, by contract; the frame table is reserved in `map`.
+        unsafe { self.frames.init(map, config) }.map_err(InitError::Frames)?;
         // SAFETY: S2: the frames come from this machine's allocator, whose holders alone write their slots; S3: `PhysMap`
         // gives page-aligned pointers for frames.
         let parts = unsafe {
@@ -183,11 +197,20 @@ where
     /// # Errors
     ///
     /// [`EarlyError`]; nothing has changed then.
-    pub fn carve_table<const N: usize>(&self, map: &mut BootMap<N>) -> Result<(), EarlyError> {
+    ///
+    /// # Safety
+    ///
+    /// `X1` of [`EarlyAllocator::new`](kmem_buddy::EarlyAllocator::new): the memory that `map` calls usable is in use by nobody
+    /// where it is not reserved in `map`, and no other allocator is started on it.
+    pub unsafe fn carve_table<const N: usize>(
+        &self,
+        map: &mut BootMap<N>,
+    ) -> Result<(), EarlyError> {
         if !self.table.directory().is_empty() {
             return Ok(());
         }
-        table::carve(&self.table, map, self.frames.memory())
+        // SAFETY: X1, by contract.
+        unsafe { table::carve(&self.table, map, self.frames.memory()) }
     }
 
     /// Gives a CPU that comes online its caches.

@@ -24,7 +24,11 @@ fn sections<const N: usize>(map: &BootMap<N>) -> impl Iterator<Item = u64> + '_ 
 /// # Errors
 ///
 /// [`EarlyError`]; the boot map and the table are as they were.
-pub fn carve<const N: usize, M: PhysMap>(
+///
+/// # Safety
+///
+/// `X1` of [`EarlyAllocator::new`] holds for `map`.
+pub unsafe fn carve<const N: usize, M: PhysMap>(
     table: &FrameTable,
     map: &mut BootMap<N>,
     memory: &M,
@@ -38,7 +42,8 @@ pub fn carve<const N: usize, M: PhysMap>(
     let mut used = 0;
     let mut left = count;
     let mut want = count;
-    let mut early = EarlyAllocator::new(map, memory);
+    // SAFETY: X1, by contract.
+    let mut early = unsafe { EarlyAllocator::new(map, memory) };
     let directory = loop {
         if left == 0 {
             match early.alloc_slice((last + 1) as usize, |_| Section::absent()) {

@@ -55,7 +55,8 @@ fn stack() -> Stack {
             .unwrap();
     }
     let frames = forever(Frames::with(machine, machine, machine, NoPressure));
-    frames.init(&mut map, &Config::new()).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { frames.init(&mut map, &Config::new()) }.unwrap();
     let sections = machine.memory().frame_limit().div_ceil(SECTION_FRAMES);
     let directory: &'static [Section] =
         Box::leak((0..sections).map(|_| Section::absent()).collect());

@@ -50,7 +50,8 @@ fn world() -> (&'static World, &'static Told) {
         memory.set(base.wrapping_sub(1 << 20), (1 + MIB) << 8);
     }
     let config = Config::new().min_free_kib(64);
-    world.init_with(&mut map, &config, NoLarge).unwrap();
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { world.init_with(&mut map, &config, NoLarge) }.unwrap();
     (world, told)
 }
 

@@ -5,6 +5,9 @@
 //! from the map later know it as allocated. The allocator's own metadata is carved with it: sized by the memory that is
 //! usable, never by the highest address.
 //!
+//! A boot map says which memory there is, not who has it: it can be copied, or filled twice. So whoever starts an allocator on
+//! one, this or one that takes the map over, promises that nobody else does (`X1` of [`EarlyAllocator::new`]).
+//!
 //! Invariants
 //! - `I1`: a piece given is present memory, in reach of the [`PhysMap`], in no reservation, and is reserved when the call returns.
 //! - `I2`: memory from `alloc_slice` is initialised before a reference to it exists.
@@ -28,9 +31,23 @@ use super::map::BootMap;
 /// map.push(PhysAddr::new(0), 1 << 20, RegionKind::Usable)?;
 /// // SAFETY: only addresses are computed here, and nothing is accessed.
 /// let memory = unsafe { OffsetMap::new(0, 256) };
-/// let mut early = EarlyAllocator::new(&mut map, &memory);
+/// // SAFETY: X1: the memory of this map is nobody's.
+/// let mut early = unsafe { EarlyAllocator::new(&mut map, &memory) };
 /// assert_eq!(early.alloc(4096, 4096).unwrap(), PhysAddr::new(0xff000)); // from the top down
 /// # Ok::<(), kmem_buddy::BootMapError>(())
+/// ```
+///
+/// A map is a list that anyone can copy, and so safe code cannot start an allocator on one:
+///
+/// ```compile_fail,E0133
+/// use kmem_buddy::{BootMap, EarlyAllocator};
+/// use kmem_hal::OffsetMap;
+///
+/// fn two(map: &mut BootMap, memory: &OffsetMap) {
+///     let mut copy = map.clone();
+///     let one = EarlyAllocator::new(map, memory).alloc_slice(1, |_| 0_u64);
+///     let other = EarlyAllocator::new(&mut copy, memory).alloc_slice(1, |_| 0_u64);
+/// }
 /// ```
 #[doc(alias = "memblock_alloc")]
 #[derive(Debug)]
@@ -42,8 +59,13 @@ pub struct EarlyAllocator<'a, M, const N: usize = 256> {
 
 impl<'a, M: PhysMap, const N: usize> EarlyAllocator<'a, M, N> {
     /// Allocates from what `map` has free inside the reach of `memory`.
+    ///
+    /// # Safety
+    ///
+    /// - `X1`: the memory that `map` calls usable is in use by nobody where it is not reserved in `map`, and no allocator is
+    ///   started on it but through this map: none from a copy of the map, or from another map with the same memory.
     #[must_use]
-    pub fn new(map: &'a mut BootMap<N>, memory: &'a M) -> Self {
+    pub unsafe fn new(map: &'a mut BootMap<N>, memory: &'a M) -> Self {
         Self {
             map,
             memory,
@@ -65,7 +87,11 @@ impl<'a, M: PhysMap, const N: usize> EarlyAllocator<'a, M, N> {
     }
 
     /// The map, to add regions or reservations between allocations.
-    pub fn map_mut(&mut self) -> &mut BootMap<N> {
+    ///
+    /// # Safety
+    ///
+    /// `X1` of [`new`](Self::new) holds for the map as it is changed.
+    pub unsafe fn map_mut(&mut self) -> &mut BootMap<N> {
         self.map
     }
 
@@ -141,7 +167,7 @@ impl<'a, M: PhysMap, const N: usize> EarlyAllocator<'a, M, N> {
         let at = self.alloc(bytes, align.max(8))?;
         let first = self.memory.to_ptr(at).cast::<T>();
         for index in 0..count {
-            // SAFETY: I1: the memory is in reach, so by P1 valid for writes and contiguous, and nobody else's;
+            // SAFETY: I1: the memory is in reach, so by P1 valid for writes and contiguous, and by X1 nobody else's;
             // `alloc` aligned it (pages are aligned in both spaces, P1).
             unsafe { first.add(index).write(make(index)) };
         }

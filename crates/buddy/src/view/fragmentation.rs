@@ -38,7 +38,8 @@ impl ZoneFree {
     /// # map.push(PhysAddr::new(0), 4 << 20, RegionKind::Usable)?;
     /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 1024), SingleCpu::new()) };
     /// # let buddy: Buddy<_, _> = Buddy::new(memory, cpu);
-    /// # buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))?;
+    /// # // SAFETY: X1: nobody else uses the memory of the map.
+    /// # unsafe { buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))? };
     /// let zone = buddy.zones().next().unwrap();
     /// assert_eq!(zone.unusable_index(Order::ZERO), 0);
     /// // Nothing is broken up yet, but no block of 4 MiB is whole: the allocator's own tables lie in it.

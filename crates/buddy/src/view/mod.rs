@@ -273,7 +273,8 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     /// # map.reserve(PhysAddr::new(0), 2 << 20, Reservation::KernelImage)?;
     /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 2048), SingleCpu::new()) };
     /// # let buddy: Buddy<_, _> = Buddy::new(memory, cpu);
-    /// # buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY).min_free_kib(0))?;
+    /// # // SAFETY: X1: nobody else uses the memory of the map.
+    /// # unsafe { buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY).min_free_kib(0))? };
     /// // 8 MiB: the kernel in the first two, one MiB taken after it, the allocator's tables at the end.
     /// let _megabyte = buddy.alloc(&FrameRequest::new(Order::new(8).unwrap()))?;
     /// let picture = buddy.picture().to_string();

@@ -33,7 +33,8 @@ const LOOSE: u8 = u8::MAX;
 /// # map.push(PhysAddr::new(0), 4 << 20, RegionKind::Usable)?;
 /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 1024), SingleCpu::new()) };
 /// let buddy: WatchedBuddy<_, _, Audit> = WatchedBuddy::new(memory, cpu);
-/// buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))?;
+/// // SAFETY: X1: nobody else uses the memory of the map.
+/// unsafe { buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))? };
 ///
 /// let frame = buddy.alloc(&FrameRequest::ONE)?;
 /// let first = frame.first();

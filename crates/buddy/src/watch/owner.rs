@@ -48,7 +48,8 @@ pub struct Owner {
 /// # map.push(PhysAddr::new(0), 4 << 20, RegionKind::Usable)?;
 /// # let (memory, cpu) = unsafe { (OffsetMap::new(base, 1024), SingleCpu::new()) };
 /// let buddy: WatchedBuddy<_, _, PageOwner> = WatchedBuddy::new(memory, cpu);
-/// buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))?;
+/// // SAFETY: X1: nobody else uses the memory of the map.
+/// unsafe { buddy.init(&mut map, &Config::new().limits(ZoneLimits::NORMAL_ONLY))? };
 ///
 /// let (frame, line) = (buddy.alloc(&FrameRequest::new(Order::new(3).unwrap()))?, line!());
 /// assert_eq!(buddy.owner_of(frame.first()).unwrap().line(), line);

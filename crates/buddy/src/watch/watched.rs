@@ -85,7 +85,12 @@ impl<M: PhysMap, C: Cpu, W: Watch, L: RawLock + 'static, K: CpuCall, P: Pressure
     /// # Errors
     ///
     /// [`InitError`]; the boot map is as it was.
-    pub fn init<const N: usize>(
+    ///
+    /// # Safety
+    ///
+    /// `X1` of [`EarlyAllocator::new`]: the memory that `map` calls usable is in use by nobody where it is not reserved in
+    /// `map`, and no other allocator is started on it.
+    pub unsafe fn init<const N: usize>(
         &self,
         map: &mut BootMap<N>,
         config: &Config,
@@ -100,7 +105,8 @@ impl<M: PhysMap, C: Cpu, W: Watch, L: RawLock + 'static, K: CpuCall, P: Pressure
         }
         let count = usize::try_from(frames).map_err(|_| InitError::TooMany { count: frames })?;
         let bytes = room::<Run>(runs) + room::<Table<W>>(1) + W::bytes(count);
-        let base = EarlyAllocator::new(map, self.buddy.memory())
+        // SAFETY: X1, by contract.
+        let base = unsafe { EarlyAllocator::new(map, self.buddy.memory()) }
             .alloc(bytes, super::table::LINE)
             .map_err(|reason| InitError::Metadata { bytes, reason })?;
         let memory = NonNull::new(self.buddy.memory().to_ptr(base)).ok_or(InitError::NoMemory)?;
@@ -126,9 +132,11 @@ impl<M: PhysMap, C: Cpu, W: Watch, L: RawLock + 'static, K: CpuCall, P: Pressure
         // Before the allocator gives anything.
         let pointer = core::ptr::from_ref(table).cast_mut();
         self.table.store(pointer, Ordering::Release);
-        self.buddy.init(map, config).inspect_err(|_| {
+        // SAFETY: X1, by contract; the table's memory is reserved in `map`.
+        unsafe { self.buddy.init(map, config) }.inspect_err(|_| {
             self.table.store(core::ptr::null_mut(), Ordering::Release);
-            let mut early = EarlyAllocator::new(map, self.buddy.memory());
+            // SAFETY: X1, by contract: the allocator that was to follow has not started.
+            let mut early = unsafe { EarlyAllocator::new(map, self.buddy.memory()) };
             // SAFETY: nothing was allocated, and so nobody has looked at the table.
             let _ = unsafe { early.free(base, bytes) };
         })

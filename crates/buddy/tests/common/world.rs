@@ -72,7 +72,8 @@ impl<'a> World<'a> {
             .limits(LIMITS)
             .min_free_kib(0)
             .reserve_ratio([0; 5]);
-        buddy.init(&mut map, &config).unwrap();
+        // SAFETY: X1: the test's own memory, which only this allocator has.
+        unsafe { buddy.init(&mut map, &config) }.unwrap();
         let mut managed = BTreeSet::new();
         let mut twins = [
             (ZoneKind::Dma, ZoneTwin::new(0, 0x3a0)),

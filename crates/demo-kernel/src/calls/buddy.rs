@@ -60,7 +60,10 @@ calls! {
     call_buddy_cpu_online(frames: &Frames, cpu: CpuId) -> Result<(), AllocError> { frames.cpu_online(cpu) }
     call_buddy_mem_info(frames: &Frames) -> MemInfo { frames.mem_info() }
     call_buddy_recount(frames: &Frames) -> Recount { frames.recount() }
-    call_buddy_init(frames: &Frames, map: &mut BootMap<128>, config: &Config) -> bool { frames.init(map, config).is_ok() }
+    call_buddy_init(frames: &Frames, map: &mut BootMap<128>, config: &Config) -> bool {
+        // SAFETY: never run.
+        unsafe { frames.init(map, config) }.is_ok()
+    }
     call_slab_kmalloc(slab: &Slab, size: usize, flags: Flags) -> *mut u8 {
         slab.kmalloc(size, flags).map_or(core::ptr::null_mut(), |memory| memory.as_ptr())
     }

@@ -287,17 +287,20 @@ pub fn early(
     let directory: &'static [Section] = {
         let count = usize::try_from(count).map_err(|e| e.to_string())?;
         figures.directory_bytes = (count * size_of::<Section>()) as u64;
-        EarlyAllocator::new(boot_map, memory)
+        // SAFETY: X1: the machine's memory is this world's alone, and one map describes it.
+        unsafe { EarlyAllocator::new(boot_map, memory) }
             .alloc_slice(count, |_| Section::absent())
             .map_err(|e| e.to_string())?
     };
     let bytes = FrameTable::SECTION_BYTES as u64;
     for (section, limit) in wanted {
-        let near = EarlyAllocator::new(boot_map, memory)
+        // SAFETY: X1: the machine's memory is this world's alone, and one map describes it.
+        let near = unsafe { EarlyAllocator::new(boot_map, memory) }
             .below(PhysAddr::new(limit * PAGE_SIZE))
             .alloc(bytes, PAGE_SIZE);
         let at = near
-            .or_else(|_| EarlyAllocator::new(boot_map, memory).alloc(bytes, PAGE_SIZE))
+            // SAFETY: X1: the machine's memory is this world's alone, and one map describes it.
+            .or_else(|_| unsafe { EarlyAllocator::new(boot_map, memory) }.alloc(bytes, PAGE_SIZE))
             .map_err(|e| format!("{bytes} bytes of frame slots for section {section}: {e}"))?;
         let Some(slots) = NonNull::new(machine.to_ptr(at)) else {
             return Err(format!("no pointer to {at}"));
@@ -322,9 +325,8 @@ pub fn frames(machine: Mach, boot_map: &mut BootMap) -> Result<&'static Frames, 
         machine,
         kmem_hal::NoPressure,
     ));
-    frames
-        .init(boot_map, &Config::new())
-        .map_err(|e| e.to_string())?;
+    // SAFETY: X1: the machine's memory is this world's alone, and one map describes it.
+    unsafe { frames.init(boot_map, &Config::new()) }.map_err(|e| e.to_string())?;
     Ok(frames)
 }
 

@@ -53,8 +53,8 @@ pub fn start(mib: usize) -> &'static Kernel {
             .memory()
             .set(base.wrapping_sub(1 << 20), frames);
     }
-    WORLD
-        .init_with(&mut map, &Config::new(), &LARGE)
+    // SAFETY: X1: the arena is this example's alone.
+    unsafe { WORLD.init_with(&mut map, &Config::new(), &LARGE) }
         .expect("memory for the allocators");
     // SAFETY: one machine's parts, used by one thread.
     let env: &'static Env = Box::leak(Box::new(unsafe {
