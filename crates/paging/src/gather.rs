@@ -46,9 +46,6 @@ use crate::table::PageTable;
 #[doc(alias = "tlb_single_page_flush_ceiling")]
 pub const FLUSH_CEILING: u64 = 33;
 
-/// Entries of a table that is emptied whole which are taken out at a time: a line of a cache.
-const AT_ONCE: usize = 8;
-
 /// Room for an order beside a frame number in a word.
 const ORDER_BITS: u32 = 8;
 
@@ -333,12 +330,14 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
     /// Context: may wait for other CPUs. Not in interrupts, not with interrupts off, not inside a read section of the
     /// environment's [`Grace`](kmem_hal::Grace). The gather can be used again.
     #[doc(alias = "tlb_finish_mmu")]
+    #[inline]
     pub fn commit(&mut self, give: impl FnMut(H)) {
         self.commit_with(give, drop);
     }
 
     /// As [`commit`](Self::commit), and hands over the payloads of the tables that were detached whole or given up; those of other tables
     /// were shown by [`unmap_with`](crate::Cursor::unmap_with) or [`unmap_giving`](crate::Cursor::unmap_giving).
+    #[inline(always)]
     pub fn commit_with(&mut self, mut give: impl FnMut(H), mut payloads: impl FnMut(Payload)) {
         if mutant!("commit-gives-before-the-flush") {
             while let Some(last) = self.length.checked_sub(1) {
@@ -351,22 +350,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
                 give(unsafe { H::from_entry(frame, order.unwrap_or(Order::ZERO)) });
             }
         }
-        if self.announced {
-            let freed = !self.tables.is_empty() || !self.whole.is_empty() || self.shares > 0;
-            if !mutant!("commit-does-not-flush") {
-                let freed = freed && !mutant!("commit-hides-freed-tables");
-                let own = if mutant!("commit-thinks-it-is-alone") {
-                    usize::MAX
-                } else {
-                    1
-                };
-                self.table.flush(self.stale.stale(), freed, own);
-            }
-            self.announced = false;
-            self.stale = Hull::EMPTY;
-            self.steady = u64::MAX;
-            self.table.retract();
-        }
+        self.flush();
         while let Some(last) = self.length.checked_sub(1) {
             self.length = last;
             // SAFETY: `push` set it, and `length` went beyond it since.
@@ -392,6 +376,27 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
         }
         if !self.tables.is_empty() {
             self.free_tables();
+        }
+    }
+
+    /// Flushes what was noted.
+    #[inline(never)]
+    fn flush(&mut self) {
+        if self.announced {
+            let freed = !self.tables.is_empty() || !self.whole.is_empty() || self.shares > 0;
+            if !mutant!("commit-does-not-flush") {
+                let freed = freed && !mutant!("commit-hides-freed-tables");
+                let own = if mutant!("commit-thinks-it-is-alone") {
+                    usize::MAX
+                } else {
+                    1
+                };
+                self.table.flush(self.stale.stale(), freed, own);
+            }
+            self.announced = false;
+            self.stale = Hull::EMPTY;
+            self.steady = u64::MAX;
+            self.table.retract();
         }
     }
 
@@ -446,32 +451,32 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
     }
 
     /// Takes the leaves out of tables that were detached whole.
+    #[inline(always)]
     fn empty_whole(&mut self, give: &mut impl FnMut(H), payloads: &mut impl FnMut(Payload)) {
         let env = self.table.env();
         while let Some(frame) = self.whole.first() {
             // SAFETY: a detached table that the list owns, of the format's level 1.
             let table = unsafe { Node::<F>::new(env, frame, 1) };
             let mut cleared = 0;
-            for entries in table.entries(0, level::<F>(1).entries()).chunks(AT_ONCE) {
-                // All are read and cleared before the first handle is given, so that no store to the table stands between two calls of `give`, and
-                // what that keeps can stay in registers. Where it panics, the others of these few are leaked.
-                let mut words = [0; AT_ONCE];
-                for (word, entry) in words.iter_mut().zip(entries) {
-                    // No CPU reaches the entry after the flush, so nothing else writes to it (G4).
-                    *word = F::Word::load(entry);
-                    if *word != 0 && !mutant!("whole-keeps-its-words") {
-                        F::Word::store(entry, 0);
-                    }
+            for entry in table.entries(0, level::<F>(1).entries()) {
+                let word = F::Word::load(entry);
+                // No CPU reaches the entry after the flush, so nothing else writes to it (G4).
+                let leaf = if F::is_present(1, word) {
+                    Some(F::leaf_frame(1, word))
+                } else if word == 0 {
+                    continue;
+                } else {
+                    (F::kind(1, word) == Kind::Leaf).then(|| F::leaf_frame(1, word))
+                };
+                if !mutant!("whole-keeps-its-words") {
+                    F::Word::store(entry, 0);
                 }
-                for &word in &words {
-                    if F::is_present(1, word) || F::kind(1, word) == Kind::Leaf {
-                        cleared += 1;
-                        // SAFETY: `into_entry` of this type filled the entry; it is gone, and its translations were flushed.
-                        give(unsafe { H::from_entry(F::leaf_frame(1, word), Order::ZERO) });
-                    } else if word != 0 {
-                        cleared += 1;
-                        payloads(F::payload_of(word));
-                    }
+                cleared += 1;
+                if let Some(frame) = leaf {
+                    // SAFETY: `into_entry` of this type filled the entry; it is gone, and its translations were flushed.
+                    give(unsafe { H::from_entry(frame, Order::ZERO) });
+                } else {
+                    payloads(F::payload_of(word));
                 }
             }
             table.sub_live(cleared);
