@@ -386,10 +386,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             let at = offset.checked_add(done as u64).ok_or(Errno::ENOEXEC)?;
             let size = self.mm().info(file.file).size;
             let frame = match self.mm().object_page(file.file, at / PAGE_SIZE)? {
-                ObjectPage::Ready(frame) if at < size => frame,
+                ObjectPage::Ready(frame) => frame,
                 ObjectPage::NeedIo(ticket) => return Err(ExecError::NeedIo(ticket)),
-                ObjectPage::Beyond | ObjectPage::Ready(_) => return Err(Errno::ENOEXEC.into()),
+                ObjectPage::Beyond => return Err(Errno::ENOEXEC.into()),
             };
+            if at >= size {
+                self.mm().put_reference(frame);
+                return Err(Errno::ENOEXEC.into());
+            }
             let start = (at % PAGE_SIZE) as usize;
             let part = (to.len() - done).min(PAGE_SIZE as usize - start);
             self.mm()

@@ -200,7 +200,8 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
-    /// Gives an open handle back; `false`, and nothing is changed, where there is none to give back. Mappings keep the object alive.
+    /// Gives an open handle back; `false`, and nothing is changed, where there is none to give back. Mappings keep the object alive. Handles are
+    /// counted and not told apart: who gives one back twice takes another's.
     ///
     /// With the last of both the cache goes. Transfers that are under way are waited for; pages that are dirty are not written, so
     /// [`sync_file`](Self::sync_file) comes first where their bytes are to last.
@@ -225,12 +226,10 @@ impl<'m, E: Env> Mm<'m, E> {
     ///
     /// [`Errno::EBADF`] where it is gone.
     pub(crate) fn hold(&self, file: FileRef) -> Result<Held<'_, 'm, E>, Errno> {
-        let found = self.find_object(file.number).ok_or(Errno::EBADF)?;
-        let held = Held { mm: self, found };
-        match found.object == file.object {
-            true => Ok(held),
-            false => Err(Errno::EBADF),
-        }
+        // Numbers come again after 2^32 objects, so the place counts as well.
+        let found = self.find(file.number, |object| object.cast() == file.object);
+        let found = found.ok_or(Errno::EBADF)?;
+        Ok(Held { mm: self, found })
     }
 
     /// Makes an object of shared memory, `pages` long, of which `promised` are charged already and given back with it.
@@ -292,6 +291,8 @@ impl<'m, E: Env> Mm<'m, E> {
     }
 
     /// What `maps` prints of the object.
+    ///
+    /// Context: as [`close`](Self::close), where the last handle is given back meanwhile.
     ///
     /// # Errors
     ///
@@ -371,12 +372,21 @@ impl<'m, E: Env> Mm<'m, E> {
 
     /// The object with a number, with a reference for the caller.
     pub(crate) fn find_object(&self, number: u32) -> Option<FileRef> {
+        self.find(number, |_| true)
+    }
+
+    /// As [`find_object`](Self::find_object), where it is one that is `wanted`.
+    fn find(
+        &self,
+        number: u32,
+        wanted: impl Fn(NonNull<Object<E::Nodes, E::Lock>>) -> bool,
+    ) -> Option<FileRef> {
         let lists = self.objects().0.read();
         let mut at = lists.0[number as usize % OBJECT_LISTS];
         while let Some(found) = NonNull::new(at.cast::<Object<E::Nodes, E::Lock>>()) {
             // SAFETY: objects in the list live (`I2`).
             let object = unsafe { found.as_ref() };
-            if object.number == number {
+            if object.number == number && wanted(found) {
                 let living = |count: u32| (count > 0).then(|| count + 1);
                 let order = (Ordering::AcqRel, Ordering::Relaxed);
                 let taken = object.references.fetch_update(order.0, order.1, living);

@@ -43,7 +43,7 @@ const NOT_STARTED: u64 = u64::MAX;
 enum Waits {
     /// For a device.
     ForTransfer(IoTicket),
-    /// For somebody who has the page's lock, which nobody keeps while a device is at work.
+    /// For somebody who has the page's lock, which nobody keeps while a device works for that page.
     ForLock,
 }
 
@@ -365,7 +365,7 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
-    /// Frames that the object's cache holds; none where it is gone.
+    /// Frames that the object's cache holds; none where it is gone. Context: as [`object_info`](Self::object_info).
     #[must_use]
     pub fn cached_pages(&self, file: FileRef) -> u64 {
         let Ok(_held) = self.hold(file) else {

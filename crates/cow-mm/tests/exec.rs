@@ -371,6 +371,24 @@ fn host_exec(bytes: &[u8]) -> Option<i32> {
     exited.filter(|code| *code > 100).map(|code| code - 100)
 }
 
+/// The table of the program's headers lies behind the end of the file, in its last page.
+#[test]
+fn headers_behind_the_end_keep_no_page() {
+    let world = World::new();
+    let mm = world.mm();
+    let mut bytes = Builder::new(false, &[TEXT, DATA]).build();
+    let beyond = bytes.len() as u32 + 4;
+    assert!(beyond % 4096 > 4, "in the file's last page");
+    bytes[28..32].copy_from_slice(&beyond.to_le_bytes());
+    let before = world.used_frames();
+    let (_, file) = world.file(mm, &bytes);
+    let program = Program::with_layout(mm, kmem_cow_mm::Layout::x86_32_legacy());
+    assert_eq!(exec(&program, &Image::new(file, b"x")), Err(Errno::ENOEXEC));
+    program.exit();
+    assert!(mm.close(file.file));
+    assert_eq!(world.used_frames(), before);
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 64, ..ProptestConfig::default() })]
 

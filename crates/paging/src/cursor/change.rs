@@ -6,6 +6,7 @@
 //! |---|---|
 //! | a right is added, software bits | none: the processor walks again before it faults |
 //! | a right is taken away, memory type, key | yes |
+//! | a page becomes global | yes: it may be cached under another tag, where later flushes of global pages miss it |
 //! | dirty cleared | yes: a CPU that remembers it as dirty would not set it again |
 //! | accessed cleared | none: ageing only gets less exact (Linux does the same) |
 //!
@@ -264,7 +265,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     }
 
     /// Gives the 4 KiB leaf at `page` attributes that take nothing away from it, so that nobody has to be told; `false`, and nothing
-    /// changes, where no such leaf is there or it would lose something. Accessed and dirty bits are kept.
+    /// changes, where no such leaf is there, it would lose something, or it would become global. Accessed and dirty bits are kept.
     ///
     /// # Errors
     ///
