@@ -3,7 +3,7 @@
 //! ```text
 //!   page-frame allocator ── Low ──────> kernel
 //!                        ── Min ──────> slab, kernel
-//!                        ── Refusing ─> slab; the kernel only where the slab had nothing
+//!                        ── Refusing ─> slab; the kernel too where the slab had nothing, or more than a frame is wanted
 //! ```
 //!
 //! Invariants
@@ -16,7 +16,7 @@ use core::fmt;
 use core::ptr;
 
 use kmem_hal::sync::{AtomicPtr, Ordering};
-use kmem_hal::{FrameRequest, NodeId, Pressure, PressureLevel};
+use kmem_hal::{FrameRequest, NodeId, Order, Pressure, PressureLevel};
 use kmem_slab::{Platform, SlabSystem};
 
 type Hook = unsafe fn(*const (), NodeId, PressureLevel, &FrameRequest) -> bool;
@@ -77,7 +77,8 @@ impl<P: Pressure> Pressure for Shrinkers<P> {
         // SAFETY: I1.
         let freed = !system.is_null() && unsafe { (self.shrink)(system, node, level, request) };
         // Who is told of short memory reclaims for others too; who is asked before a refusal may have to kill for it.
-        if freed && level == PressureLevel::Refusing {
+        // What the slab system frees is single slabs, which may not make a block.
+        if freed && level == PressureLevel::Refusing && request.order == Order::ZERO {
             return true;
         }
         self.kernel.pressure(node, level, request) || freed

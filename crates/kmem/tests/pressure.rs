@@ -3,11 +3,12 @@
 
 use std::ptr::NonNull;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU32, Ordering};
 
-use kmem::hal::{NoCpuCall, NoLarge, PressureLevel, Shrink, Spin};
+use kmem::hal::{Cpu, CpuId, NoCpuCall, NoLarge, PressureLevel, Shrink, Spin};
 use kmem::{
-    AllocError, BootMap, Config, Context, Flags, FrameRequest, FrameSink, FrameSource, Memory,
-    NodeId, OffsetMap, OwnedFrame, PhysAddr, Pressure, RegionKind, SingleCpu,
+    AllocError, BootMap, Cache, Config, Context, Flags, FrameRequest, FrameSink, FrameSource,
+    Memory, NodeId, OffsetMap, OwnedFrame, PhysAddr, Pressure, RegionKind, SingleCpu,
 };
 
 /// A kernel that has nothing to give, and remembers what it was told.
@@ -28,19 +29,22 @@ impl Pressure for &'static Told {
     }
 }
 
-type World = Memory<OffsetMap, SingleCpu, Spin, NoCpuCall, &'static Told>;
+type World<C = SingleCpu> = Memory<OffsetMap, C, Spin, NoCpuCall, &'static Told>;
 
 const MIB: u64 = 16;
 
 /// A machine, and who is told.
 fn world() -> (&'static World, &'static Told) {
+    // SAFETY: one thread uses each world.
+    world_of(unsafe { SingleCpu::new() })
+}
+
+fn world_of<C: Cpu>(cpu: C) -> (&'static World<C>, &'static Told) {
     let bytes = vec![0u8; (MIB as usize + 1) << 20].leak();
     let base = (bytes.as_mut_ptr().expose_provenance() + 0xf_ffff) & !0xf_ffff;
     let told: &'static Told = Box::leak(Box::default());
-    // SAFETY: one thread uses each world.
-    let cpu = unsafe { SingleCpu::new() };
     let world = World::with(OffsetMap::unset(), cpu, NoCpuCall, told);
-    let world: &'static World = Box::leak(Box::new(world));
+    let world: &'static World<C> = Box::leak(Box::new(world));
     let mut map: BootMap = BootMap::new();
     map.push(PhysAddr::new(1 << 20), MIB << 20, RegionKind::Usable)
         .unwrap();
@@ -56,7 +60,7 @@ fn world() -> (&'static World, &'static Told) {
 }
 
 /// Objects of many sizes come and go, until arrays, depots and empty slabs hold a good deal; one of each size stays.
-fn use_caches(world: &'static World) -> Vec<NonNull<u8>> {
+fn use_caches<C: Cpu>(world: &'static World<C>) -> Vec<NonNull<u8>> {
     let mut kept = Vec::new();
     for size in (64..=2048).step_by(64) {
         let take = || world.slab().kmalloc(size, Flags::empty()).unwrap();
@@ -70,7 +74,7 @@ fn use_caches(world: &'static World) -> Vec<NonNull<u8>> {
     kept
 }
 
-fn all_frames(world: &'static World, context: Context) -> (Vec<OwnedFrame>, AllocError) {
+fn all_frames<C: Cpu>(world: &'static World<C>, context: Context) -> (Vec<OwnedFrame>, AllocError) {
     let request = FrameRequest::ONE.context(context);
     let mut frames = Vec::new();
     loop {
@@ -96,6 +100,56 @@ fn a_refusal_comes_after_the_caches_gave_what_they_could() {
         assert!(told.count(PressureLevel::Min) > 0, "{context:?}");
         let may_reclaim = context == Context::MayWait;
         assert_eq!(told.count(PressureLevel::Refusing) > 0, may_reclaim);
+        for object in kept {
+            // SAFETY: allocated in `use_caches`, freed once.
+            unsafe { world.slab().kfree(object.as_ptr()) };
+        }
+    }
+}
+
+/// Two CPUs, played by one thread.
+struct Played(&'static AtomicU32);
+
+// SAFETY: one thread plays both and changes over only while it is not pinned.
+unsafe impl Cpu for Played {
+    type Guard<'a> = ();
+    fn raw_pin(&self) {}
+    fn id(&self, (): &()) -> CpuId {
+        CpuId::new(self.0.load(Ordering::Relaxed))
+    }
+    fn count(&self) -> u32 {
+        2
+    }
+}
+
+/// A CPU that has no page of heads, of any row or of the second, takes what is left: it asks for no such page beneath that.
+#[test]
+fn short_memory_asks_for_no_memory_itself() {
+    for (context, used) in [
+        (Context::Atomic, false),
+        (Context::Atomic, true),
+        (Context::MayWait, false),
+        (Context::MayWait, true),
+    ] {
+        let here: &'static AtomicU32 = Box::leak(Box::default());
+        let (world, _) = world_of(Played(here));
+        let kept = use_caches(world);
+        // More caches than one row has.
+        let caches: Vec<_> = (0..40)
+            .map(|_| Cache::<u64, _>::new(world.slab(), "short"))
+            .collect();
+        let objects: Vec<_> = caches.iter().map(|cache| cache.alloc(1).unwrap()).collect();
+        here.store(1, Ordering::Relaxed);
+        if used {
+            let object = world.slab().kmalloc(64, Flags::empty()).unwrap();
+            // SAFETY: allocated above, freed once.
+            unsafe { world.slab().kfree(object.as_ptr()) };
+        }
+        let (frames, error) = all_frames(world, context);
+        // The other CPU's arrays were not asked.
+        assert_eq!(error, AllocError::OutOfMemoryHere, "{context:?} {used}");
+        drop((frames, objects));
+        here.store(0, Ordering::Relaxed);
         for object in kept {
             // SAFETY: allocated in `use_caches`, freed once.
             unsafe { world.slab().kfree(object.as_ptr()) };

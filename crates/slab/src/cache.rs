@@ -359,6 +359,7 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
     /// # Errors
     ///
     /// [`Leaked`] where objects are still out: their memory stays theirs for ever, and the cache stays in `slabinfo`.
+    /// They must not be freed any more, by [`kfree`](SlabSystem::kfree) neither.
     #[doc(alias = "kmem_cache_destroy")]
     pub fn destroy(mut self) -> Result<(), Leaked> {
         match self.part() {

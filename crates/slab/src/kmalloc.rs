@@ -288,7 +288,7 @@ impl<P: Platform> SlabSystem<P> {
     ///
     /// # Safety
     ///
-    /// `memory` is null or came from this system and is not freed twice. (A pointer that the system never gave, or that is free
+    /// `memory` is null or came from this system and is not freed twice; it is no object of a cache that was dropped or destroyed. (A pointer that the system never gave, or that is free
     /// already, is reported where that is found out, and nothing is corrupted by it as far as the allocator goes.)
     pub unsafe fn kfree(&self, memory: *mut u8) {
         let (Some(memory), Some(platform)) = (NonNull::new(memory), self.platform()) else {

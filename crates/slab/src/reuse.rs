@@ -26,7 +26,8 @@ use crate::system::SlabSystem;
 /// A cache of built objects of type `T`.
 ///
 /// A built object goes from user to user and from CPU to CPU without being rebuilt, and is taken apart wherever its slab goes back,
-/// which may be after the cache is gone (one that was forgotten, or dropped while a walk looked at it). So `T` is [`Send`] and borrows nothing:
+/// which may be after the cache is gone (one that was forgotten, or dropped while a walk looked at it), and beneath any allocation that may wait
+/// and finds memory short: `T`'s destructor takes no lock that such a caller may hold. So `T` is [`Send`] and borrows nothing:
 ///
 /// ```
 /// # use kmem_slab::{Platform, ReuseCache, SlabSystem};

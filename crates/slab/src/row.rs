@@ -84,6 +84,16 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
+    /// Whether a CPU has its first page of heads, which the registry's guard is in.
+    pub(crate) fn has_first_page(&self, cpu: CpuId) -> bool {
+        let row = self.first_row();
+        // SAFETY: a row has a place for every CPU below `count` (hal C3), and lives as long as the system.
+        !row.is_null()
+            && !unsafe { &*row.add(cpu.index()) }
+                .load(Ordering::Acquire)
+                .is_null()
+    }
+
     /// The pinned CPU's head of `cache`, made if it is missing; `None` where there is no memory for it.
     pub(crate) fn head<'s>(
         &'s self,

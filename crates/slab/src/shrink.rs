@@ -7,7 +7,7 @@
 use core::ptr::NonNull;
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{Cpu, FrameRequest, NodeId, Pressure, PressureLevel, Shrink};
+use kmem_hal::{Context, Cpu, FrameRequest, NodeId, Pressure, PressureLevel, Shrink};
 
 use crate::array::Array;
 use crate::grow::retire;
@@ -23,11 +23,38 @@ impl<P: Platform> SlabSystem<P> {
     #[doc(alias = "kmem_cache_shrink")]
     #[doc(alias = "shrink_slab")]
     pub fn shrink(&self) -> u64 {
+        self.shrink_where(|_| true)
+    }
+
+    fn shrink_where(&self, mut wanted: impl FnMut(&RawCache<P::Lock>) -> bool) -> u64 {
         self.drain.fetch_add(1, Ordering::Relaxed);
         let mut frames = 0;
         // On Busy nothing more can be done from here.
-        let _ = self.for_each_cache(|cache| frames += self.shrink_cache(cache));
+        let _ = self.for_each_cache(|cache| {
+            if wanted(cache) {
+                frames += self.shrink_cache(cache);
+            }
+        });
         frames
+    }
+
+    /// As [`shrink`](Self::shrink) beneath an allocation of frames that went short: never asks for a frame itself, which would end here again.
+    ///
+    /// Caches of which this CPU has no head yet are passed over, and where nobody may wait those of built objects, whose destructors may take
+    /// locks that the caller holds.
+    fn shrink_short(&self, request: &FrameRequest) -> u64 {
+        let Some(platform) = self.platform() else {
+            return 0;
+        };
+        let here = || platform.cpu().pin().id();
+        if !self.has_first_page(here()) {
+            return 0;
+        }
+        let atomic = request.context == Context::Atomic;
+        self.shrink_where(|cache| {
+            let built = cache.setup.hooks.is_some();
+            !(atomic && built) && self.head_of(cache, here().get()).is_some()
+        })
     }
 
     /// As [`shrink`](Self::shrink) for one cache.
@@ -164,11 +191,11 @@ impl<P: Platform> SlabSystem<P> {
 ///
 /// A request of the slab system itself may end here: it holds no lock then, and what it has begun to use is left alone.
 impl<P: Platform> Pressure for SlabSystem<P> {
-    fn pressure(&self, _node: NodeId, level: PressureLevel, _request: &FrameRequest) -> bool {
+    fn pressure(&self, _node: NodeId, level: PressureLevel, request: &FrameRequest) -> bool {
         match level {
             // Somebody reclaims in the background; arrays and depots are what keeps the rest fast.
             PressureLevel::Low => false,
-            _ => self.shrink() > 0,
+            _ => self.shrink_short(request) > 0,
         }
     }
 }

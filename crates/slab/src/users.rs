@@ -8,14 +8,16 @@
 //! ```
 //!
 //! Invariants
-//! - `U1`: while the word counts no walk and says `LEAVING`, one context has the cache to itself: the one that made it so. It sees what every
-//!   walk wrote.
+//! - `U1`: while the word counts no walk and says `LEAVING`, one context has the cache to itself: its owner where it waits (`WAITING`), else the one
+//!   that made it so. It sees what every walk wrote.
 //! - `U2`: nobody waits who did not ask to: the last walk takes the cache apart where its owner came while walks looked at it.
 
 use kmem_hal::sync::{AtomicU32, Ordering};
 
 /// The owner has let go.
 const LEAVING: u32 = 1 << 31;
+/// The owner waits for the walks, and takes the cache apart itself.
+const WAITING: u32 = 1 << 30;
 
 /// The count of a cache's walks, and whether its owner has let go.
 #[derive(Debug)]
@@ -50,13 +52,10 @@ impl Users {
         self.0.fetch_or(LEAVING, Ordering::AcqRel) == 0
     }
 
-    /// The owner lets go once no walk looks: it has the cache alone (`U1`) afterwards. Waits for the walks.
+    /// The owner lets go: no new walk comes, and it has the cache alone (`U1`) afterwards. Waits for the walks that look.
     pub fn wait_and_let_go(&self) {
-        while self
-            .0
-            .compare_exchange_weak(0, LEAVING, Ordering::AcqRel, Ordering::Relaxed)
-            .is_err()
-        {
+        self.0.fetch_or(LEAVING | WAITING, Ordering::AcqRel);
+        while self.0.load(Ordering::Acquire) != LEAVING | WAITING {
             kmem_hal::sync::spin_loop();
         }
     }

@@ -288,7 +288,8 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
 
     /// Frames that nested calls freed and for which there was no place to wait: out of use until the next boot.
     ///
-    /// 0 unless an interrupted call was interrupted more often than it has places for (see [the crate](crate)).
+    /// 0 unless an interrupted call was interrupted more often than it has places for, or a call on a CPU without arrays, which has no such
+    /// place, was interrupted by a free while another CPU held the zone's lock (see [the crate](crate)).
     pub fn lost(&self) -> u64 {
         let lost = |state: &'static State<L>| state.lost.load(kmem_hal::sync::Ordering::Relaxed);
         self.state().map_or(0, lost)
