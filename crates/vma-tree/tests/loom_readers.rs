@@ -65,11 +65,12 @@ unsafe impl Grace for Count {
             return 0;
         }
         let calls = std::mem::take(&mut *self.waiting.lock().unwrap());
-        for call in &calls {
+        let made = calls.len();
+        for call in calls {
             // SAFETY: nobody is inside, and whoever enters now does not find what was unlinked.
             unsafe { call.run() };
         }
-        calls.len()
+        made
     }
     fn synchronize(&self) {
         while self.pending() != 0 {
