@@ -794,6 +794,31 @@ pub fn a_fork_without_memory_changes_nothing() {
     room.finish();
 }
 
+/// Single pages through one held cursor into one gather, upwards and downwards.
+pub fn single_pages_of_one_gather_are_all_flushed() {
+    for order in [[0, 1, 2, 3], [3, 2, 1, 0], [2, 0, 3, 1]] {
+        let room = Room::new();
+        // The last keeps the table: with that everything is flushed.
+        for page in 0..5 {
+            room.map(page, Rights::USER_DATA);
+            assert!(room.write(1, page).is_some());
+        }
+        let mut gather = room.table.gather::<4>();
+        let mut cursor = room.table.cursor(pages(0, 4)).unwrap();
+        for page in order {
+            cursor.unmap(pages(page, 1), &mut gather).unwrap();
+        }
+        drop(cursor);
+        gather.commit_to(&room.env.pool);
+        drop(gather);
+        room.quiet();
+        for page in 0..4 {
+            assert_eq!(room.write(1, page), None, "{page} {order:?}");
+        }
+        room.finish();
+    }
+}
+
 /// A page of the kernel's that becomes global is under the tags of other spaces still, where a later flush of a global page does not look.
 pub fn a_page_that_becomes_global_is_flushed() {
     const KERNEL: u64 = 0xffff_8000_0000_0000 >> 12;
@@ -913,6 +938,10 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "one interrupt for each CPU that has the space",
         one_interrupt_for_each_cpu_that_has_the_space,
+    ),
+    (
+        "single pages of one gather are all flushed",
+        single_pages_of_one_gather_are_all_flushed,
     ),
     (
         "a page that becomes global is flushed",
