@@ -5,7 +5,7 @@ mod common;
 use common::{PAGE, Program, World, check_counters};
 use kmem_cow_mm::{
     CommitPolicy, Errno, Label, Limits, LockAll, LockFlags, MapFlags, MapRequest, Overcommit, Prot,
-    RemapFlags,
+    RemapFlags, VmFlags,
 };
 
 const RW: Prot = Prot::READ.union(Prot::WRITE);
@@ -89,6 +89,30 @@ fn memory_that_moves_and_stays_counts_once_more() {
         assert_eq!(is_mapped(&program, to + 4 * PAGE), moved == 0);
         assert_eq!(program.load(AT), Ok(if moved == 1 { 0 } else { 7 }));
         assert_eq!(program.space.counters().data, 8 + 4 * moved);
+        check_counters([&program]);
+        program.exit();
+    }
+    // Locked memory: what moves stays locked and counted, what is left behind is neither.
+    for (data, answer) in [(7, Err(Errno::ENOMEM)), (8, Ok(to))] {
+        let program = limited(|limits| {
+            limits.locked = 4 * PAGE;
+            limits.data = data * PAGE;
+        });
+        map(&program, AT, 4, RW).unwrap();
+        program.space.mlock(AT, 4 * PAGE).unwrap();
+        program.store(AT, 7).unwrap();
+        assert_eq!(move_all(&program, 4), answer);
+        assert_eq!(program.space.counters().locked, 4);
+        let is_locked = |at: u64| {
+            let vma = program.space.find_vma(at.into());
+            vma.is_some_and(|vma| {
+                vma.range.start().as_u64() <= at && vma.flags.contains(VmFlags::LOCKED)
+            })
+        };
+        assert_eq!(
+            (is_locked(AT), is_locked(to)),
+            (answer.is_err(), answer.is_ok())
+        );
         check_counters([&program]);
         program.exit();
     }

@@ -364,38 +364,29 @@ fn limit(kernel: &mut Kernel, space: &common::Space, seed: u64) -> Option<()> {
 
 /// Linux goes on counting locked memory that `DONTUNMAP` left behind, unlocked, even when it is unmapped: under a limit on
 /// locked memory nothing that locks could be compared from then on (docs/oracle.md). There it is moved whole instead.
-fn without_miscount(call: Call, space: &common::Space) -> Call {
+fn without_miscount(mut call: Call, space: &common::Space) -> Call {
     let limits = space.limits();
-    let Call::Remap {
-        address,
-        old,
-        new,
-        flags,
-        to,
-    } = call
-    else {
-        return call;
-    };
     let dontunmap = RemapFlags::DONTUNMAP.bits();
-    if flags & dontunmap == 0 || limits.may_lock_all || limits.locked == u64::MAX {
-        return call;
-    }
-    let mut locked = false;
-    space.for_each_vma(|vma| {
-        let start = vma.range.start().as_u64();
-        let end = start + vma.range.count() * common::PAGE;
-        let meets = start < address.saturating_add(old) && address < end;
-        locked |= meets && vma.flags.contains(VmFlags::LOCKED);
-        true
-    });
-    let flags = if locked { flags & !dontunmap } else { flags };
-    Call::Remap {
+    if let Call::Remap {
         address,
         old,
-        new,
-        flags,
-        to,
+        ref mut flags,
+        ..
+    } = call
+        && !limits.may_lock_all
+        && limits.locked != u64::MAX
+    {
+        space.for_each_vma(|vma| {
+            let start = vma.range.start().as_u64();
+            let end = start + vma.range.count() * common::PAGE;
+            let meets = start < address.saturating_add(old) && address < end;
+            if meets && vma.flags.contains(VmFlags::LOCKED) {
+                *flags &= !dontunmap;
+            }
+            true
+        });
     }
+    call
 }
 
 /// Runs a seed; says what differed, after which calls.

@@ -1,7 +1,10 @@
 //! The page cache: what calls and mappings see, what the disk gets, what goes when memory is short.
 
+#[path = "common/changing_file.rs"]
+mod changing_file;
 mod common;
 
+use changing_file::ChangingFile;
 use common::{PAGE, Program, World, signal};
 use kmem_cow_mm::replacement::Fifo;
 use kmem_cow_mm::{
@@ -184,40 +187,15 @@ fn a_read_brings_its_neighbours() {
     mm.close(file.file);
 }
 
-/// A file whose size a test changes.
-#[derive(Debug)]
-struct Shrinking {
-    image: &'static DiskImage<'static>,
-    size: AtomicU64,
-}
-
-// SAFETY: W1 to W3: forwards to an image that keeps them.
-unsafe impl PageProvider for Shrinking {
-    fn size(&self) -> u64 {
-        self.size.load(Ordering::SeqCst)
-    }
-    fn read(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
-        self.image.read(index, frame)
-    }
-    fn write(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
-        self.image.write(index, frame)
-    }
-    fn poll(&self, ticket: IoTicket) -> Result<IoState, IoError> {
-        self.image.poll(ticket)
-    }
-}
-
 fn shrinking(
     world: &'static World,
     mm: &'static Mm<'static, World>,
     pages: u64,
-) -> (&'static Shrinking, OpenFile) {
-    let image = Box::leak(Box::new(DiskImage::from_bytes(
-        world.machine,
-        &bytes(pages),
-    )));
-    let size = AtomicU64::new(pages * PAGE);
-    let provider: &'static Shrinking = Box::leak(Box::new(Shrinking { image, size }));
+) -> (&'static ChangingFile, OpenFile) {
+    let provider: &'static ChangingFile = Box::leak(Box::new(ChangingFile {
+        image: DiskImage::from_bytes(world.machine, &bytes(pages)),
+        size: AtomicU64::new(pages * PAGE),
+    }));
     let file = mm.open_file(provider, "/shrinks", 7).unwrap();
     (
         provider,

@@ -3,11 +3,11 @@
 use kmem_cow_mm::{
     AddressSpace, Layout, MapRequest, Mm, Outcome, Parts, Prot, RemapFlags, SpaceMemory, VmaMemory,
 };
-use kmem_hal::{FrameSlot, FrameTable, Mmu, NoTrace, Page, SECTION_FRAMES, Section, VirtAddr};
+use kmem_hal::{Frame, FrameRange, FrameTable, Mmu, NoTrace, Page, VirtAddr};
 use kmem_mock_x86::{FramePool, Machine, MachineGrace, MachineSleepLock, MemoryMap, Scheduler};
 use kmem_paging::TableCache;
 use kmem_paging::format::X86_64;
-use kmem_testkit::HeapObjects;
+use kmem_testkit::{HeapObjects, SlotArena};
 use kmem_vma_tree::Node;
 
 const PAGE: u64 = 4096;
@@ -20,7 +20,7 @@ struct Tables {
     machine: &'static Machine,
     frames: FramePool<'static>,
     grace: MachineGrace<'static>,
-    slots: FrameTable,
+    slots: SlotArena,
     cache: TableCache,
 }
 
@@ -80,20 +80,12 @@ fn forever<T>(value: T) -> &'static T {
 }
 
 fn mm(machine: &'static Machine) -> &'static Mm<'static, World> {
-    let count = machine.memory().frame_limit().div_ceil(SECTION_FRAMES);
-    let sections: Vec<Section> = (0..count).map(|_| Section::absent()).collect();
-    let sections: &'static [Section] = sections.leak();
-    for section in sections {
-        let slots: Vec<FrameSlot> = (0..SECTION_FRAMES).map(|_| FrameSlot::new()).collect();
-        section.set_ready(slots.leak());
-    }
-    let slots = FrameTable::new();
-    slots.init(sections);
+    let frames = FrameRange::new(Frame::ZERO, machine.memory().frame_limit());
     let tables = Tables {
         machine,
         frames: FramePool::new(machine, 256),
         grace: MachineGrace::new(machine),
-        slots,
+        slots: SlotArena::new(frames.unwrap()),
         cache: TableCache::new(8),
     };
     // SAFETY: the table covers the machine's memory, whose MMU walks the tables; the world is never moved.

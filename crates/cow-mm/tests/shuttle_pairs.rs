@@ -15,28 +15,29 @@
 //! begins elsewhere. A schedule that fails prints its seed.
 #![cfg(shuttle)]
 
+#[path = "shuttle_pairs/bursts.rs"]
+mod bursts;
+#[path = "common/changing_file.rs"]
+mod changing_file;
+#[path = "shuttle_pairs/kernel.rs"]
+mod kernel;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
+use bursts::Bursts;
+use changing_file::ChangingFile;
+use kernel::{Kernel, SLOTS, Space, forever};
 use kmem_cow_mm::replacement::Fifo;
 use kmem_cow_mm::{
-    AddressSpace, Advice, Counters, Layout, MapFlags, MapRequest, Mm, OpenFile, Outcome, Parts,
-    PinError, Prot, Reclaimer, RemapFlags, SpaceMemory, SwapSlot, VmaMemory,
+    Advice, Counters, Layout, MapFlags, MapRequest, OpenFile, Outcome, PinError, Prot, Reclaimer,
+    RemapFlags,
 };
-use kmem_hal::lock::{IrqSafe, SpinWait};
-use kmem_hal::sync::CachePadded;
 use kmem_hal::{
-    Access, Completion, Cpu, CpuId, CpuSet, EpochArea, EpochGrace, FlushRequest, Frame,
-    FrameRequest, FrameSink, FrameSlot, FrameSource, FrameTable, Grace, IoError, IoState, IoTicket,
-    Migrate, Mmu, NoTrace, Page, PageProvider, Root, SECTION_FRAMES, Section, VirtAddr,
+    Access, Frame, FrameRequest, FrameSink, FrameSource, Migrate, Mmu, Page, Root, VirtAddr,
 };
-use kmem_mock_x86::{Disk, DiskImage, FramePool, Machine, MemoryMap};
-use kmem_paging::TableCache;
-use kmem_paging::format::X86_64;
-use kmem_testkit::HeapObjects;
-use kmem_vma_tree::Node;
+use kmem_mock_x86::DiskImage;
 use shuttle::rand::Rng;
-use shuttle::scheduler::{Schedule, Scheduler, Task, TaskId};
 
 const PAGE: u64 = 4096;
 const RW: Prot = Prot::READ.union(Prot::WRITE);
@@ -50,305 +51,7 @@ const SHARED: u64 = 0x2000_0000;
 const FILE: u64 = 0x3000_0000;
 /// The file's first page, private.
 const COPY: u64 = 0x4000_0000;
-const SLOTS: usize = 64;
 const THREADS: usize = 2;
-
-/// The CPU of a thread of the model: the machine knows only one at a time, and is told at every call.
-#[derive(Clone, Copy)]
-struct Hardware(&'static Machine);
-
-impl Hardware {
-    fn me(self) -> usize {
-        usize::from(shuttle::current::me()) % self.0.cpu_count()
-    }
-
-    fn here<R>(self, f: impl FnOnce() -> R) -> R {
-        self.0.on_cpu(self.me(), f)
-    }
-}
-
-// SAFETY: C1 to C5: each thread of a model is a CPU of its own, and stays so.
-unsafe impl Cpu for Hardware {
-    type Guard<'a> = ();
-
-    fn raw_pin(&self) {}
-    fn id(&self, (): &()) -> CpuId {
-        CpuId::new(self.me() as u32)
-    }
-    fn count(&self) -> u32 {
-        self.0.cpu_count() as u32
-    }
-}
-
-// SAFETY: M1 to M5: the machine's, asked as the CPU of the thread that calls; a CPU that runs no task of a scheduler answers at once.
-unsafe impl Mmu for Hardware {
-    unsafe fn load_root(&self, root: Root, keep: bool) {
-        // SAFETY: the caller's promise is passed on.
-        self.here(|| unsafe { self.0.load_root(root, keep) });
-    }
-    fn flush_local(&self, request: &FlushRequest) {
-        self.here(|| self.0.flush_local(request));
-    }
-    fn active_cpus(&self, root: Root) -> CpuSet {
-        self.here(|| self.0.active_cpus(root))
-    }
-    fn is_loaded(&self, root: Root) -> bool {
-        self.0.is_loaded(root)
-    }
-    fn this_cpu(&self) -> CpuId {
-        CpuId::new(self.me() as u32)
-    }
-    fn shootdown(&self, cpus: &CpuSet, request: &FlushRequest) -> Completion {
-        self.here(|| self.0.shootdown(cpus, request))
-    }
-    fn complete(&self, completion: Completion) {
-        self.here(|| self.0.complete(completion));
-    }
-}
-
-type Epochs = EpochGrace<'static, Hardware, IrqSafe, 32>;
-
-struct Tables {
-    hardware: Hardware,
-    frames: FramePool<'static>,
-    grace: Epochs,
-    slots: FrameTable,
-    cache: TableCache,
-}
-
-// SAFETY: E1: fields never change; E2: one frame table for all frames of the machine; E3: the machine's MMU walks the machine's memory;
-// E4: the cache is this environment's own; E5: there is one environment.
-unsafe impl kmem_paging::Env for Tables {
-    type Map = Machine;
-    type Frames = FramePool<'static>;
-    type Mmu = Hardware;
-    type Grace = Epochs;
-    type Cpu = Hardware;
-    type Trace = NoTrace;
-
-    fn map(&self) -> &Machine {
-        self.hardware.0
-    }
-    fn frames(&self) -> &FramePool<'static> {
-        &self.frames
-    }
-    fn mmu(&self) -> &Hardware {
-        &self.hardware
-    }
-    fn grace(&self) -> &Epochs {
-        &self.grace
-    }
-    fn cpu(&self) -> &Hardware {
-        &self.hardware
-    }
-    fn trace(&self) -> &NoTrace {
-        &NoTrace
-    }
-    fn slots(&self) -> &FrameTable {
-        &self.slots
-    }
-    fn cache(&self) -> &TableCache {
-        &self.cache
-    }
-}
-
-type Nodes = HeapObjects<Node>;
-type World = Parts<
-    Tables,
-    X86_64,
-    Nodes,
-    HeapObjects<VmaMemory>,
-    HeapObjects<kmem_cow_mm::Object<Nodes, SpinWait>>,
-    HeapObjects<SpaceMemory>,
-    SpinWait,
->;
-type Space = AddressSpace<'static, World>;
-
-fn forever<T>(value: T) -> &'static T {
-    Box::leak(Box::new(value))
-}
-
-/// What all schedules of a test run on: each gives back what it took.
-#[derive(Clone, Copy)]
-struct Kernel {
-    mm: &'static Mm<'static, World>,
-    hardware: Hardware,
-    disk: &'static Disk<'static>,
-    slots: &'static [SwapSlot],
-}
-
-thread_local! {
-    static KERNEL: std::cell::Cell<Option<Kernel>> = const { std::cell::Cell::new(None) };
-}
-
-impl Kernel {
-    fn get() -> Self {
-        if let Some(kernel) = KERNEL.get() {
-            return kernel;
-        }
-        let kernel = Self::new();
-        KERNEL.set(Some(kernel));
-        kernel
-    }
-
-    fn new() -> Self {
-        let machine = Machine::builder().memory(MemoryMap::pc(2 << 20)).cpus(4);
-        let machine = forever(machine.build().unwrap());
-        let hardware = Hardware(machine);
-        let count = machine.memory().frame_limit().div_ceil(SECTION_FRAMES);
-        let sections: Vec<Section> = (0..count).map(|_| Section::absent()).collect();
-        let sections: &'static [Section] = sections.leak();
-        for section in sections {
-            let slots: Vec<FrameSlot> = (0..SECTION_FRAMES).map(|_| FrameSlot::new()).collect();
-            section.set_ready(slots.leak());
-        }
-        let slots = FrameTable::new();
-        slots.init(sections);
-        let tables = Tables {
-            hardware,
-            frames: FramePool::new(machine, 256),
-            grace: Epochs::new(hardware),
-            slots,
-            cache: TableCache::new(8),
-        };
-        // SAFETY: the table covers the machine's memory, whose MMU walks the tables; the world is never moved.
-        let world = forever(unsafe {
-            World::new(
-                tables,
-                HeapObjects::new(),
-                HeapObjects::new(),
-                HeapObjects::new(),
-                HeapObjects::new(),
-            )
-        });
-        let areas: Vec<_> = (0..4).map(|_| CachePadded::new(EpochArea::new())).collect();
-        kmem_cow_mm::Env::paging(world).grace.init(areas.leak());
-        let mm = forever(Mm::new(world).unwrap());
-        let disk = forever(Disk::in_memory(machine, SLOTS as u64));
-        let slots: Vec<SwapSlot> = (0..SLOTS).map(|_| SwapSlot::new()).collect();
-        let slots: &'static [SwapSlot] = slots.leak();
-        Self {
-            mm,
-            hardware,
-            disk,
-            slots,
-        }
-    }
-
-    fn tables(self) -> &'static Tables {
-        kmem_cow_mm::Env::paging(self.mm.env())
-    }
-
-    /// Frames in use once every grace period is over.
-    fn used_frames(self) -> u64 {
-        while self.tables().grace.poll() > 0 {}
-        self.tables().grace.synchronize();
-        while self.tables().grace.poll() > 0 {}
-        TableCache::shrink(self.tables(), usize::MAX);
-        self.tables().frames.in_use()
-    }
-
-    fn on_disk(self, provider: &File, page: u64, word: usize) -> u64 {
-        let frame = self.tables().frames.alloc(&FrameRequest::ONE).unwrap();
-        let mut state = provider.image.read(page, frame.first()).unwrap();
-        while let IoState::Pending(ticket) = state {
-            state = provider.image.poll(ticket).unwrap();
-        }
-        let mut bytes = [0; 8];
-        let at = frame.first().start().as_u64() + 8 * word as u64;
-        assert!(self.hardware.0.memory().read(at, &mut bytes));
-        self.tables().frames.free(frame);
-        u64::from_le_bytes(bytes)
-    }
-}
-
-/// A file whose size changes.
-struct File {
-    image: DiskImage<'static>,
-    size: AtomicU64,
-}
-
-// SAFETY: W1 to W3: forwards to an image that keeps them.
-unsafe impl PageProvider for File {
-    fn size(&self) -> u64 {
-        self.size.load(Ordering::SeqCst)
-    }
-    fn read(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
-        self.image.read(index, frame)
-    }
-    fn write(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
-        self.image.write(index, frame)
-    }
-    fn poll(&self, ticket: IoTicket) -> Result<IoState, IoError> {
-        self.image.poll(ticket)
-    }
-}
-
-/// Lets a thread run on for a while, as long on average as each schedule has it: from one step to a thousand. A race needs both a thread that
-/// stands still and another that comes a long way meanwhile.
-struct Bursts {
-    name: String,
-    seed: u64,
-    left: usize,
-    word: u64,
-    /// A thread is exchanged for another at one of `2^scale` steps.
-    scale: u32,
-}
-
-impl Bursts {
-    fn next(&mut self) -> u64 {
-        // splitmix64.
-        self.word = self.word.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.word;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        z ^ (z >> 31)
-    }
-}
-
-impl Scheduler for Bursts {
-    fn new_execution(&mut self) -> Option<Schedule> {
-        self.left = self.left.checked_sub(1)?;
-        self.word = self.seed;
-        self.scale = (self.next() % 11) as u32;
-        self.seed += 1;
-        Some(Schedule::new(self.seed - 1))
-    }
-
-    fn next_task(
-        &mut self,
-        runnable: &[&Task],
-        current: Option<TaskId>,
-        is_yielding: bool,
-    ) -> Option<TaskId> {
-        let here = current.filter(|id| runnable.iter().any(|task| task.id() == *id));
-        let others = runnable.iter().filter(|task| Some(task.id()) != here);
-        let others: Vec<TaskId> = others.map(|task| task.id()).collect();
-        match here {
-            Some(here) if others.is_empty() => Some(here),
-            Some(here) if !is_yielding && self.next() >> (64 - self.scale.max(1)) != 0 => {
-                Some(here)
-            }
-            _ => Some(others[self.next() as usize % others.len()]),
-        }
-    }
-
-    fn next_u64(&mut self) -> u64 {
-        self.next()
-    }
-}
-
-impl Drop for Bursts {
-    fn drop(&mut self) {
-        if std::thread::panicking() {
-            eprintln!(
-                "KMEM_PAIR={} KMEM_SEED={} KMEM_PAIRS=1",
-                self.name,
-                self.seed - 1
-            );
-        }
-    }
-}
 
 /// What a thread does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -417,7 +120,7 @@ struct Program {
     kernel: Kernel,
     space: Space,
     file: OpenFile,
-    provider: &'static File,
+    provider: &'static ChangingFile,
     ops: [Op; THREADS],
 }
 
@@ -640,7 +343,7 @@ fn schedule(ops: [Op; THREADS]) {
             bytes
         })
         .collect();
-    let provider = forever(File {
+    let provider = forever(ChangingFile {
         image: DiskImage::from_bytes(kernel.hardware.0, &bytes),
         size: AtomicU64::new(2 * PAGE),
     });
@@ -858,13 +561,7 @@ fn run_schedules(
     schedules: usize,
     body: impl Fn() + Send + Sync + 'static,
 ) -> usize {
-    let scheduler = Bursts {
-        name,
-        seed: number("KMEM_SEED", seed),
-        left: schedules,
-        word: 0,
-        scale: 0,
-    };
+    let scheduler = Bursts::new(name, number("KMEM_SEED", seed), schedules);
     let mut config = shuttle::Config::new();
     config.stack_size = 1 << 20;
     config.max_steps = shuttle::MaxSteps::FailAfter(4_000_000);

@@ -1,5 +1,7 @@
 //! Applies one list of steps to the model and to real address spaces on the mock machine, and compares every word.
 
+use std::cell::Cell;
+
 use kmem_cow_mm::replacement::Fifo;
 use kmem_cow_mm::{
     Advice, Env as _, Errno, MapFlags, MapRequest, Mm, Outcome, Prot, Reclaimer, RemapFlags, Signal,
@@ -41,8 +43,8 @@ fn answer(outcome: Outcome) -> Option<Answer> {
     }
 }
 
-/// Does the step for real, on a disk that may fail so often; `None` where memory ran out.
-fn real(program: &Program, op: ProcessOp, errors: usize) -> Option<Answer> {
+/// Does the step for real, on a disk that may still fail so often; `None` where memory ran out.
+fn real(program: &Program, op: ProcessOp, errors: &Cell<usize>) -> Option<Answer> {
     let space = &program.space;
     let called = |result: Result<(), Errno>| match result {
         Ok(()) => Some(Answer::Done),
@@ -168,21 +170,19 @@ fn migrate(program: &Program, address: u64) -> Option<()> {
     Some(())
 }
 
-/// Makes an access again that a failed read of swap ended, as the device is asked anew: at most once for each time that it may fail. One page may
-/// meet several: a read ahead of it, and its own.
-fn despite<R>(errors: usize, access: impl Fn() -> Result<R, Outcome>) -> Result<R, Outcome> {
-    let failed = |result: &Result<R, Outcome>| {
+/// Makes an access again that a failed read of swap ended, as the device is asked anew. Each request that was told to fail is met once at most;
+/// one page may meet several: a read ahead of it, and its own.
+fn despite<R>(errors: &Cell<usize>, access: impl Fn() -> Result<R, Outcome>) -> Result<R, Outcome> {
+    loop {
+        let result = access();
         let bus_error = Signal::BusError;
-        matches!(result, Err(Outcome::Signal { signal, .. }) if *signal == bus_error)
-    };
-    let mut result = access();
-    for _ in 0..errors {
-        if !failed(&result) {
-            break;
+        match (&result, errors.get().checked_sub(1)) {
+            (Err(Outcome::Signal { signal, .. }), Some(rest)) if *signal == bus_error => {
+                errors.set(rest);
+            }
+            _ => return result,
         }
-        result = access();
     }
-    result
 }
 
 /// Whether the step leaves everything as it was when memory runs out: such a step is also tried with failures.
@@ -207,8 +207,8 @@ pub fn run(
     let disk = world.disk(mm, 512);
     let mut reclaimer = Reclaimer::new(Fifo);
     let before = world.used_frames();
-    // Requests that the disk was told to let fail.
-    let mut errors = 0;
+    // Requests that the disk was told to let fail, and whose failure nobody has met.
+    let errors = Cell::new(0);
     let mut model = Processes::new();
     let mut programs: Vec<Option<Program>> = (0..PROCESSES).map(|_| None).collect();
     programs[0] = Some(Program::new(mm));
@@ -224,7 +224,7 @@ pub fn run(
                     world,
                     failures,
                     || parent.fork().ok(),
-                    || check(&model, &programs, step, errors),
+                    || check(&model, &programs, step, &errors),
                 );
                 model.fork(living, child);
                 programs[child] = Some(forked);
@@ -235,7 +235,7 @@ pub fn run(
             }
             ProcessOp::DiskError { after } => {
                 disk.fail_at(u64::from(after.max(1)));
-                errors += 1;
+                errors.set(errors.get() + 1);
             }
             ProcessOp::Exit { .. } => {
                 if model.alive().count() > 1 {
@@ -249,8 +249,8 @@ pub fn run(
                 let got = with_failures(
                     world,
                     fail,
-                    || real(program, op, errors),
-                    || check(&model, &programs, step, errors),
+                    || real(program, op, &errors),
+                    || check(&model, &programs, step, &errors),
                 );
                 assert_eq!(
                     got,
@@ -261,7 +261,7 @@ pub fn run(
         }
         super::check_counters(programs.iter().flatten());
     }
-    check(&model, &programs, ops.len(), errors);
+    check(&model, &programs, ops.len(), &errors);
     for program in programs.into_iter().flatten() {
         program.exit();
     }
@@ -298,7 +298,7 @@ fn with_failures<R>(
 }
 
 /// Compares every word of every process, by a look that changes nothing: no fault, no TLB.
-fn check(model: &Processes, programs: &[Option<Program>], step: usize, errors: usize) {
+fn check(model: &Processes, programs: &[Option<Program>], step: usize, errors: &Cell<usize>) {
     for (process, program) in programs.iter().enumerate() {
         let Some(program) = program else { continue };
         for page in 0..WINDOW {
@@ -309,8 +309,14 @@ fn check(model: &Processes, programs: &[Option<Program>], step: usize, errors: u
             let mut word = [0; 8];
             let at = kmem_hal::VirtAddr::new(address(page));
             // What is in swap has to be brought in; a failed read is tried again, as in `despite`.
-            let found = program.space.peek(at, &mut word).is_some()
-                || (0..=errors).any(|_| program.space.read_memory(at, &mut word).is_ok());
+            let mut found = program.space.peek(at, &mut word).is_some();
+            while !found {
+                found = program.space.read_memory(at, &mut word).is_ok();
+                match errors.get().checked_sub(1) {
+                    Some(rest) if !found => errors.set(rest),
+                    _ => break,
+                }
+            }
             assert!(found, "step {step}: process {process} lost page {page}");
             assert_eq!(
                 u64::from_le_bytes(word),

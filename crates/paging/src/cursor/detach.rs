@@ -102,6 +102,21 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         left
     }
 
+    /// Holds the table of level `number`, and gives how many pages an entry of it covers: `page ..= last` covers the one at `page` whole. `None`
+    /// where it does not, there is no such table, or it is the root: tables right below that may be held (`N1`).
+    #[inline(always)]
+    fn seek_above(&mut self, number: usize, page: u64, last: u64) -> Option<(Node<'t, F>, u64)> {
+        if self.table.levels() <= number {
+            return None;
+        }
+        let covered = 1u64 << level::<F>(number).shift;
+        if page & (covered - 1) != 0 || last - page < covered - 1 {
+            return None;
+        }
+        let node = self.seek_own(Page::from_number(page), number).ok()?;
+        (node.level == number).then_some((node, covered))
+    }
+
     /// Detaches the well-filled leaf tables that `page ..= last` covers whole, as far as one level-2 table has them one after the other; gives
     /// where to go on, or `None` where there is none at `page`.
     ///
@@ -113,20 +128,9 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         gather: &mut Gather<'_, F, E, H, N>,
         pages: &mut u64,
     ) -> Result<Option<Option<u64>>, ChangeError> {
-        // Tables right below the root may be held (`N1`).
-        if self.table.levels() < 3 {
-            return Ok(None);
-        }
-        let covered = 1u64 << level::<F>(2).shift;
-        if page & (covered - 1) != 0 || last - page < covered - 1 {
-            return Ok(None);
-        }
-        let Ok(node) = self.seek_own(Page::from_number(page), 2) else {
+        let Some((node, covered)) = self.seek_above(2, page, last) else {
             return Ok(None);
         };
-        if node.level != 2 {
-            return Ok(None);
-        }
         let env = self.table.env();
         let trace = env.trace();
         let mut index = index_at::<F>(page, 2);
@@ -229,19 +233,12 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         gather: &mut Gather<'_, F, E, H, N>,
         pages: &mut u64,
     ) -> Result<Option<Option<u64>>, ChangeError> {
-        if self.table.levels() < 4 {
-            return Ok(None);
-        }
-        let covered = 1u64 << level::<F>(3).shift;
-        if page & (covered - 1) != 0 || last - page < covered - 1 {
-            return Ok(None);
-        }
-        let Ok(node) = self.seek_own(Page::from_number(page), 3) else {
+        let Some((node, covered)) = self.seek_above(3, page, last) else {
             return Ok(None);
         };
         let index = index_at::<F>(page, 3);
         let word = node.load(index);
-        if node.level != 3 || !F::is_table(3, word) || !F::is_shared_table(3, word) {
+        if !F::is_table(3, word) || !F::is_shared_table(3, word) {
             return Ok(None);
         }
         if gather.is_full() {

@@ -25,7 +25,8 @@
 //!   it locked and found attached.
 //!
 //! Context: task context, interrupts on (`N4` in `node.rs`). A context that has a cursor with a held table must not open
-//! another one on the same pages, nor on others of the held table, which may be one above the leaf tables; [`Cursor::release`] lets go. Lock-free queries are always possible.
+//! another one on the same pages, nor on others of the held table, which may be any above the leaf tables, the root too;
+//! [`Cursor::release`] lets go. Lock-free queries are always possible.
 //!
 mod change;
 mod detach;
