@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!   hit in the array of the first allowed zone                     no locked instruction
-//!   1. zones above the low watermark                               one lock for half an array
+//!   1. zones above the low watermark                               one lock for half an array, or a whole one
 //!   2. zones above the min watermark           reclaim is told: Low
 //!   3. the same after all CPUs' caches were emptied                reclaim is told: Min
 //!   4. the same after page blocks that were kept for others were let go

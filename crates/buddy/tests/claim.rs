@@ -5,6 +5,7 @@ mod common;
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
+use common::NoOwner;
 use common::window::Window;
 use kmem_buddy::{
     BootMap, Buddy, ClaimError, Config, Emptying, PlaceError, RegionKind, Reservation, ZoneLimits,
@@ -194,15 +195,6 @@ fn a_cma_area_is_lent_to_movable_users_and_claimed_back() {
     assert_eq!(buddy.recount().free, buddy.mem_info().total);
     assert_eq!(buddy.misuse(), None);
     buddy.check().unwrap();
-}
-
-/// Nobody moves anything.
-struct NoOwner;
-
-impl Migrate for NoOwner {
-    fn migrate(&self, _: Frame, to: OwnedFrame) -> Result<OwnedFrame, (MigrateError, OwnedFrame)> {
-        Err((MigrateError::NotMovable, to))
-    }
 }
 
 #[test]

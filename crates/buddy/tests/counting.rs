@@ -6,12 +6,13 @@ mod common;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
+use common::NoOwner;
 use common::window::Window;
 use kmem_buddy::{BootMap, Buddy, Config, RegionKind, ZoneLimits};
 use kmem_hal::sync::{counts, reset_counts};
 use kmem_hal::{
-    AllocError, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Migrate, MigrateError,
-    Order, OwnedFrame, PhysAddr, SingleCpu, Spin,
+    AllocError, FrameRange, FrameRequest, FrameSink, FrameSource, Order, OwnedFrame, PhysAddr,
+    SingleCpu, Spin,
 };
 use kmem_testkit::interrupt::every_interrupt;
 
@@ -71,15 +72,6 @@ fn bulk_takes_one_lock_for_an_array() {
         .unwrap();
     buddy.free_batch(&mut || frames.pop());
     assert!(counts().locked <= 2 * 10_000 / 32 + 2, "{:?}", counts());
-}
-
-/// Nobody's pages are in the way.
-struct NoOwner;
-
-impl Migrate for NoOwner {
-    fn migrate(&self, _: Frame, to: OwnedFrame) -> Result<OwnedFrame, (MigrateError, OwnedFrame)> {
-        Err((MigrateError::NotMovable, to))
-    }
 }
 
 #[test]

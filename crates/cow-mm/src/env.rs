@@ -57,12 +57,12 @@ pub unsafe trait Env: Sized {
     /// Calls that can be made again say what they wait for instead: faults, pins, `exec`, reads and writes of files.
     #[doc(alias = "io_schedule")]
     fn wait(&self, ticket: IoTicket) {
-        breathe(ticket);
+        spin(ticket);
     }
 }
 
 /// Waits without a scheduler.
-fn breathe(_: IoTicket) {
+fn spin(_: IoTicket) {
     kmem_hal::sync::spin_loop();
 }
 
@@ -93,15 +93,16 @@ impl<P, F, N, V, O, S, L> Parts<P, F, N, V, O, S, L> {
             vmas,
             objects,
             spaces,
-            wait: breathe,
+            wait: spin,
             kind: PhantomData,
         }
     }
 
     /// The same with another way to [wait](Env::wait) for I/O.
     #[must_use]
-    pub fn with_wait(self, wait: fn(IoTicket)) -> Self {
-        Self { wait, ..self }
+    pub const fn with_wait(mut self, wait: fn(IoTicket)) -> Self {
+        self.wait = wait;
+        self
     }
 }
 

@@ -13,10 +13,10 @@
 //!
 //! Invariants
 //! - `I1`: an object lives while its reference count is not 0: one for each open handle and for each VMA.
-//! - `I3`: an address in a [`FileRef`] is followed only by whoever knows that the object lives: a mapping of it, or a [`Held`]. What came from
-//!   outside is held first, which finds the object by its number and compares the address.
 //! - `I2`: an object is in the list of all from its making until its last reference is gone; whoever finds it there takes a reference only
 //!   where one is left.
+//! - `I3`: an address in a [`FileRef`] is followed only by whoever knows that the object lives: a mapping of it, or a [`Held`]. What came from
+//!   outside is held first, which finds the object by its number and compares the address.
 
 use core::fmt;
 use core::ptr::NonNull;

@@ -43,7 +43,8 @@ const NOT_STARTED: u64 = u64::MAX;
 enum Waits {
     /// For a device.
     ForTransfer(IoTicket),
-    /// For somebody who has the page's lock, which nobody keeps while a device works for that page.
+    /// For somebody who has the page's lock, which nobody keeps while a device works for that page, but where its object
+    /// ends meanwhile.
     ForLock,
 }
 

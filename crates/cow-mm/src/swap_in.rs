@@ -37,10 +37,7 @@ use crate::vma::Vma;
 /// The page's word of links is a swap entry: of the slot in whose cache it is, or was last. Which of both, the slot says
 /// ([`Mm::cache_entry`]): the flag stays when the page leaves. Taking it away would be a second step after the slot's change, between which
 /// reclaim may put the page into the cache of another slot, and the flag that went would be that one's.
-const SWAP_CACHE: SlotFlags = SlotFlags::OWNER_0;
-
-/// What a page that is moved takes along of this.
-pub(crate) const LINKS_ARE_SWAP: SlotFlags = SWAP_CACHE;
+pub(crate) const LINKS_ARE_SWAP: SlotFlags = SlotFlags::OWNER_0;
 
 /// Slots that are read together (`page_cluster` of 3).
 const CLUSTER: u64 = 8;
@@ -179,13 +176,13 @@ impl<'m, E: Env> Mm<'m, E> {
         let slot = self.slot(frame);
         slot.links()
             .store(entry.to_word(), kmem_hal::sync::Ordering::Release);
-        slot.set_flags(SWAP_CACHE);
+        slot.set_flags(LINKS_ARE_SWAP);
     }
 
     /// The slot whose page this is, if it is in the swap cache.
     pub(crate) fn cache_entry(&self, frame: Frame) -> Option<SwapEntry> {
         let slot = self.slot(frame);
-        if !slot.flags().contains(SWAP_CACHE) {
+        if !slot.flags().contains(LINKS_ARE_SWAP) {
             return None;
         }
         let word = slot.links().load(kmem_hal::sync::Ordering::Acquire);

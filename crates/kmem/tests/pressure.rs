@@ -160,6 +160,7 @@ fn short_memory_asks_for_no_memory_itself() {
 #[test]
 fn the_kernel_is_asked_to_reclaim_only_where_the_caches_have_nothing() {
     let (world, told) = world();
+    assert!(std::ptr::eq(*world.frames().pressure().kernel(), told));
     // Frames are short first; then a cache holds more than it needs.
     let (mut frames, _) = all_frames(world, Context::MayWait);
     let asked = told.count(PressureLevel::Refusing);

@@ -88,33 +88,28 @@ impl<P: Platform> SlabSystem<P> {
             return busy.pop();
         }
         let streak = busy.note_event();
-        {
-            let mut depot = cache.depot.lock(); // I1: busy is set
-            settle(cache, &mut depot);
-            if let Some(full) = depot.full.pop() {
-                cache.held.set(depot.full.objects() as u32);
-                depot.exchanges += 1;
-                if let Some(empty) = NonNull::new(busy.loaded()) {
-                    // SAFETY: the head owned its array, which is empty, and gives it to the depot.
-                    unsafe {
-                        empty.as_ref().set_len(0);
-                        depot.spare.push(empty);
-                    }
+        let mut depot = cache.depot.lock(); // I1: busy is set
+        settle(cache, &mut depot);
+        if let Some(full) = depot.full.pop() {
+            cache.held.set(depot.full.objects() as u32);
+            depot.exchanges += 1;
+            if let Some(empty) = NonNull::new(busy.loaded()) {
+                // SAFETY: the head owned its array, which is empty, and gives it to the depot.
+                unsafe {
+                    empty.as_ref().set_len(0);
+                    depot.spare.push(empty);
                 }
-                busy.load(full);
-                busy.add_taken(head.loaded_len());
-                drop(depot);
-                return busy.pop();
             }
-            if Self::wanted_slots(cache, busy, streak) == head.capacity() {
-                Self::fill_loaded(cache, busy, depot);
-                cache.adapt_limit(streak, head.capacity());
-                return busy.pop();
-            }
+            busy.load(full);
+            busy.add_taken(head.loaded_len());
+            drop(depot);
+            return busy.pop();
         }
-        // I2: memory without the lock.
-        self.resize(cache, busy, streak);
-        let depot = cache.depot.lock(); // I1: busy is set
+        if Self::wanted_slots(cache, busy, streak) != head.capacity() {
+            drop(depot);
+            self.resize(cache, busy, streak); // I2: memory without the lock
+            depot = cache.depot.lock(); // I1: busy is set
+        }
         Self::fill_loaded(cache, busy, depot);
         cache.adapt_limit(streak, head.capacity());
         busy.pop()

@@ -4,7 +4,7 @@ use core::fmt;
 
 use kmem_hal::RawLock;
 
-use super::{Look, figures};
+use super::Look;
 
 /// Free blocks by order, printed as Linux's /proc/buddyinfo prints them (mm/vmstat.c, `frag_show_print`).
 pub struct BuddyInfo<'a, L: 'static> {
@@ -16,8 +16,7 @@ impl<L: RawLock> fmt::Display for BuddyInfo<'_, L> {
         let Some(look) = self.look else {
             return Ok(());
         };
-        for (index, zone) in look.state.zones.iter().enumerate() {
-            let zone = figures(look, index, zone);
+        for zone in look.zones() {
             write!(f, "Node {}, zone {:>8} ", zone.node, zone.kind)?;
             for count in zone.blocks {
                 write!(f, "{count:>6} ")?;

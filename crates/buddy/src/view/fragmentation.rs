@@ -13,7 +13,7 @@ use core::fmt;
 
 use kmem_hal::{Order, RawLock};
 
-use super::{Look, ZoneFree, figures};
+use super::{Look, ZoneFree};
 use crate::zone::bits::ORDERS;
 
 impl ZoneFree {
@@ -89,11 +89,7 @@ fn lines<L: RawLock>(
     f: &mut fmt::Formatter<'_>,
     mut one: impl FnMut(&mut fmt::Formatter<'_>, &ZoneFree, Order) -> fmt::Result,
 ) -> fmt::Result {
-    let zones = look.into_iter().flat_map(|look| {
-        let zones = look.state.zones.iter().enumerate();
-        zones.map(move |(index, zone)| figures(look, index, zone))
-    });
-    for zone in zones {
+    for zone in look.into_iter().flat_map(Look::zones) {
         write!(f, "Node {}, zone {:>8} ", zone.node, zone.kind)?;
         for order in (0..ORDERS as u8).filter_map(Order::new) {
             one(f, &zone, order)?;

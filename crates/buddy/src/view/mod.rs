@@ -49,7 +49,13 @@ impl<L> Clone for Look<'_, L> {
 
 impl<L> Copy for Look<'_, L> {}
 
-impl<L: RawLock> Look<'_, L> {
+impl<'a, L: RawLock> Look<'a, L> {
+    /// The figures of each zone, looked at one after the other.
+    fn zones(self) -> impl Iterator<Item = ZoneFree> + use<'a, L> {
+        let zones = self.state.zones.iter().enumerate();
+        zones.map(move |(index, zone)| figures(self, index, zone))
+    }
+
     /// Runs `f` under a zone's lock.
     fn at<R: Default>(self, zone: &Zone<L>, f: impl FnOnce(&mut Core) -> R) -> R {
         let (mut f, mut result) = (Some(f), R::default());
@@ -218,13 +224,7 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
 
     /// The figures of every zone that has memory, by node and kind. Takes each zone's lock in turn; not for NMIs.
     pub fn zones(&self) -> impl Iterator<Item = ZoneFree> + use<'_, M, C, L, K, P> {
-        self.look().into_iter().flat_map(|look| {
-            look.state
-                .zones
-                .iter()
-                .enumerate()
-                .map(move |(index, zone)| figures(look, index, zone))
-        })
+        self.look().into_iter().flat_map(Look::zones)
     }
 
     /// Free blocks by order: /proc/buddyinfo.

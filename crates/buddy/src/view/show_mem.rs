@@ -7,7 +7,7 @@ use core::fmt;
 
 use kmem_hal::RawLock;
 
-use super::{Look, MemInfo, figures};
+use super::{Look, MemInfo};
 use crate::zone::bits::ORDERS;
 use crate::zone::kind::{MigrateType, ZoneKind};
 
@@ -37,10 +37,7 @@ impl<L: RawLock> fmt::Display for ShowMem<'_, L> {
         let Some(look) = self.look else {
             return writeln!(f, "Mem-Info: not initialised");
         };
-        let zones = || {
-            let zones = look.state.zones.iter().enumerate();
-            zones.map(move |(index, zone)| figures(look, index, zone))
-        };
+        let zones = || look.zones();
         let info = MemInfo::of(zones());
         writeln!(f, "Mem-Info:")?;
         writeln!(

@@ -6,7 +6,7 @@ pub mod window;
 pub mod world;
 
 use kmem_buddy::{BootMap, RegionKind};
-use kmem_hal::{NodeId, PhysAddr};
+use kmem_hal::{Frame, Migrate, MigrateError, NodeId, OwnedFrame, PhysAddr};
 
 pub const SUN: &str = include_str!("../data/sun-x4600-numa8.txt");
 pub const FIRECRACKER: &str = include_str!("../data/firecracker-24g.txt");
@@ -45,4 +45,13 @@ pub fn parse(text: &str) -> BootMap {
         }
     }
     map
+}
+
+/// Nobody moves anything.
+pub struct NoOwner;
+
+impl Migrate for NoOwner {
+    fn migrate(&self, _: Frame, to: OwnedFrame) -> Result<OwnedFrame, (MigrateError, OwnedFrame)> {
+        Err((MigrateError::NotMovable, to))
+    }
 }

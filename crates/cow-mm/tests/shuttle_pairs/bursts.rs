@@ -3,7 +3,7 @@
 use kmem_mock_x86::SeededRng;
 use shuttle::scheduler::{Schedule, Scheduler, Task, TaskId};
 
-/// Lets a thread run on for a while, as long on average as each schedule has it: from one step to a thousand. A race needs both a thread that
+/// Lets a thread run on for a while, as long on average as each schedule has it: from two steps to a thousand. A race needs both a thread that
 /// stands still and another that comes a long way meanwhile.
 pub struct Bursts {
     name: String,

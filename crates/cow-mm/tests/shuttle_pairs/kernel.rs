@@ -4,14 +4,14 @@ use kmem_cow_mm::{AddressSpace, Mm, Parts, SpaceMemory, SwapSlot, VmaMemory};
 use kmem_hal::lock::{IrqSafe, SpinWait};
 use kmem_hal::sync::CachePadded;
 use kmem_hal::{
-    Completion, Cpu, CpuId, CpuSet, EpochArea, EpochGrace, FlushRequest, FrameRequest, FrameSink,
-    FrameSlot, FrameSource, FrameTable, Grace, IoState, Mmu, NoTrace, PageProvider, Root,
-    SECTION_FRAMES, Section,
+    Completion, Cpu, CpuId, CpuSet, EpochArea, EpochGrace, FlushRequest, Frame, FrameRange,
+    FrameRequest, FrameSink, FrameSource, FrameTable, Grace, IoState, Mmu, NoTrace, PageProvider,
+    Root,
 };
 use kmem_mock_x86::{Disk, FramePool, Machine, MemoryMap};
 use kmem_paging::TableCache;
 use kmem_paging::format::X86_64;
-use kmem_testkit::HeapObjects;
+use kmem_testkit::{HeapObjects, SlotArena};
 use kmem_vma_tree::Node;
 
 use crate::changing_file::ChangingFile;
@@ -78,7 +78,7 @@ pub struct Tables {
     pub hardware: Hardware,
     pub frames: FramePool<'static>,
     pub grace: Epochs,
-    slots: FrameTable,
+    slots: SlotArena,
     cache: TableCache,
 }
 
@@ -161,20 +161,12 @@ impl Kernel {
         let machine = Machine::builder().memory(MemoryMap::pc(2 << 20)).cpus(4);
         let machine = forever(machine.build().unwrap());
         let hardware = Hardware(machine);
-        let count = machine.memory().frame_limit().div_ceil(SECTION_FRAMES);
-        let sections: Vec<Section> = (0..count).map(|_| Section::absent()).collect();
-        let sections: &'static [Section] = sections.leak();
-        for section in sections {
-            let slots: Vec<FrameSlot> = (0..SECTION_FRAMES).map(|_| FrameSlot::new()).collect();
-            section.set_ready(slots.leak());
-        }
-        let slots = FrameTable::new();
-        slots.init(sections);
+        let frames = FrameRange::new(Frame::ZERO, machine.memory().frame_limit()).unwrap();
         let tables = Tables {
             hardware,
             frames: FramePool::new(machine, 256),
             grace: Epochs::new(hardware),
-            slots,
+            slots: SlotArena::new(frames),
             cache: TableCache::new(8),
         };
         // SAFETY: the table covers the machine's memory, whose MMU walks the tables; the world is never moved.

@@ -25,11 +25,11 @@
 //! - `S3`: where tables are freed, a lazy CPU goes over to the kernel's root; so a space that is taken down is lazy nowhere.
 //! - `S4`: an interrupt inside of `load_root` cannot know which root is loaded: it drops everything, and what it interrupted starts again.
 //! - `S5`: a global entry serves every tag: a request that names some goes to every CPU.
+//! - `S6`: with isolation CR4.PGE is clear, so that no entry is global whatever its G bit says: the kernel's pages are under the tags of all
+//!   spaces, and a flush of some spoils all tags but the current one.
 //! - `S7`: a flush may be interrupted by another, and that one may take a lazy CPU to the kernel's root (`S3`). So a flush keeps to the slot that
 //!   was the current one before it looked which root is loaded: where the CPU left meanwhile, that slot is nobody's, and what is noted in it means
 //!   nothing; the kernel's slot never gets a space's generation.
-//! - `S6`: with isolation CR4.PGE is clear, so that no entry is global whatever its G bit says: the kernel's pages are under the tags of all
-//!   spaces, and a flush of some spoils all tags but the current one.
 //!
 //! Page-table isolation ([`PageTable::isolated`](crate::PageTable::isolated)): each space has a second root for user mode, in the frame
 //! after its own, under a tag of its own; [`enter_user`](AsidMmu::enter_user) and [`enter_kernel`](AsidMmu::enter_kernel) are what the

@@ -544,10 +544,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
             .reserve
             .take_or_fresh::<F>()
             .map_err(MapError::Memory)?;
-        let (frame, _) = frame.into_raw();
-        // SAFETY: the frame is private, zero, in reach and has a slot (T1).
-        let table = unsafe { Node::<F>::new(self.table.env(), frame, 1) };
-        table.claim(super::first_page::<F>(1, page), self.table.root_frame());
+        let table = self.claimed(frame, 1, page);
         table.store(index_at::<F>(page.number(), 1), word);
         table.add_live(1);
         self.table.count_table(table.frame, 1);

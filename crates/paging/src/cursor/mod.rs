@@ -367,26 +367,27 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
 
     /// A private table of `level` that will cover `page`, whose words may be anything: the caller writes them all.
     fn make_plain_table(&mut self, number: usize, page: Page) -> Option<Node<'t, F>> {
-        let env = self.table.env();
-        let (frame, _) = self.reserve.take_plain()?.into_raw();
-        // SAFETY: the frame is private, in reach and has a slot.
-        let node = unsafe { Node::<F>::new(env, frame, number) };
+        let frame = self.reserve.take_plain()?;
+        Some(self.claimed(frame, number, page))
+    }
+
+    /// A table of `level` that will cover `page`, in a private frame that is in reach and has a slot (`T1`); not locked.
+    #[inline]
+    fn claimed(&self, frame: OwnedFrame, number: usize, page: Page) -> Node<'t, F> {
+        let (frame, _) = frame.into_raw();
+        // SAFETY: the frame is private, in reach and has a slot (T1).
+        let node = unsafe { Node::<F>::new(self.table.env(), frame, number) };
         node.claim(first_page::<F>(number, page), self.table.root_frame());
-        Some(node)
+        node
     }
 
     /// A private table of `level` that will cover `page`, for a copy of another: as `make_plain_table`.
     fn make_copy(&mut self, number: usize, page: Page) -> Result<Node<'t, F>, AllocError> {
-        let env = self.table.env();
         let frame = match self.reserve.take_unzeroed::<F>() {
             Err(error) if self.spares => self.table.take_spare().ok_or(error)?,
             frame => frame?,
         };
-        let (frame, _) = frame.into_raw();
-        // SAFETY: the frame is private, in reach and has a slot.
-        let node = unsafe { Node::<F>::new(env, frame, number) };
-        node.claim(first_page::<F>(number, page), self.table.root_frame());
-        Ok(node)
+        Ok(self.claimed(frame, number, page))
     }
 
     /// Gives back a private, zero table.
