@@ -36,6 +36,8 @@ pub struct Explanation<'m> {
     vma: Option<Vma>,
     /// The path of the mapping's file.
     file: Option<&'m str>,
+    /// Whether that is a device's memory.
+    is_device: bool,
     /// Whether the page of the file or shared memory lies beyond its end.
     beyond: bool,
     below: Option<Vma>,
@@ -57,7 +59,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let path = self.tables().path(page);
         let (mut vma, mut below, mut above) = (None, None, None);
         let mut file = None;
-        let mut beyond = false;
+        let (mut beyond, mut is_device) = (false, false);
         // All that is said of a mapping's file is read while the mapping is there.
         self.for_each_vma(|found| {
             if found.range.last() < page {
@@ -69,6 +71,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 vma = Some(*found);
                 if let Some(info) = found.file.map(|file| mm.info(file)) {
                     file = Some(info.name);
+                    is_device = found.file.is_some_and(|file| mm.device(file).is_some());
                     beyond = found.object_page(page) >= info.size.div_ceil(PAGE_SIZE);
                 }
             }
@@ -81,6 +84,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             stack_limit: self.limits().stack,
             vma,
             file,
+            is_device,
             beyond,
             below,
             above,
@@ -305,6 +309,10 @@ impl Explanation<'_> {
 
     fn first_touch(&self, vma: &Vma) -> &'static str {
         let write = self.code.access() == Access::Write;
+        if self.is_device {
+            return "The page of the device is not mapped here yet: the fault handler maps it and those around it, with the device's memory type, \
+                and the access is made again.";
+        }
         match (vma.file.is_some(), write) {
             (false, false) => {
                 "It is the first touch of the page, a read: the fault handler maps the page of zeros, and the access is made again."

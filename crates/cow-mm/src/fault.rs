@@ -260,7 +260,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             now.set(Rights::WRITE, writable);
             leaf.attributes.rights(now).accessed()
         } else if vma.is_shared() {
-            self.mm().slot(leaf.frame).set_flags(SlotFlags::DIRTY);
+            if let Some(written) = self.mm().counted(leaf.frame) {
+                written.slot().set_flags(SlotFlags::DIRTY);
+            }
             leaf.attributes.rights(granted).accessed().dirty()
         } else if self.mm().is_exclusive(leaf.frame) {
             leaf.attributes.rights(granted).accessed().dirty()

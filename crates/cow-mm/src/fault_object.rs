@@ -47,6 +47,11 @@ impl<E: Env> AddressSpace<'_, E> {
         address: VirtAddr,
         write: bool,
     ) -> Result<(), Stop> {
+        if vma.flags.contains(VmFlags::PFNMAP)
+            && let Some(device) = self.mm().device(file)
+        {
+            return self.fault_device(vma, device, page, address);
+        }
         let source = self.object_frame(vma, file, page, address)?;
         let outcome = self.map_object_page(vma, file, page, source, write);
         self.mm().put_reference(source);

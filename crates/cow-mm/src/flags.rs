@@ -17,7 +17,18 @@ bitflags! {
         const WRITE = 2;
         /// May be executed.
         const EXEC = 4;
+        /// Atomic operations work there: always so, and ignored.
+        const SEM = 8;
+        /// For mprotect: from the beginning of the mapping on, which must be a stack.
+        const GROWSDOWN = 0x0100_0000;
+        /// For mprotect: up to the end of the mapping, which must grow up. On x86 none does.
+        const GROWSUP = 0x0200_0000;
     }
+}
+
+impl Prot {
+    /// The three bits that a mapping keeps.
+    pub const ACCESS: Self = Self::READ.union(Self::WRITE).union(Self::EXEC);
 }
 
 bitflags! {
@@ -62,6 +73,11 @@ impl MapFlags {
     pub const TYPE_MASK: u32 = 0x0f;
     /// `MAP_SHARED_VALIDATE`.
     pub const SHARED_VALIDATE: u32 = 0x03;
+    /// What a shared mapping whose flags are validated may say (`LEGACY_MAP_MASK`): the flags that were there before validation was, without
+    /// `FIXED_NOREPLACE`. The upper ones are `MAP_ABOVE4G`, `MAP_UNINITIALIZED`, and sizes of huge pages.
+    pub(crate) const VALIDATED: Self = Self::from_bits_retain(
+        Self::all().difference(Self::FIXED_NOREPLACE).bits() | 0x80 | 0x7c00_0000,
+    );
 
     /// The type of mapping: 1, 2 or 3 where it is one that exists.
     #[must_use]
@@ -129,7 +145,7 @@ bitflags! {
         const RAND_READ = 1 << 19;
         /// Equal pages may be merged (KSM).
         const MERGEABLE = 1 << 20;
-        /// Maps frames that are no ordinary pages: device memory, [vdso], [vvar].
+        /// Maps frames that are no ordinary pages: device memory, `[vvar]`.
         const PFNMAP = 1 << 21;
         /// Changed since it was last asked (`VM_SOFTDIRTY`); merging does not look at it.
         const SOFTDIRTY = 1 << 22;
@@ -139,6 +155,8 @@ bitflags! {
         const KEY_BITS = 0xf << 24;
         /// Had a guard region once: a child inherits its tables. Sticks to whatever it merges with.
         const MAYBE_GUARD = 1 << 28;
+        /// Accesses may have effects: device memory.
+        const IO = 1 << 29;
     }
 }
 
@@ -148,7 +166,7 @@ impl VmFlags {
     /// What a child does not inherit, and munlock takes away (`VM_LOCKED_MASK`).
     pub const LOCKED_MASK: Self = Self::LOCKED.union(Self::LOCKONFAULT);
     /// A VMA with one of these never merges (`VM_SPECIAL`).
-    pub const SPECIAL: Self = Self::DONTEXPAND.union(Self::PFNMAP);
+    pub const SPECIAL: Self = Self::DONTEXPAND.union(Self::PFNMAP).union(Self::IO);
     /// Bits that do not keep two VMAs from merging.
     pub const IGNORED_BY_MERGE: Self = Self::SOFTDIRTY.union(Self::MAYBE_GUARD);
     /// Bits that a merged VMA has if any of its parts had them (`VM_STICKY`).
@@ -168,10 +186,10 @@ impl VmFlags {
         Self::from_bits_retain(bits)
     }
 
-    /// The access bits of a protection.
+    /// The access bits of a protection; others are passed over, as mmap does.
     #[must_use]
     pub const fn from_prot(prot: Prot) -> Self {
-        Self::from_bits_truncate(prot.bits())
+        Self::from_bits_retain(prot.bits() & Prot::ACCESS.bits())
     }
 
     /// The protection that the access bits stand for.
@@ -227,6 +245,8 @@ pub enum Advice {
     PopulateRead = 22,
     /// Write faults now, so that none come later.
     PopulateWrite = 23,
+    /// As [`DontNeed`](Self::DontNeed), in locked memory too.
+    DontNeedLocked = 24,
     /// Huge pages now.
     Collapse = 25,
     /// The pages' memory is broken: a test of the handling of memory failures.
@@ -242,7 +262,7 @@ pub enum Advice {
 impl Advice {
     /// Every advice, in the order of the numbers. Not to be tried out on a real kernel: [`HwPoison`](Self::HwPoison) and
     /// [`SoftOffline`](Self::SoftOffline) take memory from it.
-    pub const ALL: [Self; 26] = [
+    pub const ALL: [Self; 27] = [
         Self::Normal,
         Self::Random,
         Self::Sequential,
@@ -264,6 +284,7 @@ impl Advice {
         Self::PageOut,
         Self::PopulateRead,
         Self::PopulateWrite,
+        Self::DontNeedLocked,
         Self::Collapse,
         Self::HwPoison,
         Self::SoftOffline,

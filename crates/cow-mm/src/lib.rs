@@ -6,6 +6,7 @@ mod advise_pages;
 mod brk;
 mod commit;
 mod counters;
+mod device;
 mod elf;
 mod env;
 mod errno;
@@ -64,6 +65,7 @@ mod vma_set;
 
 pub use commit::{CommitLines, CommitPolicy, Overcommit};
 pub use counters::Counters;
+pub use device::DeviceMemory;
 pub use env::{Env, Parts};
 pub use errno::Errno;
 pub use exec::{ExecError, Image, Start};

@@ -70,8 +70,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 self.free_lazily(part);
                 return Ok(());
             }
-            Advice::DontNeed => {
-                if vma.flags.intersects(VmFlags::LOCKED | VmFlags::PFNMAP) {
+            Advice::DontNeed | Advice::DontNeedLocked => {
+                let mut refused = VmFlags::PFNMAP;
+                refused.set(VmFlags::LOCKED, advice == Advice::DontNeed);
+                if vma.flags.intersects(refused) {
                     return Err(Errno::EINVAL);
                 }
                 return self.empty(state, part);
@@ -94,7 +96,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             Advice::Random => (VmFlags::RAND_READ, VmFlags::SEQ_READ),
             Advice::Sequential => (VmFlags::SEQ_READ, VmFlags::RAND_READ),
             Advice::DontFork => (VmFlags::DONTCOPY, VmFlags::empty()),
-            Advice::DoFork if vma.flags.contains(VmFlags::PFNMAP) => return Err(Errno::EINVAL),
+            Advice::DoFork if vma.flags.contains(VmFlags::IO) => return Err(Errno::EINVAL),
             Advice::DoFork => (VmFlags::empty(), VmFlags::DONTCOPY),
             Advice::WipeOnFork if !vma.is_anonymous() || vma.is_shared() => {
                 return Err(Errno::EINVAL);
@@ -138,6 +140,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let file = vma.file.ok_or(Errno::EINVAL)?;
         if !Self::may_remove(vma) {
             return Err(Errno::EACCES);
+        }
+        if self.mm().device(file).is_some() {
+            return Err(Errno::ENODEV);
         }
         if !self.mm().info(file).is_shared_memory {
             // No provider of kmem's can punch a hole into its file.
@@ -231,6 +236,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         while let Some(page) = next.filter(|page| *page <= range.last()) {
             let vma = self.vma_at(page.start()).ok_or(Errno::ENOMEM)?;
             if how == Populate::AsMapped && vma.flags.contains(VmFlags::LOCKONFAULT) {
+                next = vma.range.last().checked_add(1);
+                continue;
+            }
+            if vma.flags.intersects(VmFlags::IO | VmFlags::PFNMAP) {
+                // No ordinary memory: passed over, or no business of this advice.
+                if how != Populate::AsMapped {
+                    return Err(Errno::EINVAL);
+                }
                 next = vma.range.last().checked_add(1);
                 continue;
             }

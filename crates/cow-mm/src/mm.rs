@@ -6,7 +6,8 @@
 //! ```
 //!
 //! Invariants
-//! - `I1`: a [`PageRef`] stands for one mapping counted in the frame's slot.
+//! - `I1`: a [`PageRef`] stands for one mapping counted in the frame's slot; one of device memory, whose frames are no pages, is not
+//!   counted (`device.rs`).
 //! - `I3`: an anonymous page is exclusive while it has one mapping and that mapping's reference only; or pins, and was exclusive (`EXCLUSIVE`)
 //!   when it got the first. Whether the mapping is one space's alone its table says: a shared table's leaves are mapped once and seen by
 //!   many. So a second mapping costs one count, and the bit may stay.
@@ -59,6 +60,11 @@ impl PageRef {
     #[must_use]
     pub const fn frame(&self) -> Frame {
         self.frame
+    }
+
+    /// A mapping of device memory, which nobody counts.
+    pub(crate) const fn of_device(frame: Frame) -> Self {
+        Self { frame }
     }
 }
 
@@ -231,8 +237,9 @@ impl<'m, E: Env> Mm<'m, E> {
         near: &mut NearSlots<'m>,
         frame: Frame,
     ) -> Option<(PageRef, bool)> {
-        let Some(page) = near.of(self, frame).as_user() else {
-            unreachable!("I1: a mapped frame is a user page")
+        let Some(page) = near.of(self, frame).and_then(FrameSlot::as_user) else {
+            // Device memory.
+            return Some((PageRef::of_device(frame), false));
         };
         // Looked at before the count: behind a locked instruction it would wait for it.
         let anonymous = page.slot().tag() == FrameTag::Anon;
@@ -281,7 +288,9 @@ impl<'m, E: Env> Mm<'m, E> {
     #[inline]
     pub(crate) fn put(&self, mapping: PageRef) {
         let frame = mapping.frame;
-        if self.user(frame).sub_mapping() == Ok((0, 0)) {
+        if let Some(page) = self.counted(frame)
+            && page.sub_mapping() == Ok((0, 0))
+        {
             self.free_page(frame, Order::ZERO);
         }
     }
@@ -358,21 +367,20 @@ impl<'m> NearSlots<'m> {
     }
 
     #[inline(always)]
-    fn of<E: Env>(&mut self, mm: &Mm<'m, E>, frame: Frame) -> &'m FrameSlot {
+    fn of<E: Env>(&mut self, mm: &Mm<'m, E>, frame: Frame) -> Option<&'m FrameSlot> {
         let at = frame.number().wrapping_sub(self.first);
         match usize::try_from(at).ok().and_then(|at| self.slots.get(at)) {
-            Some(slot) => slot,
+            Some(slot) => Some(slot),
             None => self.find(mm, frame),
         }
     }
 
     #[cold]
     #[inline(never)]
-    fn find<E: Env>(&mut self, mm: &Mm<'m, E>, frame: Frame) -> &'m FrameSlot {
-        if let Some((first, slots)) = mm.env.paging().slots().slots_around(frame) {
-            (self.first, self.slots) = (first.number(), slots);
-        }
-        mm.slot(frame)
+    fn find<E: Env>(&mut self, mm: &Mm<'m, E>, frame: Frame) -> Option<&'m FrameSlot> {
+        let (first, slots) = mm.env.paging().slots().slots_around(frame)?;
+        (self.first, self.slots) = (first.number(), slots);
+        mm.env.paging().slots().slot(frame)
     }
 }
 

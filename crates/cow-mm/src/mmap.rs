@@ -149,10 +149,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             return Err(Errno::EEXIST);
         }
         let may = VmFlags::MAYREAD | VmFlags::MAYWRITE | VmFlags::MAYEXEC;
-        let mut flags = VmFlags::from_prot(prot) | may;
+        let data = VmFlags::IO | VmFlags::PFNMAP | VmFlags::DONTDUMP;
+        // The kernel's pages of time may never be written or executed.
+        let mut flags = VmFlags::from_prot(prot);
         flags |= match label {
-            Label::Stack => VmFlags::GROWSDOWN,
-            _ => VmFlags::PFNMAP | VmFlags::DONTEXPAND,
+            Label::Stack => may | VmFlags::GROWSDOWN,
+            Label::Vvar | Label::VvarClock => VmFlags::MAYREAD | data | VmFlags::DONTEXPAND,
+            _ => may | VmFlags::DONTEXPAND,
         };
         if is_accounted(flags) {
             flags |= VmFlags::ACCOUNT;
@@ -209,8 +212,12 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if !state.may_lock_more(pages, lock) {
             return Err(Errno::EAGAIN);
         }
-        let (flags, offset) = self.mmap_flags(request, file, range, offset)?;
-        let flags = flags | lock;
+        let (mut flags, offset) = self.mmap_flags(request, file, range, offset)?;
+        match file.and_then(|open| self.mm().device(open.file)) {
+            // What is no ordinary memory is never locked.
+            Some(device) => flags = device.admit(flags, offset, pages)?,
+            None => flags |= lock,
+        }
         // What a fixed mapping replaces does not count twice.
         let replaced = match request.flags.contains(MapFlags::FIXED) {
             true => state.vmas.counters_in(range),
@@ -286,6 +293,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let mut offset = offset;
         let growsdown = request.flags.contains(MapFlags::GROWSDOWN);
         match (request.flags.map_type(), file) {
+            (MapFlags::SHARED_VALIDATE, Some(_))
+                if !MapFlags::VALIDATED.contains(request.flags) =>
+            {
+                return Err(Errno::EOPNOTSUPP);
+            }
             (1 | MapFlags::SHARED_VALIDATE, Some(open)) => {
                 if request.prot.contains(Prot::WRITE) && !open.writable {
                     return Err(Errno::EACCES);

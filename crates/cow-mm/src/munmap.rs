@@ -78,8 +78,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// # Errors
     ///
-    /// [`Errno::EINVAL`] for an unaligned address; [`Errno::ENOMEM`] where a page is not mapped, or no memory is left;
-    /// [`Errno::EACCES`] where the file's mode forbids it.
+    /// [`Errno::EINVAL`] for an unaligned address, bits that are no protection, and [`Prot::GROWSDOWN`] where no stack is;
+    /// [`Errno::ENOMEM`] where a page is not mapped, or no memory is left; [`Errno::EACCES`] where the file's mode forbids it.
     pub fn mprotect(&self, address: u64, length: u64, prot: Prot) -> Result<(), Errno> {
         self.protect(address, length, prot, None)
     }
@@ -91,16 +91,26 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         prot: Prot,
         key: Option<i32>,
     ) -> Result<(), Errno> {
-        if !address.is_multiple_of(PAGE_SIZE) {
+        let grows = prot & (Prot::GROWSDOWN | Prot::GROWSUP);
+        let prot = prot.difference(grows);
+        let both = grows == Prot::GROWSDOWN | Prot::GROWSUP;
+        if both || !address.is_multiple_of(PAGE_SIZE) {
             return Err(Errno::EINVAL);
         }
         if length == 0 {
             return Ok(());
         }
         let pages = length.div_ceil(PAGE_SIZE);
-        let range = self.user_range(address, pages).ok_or(Errno::ENOMEM)?;
+        let end = pages.checked_mul(PAGE_SIZE);
+        let end = end.and_then(|bytes| address.checked_add(bytes));
+        end.ok_or(Errno::ENOMEM)?;
+        if !(Prot::ACCESS | Prot::SEM).contains(prot) {
+            return Err(Errno::EINVAL);
+        }
+        let range = self.user_range(address, pages);
         let mut state = self.lock();
         let key = Self::checked_key(state.keys, key)?;
+        let range = grown(&state, range.ok_or(Errno::ENOMEM)?, grows)?;
         let mut at = range.first();
         loop {
             let vma = state.vmas.get(at).ok_or(Errno::ENOMEM)?;
@@ -187,6 +197,26 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             .map(Some)
             .ok_or(Errno::EINVAL)
     }
+}
+
+/// The range that `PROT_GROWSDOWN` and `PROT_GROWSUP` mean: from or to the end of a mapping that grows so.
+fn grown<E: Env>(state: &State<'_, E>, range: PageRange, grows: Prot) -> Result<PageRange, Errno> {
+    if grows.is_empty() {
+        return Ok(range);
+    }
+    let found = state.vmas.at_or_after(range.first());
+    let vma = found.filter(|vma| vma.range.first() <= range.last());
+    let vma = vma.ok_or(Errno::ENOMEM)?;
+    if grows == Prot::GROWSUP {
+        // None grows up.
+        return Err(match vma.range.contains(range.first()) {
+            true => Errno::EINVAL,
+            false => Errno::ENOMEM,
+        });
+    }
+    let stack = vma.flags.contains(VmFlags::GROWSDOWN);
+    let whole = PageRange::new(vma.range.first(), range.last());
+    whole.filter(|_| stack).ok_or(Errno::EINVAL)
 }
 
 /// Whether the mapping may be given these rights at all (`VM_MAY*`).

@@ -27,6 +27,7 @@ use kmem_hal::{
 };
 use kmem_vma_tree::{Node, RangeTree};
 
+use crate::device::DeviceMemory;
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::handle::Handle;
@@ -85,6 +86,8 @@ pub(crate) enum Backing {
     Shared(u64),
     /// A file.
     File(NonNull<dyn PageProvider + Sync>),
+    /// A device's memory: no pages, no cache of them.
+    Device(DeviceMemory),
 }
 
 /// A file or shared memory, with the cache of its pages.
@@ -244,7 +247,7 @@ impl<'m, E: Env> Mm<'m, E> {
         Ok(file)
     }
 
-    fn new_object(
+    pub(crate) fn new_object(
         &self,
         backing: Backing,
         name: Option<NonNull<str>>,
@@ -259,7 +262,7 @@ impl<'m, E: Env> Mm<'m, E> {
             opens: AtomicU32::new(1),
             handles: AtomicU32::new(match backing {
                 Backing::Shared(_) => 0,
-                Backing::File(_) => 1,
+                Backing::File(_) | Backing::Device(_) => 1,
             }),
             number,
             inode,
@@ -442,6 +445,7 @@ impl<N: ObjectAlloc<Node>, L: RawSleepLock> Object<N, L> {
     pub(crate) fn size(&self) -> u64 {
         match self.backing {
             Backing::Shared(pages) => pages * kmem_hal::PAGE_SIZE,
+            Backing::Device(memory) => memory.frames.count() * kmem_hal::PAGE_SIZE,
             // SAFETY: `open_file` took the provider for 'm.
             Backing::File(provider) => unsafe { provider.as_ref() }.size(),
         }

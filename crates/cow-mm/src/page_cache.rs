@@ -65,7 +65,7 @@ impl<'m, E: Env> Mm<'m, E> {
         object: &Object<E::Nodes, E::Lock>,
     ) -> Option<&'m (dyn PageProvider + Sync)> {
         match object.backing {
-            Backing::Shared(_) => None,
+            Backing::Shared(_) | Backing::Device(_) => None,
             // SAFETY: `open_file` took the provider for 'm.
             Backing::File(provider) => Some(unsafe { &*provider.as_ptr() }),
         }
@@ -75,10 +75,13 @@ impl<'m, E: Env> Mm<'m, E> {
     ///
     /// # Errors
     ///
-    /// [`Errno::ENOMEM`], or [`Errno::EIO`] where the provider failed.
+    /// [`Errno::ENOMEM`], [`Errno::EIO`] where the provider failed, or [`Errno::EINVAL`] where the object is a device, which has no cache.
     #[doc(alias = "filemap_get_page")]
     pub(crate) fn object_page(&self, file: FileRef, index: u64) -> Result<ObjectPage, Errno> {
         let object = self.object(file);
+        if matches!(object.backing, Backing::Device(_)) {
+            return Err(Errno::EINVAL);
+        }
         if index >= object.size().div_ceil(PAGE_SIZE) {
             return Ok(ObjectPage::Beyond);
         }

@@ -144,8 +144,9 @@ impl<E: Env> AddressSpace<'_, E> {
     fn present_entry(&self, page: Page, leaf: &Leaf) -> PagemapEntry {
         let frame = leaf.frame_of(page).unwrap_or(leaf.frame);
         let mut word = PagemapEntry::PRESENT | frame.number() & PagemapEntry::FRAME;
-        if frame != self.mm().zero_page() {
-            if self.mm().slot(frame).tag() != FrameTag::Anon {
+        let counted = self.mm().counted(frame);
+        if let Some(mapped) = counted.filter(|_| frame != self.mm().zero_page()) {
+            if mapped.slot().tag() != FrameTag::Anon {
                 word |= PagemapEntry::FILE;
             }
             if self.viewers(leaf) == 1 {

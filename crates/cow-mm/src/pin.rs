@@ -32,7 +32,9 @@ use kmem_paging::Entry;
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::fault::{Outcome, allows, needs_anon};
+use crate::flags::VmFlags;
 use crate::mm::Mm;
+use crate::mutants::mutant;
 use crate::space::AddressSpace;
 use crate::vma::Vma;
 
@@ -59,7 +61,7 @@ pub struct Pin<'s, 'm, E: Env> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum PinError {
-    /// The program itself could not access the address so.
+    /// The program itself could not access the address so, or it is device memory.
     Fault(VirtAddr),
     /// A page is on its way: pin again when the I/O is done.
     NeedIo(IoTicket),
@@ -149,7 +151,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         address: VirtAddr,
         access: Access,
     ) -> Result<Option<Frame>, PinError> {
-        if !allows(vma.flags, access) {
+        let special = vma.flags.intersects(VmFlags::IO | VmFlags::PFNMAP);
+        if !allows(vma.flags, access) || special && !mutant!("device-memory-is-pinned") {
             return Err(PinError::Fault(address));
         }
         let range = PageRange::single(page);
@@ -227,11 +230,9 @@ impl<'m, E: Env> Mm<'m, E> {
     /// How often an anonymous page is pinned: more than it is only where it has a thousand other references.
     #[doc(alias = "folio_maybe_dma_pinned")]
     pub(crate) fn pins_of(&self, frame: Frame) -> u32 {
-        let page = self.user(frame);
-        if page.slot().tag() == FrameTag::Anon {
-            page.references() / PIN
-        } else {
-            0
+        match self.counted(frame) {
+            Some(page) if page.slot().tag() == FrameTag::Anon => page.references() / PIN,
+            _ => 0,
         }
     }
 }

@@ -135,7 +135,7 @@ fn amounts(f: &mut fmt::Formatter<'_>, resident: &Resident, rollup: bool) -> fmt
 }
 
 /// The letters of `VmFlags`, in the order of Linux's bits.
-const LETTERS: [(VmFlags, &str); 24] = [
+const LETTERS: [(VmFlags, &str); 25] = [
     (VmFlags::READ, "rd"),
     (VmFlags::WRITE, "wr"),
     (VmFlags::EXEC, "ex"),
@@ -148,6 +148,7 @@ const LETTERS: [(VmFlags, &str); 24] = [
     (VmFlags::PFNMAP, "pf"),
     (VmFlags::MAYBE_GUARD, "gu"),
     (VmFlags::LOCKED, "lo"),
+    (VmFlags::IO, "io"),
     (VmFlags::SEQ_READ, "sr"),
     (VmFlags::RAND_READ, "rr"),
     (VmFlags::DONTCOPY, "dc"),

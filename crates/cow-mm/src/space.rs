@@ -419,7 +419,12 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 if leaf.frame == self.mm().zero_page() && !mutant!("zero-page-counts") {
                     return;
                 }
-                match self.mm().slot(leaf.frame).tag() {
+                let Some(page) = self.mm().counted(leaf.frame) else {
+                    // Device memory.
+                    usage.rss_file += u64::from(mutant!("device-memory-is-resident"));
+                    return;
+                };
+                match page.slot().tag() {
                     kmem_hal::FrameTag::Anon => usage.rss_anon += 1,
                     _ if shared_memory => usage.rss_shmem += 1,
                     _ => usage.rss_file += 1,

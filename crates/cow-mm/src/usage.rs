@@ -2,7 +2,7 @@
 //!
 //! A page counts in full for `Rss` and by its share for `Pss`: a page that three spaces see is a third of a page for each. Who sees
 //! a page is the number of its mappings, times the spaces that share the tables which lead to it. The zero page counts as
-//! nothing, as in Linux.
+//! nothing, as in Linux, and so does device memory.
 //!
 //! Source: proc_pid_smaps(5); Linux `fs/proc/task_mmu.c` (`smaps_account`, `mem_size_stats`).
 
@@ -171,7 +171,10 @@ impl<E: Env> AddressSpace<'_, E> {
     pub(crate) fn viewers(&self, leaf: &Leaf) -> u64 {
         let path = self.tables().path(leaf.page);
         let mappings = match path.found() {
-            Entry::Leaf(_) => u64::from(self.mm().user(leaf.frame).mappings()),
+            Entry::Leaf(_) => self
+                .mm()
+                .counted(leaf.frame)
+                .map_or(1, |page| u64::from(page.mappings())),
             _ => 1,
         };
         mappings.max(1).saturating_mul(path.sharers())
@@ -182,7 +185,11 @@ impl<E: Env> AddressSpace<'_, E> {
         if leaf.frame == mm.zero_page() {
             return;
         }
-        let slot = mm.slot(leaf.frame);
+        // Device memory is nobody's.
+        let Some(page) = mm.counted(leaf.frame) else {
+            return;
+        };
+        let slot = page.slot();
         let anonymous = slot.tag() == FrameTag::Anon;
         let dirty = leaf.attributes.dirty || slot.flags().contains(SlotFlags::DIRTY);
         let viewers = self.viewers(leaf);

@@ -67,6 +67,7 @@ impl<E: Env> AddressSpace<'_, E> {
         }
         let mm = self.mm();
         let frame = match (self.frame_at(page), vma.file) {
+            (Some(frame), _) if mm.counted(frame).is_none() => return None,
             (Some(frame), _) => frame,
             (None, None) => mm.zero_page(),
             (None, Some(file)) => {
@@ -111,6 +112,10 @@ impl<E: Env> AddressSpace<'_, E> {
             let Some(frame) = ready.and_then(|leaf| leaf.frame_of(page)) else {
                 continue;
             };
+            if self.mm().counted(frame).is_none() {
+                // Device memory: beyond the kernel's map, and a read may have effects.
+                return Err(fault);
+            }
             let offset = address.page_offset() as usize;
             let part = (length - done).min(PAGE_SIZE as usize - offset);
             access(self.mm(), frame, offset, done, part);

@@ -4,6 +4,8 @@
 #![cfg(kmem_mutants)]
 
 mod common;
+#[path = "regressions/device.rs"]
+mod device;
 #[path = "regressions/list.rs"]
 mod list;
 #[path = "regressions/swap.rs"]
@@ -21,6 +23,7 @@ fn every_fault_is_noticed() {
         let guards: Vec<_> = list::ALL
             .iter()
             .chain(swap::ALL)
+            .chain(device::ALL)
             .filter(|entry| entry.2.contains(name))
             .collect();
         for (regression, run, _) in &guards {

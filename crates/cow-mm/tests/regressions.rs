@@ -3,6 +3,8 @@
 //! That each notices when its guard is gone is shown by `tests/mutants.rs`.
 
 mod common;
+#[path = "regressions/device.rs"]
+mod device;
 #[path = "regressions/list.rs"]
 mod list;
 #[path = "regressions/swap.rs"]
@@ -13,7 +15,7 @@ macro_rules! regressions {
         $(
             #[test]
             fn $name() {
-                let mut all = list::ALL.iter().chain(swap::ALL);
+                let mut all = list::ALL.iter().chain(swap::ALL).chain(device::ALL);
                 let (_, run, _) = all.find(|entry| entry.0 == stringify!($name)).unwrap();
                 run();
             }
@@ -22,13 +24,18 @@ macro_rules! regressions {
         #[test]
         fn every_entry_of_the_list_is_a_test() {
             let tests = [$(stringify!($name)),*];
-            let mut all = list::ALL.iter().chain(swap::ALL);
+            let mut all = list::ALL.iter().chain(swap::ALL).chain(device::ALL);
             assert!(all.all(|entry| tests.contains(&entry.0)));
         }
     };
 }
 
 regressions! {
+    accesses_reach_the_device_uncached
+    device_memory_is_nobodys_page
+    device_memory_over_fork_and_in_shared_tables
+    calls_on_device_memory_answer_as_linux
+    a_device_is_mapped_within_its_end_and_never_copied
     a_page_comes_back_from_swap_as_it_went
     a_copied_entry_of_swap_is_counted
     a_failed_read_is_no_page

@@ -577,3 +577,44 @@ fn a_large_space_shares_tables_of_tables() {
     grandchild.exit();
     assert_eq!(world.used_frames(), before);
 }
+
+/// How libraries make a stack executable whose lower end they do not know: Linux `mm/mprotect.c` (`do_mprotect_pkey`).
+#[test]
+fn protection_grows_down_to_the_beginning_of_a_stack() {
+    let world = World::new();
+    let mm = world.mm();
+    let program = Program::new(mm);
+    let space = &program.space;
+    let stack = MapRequest {
+        flags: MapFlags::PRIVATE | MapFlags::ANONYMOUS | MapFlags::FIXED | MapFlags::GROWSDOWN,
+        ..MapRequest::anonymous(4 * PAGE, Prot::READ | Prot::WRITE).at(0x2000_0000)
+    };
+    let at = space.mmap(&stack).unwrap().as_u64();
+    let rwx = Prot::READ | Prot::WRITE | Prot::EXEC;
+    space
+        .mprotect(at + 2 * PAGE, PAGE, rwx | Prot::GROWSDOWN | Prot::SEM)
+        .unwrap();
+    let maps = space.maps().to_string();
+    assert!(maps.starts_with("20000000-20003000 rwxp"), "{maps}");
+    assert!(maps.contains("20003000-20004000 rw-p"), "{maps}");
+    let other = space
+        .mmap(&MapRequest::anonymous(PAGE, Prot::READ))
+        .unwrap()
+        .as_u64();
+    for (address, prot, answer) in [
+        (at, Prot::GROWSDOWN | Prot::GROWSUP, Errno::EINVAL),
+        (at, Prot::GROWSUP, Errno::EINVAL),
+        (at, Prot::from_bits_retain(0x10), Errno::EINVAL),
+        (other, Prot::GROWSDOWN, Errno::EINVAL),
+        (at - 16 * PAGE, Prot::GROWSDOWN, Errno::ENOMEM),
+        (at - PAGE, Prot::GROWSUP, Errno::ENOMEM),
+    ] {
+        let refused = space.mprotect(address, 2 * PAGE, Prot::READ | prot);
+        assert_eq!(refused, Err(answer), "{address:#x} {prot:?}");
+    }
+    // A range that begins before the stack begins with it.
+    let both = space.mprotect(at - PAGE, 2 * PAGE, Prot::READ | Prot::GROWSDOWN);
+    assert_eq!(both, Ok(()));
+    assert_eq!(program.store(at, 1), Err(signal(Signal::AccessError, at)));
+    program.exit();
+}

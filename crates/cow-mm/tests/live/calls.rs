@@ -77,7 +77,16 @@ impl Calls {
     }
 
     fn prot(&mut self) -> u32 {
-        [0, 1, 3, 3, 3, 1, 5, 7][self.below(8) as usize]
+        let prot = [0, 1, 3, 3, 3, 1, 5, 7][self.below(8) as usize];
+        match self.below(64) {
+            // PROT_SEM, GROWSDOWN, GROWSUP, both, and one that is none.
+            0 => prot | 8,
+            1 | 2 => prot | 0x0100_0000,
+            3 => prot | 0x0200_0000,
+            4 => prot | 0x0300_0000,
+            5 => prot | 0x40,
+            _ => prot,
+        }
     }
 
     /// A range in or around a mapping; rarely one that no call takes.
@@ -214,6 +223,11 @@ impl Calls {
                 address = self.address();
                 flags |= MAP_FIXED;
             }
+        }
+        if flags & MAP_TYPE == MAP_SHARED && self.below(3) == 0 {
+            // With a flag that no file of ours takes, one that does not exist, and none.
+            flags |= MAP_SHARED_VALIDATE;
+            flags |= [MAP_SYNC, 0x0100_0000, 0, 0][self.below(4) as usize];
         }
         for (one_in, flag) in [
             (10, MAP_POPULATE),

@@ -278,7 +278,7 @@ impl MmUnderTest for Process {
         let request = MapRequest {
             address: addr,
             length: len,
-            prot: Prot::from_bits_truncate(prot),
+            prot: Prot::from_bits_retain(prot),
             flags: MapFlags::from_bits_retain(flags),
             file,
             offset,
@@ -297,7 +297,7 @@ impl MmUnderTest for Process {
         if prot & !0xf != 0 {
             return Err(Errno::EINVAL);
         }
-        self.call(|space| space.mprotect(addr, len, Prot::from_bits_truncate(prot)))
+        self.call(|space| space.mprotect(addr, len, Prot::from_bits_retain(prot)))
             .map_err(errno)
     }
 
