@@ -285,10 +285,12 @@ impl HostileEnv {
     }
 }
 
-/// Chooses the mutant that the environment variable names.
+/// Chooses the mutant that the environment variable names, where it is one of the library's: those of the caller are in `HostileMmu`.
 #[cfg(kmem_mutants)]
 pub fn select_mutant() {
-    if let Ok(name) = std::env::var("KMEM_MUTANT") {
+    if let Ok(name) = std::env::var("KMEM_MUTANT")
+        && !name.starts_with("caller-")
+    {
         kmem_paging::mutants::select(&name);
     }
 }
