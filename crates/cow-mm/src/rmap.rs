@@ -305,13 +305,14 @@ impl<'m, E: Env> Mm<'m, E> {
             // Every space to which the table may have come by fork.
             let family = place.space.core().entry.family();
             let own = |core: &Core<'m, E>| core.entry.family() == family;
-            self.announce(place.spaces, own);
+            self.announce(place.spaces, own, page);
             // SAFETY: all tables that may lead here were announced, and are flushed before the handle is used: the list is locked, so
             // there are no others.
             let taken = unsafe { cursor.take_shared(page, frame, payload) };
             cursor.release();
             if mutant!("shared-entry-flushed-for-one") {
-                tables.flush_foreign(page);
+                // SAFETY: announced above, as one of its own family.
+                unsafe { tables.resume_foreign(page) }.commit();
             } else {
                 self.flush(place.spaces, own, page);
             }
@@ -361,7 +362,7 @@ impl<'m, E: Env> Mm<'m, E> {
             if let Ok(mut cursor) = tables.cursor(PageRange::single(place.page)) {
                 let family = place.space.core().entry.family();
                 let own = |core: &Core<'m, E>| core.entry.family() == family;
-                self.announce(&spaces, own);
+                self.announce(&spaces, own, place.page);
                 let _ = cursor.clean_shared(place.page, frame);
                 cursor.release();
                 self.flush(&spaces, own, place.page);
@@ -370,16 +371,18 @@ impl<'m, E: Env> Mm<'m, E> {
         });
     }
 
-    fn announce(&self, spaces: &First, who: impl Fn(&Core<'m, E>) -> bool) {
+    /// Announces that the entry of `page` changes in the tables of `who`; [`flush`](Self::flush) follows, of the same with the list still locked.
+    fn announce(&self, spaces: &First, who: impl Fn(&Core<'m, E>) -> bool, page: Page) {
         let _ = self.for_each_space(spaces, who, |space| {
-            space.tables().announce_foreign();
+            core::mem::forget(space.tables().announce_foreign(page));
             ControlFlow::Continue(())
         });
     }
 
     fn flush(&self, spaces: &First, who: impl Fn(&Core<'m, E>) -> bool, page: Page) {
         let _ = self.for_each_space(spaces, who, |space| {
-            space.tables().flush_foreign(page);
+            // SAFETY: `announce` forgot one for each of these spaces: nobody joins the list or a family while it is locked.
+            unsafe { space.tables().resume_foreign(page) }.commit();
             ControlFlow::Continue(())
         });
     }

@@ -149,6 +149,10 @@ unsafe impl Mmu for Machine {
         SPACES.flush_targets(request)
     }
 
+    fn isolates(&self) -> bool {
+        SPACES.isolates()
+    }
+
     fn is_loaded(&self, root: Root) -> bool {
         SPACES.is_loaded(root)
     }

@@ -116,6 +116,7 @@ impl Completion {
 ///   of what the request names before they have dropped it.
 /// - `M4`: entry stores made before a call are visible to the table walks of the CPUs flushed by it.
 /// - `M5`: when `is_loaded(root)` gives `false`, no CPU walks from the root: none has it loaded, lazily or otherwise.
+/// - `M6`: where `isolates()` gives `true`, each root stands for its user root too, in the frame after it: `M1` to `M5` hold of both.
 pub unsafe trait Mmu {
     /// Makes this CPU translate through `root`.
     ///
@@ -157,6 +158,13 @@ pub unsafe trait Mmu {
     fn is_loaded(&self, root: Root) -> bool {
         let _ = root;
         true
+    }
+
+    /// Whether a root may have a second one for user mode, in the frame after its own, that is meant wherever the root is (`M6`).
+    ///
+    /// `false` where the MMU knows one root a space.
+    fn isolates(&self) -> bool {
+        false
     }
 
     /// The CPU that runs this code, so that a shootdown leaves it out.
@@ -201,6 +209,9 @@ unsafe impl<M: Mmu + ?Sized> Mmu for &M {
     }
     fn is_loaded(&self, root: Root) -> bool {
         (**self).is_loaded(root)
+    }
+    fn isolates(&self) -> bool {
+        (**self).isolates()
     }
     fn this_cpu(&self) -> CpuId {
         (**self).this_cpu()

@@ -184,6 +184,12 @@ impl Payload {
     pub const fn number(self) -> u64 {
         self.0
     }
+
+    /// Whether the format has room for it: it may have been made for another one.
+    #[inline(always)]
+    pub(crate) const fn fits<F: Format>(self) -> bool {
+        Self::new::<F>(self.0).is_some()
+    }
 }
 
 /// All that a leaf says about its page, the frame excepted.

@@ -14,7 +14,13 @@ pub enum TableError {
     BadLevels,
     /// The tables that were to be shared have another number of levels, or share tables themselves.
     CannotShare,
+    /// The MMU knows one root a space ([`Mmu::isolates`](kmem_hal::Mmu::isolates)).
+    OneRoot,
 }
+
+/// The tag of a table is fixed: somebody asked for the root, and may have loaded it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RootKnown;
 
 /// Why a range was refused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -173,6 +179,10 @@ errors! {
         Self::Memory(error) => "no frame for a page table: {}", error;
         Self::BadLevels => "the page-table format has no such number of levels";
         Self::CannotShare => "the other table cannot be shared from here";
+        Self::OneRoot => "the MMU does not know of a second root for user mode";
+    }
+    RootKnown {
+        Self => "a CPU may hold translations of the page table under its tag";
     }
     RangeError {
         Self::NotCanonical => "the page-table format does not translate these addresses";

@@ -20,6 +20,8 @@
 //! - `T2`: own entries of the two top tables lead to the same tables, a moment excepted in which the user root lacks one that was just
 //!   added (user mode faults, and finds it when it comes back). They change under the root's lock, before the flush that covers the change.
 //! - `T3`: the user root's borrowed entries are the trampoline table's, which never change (`P3`).
+//! - `T4`: the MMU means the user root wherever it is asked about the root ([`Mmu::isolates`]): it is loaded where either is, and a CPU that ran
+//!   user mode alone is told of every change.
 //!
 //! The kernel leaves CR4.PGE clear: a global translation that it used would be there in user mode too, whatever root is loaded. Linux does the same.
 //!
@@ -31,7 +33,7 @@
 //! Source: Linux arch/x86/mm/pti.c and asm/pgtable.h (`kernel_to_user_pgdp`): the pair of frames. Lipp et al., Meltdown, 2018.
 
 use kmem_hal::{
-    AllocError, Context, Frame, FrameHandle, FrameRequest, FrameSink, FrameSource, Order,
+    AllocError, Context, Frame, FrameHandle, FrameRequest, FrameSink, FrameSource, Mmu, Order,
     OwnedFrame, Page, PhysAddr, PhysMap,
 };
 
@@ -59,7 +61,8 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     ///
     /// # Errors
     ///
-    /// [`TableError`]; [`TableError::BadLevels`] where the format has fewer than four levels.
+    /// [`TableError`]; [`TableError::BadLevels`] where the format has fewer than four levels, [`TableError::OneRoot`] where the environment's
+    /// MMU does not know of user roots.
     #[doc(alias = "pti_clone_user_shared")]
     #[doc(alias = "KPTI")]
     #[doc(alias = "KAISER")]
@@ -92,6 +95,9 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         trampoline: &Node<'_, F>,
         from: usize,
     ) -> Result<Self, TableError> {
+        if !env.mmu().isolates() {
+            return Err(TableError::OneRoot);
+        }
         let levels = kernel.level;
         if levels < FEWEST_LEVELS || F::FIXED_TOP {
             return Err(TableError::BadLevels);

@@ -29,12 +29,14 @@ pub use asid::{AsidArea, AsidMmu, NoKernelRoot};
 pub use attributes::{Attributes, Leaf, MemoryType, Payload, Rights, Soft, SoftBit};
 pub use cache::{TableCache, TableReserve};
 pub use cursor::UnshareStep;
-pub use cursor::{Cleared, Cursor, Divisible, Harvest, Harvested, MapStopped, Replaced, Run};
+pub use cursor::{
+    Cleared, Cursor, Divisible, ForeignFlush, Harvest, Harvested, MapStopped, Replaced, Run,
+};
 pub use dump::{Dump, Graph};
 pub use env::{Env, Parts};
 pub use error::{
-    ChangeError, ForkError, HugeError, MapError, MoveError, QuiesceError, RangeError, TableError,
-    UnshareError,
+    ChangeError, ForkError, HugeError, MapError, MoveError, QuiesceError, RangeError, RootKnown,
+    TableError, UnshareError,
 };
 pub use fork::{ForkItem, ForkStep};
 pub use gather::{FLUSH_CEILING, Gather};

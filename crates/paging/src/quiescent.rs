@@ -13,7 +13,7 @@
 //! Invariants
 //! - `Q1`: while a [`QuiescentTable`] lives, no processor walks from the root: it was never given to anybody, or the MMU says that no CPU
 //!   has it loaded; and whoever loads a root promised that no `QuiescentTable` of it exists ([`Mmu::load_root`]). The exclusive borrow
-//!   keeps everybody else from the table, so that nobody can ask for the root either.
+//!   keeps everybody else from the table, and neither it nor its cursors and gathers give the table away: nobody can ask for the root.
 //! - `Q2`: no other root leads to what a quiescent cursor changes: the table lends nothing, and a table whose share count is not 1 is
 //!   refused at every level of the path, each time that one is entered.
 //! - `Q3`: what left entries behind in caches is still flushed. Translations under the space's tag outlive its last load, so the gather

@@ -24,7 +24,7 @@ use crate::attributes::{Leaf, Payload, Rights};
 use crate::cache::{self, Chain, TableReserve};
 use crate::cursor::Cursor;
 use crate::env::Env;
-use crate::error::{RangeError, TableError};
+use crate::error::{RangeError, RootKnown, TableError};
 use crate::format::{Format, Kind, Word, level};
 use crate::gather::{FLUSH_CEILING, Gather, Stale};
 use crate::mutants::mutant;
@@ -304,9 +304,18 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         }
     }
 
-    /// Gives the space the tag under which CPUs cache its translations. The caller flushed what the tag meant before.
-    pub fn set_asid(&mut self, asid: Asid) {
+    /// Gives the space the tag under which CPUs cache its translations, before anybody asks for the [`root`](Self::root). The caller flushed
+    /// what the tag meant before.
+    ///
+    /// # Errors
+    ///
+    /// [`RootKnown`] where somebody asked for the root: what CPUs hold is under the tag that it had, and is flushed under that one.
+    pub fn set_asid(&mut self, asid: Asid) -> Result<(), RootKnown> {
+        if self.was_given_out() && !mutant!("tag-changes-while-loaded") {
+            return Err(RootKnown);
+        }
         self.asid = asid;
+        Ok(())
     }
 
     /// The levels in use.

@@ -628,7 +628,7 @@ fn what_the_kernel_maps_is_seen_in_every_space_and_flushed_in_all() {
             .map(|_| Table::<X86_64>::sharing(env, &kernel, half).unwrap())
             .collect();
         for (cpu, space) in spaces.iter_mut().enumerate() {
-            space.set_asid(Asid::new(cpu as u16 + 1));
+            space.set_asid(Asid::new(cpu as u16 + 1)).unwrap();
             let root = space.root();
             // SAFETY: as in `World::new`.
             env.machine

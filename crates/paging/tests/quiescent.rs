@@ -51,8 +51,8 @@ fn take_down(env: &'static MockEnv, table: Table) {
 fn a_table_that_some_cpu_has_loaded_is_refused() {
     let env = env(1);
     let (mut table, mut other) = (Table::new(env).unwrap(), Table::new(env).unwrap());
-    table.set_asid(Asid::new(1));
-    other.set_asid(Asid::new(2));
+    table.set_asid(Asid::new(1)).unwrap();
+    other.set_asid(Asid::new(2)).unwrap();
     assert!(table.quiesce().is_ok(), "nobody knows the root");
     load(env, 1, &table);
     assert_eq!(table.quiesce().unwrap_err(), QuiesceError::Loaded);
@@ -78,8 +78,8 @@ fn what_was_cached_under_the_tag_goes() {
     for seed in 0..20 {
         let env = env(seed);
         let (mut table, mut other) = (Table::new(env).unwrap(), Table::new(env).unwrap());
-        table.set_asid(Asid::new(1));
-        other.set_asid(Asid::new(2));
+        table.set_asid(Asid::new(1)).unwrap();
+        other.set_asid(Asid::new(2)).unwrap();
         let range = pages(0x400, 40);
         fill(env, &table, range);
         load(env, 1, &table);

@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, HashMap};
 use kmem_hal::{DeviceFrame, Frame, FrameHandle, Order, Page, PageRange};
 use kmem_paging::format::X86_64;
 use kmem_paging::{
-    Attributes, ChangeError, Divisible, ForkItem, ForkStep, MapError, PageTable, Rights,
-    TableCache, UnshareError, UnshareStep,
+    Attributes, ChangeError, Divisible, ForkItem, ForkStep, Harvest, Harvested, MapError,
+    PageTable, Rights, TableCache, UnshareError, UnshareStep,
 };
 use machine::{Machine, TestEnv};
 use proptest::prelude::*;
@@ -452,4 +452,49 @@ fn a_table_with_attributes_of_its_own_is_copied_where_the_caller_says_so() {
     let leaf = world.spaces[1].table.query(page(FIRST)).leaf().unwrap();
     assert_eq!(leaf.attributes.rights, attributes.rights);
     world.finish();
+}
+
+/// Bits that a harvest cleared before it came to a shared table are told: they are seen once.
+#[test]
+fn a_harvest_that_stops_says_what_it_found() {
+    let machine = Machine::new(64);
+    let parent = Table::new(machine.env()).unwrap();
+    let child = Table::empty_like(machine.env(), &parent).unwrap();
+    let both = span(FIRST, 1024);
+    let used = Attributes::new(Rights::USER_DATA).accessed().dirty();
+    let mut cursor = parent.cursor(both).unwrap();
+    for (index, at) in [FIRST, FIRST + 5, FIRST + 512].into_iter().enumerate() {
+        let frame = Ref::new(1000 + index as u64);
+        cursor
+            .map(page(at), frame, used)
+            .map_err(|(error, _)| error)
+            .unwrap();
+    }
+    drop(cursor);
+    let mut gather = parent.gather::<4>();
+    // SAFETY: one thread, and no cursor is open.
+    let shared = unsafe {
+        parent.fork_sharing(&child, span(FIRST + 512, 512), 1, &mut gather, |_| {
+            ForkStep::Skip
+        })
+    };
+    shared.unwrap();
+    let mut seen = 0;
+    let stopped = parent
+        .cursor(both)
+        .unwrap()
+        .harvest(both, Harvest::all(), &mut gather, |_| seen += 1);
+    let (accessed, dirty) = (2, 2);
+    let at = page(FIRST + 512);
+    assert_eq!(
+        stopped,
+        Err((ChangeError::Shared { at }, Harvested { accessed, dirty }))
+    );
+    assert_eq!(seen, 2);
+    gather.commit(Ref::give_back);
+    drop(gather);
+    for table in [child, parent] {
+        table.destroy(|_, handle| handle.give_back(), |_, _| {});
+    }
+    COUNTS.with_borrow(|counts| assert!(counts.is_empty(), "references are left"));
 }

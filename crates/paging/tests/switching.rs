@@ -9,7 +9,8 @@ mod switching;
 
 use kmem_hal::{FrameRequest, FrameSink, FrameSource, Mmu, OwnedFrame, Page, PageRange};
 use kmem_mock_x86::{Adversary, Registers};
-use kmem_paging::Rights;
+use kmem_paging::format::{Format, X86_64};
+use kmem_paging::{Rights, TableError};
 use switching::{Table, World, switching};
 
 #[test]
@@ -224,4 +225,13 @@ fn both_roots_lead_to_the_same_tables() {
     unsafe { env.mmu.load_root(world.kernel.root(), true) };
     drop_table(&world, table);
     drop_table(&world, child);
+}
+
+/// An MMU that knows one root a space would neither see a CPU in user mode nor flush it.
+#[test]
+fn isolation_asks_for_an_mmu_that_knows_it() {
+    let world = plain(false);
+    let half = Page::containing(X86_64::canonical(4).upper_start().unwrap());
+    let refused = Table::isolated(world.env, &world.kernel, &world.trampoline, half);
+    assert_eq!(refused.unwrap_err(), TableError::OneRoot);
 }

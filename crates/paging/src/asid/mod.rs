@@ -547,6 +547,10 @@ unsafe impl<T: Tlb + Sync, C: Cpu + CpuCall + Sync> Mmu for AsidMmu<'_, T, C> {
         targets
     }
 
+    fn isolates(&self) -> bool {
+        self.isolated
+    }
+
     fn is_loaded(&self, root: Root) -> bool {
         fence(Ordering::SeqCst);
         let name = Name::of(root.frame);

@@ -468,7 +468,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     ///
     /// # Errors
     ///
-    /// As [`update`](Self::update).
+    /// As [`update`](Self::update), with what was found, and cleared, before.
     #[doc(alias = "ptep_test_and_clear_young")]
     #[doc(alias = "page_mkclean")]
     pub fn harvest<const N: usize>(
@@ -477,7 +477,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         bits: Harvest,
         gather: &mut Gather<'_, F, E, H, N>,
         mut visit: impl FnMut(&Leaf),
-    ) -> Result<Harvested, ChangeError> {
+    ) -> Result<Harvested, (ChangeError, Harvested)> {
         let mut found = Harvested::default();
         // A leaf may be shown twice to the closure below (see `update`); it counts once, as it was shown last.
         let mut last: Option<Leaf> = None;
@@ -510,7 +510,10 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         if let Some(previous) = last {
             count(previous);
         }
-        result.map(|_| found)
+        match result {
+            Ok(_) => Ok(found),
+            Err(error) => Err((error, found)),
+        }
     }
 }
 

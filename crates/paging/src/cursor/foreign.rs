@@ -7,11 +7,16 @@
 //! ```text
 //!   announce_foreign   on every one of those tables: whoever fills the hole meanwhile flushes it too
 //!   take_shared        once: all spaces see the same entry
-//!   flush_foreign      on every one of them; only now is the handle what its type says
+//!   commit             of every announcement; only now is the handle what its type says
 //! ```
+//!
+//! An announcement is a value, [`ForeignFlush`], and only its own end takes it back: it counts in `unflushed` beside the gathers (`G1`), and who
+//! took back somebody else's would let that one's frames go unflushed.
 //!
 //! The change needs no memory, and it is made where the entry is: nothing is copied for it. That is the reason for it: what makes room must
 //! not need room.
+
+use core::fmt;
 
 use kmem_hal::{Frame, FrameHandle, Order, Page, PageRange, Trace, TraceEvent};
 
@@ -20,15 +25,27 @@ use crate::attributes::{Attributes, Leaf, Payload};
 use crate::env::Env;
 use crate::format::{Format, Kind};
 use crate::gather::Stale;
+use crate::mutants::mutant;
 use crate::quiescent::Live;
 use crate::table::{Entry, PageTable, decode, index_at};
 
 impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
-    /// Says that an entry that this table may see is about to be changed from outside ([`Cursor::take_shared`]).
+    /// Says that the entry of `page`, which this table may see, is about to be changed from outside ([`Cursor::take_shared`]).
     ///
-    /// Each call is followed by one of [`flush_foreign`](Self::flush_foreign); where it is not, later flushes are dearer.
-    pub fn announce_foreign(&self) {
+    /// The change is flushed when the announcement is [committed](ForeignFlush::commit) or dropped. One that is forgotten makes every
+    /// later flush of the table dearer.
+    pub fn announce_foreign(&self, page: Page) -> ForeignFlush<'_, F, E, H> {
         self.announce();
+        ForeignFlush { table: self, page }
+    }
+
+    /// The announcement of `page` that was forgotten ([`core::mem::forget`]): for a caller that has no room for one value a table.
+    ///
+    /// # Safety
+    ///
+    /// [`announce_foreign`](Self::announce_foreign) of this table gave one for `page`, which was forgotten, and each is resumed at most once.
+    pub unsafe fn resume_foreign(&self, page: Page) -> ForeignFlush<'_, F, E, H> {
+        ForeignFlush { table: self, page }
     }
 
     /// Drops every translation of the space, so that accessed bits that were [cleared](Cursor::clear_accessed) are set again at the next
@@ -45,16 +62,56 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             self.flush(Some(stale), false, 0);
         }
     }
+}
 
-    /// Drops the translations of a page that was changed from outside on every CPU, and waits.
-    pub fn flush_foreign(&self, page: Page) {
+/// An entry that is changed from outside of its table, and not flushed yet: [`PageTable::announce_foreign`].
+///
+/// Counts as an unflushed gather of the table until it is committed. One that is dropped commits itself.
+///
+/// Nobody takes back what another one announced:
+///
+/// ```compile_fail,E0382
+/// # use kmem_hal::{OwnedFrame, Page};
+/// # use kmem_paging::{Env, PageTable, format::X86_64};
+/// fn twice<E: Env>(table: &PageTable<X86_64, E, OwnedFrame>, page: Page) {
+///     let announced = table.announce_foreign(page);
+///     announced.commit();
+///     announced.commit();
+/// }
+/// ```
+#[must_use = "what was announced is flushed when this value is committed"]
+pub struct ForeignFlush<'t, F: Format, E: Env, H: FrameHandle> {
+    table: &'t PageTable<F, E, H>,
+    page: Page,
+}
+
+impl<F: Format, E: Env, H: FrameHandle> ForeignFlush<'_, F, E, H> {
+    /// Drops the translations of the page on every CPU that may hold them, and waits.
+    ///
+    /// Context: as [`Gather::commit`](crate::Gather::commit).
+    pub fn commit(self) {}
+}
+
+impl<F: Format, E: Env, H: FrameHandle> Drop for ForeignFlush<'_, F, E, H> {
+    fn drop(&mut self) {
         // The page itself need not be global: both kinds are dropped.
         let stale = Stale {
             local: true,
-            ..Stale::leaf(PageRange::single(page), self.may_be_global())
+            ..Stale::leaf(PageRange::single(self.page), self.table.may_be_global())
         };
-        self.flush(Some(stale), false, 1);
-        self.retract();
+        if !mutant!("foreign-does-not-flush") {
+            self.table.flush(Some(stale), false, 1);
+        }
+        self.table.retract();
+        if mutant!("foreign-takes-back-two") && self.table.has_unflushed() {
+            self.table.retract();
+        }
+    }
+}
+
+impl<F: Format, E: Env, H: FrameHandle> fmt::Debug for ForeignFlush<'_, F, E, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "ForeignFlush({} of {:?})", self.page, self.table)
     }
 }
 
@@ -102,19 +159,20 @@ impl<F: Format, E: Env, H: FrameHandle> Cursor<'_, F, E, H> {
     }
 
     /// Takes the 4 KiB leaf of `frame` out of the table in which it is, though other spaces share that, and leaves `instead`; `None`, and
-    /// nothing is changed, where no such leaf is there.
+    /// nothing is changed, where no such leaf is there, or `instead` was made for a format with more room.
     ///
     /// # Safety
     ///
-    /// Every table through which an entry may lead here was [announced](PageTable::announce_foreign) before, and is
-    /// [flushed](PageTable::flush_foreign) before the handle is used.
+    /// On every table through which an entry may lead here `page` was [announced](PageTable::announce_foreign) before, and that is
+    /// [committed](ForeignFlush::commit) before the handle is used.
     pub unsafe fn take_shared(
         &mut self,
         page: Page,
         frame: Frame,
         instead: Option<Payload>,
     ) -> Option<(Leaf, H)> {
-        if !self.range.contains(page) {
+        let fits = instead.is_none_or(Payload::fits::<F>);
+        if !self.range.contains(page) || !fits {
             return None;
         }
         let node = self.seek(page, 1);
@@ -164,6 +222,7 @@ impl<F: Format, E: Env, H: FrameHandle> Cursor<'_, F, E, H> {
         let index = index_at::<F>(page.number(), node.level);
         let (frame, order) = handle.into_entry();
         let fits = node.level == 1
+            && payload.fits::<F>()
             && node.load(index) == F::payload(payload)
             && order == Order::ZERO
             && F::can_encode(1, frame, &attributes);
@@ -223,7 +282,8 @@ impl<F: Format, E: Env, H: FrameHandle> Cursor<'_, F, E, H> {
         }
         let node = self.seek(page, 1);
         let index = index_at::<F>(page.number(), node.level);
-        let found = node.level == 1 && node.load(index) == F::payload(payload);
+        let found =
+            node.level == 1 && payload.fits::<F>() && node.load(index) == F::payload(payload);
         if found {
             node.store(index, 0);
             node.sub_live(1);

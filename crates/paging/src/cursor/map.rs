@@ -412,6 +412,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         if !self.range.contains(page) {
             return Err(MapError::OutOfRange);
         }
+        if !payload.fits::<F>() && !mutant!("payload-cut-off") {
+            return Err(MapError::Unencodable);
+        }
         self.place(page, 1, F::payload(payload))
     }
 
@@ -421,7 +424,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     /// # Errors
     ///
     /// [`ChangeError`]; nothing changed. A page inside a huge leaf is refused as [`ChangeError::Unencodable`]: split it
-    /// first.
+    /// first. So is a payload that was made for a format with more room.
     #[doc(alias = "set_swap_pte")]
     pub fn set_payload<const N: usize>(
         &mut self,
@@ -434,6 +437,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         }
         if !gather.belongs_to(self.table) {
             return Err(ChangeError::ForeignGather);
+        }
+        if !payload.fits::<F>() {
+            return Err(ChangeError::Unencodable { at: page });
         }
         let word = F::payload(payload);
         let node = self.seek_own(page, 1)?;

@@ -46,6 +46,7 @@ use kmem_hal::{AllocError, Frame, FrameHandle, Grace, Order, OwnedFrame, Page, P
 
 pub(crate) use change::{Change, Restricted, Unencodable, change_entry};
 pub use change::{Harvest, Harvested};
+pub use foreign::ForeignFlush;
 pub use huge::Divisible;
 pub use map::{MapStopped, Replaced};
 pub use run::Run;
@@ -95,6 +96,14 @@ pub struct Cursor<'t, F: Format, E: Env, H: FrameHandle, S: Liveness = Live> {
     liveness: PhantomData<S>,
 }
 
+impl<'t, F: Format, E: Env, H: FrameHandle> Cursor<'t, F, E, H> {
+    /// The table. A quiescent cursor does not give it, since who has it could ask for the root (`Q1`).
+    #[must_use]
+    pub fn table(&self) -> &'t PageTable<F, E, H> {
+        self.table
+    }
+}
+
 impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> {
     /// The caller has what `S` says.
     pub(crate) fn new(table: &'t PageTable<F, E, H>, range: PageRange) -> Self {
@@ -113,12 +122,6 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
             reserve: TableReserve::empty(table.env()),
             liveness: PhantomData,
         }
-    }
-
-    /// The table.
-    #[must_use]
-    pub fn table(&self) -> &'t PageTable<F, E, H> {
-        self.table
     }
 
     /// The pages that the cursor may touch.

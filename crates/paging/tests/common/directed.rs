@@ -3,9 +3,10 @@ use kmem_hal::{
     Asid, Frame, FrameRequest, FrameSink, FrameSource, Mmu, Order, OwnedFrame, Page, PageRange,
 };
 use kmem_mock_x86::{AccessKind, Adversary, Machine, MemoryMap, Registers};
-use kmem_paging::format::X86_64;
+use kmem_paging::format::{X86_64, X86TwoLevel};
 use kmem_paging::{
-    Attributes, ChangeError, ForkItem, ForkStep, Harvest, PageTable, Rights, TableCache,
+    Attributes, ChangeError, Entry, ForkItem, ForkStep, Harvest, MapError, PageTable, Payload,
+    Rights, RootKnown, TableCache,
 };
 
 use super::hostile_env::HostileEnv;
@@ -44,7 +45,7 @@ impl Room {
         let env = HostileEnv::new(machine, 0x400, 0);
         let mut table = Table::new(env).unwrap();
         if registers == Registers::LONG_PCID {
-            table.set_asid(Asid::new(1));
+            table.set_asid(Asid::new(1)).unwrap();
         }
         for cpu in 0..2 {
             // SAFETY: the machine runs no code from these tables, and they are taken down after the last access.
@@ -263,6 +264,78 @@ pub fn a_moved_frame_outlives_its_old_page() {
     assert_eq!(room.touch(1, 0x400, AccessKind::Read), None);
     drop(moving);
     room.quiet();
+    room.finish();
+}
+
+/// Who flushes a change from outside takes its own announcement back, and not that of a move that waits.
+pub fn a_change_from_outside_is_nobody_elses() {
+    let room = Room::new();
+    room.map(0x400, Rights::USER_DATA);
+    let frame = room.map(0x500, Rights::USER_DATA);
+    for page in [0x400, 0x500] {
+        assert!(room.write(1, page).is_some());
+    }
+    let mut moving = room.table.gather::<1>();
+    room.table
+        .move_range(pages(0x400, 1), at(0x2_0000), &mut moving)
+        .unwrap();
+    let announced = room.table.announce_foreign(at(0x500));
+    let mut cursor = room.table.cursor(pages(0x500, 1)).unwrap();
+    // SAFETY: the one table that leads there was announced, and is flushed before the frame is freed.
+    let taken = unsafe { cursor.take_shared(at(0x500), Frame::from_number(frame), None) };
+    drop(cursor);
+    announced.commit();
+    assert_eq!(room.touch(1, 0x500, AccessKind::Read), None);
+    room.env.pool.free(taken.unwrap().1);
+    // The move is as unflushed as before.
+    room.unmap(pages(0x2_0000, 1));
+    assert_eq!(room.touch(1, 0x400, AccessKind::Read), None);
+    drop(moving);
+    room.quiet();
+    room.finish();
+}
+
+/// A table that somebody may have loaded keeps its tag: what CPUs hold is under that one.
+pub fn a_loaded_table_keeps_its_tag() {
+    let mut room = Room::with(Registers::LONG_PCID);
+    room.map(0x400, Rights::USER_DATA);
+    assert!(room.write(1, 0x400).is_some());
+    let refused = room.table.set_asid(Asid::new(2));
+    room.unmap(pages(0x400, 1));
+    assert_eq!(room.touch(1, 0x400, AccessKind::Read), None);
+    room.quiet();
+    assert_eq!(refused, Err(RootKnown));
+    room.finish();
+}
+
+/// A payload that was made for a format with more room is refused, wherever it may go in, and never cut off.
+pub fn a_payload_of_a_wider_format_is_refused() {
+    let room = Room::new();
+    let wide = Payload::new::<X86_64>(1 << 40 | 5).unwrap();
+    let narrow = Payload::new::<X86TwoLevel>(5).unwrap();
+    let table = PageTable::<X86TwoLevel, _, OwnedFrame>::new(room.env).unwrap();
+    let page = at(0x400);
+    let mut gather = table.gather::<1>();
+    let mut cursor = table.cursor(pages(0x400, 1)).unwrap();
+    assert_eq!(cursor.map_payload(page, wide), Err(MapError::Unencodable));
+    assert_eq!(cursor.query(page), Entry::Empty);
+    cursor.map_payload(page, narrow).unwrap();
+    let refused = Err(ChangeError::Unencodable { at: page });
+    assert_eq!(cursor.set_payload(page, wide, &mut gather), refused);
+    assert!(!cursor.clear_shared(page, wide));
+    let attributes = Attributes::new(Rights::USER_DATA);
+    let frame = cursor
+        .restore(page, wide, room.alloc(Order::ZERO), attributes)
+        .unwrap_err();
+    assert_eq!(cursor.query(page), Entry::Payload(narrow));
+    let number = frame.first();
+    cursor.restore(page, narrow, frame, attributes).unwrap();
+    // SAFETY: nothing is taken.
+    assert!(unsafe { cursor.take_shared(page, number, Some(wide)) }.is_none());
+    assert!(cursor.query(page).leaf().is_some());
+    drop(cursor);
+    drop(gather);
+    table.destroy(|_, frame| room.env.pool.free(frame), |_, _| {});
     room.finish();
 }
 
@@ -685,7 +758,7 @@ pub fn a_table_of_payloads_is_flushed_before_it_is_freed() {
     let room = Room::new();
     let page = 0x410;
     let mut cursor = room.table.cursor(pages(page, 1)).unwrap();
-    let payload = kmem_paging::Payload::new::<X86_64>(77).unwrap();
+    let payload = Payload::new::<X86_64>(77).unwrap();
     cursor.map_payload(at(page), payload).unwrap();
     drop(cursor);
     room.env.machine.set_adversary(Adversary {
@@ -825,7 +898,7 @@ pub fn a_page_that_becomes_global_is_flushed() {
     let room = Room::with(Registers::LONG_PCID);
     room.table.lend_from(at(KERNEL)).unwrap();
     let mut other = Table::sharing(room.env, &room.table, at(KERNEL)).unwrap();
-    other.set_asid(Asid::new(2));
+    other.set_asid(Asid::new(2)).unwrap();
     let load = |table: &Table| {
         // SAFETY: as in `new`.
         room.env
@@ -948,6 +1021,15 @@ pub const ALL: &[(&str, fn())] = &[
         a_page_that_becomes_global_is_flushed,
     ),
     ("a page in each table", a_page_in_each_table),
+    (
+        "a change from outside is nobody else's",
+        a_change_from_outside_is_nobody_elses,
+    ),
+    ("a loaded table keeps its tag", a_loaded_table_keeps_its_tag),
+    (
+        "a payload of a wider format is refused",
+        a_payload_of_a_wider_format_is_refused,
+    ),
     ("a table starts empty", a_table_starts_empty),
     (
         "global pages go with a wide flush",

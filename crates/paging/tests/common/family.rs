@@ -123,7 +123,7 @@ impl World {
             .unwrap();
         let env = HostileEnv::new(machine, 0x400, 0);
         let mut table = Table::new(env).unwrap();
-        table.set_asid(Asid::new(1));
+        table.set_asid(Asid::new(1)).unwrap();
         let mut world = Self {
             env,
             spaces: vec![Space {
@@ -277,7 +277,7 @@ impl World {
         let mut child = Table::empty_like(env, &parent.table).unwrap();
         let taken = |asid: &u16| self.spaces.iter().all(|space| space.asid != *asid);
         let asid = (1..).find(taken).unwrap();
-        child.set_asid(Asid::new(asid));
+        child.set_asid(Asid::new(asid)).unwrap();
         let most = 1 + self.rng.below(2) as usize;
         let range = span(2 << 18, 2 << 18);
         let mut gather = parent.table.gather::<4>();
@@ -379,7 +379,8 @@ impl World {
                     1 => cursor.unmap(range, &mut gather).map(drop),
                     _ => cursor
                         .harvest(range, Harvest::all(), &mut gather, |_| {})
-                        .map(drop),
+                        .map(drop)
+                        .map_err(|(error, _)| error),
                 };
                 drop(cursor);
                 gather.commit(|handle| handle.give_back(env));

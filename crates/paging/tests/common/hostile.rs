@@ -19,8 +19,8 @@ use kmem_mock_x86::{
 use kmem_paging::format::Format;
 use kmem_paging::{
     Attributes, ChangeError, Cleared, Entry, ForkError, ForkItem, ForkStep, Gather, Harvest,
-    HugeError, Leaf, MapError, MemoryType, MoveError, PageTable, Payload, Replaced, Rights, Run,
-    SoftBit, TableCache,
+    Harvested, HugeError, Leaf, MapError, MemoryType, MoveError, PageTable, Payload, Replaced,
+    Rights, Run, SoftBit, TableCache,
 };
 
 use super::hostile_env::{Caller, HostileEnv};
@@ -378,7 +378,7 @@ impl<F: Format> World<F> {
         } else {
             self.free_asids.remove(0)
         };
-        table.set_asid(Asid::new(asid));
+        table.set_asid(Asid::new(asid)).unwrap();
         self.spaces.push(Space::new(table, asid));
         self.spaces.len() - 1
     }
@@ -1355,8 +1355,9 @@ impl<F: Format> World<F> {
             }
         });
         drop(cursor);
-        if let Err(error) = result {
+        if let Err((error, found)) = result {
             assert!(matches!(error, ChangeError::Memory(_)), "{error}");
+            assert_eq!(found, Harvested::default());
             drop(gather);
             return self.unchanged(space);
         }

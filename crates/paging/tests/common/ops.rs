@@ -670,8 +670,8 @@ impl<F: Format> World<F> {
                 drop(gather);
                 let found = match result {
                     Ok(found) => found,
-                    Err(ChangeError::Memory(error)) => return Some(error),
-                    Err(other) => panic!("{other}"),
+                    Err((ChangeError::Memory(error), _)) => return Some(error),
+                    Err((other, _)) => panic!("{other}"),
                 };
                 let mut expected = kmem_paging::Harvested::default();
                 let mut visible = Vec::new();
