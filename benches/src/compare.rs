@@ -27,18 +27,19 @@ mod program {
     use kmem_benches::area::{self, AREAS};
     use kmem_benches::harness::{Options, Runner};
     use kmem_benches::hosted::{self, Switch};
-    use kmem_benches::output;
+    use kmem_benches::output::{self, Row};
 
     /// The host's malloc, but in the processes that measure whole programs over other heaps.
     #[global_allocator]
     static HEAP: Switch = Switch::new();
 
     const USAGE: &str = "\
-usage: compare [AREA] [--quick] [--json FILE] [--only PREFIX]
-  AREA           buddy, slab, paging, fork, vma, vmalloc or all (the default)
-  --quick        small sizes and budgets: less than a minute an area
-  --json FILE    writes all figures there as one JSON array
-  --only PREFIX  runs the workloads whose names begin so
+usage: compare [AREA] [--quick] [--json FILE] [--markdown FILE] [--only PREFIX]
+  AREA             buddy, slab, paging, fork, vma, vmalloc or all (the default)
+  --quick          small sizes and budgets: less than a minute an area
+  --json FILE      writes all figures there as one JSON array
+  --markdown FILE  writes kmem's figures there, each with its peers', as a table
+  --only PREFIX    runs the workloads whose names begin so
 Exit code 0 if every check held, 1 if one failed, 2 for a wrong command line.";
 
     #[derive(Debug, Default, PartialEq)]
@@ -46,6 +47,7 @@ Exit code 0 if every check held, 1 if one failed, 2 for a wrong command line.";
         area: Option<String>,
         quick: bool,
         json: Option<PathBuf>,
+        markdown: Option<PathBuf>,
         only: Option<String>,
         help: bool,
     }
@@ -58,6 +60,7 @@ Exit code 0 if every check held, 1 if one failed, 2 for a wrong command line.";
             match argument.as_str() {
                 "--quick" => parsed.quick = true,
                 "--json" => parsed.json = Some(value("--json")?.into()),
+                "--markdown" => parsed.markdown = Some(value("--markdown")?.into()),
                 "--only" => parsed.only = Some(value("--only")?),
                 "--help" | "-h" => parsed.help = true,
                 area if parsed.area.is_none() && (area == "all" || AREAS.contains(&area)) => {
@@ -113,10 +116,16 @@ Exit code 0 if every check held, 1 if one failed, 2 for a wrong command line.";
                 area::run(name, &mut runner);
             }
         }
-        if let Some(file) = arguments.json
-            && let Err(error) = std::fs::write(&file, output::json(runner.rows()))
-        {
-            runner.problem(format!("{} cannot be written: {error}", file.display()));
+        let files = [
+            (arguments.json, output::json as fn(&[Row]) -> String),
+            (arguments.markdown, output::markdown),
+        ];
+        for (file, write) in files {
+            if let Some(file) = file
+                && let Err(error) = std::fs::write(&file, write(runner.rows()))
+            {
+                runner.problem(format!("{} cannot be written: {error}", file.display()));
+            }
         }
         if runner.rows().is_empty() {
             runner.problem("nothing was measured".into());
@@ -160,7 +169,14 @@ Exit code 0 if every check held, 1 if one failed, 2 for a wrong command line.";
 
         #[test]
         fn nonsense_is_refused() {
-            for line in ["bud", "buddy slab", "--json", "--fast", "buddy --only"] {
+            for line in [
+                "bud",
+                "buddy slab",
+                "--json",
+                "--markdown",
+                "--fast",
+                "buddy --only",
+            ] {
                 assert!(parsed(line).is_err(), "{line}");
             }
         }

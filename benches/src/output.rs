@@ -168,6 +168,45 @@ pub fn line(row: &Row, rows: &[Row]) -> String {
     text
 }
 
+/// All rows as a Markdown table: a line for each figure of kmem's, with what was measured beside it.
+#[must_use]
+pub fn markdown(rows: &[Row]) -> String {
+    let mut text = String::from(
+        "| area | workload | n | threads | unit | kmem, min to max | others, and their ratios to kmem |\n|---|---|---|---|---|---|---|\n",
+    );
+    for row in rows.iter().filter(|row| row.program == "kmem") {
+        let n = row.n.map_or("-".into(), |n| n.to_string());
+        let summary = &row.summary;
+        let _ = write!(
+            text,
+            "| {} | `{}` | {n} | {} | {} | {}, {} to {} | ",
+            row.area,
+            row.workload,
+            row.threads,
+            row.unit.name(),
+            figure(summary.median),
+            figure(summary.min),
+            figure(summary.max)
+        );
+        let others = rows
+            .iter()
+            .filter(|other| other.program != "kmem" && other.is_beside(row));
+        let others: Vec<_> = others
+            .map(|other| {
+                let median = figure(other.summary.median);
+                match ratio(other, rows) {
+                    Some(ratio) => format!("`{}` {median} ({})", other.program, figure(ratio)),
+                    None => format!("`{}` {median}", other.program),
+                }
+            })
+            .collect();
+        text.push_str(if others.is_empty() { "-" } else { "" });
+        text.push_str(&others.join(", "));
+        text.push_str(" |\n");
+    }
+    text
+}
+
 /// The row's median by kmem's: above 1 kmem has the smaller figure.
 #[must_use]
 pub fn ratio(row: &Row, rows: &[Row]) -> Option<f64> {
@@ -224,6 +263,28 @@ mod tests {
         ];
         assert_eq!(parse(&json(&rows)).unwrap(), rows);
         assert_eq!(parse(&json(&[])).unwrap(), []);
+    }
+
+    #[test]
+    fn a_line_of_the_table_has_the_peers_of_its_workload_alone() {
+        let mut elsewhere = row("talc", None, 1, 9.0);
+        elsewhere.workload = "other".into();
+        let rows = [
+            row("kmem", None, 1, 2.0),
+            row("talc", None, 1, 6.0),
+            row("talc", None, 2, 7.0),
+            elsewhere,
+        ];
+        let text = markdown(&rows);
+        let lines: Vec<_> = text.lines().skip(2).collect();
+        assert_eq!(
+            lines,
+            ["| buddy | `pair_o0` | - | 1 | ns | 2.00, 1.00 to 4.00 | `talc` 6.00 (3.00) |"]
+        );
+        assert_eq!(
+            markdown(&[row("kmem", Some(8), 2, 1.0)]).lines().last(),
+            Some("| buddy | `pair_o0` | 8 | 2 | ns | 1.00, 0.500 to 2.00 | - |")
+        );
     }
 
     #[test]
