@@ -10,6 +10,7 @@ mod golden;
 mod image;
 mod models;
 mod mutants;
+mod night;
 mod oracle;
 mod package;
 mod qemu;
@@ -48,6 +49,8 @@ enum Command {
     Counts(counts::Options),
     /// Plants faults in the page tables, one at a time, and sees each noticed on the mock machine.
     Mutants(mutants::Options),
+    /// Runs the tests that have a longer form in it: an hour.
+    Night(night::Options),
     /// Replays the recorded runs of Linux and compares with the list of those that pass.
     Oracle(oracle::Options),
     /// Builds the demo kernel and boots it in QEMU; only the kernel's own success code counts.
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Command::Golden(options) => golden::main(&root, &options),
         Command::NoStd(options) => image::main(&root, &options),
         Command::Mutants(options) => mutants::main(&root, &options),
+        Command::Night(options) => night::main(&root, &options),
         Command::Oracle(options) => oracle::main(&root, &options),
         Command::Counts(options) => counts::main(&root, &options),
         Command::Qemu(options) => qemu::main(&root, &options),
