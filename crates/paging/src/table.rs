@@ -25,7 +25,7 @@ use crate::cache::{self, Chain, TableReserve};
 use crate::cursor::Cursor;
 use crate::env::Env;
 use crate::error::{RangeError, RootKnown, TableError};
-use crate::format::{Format, Kind, Word, level};
+use crate::format::{Format, Kind, Word, is_sound, level};
 use crate::gather::{FLUSH_CEILING, Gather, Stale};
 use crate::mutants::mutant;
 use crate::node::{self, Node, Slots};
@@ -114,6 +114,13 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
 
     /// A table of this root, whose top entries from `borrowed_from` on are another table's.
     pub(crate) fn with_root(env: E, root: Frame, levels: usize, borrowed_from: usize) -> Self {
+        const {
+            let word = core::mem::size_of::<F::Word>();
+            assert!(
+                is_sound(F::LEVELS, F::MIN_LEVELS, word),
+                "the levels of this page-table format do not fit together"
+            );
+        }
         Self {
             root,
             env,

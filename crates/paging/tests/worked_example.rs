@@ -181,12 +181,13 @@ fn sixteen_bits_of_address_and_32_kib_of_memory() {
     let table = PageTable::<Course16, &HostileEnv, OwnedFrame>::new(env).unwrap();
     machine.note_allocated(0, 8);
     let all = PageRange::with_count(Page::ZERO, 16).unwrap();
+    let mut cursor = table.cursor(all).unwrap();
     for (page, number) in MAP {
-        let mut cursor = table.cursor(all).unwrap();
         cursor
             .map(at(page), frame(number), Rights::USER_DATA)
             .unwrap();
     }
+    drop(cursor);
     // SAFETY: the machine runs no code from this table.
     unsafe { env.mmu.load_root(table.root(), false) };
     let cpu = machine.cpu(0).user();

@@ -35,6 +35,8 @@
 //!   the hardware.
 //! - `F4`: the hardware writes a word only where [`Format::is_settled`] is false for it, and then it only sets the
 //!   accessed bit, or the dirty bit of a writable leaf.
+//! - `F5`: level 1 covers single pages, each level above what a table below it covers, and a table fits in a frame. Looked at when the
+//!   crate is compiled for the format.
 //!
 //! Does not handle: two spaces of different formats that share tables.
 
@@ -58,9 +60,10 @@ pub use word::Word;
 pub use x86::X86_PAT;
 pub use x86_64::{X86_64, X86_64La57};
 
-use kmem_hal::{Canonical, Frame, Order};
+use kmem_hal::{Canonical, Frame, Order, PAGE_SIZE};
 
 use crate::attributes::{Attributes, Payload, Rights};
+use crate::table::MAX_LEVELS;
 
 /// One level of a format.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,7 +145,7 @@ impl Patch {
 ///
 /// # Safety
 ///
-/// The implementer promises `F1` to `F4` of the [module](self), and that the words mean to the hardware what the
+/// The implementer promises `F1` to `F5` of the [module](self), and that the words mean to the hardware what the
 /// functions say.
 pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
     /// The word in memory.
@@ -301,6 +304,30 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
         Self::attributes(level, Self::leaf(level, Frame::ZERO, attributes))
     }
 }
+
+/// Whether the levels of a format fit together (`F5`), with words of so many bytes.
+pub(crate) const fn is_sound(levels: &[Level], least: usize, word: usize) -> bool {
+    let mut covered = 0;
+    let mut number = 0;
+    while number < levels.len() {
+        let Level { shift, bits, .. } = levels[number];
+        if shift != covered || bits >= 16 || word << bits > PAGE_SIZE as usize {
+            return false;
+        }
+        covered += bits;
+        number += 1;
+    }
+    1 <= least && least <= levels.len() && levels.len() <= MAX_LEVELS
+}
+
+const _: () = {
+    assert!(is_sound(X86_64::LEVELS, 4, 8));
+    assert!(!is_sound(X86_64::LEVELS, 0, 8) && !is_sound(X86_64::LEVELS, 5, 8));
+    assert!(!is_sound(X86TwoLevel::LEVELS, 2, 8), "tables of two frames");
+    assert!(!is_sound(&[Level::new(1, 9, true)], 1, 8));
+    let gap = [Level::new(0, 9, true), Level::new(10, 9, true)];
+    assert!(!is_sound(&gap, 2, 8));
+};
 
 /// The level with this number, 1 for leaf tables.
 #[inline(always)]
