@@ -154,7 +154,8 @@ pub enum ForkError {
     Range(RangeError),
     /// No frame for the child's tables. Nothing changed.
     Memory(AllocError),
-    /// The callback stopped, or the child had something mapped, at this page. What is below was copied.
+    /// The callback stopped, or the child had something mapped, at this page, or other spaces share the table of a huge leaf that would have
+    /// to be split. What is below was copied.
     Stopped {
         /// The first page that was not copied.
         at: Page,

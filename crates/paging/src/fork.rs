@@ -24,11 +24,11 @@ use crate::cursor::{
     Change, Cursor, Divisible, Restricted, Unencodable, change_entry, mark_shared,
 };
 use crate::env::Env;
-use crate::error::ForkError;
+use crate::error::{ForkError, HugeError};
 use crate::format::{Format, Kind, Word, level};
 use crate::gather::Gather;
 use crate::mutants::mutant;
-use crate::node::{self, Slots};
+use crate::node::{self, Node, Slots};
 use crate::quiescent::Live;
 use crate::table::{Entry, PageTable, decode, index_at};
 
@@ -91,7 +91,8 @@ fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize
     if !F::is_table(LEVEL + 1, word) || F::shared_table(LEVEL + 1, word).is_none() {
         return Ok(None);
     }
-    let mut slots = Slots::new(parent.table().env());
+    let env = parent.table().env();
+    let mut slots = Slots::new(env);
     if node::has_pins(slots.of(F::table_frame(word))) {
         return Ok(None);
     }
@@ -106,6 +107,7 @@ fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize
     // In a table that was there already, one at a time, so that each place is looked at.
     let whole = if into.live() == 1 { whole } else { 1 };
     let mut live = 0;
+    let mut below = 0;
     let mut shared = 0;
     gather.announce();
     let entries = node.entries(first, whole);
@@ -122,6 +124,11 @@ fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize
         };
         F::Word::store(place, word);
         live += u64::from(used);
+        if LEVEL == 2 {
+            // SAFETY: an entry of a locked table points to an attached table.
+            let table = unsafe { Node::<F>::new(env, F::table_frame(word), LEVEL) };
+            below += parent.table().tables_below(&table);
+        }
         shared += 1;
     }
     if shared == 0 {
@@ -129,10 +136,8 @@ fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize
         return Ok(None);
     }
     into.add_live(shared - 1);
-    let below = if LEVEL == 1 { 0 } else { live };
-    child
-        .table()
-        .count_shared((u64::from(shared) + below) as usize, true);
+    let tables = shared as usize + below;
+    child.table().count_shared(tables, true);
     let end = page + u64::from(shared) * covered;
     // Nothing in these pages may be written to any more.
     if !mutant!("share-not-noted") {
@@ -147,7 +152,7 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
     /// pages the child got.
     ///
     /// `step` is called once for each entry, under a table's lock: it must not use cursors of either table. The child is
-    /// new and loaded nowhere.
+    /// new and loaded nowhere. Huge leaves that the range has in part are split before.
     ///
     /// # Errors
     ///
@@ -167,7 +172,7 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
 
     /// As [`fork_into`](Self::fork_into), but tables of level `most` and below that lie in `range` whole are shared: both sides lose the right to
     /// write at the entry above, and what is in them is copied at the first change ([`Cursor::unshare`](crate::Cursor::unshare)). `step` is asked
-    /// about the rest.
+    /// about the rest. The pages of tables of level 2 are counted as if those below were full.
     ///
     /// `most` is 1 for tables of leaves, 2 for a level more: then 1 GiB of 4 KiB pages costs one entry, and its first change two
     /// copies. A shared table's leaves stand for one handle each, however many spaces share it. Tables with pins are not shared (pins are counted in leaf tables
@@ -191,6 +196,7 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
         gather: &mut Gather<'_, F, E, H, N>,
         mut step: impl FnMut(ForkItem) -> ForkStep<H>,
     ) -> Result<u64, (ForkError, Option<H>)> {
+        child.inherit(self);
         self.fork_tables(child, range, most.min(2), gather, &mut step)
     }
 
@@ -210,10 +216,19 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
             .map_err(|error| (ForkError::Range(error), None))?;
         let mut parent = Cursor::new(self, range);
         let mut child = Cursor::new(child, range);
+        let memory = |error| (ForkError::Memory(error), None);
+        let cuts = parent.reserve_cuts().map_err(memory)?;
         if most == 0 && !mutant!("fork-reserves-nothing") {
             child
-                .fill_reserve(parent.tables_in_range())
-                .map_err(|error| (ForkError::Memory(error), None))?;
+                .fill_reserve(parent.tables_in_range() + cuts)
+                .map_err(memory)?;
+        }
+        if cuts > 0 && !mutant!("fork-cuts-no-leaf") {
+            let at = range.first();
+            parent.cut_ends(gather).map_err(|error| match error {
+                HugeError::Memory(error) => memory(error),
+                _ => (ForkError::Stopped { at }, None),
+            })?;
         }
         let mut copied = 0;
         let mut page = range.first().number();

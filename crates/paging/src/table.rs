@@ -73,6 +73,8 @@ pub struct PageTable<F: Format, E: Env, H: FrameHandle> {
     exposed: AtomicBool,
     /// Whether a leaf was ever global.
     global: AtomicBool,
+    /// Whether a table of level 2 ever had a leaf.
+    huge: AtomicBool,
     /// Frames for copies of shared tables when there are no others ([`keep_spares`](Self::keep_spares)).
     spares: Lock<Chain, IrqSafe>,
     /// Whether there is a second root for user mode.
@@ -132,6 +134,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             tables: AtomicUsize::new(1),
             exposed: AtomicBool::new(false),
             global: AtomicBool::new(false),
+            huge: AtomicBool::new(false),
             isolated: false,
             spares: Lock::new(Chain::EMPTY),
             handles: PhantomData,
@@ -557,6 +560,34 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             // Before the entry that it is about.
             self.global.store(true, Ordering::Release);
         }
+    }
+
+    /// Notes that a table of this level gets a leaf.
+    #[inline(always)]
+    pub(crate) fn note_level(&self, number: usize) {
+        if number == 2 && !self.huge.load(Ordering::Relaxed) {
+            self.huge.store(true, Ordering::Relaxed);
+        }
+    }
+
+    /// Notes what `parent` ever held: it is this table's too where they share tables.
+    pub(crate) fn inherit(&self, parent: &Self) {
+        if parent.may_be_global() && !mutant!("share-forgets-global") {
+            self.note_global(Rights::GLOBAL);
+        }
+        if parent.huge.load(Ordering::Relaxed) {
+            self.note_level(2);
+        }
+    }
+
+    /// How many tables a table of level 2 points to. Nobody changes it meanwhile.
+    pub(crate) fn tables_below(&self, table: &Node<'_, F>) -> usize {
+        if !self.huge.load(Ordering::Relaxed) || mutant!("share-counts-huge-leaves") {
+            return table.live() as usize;
+        }
+        let entries = table.entries(0, level::<F>(2).entries());
+        let words = entries.iter().map(F::Word::load);
+        words.filter(|&word| F::is_table(2, word)).count()
     }
 
     /// Whether a leaf may be global.

@@ -256,11 +256,12 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             return Ok(None);
         }
         let live = table.live();
+        let below = self.table.tables_below(&table);
         table.unlock();
         gather.announce();
         node.store(index, 0);
         gather.push_share(table.frame, 2);
-        self.table.count_shared(1 + live as usize, false);
+        self.table.count_shared(1 + below, false);
         *pages += u64::from(live) << level::<F>(2).shift;
         let end = page + (covered - 1);
         if let Some(range) = PageRange::new(Page::from_number(page), Page::from_number(end)) {

@@ -97,6 +97,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         self.reserve_for_map(range, size)
             .map_err(MapError::Memory)?;
         self.table.note_global(attributes.rights);
+        self.table.note_level(number);
         let mut done = 0;
         while done < order.frames() {
             let at = Page::from_number(page.number() + done);

@@ -16,7 +16,7 @@ use crate::error::HugeError;
 use crate::format::{Format, Kind, leaf_level, level};
 use crate::gather::{Gather, Stale};
 use crate::mutants::mutant;
-use crate::node::Node;
+use crate::node::{self, Node};
 use crate::quiescent::Liveness;
 use crate::table::{Entry, decode, index_at};
 
@@ -99,6 +99,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             }
         };
         table.add_live(entries as u32 - u32::from(mutant!("split-counts-one-less")));
+        self.table.note_level(table.level);
         let global = leaf.attributes.rights.contains(Rights::GLOBAL);
         gather.note(Stale::leaf(leaf.range(), global));
         self.table.count_table(table.frame, table.level);
@@ -124,6 +125,29 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         self.reserve.fill::<F>(first + last)
     }
 
+    /// Takes the frames for the tables that the two ends of the cursor's range need, where they cut huge leaves; gives how many.
+    pub(crate) fn reserve_cuts(&mut self) -> Result<usize, AllocError> {
+        self.reserve_splits(self.range)?;
+        Ok(self.reserve.length())
+    }
+
+    /// Splits the huge leaves that the ends of the cursor's range cut.
+    #[cold]
+    pub(crate) fn cut_ends<const N: usize>(
+        &mut self,
+        gather: &mut Gather<'_, F, E, H, N>,
+    ) -> Result<(), HugeError> {
+        for page in [self.range.first(), self.range.last()] {
+            while let Entry::Leaf(leaf) = self.query(page)
+                && !self.range.contains_range(leaf.range())
+            {
+                self.split(page, gather)?;
+            }
+        }
+        self.release();
+        Ok(())
+    }
+
     /// How many tables it takes until `boundary` is between two leaves at `page`.
     fn splits_at(&self, page: Page, boundary: u64) -> usize {
         let Entry::Leaf(leaf) = self.table.query(page) else {
@@ -139,7 +163,8 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     }
 
     /// Puts one leaf of `order` where a full table of leaves of the next smaller size is, that map consecutive frames of
-    /// an aligned block with the same attributes (accessed and dirty bits are joined).
+    /// an aligned block with the same attributes (accessed and dirty bits are joined). A table with
+    /// [pins](Self::add_pins) is left as it is.
     ///
     /// While it runs the pages are absent for a moment: a fault there finds the table's lock taken, and the leaf after it.
     ///
@@ -179,6 +204,14 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         // SAFETY: an entry of the held table points to an attached table, which stays attached while we have the lock.
         let table: Node<'t, F> = unsafe { Node::new(env, F::table_frame(word), target - 1) };
         table.lock(env);
+        // Nobody else comes to lead here while the lock above is held.
+        let others = F::is_shared_table(target, word)
+            && table.shares() > 1
+            && !mutant!("merge-takes-from-others");
+        if others {
+            table.unlock();
+            return Err(HugeError::Shared);
+        }
         let Some((frame, _)) = mergeable(&table, order) else {
             table.unlock();
             return Err(HugeError::NotPossible);
@@ -201,6 +234,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         }
         table.sub_live(level::<F>(table.level).entries() as u32);
         node.store(index, F::leaf(target, frame, &attributes));
+        self.table.note_level(target);
         table.unlock_stray();
         self.table.discount_table(table.frame, table.level);
         gather.push_table(&table);
@@ -211,7 +245,8 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
 /// The block and the joined attributes of a full table of leaves that could be one; the caller holds its lock.
 fn mergeable<F: Format>(table: &Node<'_, F>, order: Order) -> Option<(Frame, Attributes)> {
     let level = level::<F>(table.level);
-    if table.live() != level.entries() as u32 {
+    let pinned = node::has_pins(table.slot) && !mutant!("merge-ignores-pins");
+    if table.live() != level.entries() as u32 || pinned {
         return None;
     }
     let mut all: Option<(Frame, Attributes)> = None;

@@ -229,6 +229,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         }
         let node = self.make_plain_table(number, page)?;
         self.table.note_global(attributes.rights);
+        self.table.note_level(number);
         let template = F::leaf(number, Frame::ZERO, attributes);
         let trace = self.table.env().trace();
         let blocks = order.frames();
@@ -266,7 +267,11 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
             node.add_live(filled as u32);
             self.table.count_table(node.frame, number);
             parent.add_live(1);
-            parent.store(index, F::table(parent.level, node.frame));
+            let word = F::table(parent.level, node.frame);
+            parent.store(index, word);
+            if !mutant!("build-forgets-the-user-root") {
+                self.table.mirror(&parent, index, word);
+            }
         }
         Some(Built {
             pages: filled * blocks,
@@ -519,6 +524,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
             return Err(MapError::Unencodable);
         }
         self.table.note_global(attributes.rights);
+        self.table.note_level(target);
         Ok((target, F::leaf(target, frame, attributes)))
     }
 

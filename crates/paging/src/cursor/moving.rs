@@ -27,7 +27,7 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
     /// Moves what is mapped in `from` to as many pages from `to` on; gives how many pages had something.
     ///
     /// The target must be empty and must not overlap the source. Huge leaves are moved whole where both ends allow it and
-    /// split where not.
+    /// split where not. [Pins](Cursor::add_pins) stay with their tables.
     ///
     /// # Errors
     ///

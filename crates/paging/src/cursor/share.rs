@@ -104,7 +104,11 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         Ok(decode::<F>(page, node.level, word))
     }
 
-    /// Counts `pins` of frames that the leaf table of `page` maps: a fork copies a table with pins, and does not share it.
+    /// Counts `pins` of frames that the leaf table of `page` maps: a fork copies a table with pins, and does not share it, and
+    /// [`merge`](Self::merge) leaves it.
+    ///
+    /// The count is the table's, which does not know whose pins they are: it goes with the table when that is emptied, and
+    /// [`move_range`](crate::PageTable::move_range) leaves it where it is. Who moves pinned pages moves their pins.
     ///
     /// # Errors
     ///

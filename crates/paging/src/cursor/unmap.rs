@@ -87,7 +87,8 @@ impl<F: Format, E: Env, H: Divisible, const N: usize> Drop for Batch<'_, '_, '_,
 }
 
 impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
-    /// Clears every leaf and payload in `range`; gives how many pages they covered.
+    /// Clears every leaf and payload in `range`; gives how many pages they covered. Tables of level 2 whose share is given up are
+    /// counted as if those below were full.
     ///
     /// Payloads are lost; [`unmap_with`](Self::unmap_with) shows them.
     ///

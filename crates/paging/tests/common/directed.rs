@@ -11,6 +11,9 @@ use kmem_paging::{
 
 use super::hostile_env::HostileEnv;
 
+#[path = "directed_sharing.rs"]
+mod sharing;
+
 type Table = PageTable<X86_64, &'static HostileEnv, OwnedFrame>;
 
 fn at(page: u64) -> Page {
@@ -57,6 +60,10 @@ impl Room {
 
     fn alloc(&self, order: Order) -> OwnedFrame {
         self.env.pool.alloc(&FrameRequest::new(order)).unwrap()
+    }
+
+    fn free(&self, frame: OwnedFrame) {
+        self.env.pool.free(frame);
     }
 
     fn map(&self, page: u64, rights: Rights) -> u64 {
@@ -1003,6 +1010,30 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "a gigabyte is cut down to a page",
         a_gigabyte_is_cut_down_to_a_page,
+    ),
+    (
+        "a shared table is not merged",
+        sharing::a_shared_table_is_not_merged,
+    ),
+    (
+        "a table with pins is not merged",
+        sharing::a_table_with_pins_is_not_merged,
+    ),
+    (
+        "global pages of a shared table are flushed",
+        sharing::global_pages_of_a_shared_table_are_flushed,
+    ),
+    (
+        "tables below a shared one are counted",
+        sharing::tables_below_a_shared_one_are_counted,
+    ),
+    (
+        "a fork cuts huge leaves at its ends",
+        sharing::a_fork_cuts_huge_leaves_at_its_ends,
+    ),
+    (
+        "a table built below the top is in both roots",
+        sharing::a_table_built_below_the_top_is_in_both_roots,
     ),
     (
         "a merge joins what its parts knew",

@@ -61,6 +61,8 @@ impl Caller {
 pub struct HostileMmu {
     machine: &'static Machine,
     pub caller: Cell<Caller>,
+    /// Whether spaces may have user roots: for who never loads one.
+    pub isolates: Cell<bool>,
     /// The last requests, for tests that count them.
     pub flushes: Cell<u64>,
     pub interrupted: Cell<u64>,
@@ -165,6 +167,9 @@ unsafe impl Mmu for HostileMmu {
             self.machine.complete(completion);
         }
     }
+    fn isolates(&self) -> bool {
+        self.isolates.get()
+    }
     fn asid_count(&self) -> u16 {
         self.machine.asid_count()
     }
@@ -242,6 +247,7 @@ impl HostileEnv {
             mmu: HostileMmu {
                 machine,
                 caller: Cell::new(Caller::Right),
+                isolates: Cell::new(false),
                 flushes: Cell::new(0),
                 interrupted: Cell::new(0),
             },
