@@ -53,7 +53,7 @@ fn world<F: Format>(setup: Setup, seed: u64, operations: u64) -> Stats {
 
 fn epoch<F: Format>(kind: Kind, seed: u64) -> Stats {
     let _story = Story(kind.name(), seed);
-    world::<F>(Setup::new(kind.registers()), seed, EPOCH)
+    world::<F>(Setup::new::<F>(kind.registers()), seed, EPOCH)
 }
 
 /// Whether anybody notices what the kernel around the tables does wrong.
@@ -62,7 +62,7 @@ fn is_caught(caller: Caller) -> bool {
         let kind = [Kind::Tagged, Kind::Long][seed as usize % 2];
         let setup = Setup {
             caller,
-            ..Setup::new(kind.registers())
+            ..Setup::new::<X86_64>(kind.registers())
         };
         catch_unwind(|| world::<X86_64>(setup, seed, 300)).is_err()
             || catch_unwind(|| crowd::crowd(seed, 40, Adversary::FULL, caller)).is_err()
@@ -81,7 +81,7 @@ fn a_kernel_that_flushes_wrongly_is_caught() {
 #[test]
 fn a_seed_is_a_run() {
     let run = || {
-        let stats = world::<X86_64>(Setup::new(Kind::Tagged.registers()), 77, 200);
+        let stats = world::<X86_64>(Setup::new::<X86_64>(Kind::Tagged.registers()), 77, 200);
         (stats, crowd::crowd(5, 30, Adversary::FULL, Caller::Right))
     };
     assert_eq!(run(), run());

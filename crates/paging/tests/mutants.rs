@@ -48,7 +48,7 @@ const LIMIT: Duration = Duration::from_secs(60);
 fn hostile<F: Format>(kind: Kind, caller: Caller, seed: u64, operations: u64) {
     let setup = Setup {
         caller,
-        ..Setup::new(kind.registers())
+        ..Setup::new::<F>(kind.registers())
     };
     let mut world = World::<F>::new(setup, seed);
     for _ in 0..operations {
@@ -121,6 +121,7 @@ fn trials() -> Vec<Trial> {
     random(Kind::Pae, 2, 200);
     random(Kind::TwoLevel, 3, 200);
     random(Kind::La57, 4, 200);
+    random(Kind::Absent, 5, 200);
     for &(name, run) in directed::ALL {
         trials.push((name.to_owned(), Box::new(move |_| run())));
     }

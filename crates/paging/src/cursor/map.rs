@@ -353,7 +353,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         let result = self.replace_raw(page, frame, order, &attributes);
         match result {
             Ok(before) => {
-                if !matches!(before, Replaced::Leaf(..)) {
+                // A leaf was absent after its flush, until the new one was stored.
+                let absent = F::CACHES_ABSENT && !mutant!("replace-does-not-settle");
+                if absent || !matches!(before, Replaced::Leaf(..)) {
                     self.settle(block(page, order), order);
                 }
                 self.table

@@ -3,7 +3,8 @@
 //! Leaves and payloads are taken out of the old pages and put, as they are, to the new ones; frames stay where they are.
 //! No frame is freed, but the old pages may still be translated until the gather is committed: until then every other
 //! commit on the table flushes everything (`G1`), so that a frame that is unmapped from its new page meanwhile is not
-//! freed while the old page still reaches it (Linux had this bug: CVE-2018-18281).
+//! freed while the old page still reaches it (Linux had this bug: CVE-2018-18281). Where the hardware caches absent entries, the commit flushes
+//! the new pages too.
 //!
 //! Context: the caller keeps faults and other changes away from both ranges (the address space's write lock).
 
@@ -94,10 +95,13 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
                 }
                 moved += pages.frames();
                 if F::kind(number, word) == Kind::Leaf {
-                    self.env().trace().event(TraceEvent::Mapped(
-                        super::map::block(page, pages),
-                        F::leaf_frame(number, word),
-                    ));
+                    let range = super::map::block(page, pages);
+                    if F::CACHES_ABSENT && !mutant!("move-does-not-settle") {
+                        // Announced when the leaf was taken.
+                        gather.note(Stale::leaf(range, F::is_global(number, word)));
+                    }
+                    let frame = F::leaf_frame(number, word);
+                    self.env().trace().event(TraceEvent::Mapped(range, frame));
                 }
             }
             sink.release();

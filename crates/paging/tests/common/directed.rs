@@ -3,7 +3,7 @@ use kmem_hal::{
     Asid, Frame, FrameRequest, FrameSink, FrameSource, Mmu, Order, OwnedFrame, Page, PageRange,
 };
 use kmem_mock_x86::{AccessKind, Adversary, Machine, MemoryMap, Registers};
-use kmem_paging::format::{X86_64, X86TwoLevel};
+use kmem_paging::format::{Format, X86_64, X86TwoLevel};
 use kmem_paging::{
     Attributes, ChangeError, Entry, ForkItem, ForkStep, Harvest, MapError, PageTable, Payload,
     Rights, RootKnown, TableCache,
@@ -11,6 +11,8 @@ use kmem_paging::{
 
 use super::hostile_env::HostileEnv;
 
+#[path = "directed_absent.rs"]
+mod absent;
 #[path = "directed_sharing.rs"]
 mod sharing;
 
@@ -25,9 +27,9 @@ fn pages(first: u64, count: u64) -> PageRange {
 }
 
 /// A machine in plain mode, with two CPUs in one space.
-struct Room {
+struct Room<F: Format = X86_64> {
     env: &'static HostileEnv,
-    table: Table,
+    table: PageTable<F, &'static HostileEnv, OwnedFrame>,
 }
 
 impl Room {
@@ -36,17 +38,24 @@ impl Room {
     }
 
     fn with(registers: Registers) -> Self {
+        Self::of(registers)
+    }
+}
+
+impl<F: Format> Room<F> {
+    fn of(registers: Registers) -> Self {
         let machine = Machine::builder()
             .memory(MemoryMap::pc(32 << 20))
             .cpus(2)
             .registers(registers)
             .adversary(Adversary::OFF)
             .caching(std::env::var_os("KMEM_MOCK_WITHOUT_TLB").is_none())
+            .caches_absent(F::CACHES_ABSENT)
             .watch_kernel(true)
             .build()
             .unwrap();
         let env = HostileEnv::new(machine, 0x400, 0);
-        let mut table = Table::new(env).unwrap();
+        let mut table = PageTable::new(env).unwrap();
         if registers == Registers::LONG_PCID {
             table.set_asid(Asid::new(1)).unwrap();
         }
@@ -101,7 +110,7 @@ impl Room {
 
     fn finish(self) {
         let Self { env, table } = self;
-        let idle = Table::new(env).unwrap();
+        let idle = PageTable::<F, _, OwnedFrame>::new(env).unwrap();
         for cpu in 0..2 {
             // SAFETY: as in `new`.
             env.machine
@@ -1010,6 +1019,14 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "a gigabyte is cut down to a page",
         a_gigabyte_is_cut_down_to_a_page,
+    ),
+    (
+        "a moved page is there though absence is cached",
+        absent::a_moved_page_is_there_though_absence_is_cached,
+    ),
+    (
+        "a replaced page is there though absence is cached",
+        absent::a_replaced_page_is_there_though_absence_is_cached,
     ),
     (
         "a shared table is not merged",

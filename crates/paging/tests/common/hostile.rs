@@ -47,13 +47,14 @@ pub struct Setup {
 }
 
 impl Setup {
-    pub fn new(registers: Registers) -> Self {
+    /// As a format wants the machine.
+    pub fn new<F: Format>(registers: Registers) -> Self {
         Self {
             registers,
             cpus: 3,
             adversary: Adversary::FULL,
             caching: std::env::var_os("KMEM_MOCK_WITHOUT_TLB").is_none(),
-            caches_absent: false,
+            caches_absent: F::CACHES_ABSENT,
             kernel: true,
             caller: Caller::Right,
         }

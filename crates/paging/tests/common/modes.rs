@@ -1,4 +1,8 @@
 // The processor modes that the hostile runs go through: registers, and the format that they walk.
+#[path = "absent.rs"]
+mod absent;
+
+pub use absent::X86Absent;
 use kmem_mock_x86::Registers;
 use kmem_mock_x86::manual::{cr4, efer};
 
@@ -10,15 +14,18 @@ pub enum Kind {
     La57,
     Pae,
     TwoLevel,
+    /// Long mode on a processor that remembers absent entries.
+    Absent,
 }
 
 impl Kind {
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::Long,
         Self::Tagged,
         Self::La57,
         Self::Pae,
         Self::TwoLevel,
+        Self::Absent,
     ];
 
     pub fn name(self) -> &'static str {
@@ -28,6 +35,7 @@ impl Kind {
             Self::La57 => "la57",
             Self::Pae => "pae",
             Self::TwoLevel => "two-level",
+            Self::Absent => "absent",
         }
     }
 
@@ -37,7 +45,7 @@ impl Kind {
             ..Registers::PROTECTED
         };
         match self {
-            Self::Long => Registers::LONG,
+            Self::Long | Self::Absent => Registers::LONG,
             Self::Tagged => Registers {
                 cr4: Registers::LONG_PCID.cr4 | cr4::PKE | cr4::SMEP | cr4::SMAP,
                 ..Registers::LONG_PCID
@@ -77,6 +85,10 @@ macro_rules! with_format {
             }
             $crate::modes::Kind::TwoLevel => {
                 type $format = kmem_paging::format::X86TwoLevel;
+                $run
+            }
+            $crate::modes::Kind::Absent => {
+                type $format = $crate::modes::X86Absent;
                 $run
             }
         }
