@@ -13,8 +13,8 @@
 use core::ops::ControlFlow;
 
 use kmem_hal::{
-    AllocError, Context, Cpu, CpuCall, Frame, FrameRange, FrameRequest, FrameSource, Mobility,
-    NodeId, NodePolicy, Order, OwnedFrame, PhysMap, Pressure, PressureLevel, RawLock,
+    AllocError, Context, Cpu, CpuCall, CpuId, Frame, FrameRange, FrameRequest, FrameSource,
+    Mobility, NodeId, NodePolicy, Order, OwnedFrame, PhysMap, Pressure, PressureLevel, RawLock,
 };
 
 use crate::buddy::Buddy;
@@ -24,7 +24,7 @@ use crate::state::{State, frame_limit};
 use crate::zone::bits::TOP;
 use crate::zone::core::{Core, FEW, Give, STEP};
 use crate::zone::kind::{MigrateType, ZoneKind};
-use crate::zone::{Mark, Zone};
+use crate::zone::{Mark, Zone, segment};
 
 /// How often reclaim may say that it freed something before a request is refused all the same.
 const RETRIES: u32 = 16;
@@ -588,5 +588,28 @@ unsafe impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> F
         give: &mut dyn FnMut(OwnedFrame),
     ) -> Result<usize, AllocError> {
         self.alloc_bulk(request, count, give)
+    }
+
+    /// 1 before `init`.
+    fn node_count(&self) -> u16 {
+        self.state().map_or(1, |state| state.nodes as u16)
+    }
+
+    fn node_of_cpu(&self, cpu: CpuId) -> NodeId {
+        self.state()
+            .map_or(NodeId::ZERO, |state| state.node_of(cpu))
+    }
+
+    fn node_of_frame(&self, frame: Frame) -> NodeId {
+        let zone = self.state().and_then(|state| {
+            let segment = segment::find(state.segments, frame.number())?;
+            state.zones.get(segment.zone as usize)
+        });
+        zone.map_or(NodeId::ZERO, |zone| zone.node)
+    }
+
+    fn node_distance(&self, from: NodeId, to: NodeId) -> u8 {
+        self.state()
+            .map_or(10, |state| state.distance_between(from, to))
     }
 }

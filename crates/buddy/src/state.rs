@@ -225,6 +225,11 @@ impl<L: RawLock + 'static> State<L> {
         nearest(self.nodes, (self.cpu_node)(cpu), self.distance)
     }
 
+    /// How far one node is from another.
+    pub fn distance_between(&self, from: NodeId, to: NodeId) -> u8 {
+        (self.distance)(from, to)
+    }
+
     /// The zones that node `node` asks, in order.
     #[inline]
     pub fn list(&self, node: usize) -> &'static [u16] {

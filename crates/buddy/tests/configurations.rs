@@ -179,6 +179,14 @@ fn sixty_four_nodes_and_4096_cpus() {
     // SAFETY: X1: the test's own memory, which only this allocator has.
     unsafe { buddy.init(&mut map, &config) }.unwrap();
     assert_eq!(buddy.zones().count(), 64);
+    // What the slab allocator asks.
+    assert_eq!(buddy.node_count(), 64);
+    assert_eq!(buddy.node_of_cpu(CpuId::new(65)), NodeId::new(1));
+    assert_eq!(buddy.node_distance(NodeId::new(3), NodeId::new(5)), 14);
+    for (frame, node) in [(0, 0), (4095, 0), (4096, 1), (64 * 4096 - 1, 63)] {
+        let frame = Frame::from_number(frame);
+        assert_eq!(buddy.node_of_frame(frame), NodeId::new(node));
+    }
     // CPUs that are not online cost a pointer each and nothing else: one CPU of 64 zones takes 64 arrays.
     let frames = (64 * NODE) >> 12;
     let budget = frames * 15 / 100 + 64 * 4096 + 4096 * 8 + 64 * 64 * 2 + 64 * 1024;
@@ -278,9 +286,12 @@ fn a_cpu_of_a_node_without_memory_asks_the_nearest_one() {
     for (cpu, node) in [(0, 1), (1, 0), (2, 2)] {
         CURRENT.set(cpu);
         buddy.cpu_online(CpuId::new(cpu)).unwrap();
+        let nearest = buddy.node_of_cpu(CpuId::new(cpu));
+        assert_eq!(u64::from(nearest.get()), node);
         for request in [FrameRequest::ONE, FrameRequest::ONE.movable(), order9] {
             let frame = buddy.alloc(&request).unwrap();
             assert_eq!(frame.first().number() / (NODE >> 12), node, "CPU {cpu}");
+            assert_eq!(buddy.node_of_frame(frame.first()), nearest);
             buddy.free(frame);
         }
         let range = buddy

@@ -7,6 +7,7 @@
 use core::fmt;
 
 use crate::addr::PhysAddr;
+use crate::cpu::CpuId;
 use crate::frame::{Frame, Order};
 use crate::owned::OwnedFrame;
 
@@ -287,6 +288,35 @@ pub unsafe trait FrameSource {
         }
         Ok(count)
     }
+
+    /// How many memory nodes there are: their numbers are below that. A source that says nothing has one.
+    #[doc(alias = "num_possible_nodes")]
+    #[inline]
+    fn node_count(&self) -> u16 {
+        1
+    }
+
+    /// The node whose memory is nearest to `cpu`: what [`NodePolicy::Local`] begins with.
+    #[doc(alias = "cpu_to_mem")]
+    #[inline]
+    fn node_of_cpu(&self, cpu: CpuId) -> NodeId {
+        let _ = cpu;
+        NodeId::ZERO
+    }
+
+    /// The node that a frame of this source lies in.
+    #[doc(alias = "page_to_nid")]
+    #[inline]
+    fn node_of_frame(&self, frame: Frame) -> NodeId {
+        let _ = frame;
+        NodeId::ZERO
+    }
+
+    /// How far `to` is from `from`: more is farther (SLIT: 10 is local).
+    #[inline]
+    fn node_distance(&self, from: NodeId, to: NodeId) -> u8 {
+        if from == to { 10 } else { 20 }
+    }
 }
 
 /// Takes frames back.
@@ -320,6 +350,22 @@ unsafe impl<S: FrameSource + ?Sized> FrameSource for &S {
         give: &mut dyn FnMut(OwnedFrame),
     ) -> Result<usize, AllocError> {
         (**self).alloc_batch(request, count, give)
+    }
+    #[inline]
+    fn node_count(&self) -> u16 {
+        (**self).node_count()
+    }
+    #[inline]
+    fn node_of_cpu(&self, cpu: CpuId) -> NodeId {
+        (**self).node_of_cpu(cpu)
+    }
+    #[inline]
+    fn node_of_frame(&self, frame: Frame) -> NodeId {
+        (**self).node_of_frame(frame)
+    }
+    #[inline]
+    fn node_distance(&self, from: NodeId, to: NodeId) -> u8 {
+        (**self).node_distance(from, to)
     }
 }
 

@@ -12,6 +12,7 @@ use crate::array::{Array, Slot};
 use crate::depot::Depot;
 use crate::grow::object_at;
 use crate::misuse::Misuse;
+use crate::node::CacheNode;
 use crate::platform::Platform;
 use crate::raw::RawCache;
 use crate::refill::fill;
@@ -22,12 +23,16 @@ use crate::system::SlabSystem;
 const VISITS: usize = 64;
 
 impl<P: Platform> SlabSystem<P> {
-    /// An object without the head.
-    pub(crate) fn alloc_direct(&self, cache: &RawCache<P::Lock>) -> Option<NonNull<u8>> {
-        let object = match cache.depot.try_lock() {
+    /// An object of a node without the head; of any node where the depot's lock cannot be had.
+    pub(crate) fn alloc_direct(
+        &self,
+        cache: &RawCache<P::Lock>,
+        node: &CacheNode<P::Lock>,
+    ) -> Option<NonNull<u8>> {
+        let object = match node.depot.try_lock() {
             Some(mut depot) => {
-                settle(cache, &mut depot);
-                take_from_depot(cache, &mut depot)
+                settle(cache, node, &mut depot);
+                take_from_depot(cache, node, &mut depot)
             }
             None => {
                 // Remote words only: descriptors never vanish, and a claimed bit keeps its slab alive (slab I1, I4).
@@ -48,16 +53,29 @@ impl<P: Platform> SlabSystem<P> {
         object
     }
 
+    /// An object of a node from its slabs or arrays, past the head.
+    pub(crate) fn alloc_from_depot(
+        &self,
+        cache: &RawCache<P::Lock>,
+        node: &CacheNode<P::Lock>,
+    ) -> Option<NonNull<u8>> {
+        let object = self
+            .with_depot(cache, node, |depot| take_from_depot(cache, node, depot))
+            .flatten()?;
+        cache.direct_allocs.fetch_add(1, Ordering::Relaxed);
+        Some(object)
+    }
+
     /// Takes an object back without the head.
     pub(crate) fn free_direct(&self, cache: &RawCache<P::Lock>, object: NonNull<u8>) {
         cache.direct_frees.fetch_add(1, Ordering::Relaxed);
         let Some((slab, number)) = self.check_object(cache, object.as_ptr()) else {
             return;
         };
-        let number = usize::from(number);
-        let given = match cache.depot.try_lock() {
+        let (number, node) = (usize::from(number), cache.node(slab.node()));
+        let given = match node.depot.try_lock() {
             Some(mut depot) => {
-                settle(cache, &mut depot);
+                settle(cache, node, &mut depot);
                 let given = slab.give_back(number);
                 depot.relist(slab);
                 given
@@ -65,7 +83,7 @@ impl<P: Platform> SlabSystem<P> {
             None => {
                 let given = slab.give_back_remote(number);
                 // The next holder of the lock merges it.
-                cache.pending.push(slab);
+                node.pending.push(slab);
                 given
             }
         };
@@ -80,10 +98,11 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
-    /// Runs `f` under the depot's lock, from any context; `None` where this CPU was interrupted while it used the cache.
+    /// Runs `f` under the lock of a node's depot, from any context; `None` where this CPU was interrupted while it used the cache.
     pub(crate) fn with_depot<R>(
         &self,
         cache: &RawCache<P::Lock>,
+        node: &CacheNode<P::Lock>,
         f: impl FnOnce(&mut Depot) -> R,
     ) -> Option<R> {
         // SAFETY: a cache exists, so the system is ready.
@@ -93,10 +112,10 @@ impl<P: Platform> SlabSystem<P> {
             None => None,
         };
         let mut depot = match &busy {
-            Some(_) => cache.depot.lock(), // refill I1
-            None => cache.depot.try_lock()?,
+            Some(_) => node.depot.lock(), // refill I1
+            None => node.depot.try_lock()?,
         };
-        settle(cache, &mut depot);
+        settle(cache, node, &mut depot);
         Some(f(&mut depot))
     }
 }
@@ -104,6 +123,7 @@ impl<P: Platform> SlabSystem<P> {
 /// One object from the slabs, or else from an array of the depot.
 fn take_from_depot<L: kmem_hal::RawLock>(
     cache: &RawCache<L>,
+    node: &CacheNode<L>,
     depot: &mut Depot,
 ) -> Option<NonNull<u8>> {
     let mut one: Slot = ptr::null_mut();
@@ -125,16 +145,20 @@ fn take_from_depot<L: kmem_hal::RawLock>(
             depot.spare.push(full);
         }
     }
-    cache.held.set(depot.full.objects() as u32);
+    node.held.set(depot.full.objects() as u32);
     NonNull::new(one)
 }
 
 /// Merges and lists what contexts without the lock have freed into, and buries what they gave up.
-pub(crate) fn settle<L: kmem_hal::RawLock>(cache: &RawCache<L>, depot: &mut Depot) {
-    if !cache.pending.any() {
+pub(crate) fn settle<L: kmem_hal::RawLock>(
+    cache: &RawCache<L>,
+    node: &CacheNode<L>,
+    depot: &mut Depot,
+) {
+    if !node.pending.any() {
         return;
     }
-    cache.pending.take(|slab: &Slab| {
+    node.pending.take(|slab: &Slab| {
         if slab.objects() > 0 && slab.bucket.get() != RETIRED {
             let twice = slab.merge();
             cache.misuses.fetch_add(twice as u64, Ordering::Relaxed);

@@ -11,8 +11,8 @@
 
 use core::ptr::{self, NonNull};
 
-use kmem_hal::Cpu;
 use kmem_hal::sync::Ordering;
+use kmem_hal::{Cpu, RawLock};
 
 use crate::array::{Array, Slot};
 use crate::depot::Depot;
@@ -20,6 +20,7 @@ use crate::direct::settle;
 use crate::grow::{object_at, retire};
 use crate::head::{Busy, Head};
 use crate::misuse::Misuse;
+use crate::node::CacheNode;
 use crate::platform::Platform;
 use crate::raw::RawCache;
 use crate::slab::Slab;
@@ -36,28 +37,35 @@ impl<P: Platform> SlabSystem<P> {
         // SAFETY: a cache exists, so the system is ready.
         let pin = unsafe { self.platform_unchecked() }.cpu().pin();
         match self.head(cache, &pin).and_then(Head::enter) {
-            Some(busy) => self.put(cache, &busy, object),
+            Some(busy) => self.put(cache, self.node_of_cpu(cache, pin.id()), &busy, object),
             None => self.free_direct(cache, object),
         }
     }
 
     /// Puts an object into the loaded array after making room.
-    fn put(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>, object: NonNull<u8>) {
-        self.answer_drain(cache, busy);
+    fn put(
+        &self,
+        cache: &RawCache<P::Lock>,
+        own: &CacheNode<P::Lock>,
+        busy: &Busy<'_>,
+        object: NonNull<u8>,
+    ) {
+        self.answer_drain(cache, own, busy);
         let head = busy.head();
         if busy.push(object) {
             return;
         }
         if head.capacity() == 0 {
-            if self.install(cache, busy) && busy.push(object) {
+            if self.install(cache, own, busy) && busy.push(object) {
                 return;
             }
             return self.free_locked(cache, object);
         }
         if head.spare_len() > 0 {
             let streak = busy.note_event();
-            if !self.exchange_full(cache, busy, streak) {
-                cache.adapt_limit(streak, head.capacity());
+            let node = self.send_home(cache, own, busy);
+            if head.spare_len() > 0 && !self.exchange_full(cache, node, busy, streak) {
+                node.adapt_limit(cache.geometry(), streak, head.capacity());
                 self.flush_spare(cache, busy);
             }
         }
@@ -66,10 +74,16 @@ impl<P: Platform> SlabSystem<P> {
         debug_assert!(pushed, "an empty array has room");
     }
 
-    /// Exchanges the full spare array for an empty one at the depot; `false` where the depot is full or has none.
-    fn exchange_full(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>, streak: u32) -> bool {
+    /// Exchanges the full spare array for an empty one at the node's depot; `false` where the depot is full or has none.
+    fn exchange_full(
+        &self,
+        cache: &RawCache<P::Lock>,
+        node: &CacheNode<P::Lock>,
+        busy: &Busy<'_>,
+        streak: u32,
+    ) -> bool {
         let n = busy.head().spare_len();
-        if cache.held.get() as usize + n > cache.limit.get() as usize {
+        if node.held.get() as usize + n > node.limit.get() as usize {
             return false;
         }
         let wanted = Self::wanted_slots(cache, busy, streak);
@@ -79,12 +93,12 @@ impl<P: Platform> SlabSystem<P> {
                 unsafe { depot.full.push(full) };
             }
             busy.add_given(n);
-            cache.held.set(depot.full.objects() as u32);
+            node.held.set(depot.full.objects() as u32);
             depot.exchanges += 1;
         };
         let mut other = None;
         {
-            let mut depot = cache.depot.lock(); // I1: busy is set
+            let mut depot = node.depot.lock(); // I1: busy is set
             if let Some(empty) = depot.spare.pop() {
                 // SAFETY: the array was the depot's and is this call's now.
                 if unsafe { empty.as_ref() }.capacity() == wanted {
@@ -106,7 +120,7 @@ impl<P: Platform> SlabSystem<P> {
             (Err(_), Some(other)) => other,
             (Err(_), None) => return false,
         };
-        exchange(&mut cache.depot.lock(), empty);
+        exchange(&mut node.depot.lock(), empty);
         true
     }
 
@@ -125,16 +139,26 @@ impl<P: Platform> SlabSystem<P> {
     }
 
     /// Empties both arrays into the slabs if a drain was asked for since the last time.
-    pub(crate) fn answer_drain(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>) {
+    pub(crate) fn answer_drain(
+        &self,
+        cache: &RawCache<P::Lock>,
+        own: &CacheNode<P::Lock>,
+        busy: &Busy<'_>,
+    ) {
         let asked = self.drain.load(Ordering::Relaxed) as u32;
         if busy.head().drained.get() != asked {
             busy.head().drained.set(asked);
-            self.drain_head(cache, busy);
+            self.drain_head(cache, own, busy);
         }
     }
 
-    /// Empties both arrays of a head into the slabs; grown arrays go as well.
-    pub(crate) fn drain_head(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>) {
+    /// Empties both arrays of a head into the slabs; grown arrays go as well, the others to the depot of the CPU's node.
+    pub(crate) fn drain_head(
+        &self,
+        cache: &RawCache<P::Lock>,
+        own: &CacheNode<P::Lock>,
+        busy: &Busy<'_>,
+    ) {
         let head = busy.head();
         let cached = head.cached();
         if cached == 0 && head.capacity() <= cache.geometry().array() {
@@ -148,24 +172,29 @@ impl<P: Platform> SlabSystem<P> {
                 let n = array.as_ref().len();
                 array.as_ref().set_len(0);
                 self.flush(cache, Array::slots(array.as_ptr()), n);
-                self.drop_array(cache, array);
+                self.drop_array(cache, own, array);
             }
         }
-        cache.limit.set(cache.geometry().array() as u32);
+        own.limit.set(cache.geometry().array() as u32);
     }
 
-    /// Keeps an empty array for the next head that needs one, or frees it where it had grown. The busy flag is set.
+    /// Keeps an empty array for the next head of the node that needs one, or frees it where it had grown. The busy flag is set.
     ///
     /// # Safety
     ///
     /// The array belongs to the caller, who gives it up.
-    pub(crate) unsafe fn drop_array(&self, cache: &RawCache<P::Lock>, array: NonNull<Array>) {
+    pub(crate) unsafe fn drop_array(
+        &self,
+        cache: &RawCache<P::Lock>,
+        node: &CacheNode<P::Lock>,
+        array: NonNull<Array>,
+    ) {
         // SAFETY: the caller's promise.
         unsafe {
             if array.as_ref().capacity() > cache.geometry().array() {
                 self.free_array(array);
             } else {
-                cache.depot.lock().spare.push(array); // I1: busy is set
+                node.depot.lock().spare.push(array); // I1: busy is set
             }
         }
     }
@@ -197,14 +226,38 @@ impl<P: Platform> SlabSystem<P> {
         let mut numbers = [0u16; BATCH];
         // SAFETY: the caller's promise.
         let n = unsafe { self.resolve(cache, slots, &mut numbers[..n]) };
+        let mut done = 0;
+        while done < n {
+            // SAFETY: `resolve` left `n` pointers to descriptors of this cache, of which `done` are dealt with.
+            unsafe {
+                let (slots, numbers) = (slots.add(done), &mut numbers[done..n]);
+                let (node, count) = of_one_node(cache, slots, numbers);
+                self.flush_resolved(cache, node, slots, &numbers[..count]);
+                done += count;
+            }
+        }
+    }
+
+    /// Sets the bits of objects of one node.
+    ///
+    /// # Safety
+    ///
+    /// As many slots as numbers hold pointers to descriptors of this cache and node; the rest as `flush`.
+    unsafe fn flush_resolved(
+        &self,
+        cache: &RawCache<P::Lock>,
+        node: &CacheNode<P::Lock>,
+        slots: *mut Slot,
+        numbers: &[u16],
+    ) {
         let mut twice = 0;
         let retired = {
-            let mut depot = cache.depot.lock();
-            settle(cache, &mut depot);
+            let mut depot = node.depot.lock();
+            settle(cache, node, &mut depot);
             depot.flushes += 1;
-            for (at, &number) in numbers[..n].iter().enumerate() {
+            for (at, &number) in numbers.iter().enumerate() {
                 let number = usize::from(number);
-                // SAFETY: `resolve` left `n` pointers to descriptors of this cache, which live as long as it.
+                // SAFETY: the caller's promise; descriptors live as long as their cache.
                 let slab: &Slab = unsafe { &*(*slots.add(at)).cast::<Slab>() };
                 if slab.give_back(number) {
                     depot.relist(slab);
@@ -232,7 +285,7 @@ impl<P: Platform> SlabSystem<P> {
             );
         }
         self.give_slabs_back(cache, retired, |bury| {
-            bury(&mut cache.depot.lock()); // I1: busy is set
+            bury(&mut node.depot.lock()); // I1: busy is set
             true
         });
     }
@@ -271,4 +324,33 @@ impl<P: Platform> SlabSystem<P> {
         // SAFETY: one object that the caller gave up; the caller has set the busy flag.
         unsafe { self.flush(cache, &raw mut one, 1) };
     }
+}
+
+/// Moves the descriptors that are of the first one's node to the front, with their numbers; answers the node and how many.
+///
+/// # Safety
+///
+/// As many slots as numbers, at least one, hold pointers to descriptors of this cache.
+#[inline]
+unsafe fn of_one_node<'c, L: RawLock>(
+    cache: &'c RawCache<L>,
+    slots: *mut Slot,
+    numbers: &mut [u16],
+) -> (&'c CacheNode<L>, usize) {
+    if cache.nodes == 1 {
+        return (&cache.first, numbers.len());
+    }
+    // SAFETY: the caller's promise; descriptors live as long as their cache.
+    let node_at = |at: usize| unsafe { &*(*slots.add(at)).cast::<Slab>() }.node();
+    let id = node_at(0);
+    let mut count = 0;
+    for at in 0..numbers.len() {
+        if node_at(at) == id {
+            numbers.swap(count, at);
+            // SAFETY: both are below the number of slots.
+            unsafe { ptr::swap(slots.add(count), slots.add(at)) };
+            count += 1;
+        }
+    }
+    (cache.node(id), count)
 }

@@ -5,12 +5,16 @@
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{AllocError, Cpu, Frame, FrameRequest, FrameTag, Order, PhysMap, TraceEvent};
+use kmem_hal::{
+    AllocError, Cpu, Frame, FrameRequest, FrameSource, FrameTag, NodeId, NodePolicy, Order,
+    PhysMap, TraceEvent,
+};
 
 use crate::block;
 use crate::depot::Depot;
 use crate::direct::settle;
 use crate::head::Head;
+use crate::node::within;
 use crate::platform::Platform;
 use crate::raw::RawCache;
 use crate::slab::Slab;
@@ -27,17 +31,23 @@ impl<P: Platform> SlabSystem<P> {
         let object = object_at(cache, slab, 0);
         // SAFETY: a cache exists, so the system is ready.
         let pin = unsafe { self.platform_unchecked() }.cpu().pin();
+        let node = cache.node(slab.node());
+        let local = request.node == NodePolicy::Local;
+        if local {
+            self.node_of_cpu(cache, pin.id()).served_by(node.id);
+        }
         let busy = self.head(cache, &pin).and_then(Head::enter);
         let depot = match &busy {
-            Some(_) => Some(cache.depot.lock()), // refill I1
-            None => cache.depot.try_lock(),
+            Some(_) => Some(node.depot.lock()), // refill I1
+            None => node.depot.try_lock(),
         };
         if let Some(mut depot) = depot {
-            settle(cache, &mut depot);
+            settle(cache, node, &mut depot);
             slab.release_from(1);
             depot.relist(slab);
             // The next calls are served without another look at the depot.
             if let Some(busy) = &busy
+                && local
                 && busy.head().capacity() > 0
                 && busy.head().loaded_len() == 0
             {
@@ -45,7 +55,7 @@ impl<P: Platform> SlabSystem<P> {
             }
         } else {
             slab.release_from_remote(1);
-            cache.pending.push(slab);
+            node.pending.push(slab);
         }
         match busy {
             Some(busy) => busy.count_alloc(),
@@ -65,13 +75,6 @@ impl<P: Platform> SlabSystem<P> {
         // SAFETY: a cache exists, so the system is ready.
         let platform = unsafe { self.platform_unchecked() };
         let geometry = cache.geometry();
-        let dead = self.with_depot(cache, Depot::exhume).flatten();
-        let slab = match dead {
-            Some(slab) => slab,
-            None => self.new_descriptor(cache)?,
-        };
-        // SAFETY: descriptors live as long as their cache.
-        let slab: &Slab = unsafe { slab.as_ref() };
         // Large slabs waste less; a fragmented machine still gets small ones.
         let least = geometry.least_order();
         let mut order = geometry.order();
@@ -83,11 +86,16 @@ impl<P: Platform> SlabSystem<P> {
             };
             match block::take_for(platform, &request, FrameTag::Slab) {
                 Ok(block) => break block,
-                Err(error) if order <= least => {
-                    self.bury(cache, slab);
-                    return Err(error);
-                }
+                Err(error) if order <= least => return Err(error),
                 Err(_) => order = Order::new(order.get() - 1).unwrap_or(least),
+            }
+        };
+        let slab = match self.descriptor_for(cache, frame) {
+            Ok(slab) => slab,
+            Err(error) => {
+                // SAFETY: taken above, and nobody else knows it.
+                unsafe { block::give(platform, frame, order) };
+                return Err(error);
             }
         };
         let pages = geometry.pages().min(order.frames());
@@ -119,15 +127,24 @@ impl<P: Platform> SlabSystem<P> {
         Ok(slab)
     }
 
-    /// Puts a descriptor without memory, which is the caller's, where the next slab finds it.
-    fn bury(&self, cache: &RawCache<P::Lock>, slab: &Slab) {
-        if self.with_depot(cache, |depot| depot.bury(slab)).is_none() {
-            slab.give_up();
-            cache.pending.push(slab);
+    /// A descriptor without memory, which is the caller's, of the node that `frame` lies in.
+    fn descriptor_for(&self, cache: &RawCache<P::Lock>, frame: Frame) -> Result<&Slab, AllocError> {
+        let mut node = NodeId::ZERO;
+        if cache.nodes > 1 {
+            // SAFETY: a cache exists, so the system is ready.
+            let frames = unsafe { self.platform_unchecked() }.frames();
+            node = within(cache.nodes, frames.node_of_frame(frame));
         }
+        let dead = self.with_depot(cache, cache.node(node), Depot::exhume);
+        let slab = match dead.flatten() {
+            Some(slab) => slab,
+            None => self.new_descriptor(cache, node)?,
+        };
+        // SAFETY: descriptors live as long as their cache.
+        Ok(unsafe { slab.as_ref() })
     }
 
-    /// Gives a chain of retired slabs back to the page source; `locked` runs its argument under the depot's lock and says `true`, or `false`
+    /// Gives a chain of a node's retired slabs back to the page source; `locked` runs its argument under the lock of its depot and says `true`, or `false`
     /// where it cannot.
     ///
     /// Answers how many frames went back.
@@ -165,7 +182,7 @@ impl<P: Platform> SlabSystem<P> {
         if !locked(&mut |depot| each_of(chain, |slab| depot.bury(slab))) {
             each_of(chain, |slab| {
                 slab.give_up();
-                cache.pending.push(slab);
+                cache.node(slab.node()).pending.push(slab);
             });
         }
         frames
@@ -209,6 +226,7 @@ mod tests {
     use crate::geometry::Geometry;
     use crate::policy::{Plain, Policy};
     use crate::raw::Setup;
+    use crate::row::RowOf;
     use kmem_hal::Spin;
 
     /// A cache, and a chain of its `COUNT` slabs, retired and without memory.
@@ -220,18 +238,24 @@ mod tests {
             hooks: None,
             features: Plain::FEATURES,
         };
-        let cache = RawCache::new(setup, ptr::null(), 0, ptr::null());
+        let row = RowOf {
+            heads: ptr::null(),
+            nodes: 1,
+            others: ptr::null(),
+        };
+        let cache = RawCache::new(setup, &row, 0, ptr::null());
         let slabs = core::array::from_fn(|_| {
             let slab: &Slab = alloc::boxed::Box::leak(alloc::boxed::Box::new(Slab::new(
                 ptr::null_mut(),
+                NodeId::ZERO,
                 ptr::null_mut(),
             )));
             slab.set_memory(ptr::null_mut(), 1, 8);
             slab.release_from(0);
-            cache.depot.lock().relist(slab);
+            cache.first.depot.lock().relist(slab);
             slab
         });
-        let chain = retire(&mut cache.depot.lock(), 0);
+        let chain = retire(&mut cache.first.depot.lock(), 0);
         each_of(chain, Slab::clear_memory);
         (cache, slabs, chain)
     }
@@ -240,13 +264,13 @@ mod tests {
 
     /// A note that a context without the lock left late, and the lock's next holder, on another CPU.
     fn late_note(cache: &RawCache<Spin>, slab: &Slab) {
-        cache.pending.push(slab);
-        settle(cache, &mut cache.depot.lock());
+        cache.first.pending.push(slab);
+        settle(cache, &cache.first, &mut cache.first.depot.lock());
     }
 
     fn buried(cache: &RawCache<Spin>) -> usize {
-        let mut depot = cache.depot.lock();
-        settle(cache, &mut depot);
+        let mut depot = cache.first.depot.lock();
+        settle(cache, &cache.first, &mut depot);
         core::iter::from_fn(|| depot.exhume())
             .take(2 * COUNT)
             .count()
@@ -257,7 +281,7 @@ mod tests {
         for late in 0..COUNT {
             let (cache, slabs, chain) = chain();
             late_note(&cache, slabs[late]);
-            each_of(chain, |slab| cache.depot.lock().bury(slab));
+            each_of(chain, |slab| cache.first.depot.lock().bury(slab));
             late_note(&cache, slabs[late]);
             assert_eq!(buried(&cache), COUNT, "late {late}");
         }
@@ -273,9 +297,9 @@ mod tests {
                 // Another note may come first, and what was given up be used again at once.
                 if ptr::eq(slab, slabs[late]) {
                     late_note(&cache, slab);
-                    assert!(cache.depot.lock().exhume().is_some());
+                    assert!(cache.first.depot.lock().exhume().is_some());
                 }
-                cache.pending.push(slab);
+                cache.first.pending.push(slab);
             });
             assert_eq!(buried(&cache), COUNT - 1, "late {late}");
         }

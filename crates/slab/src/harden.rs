@@ -335,7 +335,7 @@ impl<P: Platform> SlabSystem<P> {
         Some(left)
     }
 
-    /// Lets an object wait; answers the one that has waited longest, where the quarantine is full. A context that cannot have the lock, and one
+    /// Lets an object wait, at the first node whatever node it is of; answers the one that has waited longest, where the quarantine is full. A context that cannot have the lock, and one
     /// without memory for the quarantine, get theirs back at once.
     fn quarantine(
         &self,
@@ -343,13 +343,13 @@ impl<P: Platform> SlabSystem<P> {
         features: Features,
         object: NonNull<u8>,
     ) -> Option<NonNull<u8>> {
-        let ready = self.with_depot(cache, |depot| !depot.waiting.is_null());
+        let ready = self.with_depot(cache, &cache.first, |depot| !depot.waiting.is_null());
         if ready != Some(true) {
             // I2 of refill: memory without the lock.
             let Ok(array) = self.new_array(SMALL_SLOTS) else {
                 return Some(object);
             };
-            let kept = self.with_depot(cache, |depot| {
+            let kept = self.with_depot(cache, &cache.first, |depot| {
                 let first = depot.waiting.is_null();
                 if first {
                     depot.waiting = array.as_ptr();
@@ -361,7 +361,7 @@ impl<P: Platform> SlabSystem<P> {
                 unsafe { self.free_array(array) };
             }
         }
-        let parked = self.with_depot(cache, |depot| {
+        let parked = self.with_depot(cache, &cache.first, |depot| {
             // SAFETY: the depot's array, under its lock.
             let array = unsafe { depot.waiting.as_ref() }?;
             // SAFETY: as above.
@@ -402,7 +402,7 @@ impl<P: Platform> SlabSystem<P> {
             return;
         };
         let waiting = {
-            let mut depot = cache.depot.lock(); // refill I1: busy is set
+            let mut depot = cache.first.depot.lock(); // refill I1: busy is set
             depot.oldest = 0;
             core::mem::replace(&mut depot.waiting, ptr::null_mut())
         };

@@ -334,6 +334,11 @@ impl Busy<'_> {
         streak
     }
 
+    /// How many events in a row followed the one before, as of the last [`note_event`](Self::note_event).
+    pub fn streak(&self) -> u32 {
+        self.0.streak.get()
+    }
+
     /// The head.
     pub fn head(&self) -> &Head {
         self.0

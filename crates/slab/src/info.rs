@@ -24,7 +24,7 @@ pub struct CacheInfo {
     pub total_objects: u64,
     /// Objects in arrays of CPUs.
     pub in_arrays: u64,
-    /// Objects in arrays of the depot.
+    /// Objects in arrays of the depots of all nodes.
     pub in_depot: u64,
     /// Objects in quarantine.
     pub waiting: u64,
@@ -138,20 +138,34 @@ impl<P: Platform> SlabSystem<P> {
             active_slabs += u64::from(free < slab.objects());
             true
         });
-        let depot = self.with_depot(cache, |depot| {
-            (
+        let mut sums = [0; 8];
+        for node in cache.nodes() {
+            let depot = self.with_depot(cache, node, |depot| {
                 [
                     depot.full.objects() as u64,
                     depot.waiting_len(),
                     depot.exchanges,
                     depot.refills,
                     depot.flushes,
-                ],
-                [depot.slabs, depot.objects, depot.frames],
-            )
-        });
-        let ([in_depot, waiting, exchanges, refills, flushes], [slabs, total_objects, frames]) =
-            depot.unwrap_or_default();
+                    depot.slabs,
+                    depot.objects,
+                    depot.frames,
+                ]
+            });
+            for (sum, of_node) in sums.iter_mut().zip(depot.unwrap_or_default()) {
+                *sum += of_node;
+            }
+        }
+        let [
+            in_depot,
+            waiting,
+            exchanges,
+            refills,
+            flushes,
+            slabs,
+            total_objects,
+            frames,
+        ] = sums;
         let geometry = cache.geometry();
         CacheInfo {
             name: cache.setup.name,

@@ -179,6 +179,14 @@ impl<P: Platform> SlabSystem<P> {
             Some(object) => object,
             None => self.serve_slow(class, size, flags)?,
         };
+        self.hand_out(class, object, size, flags);
+        Ok(object)
+    }
+
+    /// What is done to an object of a class before its user has it.
+    #[inline(always)]
+    #[track_caller]
+    fn hand_out(&self, class: usize, object: NonNull<u8>, size: usize, flags: Flags) {
         self.on_alloc(
             Self::FEATURES,
             || self.class(class).map(NonNull::from),
@@ -192,7 +200,6 @@ impl<P: Platform> SlabSystem<P> {
             // SAFETY: the object has at least `size` bytes and belongs to this call.
             unsafe { object.write_bytes(0, size) };
         }
-        Ok(object)
     }
 
     /// One in so many allocations, at the end of a page of its own, where the large source has room and a guard page behind.
@@ -241,10 +248,10 @@ impl<P: Platform> SlabSystem<P> {
         error
     }
 
-    /// `size` bytes from the memory of a node; served in whole pages, as other requests for a certain place are.
+    /// `size` bytes from the memory of a node: an object of its slabs, or whole pages where `kmalloc` would give such.
     ///
-    /// [`NodePolicy::Local`] is [`kmalloc`](Self::kmalloc): objects come from the slabs that CPUs fill, each from its own node first.
-    /// The memory is freed by its pointer alone ([`kfree`](Self::kfree)).
+    /// [`NodePolicy::Local`] is [`kmalloc`](Self::kmalloc), which is faster: it gives what was freed on this CPU last, wherever that came from, and
+    /// otherwise memory of the CPU's node. This call takes the lock of the node's depot. The memory is freed as any other.
     ///
     /// # Errors
     ///
@@ -259,8 +266,17 @@ impl<P: Platform> SlabSystem<P> {
         if node == NodePolicy::Local {
             return self.kmalloc(size, flags);
         }
-        self.alloc_large(size.max(1), 8, &flags.request().node(node))
-            .map_err(|error| self.tell_refused(size, error, flags))
+        let (size, align) = (size.max(1), Self::natural(size));
+        let request = flags.request().node(node);
+        let served = match Self::class_for(size, align).filter(|_| !flags.limited()) {
+            Some(class) => {
+                let cache = self.class(class).ok_or(AllocError::NotInitialised)?;
+                self.alloc_on(cache, &request)
+                    .inspect(|&object| self.hand_out(class, object, size, flags))
+            }
+            None => self.alloc_large(size, align, &request),
+        };
+        served.map_err(|error| self.tell_refused(size, error, flags))
     }
 
     fn find(&self, platform: &P, memory: NonNull<u8>) -> Found<'_, P::Lock> {

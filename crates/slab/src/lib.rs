@@ -26,6 +26,7 @@ mod info;
 mod kmalloc;
 mod meta;
 mod misuse;
+mod node;
 mod own;
 mod owners;
 mod pages;

@@ -3,7 +3,7 @@
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{AllocError, Cpu, Frame, FrameSlot, FrameTable, FrameTag, Order, PhysMap};
+use kmem_hal::{AllocError, Cpu, Frame, FrameSlot, FrameTable, FrameTag, NodeId, Order, PhysMap};
 
 use crate::array::{Array, SMALL_SLOTS};
 use crate::block;
@@ -48,10 +48,11 @@ impl<P: Platform> SlabSystem<P> {
         }]
     }
 
-    /// A new descriptor of `cache`, dead and on no list.
+    /// A new descriptor of `cache` for memory of `node`, dead and on no list.
     pub(crate) fn new_descriptor(
         &self,
         cache: &RawCache<P::Lock>,
+        node: NodeId,
     ) -> Result<NonNull<Slab>, AllocError> {
         // SAFETY: a cache exists, so the system is ready.
         let platform = unsafe { self.platform_unchecked() };
@@ -73,7 +74,7 @@ impl<P: Platform> SlabSystem<P> {
             }
         };
         // SAFETY: the pool gives memory of this size and alignment that belongs to this call.
-        unsafe { slab.write(Slab::new(cache.opaque(), more)) };
+        unsafe { slab.write(Slab::new(cache.opaque(), node, more)) };
         // SAFETY: just written; descriptors live as long as the cache.
         cache.remember(unsafe { slab.as_ref() });
         Ok(slab)
@@ -117,9 +118,10 @@ impl<P: Platform> SlabSystem<P> {
     /// Nobody uses the system, nor will.
     pub(crate) unsafe fn release_own(&self, platform: &P, extra: *mut Row) {
         let cpus = platform.cpu().count() as usize;
-        let give = |memory: *mut u8, bytes: usize| {
+        let others = usize::from(self.nodes()) - 1;
+        let give = |memory: *mut u8, order: Option<Order>| {
             let frame = Frame::containing(platform.map().to_phys(memory));
-            if let Some(order) = Order::for_bytes(bytes as u64) {
+            if let Some(order) = order {
                 // SAFETY: the block was taken by `new_row` or `head_page`, and nobody uses it by contract.
                 unsafe { block::give(platform, frame, order) };
             }
@@ -132,14 +134,16 @@ impl<P: Platform> SlabSystem<P> {
             if row.is_null() {
                 continue;
             }
+            // SAFETY: the row's pages were made with it, and nobody uses them by contract.
+            unsafe { self.give_node_pages(platform, row.add(cpus).cast(), others) };
             for cpu in 0..cpus {
                 // SAFETY: a row has `cpus` places.
                 let page = unsafe { &*row.add(cpu) }.load(Ordering::Acquire);
                 if !page.is_null() {
-                    give(page.cast(), size_of::<HeadPage>());
+                    give(page.cast(), Order::for_bytes(size_of::<HeadPage>() as u64));
                 }
             }
-            give(row.cast(), cpus * size_of::<Row>());
+            give(row.cast(), Self::row_order(cpus, others));
         }
         for class in &self.classes {
             class.store(ptr::null_mut(), Ordering::Relaxed);

@@ -7,13 +7,14 @@
 use core::ptr;
 
 use kmem_hal::sync::{AtomicPtr, AtomicU64, LocalPtr, LocalU32, Ordering};
-use kmem_hal::{Lock, RawLock};
+use kmem_hal::{NodeId, RawLock};
 
-use crate::depot::Depot;
 use crate::geometry::Geometry;
 use crate::head::Row;
+use crate::node::{CacheNode, NodeRow};
 use crate::policy::Features;
-use crate::slab::{Pending, Slab};
+use crate::row::RowOf;
+use crate::slab::Slab;
 use crate::users::Users;
 
 /// What runs once for each object of a new slab, and before a slab goes back.
@@ -55,12 +56,12 @@ pub struct RawCache<L> {
     /// The system that the cache belongs to, to be compared only.
     pub owner: *const (),
     all: AtomicPtr<Slab>,
-    pub pending: Pending,
-    pub depot: Lock<Depot, L>,
-    /// Objects in full arrays of the depot, as its lock's holder last wrote: saves taking the lock in vain.
-    pub held: LocalU32,
-    /// Objects that the depot may hold now: grows while the cache streams, shrinks while it does not.
-    pub limit: LocalU32,
+    /// How many nodes have depots (I1).
+    pub nodes: u16,
+    /// The row's places for the pages of the nodes behind the first (I1).
+    pub others: *const NodeRow<L>,
+    /// What the first node has of the cache, or all there is of it where there is one node.
+    pub first: CacheNode<L>,
     /// The colour of the next slab, modulo the number of colours. Two CPUs that make slabs at once may use one twice.
     colour: LocalU32,
     /// Objects that went past the arrays of CPUs.
@@ -80,18 +81,17 @@ unsafe impl<L: Send + Sync> Sync for RawCache<L> {}
 unsafe impl<L: Send + Sync> Send for RawCache<L> {}
 
 impl<L: RawLock> RawCache<L> {
-    pub fn new(setup: Setup, row: *const Row, index: u32, owner: *const ()) -> Self {
+    pub fn new(setup: Setup, row: &RowOf<L>, index: u32, owner: *const ()) -> Self {
         Self {
-            row,
+            row: row.heads,
+            nodes: row.nodes,
+            others: row.others,
             column: index % crate::head::COLUMNS as u32,
             index,
             setup,
             owner,
             all: AtomicPtr::new(ptr::null_mut()),
-            pending: Pending::new(),
-            depot: Lock::new(Depot::new()),
-            held: LocalU32::new(0),
-            limit: LocalU32::new(setup.geometry.array() as u32),
+            first: CacheNode::new(NodeId::ZERO, setup.geometry),
             colour: LocalU32::new(0),
             direct_allocs: AtomicU64::new(0),
             direct_frees: AtomicU64::new(0),
@@ -149,31 +149,7 @@ impl<L: RawLock> RawCache<L> {
         turn as usize % colours * geometry.colour_step()
     }
 
-    /// The most objects that the depot ever keeps in full arrays.
-    fn limit_max(&self) -> u32 {
-        const DEPOT_BYTES: usize = 256 << 10;
-        let geometry = self.geometry();
-        (DEPOT_BYTES / geometry.size()).max(geometry.array()) as u32
-    }
-
-    /// The depot overflowed or ran dry, after `streak` events close to each other: it may keep more where the cache streams,
-    /// and fewer where it does not.
-    pub fn adapt_limit(&self, streak: u32, slots: usize) {
-        /// Events close to each other that make a stream.
-        const STREAM: u32 = 3;
-        let (limit, slots) = (self.limit.get(), slots as u32);
-        let least = self.geometry().array() as u32;
-        let wanted = if streak >= STREAM {
-            (limit + slots).min(self.limit_max())
-        } else if streak == 0 {
-            limit.saturating_sub(slots)
-        } else {
-            limit
-        };
-        self.limit.set(wanted.max(least));
-    }
-
-    /// How many empty slabs are kept before they go back.
+    /// How many empty slabs a node keeps before they go back.
     pub fn keep_empty(&self) -> usize {
         1
     }

@@ -23,6 +23,7 @@ use crate::depot::Depot;
 use crate::direct::settle;
 use crate::grow::object_at;
 use crate::head::{Busy, Head};
+use crate::node::CacheNode;
 use crate::platform::Platform;
 use crate::raw::RawCache;
 use crate::slab::Slab;
@@ -46,10 +47,16 @@ impl<P: Platform> SlabSystem<P> {
         if let Some(object) = self.alloc_cached(cache) {
             return Ok(object);
         }
+        if let Some(object) = self.borrow(cache, false) {
+            return Ok(object);
+        }
         let refused = match self.grow(cache, request) {
             Ok(object) => return Ok(object),
             Err(refused) => refused,
         };
+        if let Some(object) = self.borrow(cache, true) {
+            return Ok(object);
+        }
         // Memory is short: what other caches hold in empty slabs and depots may serve, here or to the page source.
         if self.shrink() > 0
             && let Ok(object) = self.grow(cache, request)
@@ -63,35 +70,73 @@ impl<P: Platform> SlabSystem<P> {
         })
     }
 
-    /// An object that the cache holds already.
+    /// An object that the cache holds already, on this CPU or its node.
     fn alloc_cached(&self, cache: &RawCache<P::Lock>) -> Option<NonNull<u8>> {
         // SAFETY: a cache exists, so the system is ready.
         let pin = unsafe { self.platform_unchecked() }.cpu().pin();
+        let node = self.node_of_cpu(cache, pin.id());
         match self.head(cache, &pin).and_then(Head::enter) {
-            Some(busy) => self.refill(cache, &busy),
-            None => self.alloc_direct(cache),
+            Some(busy) => self.refill(cache, node, &busy),
+            None => self.alloc_direct(cache, node),
+        }
+    }
+
+    /// An object that a node holds, be it another's than the calling CPU's, after [`alloc_cached`](Self::alloc_cached) had none.
+    pub(crate) fn alloc_from(
+        &self,
+        cache: &RawCache<P::Lock>,
+        node: &CacheNode<P::Lock>,
+    ) -> Option<NonNull<u8>> {
+        // SAFETY: a cache exists, so the system is ready.
+        let pin = unsafe { self.platform_unchecked() }.cpu().pin();
+        let Some(busy) = self.head(cache, &pin).and_then(Head::enter) else {
+            return self.alloc_direct(cache, node);
+        };
+        // An interrupt may have put something there.
+        if let Some(object) = busy.pop() {
+            return Some(object);
+        }
+        match busy.head().capacity() {
+            0 => self.take_one(cache, node),
+            _ => self.refill_from(cache, node, &busy, busy.streak()),
         }
     }
 
     /// Fills the loaded array from spare, depot or slabs, and takes one object.
-    fn refill(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>) -> Option<NonNull<u8>> {
-        self.answer_drain(cache, busy);
+    fn refill(
+        &self,
+        cache: &RawCache<P::Lock>,
+        node: &CacheNode<P::Lock>,
+        busy: &Busy<'_>,
+    ) -> Option<NonNull<u8>> {
+        self.answer_drain(cache, node, busy);
         if let Some(object) = busy.pop() {
             return Some(object);
         }
         let head = busy.head();
-        if head.capacity() == 0 && !self.install(cache, busy) {
-            return self.take_one(cache);
+        if head.capacity() == 0 && !self.install(cache, node, busy) {
+            return self.take_one(cache, node);
         }
         if head.spare_len() > 0 {
             busy.swap();
             return busy.pop();
         }
-        let streak = busy.note_event();
-        let mut depot = cache.depot.lock(); // I1: busy is set
-        settle(cache, &mut depot);
+        self.refill_from(cache, node, busy, busy.note_event())
+    }
+
+    /// Fills the loaded array, which is empty, from what a node has, and takes one object.
+    fn refill_from(
+        &self,
+        cache: &RawCache<P::Lock>,
+        node: &CacheNode<P::Lock>,
+        busy: &Busy<'_>,
+        streak: u32,
+    ) -> Option<NonNull<u8>> {
+        let head = busy.head();
+        let mut depot = node.depot.lock(); // I1: busy is set
+        settle(cache, node, &mut depot);
         if let Some(full) = depot.full.pop() {
-            cache.held.set(depot.full.objects() as u32);
+            node.held.set(depot.full.objects() as u32);
             depot.exchanges += 1;
             if let Some(empty) = NonNull::new(busy.loaded()) {
                 // SAFETY: the head owned its array, which is empty, and gives it to the depot.
@@ -108,10 +153,10 @@ impl<P: Platform> SlabSystem<P> {
         if Self::wanted_slots(cache, busy, streak) != head.capacity() {
             drop(depot);
             self.resize(cache, busy, streak); // I2: memory without the lock
-            depot = cache.depot.lock(); // I1: busy is set
+            depot = node.depot.lock(); // I1: busy is set
         }
         Self::fill_loaded(cache, busy, depot);
-        cache.adapt_limit(streak, head.capacity());
+        node.adapt_limit(cache.geometry(), streak, head.capacity());
         busy.pop()
     }
 
@@ -133,10 +178,14 @@ impl<P: Platform> SlabSystem<P> {
     }
 
     /// One object straight from a slab, where there is no memory for arrays. The busy flag is set.
-    fn take_one(&self, cache: &RawCache<P::Lock>) -> Option<NonNull<u8>> {
+    fn take_one(
+        &self,
+        cache: &RawCache<P::Lock>,
+        node: &CacheNode<P::Lock>,
+    ) -> Option<NonNull<u8>> {
         let mut one: Slot = ptr::null_mut();
-        let mut depot = cache.depot.lock(); // I1: busy is set
-        settle(cache, &mut depot);
+        let mut depot = node.depot.lock(); // I1: busy is set
+        settle(cache, node, &mut depot);
         // SAFETY: room for one.
         let got = unsafe { fill(cache, &mut depot, &raw mut one, 1) };
         drop(depot);
@@ -145,16 +194,21 @@ impl<P: Platform> SlabSystem<P> {
     }
 
     /// Gives a head its two arrays; `false` where there is no memory for them.
-    pub(crate) fn install(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>) -> bool {
+    pub(crate) fn install(
+        &self,
+        cache: &RawCache<P::Lock>,
+        node: &CacheNode<P::Lock>,
+        busy: &Busy<'_>,
+    ) -> bool {
         let slots = cache.geometry().array();
         let take = || {
-            let spare = cache.depot.lock().spare.pop(); // I1: busy is set
+            let spare = node.depot.lock().spare.pop(); // I1: busy is set
             spare.or_else(|| self.new_array(slots).ok())
         };
         let Some(loaded) = take() else { return false };
         let Some(spare) = take() else {
             // SAFETY: the array was just taken and nobody else knows it.
-            unsafe { cache.depot.lock().spare.push(loaded) };
+            unsafe { node.depot.lock().spare.push(loaded) };
             return false;
         };
         busy.load(loaded);

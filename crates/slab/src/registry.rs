@@ -60,8 +60,14 @@ impl<P: Platform> SlabSystem<P> {
                 row = self.new_row(platform)?.as_ptr();
                 place.store(row, Ordering::Release);
             }
-            // SAFETY: the pool gives memory of this size and alignment that belongs to this call.
-            unsafe { memory.write(RawCache::new(setup, row, index, self.token())) };
+            let row = self.parts_of(platform, row);
+            let cache = RawCache::new(setup, &row, index, self.token());
+            // SAFETY: the pool gives memory of this size and alignment that belongs to this call; the index is free, so the column is
+            // this call's as well (G2).
+            unsafe {
+                cache.write_nodes();
+                memory.write(cache);
+            }
             registry.used[index as usize / COLUMNS] |= 1 << (index as usize % COLUMNS);
             registry.insert(memory);
             Ok(memory)

@@ -1,17 +1,36 @@
-//! Rows and pages of heads: what each CPU has of 64 caches.
+//! Rows and pages of heads: what each CPU has of 64 caches, and each node behind the first.
 //!
-//! A row has one pointer per CPU; the page behind it is made when the CPU first needs it, from whichever context that is in.
+//! ```text
+//!   row: [ CPU 0 ][ CPU 1 ] ... [ node 1 ][ node 2 ] ...      one pointer each
+//!            |                       └─> 64 nodes' parts of caches, made with the row, in the node's memory
+//!            └─> page of 64 heads, made when the CPU first needs it, from whichever context that is in
+//! ```
 
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{AllocError, Cpu, CpuId, Order, Pinned};
+use kmem_hal::{
+    AllocError, Cpu, CpuId, Frame, FrameRequest, FrameTag, NodeId, NodePolicy, Order, PhysMap,
+    Pinned,
+};
 
 use crate::block;
 use crate::head::{Head, HeadPage, Row};
+use crate::node::{NodePage, NodeRow};
 use crate::platform::Platform;
 use crate::raw::RawCache;
 use crate::system::SlabSystem;
+
+/// What a row is made of.
+#[derive(Clone, Copy)]
+pub struct RowOf<L> {
+    /// One place per CPU.
+    pub heads: *const Row,
+    /// How many nodes there are.
+    pub nodes: u16,
+    /// One place for each node behind the first; null where there is none.
+    pub others: *const NodeRow<L>,
+}
 
 impl<P: Platform> SlabSystem<P> {
     /// Prepares heads for a CPU that is about to run.
@@ -35,18 +54,94 @@ impl<P: Platform> SlabSystem<P> {
         Ok(())
     }
 
+    /// A row without heads, with the pages of all nodes.
     pub(crate) fn new_row(&self, platform: &P) -> Result<NonNull<Row>, AllocError> {
-        let cpus = platform.cpu().count() as usize;
-        let order =
-            Order::for_bytes((cpus * size_of::<Row>()) as u64).ok_or(AllocError::Unsatisfiable)?;
-        let (_, memory) = block::take(platform, order)?;
+        let (cpus, others) = (
+            platform.cpu().count() as usize,
+            usize::from(self.nodes()) - 1,
+        );
+        let order = Self::row_order(cpus, others).ok_or(AllocError::Unsatisfiable)?;
+        let (frame, memory) = block::take(platform, order)?;
         let row = memory.cast::<Row>();
         for cpu in 0..cpus {
-            // SAFETY: the block holds `cpus` pointers and belongs to this call.
+            // SAFETY: the block holds `cpus` pointers and more, and belongs to this call.
             unsafe { row.add(cpu).write(Row::new(ptr::null_mut())) };
+        }
+        // SAFETY: behind them it holds `others` pointers.
+        let nodes = unsafe { row.add(cpus) }.cast::<NodeRow<P::Lock>>();
+        for at in 0..others {
+            match self.node_page(platform, NodeId::new(at as u16 + 1)) {
+                // SAFETY: as above.
+                Ok(page) => unsafe { nodes.add(at).write(NodeRow::new(page.as_ptr())) },
+                Err(error) => {
+                    // SAFETY: `at` pages were made, and nobody has seen the row.
+                    unsafe {
+                        self.give_node_pages(platform, nodes.as_ptr(), at);
+                        block::give(platform, frame, order);
+                    }
+                    return Err(error);
+                }
+            }
         }
         self.own_frames.fetch_add(order.frames(), Ordering::Relaxed);
         Ok(row)
+    }
+
+    /// The order of a row's block.
+    pub(crate) fn row_order(cpus: usize, others: usize) -> Option<Order> {
+        Order::for_bytes((cpus * size_of::<Row>() + others * size_of::<NodeRow<P::Lock>>()) as u64)
+    }
+
+    /// Memory for 64 caches' parts of a node, not yet written, from that node's memory if there is some.
+    fn node_page(
+        &self,
+        platform: &P,
+        node: NodeId,
+    ) -> Result<NonNull<NodePage<P::Lock>>, AllocError> {
+        let order = Order::for_bytes(size_of::<NodePage<P::Lock>>() as u64)
+            .ok_or(AllocError::Unsatisfiable)?;
+        let request = FrameRequest::new(order).node(NodePolicy::Preferred(node));
+        let (_, memory) = block::take_for(platform, &request, FrameTag::Kernel)?;
+        self.own_frames.fetch_add(order.frames(), Ordering::Relaxed);
+        Ok(memory.cast())
+    }
+
+    /// Gives the first `count` node pages of a row back.
+    ///
+    /// # Safety
+    ///
+    /// They were made, and nobody uses them, nor will.
+    pub(crate) unsafe fn give_node_pages(
+        &self,
+        platform: &P,
+        nodes: *const NodeRow<P::Lock>,
+        count: usize,
+    ) {
+        for at in 0..count {
+            // SAFETY: the caller's promise.
+            let page = unsafe { &*nodes.add(at) }.load(Ordering::Acquire);
+            let frame = Frame::containing(platform.map().to_phys(page.cast()));
+            if let Some(order) = Order::for_bytes(size_of::<NodePage<P::Lock>>() as u64) {
+                // SAFETY: the block was taken by `node_page`, and nobody uses it by contract.
+                unsafe { block::give(platform, frame, order) };
+                self.own_frames.fetch_sub(order.frames(), Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// A row's parts.
+    pub(crate) fn parts_of(&self, platform: &P, heads: *const Row) -> RowOf<P::Lock> {
+        let nodes = self.nodes();
+        let others = match nodes {
+            1 => ptr::null(),
+            // Behind the CPUs' pointers.
+            _ => heads.wrapping_add(platform.cpu().count() as usize).cast(),
+        };
+        RowOf {
+            heads,
+            nodes,
+            others,
+        }
     }
 
     /// The page of heads of `cpu` in `row`, made if it is missing; `None` where there is no memory.

@@ -7,11 +7,12 @@
 use core::ptr::NonNull;
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{Context, Cpu, FrameRequest, NodeId, Pressure, PressureLevel, Shrink};
+use kmem_hal::{Context, Cpu, CpuId, FrameRequest, NodeId, Pressure, PressureLevel, Shrink};
 
 use crate::array::Array;
 use crate::grow::retire;
 use crate::head::Head;
+use crate::node::CacheNode;
 use crate::platform::Platform;
 use crate::raw::RawCache;
 use crate::system::SlabSystem;
@@ -61,7 +62,7 @@ impl<P: Platform> SlabSystem<P> {
     pub(crate) fn shrink_cache(&self, cache: &RawCache<P::Lock>) -> u64 {
         self.end_quarantine(cache);
         self.drain_own(cache);
-        self.drain_depot(cache);
+        self.drain_depots(cache);
         if cache.setup.stable {
             return 0;
         }
@@ -70,12 +71,15 @@ impl<P: Platform> SlabSystem<P> {
 
     /// Gives every empty slab back, of a type-stable cache as well.
     pub(crate) fn retire_empty(&self, cache: &RawCache<P::Lock>) -> u64 {
-        let Some(chain) = self.with_depot(cache, |depot| retire(depot, 0)) else {
-            return 0;
+        let of_node = |node| {
+            let Some(chain) = self.with_depot(cache, node, |depot| retire(depot, 0)) else {
+                return 0;
+            };
+            self.give_slabs_back(cache, chain, |bury| {
+                self.with_depot(cache, node, |depot| bury(depot)).is_some()
+            })
         };
-        self.give_slabs_back(cache, chain, |bury| {
-            self.with_depot(cache, |depot| bury(depot)).is_some()
-        })
+        cache.nodes().map(of_node).sum()
     }
 
     /// Empties the calling CPU's arrays of every cache: what a drain of one CPU is made of.
@@ -87,12 +91,18 @@ impl<P: Platform> SlabSystem<P> {
         // SAFETY: a cache exists, so the system is ready.
         let pin = unsafe { self.platform_unchecked() }.cpu().pin();
         if let Some(busy) = self.head(cache, &pin).and_then(Head::enter) {
-            self.drain_head(cache, &busy);
+            self.drain_head(cache, self.node_of_cpu(cache, pin.id()), &busy);
         }
     }
 
-    /// Flushes every full array of the depot to the slabs.
-    pub(crate) fn drain_depot(&self, cache: &RawCache<P::Lock>) {
+    /// Flushes every full array of the depots to the slabs.
+    pub(crate) fn drain_depots(&self, cache: &RawCache<P::Lock>) {
+        for node in cache.nodes() {
+            self.drain_depot(cache, node);
+        }
+    }
+
+    fn drain_depot(&self, cache: &RawCache<P::Lock>, node: &CacheNode<P::Lock>) {
         // SAFETY: a cache exists, so the system is ready.
         let platform = unsafe { self.platform_unchecked() };
         loop {
@@ -101,9 +111,9 @@ impl<P: Platform> SlabSystem<P> {
                 return;
             };
             let taken = {
-                let mut depot = cache.depot.lock();
+                let mut depot = node.depot.lock();
                 let taken = depot.full.pop();
-                cache.held.set(depot.full.objects() as u32);
+                node.held.set(depot.full.objects() as u32);
                 taken
             };
             let Some(array) = taken else { return };
@@ -112,7 +122,7 @@ impl<P: Platform> SlabSystem<P> {
                 let n = array.as_ref().len();
                 array.as_ref().set_len(0);
                 self.flush(cache, Array::slots(array.as_ptr()), n);
-                self.drop_array(cache, array);
+                self.drop_array(cache, node, array);
             }
         }
     }
@@ -128,9 +138,10 @@ impl<P: Platform> SlabSystem<P> {
         // SAFETY: a cache exists, so the system is ready.
         let cpus = unsafe { self.platform_unchecked() }.cpu().count();
         // No CPU is left to itself as "the calling one": this task may move from one to another at any time.
-        for head in (0..cpus).filter_map(|cpu| self.head_of(cache, cpu)) {
-            if let Some(busy) = head.enter() {
-                self.drain_head(cache, &busy);
+        for cpu in 0..cpus {
+            if let Some(busy) = self.head_of(cache, cpu).and_then(Head::enter) {
+                let node = self.node_of_cpu(cache, CpuId::new(cpu));
+                self.drain_head(cache, node, &busy);
                 for empty in busy.unload().into_iter().filter_map(NonNull::new) {
                     // SAFETY: the head owned the array, which was drained.
                     unsafe { self.free_array(empty) };
@@ -153,9 +164,12 @@ impl<P: Platform> SlabSystem<P> {
 
     /// Returns the arrays of a depot to their pool.
     fn drop_spare_arrays(&self, cache: &RawCache<P::Lock>) {
-        while let Some(array) = self.with_depot(cache, |depot| depot.spare.pop()).flatten() {
-            // SAFETY: the array is empty, left the depot, and nobody else knows it.
-            unsafe { self.free_array(array) };
+        for node in cache.nodes() {
+            let next = || self.with_depot(cache, node, |depot| depot.spare.pop());
+            while let Some(array) = next().flatten() {
+                // SAFETY: the array is empty, left the depot, and nobody else knows it.
+                unsafe { self.free_array(array) };
+            }
         }
     }
 
@@ -179,10 +193,11 @@ impl<P: Platform> SlabSystem<P> {
             return;
         };
         let Some(busy) = head.enter() else { return };
-        self.drain_head(cache, &busy);
+        let node = self.node_of_cpu(cache, CpuId::new(cpu));
+        self.drain_head(cache, node, &busy);
         for empty in busy.unload().into_iter().filter_map(NonNull::new) {
             // SAFETY: the idle CPU's head owned the array, which is empty; the flag of this CPU is set.
-            unsafe { self.drop_array(cache, empty) };
+            unsafe { self.drop_array(cache, node, empty) };
         }
     }
 }
@@ -205,10 +220,12 @@ impl<P: Platform> Shrink for SlabSystem<P> {
     fn count(&self) -> usize {
         let mut objects = 0;
         let _ = self.for_each_cache(|cache| {
-            let held = self.with_depot(cache, |depot| {
-                depot.full.objects() + depot.empty * cache.geometry().objects()
-            });
-            objects += held.unwrap_or(0);
+            for node in cache.nodes() {
+                let held = self.with_depot(cache, node, |depot| {
+                    depot.full.objects() + depot.empty * cache.geometry().objects()
+                });
+                objects += held.unwrap_or(0);
+            }
         });
         objects
     }
@@ -217,7 +234,8 @@ impl<P: Platform> Shrink for SlabSystem<P> {
         let mut freed = 0;
         let _ = self.for_each_cache(|cache| {
             if freed < objects {
-                let count = || self.with_depot(cache, |depot| depot.objects).unwrap_or(0);
+                let of_node = |node| self.with_depot(cache, node, |depot| depot.objects);
+                let count = || cache.nodes().filter_map(of_node).sum::<u64>();
                 let before = count();
                 self.shrink_cache(cache);
                 let after = count();

@@ -29,6 +29,7 @@
 //!
 //! Costs: taking or giving any number of objects under the lock is no locked instruction of its own; without it, one a word.
 
+use kmem_hal::NodeId;
 use kmem_hal::sync::{
     AtomicBool, AtomicPtr, AtomicU64, LocalPtr, LocalU8, LocalU16, LocalU64, Ordering, fence,
 };
@@ -38,6 +39,9 @@ pub const WORDS: usize = 8;
 
 /// Objects of which a descriptor keeps the bits itself.
 pub const OWN_OBJECTS: usize = 64;
+
+/// Up to here a slab may have any number of pages; above it is a block.
+const SINGLY: u8 = 16;
 
 /// The most objects a slab can hold.
 pub const MAX_OBJECTS: usize = WORDS * 64;
@@ -94,7 +98,10 @@ pub struct Slab {
     pending_next: LocalPtr<Slab>,
     objects: LocalU16,
     free: LocalU16,
-    pages: LocalU16,
+    /// Up to 16 the pages, above it 16 and the order of the block.
+    pages: LocalU8,
+    /// Never changes.
+    node: LocalU8,
     pub(crate) bucket: LocalU8,
     pending: AtomicBool,
 }
@@ -118,9 +125,9 @@ const GIVEN_UP: u8 = 0xfb;
 pub const BURIED: u8 = 0xfd;
 
 impl Slab {
-    /// A dead descriptor of `cache`. `more` is null or stays with the descriptor.
+    /// A dead descriptor of `cache` for memory of node `node`, below 256. `more` is null or stays with the descriptor.
     #[must_use]
-    pub fn new(cache: *mut (), more: *mut MoreWords) -> Self {
+    pub fn new(cache: *mut (), node: NodeId, more: *mut MoreWords) -> Self {
         let null = || LocalPtr::new(core::ptr::null_mut());
         Self {
             word: Word::new(),
@@ -133,7 +140,8 @@ impl Slab {
             pending_next: null(),
             objects: LocalU16::new(0),
             free: LocalU16::new(0),
-            pages: LocalU16::new(0),
+            pages: LocalU8::new(0),
+            node: LocalU8::new(node.get() as u8),
             bucket: LocalU8::new(NEW),
             pending: AtomicBool::new(false),
         }
@@ -146,7 +154,15 @@ impl Slab {
 
     /// How many pages the slab has.
     pub fn pages(&self) -> u64 {
-        u64::from(self.pages.get())
+        match self.pages.get() {
+            pages @ ..=SINGLY => u64::from(pages),
+            order => 1 << (order - SINGLY),
+        }
+    }
+
+    /// The node that all memory comes from which the descriptor ever has.
+    pub fn node(&self) -> NodeId {
+        NodeId::new(u16::from(self.node.get()))
     }
 
     /// The words beyond the descriptor's own.
@@ -211,7 +227,13 @@ impl Slab {
         }
         self.free.set(0);
         self.base.set(base);
-        self.pages.set(pages as u16);
+        let singly = pages <= u64::from(SINGLY);
+        debug_assert!(singly || pages.is_power_of_two());
+        self.pages.set(if singly {
+            pages as u8
+        } else {
+            SINGLY + pages.ilog2() as u8
+        });
     }
 
     /// Makes the descriptor dead; the caller has claimed every object.
@@ -451,7 +473,7 @@ mod tests {
         } else {
             core::ptr::null_mut()
         };
-        let slab = Slab::new(core::ptr::null_mut(), more);
+        let slab = Slab::new(core::ptr::null_mut(), NodeId::ZERO, more);
         slab.set_memory(core::ptr::null_mut(), 1, objects);
         slab
     }

@@ -21,7 +21,9 @@ use core::fmt;
 use core::mem::MaybeUninit;
 use core::ptr::{self, NonNull};
 
-use kmem_hal::sync::{AtomicPtr, AtomicU8, AtomicU64, AtomicUsize, Ordering, UnsafeCell};
+use kmem_hal::sync::{
+    AtomicPtr, AtomicU8, AtomicU32, AtomicU64, AtomicUsize, Ordering, UnsafeCell,
+};
 use kmem_hal::{AllocError, Cpu, Lock};
 
 use crate::array::{Array, SMALL_SLOTS};
@@ -29,6 +31,7 @@ use crate::class::{CLASSES, LARGEST_ALIGN, NAMES, class_size};
 use crate::geometry::Geometry;
 use crate::head::Row;
 use crate::meta::{LARGEST, MetaPool};
+use crate::node;
 use crate::platform::Platform;
 use crate::policy::Policy;
 use crate::raw::{RawCache, Setup};
@@ -81,11 +84,15 @@ pub struct SlabSystem<P: Platform> {
     pub(crate) classes: [AtomicPtr<RawCache<P::Lock>>; CLASSES],
     platform: UnsafeCell<MaybeUninit<P>>,
     state: AtomicU8,
+    /// How many nodes have depots; written before the system is ready.
+    nodes: AtomicU32,
     pub(crate) caches: MetaPool,
     pub(crate) descriptors: MetaPool,
     pub(crate) words: MetaPool,
     /// Counts allocations for `Guard`.
     pub(crate) sampled: AtomicU64,
+    /// Counts requests that go to all nodes in turn.
+    pub(crate) turns: AtomicU64,
     /// The pointers of mapped memory as last looked up, for `Check`: the first, and how many bytes.
     pub(crate) mapped_from: AtomicUsize,
     pub(crate) mapped_bytes: AtomicUsize,
@@ -120,10 +127,12 @@ impl<P: Platform> SlabSystem<P> {
                 classes: filled!(CLASSES, AtomicPtr::new(ptr::null_mut())),
                 platform: UnsafeCell::new(MaybeUninit::uninit()),
                 state: AtomicU8::new(EMPTY),
+                nodes: AtomicU32::new(1),
                 caches: MetaPool::new(size_of::<RawCache<P::Lock>>().next_multiple_of(64)),
                 descriptors: MetaPool::new(size_of::<Slab>().next_multiple_of(16)),
                 words: MetaPool::new(size_of::<MoreWords>().next_multiple_of(16)),
                 sampled: AtomicU64::new(0),
+                turns: AtomicU64::new(0),
                 mapped_from: AtomicUsize::new(0),
                 mapped_bytes: AtomicUsize::new(0),
                 arrays: [
@@ -186,6 +195,8 @@ impl<P: Platform> SlabSystem<P> {
     ///
     /// On an error the row, if there was memory for one, is handed back to be released.
     fn start(&self, platform: &P) -> Result<NonNull<Row>, (AllocError, *mut Row)> {
+        self.nodes
+            .store(u32::from(node::count(platform)), Ordering::Relaxed);
         let row = self
             .new_row(platform)
             .map_err(|error| (error, ptr::null_mut()))?;
@@ -210,9 +221,13 @@ impl<P: Platform> SlabSystem<P> {
                 if class == 0 {
                     token = memory.as_ptr().cast_const().cast();
                 }
-                let cache = RawCache::new(setup, row.as_ptr(), class as u32, token);
-                // SAFETY: the pool gives memory of this size and alignment that belongs to this call.
-                unsafe { memory.write(cache) };
+                let row = self.parts_of(platform, row.as_ptr());
+                let cache = RawCache::new(setup, &row, class as u32, token);
+                // SAFETY: the pool gives memory of this size and alignment that belongs to this call; so does the column.
+                unsafe {
+                    cache.write_nodes();
+                    memory.write(cache);
+                }
                 registry.insert(memory);
                 registry.used[0] |= 1 << class;
                 self.classes[class].store(memory.as_ptr(), Ordering::Release);
@@ -256,6 +271,11 @@ impl<P: Platform> SlabSystem<P> {
     #[inline(always)]
     pub(crate) fn first_row(&self) -> *const Row {
         self.rows[0].load(Ordering::Acquire)
+    }
+
+    /// How many nodes have depots.
+    pub(crate) fn nodes(&self) -> u16 {
+        self.nodes.load(Ordering::Relaxed) as u16
     }
 
     /// The cache of a class; `None` before `init`.

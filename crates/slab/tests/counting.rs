@@ -98,6 +98,33 @@ fn counting_refills_and_flushes_take_two_locked_instructions_for_64_objects() {
     give(&system, kept);
 }
 
+/// What one CPU allocates the other frees, 64 objects at a time: so many locked instructions for 64 in the long run.
+fn stream(nodes: u16) -> u64 {
+    const ROUNDS: u64 = 300;
+    let arena = Arena::with_nodes(8192, nodes);
+    let system = SlabSystem::new();
+    common::run_as(0);
+    system.init(parts(arena, 2)).unwrap();
+    let round = || {
+        common::run_as(0);
+        let objects = take(&system, 64);
+        common::run_as(1);
+        give(&system, objects);
+    };
+    (0..ROUNDS).for_each(|_| round());
+    let locked = cost(|| (0..ROUNDS).for_each(|_| round())).locked;
+    locked / ROUNDS
+}
+
+#[test]
+fn counting_objects_that_come_from_another_node_go_home_in_whole_arrays() {
+    let (one, two) = (stream(1), stream(2));
+    assert!(
+        one <= 4 && two <= one,
+        "{one} with one node, {two} with two"
+    );
+}
+
 #[test]
 fn counting_new_slabs_take_two_locked_instructions_for_64_objects() {
     const ARRAYS: usize = 400;
@@ -307,6 +334,53 @@ fn counting_interrupts_in_exchanges_with_the_depot_do_no_harm() {
             }
         },
     );
+}
+
+/// Of two nodes; the arrays of the CPU that frees hold both nodes' objects.
+#[test]
+fn counting_interrupts_where_objects_are_sent_home_do_no_harm() {
+    let arena = Arena::with_nodes(1024, 2);
+    let large = |world: &World| world.system.kmalloc(3000, Flags::empty()).unwrap();
+    let places = every_interrupt(
+        || {
+            let system = SlabSystem::new();
+            common::run_as(1);
+            system.init(parts(arena, 2)).unwrap();
+            let world = World {
+                arena,
+                system,
+                held: RefCell::new(Vec::new()),
+            };
+            let far: Vec<_> = (0..11).map(|_| large(&world)).collect();
+            common::run_as(0);
+            let near: Vec<_> = (0..11).map(|_| large(&world)).collect();
+            let mut held = world.held.borrow_mut();
+            held.extend(
+                far.into_iter()
+                    .zip(near)
+                    .flat_map(|(far, near)| [far, near]),
+            );
+            // An array has 8 places here: the 17th free makes room.
+            let rest = held.split_off(6);
+            give(&world.system, rest);
+            drop(held);
+            RefCell::new(Some(world))
+        },
+        |world| {
+            let world = world.borrow();
+            let world = world.as_ref().unwrap();
+            let objects = std::mem::take(&mut *world.held.borrow_mut());
+            give(&world.system, objects);
+        },
+        |world| {
+            let world = world.borrow();
+            let world = world.as_ref().unwrap();
+            let object = large(world);
+            give(&world.system, [object]);
+        },
+        |world, step| world.take().unwrap().check(step),
+    );
+    assert!(places > 100, "{places} steps");
 }
 
 #[test]

@@ -331,7 +331,7 @@ impl FrameSink for &Nodes {
 
 #[test]
 fn a_node_that_is_asked_for_reaches_the_page_source() {
-    let nodes = Nodes(Arena::new(1024), Mutex::default());
+    let nodes = Nodes(Arena::with_nodes(1024, 2), Mutex::default());
     // SAFETY: map and table cover the arena.
     let parts: Parts<_, _, _, Spin> =
         unsafe { Parts::new(&nodes, nodes.0.map(), ThreadCpu(1), nodes.0.table) };
@@ -341,8 +341,11 @@ fn a_node_that_is_asked_for_reaches_the_page_source() {
     seen();
     let strict = NodePolicy::Strict(NodeId::new(1));
     let far = system.kmalloc_node(100, Flags::ZERO, strict).unwrap();
+    let asked = seen();
+    assert!(asked.contains(&strict) && asked.iter().filter(|node| **node == strict).count() == 1);
+    assert_eq!(system.ksize(far), Some(112));
+    let whole = system.kmalloc_node(20_000, Flags::ZERO, strict).unwrap();
     assert_eq!(seen(), [strict]);
-    assert_eq!(system.ksize(far), Some(4096));
     let near = system
         .kmalloc_node(100, Flags::empty(), NodePolicy::Local)
         .unwrap();
@@ -351,6 +354,7 @@ fn a_node_that_is_asked_for_reaches_the_page_source() {
     // SAFETY: allocated above, freed once.
     unsafe {
         system.kfree(far.as_ptr());
+        system.kfree(whole.as_ptr());
         system.kfree(near.as_ptr());
     }
     system.teardown().unwrap();

@@ -28,7 +28,7 @@ unsafe impl<const N: usize> Send for World<N> {}
 impl<const N: usize> World<N> {
     /// All objects are in the hands of the caller.
     fn taken() -> Arc<Self> {
-        let slab = Slab::new(ptr::null_mut(), ptr::null_mut());
+        let slab = Slab::new(ptr::null_mut(), kmem_hal::NodeId::ZERO, ptr::null_mut());
         slab.set_memory(ptr::null_mut(), 1, N);
         Arc::new(Self {
             slab,

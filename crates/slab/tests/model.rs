@@ -29,12 +29,25 @@ thread_local! {
     static ARENA: &'static Arena = Arena::new(4096);
 }
 
+/// Runs on the arena with so many nodes: CPUs 0 to 2 are of different ones where there are enough.
+fn with_nodes(nodes: u16, test: impl FnOnce(&'static Arena)) {
+    ARENA.with(|arena| {
+        arena
+            .nodes
+            .store(nodes, std::sync::atomic::Ordering::Relaxed);
+        test(arena);
+    });
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, ..ProptestConfig::default() })]
 
     #[test]
-    fn calls_agree_with_the_model(ops in prop::collection::vec(op(), 1..100)) {
-        ARENA.with(|arena| run(arena, &ops));
+    fn calls_agree_with_the_model(
+        ops in prop::collection::vec(op(), 1..100),
+        nodes in 1..=4u16,
+    ) {
+        with_nodes(nodes, |arena| run(arena, &ops));
     }
 
     /// What a policy adds changes nothing that a correct program can see.
@@ -42,8 +55,9 @@ proptest! {
     fn calls_agree_with_the_model_under_every_policy(
         ops in prop::collection::vec(op(), 1..60),
         policy in 0..8u8,
+        nodes in 1..=4u16,
     ) {
-        ARENA.with(|arena| match policy {
+        with_nodes(nodes, |arena| match policy {
             0 => run_with::<Check>(arena, &ops),
             1 => run_with::<Redzone>(arena, &ops),
             2 => run_with::<Poison>(arena, &ops),

@@ -71,7 +71,14 @@ fn objects_freed_on_another_cpu_flow_back_in_whole_arrays() {
 
 #[test]
 fn many_cpus_never_share_an_object() {
-    let (arena, mut system) = system(8192, 4);
+    for nodes in [1, 3] {
+        four_cpus_on(nodes);
+    }
+}
+
+fn four_cpus_on(nodes: u16) {
+    let (arena, mut system) = (Arena::with_nodes(12_288, nodes), System::new());
+    system.init(parts(arena, 4)).unwrap();
     {
         let cache: Cache<'_, (u32, u32), TestParts> = Cache::new(&system, "pairs");
         std::thread::scope(|scope| {

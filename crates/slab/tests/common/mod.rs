@@ -7,11 +7,11 @@ use std::alloc::{Layout, alloc_zeroed};
 use std::cell::Cell;
 use std::ptr::NonNull;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
 
 use kmem_hal::{
     AllocError, Cpu, CpuId, Frame, FrameRequest, FrameSink, FrameSource, FrameTable, NoLarge,
-    OffsetMap, OwnedFrame, Section, Spin,
+    NodeId, NodePolicy, OffsetMap, OwnedFrame, Section, Spin,
 };
 use kmem_slab::{Parts, Plain, SlabSystem};
 
@@ -20,6 +20,8 @@ pub struct Arena {
     used: Mutex<Vec<bool>>,
     base: usize,
     pub table: &'static FrameTable,
+    /// Memory nodes: as many equal parts of the frames. CPU `n` belongs to node `n` modulo that.
+    pub nodes: AtomicU16,
     /// Requests until one is refused, u64::MAX = never; it counts down and stays at 0 for one refusal.
     pub fail_at: AtomicU64,
     pub requests: AtomicU64,
@@ -47,10 +49,34 @@ impl Arena {
             used: Mutex::new(vec![false; frames]),
             base,
             table,
+            nodes: AtomicU16::new(1),
             fail_at: AtomicU64::new(u64::MAX),
             requests: AtomicU64::new(0),
             hook: Mutex::new(None),
         }))
+    }
+
+    /// The same with so many memory nodes.
+    pub fn with_nodes(frames: usize, nodes: u16) -> &'static Self {
+        let arena = Self::new(frames);
+        arena.nodes.store(nodes, Ordering::Relaxed);
+        arena
+    }
+
+    pub fn node_of(&self, memory: NonNull<u8>) -> u16 {
+        let frame = (memory.as_ptr().addr() - self.base) >> 12;
+        self.node_of_frame(Frame::new(frame as u64).unwrap()).get()
+    }
+
+    /// Frames of a node that are used.
+    pub fn used_on(&self, node: u16) -> usize {
+        let used = self.used.lock().unwrap();
+        let size = used.len() / usize::from(self.node_count());
+        let first = usize::from(node) * size;
+        used[first..first + size]
+            .iter()
+            .filter(|used| **used)
+            .count()
     }
 
     pub fn used(&self) -> usize {
@@ -102,12 +128,27 @@ unsafe impl FrameSource for Arena {
         }
         let mut used = self.used.lock().unwrap();
         let size = request.order.frames() as usize;
-        let limit = used
-            .len()
-            .min((request.max_address.as_u64() >> 12) as usize);
-        let first = (0..limit)
-            .step_by(size)
-            .find(|&first| first + size <= limit && !used[first..first + size].contains(&true))
+        let nodes = self.node_count();
+        let wanted = match request.node {
+            NodePolicy::Local | NodePolicy::Interleave => self.node_of_cpu(CpuId::new(CPU.get())),
+            NodePolicy::Preferred(node) | NodePolicy::Strict(node) => node,
+        };
+        let strict = matches!(request.node, NodePolicy::Strict(_));
+        let mut order: Vec<NodeId> = (0..nodes).map(NodeId::new).collect();
+        order.retain(|&node| !strict || node == wanted);
+        order.sort_by_key(|&node| self.node_distance(wanted, node));
+        let of_node = used.len() / usize::from(nodes);
+        let first = order
+            .into_iter()
+            .find_map(|node| {
+                let start = node.index() * of_node;
+                let end = (start + of_node).min((request.max_address.as_u64() >> 12) as usize);
+                (start.next_multiple_of(size)..end)
+                    .step_by(size)
+                    .find(|&first| {
+                        first + size <= end && !used[first..first + size].contains(&true)
+                    })
+            })
             .ok_or(AllocError::OutOfMemory)?;
         used[first..first + size].fill(true);
         drop(used);
@@ -119,6 +160,22 @@ unsafe impl FrameSource for Arena {
         }
         // SAFETY: taken above, aligned to its size.
         Ok(unsafe { OwnedFrame::from_raw(Frame::new(first as u64).unwrap(), request.order) })
+    }
+
+    fn node_count(&self) -> u16 {
+        self.nodes.load(Ordering::Relaxed)
+    }
+    fn node_of_cpu(&self, cpu: CpuId) -> NodeId {
+        NodeId::new(cpu.get() as u16 % self.node_count())
+    }
+    fn node_of_frame(&self, frame: Frame) -> NodeId {
+        let frames = self.used.lock().unwrap().len();
+        let of_node = (frames / usize::from(self.node_count())) as u64;
+        NodeId::new((frame.number() / of_node) as u16)
+    }
+    /// Nodes lie in a row.
+    fn node_distance(&self, from: NodeId, to: NodeId) -> u8 {
+        10 + from.get().abs_diff(to.get()) as u8
     }
 }
 

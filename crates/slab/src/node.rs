@@ -1,0 +1,347 @@
+//! What a memory node has of a cache: a depot, so that memory stays near the CPUs that use it.
+//!
+//! ```text
+//!   CPU of node 0 ─> arrays ─┐                        ┌─ arrays <─ CPU of node 1
+//!                            v                        v
+//!                   CacheNode 0: depot        CacheNode 1: depot          one lock each
+//!                   arrays and slabs          arrays and slabs
+//!                   of node 0's memory        of node 1's memory
+//! ```
+//!
+//! A CPU's own arrays hold what was freed there, wherever it came from: to look would cost every call. When an array leaves the CPU, its objects
+//! are looked at and go to the node that they came from, as a whole array where they are all of one node, else to their slabs.
+//! A CPU takes from its own node first: arrays, slabs, new slabs. Where the page source answers from another node, because that one is short, objects that
+//! are free on other nodes come first, the nearest node's before others', and the page source is asked again now and then.
+//!
+//! Invariants
+//! - `N1`: a descriptor belongs to one node for ever, that of all memory it ever has; its links, its bits and its notes on the pending stack belong to that
+//!   node's depot.
+//! - `N2`: arrays of a depot hold objects of its node, those apart that are no objects of the cache (found when they are flushed).
+//! - `N3`: one depot's lock at a time.
+//!
+//! Cost: on a machine with one node a branch in the slow paths; the node lies in the cache itself. With more, two loads an object when an
+//! array leaves a CPU. The fast paths are the same.
+
+use core::ptr::{self, NonNull};
+
+use kmem_hal::sync::{AtomicPtr, LocalU32, Ordering};
+use kmem_hal::{
+    AllocError, Cpu, CpuId, FrameRequest, FrameSource, Lock, NodeId, NodePolicy, RawLock,
+};
+
+use crate::array::{Array, Slot};
+use crate::depot::Depot;
+use crate::geometry::Geometry;
+use crate::head::{Busy, COLUMNS};
+use crate::platform::Platform;
+use crate::raw::RawCache;
+use crate::slab::Pending;
+use crate::system::SlabSystem;
+
+/// The most nodes that have depots of their own: a descriptor keeps the number in a byte. Memory and CPUs of nodes beyond count as the first's.
+const MAX_NODES: u16 = 256;
+
+/// How many objects or arrays are borrowed from other nodes before the page source is asked for memory of this one again.
+const BORROWS: u32 = 16;
+
+/// What a node has of a cache.
+#[doc(alias = "kmem_cache_node")]
+#[doc(alias = "node_barn")]
+#[repr(C, align(64))]
+pub struct CacheNode<L> {
+    pub id: NodeId,
+    pub pending: Pending,
+    pub depot: Lock<Depot, L>,
+    /// Objects in full arrays of the depot, as its lock's holder last wrote: saves taking the lock in vain.
+    pub held: LocalU32,
+    /// Objects that the depot may hold now: grows while the cache streams, shrinks while it does not.
+    pub limit: LocalU32,
+    /// The page source last answered this node's CPUs from another: so many borrows are left before it is asked again.
+    borrows: LocalU32,
+}
+
+/// The nodes behind the first, of the caches of one row.
+pub type NodePage<L> = [CacheNode<L>; COLUMNS];
+
+/// One page of nodes for each node behind the first.
+pub type NodeRow<L> = AtomicPtr<NodePage<L>>;
+
+impl<L: RawLock> CacheNode<L> {
+    pub fn new(id: NodeId, geometry: Geometry) -> Self {
+        Self {
+            id,
+            pending: Pending::new(),
+            depot: Lock::new(Depot::new()),
+            held: LocalU32::new(0),
+            limit: LocalU32::new(geometry.array() as u32),
+            borrows: LocalU32::new(0),
+        }
+    }
+
+    /// The depot overflowed or ran dry, after `streak` events close to each other: it may keep more where the cache streams,
+    /// and fewer where it does not.
+    pub fn adapt_limit(&self, geometry: Geometry, streak: u32, slots: usize) {
+        /// Events close to each other that make a stream.
+        const STREAM: u32 = 3;
+        /// The most bytes of objects that a depot ever keeps in full arrays.
+        const DEPOT_BYTES: usize = 256 << 10;
+        let (limit, slots) = (self.limit.get(), slots as u32);
+        let least = geometry.array() as u32;
+        let wanted = if streak >= STREAM {
+            let most = (DEPOT_BYTES / geometry.size()).max(geometry.array());
+            (limit + slots).min(most as u32)
+        } else if streak == 0 {
+            limit.saturating_sub(slots)
+        } else {
+            limit
+        };
+        self.limit.set(wanted.max(least));
+    }
+
+    /// A new slab for a CPU of this node came from `node`.
+    pub fn served_by(&self, node: NodeId) {
+        self.borrows.set(if node == self.id { 0 } else { BORROWS });
+    }
+
+    /// Whether other nodes' objects come before a new slab now; counts down.
+    fn borrows(&self) -> bool {
+        let left = self.borrows.get();
+        self.borrows.set(left.saturating_sub(1));
+        left > 0
+    }
+}
+
+/// How many nodes get depots of their own.
+pub fn count<P: Platform>(platform: &P) -> u16 {
+    platform.frames().node_count().clamp(1, MAX_NODES)
+}
+
+impl<L: RawLock> RawCache<L> {
+    /// What a node has of the cache.
+    #[inline]
+    pub fn node(&self, id: NodeId) -> &CacheNode<L> {
+        if self.nodes == 1 || id == NodeId::ZERO {
+            return &self.first;
+        }
+        debug_assert!(id.get() < self.nodes);
+        // SAFETY: a row has a place for every node behind the first, whose page was made with the row and lives as long as the system; the
+        // cache's column of it was written before the cache was published (raw I1).
+        unsafe {
+            let page = (*self.others.add(id.index() - 1)).load(Ordering::Acquire);
+            &(*page)[self.column as usize % COLUMNS]
+        }
+    }
+
+    /// All nodes of the cache.
+    pub fn nodes(&self) -> impl Iterator<Item = &CacheNode<L>> {
+        (0..self.nodes).map(|id| self.node(NodeId::new(id)))
+    }
+
+    /// Writes the nodes behind the first of a cache that is about to be published.
+    ///
+    /// # Safety
+    ///
+    /// The cache's column belongs to the caller; nobody looks at it yet.
+    pub unsafe fn write_nodes(&self) {
+        for id in 1..self.nodes {
+            // SAFETY: as in `node`: the page is memory for 64 of them, and nobody else's in this column by contract.
+            unsafe {
+                let page = (*self.others.add(usize::from(id) - 1)).load(Ordering::Acquire);
+                let place = page
+                    .cast::<CacheNode<L>>()
+                    .add(self.column as usize % COLUMNS);
+                place.write(CacheNode::new(NodeId::new(id), self.geometry()));
+            }
+        }
+    }
+}
+
+impl<P: Platform> SlabSystem<P> {
+    /// What the node of a CPU has of the cache.
+    #[inline]
+    pub(crate) fn node_of_cpu<'c>(
+        &self,
+        cache: &'c RawCache<P::Lock>,
+        cpu: CpuId,
+    ) -> &'c CacheNode<P::Lock> {
+        if cache.nodes == 1 {
+            return &cache.first;
+        }
+        // SAFETY: a cache exists, so the system is ready.
+        let platform = unsafe { self.platform_unchecked() };
+        cache.node(within(cache.nodes, platform.frames().node_of_cpu(cpu)))
+    }
+
+    /// As [`node_of_cpu`](Self::node_of_cpu), of the CPU that runs this: which may be another at once, where nobody has pinned it.
+    pub(crate) fn node_here<'c>(&self, cache: &'c RawCache<P::Lock>) -> &'c CacheNode<P::Lock> {
+        // SAFETY: a cache exists, so the system is ready.
+        let pin = unsafe { self.platform_unchecked() }.cpu().pin();
+        self.node_of_cpu(cache, pin.id())
+    }
+
+    /// An object from the memory of the node or nodes that the request names, past this CPU's arrays.
+    #[cold]
+    pub(crate) fn alloc_on(
+        &self,
+        cache: &RawCache<P::Lock>,
+        request: &FrameRequest,
+    ) -> Result<NonNull<u8>, AllocError> {
+        let (node, strict) = match request.node {
+            NodePolicy::Local => return self.alloc_object(cache, request),
+            NodePolicy::Preferred(node) => (node, false),
+            NodePolicy::Strict(node) => (node, true),
+            NodePolicy::Interleave => {
+                let turn = self.turns.fetch_add(1, Ordering::Relaxed);
+                (NodeId::new((turn % u64::from(cache.nodes)) as u16), false)
+            }
+        };
+        let policy = if strict {
+            request.node
+        } else {
+            NodePolicy::Preferred(node)
+        };
+        let request = request.node(policy);
+        let held = || {
+            let known = node.get() < cache.nodes;
+            known.then(|| self.alloc_from_depot(cache, cache.node(node)))?
+        };
+        if let Some(object) = held() {
+            return Ok(object);
+        }
+        match self.grow(cache, &request) {
+            Err(_) if strict && self.shrink() > 0 => match held() {
+                Some(object) => Ok(object),
+                None => self.grow(cache, &request),
+            },
+            Err(_) if !strict => self.alloc_object(
+                cache,
+                &FrameRequest {
+                    node: NodePolicy::Local,
+                    ..request
+                },
+            ),
+            served => served,
+        }
+        .inspect_err(|_| {
+            if strict {
+                cache.failures.fetch_add(1, Ordering::Relaxed);
+            }
+        })
+    }
+
+    /// An object that another node has, where memory of the calling CPU's node was not to be had lately, or `now` is.
+    #[inline]
+    pub(crate) fn borrow(&self, cache: &RawCache<P::Lock>, now: bool) -> Option<NonNull<u8>> {
+        if cache.nodes == 1 {
+            return None;
+        }
+        self.borrow_by_distance(cache, now)
+    }
+
+    #[cold]
+    fn borrow_by_distance(&self, cache: &RawCache<P::Lock>, now: bool) -> Option<NonNull<u8>> {
+        let home = self.node_here(cache);
+        if !(now || home.borrows()) {
+            return None;
+        }
+        // SAFETY: a cache exists, so the system is ready.
+        let frames = unsafe { self.platform_unchecked() }.frames();
+        let nodes = cache.nodes;
+        // Nodes at equal distance in turn from here, so that they share the load.
+        let key = |node: u16| {
+            let turn = (node + nodes - home.id.get()) % nodes;
+            (frames.node_distance(home.id, NodeId::new(node)), turn)
+        };
+        let mut last = None;
+        loop {
+            let next = (0..nodes)
+                .filter(|&node| node != home.id.get() && Some(key(node)) > last)
+                .min_by_key(|&node| key(node))?;
+            last = Some(key(next));
+            if let Some(object) = self.alloc_from(cache, cache.node(NodeId::new(next))) {
+                return Some(object);
+            }
+        }
+    }
+
+    /// Sends those objects of the spare array home that the depot at which it will be exchanged has no business with; answers that depot's node.
+    ///
+    /// It is the CPU's own where half of the objects or more come from there, and otherwise that of the first which does not. The busy flag is set.
+    #[inline]
+    pub(crate) fn send_home<'c>(
+        &self,
+        cache: &'c RawCache<P::Lock>,
+        own: &'c CacheNode<P::Lock>,
+        busy: &Busy<'_>,
+    ) -> &'c CacheNode<P::Lock> {
+        if cache.nodes == 1 {
+            return own;
+        }
+        self.sort_spare(cache, own, busy)
+    }
+
+    #[cold]
+    fn sort_spare<'c>(
+        &self,
+        cache: &'c RawCache<P::Lock>,
+        own: &'c CacheNode<P::Lock>,
+        busy: &Busy<'_>,
+    ) -> &'c CacheNode<P::Lock> {
+        // SAFETY: a cache exists, so the system is ready.
+        let platform = unsafe { self.platform_unchecked() };
+        let spare = busy.replace_spare(ptr::null_mut());
+        // SAFETY: the head owned it, and it is this call's now.
+        let Some(array) = (unsafe { spare.as_ref() }) else {
+            return own;
+        };
+        let n = array.len();
+        // SAFETY: the first `n` slots hold objects, and the array is this call's.
+        let objects = unsafe { core::slice::from_raw_parts_mut(Array::slots(spare), n) };
+        // What is no object of the cache stays where it is: the flush tells.
+        let node_of = |&object: &Slot| match Self::slab_of(platform, object) {
+            Some(slab) if slab.cache() == cache.opaque() => slab.node(),
+            _ => own.id,
+        };
+        let id = node_of_most(objects.iter().map(node_of), own.id);
+        let kept = partition(objects, |object| node_of(object) == id);
+        let foreign = &mut objects[kept..];
+        array.set_len(kept);
+        busy.add_given(foreign.len());
+        // SAFETY: the slots hold pointers that left the array; the busy flag is set.
+        unsafe { self.flush(cache, foreign.as_mut_ptr(), foreign.len()) };
+        busy.replace_spare(spare);
+        cache.node(id)
+    }
+}
+
+/// `own` where at least half of the nodes are, else the first that is not.
+fn node_of_most(nodes: impl Iterator<Item = NodeId> + Clone, own: NodeId) -> NodeId {
+    let (all, ours) = nodes.clone().fold((0, 0), |(all, ours), node| {
+        (all + 1, ours + usize::from(node == own))
+    });
+    if ours * 2 >= all {
+        return own;
+    }
+    nodes.into_iter().find(|&node| node != own).unwrap_or(own)
+}
+
+/// The node itself where it has a depot of its own, else the first.
+pub fn within(nodes: u16, node: NodeId) -> NodeId {
+    if node.get() < nodes {
+        node
+    } else {
+        NodeId::ZERO
+    }
+}
+
+/// Moves the objects of which `first` holds to the front; answers how many.
+pub fn partition<T>(objects: &mut [T], mut first: impl FnMut(&T) -> bool) -> usize {
+    let mut count = 0;
+    for at in 0..objects.len() {
+        if first(&objects[at]) {
+            objects.swap(count, at);
+            count += 1;
+        }
+    }
+    count
+}
