@@ -1,10 +1,8 @@
 //! The page cache: what calls and mappings see, what the disk gets, what goes when memory is short.
 
-#[path = "common/changing_file.rs"]
-mod changing_file;
 mod common;
 
-use changing_file::ChangingFile;
+use common::changing_file::ChangingFile;
 use common::{PAGE, Program, World, signal};
 use kmem_cow_mm::replacement::Fifo;
 use kmem_cow_mm::{

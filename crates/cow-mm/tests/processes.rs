@@ -2,10 +2,13 @@
 
 mod common;
 
+use arbitrary::{Arbitrary, Unstructured};
 use common::{World, driver};
 use kmem_mock_x86::{Adversary, Machine, MemoryMap};
 use kmem_testkit::processes::{ProcessOp, process_ops};
 use proptest::prelude::*;
+use proptest::strategy::ValueTree;
+use proptest::test_runner::TestRunner;
 
 fn machine(adversary: Adversary, seed: u64) -> &'static World {
     let machine = Machine::builder()
@@ -38,4 +41,85 @@ proptest! {
     fn a_step_without_memory_changes_nothing(ops in process_ops(60)) {
         run(machine(Adversary::OFF, 0), &ops, true);
     }
+}
+
+/// As many steps as `KMEM_STEPS` says, in lists of 2000, on one machine in turn without and with its adversary, and on a third list with every
+/// allocation failing. A million in a release build: `KMEM_STEPS=1000000 cargo test --release -p kmem-cow-mm --test processes long`.
+#[test]
+fn words_are_the_models_for_a_long_time() {
+    let steps = std::env::var("KMEM_STEPS").ok();
+    let steps: usize = steps.map_or(6_000, |steps| steps.parse().expect("a number"));
+    let world = |adversary, seed| {
+        let world = machine(adversary, seed);
+        (world, world.mm())
+    };
+    let (quiet, hostile) = (world(Adversary::OFF, 0), world(Adversary::FULL, 1));
+    let mut runner = TestRunner::deterministic();
+    let mut done = 0;
+    for round in 0.. {
+        let failures = round % 3 == 2;
+        let lists = process_ops(if failures { 400 } else { 4000 });
+        let ops = lists.new_tree(&mut runner).unwrap().current();
+        let (world, mm) = if round % 3 == 1 { hostile } else { quiet };
+        driver::run(world, mm, &ops, failures);
+        done += ops.len();
+        if done >= steps {
+            break;
+        }
+    }
+    println!("{done} steps");
+}
+
+/// The committed seeds of the fuzz target, decoded as it does, without its toolchain.
+#[test]
+fn seeds_of_the_fuzz_target_are_lists_of_steps() {
+    let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/corpus/cow_mm");
+    let Ok(seeds) = std::fs::read_dir(folder) else {
+        eprintln!("SKIPPED: no seeds at {folder}");
+        return;
+    };
+    for seed in seeds {
+        let bytes = std::fs::read(seed.unwrap().path()).unwrap();
+        let input = <(bool, Vec<ProcessOp>)>::arbitrary_take_rest(Unstructured::new(&bytes));
+        let (failures, ops) = input.unwrap();
+        assert!(ops.len() >= 20, "{} steps", ops.len());
+        run(machine(Adversary::OFF, 0), &ops, failures);
+    }
+}
+
+/// Faults on purpose that lose, leak or mix up bytes: `RUSTFLAGS="--cfg kmem_mutants" cargo test -p kmem-cow-mm --test processes faults`.
+#[cfg(kmem_mutants)]
+#[test]
+fn faults_on_purpose_are_noticed() {
+    use kmem_cow_mm::mutants::select;
+    use std::panic::{AssertUnwindSafe, catch_unwind};
+
+    let names = [
+        "cleaned-page-stays-writable",
+        "copied-swap-entry-not-counted",
+        "failed-read-is-up-to-date",
+        "moved-page-not-copied",
+        "private-write-hits-the-file",
+        "reuse-ignores-references",
+        "shared-stays-exclusive",
+        "swapped-page-not-written",
+    ];
+    std::panic::set_hook(Box::new(|_| {}));
+    let mut unnoticed = Vec::new();
+    for name in names {
+        let mut runner = TestRunner::deterministic();
+        let noticed = (0..60).any(|_| {
+            let ops = process_ops(600).new_tree(&mut runner).unwrap().current();
+            let world = machine(Adversary::OFF, 0);
+            select(name);
+            let outcome = catch_unwind(AssertUnwindSafe(|| run(world, &ops, false)));
+            select("");
+            outcome.is_err()
+        });
+        if !noticed {
+            unnoticed.push(name);
+        }
+    }
+    let _ = std::panic::take_hook();
+    assert!(unnoticed.is_empty(), "{unnoticed:?}");
 }

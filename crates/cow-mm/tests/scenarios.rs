@@ -618,3 +618,118 @@ fn protection_grows_down_to_the_beginning_of_a_stack() {
     assert_eq!(program.store(at, 1), Err(signal(Signal::AccessError, at)));
     program.exit();
 }
+
+fn vm_flags(program: &Program, address: u64) -> String {
+    let smaps = program.space.smaps().to_string();
+    let from = smaps.find(&format!("{address:x}-")).unwrap();
+    let line = smaps[from..]
+        .lines()
+        .find(|line| line.starts_with("VmFlags"));
+    line.unwrap().to_string()
+}
+
+/// Linux 6.18: `mm/mmap.c` (`do_mmap`), `include/linux/mman.h` (`LEGACY_MAP_MASK`).
+#[test]
+fn flags_of_mmap_that_other_tests_do_not_name() {
+    let world = World::new();
+    let mm = world.mm();
+    let (_, file) = world.file(mm, &[7; 2 * PAGE as usize]);
+    let program = Program::new(mm);
+    let space = &program.space;
+    let map = |flags: u32, file| {
+        space.mmap(&MapRequest {
+            // So that FIXED_NOREPLACE finds one that may be and is free.
+            address: if flags & MapFlags::FIXED_NOREPLACE.bits() != 0 {
+                0x5000_0000
+            } else {
+                0
+            },
+            flags: MapFlags::from_bits_retain(flags),
+            file,
+            ..MapRequest::anonymous(2 * PAGE, Prot::READ | Prot::WRITE)
+        })
+    };
+    let validate = MapFlags::SHARED_VALIDATE;
+    let at = map(validate, Some(file)).unwrap().as_u64();
+    program.store(at, 5).unwrap();
+    let sync = 0x8_0000;
+    for unknown in [sync, 0x100_0000, MapFlags::FIXED_NOREPLACE.bits()] {
+        assert_eq!(map(validate | unknown, Some(file)), Err(Errno::EOPNOTSUPP));
+    }
+    let known = MapFlags::NORESERVE | MapFlags::STACK | MapFlags::DENYWRITE;
+    assert!(map(validate | known.bits(), Some(file)).is_ok());
+    let anonymous = MapFlags::ANONYMOUS.bits();
+    assert_eq!(map(validate | anonymous, None), Err(Errno::EINVAL));
+    let huge = MapFlags::PRIVATE | MapFlags::ANONYMOUS | MapFlags::HUGETLB;
+    assert_eq!(map(huge.bits(), None), Err(Errno::EINVAL));
+    // Populating without waiting populates nothing, and a thread's stack gets no huge pages.
+    let memory = MapFlags::PRIVATE | MapFlags::ANONYMOUS;
+    let none = memory | MapFlags::POPULATE | MapFlags::NONBLOCK | MapFlags::STACK;
+    let at = map(none.bits(), None).unwrap();
+    assert_eq!(space.frame_at(page(at.as_u64())), None);
+    assert!(vm_flags(&program, at.as_u64()).contains(" nh "));
+    let all = map((memory | MapFlags::POPULATE).bits(), None).unwrap();
+    assert!(space.frame_at(page(all.as_u64())).is_some());
+    program.exit();
+}
+
+/// Linux 6.18: `mm/madvise.c`.
+#[test]
+fn advice_that_other_tests_do_not_name() {
+    let world = World::new();
+    let mm = world.mm();
+    let program = Program::new(mm);
+    let space = &program.space;
+    let map = || space.mmap(&MapRequest::anonymous(4 * PAGE, Prot::READ | Prot::WRITE));
+    let at = map().unwrap().as_u64();
+    for (advice, there, gone) in [
+        (Advice::Mergeable, "mg", ""),
+        (Advice::Unmergeable, "", "mg"),
+        (Advice::HugePage, "hg", "nh"),
+        (Advice::NoHugePage, "nh", "hg"),
+        (Advice::DontDump, "dd", ""),
+        (Advice::DoDump, "", "dd"),
+    ] {
+        space.madvise(at, 4 * PAGE, advice).unwrap();
+        let flags = vm_flags(&program, at);
+        assert!(flags.contains(there), "{advice:?}: {flags}");
+        assert!(
+            gone.is_empty() || !flags.contains(gone),
+            "{advice:?}: {flags}"
+        );
+    }
+    assert_eq!(
+        space.madvise(at, PAGE, Advice::Collapse),
+        Err(Errno::EINVAL)
+    );
+    // Locked memory is emptied by the one advice and not by the other, and stays locked.
+    program.store(at, 3).unwrap();
+    space.mlock(at, 4 * PAGE).unwrap();
+    assert_eq!(
+        space.madvise(at, PAGE, Advice::DontNeed),
+        Err(Errno::EINVAL)
+    );
+    assert_eq!(program.load(at), Ok(3));
+    space.madvise(at, PAGE, Advice::DontNeedLocked).unwrap();
+    assert_eq!((program.load(at), space.counters().locked), (Ok(0), 4));
+    space.munlock(at, 4 * PAGE).unwrap();
+    // Several ranges, of any process: what was done before the first that cannot be.
+    program.store(at, 3).unwrap();
+    program.store(at + 2 * PAGE, 4).unwrap();
+    let hole = at - (1 << 30);
+    let ranges = [
+        (at, PAGE),
+        (at + 2 * PAGE, PAGE),
+        (hole, PAGE),
+        (at + PAGE, PAGE),
+    ];
+    let done = space.madvise_ranges(&ranges, Advice::DontNeed);
+    assert_eq!(done, Ok(2 * PAGE));
+    assert_eq!(
+        (program.load(at), program.load(at + 2 * PAGE)),
+        (Ok(0), Ok(0))
+    );
+    let none = space.madvise_ranges(&ranges[2..], Advice::DontNeed);
+    assert_eq!(none, Err(Errno::ENOMEM));
+    program.exit();
+}

@@ -1,4 +1,4 @@
-//! Processes by the textbook: a table of pages for each, every byte in a model, and the calls that change them.
+//! Processes and files by the textbook: a table of pages for each, every byte in a model, and the calls that change them.
 //!
 //! One operation enum serves proptest, libFuzzer and a kernel author's own tests. The model knows nothing of page tables,
 //! copy-on-write or TLBs: fork copies everything, a store writes. Whatever a real memory manager does cleverly must look
@@ -6,13 +6,19 @@
 //!
 //! ```text
 //!   process ── page 0 .. 63 ── None                         not mapped
-//!                           └─ Private { value, rights }    a value of its own
-//!                           └─ Shared { object, index }     a value in an object that others map too
+//!                           └─ Private(value)               a value of its own
+//!                           └─ Object { object, index }     a value in shared memory or a file, which others see too
+//!                           └─ FilePrivate { file, index }  the file's value, until it is written: then a copy of its own
+//!   pin ────────────────────── the page's value, for as long as the process keeps the page; after that what it was last
 //! ```
 //!
-//! Not handled: files, stacks, the heap, merging and the names of mappings; the recorded runs of Linux hold those.
+//! Each page holds one word, and zeros.
+//!
+//! Not handled: stacks, the heap, merging and the names of mappings; the recorded runs of Linux hold those.
 
-use std::collections::BTreeMap;
+mod model;
+
+pub use model::{Answer, Processes};
 
 use arbitrary::Arbitrary;
 use proptest::prelude::*;
@@ -21,6 +27,12 @@ use proptest::prelude::*;
 pub const WINDOW: u8 = 64;
 /// Processes at most.
 pub const PROCESSES: usize = 6;
+/// Files that can be mapped.
+pub const FILES: usize = 2;
+/// Pages of a file at most, and at first.
+pub const FILE_PAGES: u8 = 16;
+/// Pins at most.
+pub const PINS: usize = 4;
 
 /// One step of one process. Numbers out of range wrap.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Arbitrary)]
@@ -120,10 +132,117 @@ pub enum ProcessOp {
         /// How many.
         pages: u8,
     },
-    /// A coming transfer of swap fails: who needs the page hears of it once, and nothing is lost.
+    /// A coming transfer of swap, and one of each file, fails: who needs the page hears of it once, and nothing is lost.
     DiskError {
         /// Which one.
         after: u8,
+    },
+    /// mmap of a file at a fixed place; what was there goes.
+    MapFile {
+        /// Which process.
+        process: u8,
+        /// First page.
+        page: u8,
+        /// How many.
+        pages: u8,
+        /// Bits: 1 read, 2 write.
+        rights: u8,
+        /// Shared instead of private.
+        shared: bool,
+        /// Which file, modulo [`FILES`].
+        file: u8,
+        /// First page of the file, modulo [`FILE_PAGES`].
+        index: u8,
+    },
+    /// A file becomes shorter or longer; what it grows by is zero.
+    Truncate {
+        /// Which file.
+        file: u8,
+        /// Its new size in pages, modulo one more than [`FILE_PAGES`].
+        pages: u8,
+    },
+    /// A write call: the word of a file's page.
+    WriteFile {
+        /// Which file.
+        file: u8,
+        /// Which page.
+        index: u8,
+        /// What; a marker of the page is mixed in.
+        value: u8,
+    },
+    /// A read call: that word.
+    ReadFile {
+        /// Which file.
+        file: u8,
+        /// Which page.
+        index: u8,
+    },
+    /// fsync: the disk has the file's words after that.
+    SyncFile {
+        /// Which file.
+        file: u8,
+    },
+    /// msync(MS_SYNC): the disk has the words of the files that are mapped shared.
+    Sync {
+        /// Which process.
+        process: u8,
+        /// First page.
+        page: u8,
+        /// How many.
+        pages: u8,
+    },
+    /// madvise(MADV_REMOVE): shared memory is zero again for everybody.
+    Remove {
+        /// Which process.
+        process: u8,
+        /// First page.
+        page: u8,
+        /// How many.
+        pages: u8,
+    },
+    /// mlock, but of private mappings of files.
+    Lock {
+        /// Which process.
+        process: u8,
+        /// First page.
+        page: u8,
+        /// How many.
+        pages: u8,
+    },
+    /// munlock.
+    Unlock {
+        /// Which process.
+        process: u8,
+        /// First page.
+        page: u8,
+        /// How many.
+        pages: u8,
+    },
+    /// A device or the kernel pins a page, if it is not pinned yet and there are not [`PINS`] pins.
+    Pin {
+        /// Which process.
+        process: u8,
+        /// Which page.
+        page: u8,
+        /// To be written.
+        write: bool,
+    },
+    /// Writes the word through a pin that may be written.
+    PinWrite {
+        /// Which pin, modulo [`PINS`].
+        pin: u8,
+        /// What.
+        value: u8,
+    },
+    /// Reads the word through a pin.
+    PinRead {
+        /// Which pin, modulo [`PINS`].
+        pin: u8,
+    },
+    /// The pin ends.
+    Unpin {
+        /// Which pin, modulo [`PINS`].
+        pin: u8,
     },
 }
 
@@ -155,231 +274,40 @@ pub fn process_ops(length: usize) -> impl Strategy<Value = Vec<ProcessOp>> {
         2 => (process, 0..WINDOW, 1..WINDOW)
             .prop_map(|(process, page, pages)| ProcessOp::Migrate { process, page, pages }),
         1 => (1..6u8).prop_map(|after| ProcessOp::DiskError { after }),
+        12 => file_op(),
     ];
     proptest::collection::vec(op, 1..length)
 }
 
-/// What an access or call comes to.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
-    /// Done.
-    Done,
-    /// The word read.
-    Value(u64),
-    /// `SIGSEGV`, nothing mapped.
-    NotMapped,
-    /// `SIGSEGV`, not allowed.
-    NotAllowed,
-    /// `ENOMEM`: a hole in the range.
-    Hole,
-    /// `EFAULT`: nothing to move.
-    NothingThere,
-    /// `EINVAL`.
-    Invalid,
-}
-
-/// A page of the model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct PageModel {
-    rights: u8,
-    content: Content,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Content {
-    Private(u64),
-    Shared(usize, u8),
-}
-
-type Table = [Option<PageModel>; WINDOW as usize];
-
-/// The model: every process's pages and every shared word.
-#[derive(Clone, Debug)]
-pub struct Processes {
-    tables: Vec<Option<Table>>,
-    shared: BTreeMap<(usize, u8), u64>,
-    objects: usize,
-}
-
-impl Processes {
-    /// One process without mappings.
-    #[must_use]
-    pub fn new() -> Self {
-        let mut tables = vec![None; PROCESSES];
-        tables[0] = Some([None; WINDOW as usize]);
-        Self {
-            tables,
-            shared: BTreeMap::new(),
-            objects: 0,
-        }
-    }
-
-    /// The process that a step means: the number wraps, and dead ones stand for the next living one.
-    #[must_use]
-    pub fn living(&self, process: u8) -> usize {
-        let start = usize::from(process) % PROCESSES;
-        (0..PROCESSES)
-            .map(|i| (start + i) % PROCESSES)
-            .find(|&i| self.tables[i].is_some())
-            .unwrap_or(0)
-    }
-
-    /// Where a child would go; `None` where there is no room.
-    #[must_use]
-    pub fn vacancy(&self) -> Option<usize> {
-        self.tables.iter().position(Option::is_none)
-    }
-
-    /// The processes that live.
-    pub fn alive(&self) -> impl Iterator<Item = usize> + '_ {
-        (0..PROCESSES).filter(|&i| self.tables[i].is_some())
-    }
-
-    /// The word of a page: its value, or why it cannot be read.
-    #[must_use]
-    pub fn load(&self, process: usize, page: u8) -> Answer {
-        match self.tables[process]
-            .as_ref()
-            .and_then(|table| table[usize::from(page % WINDOW)])
-        {
-            None => Answer::NotMapped,
-            Some(PageModel { rights: 0, .. }) => Answer::NotAllowed,
-            Some(PageModel { content, .. }) => Answer::Value(self.value(content)),
-        }
-    }
-
-    fn value(&self, content: Content) -> u64 {
-        match content {
-            Content::Private(value) => value,
-            Content::Shared(object, index) => {
-                self.shared.get(&(object, index)).copied().unwrap_or(0)
-            }
-        }
-    }
-
-    /// Applies a step that is not a fork or an exit to process `living`; says what Linux answers.
-    ///
-    /// # Panics
-    ///
-    /// Where `living` does not live, or the step is a fork or an exit.
-    pub fn apply(&mut self, living: usize, op: ProcessOp) -> Answer {
-        let table = self.tables[living].as_mut().expect("a living process");
-        match op {
-            ProcessOp::Map {
-                page,
-                pages,
-                rights,
-                shared,
-                ..
-            } => {
-                let (first, last) = span(page, pages);
-                self.objects += 1;
-                for (index, slot) in (0u8..).zip(&mut table[first..last]) {
-                    let content = if shared {
-                        Content::Shared(self.objects, index)
-                    } else {
-                        Content::Private(0)
-                    };
-                    *slot = Some(PageModel {
-                        rights: rights & 3,
-                        content,
-                    });
-                }
-                Answer::Done
-            }
-            ProcessOp::Unmap { page, pages, .. } => {
-                let (first, last) = span(page, pages);
-                table[first..last].fill(None);
-                Answer::Done
-            }
-            ProcessOp::Protect {
-                page,
-                pages,
-                rights,
-                ..
-            } => {
-                let (first, last) = span(page, pages);
-                for slot in &mut table[first..last] {
-                    match slot {
-                        Some(page) => page.rights = rights & 3,
-                        None => return Answer::Hole,
-                    }
-                }
-                Answer::Done
-            }
-            ProcessOp::Store { page, value, .. } => match &mut table[usize::from(page % WINDOW)] {
-                None => Answer::NotMapped,
-                Some(PageModel { rights, .. }) if *rights & 2 == 0 => Answer::NotAllowed,
-                Some(PageModel { content, .. }) => {
-                    match content {
-                        Content::Private(word) => *word = stored(page, value),
-                        Content::Shared(object, index) => {
-                            self.shared.insert((*object, *index), stored(page, value));
-                        }
-                    }
-                    Answer::Done
-                }
-            },
-            ProcessOp::Load { page, .. } => self.load(living, page),
-            ProcessOp::DontNeed { page, pages, .. } => {
-                let (first, last) = span(page, pages);
-                let mut hole = false;
-                for slot in &mut table[first..last] {
-                    match slot {
-                        Some(PageModel {
-                            content: Content::Private(word),
-                            ..
-                        }) => *word = 0,
-                        Some(_) => {}
-                        None => hole = true,
-                    }
-                }
-                if hole { Answer::Hole } else { Answer::Done }
-            }
-            ProcessOp::Move {
-                page, pages, to, ..
-            } => {
-                let (first, last) = span(page, pages);
-                let (to, end) = span(to, (last - first) as u8);
-                if end - to != last - first || to < last && first < end {
-                    return Answer::Invalid;
-                }
-                if table[first].is_none() {
-                    return Answer::NothingThere;
-                }
-                // Holes do not move: what is mapped at their place stays.
-                for offset in 0..last - first {
-                    if let Some(moved) = table[first + offset].take() {
-                        table[to + offset] = Some(moved);
-                    }
-                }
-                Answer::Done
-            }
-            ProcessOp::Migrate { .. } => Answer::Done,
-            ProcessOp::Fork { .. }
-            | ProcessOp::Exit { .. }
-            | ProcessOp::Reclaim { .. }
-            | ProcessOp::DiskError { .. } => {
-                unreachable!("not a step of one process")
-            }
-        }
-    }
-
-    /// Process `child` becomes a copy of process `parent`.
-    pub fn fork(&mut self, parent: usize, child: usize) {
-        self.tables[child] = self.tables[parent];
-    }
-
-    /// Process `process` ends.
-    pub fn exit(&mut self, process: usize) {
-        self.tables[process] = None;
-    }
-}
-
-impl Default for Processes {
-    fn default() -> Self {
-        Self::new()
-    }
+/// Steps of files, locks and pins.
+fn file_op() -> impl Strategy<Value = ProcessOp> {
+    let process = 0..PROCESSES as u8;
+    let page = 0..WINDOW;
+    let pages = 1..12u8;
+    let file = 0..FILES as u8;
+    let index = 0..FILE_PAGES;
+    let rights = prop_oneof![1 => 0..2u8, 3 => Just(3u8)];
+    let range = (process.clone(), page.clone(), pages.clone());
+    let mapped = (process.clone(), page.clone(), pages, rights, any::<bool>());
+    prop_oneof![
+        4 => (mapped, file.clone(), index.clone()).prop_map(|((process, page, pages, rights, shared), file, index)| {
+            ProcessOp::MapFile { process, page, pages, rights, shared, file, index }
+        }),
+        2 => (file.clone(), 0..=FILE_PAGES).prop_map(|(file, pages)| ProcessOp::Truncate { file, pages }),
+        2 => (file.clone(), index.clone(), any::<u8>())
+            .prop_map(|(file, index, value)| ProcessOp::WriteFile { file, index, value }),
+        1 => (file.clone(), index).prop_map(|(file, index)| ProcessOp::ReadFile { file, index }),
+        1 => file.prop_map(|file| ProcessOp::SyncFile { file }),
+        2 => range.clone().prop_map(|(process, page, pages)| ProcessOp::Sync { process, page, pages }),
+        2 => range.clone().prop_map(|(process, page, pages)| ProcessOp::Remove { process, page, pages }),
+        1 => range.clone().prop_map(|(process, page, pages)| ProcessOp::Lock { process, page, pages }),
+        1 => range.prop_map(|(process, page, pages)| ProcessOp::Unlock { process, page, pages }),
+        3 => (process, page, any::<bool>())
+            .prop_map(|(process, page, write)| ProcessOp::Pin { process, page, write }),
+        2 => (0..PINS as u8, any::<u8>()).prop_map(|(pin, value)| ProcessOp::PinWrite { pin, value }),
+        1 => (0..PINS as u8).prop_map(|pin| ProcessOp::PinRead { pin }),
+        2 => (0..PINS as u8).prop_map(|pin| ProcessOp::Unpin { pin }),
+    ]
 }
 
 impl ProcessOp {
@@ -396,8 +324,22 @@ impl ProcessOp {
             | Self::Move { process, .. }
             | Self::Fork { process }
             | Self::Exit { process }
-            | Self::Migrate { process, .. } => process,
-            Self::Reclaim { .. } | Self::DiskError { .. } => 0,
+            | Self::Migrate { process, .. }
+            | Self::MapFile { process, .. }
+            | Self::Sync { process, .. }
+            | Self::Remove { process, .. }
+            | Self::Lock { process, .. }
+            | Self::Unlock { process, .. }
+            | Self::Pin { process, .. } => process,
+            Self::Reclaim { .. }
+            | Self::DiskError { .. }
+            | Self::Truncate { .. }
+            | Self::WriteFile { .. }
+            | Self::ReadFile { .. }
+            | Self::SyncFile { .. }
+            | Self::PinWrite { .. }
+            | Self::PinRead { .. }
+            | Self::Unpin { .. } => 0,
         }
     }
 }
@@ -416,6 +358,24 @@ pub fn span(page: u8, pages: u8) -> (usize, usize) {
 #[must_use]
 pub const fn stored(page: u8, value: u8) -> u64 {
     0x1000 + ((page % WINDOW) as u64) * 0x100 + value as u64
+}
+
+/// The word that a file's page holds at first.
+#[must_use]
+pub const fn first_word(file: usize, index: u8) -> u64 {
+    0xf_0000 + (file as u64) * 0x100 + index as u64
+}
+
+/// The word that a write call writes to a file's page.
+#[must_use]
+pub const fn written(index: u8, value: u8) -> u64 {
+    0xe_0000 + ((index % FILE_PAGES) as u64) * 0x100 + value as u64
+}
+
+/// The word that is written through a pin.
+#[must_use]
+pub const fn pinned_word(pin: u8, value: u8) -> u64 {
+    0xd_0000 + ((pin as usize % PINS) as u64) * 0x100 + value as u64
 }
 
 #[cfg(test)]

@@ -1,14 +1,20 @@
-//! Applies one list of steps to the model and to real address spaces on the mock machine, and compares every word.
+//! Applies one list of steps to the model and to real address spaces on the mock machine, and compares every byte.
 
 use std::cell::Cell;
 
+use super::held_pin::HeldPin;
+use super::oracle_files::{self, OracleFile, index_of};
 use kmem_cow_mm::replacement::Fifo;
 use kmem_cow_mm::{
-    Advice, Env as _, Errno, MapFlags, MapRequest, Mm, Outcome, Prot, Reclaimer, RemapFlags, Signal,
+    Advice, Env as _, Errno, FileIo, MapFlags, MapRequest, Mm, Outcome, PinError, Prot, Reclaimer,
+    RemapFlags, Signal,
 };
 use kmem_hal::{FrameRequest, FrameSink, FrameSource, FrameTag, Migrate, MigrateError};
 use kmem_paging::{Env as _, Rights};
-use kmem_testkit::processes::{Answer, PROCESSES, ProcessOp, Processes, WINDOW, span, stored};
+use kmem_testkit::processes::{
+    Answer, FILE_PAGES, FILES, PINS, PROCESSES, ProcessOp, Processes, WINDOW, pinned_word, span,
+    stored, written,
+};
 
 use super::{PAGE, Program, World};
 
@@ -38,14 +44,38 @@ fn answer(outcome: Outcome) -> Option<Answer> {
             signal: Signal::AccessError,
             ..
         } => Some(Answer::NotAllowed),
+        Outcome::Signal {
+            signal: Signal::BusError,
+            ..
+        } => Some(Answer::BusError),
         Outcome::OutOfMemory => None,
         other => panic!("an outcome that no step has: {other:?}"),
     }
 }
 
-/// Does the step for real, on a disk that may still fail so often; `None` where memory ran out.
-fn real(program: &Program, op: ProcessOp, errors: &Cell<usize>) -> Option<Answer> {
+/// What a read or write of one word of a file came to, made again while the page is on its way.
+fn file_call(
+    mut call: impl FnMut() -> Result<FileIo, Errno>,
+    done: impl FnOnce() -> Answer,
+) -> Option<Answer> {
+    loop {
+        match call() {
+            Ok(io) if io.bytes == 8 => return Some(done()),
+            Ok(io) if io.ticket.is_none() => return Some(Answer::End),
+            Ok(_) => {}
+            Err(Errno::ENOMEM) => return None,
+            // A read that failed: as a bus error.
+            Err(Errno::EIO) => return Some(Answer::BusError),
+            Err(error) => panic!("a file's call answered {error}"),
+        }
+    }
+}
+
+/// Does the step for real; `None` where memory ran out.
+fn real(program: &Program, files: &[OracleFile; FILES], op: ProcessOp) -> Option<Answer> {
     let space = &program.space;
+    let mm = space.mm();
+    let file = |file: u8| &files[usize::from(file) % FILES];
     let called = |result: Result<(), Errno>| match result {
         Ok(()) => Some(Answer::Done),
         Err(error) => panic!("{op:?} answered {error}"),
@@ -95,13 +125,12 @@ fn real(program: &Program, op: ProcessOp, errors: &Cell<usize>) -> Option<Answer
             }
         }
         ProcessOp::Store { page, value, .. } => {
-            let store = || program.store(address(page), stored(page, value));
-            match despite(errors, store) {
+            match program.store(address(page), stored(page, value)) {
                 Ok(()) => Some(Answer::Done),
                 Err(outcome) => answer(outcome),
             }
         }
-        ProcessOp::Load { page, .. } => match despite(errors, || program.load(address(page))) {
+        ProcessOp::Load { page, .. } => match program.load(address(page)) {
             Ok(value) => Some(Answer::Value(value)),
             Err(outcome) => answer(outcome),
         },
@@ -116,6 +145,7 @@ fn real(program: &Program, op: ProcessOp, errors: &Cell<usize>) -> Option<Answer
             let (start, length) = range(page, pages);
             match space.madvise(start, length, Advice::DontNeed) {
                 Err(Errno::ENOMEM) => Some(Answer::Hole),
+                Err(Errno::EINVAL) => Some(Answer::Invalid),
                 other => called(other),
             }
         }
@@ -132,9 +162,104 @@ fn real(program: &Program, op: ProcessOp, errors: &Cell<usize>) -> Option<Answer
                 other => called(other.map(|_| ())),
             }
         }
+        ProcessOp::MapFile {
+            page,
+            pages,
+            rights,
+            shared,
+            file: number,
+            index,
+            ..
+        } => {
+            let (start, length) = range(page, pages);
+            let kind = match shared {
+                true => MapFlags::SHARED,
+                false => MapFlags::PRIVATE,
+            };
+            let request = MapRequest {
+                address: start,
+                flags: kind | MapFlags::FIXED,
+                file: Some(file(number).open),
+                offset: index_of(index) * PAGE,
+                ..MapRequest::anonymous(length, prot(rights))
+            };
+            match space.mmap(&request) {
+                Err(Errno::ENOMEM) => None,
+                other => called(other.map(|_| ())),
+            }
+        }
+        ProcessOp::Truncate {
+            file: number,
+            pages,
+        } => {
+            file(number).truncate(mm, u64::from(pages % (FILE_PAGES + 1)));
+            Some(Answer::Done)
+        }
+        ProcessOp::WriteFile {
+            file: number,
+            index,
+            value,
+        } => {
+            let word = written(index, value).to_le_bytes();
+            let at = index_of(index) * PAGE;
+            let write = || mm.write_file(file(number).open.file, at, &word);
+            file_call(write, || Answer::Done)
+        }
+        ProcessOp::ReadFile {
+            file: number,
+            index,
+        } => {
+            let mut word = [0; 8];
+            let at = index_of(index) * PAGE;
+            let read = || mm.read_file(file(number).open.file, at, &mut word);
+            file_call(read, || Answer::Done).map(|answer| match answer {
+                Answer::Done => Answer::Value(u64::from_le_bytes(word)),
+                other => other,
+            })
+        }
+        ProcessOp::SyncFile { file: number } => match mm.sync_file(file(number).open.file) {
+            Err(Errno::EIO) => Some(Answer::BusError),
+            other => called(other),
+        },
+        ProcessOp::Sync { page, pages, .. } => {
+            let (start, length) = range(page, pages);
+            match space.msync(start, length) {
+                Err(Errno::ENOMEM) => Some(Answer::Hole),
+                Err(Errno::EIO) => Some(Answer::BusError),
+                other => called(other),
+            }
+        }
+        ProcessOp::Remove { page, pages, .. } => {
+            let (start, length) = range(page, pages);
+            match space.madvise(start, length, Advice::Remove) {
+                Err(Errno::ENOMEM) => Some(Answer::Hole),
+                Err(Errno::EINVAL) => Some(Answer::Invalid),
+                Err(Errno::EACCES) => Some(Answer::Denied),
+                Err(Errno::EOPNOTSUPP) => Some(Answer::Unsupported),
+                other => called(other),
+            }
+        }
+        ProcessOp::Lock { page, pages, .. } => {
+            let (start, length) = range(page, pages);
+            match space.mlock(start, length) {
+                Err(Errno::ENOMEM) => Some(Answer::Hole),
+                other => called(other),
+            }
+        }
+        ProcessOp::Unlock { page, pages, .. } => {
+            let (start, length) = range(page, pages);
+            match space.munlock(start, length) {
+                Err(Errno::ENOMEM) => Some(Answer::Hole),
+                other => called(other),
+            }
+        }
         ProcessOp::Fork { .. }
         | ProcessOp::Exit { .. }
         | ProcessOp::Reclaim { .. }
+        | ProcessOp::Pin { .. }
+        | ProcessOp::PinWrite { .. }
+        | ProcessOp::PinRead { .. }
+        | ProcessOp::Unpin { .. }
         | ProcessOp::DiskError { .. } => unreachable!(),
     }
 }
@@ -170,17 +295,41 @@ fn migrate(program: &Program, address: u64) -> Option<()> {
     Some(())
 }
 
-/// Makes an access again that a failed read of swap ended, as the device is asked anew. Each request that was told to fail is met once at most;
-/// one page may meet several: a read ahead of it, and its own.
-fn despite<R>(errors: &Cell<usize>, access: impl Fn() -> Result<R, Outcome>) -> Result<R, Outcome> {
+/// Pins a page; `wanted` is what the model says, as a pin does not say why it is refused.
+fn pin(
+    program: &Program,
+    page: u8,
+    write: bool,
+    wanted: Answer,
+) -> Option<Result<HeldPin, Answer>> {
+    let refused = matches!(
+        wanted,
+        Answer::NotMapped | Answer::NotAllowed | Answer::BusError
+    );
     loop {
-        let result = access();
-        let bus_error = Signal::BusError;
-        match (&result, errors.get().checked_sub(1)) {
-            (Err(Outcome::Signal { signal, .. }), Some(rest)) if *signal == bus_error => {
-                errors.set(rest);
-            }
-            _ => return result,
+        match HeldPin::new(&program.space, address(page), write) {
+            Ok(pin) => return Some(Ok(pin)),
+            Err(PinError::NeedIo(_)) => {}
+            Err(PinError::OutOfMemory) => return None,
+            Err(PinError::Fault(_)) if refused => return Some(Err(wanted)),
+            Err(_) => return Some(Err(Answer::BusError)),
+        }
+    }
+}
+
+/// Makes a step again that a failed transfer ended, as the device is asked anew. Each request that was told to fail is met once at most;
+/// one page may meet several: a read ahead of it, and its own.
+fn despite(
+    errors: &Cell<usize>,
+    wanted: Answer,
+    step: impl Fn() -> Option<Answer>,
+) -> Option<Answer> {
+    loop {
+        let got = step()?;
+        let failed = matches!(got, Answer::BusError | Answer::Hole) && got != wanted;
+        match errors.get().checked_sub(1).filter(|_| failed) {
+            Some(rest) => errors.set(rest),
+            None => return Some(got),
         }
     }
 }
@@ -190,10 +339,28 @@ fn is_all_or_nothing(op: ProcessOp) -> bool {
     matches!(
         op,
         ProcessOp::Map { .. }
+            | ProcessOp::MapFile { .. }
+            | ProcessOp::WriteFile { .. }
+            | ProcessOp::ReadFile { .. }
             | ProcessOp::Unmap { .. }
             | ProcessOp::Store { .. }
             | ProcessOp::Load { .. }
     )
+}
+
+/// Steps between two looks at every byte.
+const CHECKED_EVERY: usize = 64;
+
+/// Ends the pins that `which` chooses, in the model and for real.
+fn end_pins(
+    model: &mut Processes,
+    pins: &mut [Option<HeldPin>; PINS],
+    which: impl FnOnce(&Processes) -> Vec<usize>,
+) {
+    for pin in which(model) {
+        model.unpin(pin);
+        pins[pin] = None;
+    }
 }
 
 /// Runs the steps; with `failures`, each all-or-nothing step is first tried with its first allocation failing, then its
@@ -205,15 +372,27 @@ pub fn run(
     failures: bool,
 ) {
     let disk = world.disk(mm, 512);
+    // A request that an earlier run on this machine told to fail and never made is far away now.
+    disk.fail_at(u64::from(u32::MAX));
+    disk.set_latency(0);
+    let files = oracle_files::fresh(world, mm);
     let mut reclaimer = Reclaimer::new(Fifo);
     let before = world.used_frames();
-    // Requests that the disk was told to let fail, and whose failure nobody has met.
+    // Requests that a device was told to let fail, and whose failure nobody has met.
     let errors = Cell::new(0);
     let mut model = Processes::new();
     let mut programs: Vec<Option<Program>> = (0..PROCESSES).map(|_| None).collect();
+    let mut pins: [Option<HeldPin>; PINS] = Default::default();
     programs[0] = Some(Program::new(mm));
     for (step, &op) in ops.iter().enumerate() {
         let living = model.living(op.process());
+        if matches!(op, ProcessOp::Truncate { .. } | ProcessOp::Remove { .. }) {
+            // Who pinned a page that goes keeps it; what it holds then is nobody's business.
+            end_pins(&mut model, &mut pins, |model| {
+                model.pins_of_objects().collect()
+            });
+        }
+        let wanted = || model.clone().apply(living, op);
         match op {
             ProcessOp::Fork { .. } => {
                 let Some(child) = model.vacancy() else {
@@ -224,46 +403,114 @@ pub fn run(
                     world,
                     failures,
                     || parent.fork().ok(),
-                    || check(&model, &programs, step, &errors),
+                    || check(&model, &programs, &pins, step, &errors),
                 );
                 model.fork(living, child);
                 programs[child] = Some(forked);
             }
             ProcessOp::Reclaim { pages, latency } => {
                 disk.set_latency(u32::from(latency % 4));
+                for file in files {
+                    file.set_latency(u32::from(latency % 4));
+                }
                 reclaimer.reclaim(mm, u64::from(pages));
             }
             ProcessOp::DiskError { after } => {
                 disk.fail_at(u64::from(after.max(1)));
-                errors.set(errors.get() + 1);
+                for file in files {
+                    file.fail_at(u64::from(after.max(1)));
+                }
+                errors.set(errors.get() + 1 + FILES);
             }
             ProcessOp::Exit { .. } => {
                 if model.alive().count() > 1 {
+                    end_pins(&mut model, &mut pins, |model| {
+                        model.pins_of(living).collect()
+                    });
                     model.exit(living);
                     programs[living].take().unwrap().exit();
                 }
             }
+            ProcessOp::Pin { page, write, .. } => {
+                let wanted = wanted();
+                if wanted == Answer::Skipped {
+                    continue;
+                }
+                let program = programs[living].as_ref().unwrap();
+                let place = model.vacant_pin().unwrap();
+                let taken = Cell::new(None);
+                let got = with_failures(
+                    world,
+                    failures,
+                    || {
+                        despite(&errors, wanted, || {
+                            Some(match pin(program, page, write, wanted)? {
+                                Ok(pin) => {
+                                    taken.set(Some(pin));
+                                    Answer::Done
+                                }
+                                Err(answer) => answer,
+                            })
+                        })
+                    },
+                    || check(&model, &programs, &pins, step, &errors),
+                );
+                pins[place] = taken.take();
+                assert_eq!(got, model.apply(living, op), "step {step}: {op:?}");
+            }
+            ProcessOp::PinWrite { pin, value } => {
+                if model.apply(living, op) == Answer::Done {
+                    let held = pins[usize::from(pin) % PINS].as_ref().unwrap();
+                    assert!(held.write(pinned_word(pin, value)), "step {step}: {op:?}");
+                }
+            }
+            ProcessOp::PinRead { pin } => {
+                let held = pins[usize::from(pin) % PINS].as_ref().map(HeldPin::read);
+                let got = held.map_or(Answer::Skipped, Answer::Value);
+                assert_eq!(got, model.apply(living, op), "step {step}: {op:?}");
+            }
+            ProcessOp::Unpin { pin } => {
+                end_pins(&mut model, &mut pins, |_| vec![usize::from(pin) % PINS]);
+            }
             _ => {
+                let wanted = wanted();
+                if wanted == Answer::Skipped {
+                    continue;
+                }
                 let program = programs[living].as_ref().unwrap();
                 let fail = failures && is_all_or_nothing(op);
                 let got = with_failures(
                     world,
                     fail,
-                    || real(program, op, &errors),
-                    || check(&model, &programs, step, &errors),
+                    || despite(&errors, wanted, || real(program, files, op)),
+                    || check(&model, &programs, &pins, step, &errors),
                 );
                 assert_eq!(
                     got,
                     model.apply(living, op),
                     "step {step}: {op:?} of process {living}"
                 );
+                for (file, index, word) in model.synced(living, op) {
+                    let found = files[file].on_disk(world, index);
+                    assert_eq!(
+                        found, word,
+                        "step {step}: {op:?}: page {index} of file {file}"
+                    );
+                }
             }
         }
         super::check_counters(programs.iter().flatten());
+        if step % CHECKED_EVERY == CHECKED_EVERY - 1 {
+            check(&model, &programs, &pins, step, &errors);
+        }
     }
-    check(&model, &programs, ops.len(), &errors);
+    check(&model, &programs, &pins, ops.len(), &errors);
+    drop(pins);
     for program in programs.into_iter().flatten() {
         program.exit();
+    }
+    for file in files {
+        file.truncate(mm, 0);
     }
     while mm.poll_swap().is_some() {}
     if std::env::var_os("KMEM_EVENTS").is_some() {
@@ -297,8 +544,18 @@ fn with_failures<R>(
     unreachable!()
 }
 
-/// Compares every word of every process, by a look that changes nothing: no fault, no TLB.
-fn check(model: &Processes, programs: &[Option<Program>], step: usize, errors: &Cell<usize>) {
+/// Compares every byte of every process and of every pinned page, by a look that changes nothing, where the page is in memory: no fault, no TLB.
+fn check(
+    model: &Processes,
+    programs: &[Option<Program>],
+    pins: &[Option<HeldPin>; PINS],
+    step: usize,
+    errors: &Cell<usize>,
+) {
+    for (number, pin) in pins.iter().enumerate() {
+        let found = pin.as_ref().map(HeldPin::read);
+        assert_eq!(found, model.pinned(number), "step {step}: pin {number}");
+    }
     for (process, program) in programs.iter().enumerate() {
         let Some(program) = program else { continue };
         for page in 0..WINDOW {
@@ -306,22 +563,27 @@ fn check(model: &Processes, programs: &[Option<Program>], step: usize, errors: &
                 Answer::Value(value) => value,
                 _ => continue,
             };
-            let mut word = [0; 8];
+            let mut bytes = [0; PAGE as usize];
             let at = kmem_hal::VirtAddr::new(address(page));
-            // What is in swap has to be brought in; a failed read is tried again, as in `despite`.
-            let mut found = program.space.peek(at, &mut word).is_some();
+            // What is not in memory has to be brought in; a failed read is tried again, as in `despite`.
+            let mut found = program.space.peek(at, &mut bytes).is_some();
             while !found {
-                found = program.space.read_memory(at, &mut word).is_ok();
+                found = program.space.read_memory(at, &mut bytes).is_ok();
                 match errors.get().checked_sub(1) {
                     Some(rest) if !found => errors.set(rest),
                     _ => break,
                 }
             }
             assert!(found, "step {step}: process {process} lost page {page}");
+            let (word, rest) = bytes.split_first_chunk().unwrap();
             assert_eq!(
-                u64::from_le_bytes(word),
+                u64::from_le_bytes(*word),
                 want,
                 "step {step}: process {process}, page {page}"
+            );
+            assert!(
+                rest.iter().all(|&byte| byte == 0),
+                "step {step}: process {process}, page {page}: bytes behind the word"
             );
         }
     }

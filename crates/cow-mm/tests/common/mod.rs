@@ -3,9 +3,12 @@
 
 use core::marker::PhantomData;
 
+pub mod changing_file;
 pub mod driver;
 pub mod elf;
+pub mod held_pin;
 pub mod kept;
+pub mod oracle_files;
 
 use kept::keep;
 
@@ -50,6 +53,7 @@ pub struct World<F = X86_64> {
     spaces: Failing<'static, HeapObjects<SpaceMemory>>,
     format: PhantomData<fn() -> F>,
     disk: std::sync::OnceLock<&'static Disk<'static>>,
+    oracle_files: std::sync::OnceLock<&'static [oracle_files::OracleFile; 2]>,
     /// How often a call waited for I/O.
     pub waits: std::sync::atomic::AtomicU64,
 }
@@ -126,6 +130,7 @@ impl<F: Format> World<F> {
             spaces: Failing::new(HeapObjects::new(), plan),
             format: PhantomData,
             disk: std::sync::OnceLock::new(),
+            oracle_files: std::sync::OnceLock::new(),
             waits: std::sync::atomic::AtomicU64::new(0),
         }))
     }
