@@ -11,8 +11,8 @@ use std::collections::{BTreeMap, HashMap};
 use kmem_hal::{DeviceFrame, Frame, FrameHandle, Order, Page, PageRange};
 use kmem_paging::format::X86_64;
 use kmem_paging::{
-    Attributes, ChangeError, Divisible, ForkItem, ForkStep, Harvest, Harvested, MapError,
-    PageTable, Rights, TableCache, UnshareError, UnshareStep,
+    Attributes, ChangeError, Divisible, Entry, ForkItem, ForkStep, Harvest, Harvested, HugeError,
+    Leaf, MapError, MoveError, PageTable, Payload, Rights, TableCache, UnshareError, UnshareStep,
 };
 use machine::{Machine, TestEnv};
 use proptest::prelude::*;
@@ -22,40 +22,55 @@ thread_local! {
     static COUNTS: RefCell<HashMap<u64, u32>> = RefCell::default();
 }
 
-/// A reference to a page.
+/// A reference to each page of a block.
 #[derive(Debug, PartialEq, Eq)]
-struct Ref(u64);
+struct Ref(u64, Order);
 
 impl Ref {
     fn new(frame: u64) -> Self {
-        COUNTS.with_borrow_mut(|counts| *counts.entry(frame).or_default() += 1);
-        Self(frame)
+        Self::block(frame, Order::ZERO)
+    }
+
+    fn block(frame: u64, order: Order) -> Self {
+        COUNTS.with_borrow_mut(|counts| {
+            for frame in frame..frame + order.frames() {
+                *counts.entry(frame).or_default() += 1;
+            }
+        });
+        Self(frame, order)
+    }
+
+    /// Another reference to what a leaf maps.
+    fn to(leaf: &Leaf) -> Self {
+        Self::block(leaf.frame.number(), leaf.order)
     }
 
     fn give_back(self) {
         COUNTS.with_borrow_mut(|counts| {
-            let count = counts.get_mut(&self.0).expect("it is counted");
-            *count -= 1;
-            if *count == 0 {
-                counts.remove(&self.0);
+            for frame in self.0..self.0 + self.1.frames() {
+                let count = counts.get_mut(&frame).expect("it is counted");
+                *count -= 1;
+                if *count == 0 {
+                    counts.remove(&frame);
+                }
             }
         });
     }
 }
 
-// SAFETY: H1, H2: the count passes through the numbers; single frames are aligned.
+// SAFETY: H1, H2: the counts pass through the numbers; blocks are aligned.
 unsafe impl FrameHandle for Ref {
     fn into_entry(self) -> (Frame, Order) {
-        DeviceFrame::new(Frame::from_number(self.0), Order::ZERO)
+        DeviceFrame::new(Frame::from_number(self.0), self.1)
             .expect("aligned")
             .into_entry()
     }
-    unsafe fn from_entry(first: Frame, _order: Order) -> Self {
-        Self(first.number())
+    unsafe fn from_entry(first: Frame, order: Order) -> Self {
+        Self(first.number(), order)
     }
 }
 
-// SAFETY: D1: always single frames.
+// SAFETY: D1: each page of a block is counted by itself.
 unsafe impl Divisible for Ref {}
 
 type Table = PageTable<X86_64, &'static TestEnv, Ref>;
@@ -64,6 +79,8 @@ type Table = PageTable<X86_64, &'static TestEnv, Ref>;
 const FIRST: u64 = (5 << 18) - 3 * 512;
 const PAGES: u64 = 6 * 512;
 const ALL: u64 = 1 << 18;
+/// What a page holds that has a payload.
+const PAYLOAD: u64 = 1 << 63;
 
 fn page(number: u64) -> Page {
     Page::from_number(number)
@@ -73,7 +90,7 @@ fn span(first: u64, count: u64) -> PageRange {
     PageRange::with_count(page(first), count).unwrap()
 }
 
-/// A space and what it should hold: the frame and whether the space alone has it.
+/// A space and what each page of it should hold: a frame, or a payload.
 struct Space {
     table: Table,
     model: BTreeMap<u64, u64>,
@@ -84,6 +101,7 @@ struct World {
     spaces: Vec<Space>,
     next_frame: u64,
     copies: usize,
+    merged: usize,
 }
 
 impl World {
@@ -99,6 +117,7 @@ impl World {
             }],
             next_frame: 1 << 20,
             copies: 0,
+            merged: 0,
         }
     }
 
@@ -116,7 +135,7 @@ impl World {
             at,
             &mut gather,
             |item| match item {
-                ForkItem::Leaf(leaf) => UnshareStep::Protected(Ref::new(leaf.frame.number())),
+                ForkItem::Leaf(leaf) => UnshareStep::Protected(Ref::to(&leaf)),
                 ForkItem::Payload(..) => UnshareStep::Payload,
             },
             Ref::give_back,
@@ -151,17 +170,22 @@ impl World {
     /// A write: where the leaf cannot be written the space gets a page of its own.
     fn write(&mut self, space: usize, number: u64) {
         let Some(leaf) = self.spaces[space].table.query(page(number)).leaf() else {
-            assert!(!self.spaces[space].model.contains_key(&number));
+            let held = self.spaces[space].model.get(&number);
+            assert!(held.is_none_or(|held| held & PAYLOAD != 0));
             return;
         };
+        let frame = leaf.frame_of(page(number)).unwrap().number();
         if leaf.attributes.rights.contains(Rights::WRITE) {
-            let count = COUNTS.with_borrow(|counts| counts[&leaf.frame.number()]);
+            let count = COUNTS.with_borrow(|counts| counts[&frame]);
             assert_eq!(count, 1, "a page of others can be written");
             return;
         }
         self.unshare(space, page(number));
+        if leaf.order > Order::ZERO {
+            self.split(space, number);
+        }
         let table = &self.spaces[space].table;
-        let count = COUNTS.with_borrow(|counts| counts[&leaf.frame.number()]);
+        let count = COUNTS.with_borrow(|counts| counts[&frame]);
         let mut cursor = table.cursor(span(number, 1)).unwrap();
         if count == 1 {
             // Nobody else has it: writable again.
@@ -185,6 +209,122 @@ impl World {
         }
         drop(cursor);
         self.spaces[space].model.insert(number, id);
+    }
+
+    /// Maps a block of 2 MiB where nothing is.
+    fn map_huge(&mut self, space: usize, first: u64) {
+        let first = first & !511;
+        let mut there = self.spaces[space].model.range(first..first + 512);
+        if there.next().is_some() {
+            return;
+        }
+        let base = self.next_frame.next_multiple_of(512) + 512;
+        self.next_frame = base + 512;
+        let mut block = Ref::block(base, Order::HUGE_2M);
+        loop {
+            let table = &self.spaces[space].table;
+            let mut cursor = table.cursor(span(FIRST, PAGES)).unwrap();
+            match cursor.map(page(first), block, Rights::USER_DATA) {
+                Ok(()) => break,
+                Err((MapError::Shared, back)) => block = back,
+                Err((error, _)) => panic!("{error}"),
+            }
+            drop(cursor);
+            self.unshare(space, page(first));
+        }
+        let pages = (0..512).map(|offset| (first + offset, base + offset));
+        self.spaces[space].model.extend(pages);
+    }
+
+    fn split(&mut self, space: usize, number: u64) {
+        loop {
+            let table = &self.spaces[space].table;
+            let mut gather = table.gather::<1>();
+            let mut cursor = table.cursor(span(number, 1)).unwrap();
+            let outcome = cursor.split(page(number), &mut gather);
+            drop((cursor, gather));
+            match outcome {
+                Ok(()) | Err(HugeError::NotPossible) => return,
+                Err(HugeError::Shared) => self.unshare(space, page(number)),
+                Err(error) => panic!("{error}"),
+            }
+        }
+    }
+
+    /// Whether 512 pages are one leaf afterwards is for `compare` alone to see.
+    fn merge(&mut self, space: usize, first: u64) {
+        let first = first & !511;
+        loop {
+            let table = &self.spaces[space].table;
+            let mut gather = table.gather::<1>();
+            let mut cursor = table.cursor(span(first, 512)).unwrap();
+            let outcome = cursor.merge(page(first), Order::HUGE_2M, &mut gather);
+            drop((cursor, gather));
+            match outcome {
+                Ok(()) => self.merged += 1,
+                Err(HugeError::NotPossible) => {}
+                Err(HugeError::Shared) => {
+                    self.unshare(space, page(first));
+                    continue;
+                }
+                Err(error) => panic!("{error}"),
+            }
+            return;
+        }
+    }
+
+    fn relocate(&mut self, space: usize, first: u64, count: u64, to: u64) {
+        let free = |from: &Self| {
+            let mut there = from.spaces[space].model.range(to..to + count);
+            there.next().is_none()
+        };
+        loop {
+            let table = &self.spaces[space].table;
+            let mut gather = table.gather::<1>();
+            let outcome = table.move_range(span(first, count), page(to), &mut gather);
+            drop(gather);
+            match outcome {
+                Ok(_) => break,
+                Err(MoveError::OutOfRange) => {
+                    assert!(first < to + count && to < first + count);
+                    return;
+                }
+                Err(MoveError::Occupied) => return assert!(!free(self)),
+                Err(MoveError::Shared { at }) => self.unshare(space, at),
+                Err(error) => panic!("{error}"),
+            }
+        }
+        assert!(free(self));
+        let model = &mut self.spaces[space].model;
+        let range = first..first + count;
+        let moved: Vec<_> = model
+            .range(range.clone())
+            .map(|(&at, &held)| (at, held))
+            .collect();
+        model.retain(|at, _| !range.contains(at));
+        model.extend(moved.into_iter().map(|(at, held)| (at - first + to, held)));
+    }
+
+    fn payload(&mut self, space: usize, number: u64) {
+        let payload = self.fresh();
+        loop {
+            let table = &self.spaces[space].table;
+            let mut gather = table.gather::<1>();
+            let mut cursor = table.cursor(span(number, 1)).unwrap();
+            let payload = Payload::new::<X86_64>(payload).unwrap();
+            let outcome = cursor.set_payload(page(number), payload, &mut gather);
+            drop(cursor);
+            gather.commit(Ref::give_back);
+            drop(gather);
+            match outcome {
+                Ok(_) => break,
+                Err(ChangeError::Shared { at }) => self.unshare(space, at),
+                Err(ChangeError::Unencodable { .. }) => self.split(space, number),
+                Err(error) => panic!("{error}"),
+            }
+        }
+        let model = &mut self.spaces[space].model;
+        model.insert(number, PAYLOAD | payload);
     }
 
     fn unmap(&mut self, space: usize, first: u64, count: u64) {
@@ -235,6 +375,13 @@ impl World {
     }
 
     fn fork(&mut self, space: usize, most: usize, first: u64, count: u64) {
+        // Where the range cuts a huge leaf, that is split, in a table that is the space's own.
+        for end in [first, first + count - 1] {
+            let leaf = self.spaces[space].table.query(page(end)).leaf();
+            if leaf.is_some_and(|leaf| !span(first, count).contains_range(leaf.range())) {
+                self.unshare(space, page(end));
+            }
+        }
         let parent = &self.spaces[space];
         let child = Table::empty_like(self.machine.env(), &parent.table).unwrap();
         let mut gather = parent.table.gather::<4>();
@@ -243,12 +390,13 @@ impl World {
             parent
                 .table
                 .fork_sharing(&child, span(first, count), most, &mut gather, |item| {
-                    let ForkItem::Leaf(leaf) = item else {
-                        return ForkStep::Skip;
+                    let leaf = match item {
+                        ForkItem::Leaf(leaf) => leaf,
+                        ForkItem::Payload(_, payload) => return ForkStep::Payload(payload),
                     };
                     let shared = leaf.attributes.write_protected();
                     ForkStep::Leaf {
-                        handle: Ref::new(leaf.frame.number()),
+                        handle: Ref::to(&leaf),
                         child: shared,
                         parent: Some(shared),
                     }
@@ -278,19 +426,24 @@ impl World {
     fn compare(&self) {
         let mut holders: HashMap<u64, u32> = HashMap::new();
         for space in &self.spaces {
-            for &frame in space.model.values() {
+            let frames = space.model.values().filter(|held| **held & PAYLOAD == 0);
+            for &frame in frames {
                 *holders.entry(frame).or_default() += 1;
             }
         }
         for space in &self.spaces {
             for number in FIRST..FIRST + PAGES {
-                let found = space.table.query(page(number)).leaf();
-                let frame = found.map(|leaf| leaf.frame.number());
-                assert_eq!(frame, space.model.get(&number).copied(), "page {number:#x}");
-                if let Some(leaf) = found
+                let found = space.table.query(page(number));
+                let held = match found {
+                    Entry::Empty => None,
+                    Entry::Payload(payload) => Some(PAYLOAD | payload.number()),
+                    Entry::Leaf(leaf) => Some(leaf.frame_of(page(number)).unwrap().number()),
+                };
+                assert_eq!(held, space.model.get(&number).copied(), "page {number:#x}");
+                if let (Some(leaf), Some(frame)) = (found.leaf(), held)
                     && leaf.attributes.rights.contains(Rights::WRITE)
                 {
-                    assert_eq!(holders[&leaf.frame.number()], 1, "two spaces, one writes");
+                    assert_eq!(holders[&frame], 1, "two spaces, one writes");
                 }
             }
         }
@@ -308,7 +461,16 @@ impl World {
         let space = usize::from(who) % self.spaces.len();
         let first = FIRST + u64::from(at) * PAGES / 256;
         let count = (1 + u64::from(length) * 8).min(FIRST + PAGES - first);
-        match kind % 10 {
+        match kind % 16 {
+            10 => self.map_huge(space, first),
+            11 => self.split(space, first),
+            12 | 13 => self.merge(space, first),
+            14 => {
+                let to = FIRST + u64::from(length) * PAGES / 256;
+                let count = (1 + u64::from(kind) * 4).min(FIRST + PAGES - first.max(to));
+                self.relocate(space, first, count, to);
+            }
+            15 => self.payload(space, first),
             0 | 1 => self.map(space, first, count.min(700)),
             2..=4 => self.write(space, first),
             5 => self.unmap(space, first, count),
@@ -426,7 +588,7 @@ fn a_copy_without_memory_or_references_changes_nothing() {
         |item| match item {
             ForkItem::Leaf(leaf) if left > 0 => {
                 left -= 1;
-                UnshareStep::Protected(Ref::new(leaf.frame.number()))
+                UnshareStep::Protected(Ref::to(&leaf))
             }
             _ => UnshareStep::Stop,
         },
@@ -497,4 +659,28 @@ fn a_harvest_that_stops_says_what_it_found() {
         table.destroy(|_, handle| handle.give_back(), |_, _| {});
     }
     COUNTS.with_borrow(|counts| assert!(counts.is_empty(), "references are left"));
+}
+
+#[test]
+fn huge_leaves_are_shared_split_and_merged() {
+    let mut world = World::new();
+    world.map_huge(0, FIRST);
+    world.map_huge(0, FIRST + 3 * 512);
+    world.split(0, FIRST);
+    world.fork(0, 1, FIRST, PAGES);
+    world.fork(1, 2, FIRST - FIRST % ALL, 2 * ALL);
+    // A range that cuts both blocks.
+    world.fork(0, 1, FIRST + 100, 3 * 512);
+    world.compare();
+    for space in 0..4 {
+        world.merge(space, FIRST);
+        world.compare();
+    }
+    assert!(world.merged > 0);
+    world.write(0, FIRST + 7);
+    world.write(1, FIRST + 3 * 512 + 7);
+    world.relocate(1, FIRST, 512, FIRST + 512);
+    world.payload(1, FIRST + 3 * 512 + 9);
+    world.compare();
+    world.finish();
 }

@@ -6,8 +6,9 @@ use std::collections::{BTreeMap, BTreeSet};
 use kmem_hal::{AllocError, Frame, Order, OwnedFrame, Page, PageRange};
 use kmem_paging::format::Format;
 use kmem_paging::{
-    Attributes, ChangeError, Cleared, Entry, Harvest, HugeError, Leaf, MapError, MemoryType,
-    MoveError, PageTable, Payload, Replaced, Rights, Run, SoftBit, TableCache,
+    Attributes, ChangeError, Cleared, Entry, ForkError, ForkItem, ForkStep, Harvest, HugeError,
+    Leaf, MapError, MemoryType, MoveError, PageTable, Payload, Replaced, Rights, Run, SoftBit,
+    TableCache, TableError,
 };
 
 use super::machine::{Machine, TestEnv};
@@ -419,7 +420,7 @@ impl<F: Format> World<F> {
         let count = range.count();
         let half = self.half(page);
         let huge = page >> order.get() << order.get();
-        match kind % 13 {
+        match kind % 19 {
             0 | 1 => {
                 // One leaf, of any size.
                 let handle = self.pool.alloc(order);
@@ -752,6 +753,81 @@ impl<F: Format> World<F> {
                     other => panic!("{other:?}"),
                 }
             }
+            13 => {
+                let rights = attributes.rights;
+                let mut gather = self.table.gather::<1>();
+                let mut cursor = self.table.cursor(half).unwrap();
+                let result = cursor.protect(range, rights, &mut gather);
+                drop(cursor);
+                gather.commit(drop);
+                drop(gather);
+                match result {
+                    Ok(_) => {}
+                    Err(ChangeError::Memory(error)) => return Some(error),
+                    Err(other) => panic!("{other}"),
+                }
+                self.change(page, count, |attributes| attributes.rights(rights));
+            }
+            14 => return self.unmap(range),
+            15 => return self.map_divided(page, attributes, order, extra),
+            16 => {
+                let mut cursor = self.table.cursor(half).unwrap();
+                let result = cursor.relax(at(page), attributes).unwrap();
+                drop(cursor);
+                let Some((
+                    _,
+                    Slot::Leaf {
+                        frame,
+                        order: Order::ZERO,
+                        attributes: old,
+                    },
+                )) = self.find(page)
+                else {
+                    assert!(!result, "no single page is there");
+                    return None;
+                };
+                let new = self.expressed(
+                    Order::ZERO,
+                    &Attributes {
+                        accessed: attributes.accessed || old.accessed,
+                        dirty: attributes.dirty || old.dirty,
+                        ..attributes
+                    },
+                );
+                let lost = old.rights.difference(new.rights);
+                let gained = new.rights.difference(old.rights);
+                let told = !F::CACHES_ABSENT || gained.is_empty();
+                let takes = old.rights.grants_access()
+                    && (!lost.is_empty()
+                        || gained.contains(Rights::GLOBAL)
+                        || new.memory_type != old.memory_type);
+                assert_eq!(result, told && !takes, "{old:?} {new:?}");
+                if result {
+                    self.model.insert(
+                        page,
+                        Slot::Leaf {
+                            frame,
+                            order: Order::ZERO,
+                            attributes: new,
+                        },
+                    );
+                }
+            }
+            17 => {
+                let mut cursor = self.table.cursor(half).unwrap();
+                let found = cursor.own(at(page)).unwrap();
+                assert_eq!(found, cursor.query(at(page)));
+                assert_eq!(found, self.table.query(at(page)));
+                match (found, self.find(page)) {
+                    (Entry::Empty, None) => {}
+                    (Entry::Payload(payload), Some((_, Slot::Payload(number)))) => {
+                        assert_eq!(payload.number(), number);
+                    }
+                    (Entry::Leaf(leaf), Some((first, slot))) => same(first, &slot, &leaf),
+                    other => panic!("{other:?}"),
+                }
+            }
+            18 => return self.fork(range),
             _ => {
                 let to = self.areas[usize::from(extra) % self.areas.len()] + u64::from(extra >> 3);
                 let mut gather = self.table.gather::<1>();
@@ -800,6 +876,194 @@ impl<F: Format> World<F> {
             }
         }
         None
+    }
+
+    /// Gives every leaf that starts in a range other attributes.
+    fn change(&mut self, page: u64, count: u64, how: impl Fn(Attributes) -> Attributes) {
+        for (first, slot) in self.inside(page, count) {
+            if let Slot::Leaf {
+                frame,
+                order,
+                attributes,
+            } = slot
+            {
+                let attributes = self.expressed(order, &how(attributes));
+                self.model.insert(
+                    first,
+                    Slot::Leaf {
+                        frame,
+                        order,
+                        attributes,
+                    },
+                );
+            }
+        }
+    }
+
+    /// Unmaps without a look at what goes: a page of a held table by itself, well-filled tables whole.
+    fn unmap(&mut self, range: PageRange) -> Option<AllocError> {
+        let single = range.count() == 1;
+        let mut payloads = Vec::new();
+        let pool = &mut self.pool;
+        let mut gather = self.table.gather::<3>();
+        let mut cursor = self.table.cursor(range).unwrap();
+        let mut rest = range;
+        loop {
+            let result = if single {
+                cursor.own(range.first()).unwrap();
+                cursor.unmap(range, &mut gather)
+            } else {
+                cursor.unmap_giving(rest, &mut gather, |payload| payloads.push(payload.number()))
+            };
+            match result {
+                Ok(_) => break,
+                Err(ChangeError::Full { next }) => {
+                    gather.commit_with(
+                        |handle| pool.free(handle),
+                        |payload| payloads.push(payload.number()),
+                    );
+                    rest = PageRange::new(next, range.last()).unwrap();
+                }
+                Err(ChangeError::Memory(error)) => {
+                    assert_eq!(rest, range, "memory is no reason to stop half-way");
+                    return Some(error);
+                }
+                Err(other) => panic!("{other}"),
+            }
+        }
+        drop(cursor);
+        gather.commit_with(
+            |handle| pool.free(handle),
+            |payload| payloads.push(payload.number()),
+        );
+        drop(gather);
+        let mut expected = Vec::new();
+        for (first, slot) in self.inside(range.first().number(), range.count()) {
+            self.model.remove(&first);
+            if let Slot::Payload(number) = slot {
+                expected.push(number);
+            }
+        }
+        if !single {
+            payloads.sort_unstable();
+            expected.sort_unstable();
+            assert_eq!(payloads, expected);
+        }
+        None
+    }
+
+    /// Maps a block of up to 16 MiB as leaves of `largest` at most.
+    fn map_divided(
+        &mut self,
+        page: u64,
+        attributes: Attributes,
+        largest: Order,
+        extra: u8,
+    ) -> Option<AllocError> {
+        let block = Order::new(extra % 13).unwrap();
+        let handle = self.pool.alloc(block);
+        let frame = handle.first().number();
+        let half = self.half(page);
+        let mut cursor = self.table.cursor(half).unwrap();
+        let result = cursor.map_divided(at(page), handle, largest, attributes);
+        drop(cursor);
+        let fits = half.last().number() - page >= block.frames() - 1;
+        let free = fits && self.inside_free(page, block.frames());
+        match result {
+            Ok(()) => assert!(free, "mapped over something"),
+            Err((error, handle)) => {
+                assert_eq!((handle.first().number(), handle.order()), (frame, block));
+                self.pool.free(handle);
+                match error {
+                    MapError::Memory(error) => return Some(error),
+                    MapError::Occupied => assert!(fits && !free),
+                    MapError::OutOfRange => assert!(!fits),
+                    other => panic!("{other}"),
+                }
+                return None;
+            }
+        }
+        let aligned = |order: &Order| (page | frame) & (order.frames() - 1) == 0;
+        let orders = self.orders().into_iter().rev();
+        let mut fitting = orders.filter(|order| *order <= largest.min(block) && aligned(order));
+        let order = fitting.next().unwrap();
+        let attributes = self.expressed(order, &attributes);
+        for offset in (0..block.frames()).step_by(order.frames() as usize) {
+            let slot = Slot::Leaf {
+                frame: frame + offset,
+                order,
+                attributes,
+            };
+            self.model.insert(page + offset, slot);
+        }
+        None
+    }
+
+    /// Copies a range into a child, which is held against the model and taken down; both sides lose the right to write.
+    fn fork(&mut self, range: PageRange) -> Option<AllocError> {
+        let child = match Table::<F>::empty_like(self.machine.env(), &self.table) {
+            Ok(child) => child,
+            Err(TableError::Memory(error)) => return Some(error),
+            Err(other) => panic!("{other}"),
+        };
+        let mut given = BTreeMap::new();
+        let pool = &mut self.pool;
+        let mut gather = self.table.gather::<1>();
+        let result = self
+            .table
+            .fork_into(&child, range, &mut gather, |item| match item {
+                ForkItem::Payload(page, payload) => {
+                    given.insert(page.number(), Slot::Payload(payload.number()));
+                    ForkStep::Payload(payload)
+                }
+                ForkItem::Leaf(leaf) => {
+                    let handle = pool.alloc(leaf.order);
+                    let attributes = leaf.attributes.write_protected();
+                    let slot = Slot::Leaf {
+                        frame: handle.first().number(),
+                        order: leaf.order,
+                        attributes,
+                    };
+                    given.insert(leaf.page.number(), slot);
+                    ForkStep::Leaf {
+                        handle,
+                        child: attributes,
+                        parent: Some(attributes),
+                    }
+                }
+            });
+        gather.commit(drop);
+        drop(gather);
+        let failed = match result {
+            Ok(copied) => {
+                assert_eq!(copied, given.values().map(Slot::pages).sum::<u64>());
+                let (page, count) = (range.first().number(), range.count());
+                let there = self.inside(page, count);
+                assert!(there.iter().map(|(page, _)| page).eq(given.keys()));
+                self.change(page, count, Attributes::write_protected);
+                None
+            }
+            Err((ForkError::Memory(error), None)) => {
+                assert!(given.is_empty(), "memory is no reason to stop half-way");
+                Some(error)
+            }
+            Err((other, _)) => panic!("{other}"),
+        };
+        let given = std::cell::RefCell::new(given);
+        let pool = &mut self.pool;
+        child.destroy(
+            |leaf, handle| {
+                let slot = given.borrow_mut().remove(&leaf.page.number()).unwrap();
+                same(leaf.page.number(), &slot, &leaf);
+                pool.free(handle);
+            },
+            |page, payload| {
+                let slot = given.borrow_mut().remove(&page.number());
+                assert_eq!(slot, Some(Slot::Payload(payload.number())));
+            },
+        );
+        assert!(given.into_inner().is_empty());
+        failed
     }
 
     /// What merging the small leaves from `first` on would give.
