@@ -1,8 +1,8 @@
 //! Frames for tables: fresh ones, reserved ones, and those that are known to be zero.
 //!
 //! A table that unmap emptied holds 512 zeros (`N2`), so after flush and grace period it is as good as a fresh one
-//! without the half microsecond of zeroing a cold page. [`TableCache`] keeps such frames; [`TableReserve`] holds the
-//! frames that an operation will need, taken before its first store.
+//! without the half microsecond of zeroing a cold page. [`TableCache`] keeps such frames; a cursor's `TableReserve` holds
+//! the frames that an operation will need, taken before its first store.
 //!
 //! ```text
 //!   FrameSource ──zeroed──> TableReserve ──> attached tables ──> gather ──flush, grace──> TableCache
@@ -21,8 +21,6 @@
 //! - `T2`: a frame that waits is as `T1` says, but that lock-free readers may still be in it.
 //!
 //! Costs: a list operation is a lock and two stores into slots; no memory beyond the slots.
-
-use core::fmt;
 
 use kmem_hal::lock::{IrqSafe, Lock};
 use kmem_hal::{
@@ -108,6 +106,34 @@ impl Chain {
         Some(unsafe { OwnedFrame::from_raw(frame, Order::ZERO) })
     }
 
+    /// Takes the newest frame below number `limit` out, of a list that owns its frames.
+    #[cold]
+    fn take_below<E: Env>(&mut self, env: &E, limit: u64) -> Option<OwnedFrame> {
+        let mut newer: Option<(Frame, &FrameSlot)> = None;
+        let mut at = self.head;
+        while let Some(frame) = at {
+            let slot = env.slots().slot(frame)?;
+            if frame.number() >= limit {
+                newer = Some((frame, slot));
+                at = node::next(slot);
+                continue;
+            }
+            match newer {
+                None => self.pop(slot),
+                Some((newer, above)) => {
+                    node::set_next(above, node::next(slot));
+                    self.length -= 1;
+                    if self.tail == Some(frame) {
+                        self.tail = Some(newer);
+                    }
+                }
+            }
+            // SAFETY: O1, O3: the list owned the frame (T1); O2: order 0.
+            return Some(unsafe { OwnedFrame::from_raw(frame, Order::ZERO) });
+        }
+        None
+    }
+
     /// Puts all of `front` in front.
     fn prepend<E: Env>(&mut self, env: &E, front: Self) {
         let Some(slot) = front.tail.and_then(|tail| env.slots().slot(tail)) else {
@@ -147,6 +173,9 @@ impl Chain {
 /// Emptied tables, known to be zero, ready to be tables again.
 ///
 /// Belongs to an [`Env`]; shared by all its page tables.
+///
+/// What waits for its grace period serves no cursor, which could not wait for it: where memory is short, [`shrink`](Self::shrink) is what
+/// gives it back.
 #[derive(Debug)]
 pub struct TableCache {
     list: Lock<Chain, IrqSafe>,
@@ -199,12 +228,12 @@ impl TableCache {
         count
     }
 
-    /// Where more than `most` tables wait, waits for a grace period with them, and keeps or frees them.
-    fn settle<E: Env>(&self, env: &E, most: usize) {
+    /// Where more than `most` tables wait, waits for a grace period with them, and keeps or frees them; whether it did.
+    fn settle<E: Env>(&self, env: &E, most: usize) -> bool {
         let due = {
             let mut waiting = self.waiting.lock();
             if waiting.length <= most {
-                return;
+                return false;
             }
             core::mem::replace(&mut *waiting, Chain::EMPTY)
         };
@@ -214,6 +243,12 @@ impl TableCache {
         }
         // SAFETY: T2, and the grace period that it waits for: so T1 holds.
         unsafe { give_chain(env, due) };
+        true
+    }
+
+    /// Takes the newest frame below number `limit`.
+    fn pop_below<E: Env>(&self, env: &E, limit: u64) -> Option<OwnedFrame> {
+        self.list.lock().take_below(env, limit)
     }
 
     fn pop<E: Env>(&self, env: &E) -> Option<OwnedFrame> {
@@ -279,60 +314,54 @@ pub(crate) unsafe fn give_chain<E: Env>(env: &E, frames: Chain) {
 
 /// Takes one frame for a table whose words will all be written before anybody sees them: zeroed or not.
 pub(crate) fn take_plain<E: Env>(env: &E, limit: u64) -> Result<OwnedFrame, AllocError> {
-    let reach = env.map().reach();
-    let limit = limit.min(reach.end_number());
-    let top = limit << kmem_hal::PAGE_SHIFT;
-    let request = FrameRequest {
-        max_address: PhysAddr::new(top.wrapping_sub(1)),
-        ..FrameRequest::ONE.context(Context::Atomic)
-    };
-    match env.frames().alloc(&request) {
-        Ok(frame) if reach.contains(frame.first()) && env.slots().slot(frame.first()).is_some() => {
-            Ok(frame)
-        }
-        Ok(frame) => {
-            env.frames().free(frame);
-            Err(AllocError::Unsatisfiable)
-        }
-        // Known-zero ones are of more use elsewhere, but not if this is all there is.
-        Err(error) => match env.cache().pop(env) {
-            Some(frame) if frame.first().number() < limit => Ok(frame),
-            Some(frame) => {
-                give(env, frame);
-                Err(error)
-            }
-            None => Err(error),
-        },
-    }
+    // Known-zero ones are of more use elsewhere, but not if this is all there is.
+    fresh(env, limit, FrameRequest::ONE)
 }
 
 /// Takes one zeroed frame for a table that lies below frame number `limit`.
 pub(crate) fn take<E: Env>(env: &E, limit: u64) -> Result<OwnedFrame, AllocError> {
-    let reach = env.map().reach();
-    let limit = limit.min(reach.end_number());
     // The common case; a root below 4 GiB must not get any other frame.
     if let Some(frame) = env.cache().pop(env) {
-        if frame.first().number() < limit {
+        if frame.first().number() < limit.min(env.map().reach().end_number()) {
             return Ok(frame);
         }
         give(env, frame);
     }
+    let zeroed = if mutant!("tables-not-zeroed") {
+        FrameRequest::ONE
+    } else {
+        FrameRequest::ONE.zeroed()
+    };
+    fresh(env, limit, zeroed)
+}
+
+/// As [`take`], for a caller that may wait for a grace period: where there is no other frame, those that wait for one are waited for.
+pub(crate) fn take_waiting<E: Env>(env: &E, limit: u64) -> Result<OwnedFrame, AllocError> {
+    match take(env, limit) {
+        Err(_) if !mutant!("cache-keeps-who-waits") && env.cache().settle(env, 0) => {
+            take(env, limit)
+        }
+        taken => taken,
+    }
+}
+
+/// Takes one frame below number `limit` from the environment, or, if there is none, whichever of the cache's lies there.
+fn fresh<E: Env>(env: &E, limit: u64, request: FrameRequest) -> Result<OwnedFrame, AllocError> {
+    let reach = env.map().reach();
+    let limit = limit.min(reach.end_number());
     let top = limit << kmem_hal::PAGE_SHIFT;
     let request = FrameRequest {
         max_address: PhysAddr::new(top.wrapping_sub(1)),
-        ..if mutant!("tables-not-zeroed") {
-            FrameRequest::ONE
-        } else {
-            FrameRequest::ONE.zeroed()
-        }
-        .context(Context::Atomic)
+        ..request.context(Context::Atomic)
     };
-    let frame = env.frames().alloc(&request)?;
-    if !reach.contains(frame.first()) || env.slots().slot(frame.first()).is_none() {
+    let taken = env.frames().alloc(&request).and_then(|frame| {
+        if reach.contains(frame.first()) && env.slots().slot(frame.first()).is_some() {
+            return Ok(frame);
+        }
         env.frames().free(frame);
-        return Err(AllocError::Unsatisfiable);
-    }
-    Ok(frame)
+        Err(AllocError::Unsatisfiable)
+    });
+    taken.or_else(|error| env.cache().pop_below(env, limit).ok_or(error))
 }
 
 /// Keeps a zeroed frame for which `T1` holds, or frees it.
@@ -350,14 +379,8 @@ pub(crate) fn free<E: Env>(env: &E, frame: OwnedFrame) {
     env.frames().free(frame);
 }
 
-/// Frames for tables, taken before the first store of an operation. Gives back what is left when it is dropped.
-///
-/// # Examples
-///
-/// An operation on a range that draws from a reserve cannot run out of memory half-way; see
-/// [`PageTable::reserve`](crate::PageTable::reserve).
-#[must_use = "a reserve that is dropped gives its frames back"]
-pub struct TableReserve<'e, E: Env> {
+/// A cursor's frames for tables, taken before the first store of an operation. Gives back what is left when it is dropped.
+pub(crate) struct TableReserve<'e, E: Env> {
     env: &'e E,
     /// Zeroed.
     list: Chain,
@@ -400,8 +423,7 @@ impl<'e, E: Env> TableReserve<'e, E> {
     }
 
     /// Frames in it.
-    #[must_use]
-    pub fn length(&self) -> usize {
+    pub(crate) fn length(&self) -> usize {
         self.list.length() + self.plain.length()
     }
 
@@ -482,11 +504,5 @@ impl<E: Env> Drop for TableReserve<'_, E> {
         while let Some(frame) = self.take_plain() {
             free(self.env, frame);
         }
-    }
-}
-
-impl<E: Env> fmt::Debug for TableReserve<'_, E> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "TableReserve({} frames)", self.length())
     }
 }

@@ -20,7 +20,8 @@
 //!   the commit takes them out after the flush, when no CPU writes accessed or dirty bits into it any more, by plain loads and stores.
 //! - `G3`: a gather is bound to one table; an operation on another one refuses it.
 //!
-//! Dropping a gather commits it and drops the handles. Forgetting one (`core::mem::forget`) leaks its frames, and
+//! Dropping a gather commits it and drops the handles, and what a handle's drop does not give back is leaked, frames of a
+//! kernel's own table among it (`I3` of `OwnedFrame`). Forgetting one (`core::mem::forget`) leaks its frames, and
 //! every later commit on the table flushes everything; nothing becomes unsound.
 //!
 //! Costs: one flush and one interrupt for each CPU that has the space, whatever the gather holds. Above
@@ -165,11 +166,13 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
         }
     }
 
-    /// Makes an empty gather in `place`: for one that is too large for a kernel's stack.
-    pub fn init_in<'p>(
-        place: &'p mut MaybeUninit<Self>,
+    /// Makes an empty gather in `place`, which `work` fills: for one that is too large for a kernel's stack. What it did not commit is
+    /// committed as by a drop.
+    pub fn with_in<R>(
+        place: &mut MaybeUninit<Self>,
         table: &'t PageTable<F, E, H>,
-    ) -> &'p mut Self {
+        work: impl FnOnce(&mut Self) -> R,
+    ) -> R {
         const {
             assert!(N > 0, "a gather without room for one block can do nothing");
         }
@@ -184,8 +187,10 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
             (&raw mut (*gather).whole).write(Chain::EMPTY);
             (&raw mut (*gather).shares).write(0);
             (&raw mut (*gather).announced).write(false);
-            place.assume_init_mut()
         }
+        let placed = Placed(place);
+        // SAFETY: initialised above.
+        work(unsafe { placed.0.assume_init_mut() })
     }
 
     /// Blocks that it holds, those in tables that were detached whole excepted.
@@ -509,6 +514,18 @@ impl<F: Format, E: Env, const N: usize> Gather<'_, F, E, OwnedFrame, N> {
 impl<F: Format, E: Env, H: FrameHandle, const N: usize> Drop for Gather<'_, F, E, H, N> {
     fn drop(&mut self) {
         self.commit(drop);
+    }
+}
+
+/// An initialised value in a place that would forget it.
+struct Placed<'p, G>(&'p mut MaybeUninit<G>);
+
+impl<G> Drop for Placed<'_, G> {
+    fn drop(&mut self) {
+        if !mutant!("placed-gather-is-forgotten") {
+            // SAFETY: whoever made this initialised it, and it is used no more.
+            unsafe { self.0.assume_init_drop() };
+        }
     }
 }
 

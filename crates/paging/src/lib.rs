@@ -27,7 +27,7 @@ mod x86_frames;
 pub use asid::X86Tlb;
 pub use asid::{AsidArea, AsidMmu, NoKernelRoot};
 pub use attributes::{Attributes, Leaf, MemoryType, Payload, Rights, Soft, SoftBit};
-pub use cache::{TableCache, TableReserve};
+pub use cache::TableCache;
 pub use cursor::UnshareStep;
 pub use cursor::{
     Cleared, Cursor, Divisible, ForeignFlush, Harvest, Harvested, MapStopped, Replaced, Run,

@@ -21,7 +21,7 @@ use kmem_hal::{
 };
 
 use crate::attributes::{Leaf, Payload, Rights};
-use crate::cache::{self, Chain, TableReserve};
+use crate::cache::{self, Chain};
 use crate::cursor::Cursor;
 use crate::env::Env;
 use crate::error::{RangeError, RootKnown, TableError};
@@ -85,6 +85,9 @@ pub struct PageTable<F: Format, E: Env, H: FrameHandle> {
 
 impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// Makes an empty table with as many levels as the format has.
+    ///
+    /// Context: as everything that makes a table: where memory is short it may wait for a grace period, so not inside a read section of the
+    /// environment's [`Grace`].
     ///
     /// # Errors
     ///
@@ -245,7 +248,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     fn hold_top_from(&self, first: usize) -> Result<(), AllocError> {
         let entries = level::<F>(self.levels).entries().min(self.borrowed_from);
         for index in first..entries {
-            let (frame, _) = cache::take(&self.env, F::TABLE_FRAME_LIMIT)?.into_raw();
+            let (frame, _) = cache::take_waiting(&self.env, F::TABLE_FRAME_LIMIT)?.into_raw();
             let page = Page::from_number((index as u64) << level::<F>(self.levels).shift);
             // SAFETY: the frame is private, zero, in reach and has a slot (T1).
             unsafe { Node::<F>::new(&self.env, frame, self.levels - 1) }.claim(page, self.root);
@@ -285,7 +288,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
 
     /// Makes a private, empty root table.
     fn make_root(env: &E, levels: usize) -> Result<Frame, AllocError> {
-        let (frame, _) = cache::take(env, F::ROOT_FRAME_LIMIT)?.into_raw();
+        let (frame, _) = cache::take_waiting(env, F::ROOT_FRAME_LIMIT)?.into_raw();
         // SAFETY: the frame is private, zero, in reach and has a slot (T1).
         unsafe { Node::<F>::new(env, frame, levels) }.claim(Page::ZERO, frame);
         Ok(frame)
@@ -355,17 +358,6 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// A gather for changes to this table; `N` blocks fit in it.
     pub fn gather<const N: usize>(&self) -> Gather<'_, F, E, H, N> {
         Gather::new(self)
-    }
-
-    /// A reserve of `tables` frames for tables.
-    ///
-    /// # Errors
-    ///
-    /// [`AllocError`] where there are not as many.
-    pub fn reserve(&self, tables: usize) -> Result<TableReserve<'_, E>, AllocError> {
-        let mut reserve = TableReserve::empty(&self.env);
-        reserve.fill::<F>(tables)?;
-        Ok(reserve)
     }
 
     /// Sees to it that `tables` frames are set aside for copies of shared tables, on which a cursor draws that

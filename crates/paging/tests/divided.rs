@@ -5,7 +5,7 @@
 #[path = "common/machine.rs"]
 mod machine;
 
-use kmem_hal::{DeviceFrame, Frame, Order, Page, PageRange, PhysAddr, VirtAddr};
+use kmem_hal::{DeviceFrame, Frame, FrameRange, Order, Page, PageRange, PhysAddr, VirtAddr};
 use kmem_paging::format::{
     Aarch64, Format, RiscvSv39, RiscvSv57, X86_64, X86_64La57, X86Pae, X86Pse36, X86TwoLevel,
 };
@@ -221,5 +221,106 @@ fn what_cannot_be_accessed_is_not_translated() {
         None,
         "no address of the format"
     );
+    finish(&machine, table);
+}
+
+/// Maps frames that are no block; gives the orders of the leaves in a row, and how many of each, and the tables.
+fn runs<F: Format>(first: u64, frame: u64, count: u64, largest: Order) -> (Vec<(u8, u64)>, usize) {
+    let machine = Machine::new(64);
+    let table = Table::<F>::new(machine.env()).unwrap();
+    let range = PageRange::with_count(page(first), count).unwrap();
+    let frames = FrameRange::from_numbers(frame, frame + count).unwrap();
+    let mut cursor = table.cursor(range).unwrap();
+    cursor
+        .map_frames(page(first), frames, largest, Rights::KERNEL_DATA, |frame| {
+            frame
+        })
+        .unwrap();
+    drop(cursor);
+    let mut found: Vec<(u8, u64)> = Vec::new();
+    let mut at = first;
+    while at < first + count {
+        let leaf = table.query(page(at)).leaf().unwrap();
+        assert_eq!(
+            (leaf.page.number(), leaf.frame.number()),
+            (at, frame + (at - first))
+        );
+        match found.last_mut() {
+            Some((order, count)) if *order == leaf.order.get() => *count += 1,
+            _ => found.push((leaf.order.get(), 1)),
+        }
+        at += leaf.order.frames();
+    }
+    assert_eq!(at, first + count);
+    let tables = table.table_count();
+    finish(&machine, table);
+    (found, tables)
+}
+
+#[test]
+fn frames_that_are_no_block_take_leaves_of_every_size() {
+    let (giga, mega) = (1 << 18, 1 << 9);
+    let first = giga - mega - 3;
+    // Up: three pages, 2 MiB; a gigabyte; down: 2 MiB, five pages. A root, a level-3 table, two of level 2, two of level 1.
+    let mixed = vec![(0, 3), (9, 1), (18, 1), (9, 1), (0, 5)];
+    let count = 3 + mega + giga + mega + 5;
+    assert_eq!(
+        runs::<X86_64>(first, first, count, Order::MAX),
+        (mixed.clone(), 6)
+    );
+    // The same where pages and frames are a gigabyte apart.
+    assert_eq!(
+        runs::<X86_64>(first, first + 4 * giga, count, Order::MAX).0,
+        mixed
+    );
+    // 2 MiB apart, a gigabyte is never aligned; one page apart, nothing is.
+    let flat = runs::<X86_64>(first, first + mega, count, Order::MAX).0;
+    assert_eq!(flat, [(0, 3), (9, 514), (0, 5)]);
+    let small = runs::<X86_64>(first, first + 1, 3 + mega + 5, Order::MAX).0;
+    assert_eq!(small, [(0, 3 + mega + 5)]);
+    // What the caller allows, and what the format has.
+    let flat = runs::<X86_64>(first, first, count, Order::HUGE_2M).0;
+    assert_eq!(flat, [(0, 3), (9, 514), (0, 5)]);
+    assert_eq!(runs::<X86_64>(first, first, 12, Order::ZERO).0, [(0, 12)]);
+    let two_level = runs::<X86TwoLevel>(0x3fe, 0x7fe, 2 + 0x400 + 1, Order::MAX).0;
+    assert_eq!(two_level, [(0, 2), (10, 1), (0, 1)]);
+    let pae = runs::<X86Pae>(0x1fe, 0x3fe, 2 + 0x400 + 1, Order::MAX).0;
+    assert_eq!(pae, [(0, 2), (9, 2), (0, 1)]);
+    // A range that ends where a larger leaf would, and one of a single page.
+    assert_eq!(
+        runs::<X86_64>(mega, mega, mega, Order::MAX),
+        (vec![(9, 1)], 3)
+    );
+    assert_eq!(runs::<X86_64>(mega, mega, 1, Order::MAX).0, [(0, 1)]);
+}
+
+#[test]
+fn frames_that_do_not_fit_say_how_far_they_came() {
+    let machine = Machine::new(64);
+    let table = Table::<X86_64>::new(machine.env()).unwrap();
+    let range = PageRange::with_count(page(0x1ff), 0x202).unwrap();
+    let frames = FrameRange::from_numbers(0x11ff, 0x11ff + 0x202).unwrap();
+    let mut cursor = table.cursor(range).unwrap();
+    let mut map = |first, frames| {
+        let rights = Rights::KERNEL_DATA;
+        cursor.map_frames(page(first), frames, Order::MAX, rights, |frame| frame)
+    };
+    let refused = map(0x200, frames).unwrap_err();
+    assert_eq!(
+        (refused.error, refused.at),
+        (MapError::OutOfRange, page(0x200))
+    );
+    map(0x400, FrameRange::from_numbers(0x1400, 0x1401).unwrap()).unwrap();
+    let refused = map(0x1ff, frames).unwrap_err();
+    assert_eq!(
+        (refused.error, refused.at),
+        (MapError::Occupied, page(0x400))
+    );
+    assert!(refused.handle.is_some());
+    assert_eq!(
+        table.query(page(0x200)).leaf().unwrap().order,
+        Order::HUGE_2M
+    );
+    drop(cursor);
     finish(&machine, table);
 }

@@ -6,16 +6,19 @@
 
 #[path = "common/hostile_env.rs"]
 mod hostile_env;
+#[path = "common/machine.rs"]
+mod machine;
 
 use hostile_env::HostileEnv;
 use kmem_hal::{
-    BlockDevice, Canonical, Frame, FrameHandle, IoState, Mmu, Order, OwnedFrame, Page, PageRange,
+    BlockDevice, Canonical, Frame, FrameHandle, FrameRequest, FrameSink, FrameSource, IoState, Mmu,
+    Order, OwnedFrame, Page, PageRange,
 };
 use kmem_mock_x86::{
     Adversary, Disk, Fault, Level as ModeLevel, Machine, MemoryKind, MemoryMap, MemoryRange, Mode,
     Registers, manual::pf,
 };
-use kmem_paging::format::{Format, Kind, Level, X86TwoLevel};
+use kmem_paging::format::{Format, Kind, Level, X86_64, X86TwoLevel};
 use kmem_paging::{Attributes, Entry, MemoryType, PageTable, Payload, Rights, Soft, TableCache};
 
 /// One table of 16 entries; a frame number has three bits.
@@ -352,4 +355,32 @@ fn one_address_in_two_processes() {
     assert_eq!(env.pool.in_use(), 0);
     // SAFETY: nothing of this environment is left.
     unsafe { env.retire() };
+}
+
+/// A root that must lie low gets a low frame of the cache, though a high one was put there last.
+#[test]
+fn a_low_root_is_found_among_emptied_tables() {
+    let machine = machine::Machine::new(64);
+    let wide = PageTable::<X86_64, _, OwnedFrame>::new(machine.env()).unwrap();
+    let reserve = |count, order| {
+        let range = PageRange::with_count(Page::ZERO, count).unwrap();
+        let mut cursor = wide.cursor(range).unwrap();
+        cursor.reserve(range, order).unwrap()
+    };
+    // Frames are given out from the lowest on: 2 to 4 go to the cache, the others below 16 to the test.
+    assert_eq!(reserve(1, Order::ZERO), 3);
+    let held: Vec<_> = (5..24)
+        .map(|_| machine.frames.alloc(&FrameRequest::ONE).unwrap())
+        .collect();
+    assert!(reserve(3000, Order::ZERO) > 3);
+    machine.frames.set_fuse(Some(0));
+    let low = PageTable::<Course16, _, OwnedFrame>::new(machine.env()).unwrap();
+    assert!(low.root().frame.number() < Course16::ROOT_FRAME_LIMIT);
+    machine.frames.set_fuse(None);
+    low.destroy(|_, _| {}, |_, _| {});
+    wide.destroy(|_, _| {}, |_, _| {});
+    held.into_iter()
+        .for_each(|frame| machine.frames.free(frame));
+    TableCache::shrink(machine.env(), usize::MAX);
+    assert_eq!(machine.frames.out(), 0, "the list lost a frame");
 }

@@ -52,12 +52,9 @@ impl Batch {
         if let Some(frame) = frame {
             let place = table.env().map().to_ptr(frame.start());
             let place = place.cast::<MaybeUninit<Gather<'a, F, E, KernelPage, BATCH>>>();
-            // SAFETY: P1: the frame is in reach, so a page is valid there, aligned to its size; `I5`: nobody else touches it;
-            // the gather is dropped before `busy` is cleared.
-            let gather = Gather::init_in(unsafe { &mut *place }, table);
-            work(gather);
-            // SAFETY: initialised above, and not used any more.
-            unsafe { core::ptr::drop_in_place(gather) };
+            // SAFETY: P1: the frame is in reach, so a page is valid there, aligned to its size; `I5`: nobody else touches it
+            // before `busy` is cleared.
+            Gather::with_in(unsafe { &mut *place }, table, work);
         }
         self.busy.store(0, Ordering::Release);
         frame.is_some()

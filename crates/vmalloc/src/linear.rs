@@ -9,7 +9,7 @@
 //!
 //! Source: Linux `arch/x86/mm/init.c` (`kernel_physical_mapping_init`, `split_mem_range`).
 
-use kmem_hal::{DeviceFrame, Frame, FrameRange, Order, PageRange};
+use kmem_hal::{FrameRange, Order};
 use kmem_paging::format::Format;
 use kmem_paging::{Attributes, Env, MapError, PageTable, Rights};
 
@@ -47,71 +47,22 @@ pub fn map_linear<F: Format, E: Env>(
     let Some(pages) = layout.linear_pages(frames) else {
         return Ok(mapped);
     };
-    let base = frames.first().number();
+    let Some(frames) = FrameRange::new(frames.first(), pages.count()) else {
+        return Ok(mapped);
+    };
     let attributes = Attributes::new(Rights::KERNEL_DATA.union(Rights::GLOBAL))
         .accessed()
         .dirty();
-    let levels = table.levels().min(mapped.leaves.len());
-    // In pieces that begin and end at the largest leaf's boundaries, so that no table is reserved that large leaves spare.
-    let piece = 1 << 18;
-    let mut first = pages.first();
-    loop {
-        let end = (first.number() | (piece - 1)).min(pages.last().number());
-        let range = PageRange::new(first, kmem_hal::Page::from_number(end)).unwrap_or(pages);
-        let smallest = smallest_leaf::<F>(range, base, pages, levels, largest);
-        let mut cursor = table.cursor(range).map_err(|_| MapError::OutOfRange)?;
-        cursor
-            .map_range(range, smallest, attributes, |page, left| {
-                let frame = Frame::new(base + (page.number() - pages.first().number()))?;
-                let (level, order) = largest_leaf::<F>(frame, page, left, levels, largest);
-                mapped.leaves[level] += 1;
-                mapped.pages += order.frames();
-                DeviceFrame::new(frame, order).map(KernelPage::borrowed)
-            })
-            .map_err(|stopped| stopped.error)?;
-        match kmem_hal::Page::new(end + 1).filter(|next| *next <= pages.last()) {
-            Some(next) => first = next,
-            None => return Ok(mapped),
-        }
-    }
-}
-
-/// The level (from 0) and order of the largest leaf that may begin here.
-fn largest_leaf<F: Format>(
-    frame: Frame,
-    page: kmem_hal::Page,
-    left: u64,
-    levels: usize,
-    largest: Order,
-) -> (usize, Order) {
-    (1..levels)
-        .rev()
-        .map(|level| (level, F::LEVELS[level]))
-        .filter(|(_, level)| level.leaf && level.order() <= largest)
-        .map(|(number, level)| (number, level.order()))
-        .find(|(_, order)| {
-            left >= order.frames()
-                && frame.is_aligned(*order)
-                && page.number().is_multiple_of(order.frames())
+    let mut cursor = table.cursor(pages).map_err(|_| MapError::OutOfRange)?;
+    cursor
+        .map_frames(pages.first(), frames, largest, attributes, |leaf| {
+            let level = F::LEVELS
+                .iter()
+                .position(|level| level.order() == leaf.order());
+            mapped.leaves[level.unwrap_or(0)] += 1;
+            mapped.pages += leaf.order().frames();
+            KernelPage::borrowed(leaf)
         })
-        .unwrap_or((0, Order::ZERO))
-}
-
-/// The smallest leaf that mapping the range will need: what its ends are aligned to.
-fn smallest_leaf<F: Format>(
-    range: PageRange,
-    base: u64,
-    pages: PageRange,
-    levels: usize,
-    largest: Order,
-) -> Order {
-    let frame = base + (range.first().number() - pages.first().number());
-    let ends = range.first().number() | frame | range.count();
-    (1..levels)
-        .rev()
-        .map(|level| F::LEVELS[level])
-        .filter(|level| level.leaf && level.order() <= largest)
-        .map(|level| level.order())
-        .find(|order| ends.is_multiple_of(order.frames()))
-        .unwrap_or(Order::ZERO)
+        .map_err(|stopped| stopped.error)?;
+    Ok(mapped)
 }

@@ -239,8 +239,8 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// # Errors
     ///
     /// [`ChangeError::Memory`] where a huge leaf cannot be split; nothing changed. [`ChangeError::Unencodable`] where the
-    /// format cannot say what `change` asked for; what is below was changed. The others change nothing; it is never
-    /// [`ChangeError::Full`].
+    /// format cannot say what `change` asked for, and [`ChangeError::Shared`] where another space shares the table; what is below was
+    /// changed. The others change nothing; it is never [`ChangeError::Full`].
     pub fn update<const N: usize>(
         &mut self,
         range: PageRange,

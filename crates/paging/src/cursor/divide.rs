@@ -11,13 +11,16 @@
 //!
 //! All leaves of a block are of one size: where page and frame are aligned for it at the beginning, they are throughout.
 //!
+//! Frames that are no block, of devices or of the linear map, are mapped in runs of one size each ([`Cursor::map_frames`]): up to the boundary
+//! of a larger leaf and down again, so at most two runs for each size but the largest, each with a reserve of its own.
+//!
 //! Does not handle: a larger leaf in the middle of a block that begins between two.
 
 use core::marker::PhantomData;
 
-use kmem_hal::{Frame, Order, Page, PageRange, Trace, TraceEvent};
+use kmem_hal::{DeviceFrame, Frame, FrameRange, Order, Page, PageRange, Trace, TraceEvent};
 
-use super::{Cursor, Divisible};
+use super::{Cursor, Divisible, MapStopped};
 use crate::attributes::Attributes;
 use crate::env::Env;
 use crate::error::{ChangeError, MapError};
@@ -70,6 +73,85 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         self.divide(page, (frame, order), largest, &attributes.into())
             // SAFETY: H2: the numbers came from `into_entry` above, and no entry has them any more.
             .map_err(|error| (error, unsafe { H::from_entry(frame, order) }))
+    }
+
+    /// Maps device memory from `page` on, as leaves of the largest size that alignment allows at each place, and of `largest` at most: small
+    /// ones up to the first boundary of larger ones, and so on up and down again.
+    ///
+    /// ```text
+    ///   4K 4K | 2M | 2M | ...... 1G ...... | 2M | 4K 4K 4K
+    /// ```
+    ///
+    /// `own` makes the table's kind of handle of each leaf; it runs under a table's lock.
+    ///
+    /// # Errors
+    ///
+    /// [`MapStopped`]; what is below its page was mapped.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod machine { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/machine.rs")); }
+    /// use kmem_hal::{DeviceFrame, FrameRange, Order, Page, PageRange};
+    /// use kmem_paging::{PageTable, Rights, format::X86_64};
+    ///
+    /// # let machine = machine::Machine::new(64);
+    /// # let env = machine.env();
+    /// let table = PageTable::<X86_64, _, DeviceFrame>::new(env)?;
+    /// // Three pages, 2 MiB, and a page.
+    /// let frames = FrameRange::from_numbers(0x1_01fd, 0x1_0401).unwrap();
+    /// let first = Page::new(0x9fd).unwrap();
+    /// let mut cursor = table.cursor(PageRange::with_count(first, frames.count()).unwrap())?;
+    /// cursor.map_frames(first, frames, Order::MAX, Rights::KERNEL_DATA, |frame| frame).map_err(|stopped| stopped.error)?;
+    /// let order = |page| table.query(Page::new(page).unwrap()).leaf().unwrap().order.get();
+    /// assert_eq!([0x9fd, 0x9ff, 0xa00, 0xc00].map(order), [0, 0, 9, 0]);
+    /// # drop(cursor);
+    /// # table.destroy(|_, _| {}, |_, _| {});
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    #[doc(alias = "init_memory_mapping")]
+    pub fn map_frames(
+        &mut self,
+        page: Page,
+        frames: FrameRange,
+        largest: Order,
+        attributes: impl Into<Attributes>,
+        mut own: impl FnMut(DeviceFrame) -> H,
+    ) -> Result<(), MapStopped<H>> {
+        let attributes = attributes.into();
+        let levels = self.table.levels();
+        let offset = frames.first().number().wrapping_sub(page.number());
+        let stopped = |error, at| MapStopped {
+            error,
+            at,
+            handle: None,
+        };
+        let mut at = page;
+        let mut left = frames.count();
+        if !PageRange::with_count(page, left).is_some_and(|pages| self.range.contains_range(pages))
+        {
+            return Err(stopped(MapError::OutOfRange, page));
+        }
+        while left > 0 {
+            let aligned = at.number() | at.number().wrapping_add(offset);
+            let (order, larger) = leaf_at::<F>(levels, aligned, left, largest);
+            // Leaves of one size: as many as there are before a larger one may begin.
+            let mut count = left & !(order.frames() - 1);
+            if let Some(larger) = larger {
+                count = count.min(larger - (at.number() & (larger - 1)));
+            }
+            let range =
+                PageRange::with_count(at, count).ok_or(stopped(MapError::OutOfRange, at))?;
+            self.map_range(range, order, attributes, |page, _| {
+                let frame = Frame::from_number(page.number().wrapping_add(offset));
+                DeviceFrame::new(frame, order).map(&mut own)
+            })?;
+            left -= count;
+            if left > 0 {
+                at = Page::from_number(at.number() + count);
+            }
+        }
+        Ok(())
     }
 
     fn divide(
@@ -275,4 +357,27 @@ impl<F: Format> Words<F> {
             F::Word::store(entry, self.at(index));
         }
     }
+}
+
+/// The order of the largest leaf that begins where page and frame have these low bits and `left` pages are left, and the pages of the next larger
+/// one that the caller allows.
+fn leaf_at<F: Format>(
+    levels: usize,
+    aligned: u64,
+    left: u64,
+    largest: Order,
+) -> (Order, Option<u64>) {
+    let mut found = Order::ZERO;
+    for number in 1..=levels {
+        let level = level::<F>(number);
+        let order = level.order();
+        if !level.leaf || order > largest {
+            continue;
+        }
+        if aligned & (order.frames() - 1) != 0 || order.frames() > left {
+            return (found, Some(order.frames()));
+        }
+        found = order;
+    }
+    (found, None)
 }

@@ -22,6 +22,10 @@ use crate::table::{Entry, decode, index_at};
 
 /// A handle whose block may be cut into smaller ones of the same kind, and put together again.
 ///
+/// Every call that changes a range asks for it, since a range may cover a huge leaf in part: unmapping, protecting, moving, forking. What is
+/// not divisible can be mapped, replaced and looked at, and comes back one 4 KiB leaf at a time ([`Cursor::set_payload`](crate::Cursor::set_payload)) or
+/// when the table is [destroyed](crate::PageTable::destroy). Handles of single frames alone are divisible: there is nothing to cut.
+///
 /// # Safety
 ///
 /// - `D1`: the numbers that `into_entry` gave for a block may be turned by `from_entry` into handles of its parts, one

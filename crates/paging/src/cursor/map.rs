@@ -118,6 +118,8 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     /// as far as alignment allows. Tables are reserved before the first store, so that memory is not a reason to stop
     /// half-way: `smallest` is the smallest order that `next` will give.
     ///
+    /// `next` may run under a table's lock: it must not use this table's cursors.
+    ///
     /// # Errors
     ///
     /// [`MapStopped`]: where the reserve could not be had, at the first page; where `next` gave `None`, with

@@ -90,7 +90,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// Clears every leaf and payload in `range`; gives how many pages they covered. Tables of level 2 whose share is given up are
     /// counted as if those below were full.
     ///
-    /// Payloads are lost; [`unmap_with`](Self::unmap_with) shows them.
+    /// Payloads are lost; [`unmap_with`](Self::unmap_with) shows them. So are the dirty bits of leaves: who writes pages back uses that too.
     ///
     /// # Errors
     ///
@@ -133,7 +133,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     }
 
     /// As [`unmap`](Self::unmap), and gives the payloads to their owner: those of tables that are taken down whole at the commit
-    /// ([`Gather::commit_with`]), the others now, under a table's lock.
+    /// ([`Gather::commit_with`]), the others now, under a table's lock. Nobody is told of dirty bits.
     ///
     /// # Errors
     ///
@@ -178,7 +178,8 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// # Errors
     ///
     /// [`ChangeError::Full`] where the gather has no room: commit it and call again from `next`.
-    /// [`ChangeError::Memory`] where a huge leaf cannot be split; nothing changed. The others change nothing.
+    /// [`ChangeError::Memory`] where a huge leaf cannot be split; nothing changed. [`ChangeError::Shared`] where another space shares a table
+    /// of the range: what is below its page was done. The others change nothing.
     pub fn unmap_with<const N: usize>(
         &mut self,
         range: PageRange,

@@ -5,8 +5,8 @@ use kmem_hal::{
 use kmem_mock_x86::{AccessKind, Adversary, Machine, MemoryMap, Registers};
 use kmem_paging::format::{Format, X86_64, X86TwoLevel};
 use kmem_paging::{
-    Attributes, ChangeError, Entry, ForkItem, ForkStep, Harvest, MapError, PageTable, Payload,
-    Rights, RootKnown, TableCache,
+    Attributes, ChangeError, Entry, ForkItem, ForkStep, Gather, Harvest, MapError, PageTable,
+    Payload, Rights, RootKnown, TableCache,
 };
 
 use super::hostile_env::HostileEnv;
@@ -44,6 +44,11 @@ impl Room {
 
 impl<F: Format> Room<F> {
     fn of(registers: Registers) -> Self {
+        Self::keeping(registers, 0)
+    }
+
+    /// With a cache of this many emptied tables.
+    fn keeping(registers: Registers, cache: usize) -> Self {
         let machine = Machine::builder()
             .memory(MemoryMap::pc(32 << 20))
             .cpus(2)
@@ -54,7 +59,7 @@ impl<F: Format> Room<F> {
             .watch_kernel(true)
             .build()
             .unwrap();
-        let env = HostileEnv::new(machine, 0x400, 0);
+        let env = HostileEnv::new(machine, 0x400, cache);
         let mut table = PageTable::new(env).unwrap();
         if registers == Registers::LONG_PCID {
             table.set_asid(Asid::new(1)).unwrap();
@@ -287,14 +292,18 @@ pub fn a_moved_frame_outlives_its_old_page() {
 pub fn a_change_from_outside_is_nobody_elses() {
     let room = Room::new();
     room.map(0x400, Rights::USER_DATA);
+    room.map(0x401, Rights::USER_DATA);
     let frame = room.map(0x500, Rights::USER_DATA);
-    for page in [0x400, 0x500] {
-        assert!(room.write(1, page).is_some());
-    }
+    assert!(room.write(1, 0x500).is_some());
     let mut moving = room.table.gather::<1>();
-    room.table
-        .move_range(pages(0x400, 1), at(0x2_0000), &mut moving)
-        .unwrap();
+    let mut move_page = |page: u64| {
+        assert!(room.write(1, page).is_some());
+        let to = at(page + 0x2_0000);
+        room.table
+            .move_range(pages(page, 1), to, &mut moving)
+            .unwrap();
+    };
+    move_page(0x400);
     let announced = room.table.announce_foreign(at(0x500));
     let mut cursor = room.table.cursor(pages(0x500, 1)).unwrap();
     // SAFETY: the one table that leads there was announced, and is flushed before the frame is freed.
@@ -303,9 +312,10 @@ pub fn a_change_from_outside_is_nobody_elses() {
     announced.commit();
     assert_eq!(room.touch(1, 0x500, AccessKind::Read), None);
     room.env.pool.free(taken.unwrap().1);
-    // The move is as unflushed as before.
-    room.unmap(pages(0x2_0000, 1));
-    assert_eq!(room.touch(1, 0x400, AccessKind::Read), None);
+    // The gather counts as before: a page that it moves from now on is flushed with the frame's next page.
+    move_page(0x401);
+    room.unmap(pages(0x2_0401, 1));
+    assert_eq!(room.touch(1, 0x401, AccessKind::Read), None);
     drop(moving);
     room.quiet();
     room.finish();
@@ -352,6 +362,39 @@ pub fn a_payload_of_a_wider_format_is_refused() {
     drop(cursor);
     drop(gather);
     table.destroy(|_, frame| room.env.pool.free(frame), |_, _| {});
+    room.finish();
+}
+
+/// A table is made of those that wait for their grace period where there is no other frame.
+pub fn a_new_table_waits_for_emptied_ones() {
+    let room = Room::<X86_64>::keeping(Registers::LONG, 64);
+    room.map(0x400, Rights::USER_DATA);
+    room.unmap(pages(0x400, 1));
+    room.env.pool.set_fuse(Some(0));
+    let made = Table::new(room.env);
+    room.env.pool.set_fuse(None);
+    made.expect("three tables wait")
+        .destroy(|_, _| {}, |_, _| {});
+    room.finish();
+}
+
+/// A gather in a place of the caller's is committed at its end.
+pub fn a_gather_in_place_is_committed() {
+    let room = Room::new();
+    let range = pages(0x400, 1);
+    let leaked = room.map(0x400, Rights::USER_DATA);
+    assert!(room.write(1, 0x400).is_some());
+    let mut place = std::mem::MaybeUninit::uninit();
+    Gather::<_, _, _, 1>::with_in(&mut place, &room.table, |gather| {
+        room.table.cursor(range).unwrap().unmap(range, gather)
+    })
+    .unwrap();
+    assert_eq!(room.touch(1, 0x400, AccessKind::Read), None);
+    // SAFETY: the test knows the number of the frame that the drop leaked, and it is flushed.
+    room.env
+        .pool
+        .free(unsafe { OwnedFrame::from_raw(Frame::from_number(leaked), Order::ZERO) });
+    room.quiet();
     room.finish();
 }
 
@@ -1074,6 +1117,14 @@ pub const ALL: &[(&str, fn())] = &[
         a_change_from_outside_is_nobody_elses,
     ),
     ("a loaded table keeps its tag", a_loaded_table_keeps_its_tag),
+    (
+        "a new table waits for emptied ones",
+        a_new_table_waits_for_emptied_ones,
+    ),
+    (
+        "a gather in place is committed",
+        a_gather_in_place_is_committed,
+    ),
     (
         "a payload of a wider format is refused",
         a_payload_of_a_wider_format_is_refused,
