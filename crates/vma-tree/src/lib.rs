@@ -29,7 +29,7 @@ pub use iter::Iter;
 pub use lock::{Lockable, LookupError, SpaceSeq, VmaLock, VmaReadGuard};
 pub use node::Node;
 #[cfg(loom)]
-pub use plant::Plant;
+pub use plant::{LockPlant, Plant};
 pub use shared::{Entries, ReadSection, Readers, SharedTree, Writer};
 pub use stock::{Exclusive, Shared, Sharing};
 pub use store::{Change, MergeRule, Neighbours, Removed, Reserved};

@@ -31,8 +31,25 @@ use kmem_hal::sync::{AtomicU32, Ordering};
 use kmem_hal::{Grace, ObjectAlloc, Page};
 
 use crate::node::Node;
+#[cfg(loom)]
+use crate::plant::LockPlant;
 use crate::shared::ReadSection;
 use crate::value::{Entry, Value};
+
+/// The ordering, and `Relaxed` where a model planted that bug.
+macro_rules! ordering {
+    ($side:expr, $bug:ident, $order:expr) => {{
+        #[cfg(loom)]
+        let order = if $side.planted == LockPlant::$bug {
+            Ordering::Relaxed
+        } else {
+            $order
+        };
+        #[cfg(not(loom))]
+        let order = $order;
+        order
+    }};
+}
 
 /// The bit of the count that says: no reader may enter.
 const CLOSED: u32 = 1 << 31;
@@ -42,13 +59,29 @@ const CLOSED: u32 = 1 << 31;
 #[doc(alias = "mm_lock_seq")]
 pub struct SpaceSeq {
     seq: AtomicU32,
+    #[cfg(loom)]
+    planted: LockPlant,
 }
 
 impl SpaceSeq {
     kmem_hal::const_new! {
         /// A space whose VMAs are all free.
         pub fn new() -> Self {
-            Self { seq: AtomicU32::new(1) }
+            Self {
+                seq: AtomicU32::new(1),
+                #[cfg(loom)]
+                planted: LockPlant::Nothing,
+            }
+        }
+    }
+
+    /// A space with a bug on purpose.
+    #[cfg(loom)]
+    #[doc(hidden)]
+    pub fn with_bug(bug: LockPlant) -> Self {
+        Self {
+            planted: bug,
+            ..Self::new()
         }
     }
 
@@ -61,7 +94,8 @@ impl SpaceSeq {
         // 0 is the number of a VMA that was never locked.
         let next = if now == u32::MAX { 1 } else { now + 1 };
         // Release: whoever sees the new number sees what was written under the locks.
-        self.seq.store(next, Ordering::Release);
+        self.seq
+            .store(next, ordering!(self, NoEndRelease, Ordering::Release));
     }
 }
 
@@ -78,9 +112,8 @@ pub struct VmaLock {
     /// Readers inside, and [`CLOSED`].
     readers: AtomicU32,
     seq: AtomicU32,
-    /// A bug on purpose: the writer does not close the count.
     #[cfg(loom)]
-    planted: bool,
+    planted: LockPlant,
 }
 
 impl VmaLock {
@@ -91,17 +124,17 @@ impl VmaLock {
                 readers: AtomicU32::new(0),
                 seq: AtomicU32::new(0),
                 #[cfg(loom)]
-                planted: false,
+                planted: LockPlant::Nothing,
             }
         }
     }
 
-    /// A lock whose writer does not keep readers from entering while it waits.
+    /// A lock with a bug on purpose.
     #[cfg(loom)]
     #[doc(hidden)]
-    pub fn with_bug() -> Self {
+    pub fn with_bug(bug: LockPlant) -> Self {
         Self {
-            planted: true,
+            planted: bug,
             ..Self::new()
         }
     }
@@ -109,21 +142,24 @@ impl VmaLock {
     /// Enters as a reader; `None` where the VMA is write-locked, or about to be.
     #[doc(alias = "vma_start_read")]
     pub fn try_read<'v>(&'v self, space: &SpaceSeq) -> Option<VmaReadGuard<'v>> {
-        // Acquire: what the last writer did before its `end_write_all` is seen.
-        if self.seq.load(Ordering::Relaxed) == space.seq.load(Ordering::Acquire) {
+        // A guess, which spares the count a store: what counts is asked below.
+        if self.seq.load(Ordering::Relaxed) == space.seq.load(Ordering::Relaxed) {
             return None;
         }
+        // Acquire: a writer that came first has set `seq` before it opened the count again (L2).
+        let enter = ordering!(self, NoEnterAcquire, Ordering::Acquire);
         let entered = self
             .readers
-            .fetch_update(Ordering::Acquire, Ordering::Relaxed, |readers| {
+            .fetch_update(enter, Ordering::Relaxed, |readers| {
                 (readers & CLOSED == 0 && readers + 1 < CLOSED).then_some(readers + 1)
             });
         if entered.is_err() {
             return None;
         }
         let guard = VmaReadGuard { lock: self };
-        // L2: a writer that came first has set `seq` before it opened the count again.
-        if self.seq.load(Ordering::Relaxed) == space.seq.load(Ordering::Acquire) {
+        // Acquire: what the last writer did before its `end_write_all` is seen.
+        let check = ordering!(self, NoCheckAcquire, Ordering::Acquire);
+        if self.seq.load(Ordering::Relaxed) == space.seq.load(check) {
             return None;
         }
         Some(guard)
@@ -139,19 +175,23 @@ impl VmaLock {
             return;
         }
         #[cfg(loom)]
-        if self.planted {
+        if self.planted == LockPlant::StaysOpen {
             while self.readers.load(Ordering::Acquire) != 0 {
                 wait();
             }
             return self.seq.store(now, Ordering::Relaxed);
         }
-        self.readers.fetch_or(CLOSED, Ordering::Acquire);
-        while self.readers.load(Ordering::Acquire) != CLOSED {
+        self.readers.fetch_or(CLOSED, Ordering::Relaxed);
+        // Acquire: what the readers did happens before the change. Their leaving and the closing are one sequence of exchanges, so that this
+        // holds for whoever left before the closing too.
+        let inside = ordering!(self, NoWaitAcquire, Ordering::Acquire);
+        while self.readers.load(inside) != CLOSED {
             wait();
         }
         self.seq.store(now, Ordering::Relaxed);
         // Release: a reader that enters from now on sees `seq` (L2).
-        self.readers.fetch_and(!CLOSED, Ordering::Release);
+        let open = ordering!(self, NoOpenRelease, Ordering::Release);
+        self.readers.fetch_and(!CLOSED, open);
     }
 
     /// Whether the space's writer holds the VMA.
@@ -183,7 +223,8 @@ impl Drop for VmaReadGuard<'_> {
     #[doc(alias = "vma_end_read")]
     fn drop(&mut self) {
         // Release: what the reader did happens before the writer's change.
-        self.lock.readers.fetch_sub(1, Ordering::Release);
+        let leave = ordering!(self.lock, NoLeaveRelease, Ordering::Release);
+        self.lock.readers.fetch_sub(1, leave);
     }
 }
 

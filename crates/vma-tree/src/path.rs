@@ -6,6 +6,7 @@
 use core::mem::MaybeUninit;
 
 use kmem_hal::Page;
+use kmem_hal::sync::Ordering;
 
 use crate::node::{Leaf, Node, NodePtr, from_word};
 
@@ -228,12 +229,12 @@ impl<const W: usize> Path<W> {
         }
     }
 
-    /// Moves the boundary above the child taken at `level` down to `last`, wherever it is kept.
-    pub(crate) fn lower_boundary(&self, level: usize, last: u64) {
+    /// Moves the boundary above the child taken at `level` to `last`, wherever it is kept.
+    pub(crate) fn move_boundary(&self, level: usize, last: u64, order: Ordering) {
         for level in level..self.height {
             let (inner, slot) = (self.node(level), self.slot(level));
             if slot + 1 < inner.children() {
-                inner.set_last_of(slot, last);
+                inner.set_last_of(slot, last, order);
                 return;
             }
         }

@@ -393,9 +393,11 @@ impl<'s, V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> Entries<'s
             let slot = inner.child_for(page);
             // A boundary that has just moved below the page would send the walk back: never step below it.
             high = inner.last_of(slot, high).max(page);
-            node = inner.child(slot)?;
+            node = inner.child_by(slot, self.tree.planted.child())?;
             level -= 1;
         }
+        // N7: a boundary that moved may have led here.
+        self.tree.planted.boundary_seen();
         // SAFETY: as above.
         Some((unsafe { node.as_ref() }.sorted_leaf(), high))
     }

@@ -304,9 +304,11 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         } else if self.has_room(&leaf, (first, last)) {
             self.insert(path, hole, (first, last), grown.value)?;
             return Ok(true);
-        } else if leaf.fits(first, last)
-            && self.insert_split(path, hole, (first, last), grown.value)?
-        {
+        } else if leaf.fits(first, last) {
+            if self.insert_split(path, hole, (first, last), grown.value)? {
+                return Ok(true);
+            }
+        } else if self.insert_apart(path, hole, (first, last), grown.value)? {
             return Ok(true);
         }
         let cut = Cut {
@@ -407,12 +409,14 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             value: Some(middle.value.to_word()),
             shown: (first, last),
         };
-        if let Some(raw) = lowest
-            && !merged
-            && raw.first <= first
-            && last <= raw.last
-            && self.overlay(path, (from, raw), &cut, removed)?
-        {
+        let done = match lowest {
+            Some(raw) if !merged && raw.first <= first && last <= raw.last => {
+                self.overlay(path, (from, raw), &cut, removed)?
+            }
+            Some(_) if merged && to == from + 2 => self.shift(path, from, &cut, removed)?,
+            _ => false,
+        };
+        if done {
             return Ok(true);
         }
         self.edit_merged(path, &cut, (from, to), removed)?;

@@ -142,7 +142,12 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         } else {
             node.leaf()
         };
-        leaf.find(page.number())
+        let found = leaf.find(page.number());
+        if S::SHARED && found.is_none() {
+            // N7: a boundary may have said so.
+            self.planted.boundary_seen();
+        }
+        found
     }
 
     /// The leaf that answers for `page`.
@@ -158,7 +163,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         while level > 0 {
             // SAFETY: N4 and the contract: the node is alive.
             let inner = unsafe { node.as_ref() };
-            node = inner.child(inner.child_for(page.number()))?;
+            node = inner.child_by(inner.child_for(page.number()), self.planted.child())?;
             // SAFETY: as above.
             unsafe { node.as_ref() }.fetch();
             level -= 1;
@@ -229,7 +234,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     /// The root's word. Acquire: what it leads to is seen as it was published.
     #[inline(always)]
     pub(crate) fn root_word(&self) -> u64 {
-        self.root.load(Ordering::Acquire)
+        self.root.load(self.planted.root())
     }
 
     /// Publishes another root. Only for the writer.
@@ -257,7 +262,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     /// The number of edits so far.
     #[inline(always)]
     pub(crate) fn edits(&self) -> u64 {
-        self.edits.load(Ordering::Acquire)
+        self.edits.load(self.planted.counted())
     }
 
     /// Counts an edit that put `new` ranges in the place of `old`. Only for the writer.
@@ -265,7 +270,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     pub(crate) fn count_edit(&self, new: usize, old: usize) {
         self.len.set(self.len.get() + new - old);
         let edits = self.edits.load(Ordering::Relaxed);
-        self.edits.store(edits + 1, Ordering::Release);
+        self.edits.store(edits + 1, self.planted.count());
     }
 
     /// Makes the tree empty and retires its nodes. Only for the writer.

@@ -5,7 +5,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use kmem_hal::sync::{UnsafeCell, spin_loop};
-use kmem_vma_tree::{SpaceSeq, VmaLock};
+use kmem_vma_tree::{LockPlant, SpaceSeq, VmaLock};
 
 struct Space {
     seq: SpaceSeq,
@@ -19,13 +19,13 @@ unsafe impl Sync for Space {}
 // SAFETY: as above.
 unsafe impl Send for Space {}
 
-fn explore(lock: fn() -> VmaLock, readers: usize) {
+fn explore(bug: LockPlant, readers: usize) {
     let mut builder = loom::model::Builder::new();
     builder.preemption_bound = builder.preemption_bound.or(Some(3));
     builder.check(move || {
         let space = Arc::new(Space {
-            seq: SpaceSeq::new(),
-            locks: [lock(), lock()],
+            seq: SpaceSeq::with_bug(bug),
+            locks: [VmaLock::with_bug(bug), VmaLock::with_bug(bug)],
             data: [UnsafeCell::new(0), UnsafeCell::new(0)],
         });
         let threads: Vec<_> = (0..readers)
@@ -63,16 +63,50 @@ fn explore(lock: fn() -> VmaLock, readers: usize) {
 
 #[test]
 fn readers_and_writer_exclude_each_other() {
-    explore(VmaLock::new, 1);
+    explore(LockPlant::Nothing, 1);
 }
 
 #[test]
 fn two_readers_of_two_vmas() {
-    explore(VmaLock::new, 2);
+    explore(LockPlant::Nothing, 2);
+}
+
+fn finds(bug: LockPlant) {
+    let found = catch_unwind(AssertUnwindSafe(|| explore(bug, 1)));
+    assert!(found.is_err(), "the model does not find {bug:?}");
 }
 
 #[test]
 fn a_writer_that_does_not_close_the_count_is_found() {
-    let found = catch_unwind(AssertUnwindSafe(|| explore(VmaLock::with_bug, 1)));
-    assert!(found.is_err(), "the model does not find the bug");
+    finds(LockPlant::StaysOpen);
+}
+
+#[test]
+fn a_writer_that_waits_without_acquire_is_found() {
+    finds(LockPlant::NoWaitAcquire);
+}
+
+#[test]
+fn a_writer_that_opens_the_count_without_release_is_found() {
+    finds(LockPlant::NoOpenRelease);
+}
+
+#[test]
+fn a_writer_that_ends_without_release_is_found() {
+    finds(LockPlant::NoEndRelease);
+}
+
+#[test]
+fn a_reader_that_enters_without_acquire_is_found() {
+    finds(LockPlant::NoEnterAcquire);
+}
+
+#[test]
+fn a_reader_that_checks_without_acquire_is_found() {
+    finds(LockPlant::NoCheckAcquire);
+}
+
+#[test]
+fn a_reader_that_leaves_without_release_is_found() {
+    finds(LockPlant::NoLeaveRelease);
 }

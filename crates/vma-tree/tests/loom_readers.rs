@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use kmem_hal::sync::{AtomicUsize, Ordering, fence, spin_loop};
 use kmem_hal::{AllocError, Deferred, Grace, ObjectAlloc, Page, PageRange};
-use kmem_vma_tree::{Entry, Node, Plant, RangeTree, SharedTree};
+use kmem_vma_tree::{Entry, Finger, Node, Plant, RangeTree, SharedTree};
 
 /// Three ranges a leaf, three children an inner node.
 const WORDS: usize = 8;
@@ -333,6 +333,85 @@ fn boundaries_move(bug: Plant) {
     );
 }
 
+/// The last range of a leaf loses its last page, and the boundary above it follows: whom the boundary tells that the page is free must not
+/// find the range as it was before.
+fn a_boundary_goes_down(bug: Plant) {
+    explore(
+        &[
+            (0, 1, 1),
+            (10, 11, 2),
+            (20, 21, 3),
+            (30, 31, 4),
+            (40, 41, 5),
+        ],
+        bug,
+        1,
+        |writer| store(writer, 21, 21, None),
+        |tree| {
+            let section = tree.read();
+            let gone = flat(section.get(page(21)));
+            let left = flat(section.get(page(20)));
+            let before = Some((20, 21, 3));
+            assert!(gone.is_none() || gone == before, "{gone:?}");
+            assert!(left == Some((20, 20, 3)) || (left == before && gone == before));
+        },
+    );
+}
+
+/// The same for a walk.
+fn a_walk_over_a_boundary(bug: Plant) {
+    explore(
+        &[
+            (0, 1, 1),
+            (10, 11, 2),
+            (20, 21, 3),
+            (30, 31, 4),
+            (40, 41, 5),
+        ],
+        bug,
+        1,
+        |writer| store(writer, 21, 21, None),
+        |tree| {
+            let section = tree.read();
+            let gone = flat(section.first_at_or_after(page(21)));
+            let left = flat(section.get(page(20)));
+            assert!([Some((20, 21, 3)), Some((30, 31, 4))].contains(&gone));
+            assert!(gone == Some((20, 21, 3)) || left == Some((20, 20, 3)));
+        },
+    );
+}
+
+/// A finger: what it remembers is forgotten when the reader knows that the edit is over.
+fn a_finger_beside_edits(bug: Plant) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = builder.preemption_bound.or(Some(2));
+    builder.max_branches = 100_000;
+    builder.check(move || {
+        let shared = tree(&[(0, 9, 1), (20, 29, 2)], bug);
+        let over = Arc::new(AtomicUsize::new(0));
+        let reader = {
+            let (shared, over) = (Arc::clone(&shared), Arc::clone(&over));
+            loom::thread::spawn(move || {
+                let mut finger = Finger::new();
+                let section = shared.read();
+                let look = |finger: &mut Finger<u64>| flat(section.get_with(finger, page(4)));
+                let first = look(&mut finger);
+                assert!([Some((0, 9, 1)), Some((0, 9, 3))].contains(&first));
+                if over.load(Ordering::Acquire) == 1 {
+                    assert_eq!(look(&mut finger), Some((0, 9, 3)));
+                }
+            })
+        };
+        {
+            // SAFETY: this thread is the one writer.
+            let mut writer = unsafe { shared.writer() };
+            store(&mut writer, 0, 9, Some(3));
+        }
+        over.store(1, Ordering::Release);
+        reader.join().unwrap();
+    });
+}
+
 /// Two readers beside the writer.
 fn two_readers(bug: Plant) {
     explore(
@@ -410,6 +489,21 @@ fn reader_beside_moving_boundaries() {
 }
 
 #[test]
+fn reader_beside_a_boundary_that_goes_down() {
+    a_boundary_goes_down(Plant::Nothing);
+}
+
+#[test]
+fn walk_over_a_boundary_that_goes_down() {
+    a_walk_over_a_boundary(Plant::Nothing);
+}
+
+#[test]
+fn finger_beside_a_writer() {
+    a_finger_beside_edits(Plant::Nothing);
+}
+
+#[test]
 fn two_readers_and_a_writer() {
     two_readers(Plant::Nothing);
 }
@@ -425,6 +519,39 @@ fn a_missing_publish_fence_is_found() {
     finds(Plant::NoPublishFence, in_a_leaf);
     finds(Plant::NoPublishFence, at_an_end);
     finds(Plant::NoPublishFence, root_grows_and_shrinks);
+}
+
+#[test]
+fn a_root_loaded_without_acquire_is_found() {
+    finds(Plant::NoRootAcquire, in_a_leaf);
+    finds(Plant::NoRootAcquire, at_an_end);
+}
+
+#[test]
+fn a_child_loaded_without_acquire_is_found() {
+    finds(Plant::NoChildAcquire, a_leaf_splits);
+}
+
+#[test]
+fn a_boundary_moved_without_release_is_found() {
+    finds(Plant::NoBoundaryRelease, a_boundary_goes_down);
+    finds(Plant::NoBoundaryRelease, a_walk_over_a_boundary);
+}
+
+#[test]
+fn a_boundary_seen_without_acquire_is_found() {
+    finds(Plant::NoBoundaryAcquire, a_boundary_goes_down);
+    finds(Plant::NoBoundaryAcquire, a_walk_over_a_boundary);
+}
+
+#[test]
+fn an_edit_counted_without_release_is_found() {
+    finds(Plant::NoEditsRelease, a_finger_beside_edits);
+}
+
+#[test]
+fn a_count_of_edits_loaded_without_acquire_is_found() {
+    finds(Plant::NoEditsAcquire, a_finger_beside_edits);
 }
 
 #[test]

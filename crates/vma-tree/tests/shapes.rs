@@ -410,6 +410,60 @@ fn a_full_leaf_is_split_where_it_stands() {
     assert!(tree.iter().map(|entry| entry.value).eq(0..2 * full));
 }
 
+/// A heap that grows where its leaf ends takes no node, and neither does what lies above it change.
+#[test]
+fn a_range_grows_over_the_end_of_its_leaf() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    for i in 0..40 {
+        tree.store(count(16 * i, 3), Some(i), &mut |_| ()).unwrap();
+    }
+    assert!(tree.stats().leaves > 2);
+    heap.left.set(Some(0));
+    for more in 3..15 {
+        for i in 0..40 {
+            tree.store_merged(count(16 * i + more, 1), i, &mut |_| ())
+                .unwrap();
+            tree.check().unwrap();
+        }
+    }
+    let whole = (0..40).map(|i| (count(16 * i, 15), i));
+    assert!(
+        tree.iter()
+            .map(|entry| (entry.range, entry.value))
+            .eq(whole)
+    );
+    let request = GapRequest::new(2).limits(pages(0, 16 * 40 - 2));
+    assert_eq!(tree.find_gap_up(&request), None);
+    assert_eq!(tree.find_gap_down(&request), None);
+}
+
+/// What lies at the top of the space, too far from the rest to share a leaf, is put into a new one; no other is written anew.
+#[test]
+fn what_lies_far_above_gets_a_leaf_of_its_own() {
+    let top = Page::MAX.number() - 5;
+    for ranges in [5, 40] {
+        let heap = Heap::default();
+        let mut tree = Tree::new_in(&heap);
+        fill(&mut tree, 0..ranges);
+        let (total, height) = (heap.total.get(), tree.height());
+        // A leaf, and a root above the first two.
+        let nodes = 1 + usize::from(height == 1);
+        heap.left.set(Some(nodes - 1));
+        let stored = tree.store(count(top, 1), Some(99), &mut |_| ());
+        assert!(stored.is_err());
+        tree.check().unwrap();
+        assert_eq!(tree.len() as u64, ranges);
+        heap.left.set(None);
+        tree.store(count(top, 1), Some(99), &mut |_| ()).unwrap();
+        tree.check().unwrap();
+        // What was taken for the attempt that failed serves the second.
+        assert_eq!(heap.total.get() - total, nodes);
+        let gap = tree.find_gap_up(&GapRequest::new(1 << 40)).unwrap();
+        assert_eq!(gap.first(), page(4 * ranges - 1));
+    }
+}
+
 /// A range that becomes one with its neighbours is written over them whole; what was removed is its own pages all the same.
 #[test]
 fn a_merge_shows_what_was_inside_the_range() {

@@ -12,7 +12,7 @@
 //! | `gap_up`, `gap_down` | the lowest or highest gap of 4096 pages: half of all ranges lie before it |
 //! | `iterate` | one range of a pass over all |
 //! | `punch_merge` | a page taken out of the middle of a range and put back, so that one range is left |
-//! | `duplicate` | a range of a whole copy |
+//! | `duplicate` | a range of a whole copy; `kmem inserting` stores the ranges of the copy one by one, ascending |
 //! | `bytes_per_range` | heap by range |
 //! | `readers_2t` | a lookup, two threads at it |
 //! | `reader_with_writer` | a lookup while another thread edits |
@@ -22,6 +22,7 @@
 //! iterator of gaps or of ranges.
 
 use std::collections::BTreeMap;
+use std::time::Instant;
 
 use kmem_hal::{Page, PageRange};
 use kmem_slab::Cache;
@@ -470,10 +471,8 @@ pub fn run(runner: &mut Runner) {
             ));
         }
         if runner.wants("duplicate") {
-            runner.run(programs!(
-                workload("duplicate", Unit::Ns),
-                duplicate(&input)
-            ));
+            let workload = programs!(workload("duplicate", Unit::Ns), duplicate(&input));
+            runner.run(workload.with("kmem inserting", inserting(&input)));
         }
         if runner.wants("bytes_per_range") {
             runner.run(bytes(&input, workload("bytes_per_range", Unit::Bytes)));
@@ -566,20 +565,28 @@ fn insert_remove<'i, R: Ranges + 'i>(input: &'i Input) -> impl Competitor + 'i {
 }
 
 fn gap<'i, R: Ranges + 'i>(input: &'i Input, up: bool) -> impl Competitor + 'i {
-    // Most programs pass all ranges below the gap.
-    let searches = (1_000_000 / input.vmas.len() as u64).clamp(4, 1000);
+    fn search<R: Ranges>(map: &R, up: bool) -> Option<u64> {
+        let pages = std::hint::black_box(LARGE);
+        if up {
+            map.gap_up(pages)
+        } else {
+            map.gap_down(pages)
+        }
+    }
     let mut built = Built::<R>::new(input);
+    // Most programs pass all ranges below the gap, some none: so many searches as take 100 microseconds.
+    let mut searches = None;
     move |_: u64, watch: &mut Watch| {
         let map = built.map();
+        let searches = *searches.get_or_insert_with(|| {
+            let begin = Instant::now();
+            std::hint::black_box(search(map, up));
+            (100_000 / begin.elapsed().as_nanos().max(1) as u64).clamp(4, 1000)
+        });
         let found = watch.time(|| {
             let mut found = None;
             for _ in 0..searches {
-                let pages = std::hint::black_box(LARGE);
-                found = if up {
-                    map.gap_up(pages)
-                } else {
-                    map.gap_down(pages)
-                };
+                found = search(map, up);
             }
             found
         });
@@ -622,6 +629,25 @@ fn punch_merge<'i, R: Ranges + 'i>(input: &'i Input) -> impl Competitor + 'i {
 }
 
 fn duplicate<'i, R: Ranges + 'i>(input: &'i Input) -> impl Competitor + 'i {
+    copies(input, R::copy)
+}
+
+/// What a copy costs whoever has no more than `store`: all ranges again, as an iterator gives them.
+fn inserting(input: &Input) -> impl Competitor + '_ {
+    copies(input, |map: &Kmem| {
+        let mut copy = Kmem::new_in(nodes());
+        for entry in map.iter() {
+            copy.store(entry.range, Some(entry.value), &mut |_| ())
+                .expect("memory for nodes");
+        }
+        copy
+    })
+}
+
+fn copies<'i, R: Ranges + 'i>(
+    input: &'i Input,
+    copy: impl Fn(&R) -> R + 'i,
+) -> impl Competitor + 'i {
     let mut built = Built::<R>::new(input);
     move |_: u64, watch: &mut Watch| {
         let count = input.vmas.len() as u64;
@@ -630,7 +656,7 @@ fn duplicate<'i, R: Ranges + 'i>(input: &'i Input) -> impl Competitor + 'i {
         let mut copies = Vec::new();
         watch.time(|| {
             for _ in 0..rounds {
-                copies.push(map.copy());
+                copies.push(copy(map));
             }
         });
         let sum = copies

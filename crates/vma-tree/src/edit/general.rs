@@ -44,6 +44,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let leaf = path.leaf();
         // E1: the pages between the last range of a leaf and its boundary are none, but in the tree's last leaf.
         if to == leaf.count() && cut.last > leaf.end() && !path.is_last() {
+            if self.grow_over_end(path, from, cut, removed) {
+                return Ok(true);
+            }
             self.splice_across(path, from, cut, removed)?;
             return Ok(true);
         }
@@ -219,7 +222,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     /// Moves the boundary above the path's leaf down to `last`; `above`, the page above the old one, is the next leaf's.
     #[inline(never)]
     fn lower(&self, path: &mut Path<W>, (last, above): (u64, u64)) {
-        path.lower_boundary(1, last);
+        path.move_boundary(1, last, self.planted.boundary());
         path.set_high(last);
         self.refresh_gap(above);
     }
@@ -247,6 +250,45 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let pieces = Self::pieces(path, from, (path, to), cut);
         let path = core::mem::replace(path, Path::unset());
         self.rebuild((&path, from), (&path, to), &pieces, cut, removed)
+    }
+
+    /// Lets the last range of the path's leaf, at `from`, grow over the leaf's end into the hole there, which is the next leaf's: a heap
+    /// does that again and again. `false`, and nothing has changed, where `cut` is no such edit.
+    ///
+    /// Not under readers, who would see the range in one moment and its new pages in another.
+    #[inline(never)]
+    fn grow_over_end(
+        &self,
+        path: &mut Path<W>,
+        from: usize,
+        cut: &Cut,
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> bool {
+        let leaf = path.leaf();
+        let Some(value) = cut.value else {
+            return false;
+        };
+        if S::SHARED || from + 1 != leaf.count() || !leaf.fits(cut.first, cut.last) {
+            return false;
+        }
+        let old = leaf.raw(from);
+        // SAFETY: E3: nobody else edits; nodes in the tree are alive (K1).
+        let next = unsafe { Path::<W>::new(self.root_word(), path.high() + 1) };
+        let is_free = next.is_some_and(|next| cut.last < next.leaf().range(0).0);
+        if old.first != cut.first || !is_free {
+            return false;
+        }
+        show(old, cut, removed);
+        let slot = leaf.slot(from);
+        leaf.set_range(slot, cut.first, cut.last);
+        leaf.set_value(slot, value);
+        // E1: the boundary is the end of the last range; the hole above it is the next leaf's.
+        path.move_boundary(1, cut.last, self.planted.boundary());
+        path.set_high(cut.last);
+        path.hole = 0;
+        self.count_edit(1, 1);
+        self.refresh_gap(cut.last + 1);
+        true
     }
 
     /// The edit of a cut that ends beyond the leaf in which it begins.

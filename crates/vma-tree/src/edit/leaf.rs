@@ -137,7 +137,12 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             if self.has_room(&leaf, pages) {
                 return self.insert(path, &hole, pages, value);
             }
-            if leaf.fits(cut.first, cut.last) && self.insert_split(path, &hole, pages, value)? {
+            let done = if leaf.fits(cut.first, cut.last) {
+                self.insert_split(path, &hole, pages, value)?
+            } else {
+                self.insert_apart(path, &hole, pages, value)?
+            };
+            if done {
                 return Ok(());
             }
         }
@@ -353,6 +358,69 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         self.replaced(path, target, || show(raw, cut, removed));
         path.hole = 0;
         self.count_edit(1 + more, 1);
+        Ok(true)
+    }
+
+    /// Moves the boundary between the touching ranges at `at` and above it: `cut` is one of them whole and a part of the other. `false`,
+    /// and nothing has changed, where it is not so.
+    ///
+    /// No hole changes and no boundary of the leaf: that is what `mprotect` does to the end of a library's data.
+    #[inline(never)]
+    pub(crate) fn shift(
+        &self,
+        path: &mut Path<W>,
+        at: usize,
+        cut: &Cut,
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<bool, AllocError> {
+        // SAFETY: as in `splice_at`.
+        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let leaf = old.leaf();
+        let (below, above) = (leaf.raw(at), leaf.raw(at + 1));
+        let Some(value) = cut.value else {
+            return Ok(false);
+        };
+        let grown = Raw {
+            first: cut.first,
+            last: cut.last,
+            value,
+        };
+        let ranges = if cut.first == below.first && above.first <= cut.last && cut.last < above.last
+        {
+            let rest = V::from_word(above.value).split(cut.last + 1 - above.first);
+            let rest = Raw {
+                first: cut.last + 1,
+                last: above.last,
+                value: rest.to_word(),
+            };
+            [grown, rest]
+        } else if cut.last == above.last && below.first < cut.first && cut.first <= below.last {
+            let last = cut.first - 1;
+            [Raw { last, ..below }, grown]
+        } else {
+            return Ok(false);
+        };
+        let touch = below.last + 1 == above.first;
+        if !(touch && leaf.fits(cut.first, cut.last) && leaf.fits_part(ranges[1].first)) {
+            return Ok(false);
+        }
+        let shows = |removed: &mut dyn FnMut(Entry<V>)| {
+            show(below, cut, removed);
+            show(above, cut, removed);
+        };
+        let (leaf, target) = self.writable(old)?;
+        if !self.copies() {
+            shows(removed);
+        }
+        let leaf = self.as_it_was(leaf, target);
+        for (at, raw) in [at, at + 1].into_iter().zip(ranges) {
+            let slot = leaf.slot(at);
+            leaf.set_range(slot, raw.first, raw.last);
+            leaf.set_value(slot, raw.value);
+        }
+        self.replaced(path, target, || shows(removed));
+        path.hole = 0;
+        self.count_edit(2, 2);
         Ok(true)
     }
 

@@ -109,7 +109,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             let old_high = after.bounds(level - 1).1;
             self.publish(before, level, child.node);
             if child.last < old_high {
-                after.lower_boundary(level, child.last);
+                after.move_boundary(level, child.last, self.planted.boundary());
             }
             before.record_gap(level, child.gap);
         } else {

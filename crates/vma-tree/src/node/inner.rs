@@ -112,7 +112,13 @@ impl<const W: usize> Node<W> {
     /// Child `slot`.
     #[inline(always)]
     pub(crate) fn child(&self, slot: usize) -> Option<NodePtr<W>> {
-        from_word(self.at(Self::PIVOTS + slot).load(Ordering::Acquire))
+        self.child_by(slot, Ordering::Acquire)
+    }
+
+    /// [`child`](Self::child) with an ordering.
+    #[inline(always)]
+    pub(crate) fn child_by(&self, slot: usize, order: Ordering) -> Option<NodePtr<W>> {
+        from_word(self.at(Self::PIVOTS + slot).load(order))
     }
 
     /// Publishes another node as child `slot`.
@@ -137,8 +143,8 @@ impl<const W: usize> Node<W> {
     }
 
     /// Moves the boundary above child `slot`, which is not the last, inside a hole.
-    pub(crate) fn set_last_of(&self, slot: usize, last: u64) {
-        self.at(slot).store(last + 1, Ordering::Release);
+    pub(crate) fn set_last_of(&self, slot: usize, last: u64, order: Ordering) {
+        self.at(slot).store(last + 1, order);
     }
 
     /// The largest gap below child `slot`.

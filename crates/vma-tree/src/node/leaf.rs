@@ -66,6 +66,24 @@ impl Coding {
         (first, first + (key & self.length_mask()))
     }
 
+    /// What the keys of two ranges with a gap of at least `need` pages between them differ by, less one at least: so most pairs are
+    /// passed over with a subtraction, undecoded.
+    ///
+    /// The first pages then differ by more than `need` and the length of the lower range, and a difference of lengths takes less than that
+    /// length away.
+    #[inline(always)]
+    fn step_over(self, need: u64) -> u64 {
+        // No two ranges of a leaf are farther apart than the reach.
+        need.min(self.reach()) << self.width
+    }
+
+    /// The gap between the ranges of two keys if it has at least `need` pages: the first free page, and the page after the last.
+    #[inline(always)]
+    fn gap(self, below: u64, above: u64, need: u64) -> Option<(u64, u64)> {
+        let (free, end) = (self.range(below).1 + 1, self.range(above).0);
+        (end - free >= need).then_some((free, end))
+    }
+
     /// The largest key of a range that begins at or below `page`, all its bits turned; `None` below the base.
     #[inline(always)]
     fn turned_probe(self, page: u64) -> Option<u64> {
@@ -354,12 +372,11 @@ impl<'a, const W: usize> Leaf<'a, W> {
         from: usize,
         need: u64,
     ) -> impl Iterator<Item = (u64, u64)> + use<'a, W> {
-        let (node, base) = (self.node, self.coding.base);
-        let (shift, mask) = (self.coding.width, self.coding.length_mask());
-        // A nibble that is no slot ends it. Distances from the base do: no need to decode.
+        let leaf = *self;
+        let step = self.coding.step_over(need);
+        // A nibble that is no slot ends it.
         let mut order = (self.order.0 | (15 << bits(self.count))) >> bits(from + 1);
-        let key = self.key(from);
-        let mut last = (key >> shift) + (key & mask);
+        let mut key = self.key(from);
         core::iter::from_fn(move || {
             loop {
                 let slot = (order & 15) as usize;
@@ -367,12 +384,11 @@ impl<'a, const W: usize> Leaf<'a, W> {
                     return None;
                 }
                 order >>= 4;
-                let key = node.leaf_word(slot);
-                let first = key >> shift;
-                let below = last;
-                last = first + (key & mask);
-                if first - below > need {
-                    return Some((base + below + 1, base + first));
+                let below = core::mem::replace(&mut key, leaf.node.leaf_word(slot));
+                if key - below > step
+                    && let Some(gap) = leaf.coding.gap(below, key, need)
+                {
+                    return Some(gap);
                 }
             }
         })
@@ -385,11 +401,11 @@ impl<'a, const W: usize> Leaf<'a, W> {
         to: usize,
         need: u64,
     ) -> impl Iterator<Item = (u64, u64)> + use<'a, W> {
-        let (node, base) = (self.node, self.coding.base);
-        let (shift, mask) = (self.coding.width, self.coding.length_mask());
+        let leaf = *self;
+        let step = self.coding.step_over(need);
         // The nibble on top is the next; one that is no slot ends it.
         let mut order = ((self.order.0 << 4 | 15) << (60 - bits(to))) << 4;
-        let mut above = self.key(to - 1) >> shift;
+        let mut key = self.key(to - 1);
         core::iter::from_fn(move || {
             loop {
                 let slot = (order >> 60) as usize;
@@ -397,12 +413,11 @@ impl<'a, const W: usize> Leaf<'a, W> {
                     return None;
                 }
                 order <<= 4;
-                let key = node.leaf_word(slot);
-                let end = above;
-                above = key >> shift;
-                let last = above + (key & mask);
-                if end - last > need {
-                    return Some((base + last + 1, base + end));
+                let above = core::mem::replace(&mut key, leaf.node.leaf_word(slot));
+                if above - key > step
+                    && let Some(gap) = leaf.coding.gap(key, above, need)
+                {
+                    return Some(gap);
                 }
             }
         })

@@ -34,6 +34,9 @@
 //! - `N5`: a position or slot given to a node's methods is below its count (of ranges or children), or was found by its own
 //!   search, which ends within the layout whatever the words are. A nibble of an order is a slot (`N1`).
 //! - `N6`: in a tree that is shared ranges lie in order: readers do not look at the order, which becomes a link under them.
+//! - `N7`: a boundary moves after what follows from it was published, and with Release; pivots are loaded without order, since a search
+//!   reads them all. So a reader whom a boundary told that a page is free puts an Acquire fence behind its search: its next search finds
+//!   nothing older. Whoever finds a range needs none, for the range's leaf was loaded with Acquire.
 //!
 //! The number of words is a parameter: 8 words give 3 ranges and 3 children a node, which a model checker can explore.
 
