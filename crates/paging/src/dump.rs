@@ -29,6 +29,18 @@ pub struct Dump<'t, F: Format, E: Env, H: FrameHandle> {
 
 impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// The table as text, a line for each run of leaves. Takes the locks of the tables, one at a time.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// let table = mapped(pages(0x400, 3));
+    /// let text = table.dump().to_string();
+    /// assert!(text.starts_with("x86-64, four levels: root "));
+    /// assert!(text.contains("0x0000000000400000-0x0000000000403000  frame 0x100400"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "ptdump")]
     #[must_use]
     pub fn dump(&self) -> Dump<'_, F, E, H> {
@@ -134,6 +146,16 @@ pub struct Graph<'t, F: Format, E: Env, H: FrameHandle> {
 impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// The tables as a graph for Graphviz (`dot -Tsvg`), those of a shared upper part included. Takes no lock; what changes
     /// meanwhile is drawn as it was or as it is.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// let table = mapped(pages(0x400, 3));
+    /// assert!(table.graph().to_string().starts_with("digraph"));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn graph(&self) -> Graph<'_, F, E, H> {
         Graph { table: self }

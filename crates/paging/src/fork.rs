@@ -158,6 +158,32 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
     ///
     /// [`ForkError`] with a handle that could not be placed. After [`ForkError::Stopped`] the part below `at` was copied:
     /// destroy the child, commit the gather.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// use kmem_paging::{ForkItem, ForkStep, PageTable};
+    ///
+    /// // Both sides keep the frame, and neither may write to it.
+    /// let parent = mapped(pages(0x400, 2));
+    /// let child = PageTable::new(*parent.env())?;
+    /// let mut gather = parent.gather::<1>();
+    /// let copied = parent.fork_into(&child, pages(0x400, 2), &mut gather, |item| match item {
+    ///     ForkItem::Leaf(leaf) => ForkStep::Leaf {
+    ///         handle: block(leaf.frame.number(), leaf.order),
+    ///         child: leaf.attributes.write_protected(),
+    ///         parent: Some(leaf.attributes.write_protected()),
+    ///     },
+    ///     ForkItem::Payload(_, payload) => ForkStep::Payload(payload),
+    /// });
+    /// assert_eq!(copied.map_err(|(error, _)| error)?, 2);
+    /// // The child may run from here on.
+    /// gather.commit(drop);
+    /// assert!(!child.query(page(0x401)).leaf().unwrap().is_writable());
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "copy_page_range")]
     #[doc(alias = "dup_mmap")]
     pub fn fork_into<const N: usize>(

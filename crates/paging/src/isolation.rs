@@ -16,11 +16,11 @@
 //! [lends](PageTable::lend_from) them. What is mapped in the own part is there for both roots: they differ in the top table alone.
 //!
 //! Invariants
-//! - `T1`: the user root lies in the frame after the root, which has an even number; so whoever knows one knows the other.
-//! - `T2`: own entries of the two top tables lead to the same tables, a moment excepted in which the user root lacks one that was just
+//! - `R1`: the user root lies in the frame after the root, which has an even number; so whoever knows one knows the other.
+//! - `R2`: own entries of the two top tables lead to the same tables, a moment excepted in which the user root lacks one that was just
 //!   added (user mode faults, and finds it when it comes back). They change under the root's lock, before the flush that covers the change.
-//! - `T3`: the user root's borrowed entries are the trampoline table's, which never change (`P3`).
-//! - `T4`: the MMU means the user root wherever it is asked about the root ([`Mmu::isolates`]): it is loaded where either is, and a CPU that ran
+//! - `R3`: the user root's borrowed entries are the trampoline table's, which never change (`P3`).
+//! - `R4`: the MMU means the user root wherever it is asked about the root ([`Mmu::isolates`]): it is loaded where either is, and a CPU that ran
 //!   user mode alone is told of every change.
 //!
 //! The kernel leaves CR4.PGE clear: a global translation that it used would be there in user mode too, whatever root is loaded. Linux does the same.
@@ -48,7 +48,7 @@ use crate::table::PageTable;
 /// The fewest levels that isolation makes sense with.
 const FEWEST_LEVELS: usize = 4;
 
-/// The frame of the user root that belongs to a root (`T1`).
+/// The frame of the user root that belongs to a root (`R1`).
 pub(crate) fn user_root(root: Frame) -> Frame {
     Frame::from_number(root.number() | 1)
 }
@@ -63,6 +63,25 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     ///
     /// [`TableError`]; [`TableError::BadLevels`] where the format has fewer than four levels, [`TableError::OneRoot`] where the environment's
     /// MMU does not know of user roots.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use kmem_hal::{DeviceFrame, OwnedFrame, Page};
+    /// use kmem_paging::{Env, PageTable, TableError, format::{Format, X86_64}};
+    ///
+    /// /// A space for a program: the kernel's upper half in the kernel, the trampoline's in user mode.
+    /// fn space<E: Env + Copy>(
+    ///     env: E,
+    ///     kernel: &PageTable<X86_64, E, DeviceFrame>,
+    ///     trampoline: &PageTable<X86_64, E, DeviceFrame>,
+    /// ) -> Result<PageTable<X86_64, E, OwnedFrame>, TableError> {
+    ///     let half = Page::containing(X86_64::canonical(4).upper_start().unwrap());
+    ///     kernel.lend_from(half)?;
+    ///     trampoline.lend_from(half)?;
+    ///     PageTable::isolated(env, kernel, trampoline, half)
+    /// }
+    /// ```
     #[doc(alias = "pti_clone_user_shared")]
     #[doc(alias = "KPTI")]
     #[doc(alias = "KAISER")]
@@ -120,7 +139,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
 
     /// The user root's table.
     pub(crate) fn user_node(&self) -> Node<'_, F> {
-        // SAFETY: T1: made by `make_roots`, of the root's level, and given back with it.
+        // SAFETY: R1: made by `make_roots`, of the root's level, and given back with it.
         unsafe { Node::new(self.env(), user_root(self.root_frame()), self.levels()) }
     }
 

@@ -66,6 +66,19 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// Every entry on the way to `page`, without a lock.
     ///
     /// Context: any, interrupts included.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// let table = mapped(pages(0x400, 1));
+    /// let path = table.path(page(0x400));
+    /// let levels: Vec<_> = path.steps().map(|step| step.level).collect();
+    /// assert_eq!(levels, [4, 3, 2, 1]);
+    /// assert_eq!(path.found(), table.query(page(0x400)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[must_use]
     pub fn path(&self, page: Page) -> Path {
         let levels = self.levels();

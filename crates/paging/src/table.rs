@@ -152,6 +152,26 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// # Errors
     ///
     /// [`TableError`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// use kmem_hal::{DeviceFrame, Page};
+    /// use kmem_paging::{PageTable, Rights, format::{Format, X86_64}};
+    ///
+    /// // The upper half is the kernel's in every space.
+    /// let kernel = table();
+    /// let half = Page::containing(X86_64::canonical(4).upper_start().unwrap());
+    /// kernel.lend_from(half)?;
+    /// let space = PageTable::<X86_64, _, DeviceFrame>::sharing(*kernel.env(), &kernel, half)?;
+    /// let range = kmem_hal::PageRange::single(half);
+    /// kernel.cursor(range)?.map(half, frame(0x8000), Rights::KERNEL_DATA).map_err(|(error, _)| error)?;
+    /// assert_eq!(space.query(half), kernel.query(half));
+    /// assert!(space.cursor(range).is_err(), "it is changed through the kernel's table");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn sharing<G: Env, K: FrameHandle>(
         env: E,
         kernel: &PageTable<F, G, K>,

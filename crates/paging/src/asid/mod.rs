@@ -184,6 +184,23 @@ impl<'m, T: Tlb, C: Cpu + CpuCall> AsidMmu<'m, T, C> {
     ///
     /// Interrupts are off. The tables are [isolated](crate::PageTable::isolated), and their trampoline range maps the running code and its
     /// stack.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use kmem_hal::{Cpu, CpuCall, Tlb};
+    /// use kmem_paging::AsidMmu;
+    ///
+    /// /// The end of the trampoline's way out; `iretq` follows.
+    /// ///
+    /// /// # Safety
+    /// ///
+    /// /// Interrupts are off, on the trampoline's stack.
+    /// unsafe fn leave<T: Tlb, C: Cpu + CpuCall>(mmu: &AsidMmu<'_, T, C>) {
+    ///     // SAFETY: the caller's promise; this code lies in the trampoline's range.
+    ///     unsafe { mmu.enter_user() }
+    /// }
+    /// ```
     #[doc(alias = "SWITCH_TO_USER_CR3")]
     pub unsafe fn enter_user(&self) {
         let pin = self.cpus.pin();
@@ -563,7 +580,8 @@ unsafe impl<T: Tlb + Sync, C: Cpu + CpuCall + Sync> Mmu for AsidMmu<'_, T, C> {
 
     /// # Panics
     ///
-    /// Where the other CPUs cannot be interrupted from here: a commit with interrupts off.
+    /// Where the other CPUs cannot be called: a commit with interrupts off, or CPUs without a [`CpuCall`] (`NoCpuCall`) of which another runs the
+    /// space.
     fn shootdown(&self, cpus: &CpuSet, request: &FlushRequest) -> Completion {
         let stamp = {
             let pin = self.cpus.pin();

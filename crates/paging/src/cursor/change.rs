@@ -241,6 +241,24 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// [`ChangeError::Memory`] where a huge leaf cannot be split; nothing changed. [`ChangeError::Unencodable`] where the
     /// format cannot say what `change` asked for, and [`ChangeError::Shared`] where another space shares the table; what is below was
     /// changed. The others change nothing; it is never [`ChangeError::Full`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// use kmem_paging::MemoryType;
+    ///
+    /// // What a device reads must not stay in caches.
+    /// let table = mapped(pages(0x400, 2));
+    /// let mut gather = table.gather::<1>();
+    /// let changed = table.cursor(pages(0x400, 2))?.update(pages(0x400, 2), &mut gather, |leaf| {
+    ///     Some(leaf.attributes.memory_type(MemoryType::Uncached))
+    /// })?;
+    /// assert_eq!(changed, 2);
+    /// gather.commit(drop);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn update<const N: usize>(
         &mut self,
         range: PageRange,
@@ -270,6 +288,21 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// # Errors
     ///
     /// [`ChangeError::OutOfRange`], [`ChangeError::Shared`], [`ChangeError::Unencodable`].
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// use kmem_paging::{Attributes, Rights};
+    ///
+    /// let table = mapped(pages(0x400, 1));
+    /// let mut cursor = table.cursor(pages(0x400, 1))?;
+    /// // A right more: done, and nobody has to be told. A right less: `update` and a flush.
+    /// assert!(cursor.relax(page(0x400), Attributes::new(Rights::USER_DATA | Rights::EXECUTE))?);
+    /// assert!(!cursor.relax(page(0x400), Attributes::new(Rights::READ | Rights::USER))?);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "ptep_set_access_flags")]
     pub fn relax(&mut self, page: Page, attributes: Attributes) -> Result<bool, ChangeError> {
         if !self.range.contains(page) {
@@ -469,6 +502,29 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// # Errors
     ///
     /// As [`update`](Self::update), with what was found, and cleared, before.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// use kmem_paging::{Attributes, Harvest, Rights};
+    ///
+    /// let table = table();
+    /// let range = pages(0x400, 2);
+    /// let mut cursor = table.cursor(range)?;
+    /// let written = Attributes::new(Rights::USER_DATA).accessed().dirty();
+    /// cursor.map(page(0x400), frame(0x8000), written).map_err(|(error, _)| error)?;
+    /// cursor.map(page(0x401), frame(0x8001), Rights::USER_DATA).map_err(|(error, _)| error)?;
+    /// let mut gather = table.gather::<1>();
+    /// let mut to_write = Vec::new();
+    /// let found = cursor.harvest(range, Harvest::DIRTY, &mut gather, |leaf| to_write.push(leaf.page));
+    /// assert_eq!((found.unwrap().dirty, to_write), (1, vec![page(0x400)]));
+    /// drop(cursor);
+    /// // Before the pages are written out: from now on a write sets the bit again.
+    /// gather.commit(drop);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "ptep_test_and_clear_young")]
     #[doc(alias = "page_mkclean")]
     pub fn harvest<const N: usize>(

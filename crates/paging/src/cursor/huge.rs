@@ -43,6 +43,24 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// # Errors
     ///
     /// [`HugeError`]; nothing changed.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// use kmem_hal::Order;
+    /// use kmem_paging::Rights;
+    ///
+    /// let table = table();
+    /// let mut gather = table.gather::<1>();
+    /// let mut cursor = table.cursor(pages(0x400, 512))?;
+    /// cursor.map(page(0x400), block(0x8000, Order::HUGE_2M), Rights::USER_DATA).map_err(|(error, _)| error)?;
+    /// cursor.split(page(0x423), &mut gather)?;
+    /// let leaf = cursor.query(page(0x423)).leaf().unwrap();
+    /// assert_eq!((leaf.order, leaf.frame.number()), (Order::ZERO, 0x8023));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "split_huge_pmd")]
     pub fn split<const N: usize>(
         &mut self,
@@ -177,6 +195,22 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// # Errors
     ///
     /// [`HugeError`]; nothing changed.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// use kmem_hal::Order;
+    ///
+    /// // 512 pages that happen to lie in a row, aligned at both ends.
+    /// let table = mapped(pages(0x400, 512));
+    /// let mut gather = table.gather::<1>();
+    /// table.cursor(pages(0x400, 512))?.merge(page(0x400), Order::HUGE_2M, &mut gather)?;
+    /// gather.commit(drop);
+    /// assert_eq!(table.query(page(0x423)).leaf().unwrap().order, Order::HUGE_2M);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "collapse_huge_page")]
     pub fn merge<const N: usize>(
         &mut self,

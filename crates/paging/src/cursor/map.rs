@@ -124,6 +124,29 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     ///
     /// [`MapStopped`]: where the reserve could not be had, at the first page; where `next` gave `None`, with
     /// [`MapError::OutOfRange`]; where the page was occupied or a block did not fit.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// use kmem_hal::Order;
+    /// use kmem_paging::Rights;
+    ///
+    /// let table = table();
+    /// let range = pages(0x400, 3);
+    /// let mut cursor = table.cursor(range)?;
+    /// // The first frames come to hand one by one; all tables are there before the first store.
+    /// let mut next = 0x8000;
+    /// cursor
+    ///     .map_range(range, Order::ZERO, Rights::USER_DATA, |_page, _left| {
+    ///         next += 1;
+    ///         Some(frame(next))
+    ///     })
+    ///     .map_err(|stopped| stopped.error)?;
+    /// assert_eq!(cursor.query(page(0x402)).leaf().unwrap().frame.number(), 0x8003);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn map_range(
         &mut self,
         range: PageRange,
@@ -343,6 +366,23 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     ///
     /// [`MapError`] with the handle; nothing changed. [`MapError::Occupied`] where a leaf of another order or a table
     /// is there.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// use kmem_paging::{Replaced, Rights};
+    ///
+    /// // A page that a program may only read is copied, and the copy takes its place.
+    /// let table = mapped(pages(0x400, 1));
+    /// let mut cursor = table.cursor(pages(0x400, 1))?;
+    /// let replaced = cursor.replace(page(0x400), frame(0x9000), Rights::USER_DATA).map_err(|(error, _)| error)?;
+    /// let Replaced::Leaf(old, handle) = replaced else { panic!("it was mapped") };
+    /// // No CPU uses the old frame any more: the handle may be given back at once.
+    /// assert_eq!((old.frame.number(), handle), (0x10_0400, frame(0x10_0400)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "ptep_clear_flush")]
     pub fn replace(
         &mut self,
@@ -434,6 +474,25 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     ///
     /// [`ChangeError`]; nothing changed. A page inside a huge leaf is refused as [`ChangeError::Unencodable`]: split it
     /// first. So is a payload that was made for a format with more room.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// use kmem_paging::{Entry, Payload, format::X86_64};
+    ///
+    /// // A page goes to block 77 of a disk.
+    /// let table = mapped(pages(0x400, 1));
+    /// let mut gather = table.gather::<1>();
+    /// let block = Payload::new::<X86_64>(77).unwrap();
+    /// let before = table.cursor(pages(0x400, 1))?.set_payload(page(0x400), block, &mut gather)?;
+    /// assert!(before.leaf().is_some());
+    /// let mut freed = 0;
+    /// gather.commit(|_frame| freed += 1);
+    /// assert_eq!((freed, table.query(page(0x400))), (1, Entry::Payload(block)));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "set_swap_pte")]
     pub fn set_payload<const N: usize>(
         &mut self,

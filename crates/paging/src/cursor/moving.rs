@@ -33,6 +33,19 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
     /// # Errors
     ///
     /// [`MoveError`]; nothing changed.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// let table = mapped(pages(0x400, 4));
+    /// let mut gather = table.gather::<1>();
+    /// assert_eq!(table.move_range(pages(0x400, 4), page(0x9000), &mut gather)?, 4);
+    /// gather.commit(drop);
+    /// assert_eq!(table.query(page(0x9003)).leaf().unwrap().frame.number(), 0x10_0403);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "move_page_tables")]
     pub fn move_range<const N: usize>(
         &self,

@@ -42,6 +42,23 @@ impl<F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'_, F, E, H, S> {
     /// The next run of the cursor's range; `None` at its end.
     ///
     /// Holes are given whole, however many tables they span.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// use kmem_paging::Run;
+    ///
+    /// // Frames in a row are one run; holes are one, whatever their size.
+    /// let table = mapped(pages(0x400, 3));
+    /// let mut cursor = table.cursor(pages(0x3fe, 0x1000))?;
+    /// assert_eq!(cursor.next_run(), Some(Run::Absent(pages(0x3fe, 2))));
+    /// assert_eq!(cursor.next_run().map(|run| run.range()), Some(pages(0x400, 3)));
+    /// assert_eq!(cursor.next_run().map(|run| run.range().count()), Some(0xffb));
+    /// assert_eq!(cursor.next_run(), None);
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn next_run(&mut self) -> Option<Run> {
         let start = self.position?;
         let last = self.range.last().number();

@@ -202,6 +202,36 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// # Errors
     ///
     /// [`UnshareError`]. Handles that `step` had given for a copy that was not finished go to `undo`.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// use kmem_paging::{ChangeError, ForkItem, ForkStep, UnshareStep};
+    ///
+    /// let parent = mapped(pages(0x400, 512));
+    /// let child = PageTable::empty_like(*parent.env(), &parent)?;
+    /// let mut gather = parent.gather::<1>();
+    /// // SAFETY: nobody runs in either space.
+    /// let pages_shared = unsafe { parent.fork_sharing(&child, pages(0x400, 512), 1, &mut gather, |_| ForkStep::Skip) };
+    /// assert_eq!(pages_shared.map_err(|(error, _)| error)?, 512);
+    /// gather.commit(drop);
+    ///
+    /// // The child's first change of the table asks for a copy of it.
+    /// let mut gather = child.gather::<4>();
+    /// let mut cursor = child.cursor(pages(0x400, 512))?;
+    /// let at = page(0x400);
+    /// assert_eq!(cursor.unmap(pages(0x400, 1), &mut gather), Err(ChangeError::Shared { at }));
+    /// let copied = cursor.unshare(at, &mut gather, |item| match item {
+    ///     ForkItem::Leaf(leaf) => UnshareStep::Protected(block(leaf.frame.number(), leaf.order)),
+    ///     ForkItem::Payload(..) => UnshareStep::Payload,
+    /// }, drop)?;
+    /// assert!(copied);
+    /// cursor.unmap(pages(0x400, 1), &mut gather)?;
+    /// # use kmem_paging::PageTable;
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     #[doc(alias = "copy_pte_range")]
     pub fn unshare<const N: usize>(
         &mut self,

@@ -180,6 +180,27 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// [`ChangeError::Full`] where the gather has no room: commit it and call again from `next`.
     /// [`ChangeError::Memory`] where a huge leaf cannot be split; nothing changed. [`ChangeError::Shared`] where another space shares a table
     /// of the range: what is below its page was done. The others change nothing.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+    /// # use example::*;
+    /// use kmem_paging::Cleared;
+    ///
+    /// let table = mapped(pages(0x400, 2));
+    /// let mut gather = table.gather::<8>();
+    /// let mut dirty = 0;
+    /// table.cursor(pages(0x400, 2))?.unmap_with(pages(0x400, 2), &mut gather, |cleared| {
+    ///     if let Cleared::Leaf(leaf) = cleared {
+    ///         dirty += u64::from(leaf.attributes.dirty);
+    ///     }
+    /// })?;
+    /// let mut frames = 0;
+    /// gather.commit(|_frame| frames += 1);
+    /// assert_eq!((frames, dirty), (2, 0));
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
     pub fn unmap_with<const N: usize>(
         &mut self,
         range: PageRange,
