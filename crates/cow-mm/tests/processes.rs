@@ -108,16 +108,17 @@ fn faults_on_purpose_are_noticed() {
     let mut unnoticed = Vec::new();
     for name in names {
         let mut runner = TestRunner::deterministic();
-        let noticed = (0..60).any(|_| {
-            let ops = process_ops(600).new_tree(&mut runner).unwrap().current();
+        let noticed = (0..60).position(|_| {
+            let ops = process_ops(300).new_tree(&mut runner).unwrap().current();
             let world = machine(Adversary::OFF, 0);
             select(name);
             let outcome = catch_unwind(AssertUnwindSafe(|| run(world, &ops, false)));
             select("");
             outcome.is_err()
         });
-        if !noticed {
-            unnoticed.push(name);
+        match noticed {
+            Some(list) => println!("{name}: list {list}"),
+            None => unnoticed.push(name),
         }
     }
     let _ = std::panic::take_hook();

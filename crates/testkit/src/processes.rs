@@ -287,18 +287,21 @@ fn file_op() -> impl Strategy<Value = ProcessOp> {
     let file = 0..FILES as u8;
     let index = 0..FILE_PAGES;
     let rights = prop_oneof![1 => 0..2u8, 3 => Just(3u8)];
+    // Mostly whole files, and large parts of the window at a time: what is written again after it was written back is what matters.
+    let size = prop_oneof![1 => 0..=FILE_PAGES, 2 => Just(FILE_PAGES)];
+    let wide = (process.clone(), 0..WINDOW / 2, 1..WINDOW);
     let range = (process.clone(), page.clone(), pages.clone());
     let mapped = (process.clone(), page.clone(), pages, rights, any::<bool>());
     prop_oneof![
         4 => (mapped, file.clone(), index.clone()).prop_map(|((process, page, pages, rights, shared), file, index)| {
             ProcessOp::MapFile { process, page, pages, rights, shared, file, index }
         }),
-        2 => (file.clone(), 0..=FILE_PAGES).prop_map(|(file, pages)| ProcessOp::Truncate { file, pages }),
+        2 => (file.clone(), size).prop_map(|(file, pages)| ProcessOp::Truncate { file, pages }),
         2 => (file.clone(), index.clone(), any::<u8>())
             .prop_map(|(file, index, value)| ProcessOp::WriteFile { file, index, value }),
         1 => (file.clone(), index).prop_map(|(file, index)| ProcessOp::ReadFile { file, index }),
-        1 => file.prop_map(|file| ProcessOp::SyncFile { file }),
-        2 => range.clone().prop_map(|(process, page, pages)| ProcessOp::Sync { process, page, pages }),
+        2 => file.prop_map(|file| ProcessOp::SyncFile { file }),
+        2 => wide.prop_map(|(process, page, pages)| ProcessOp::Sync { process, page, pages }),
         2 => range.clone().prop_map(|(process, page, pages)| ProcessOp::Remove { process, page, pages }),
         1 => range.clone().prop_map(|(process, page, pages)| ProcessOp::Lock { process, page, pages }),
         1 => range.prop_map(|(process, page, pages)| ProcessOp::Unlock { process, page, pages }),

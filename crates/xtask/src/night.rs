@@ -65,11 +65,11 @@ const RUNS: &[Run] = &[
     },
     Run {
         name: "processes",
-        what: "families of processes against a model of every byte",
+        what: "10^6 steps of families of processes against a model of every byte",
         package: "kmem-cow-mm",
         test: "processes",
         cfg: "",
-        length: ("PROPTEST_CASES", "5000"),
+        length: ("KMEM_STEPS", "1000000"),
         ignored: false,
     },
     Run {
