@@ -17,6 +17,8 @@
 //! Invariants
 //! - `F1`: a remembered entry is trusted only while the tree's count of edits is the one it was remembered at.
 //! - `F2`: an unused place holds a range that contains no page.
+//! - `F3`: the count is odd from before an edit is published to readers until after. At an odd count nothing is trusted or remembered: a reader that has
+//!   seen the edit by any other lookup has seen the odd count, or the next one, too.
 //!
 //! Costs: a hit is a line of the cache and two comparisons; a miss is a descent and three sets looked at. 5 KiB, of which a
 //! program that stays in a few areas touches a few lines: for memory of a CPU or a thread, not for a kernel's stack.
@@ -226,9 +228,6 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     }
 
     /// For a tree that nobody edits, or inside a read section.
-    ///
-    /// An edit is counted after it was published. So a finger may answer with what an edit that is still under way
-    /// replaces: the lookup came before the edit (`R1`).
     #[inline(always)]
     pub(crate) fn get_with_finger(&self, finger: &mut Finger<V>, page: Page) -> Option<Entry<V>> {
         if finger.tree == core::ptr::from_ref(self).addr()
@@ -261,7 +260,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         }
         // SAFETY: nobody edits while `&self` of this tree is out, or a read section is open: the nodes stay.
         let raw = unsafe { self.look_up(page) }?;
-        finger.remember(number, raw, edits);
+        if edits & 1 == 0 {
+            finger.remember(number, raw, edits);
+        }
         Some(entry(raw))
     }
 }

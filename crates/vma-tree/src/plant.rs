@@ -21,6 +21,8 @@ pub enum Plant {
     NoBoundaryRelease,
     /// Readers who find nothing, by a boundary, go on without an acquire fence.
     NoBoundaryAcquire,
+    /// Fingers are not told that an edit is about to be published.
+    NoBeginning,
     /// Edits are counted without a release fence.
     NoEditsRelease,
     /// Readers' fingers load the count of edits without an acquire fence.
@@ -115,6 +117,16 @@ impl Planted {
             return;
         }
         fence(Ordering::Acquire);
+    }
+
+    /// Whether fingers are told before an edit is published.
+    #[inline(always)]
+    pub(crate) fn begins(self, shared: bool) -> bool {
+        #[cfg(loom)]
+        if self.bug == Plant::NoBeginning {
+            return false;
+        }
+        shared
     }
 
     /// The ordering of the store that counts an edit.

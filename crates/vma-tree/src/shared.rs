@@ -240,6 +240,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> Writer<'_, V, 
         // SAFETY: `tree` is not used any more; its nodes are this tree's from now on, and its stock is empty.
         unsafe { core::ptr::drop_in_place(&raw mut tree.alloc) };
         self.tree.set_top(top);
+        self.tree.begin_edit();
         self.tree.set_root(root);
         self.tree.count_edit(len, 0);
     }

@@ -25,7 +25,7 @@ pub struct RangeTree<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing = Exclusive, 
 {
     /// The root node and, in the low six bits, the number of levels; 0 while the tree is empty.
     root: AtomicU64,
-    /// Counts edits, so that a finger notices them.
+    /// Two for each edit, so that a finger notices them: odd while one is being published to readers.
     edits: AtomicU64,
     len: LocalUsize,
     /// The page after the last range, 0 in an empty tree (`E2`). Not for readers beside a writer.
@@ -259,7 +259,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         self.top.set(top);
     }
 
-    /// The number of edits so far.
+    /// Twice the number of edits so far, and one more while one is being published.
     #[inline(always)]
     pub(crate) fn edits(&self) -> u64 {
         self.edits.load(self.planted.counted())
@@ -269,8 +269,17 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     #[inline(always)]
     pub(crate) fn count_edit(&self, new: usize, old: usize) {
         self.len.set(self.len.get() + new - old);
-        let edits = self.edits.load(Ordering::Relaxed);
-        self.edits.store(edits + 1, self.planted.count());
+        let edits = self.edits.load(Ordering::Relaxed) & !1;
+        self.edits.store(edits + 2, self.planted.count());
+    }
+
+    /// Says to fingers that an edit is about to be published: what they remember is in doubt until it is counted (`F3`).
+    #[inline(always)]
+    pub(crate) fn begin_edit(&self) {
+        if self.planted.begins(S::SHARED) {
+            let edits = self.edits.load(Ordering::Relaxed);
+            self.edits.store(edits | 1, Ordering::Relaxed);
+        }
     }
 
     /// Makes the tree empty and retires its nodes. Only for the writer.
@@ -279,6 +288,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         // SAFETY: E3: the caller is the one writer; nodes in the tree are alive.
         let ends = unsafe { (Path::new(root, 0), Path::new(root, Page::MAX.number())) };
         if let (Some(before), Some(after)) = ends {
+            self.begin_edit();
             self.set_root(0);
             self.set_top(0);
             self.unset_finger();

@@ -412,6 +412,31 @@ fn a_finger_beside_edits(bug: Plant) {
     });
 }
 
+/// A finger does not answer with what an edit replaced that the reader has seen already.
+fn a_finger_after_a_lookup(bug: Plant) {
+    explore(
+        &[(0, 9, 1), (20, 29, 2)],
+        bug,
+        1,
+        |writer| {
+            store(writer, 0, 9, Some(3));
+            store(writer, 20, 22, None);
+        },
+        |tree| {
+            let section = tree.read();
+            let mut finger = Finger::new();
+            let look = |finger: &mut Finger<u64>, at| flat(section.get_with(finger, page(at)));
+            let first = look(&mut finger, 4);
+            let seen = flat(section.get(page(4)));
+            let again = look(&mut finger, 4);
+            let (before, after) = (Some((0, 9, 1)), Some((0, 9, 3)));
+            assert!(first == before || first == after);
+            assert!(seen == after || seen == before && first == before);
+            assert!(again == after || again == before && seen == before);
+        },
+    );
+}
+
 /// Two readers beside the writer.
 fn two_readers(bug: Plant) {
     explore(
@@ -504,6 +529,11 @@ fn finger_beside_a_writer() {
 }
 
 #[test]
+fn finger_after_a_lookup() {
+    a_finger_after_a_lookup(Plant::Nothing);
+}
+
+#[test]
 fn two_readers_and_a_writer() {
     two_readers(Plant::Nothing);
 }
@@ -552,6 +582,11 @@ fn an_edit_counted_without_release_is_found() {
 #[test]
 fn a_count_of_edits_loaded_without_acquire_is_found() {
     finds(Plant::NoEditsAcquire, a_finger_beside_edits);
+}
+
+#[test]
+fn an_edit_that_fingers_are_not_told_of_is_found() {
+    finds(Plant::NoBeginning, a_finger_after_a_lookup);
 }
 
 #[test]

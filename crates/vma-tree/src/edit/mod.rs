@@ -156,6 +156,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let node = self.stock.take(&self.alloc)?;
         // SAFETY: the node is ours until it is published.
         unsafe { node.as_ref() }.write_leaf(coding, &raw);
+        self.begin_edit();
         self.set_root(to_word(node) | 1);
         self.set_top(cut.last + 1);
         self.count_edit(1, 0);
@@ -164,6 +165,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
 
     /// Makes `node` the child that the path takes at `level`, or the root. The one store that readers see.
     pub(super) fn publish(&self, path: &Path<W>, level: usize, node: NodePtr<W>) {
+        self.begin_edit();
         if level == path.height() {
             self.set_root(to_word(node) | level as u64);
         } else {

@@ -127,6 +127,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 };
                 levels += 1;
             }
+            self.begin_edit();
             match row.children.first() {
                 Some(root) => self.set_root(to_word(root.node) | levels as u64),
                 None => self.set_root(0),
