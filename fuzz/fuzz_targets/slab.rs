@@ -1,4 +1,4 @@
-//! kmalloc and a typed cache on three CPUs against a model: any bytes become calls.
+//! kmalloc and a typed cache on three CPUs and one to four memory nodes against a model: any bytes become calls.
 #![no_main]
 
 #[path = "../../crates/slab/tests/common/mod.rs"]
@@ -13,5 +13,9 @@ thread_local! {
 }
 
 fuzz_target!(|ops: Vec<SlabOp>| {
-    ARENA.with(|arena| run(arena, &ops[..ops.len().min(200)]));
+    ARENA.with(|arena| {
+        let nodes = 1 + ops.len() as u16 % 4;
+        arena.nodes.store(nodes, std::sync::atomic::Ordering::Relaxed);
+        run(arena, &ops[..ops.len().min(200)]);
+    });
 });

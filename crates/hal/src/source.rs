@@ -290,6 +290,8 @@ pub unsafe trait FrameSource {
     }
 
     /// How many memory nodes there are: their numbers are below that. A source that says nothing has one.
+    ///
+    /// What this and the next three say stays as it is once the source has given a frame.
     #[doc(alias = "num_possible_nodes")]
     #[inline]
     fn node_count(&self) -> u16 {

@@ -9,7 +9,12 @@ use kmem_testkit::{FailingSource, every_failure};
 
 #[test]
 fn every_request_may_fail_and_nothing_is_lost() {
-    let arena = Arena::new(8192);
+    for nodes in [1, 2, 3] {
+        every_request_may_fail(Arena::with_nodes(9216, nodes));
+    }
+}
+
+fn every_request_may_fail(arena: &'static Arena) {
     let places = every_failure(|plan| {
         let source = FailingSource::new(arena, plan);
         // SAFETY: map and table cover the arena.
