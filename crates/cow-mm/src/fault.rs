@@ -33,7 +33,7 @@
 use kmem_hal::{
     Access, FaultCode, Frame, IoTicket, Page, PageFault, PageRange, SlotFlags, VirtAddr,
 };
-use kmem_paging::{Entry, Replaced, Rights};
+use kmem_paging::{Entry, Rights};
 
 use crate::env::Env;
 use crate::errno::Errno;
@@ -41,7 +41,7 @@ use crate::flags::VmFlags;
 use crate::merge::may_share_anon;
 use crate::mutants::mutant;
 use crate::space::{AddressSpace, State};
-use crate::tables::{SpaceCursor, attributes, rights};
+use crate::tables::{attributes, rights};
 use crate::vma::{AnonLink, Vma};
 
 /// Why a program gets a signal.
@@ -245,45 +245,40 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 
     /// Something is mapped, and it does not allow the access.
     pub(crate) fn present(&self, vma: &Vma, page: Page, access: Access) -> Result<(), Stop> {
-        let granted = rights(vma.flags);
-        let Ok(mut cursor) = self.tables().cursor(PageRange::single(page)) else {
-            return Ok(());
-        };
         // Under the table's lock from here on, in tables that are this space's alone.
-        let Entry::Leaf(leaf) = self.own(&mut cursor, page)? else {
+        let Some(mut entry) = self.lock_own(page)? else {
             return Ok(());
         };
+        let Entry::Leaf(leaf) = entry.get() else {
+            return Ok(());
+        };
+        let mut now = rights(vma.flags);
         let writable = leaf.is_writable();
-        let attributes = if access != Access::Write || writable {
+        let becomes_writable = access == Access::Write && !writable;
+        if !becomes_writable {
             // The table was taken back, or the mapping was given more rights since.
-            let mut now = granted;
             now.set(Rights::WRITE, writable);
-            leaf.attributes.rights(now).accessed()
         } else if vma.is_shared() {
             if let Some(written) = self.mm().counted(leaf.frame) {
                 written.slot().set_flags(SlotFlags::DIRTY);
             }
-            leaf.attributes.rights(granted).accessed().dirty()
-        } else if self.mm().is_exclusive(leaf.frame) {
-            leaf.attributes.rights(granted).accessed().dirty()
-        } else {
-            self.copy_page(cursor, vma, page, leaf.frame)?;
+        } else if !self.mm().is_exclusive(leaf.frame) {
+            self.copy_page(entry, vma, page, leaf.frame)?;
             return Ok(());
-        };
-        let _ = cursor.relax(page, attributes);
+        }
+        entry.relax(now, becomes_writable);
         Ok(())
     }
 
-    /// Maps a copy of a page in place of it, unless somebody else did meanwhile. The cursor holds the page's table, and gives it back
-    /// unlocked.
+    /// Maps a copy of a page in place of it, unless somebody else did meanwhile. `locked` is what holds the page's table, which is let go.
     #[doc(alias = "wp_page_copy")]
-    pub(crate) fn copy_page<'t>(
-        &'t self,
-        mut cursor: SpaceCursor<'t, 'm, E>,
+    pub(crate) fn copy_page(
+        &self,
+        locked: impl Sized,
         vma: &Vma,
         page: Page,
         shared: Frame,
-    ) -> Result<SpaceCursor<'t, 'm, E>, Errno> {
+    ) -> Result<(), Errno> {
         let mm = self.mm();
         let source = (shared != mm.zero_page()).then_some(shared);
         if let Some(source) = source {
@@ -291,29 +286,24 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             let counted = mm.user(source).add_reference();
             counted.map_err(|_| Errno::ENOMEM)?;
         }
-        cursor.release();
+        drop(locked);
         let copy = mm.new_anonymous(self.family(), vma.object_page(page), source);
         let outcome = copy.map(|copy| {
-            let attributes = attributes(vma.flags).accessed().dirty();
-            let unused = match cursor.own(page) {
-                Ok(Entry::Leaf(leaf)) if leaf.frame == shared && !leaf.is_writable() => {
-                    match cursor.replace(page, copy, attributes) {
-                        Ok(Replaced::Leaf(_, old)) => Some(old),
-                        Ok(_) => None,
-                        Err((_, copy)) => Some(copy),
+            let unused = match self.lock_own(page) {
+                Ok(Some(entry)) if is_read_only(&entry.get(), shared) => {
+                    match entry.replace(copy, attributes(vma.flags).accessed().dirty()) {
+                        Ok((_, old)) => old,
+                        Err((_, copy)) => copy,
                     }
                 }
-                _ => Some(copy),
+                _ => copy,
             };
-            cursor.release();
-            if let Some(mapping) = unused {
-                mm.put(mapping);
-            }
+            mm.put(unused);
         });
         if let Some(source) = source {
             mm.put_reference(source);
         }
-        outcome.map(|()| cursor)
+        outcome
     }
 
     /// A write to private memory without a file, where nothing should be mapped yet.
@@ -414,6 +404,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             }
         }
     }
+}
+
+/// Whether a page is mapped to this frame still, and not writable.
+fn is_read_only(entry: &Entry, frame: Frame) -> bool {
+    matches!(entry, Entry::Leaf(leaf) if leaf.frame == frame && !leaf.is_writable())
 }
 
 /// What an entry must grant.

@@ -156,9 +156,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             return Err(PinError::Fault(address));
         }
         let range = PageRange::single(page);
-        let cursor = self.tables().cursor(range);
-        let mut cursor = cursor.map_err(|_| PinError::Fault(address))?;
         loop {
+            let cursor = self.tables().cursor(range);
+            let mut cursor = cursor.map_err(|_| PinError::Fault(address))?;
             let Entry::Leaf(leaf) = self.own(&mut cursor, page)? else {
                 return Ok(None);
             };
@@ -178,7 +178,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 self.core().sharing.pins.fetch_add(1, Ordering::Relaxed);
             } else {
                 // To be read, and others have it too: what they write must not be seen, and what this program writes must.
-                cursor = self.copy_page(cursor, vma, page, leaf.frame)?;
+                self.copy_page(cursor, vma, page, leaf.frame)?;
                 continue;
             }
             return Ok(Some(leaf.frame));

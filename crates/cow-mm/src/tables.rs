@@ -3,10 +3,10 @@
 //! The only file that writes entries. Whatever takes something away goes through a gather, and pages are given back
 //! only after its commit.
 
-use kmem_hal::{Frame, Page, PageRange};
+use kmem_hal::{Frame, Order, Page, PageRange};
 use kmem_paging::{
-    Attributes, ChangeError, Cursor, Entry, ForkItem, ForkStep, Gather, Leaf, MapError, MoveError,
-    Rights, Run, UnshareStep,
+    Attributes, ChangeError, Cursor, Entry, ForkItem, ForkStep, Gather, Leaf, LockedEntry,
+    MapError, MoveError, Rights, Run, UnshareStep,
 };
 
 use crate::env::Env;
@@ -24,6 +24,10 @@ pub(crate) const SPARES: usize = 4;
 /// A cursor over a space's tables.
 pub(crate) type SpaceCursor<'t, 'm, E> =
     Cursor<'t, <E as Env>::Format, &'m <E as Env>::Paging, PageRef>;
+
+/// A locked entry of a space's tables.
+pub(crate) type SpaceEntry<'t, 'm, E> =
+    LockedEntry<'t, <E as Env>::Format, &'m <E as Env>::Paging, PageRef>;
 
 /// A gather for a space's tables.
 pub(crate) type SpaceGather<'t, 'm, E, const N: usize> =
@@ -185,6 +189,35 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         }
     }
 
+    /// The entry of a page that something is mapped at, in a table of the space's own, whose lock it holds; `None` where there is
+    /// nothing, or no single page.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`] where a shared table cannot be copied.
+    #[inline]
+    pub(crate) fn lock_own(&self, page: Page) -> Result<Option<SpaceEntry<'_, 'm, E>>, Errno> {
+        loop {
+            let entry = self.tables().lock_entry(page);
+            if entry.is_some() || !self.own_table_of(page)? {
+                return Ok(entry);
+            }
+        }
+    }
+
+    /// Makes the table of a page the space's own; whether a single page is mapped there, or something stands in for one.
+    #[cold]
+    #[inline(never)]
+    fn own_table_of(&self, page: Page) -> Result<bool, Errno> {
+        let cursor = self.tables().cursor(PageRange::single(page));
+        let mut cursor = cursor.map_err(|_| Errno::EFAULT)?;
+        Ok(match self.own(&mut cursor, page)? {
+            Entry::Leaf(leaf) => leaf.order == Order::ZERO,
+            Entry::Payload(_) => true,
+            Entry::Empty => false,
+        })
+    }
+
     /// Copies the tables that lead to a page where other spaces share them. Anonymous pages lose the right to be written in both
     /// tables, and are nobody's alone any more.
     #[inline(never)]
@@ -261,6 +294,30 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 
     /// Maps a page where nothing is; `false` where another fault was faster.
     pub(crate) fn install(
+        &self,
+        page: Page,
+        mapping: PageRef,
+        attributes: Attributes,
+    ) -> Result<bool, Errno> {
+        let Some(entry) = self.tables().lock_entry(page) else {
+            return self.install_with_tables(page, mapping, attributes);
+        };
+        let (error, mapping) = match entry.map(mapping, attributes) {
+            Ok(()) => return Ok(true),
+            Err(error) => error,
+        };
+        self.mm().put(mapping);
+        match error {
+            MapError::Occupied => Ok(false),
+            // A device's frame that this format cannot name.
+            _ => Err(Errno::EFAULT),
+        }
+    }
+
+    /// As `install`, where tables are missing or shared.
+    #[cold]
+    #[inline(never)]
+    fn install_with_tables(
         &self,
         page: Page,
         mapping: PageRef,

@@ -12,6 +12,7 @@ mod fork;
 pub mod format;
 mod gather;
 mod isolation;
+mod locked;
 #[cfg(kmem_mutants)]
 pub mod mutants;
 #[cfg(not(kmem_mutants))]
@@ -40,6 +41,7 @@ pub use error::{
 };
 pub use fork::{ForkItem, ForkStep};
 pub use gather::{FLUSH_CEILING, Gather};
+pub use locked::LockedEntry;
 pub use path::{Path, Step};
 pub use quiescent::{Live, Liveness, Quiescent, QuiescentTable};
 pub use table::{Entry, PageTable};

@@ -170,6 +170,20 @@ impl<'t, F: Format> Node<'t, F> {
         }
     }
 
+    /// Takes the lock if it is free now and the table attached; `false`, and the lock is not taken, otherwise.
+    #[inline]
+    pub fn try_lock_attached(&self) -> bool {
+        let before = self.slot.set_flags(SlotFlags::LOCKED);
+        if before.contains(SlotFlags::LOCKED) {
+            return false;
+        }
+        let stray = before.contains(SlotFlags::STRAY);
+        if stray {
+            self.unlock();
+        }
+        !stray
+    }
+
     /// Lets the lock go.
     #[inline]
     pub fn unlock(&self) {

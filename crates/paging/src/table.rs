@@ -260,8 +260,15 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         index >= self.lent_from.load(Ordering::Acquire)
     }
 
+    #[inline(always)]
     pub(crate) fn top_index(&self, page: Page) -> usize {
-        index_at::<F>(page.number(), self.levels)
+        index_at::<F>(page.number(), self.levels())
+    }
+
+    /// Whether the entries that lead to a page are another table's.
+    #[inline(always)]
+    pub(crate) fn is_borrowed(&self, page: Page) -> bool {
+        self.top_index(page) >= self.borrowed_from
     }
 
     /// Makes a table below every own top entry from `first` on, with a hold that keeps it attached.
@@ -428,7 +435,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         if !inside {
             return Err(RangeError::NotCanonical);
         }
-        if self.top_index(range.last()) >= self.borrowed_from {
+        if self.is_borrowed(range.last()) {
             return Err(RangeError::Borrowed);
         }
         Ok(())
@@ -629,6 +636,31 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     #[inline]
     pub(crate) fn has_unflushed(&self) -> bool {
         self.unflushed.load(Ordering::Acquire) != 0 && !mutant!("unflushed-not-counted")
+    }
+
+    /// Whether a hole that is filled must be flushed before anybody relies on it (see the cursor's `map.rs`).
+    #[inline(always)]
+    pub(crate) fn must_settle(&self) -> bool {
+        F::CACHES_ABSENT || self.has_unflushed()
+    }
+
+    /// Flushes leaves of `stride` pages that were just filled, where that is needed. The caller holds no lock.
+    #[inline]
+    pub(crate) fn settle(&self, range: PageRange, stride: u64) {
+        if self.must_settle() {
+            self.flush_filled(range, stride);
+        }
+    }
+
+    #[cold]
+    fn flush_filled(&self, range: PageRange, stride: u64) {
+        // What was there before may have been of any kind.
+        self.flush_now(Stale {
+            range,
+            stride,
+            global: true,
+            local: true,
+        });
     }
 
     /// Whether translations of this table are in the caches of CPUs that run other spaces.

@@ -165,6 +165,68 @@ fn one_maps_while_the_other_empties_the_table() {
     );
 }
 
+/// Maps a page as a fault does: through its entry where the table is there, and with a cursor where it is not.
+fn fault(table: &Table, number: u64) {
+    match table.lock_entry(page(number)) {
+        Some(entry) => entry.map(frame(number), Rights::READ.into()).unwrap(),
+        None => map(table, number),
+    }
+}
+
+#[test]
+fn an_entry_is_locked_while_the_other_empties_the_table() {
+    explore(
+        3,
+        two(
+            false,
+            |table| map(table, 0),
+            |table| fault(table, 1),
+            |table| assert_eq!(unmap(table, 0), 1),
+            |table| {
+                assert!(!check(table.query(page(0)), 0));
+                assert!(check(table.query(page(1)), 1));
+                assert_eq!(table.table_count(), 2);
+            },
+        ),
+    );
+}
+
+#[test]
+fn an_entry_is_locked_beside_a_cursor() {
+    explore(
+        3,
+        two(
+            false,
+            |table| map(table, 0),
+            |table| {
+                fault(table, 1);
+                assert!(
+                    table
+                        .lock_entry(page(1))
+                        .unwrap()
+                        .relax(Rights::READ, false)
+                );
+            },
+            |table| {
+                let range = PageRange::single(page(0));
+                let rights = Rights::READ | Rights::WRITE;
+                let mut gather = table.gather::<1>();
+                let changed = table
+                    .cursor(range)
+                    .unwrap()
+                    .protect(range, rights, &mut gather);
+                assert!(changed.is_ok());
+            },
+            |table| {
+                assert!(check(table.query(page(0)), 0));
+                assert!(check(table.query(page(1)), 1));
+                assert_eq!(unmap(table, 0) + unmap(table, 1), 2);
+                assert_eq!(table.table_count(), 1);
+            },
+        ),
+    );
+}
+
 #[test]
 fn two_empty_one_table() {
     explore(

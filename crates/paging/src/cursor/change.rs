@@ -282,62 +282,6 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         })
     }
 
-    /// Gives the 4 KiB leaf at `page` attributes that take nothing away from it, so that nobody has to be told; `false`, and nothing
-    /// changes, where no such leaf is there, it would lose something, or it would become global. Accessed and dirty bits are kept.
-    ///
-    /// # Errors
-    ///
-    /// [`ChangeError::OutOfRange`], [`ChangeError::Shared`], [`ChangeError::Unencodable`].
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
-    /// # use example::*;
-    /// use kmem_paging::{Attributes, Rights};
-    ///
-    /// let table = mapped(pages(0x400, 1));
-    /// let mut cursor = table.cursor(pages(0x400, 1))?;
-    /// // A right more: done, and nobody has to be told. A right less: `update` and a flush.
-    /// assert!(cursor.relax(page(0x400), Attributes::new(Rights::USER_DATA | Rights::EXECUTE))?);
-    /// assert!(!cursor.relax(page(0x400), Attributes::new(Rights::READ | Rights::USER))?);
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    #[doc(alias = "ptep_set_access_flags")]
-    pub fn relax(&mut self, page: Page, attributes: Attributes) -> Result<bool, ChangeError> {
-        if !self.range.contains(page) {
-            return Err(ChangeError::OutOfRange);
-        }
-        let node = self.seek_own(page, 1)?;
-        let index = index_at::<F>(page.number(), node.level);
-        let mut word = node.load(index);
-        loop {
-            let Entry::Leaf(leaf) = decode::<F>(page, node.level, word) else {
-                return Ok(false);
-            };
-            if node.level != 1 {
-                return Ok(false);
-            }
-            let attributes = Attributes {
-                accessed: attributes.accessed || leaf.attributes.accessed,
-                dirty: attributes.dirty || leaf.attributes.dirty,
-                ..attributes
-            };
-            if !F::can_encode(1, leaf.frame, &attributes) {
-                return Err(ChangeError::Unencodable { at: page });
-            }
-            let new = F::leaf(1, leaf.frame, &attributes);
-            if F::needs_flush(1, word, new) {
-                return Ok(false);
-            }
-            self.table.note_global(attributes.rights);
-            match node.change::<S>(index, word, new) {
-                Ok(()) => return Ok(true),
-                Err(found) => word = found,
-            }
-        }
-    }
-
     /// Gives every leaf's word in `range` to `change`, with its level and first page. Where there is a patch of bits, it is
     /// what `change` does to a present leaf of level 1, as are the rights.
     #[inline]

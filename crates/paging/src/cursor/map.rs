@@ -15,6 +15,7 @@ use crate::env::Env;
 use crate::error::{ChangeError, MapError};
 use crate::format::{Format, Kind, Word, leaf_level, level};
 use crate::gather::{Gather, Stale};
+use crate::locked::exchange_leaf;
 use crate::mutants::mutant;
 use crate::node::Node;
 use crate::quiescent::Liveness;
@@ -431,21 +432,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
                 Ok(Replaced::Payload(payload))
             }
             Entry::Leaf(_) => {
-                self.table.announce();
-                let before = node.take::<S>(index);
-                let leaf = match decode::<F>(page, target, before) {
-                    Entry::Leaf(leaf) => leaf,
-                    _ => unreachable!("a locked leaf became something else"),
-                };
-                let global = leaf.attributes.rights.contains(Rights::GLOBAL);
-                if !mutant!("replace-does-not-flush") {
-                    self.table
-                        .flush(Some(Stale::leaf(leaf.range(), global)), false, 1);
-                }
-                self.table.retract();
-                node.store(index, word);
-                // SAFETY: the entry is gone, and its translations were flushed.
-                let handle = unsafe { H::from_entry(leaf.frame, leaf.order) };
+                let (leaf, handle) = exchange_leaf::<F, E, H, S>(self.table, &node, page, word);
                 Ok(Replaced::Leaf(leaf, handle))
             }
             Entry::Empty => Err(MapError::Occupied),
@@ -679,21 +666,10 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     /// Flushes pages that were just filled, where that is needed (see the [module](self)).
     #[inline]
     pub(super) fn settle(&mut self, range: PageRange, order: Order) {
-        if F::CACHES_ABSENT || self.table.has_unflushed() {
-            self.settle_slowly(range, order);
+        if self.table.must_settle() {
+            self.release();
+            self.table.settle(range, order.frames());
         }
-    }
-
-    #[cold]
-    fn settle_slowly(&mut self, range: PageRange, order: Order) {
-        self.release();
-        // What was there before may have been of any kind.
-        self.table.flush_now(Stale {
-            range,
-            stride: order.frames(),
-            global: true,
-            local: true,
-        });
     }
 }
 

@@ -257,6 +257,14 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
         Self::leaf(level, Self::leaf_frame(level, word), &attributes)
     }
 
+    /// A leaf that was accessed, with `dirty` written to as well, and all else as it is.
+    #[inline(always)]
+    fn touched(level: usize, word: u64, dirty: bool) -> u64 {
+        let mut attributes = Self::attributes(level, word).accessed();
+        attributes.dirty |= dirty;
+        Self::leaf(level, Self::leaf_frame(level, word), &attributes)
+    }
+
     /// What gives present leaves of `level` these rights, where that takes no more than bits.
     #[inline(always)]
     fn rights_patch(level: usize, rights: Rights) -> Option<Patch> {

@@ -153,6 +153,12 @@ impl Mode {
         self.rights_patch(rights).apply(word)
     }
 
+    /// Sets the accessed bit of a leaf, and the dirty bit where asked for. Both have their places in leaves without access too.
+    #[inline(always)]
+    pub const fn touched(word: u64, dirty: bool) -> u64 {
+        word | ACCESSED | if dirty { DIRTY } else { 0 }
+    }
+
     /// What gives present leaves these rights.
     #[inline(always)]
     pub fn rights_patch(self, rights: Rights) -> Patch {
@@ -435,6 +441,11 @@ macro_rules! by_mode {
         #[inline(always)]
         fn rights_patch(_level: usize, rights: Rights) -> Option<$crate::format::Patch> {
             rights.grants_access().then(|| $mode.rights_patch(rights))
+        }
+
+        #[inline(always)]
+        fn touched(_level: usize, word: u64, dirty: bool) -> u64 {
+            Mode::touched(word, dirty)
         }
 
         #[inline(always)]

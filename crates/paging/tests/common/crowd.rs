@@ -108,7 +108,8 @@ impl Worker<'_> {
         let table = self.table;
         let env = self.env;
         match self.rng.below(16) {
-            0..=4 => {
+            4 => self.locked(page),
+            0..=3 => {
                 let frame = self.alloc();
                 let number = frame.first().number();
                 let rights = self.rights();
@@ -254,6 +255,48 @@ impl Worker<'_> {
             }
             _ => self.huge(),
         }
+    }
+
+    /// One entry, without a cursor: a page where nothing is, another in place of a page, or a page marked as used.
+    fn locked(&mut self, page: u64) {
+        let Some(mut entry) = self.table.lock_entry(at(page)) else {
+            return;
+        };
+        let rights = self.rights();
+        let Some(leaf) = entry.get().leaf() else {
+            let frame = self.alloc();
+            let number = frame.first().number();
+            match entry.map(frame, rights.into()) {
+                Ok(()) => {
+                    let before = self.model.insert(page, Self::leaf(number, rights));
+                    assert_eq!(before, None);
+                }
+                Err((error, frame)) => {
+                    assert_eq!(error, MapError::Occupied);
+                    assert!(matches!(self.model.get(&page), Some(Item::Payload(_))));
+                    self.env.pool.free(frame);
+                }
+            }
+            return;
+        };
+        if self.rng.below(2) == 0 {
+            let more = entry.relax(rights, false);
+            drop(entry);
+            let Some(Item::Leaf { rights: old, .. }) = self.model.get_mut(&page) else {
+                panic!("no leaf was mapped here")
+            };
+            assert_eq!(more, rights.contains(*old), "{leaf:?}");
+            if more {
+                *old = rights;
+            }
+            return;
+        }
+        let frame = self.alloc();
+        let number = frame.first().number();
+        let (leaf, old) = entry.replace(frame, rights.into()).unwrap();
+        let before = self.model.insert(page, Self::leaf(number, rights));
+        Self::found(before, &leaf);
+        self.env.pool.free(old);
     }
 
     /// A huge page appears, is split, used, merged again, and goes.

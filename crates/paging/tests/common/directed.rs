@@ -775,6 +775,69 @@ pub fn a_held_cursor_does_all_that_others_do() {
     room.finish();
 }
 
+/// What a fault does, without a cursor: one entry locked, filled, used, exchanged, and let go.
+pub fn a_locked_entry_does_all_that_a_cursor_does() {
+    let room = Room::new();
+    let read = Rights::READ | Rights::USER;
+    let lock = |page| room.table.lock_entry(at(page));
+    assert!(lock(0x400).is_none(), "there is no table");
+    let first = room.map(0x400, Rights::USER_DATA);
+    for cpu in 0..2 {
+        assert_eq!(room.write(cpu, 0x400), Some(first));
+    }
+    // Filled where another page was, whose flush is still due: everybody sees the new one.
+    let second = room.map(0x401, Rights::USER_DATA);
+    for cpu in 0..2 {
+        assert_eq!(room.write(cpu, 0x401), Some(second));
+    }
+    let mut gather = room.table.gather::<8>();
+    let area = pages(0x400, 2);
+    let mut cursor = room.table.cursor(area).unwrap();
+    cursor.unmap(pages(0x401, 1), &mut gather).unwrap();
+    drop(cursor);
+    let frame = room.alloc(Order::ZERO);
+    let third = frame.first().number();
+    lock(0x401).unwrap().map(frame, read.into()).unwrap();
+    for cpu in 0..2 {
+        assert_eq!(room.touch(cpu, 0x401, AccessKind::Read), Some(third));
+        assert_eq!(room.write(cpu, 0x401), None);
+    }
+    gather.commit_to(&room.env.pool);
+    // What takes nothing away is done, and needs no flush; what does is not.
+    assert!(lock(0x401).unwrap().relax(Rights::USER_DATA, true));
+    assert!(!lock(0x401).unwrap().relax(read, false));
+    assert!(!lock(0x402).unwrap().relax(Rights::USER_DATA, true));
+    let leaf = lock(0x401).unwrap().get().leaf().unwrap();
+    assert!(leaf.is_writable() && leaf.attributes.accessed && leaf.attributes.dirty);
+    for cpu in 0..2 {
+        assert_eq!(room.write(cpu, 0x401), Some(third));
+    }
+    room.quiet();
+    // Exchanged: the frame before is nobody's at once.
+    let frame = room.alloc(Order::ZERO);
+    let fourth = frame.first().number();
+    let (leaf, old) = lock(0x401).unwrap().replace(frame, read.into()).unwrap();
+    assert_eq!((leaf.frame.number(), old.first().number()), (third, third));
+    room.env.pool.free(old);
+    for cpu in 0..2 {
+        assert_eq!(room.touch(cpu, 0x401, AccessKind::Read), Some(fourth));
+    }
+    // Refused as a whole: the handle comes back.
+    let frame = room.alloc(Order::ZERO);
+    let (_, frame) = lock(0x401).unwrap().map(frame, read.into()).unwrap_err();
+    let (_, frame) = lock(0x402)
+        .unwrap()
+        .replace(frame, read.into())
+        .unwrap_err();
+    room.env.pool.free(frame);
+    // The count is right: the table goes with its last page.
+    room.unmap(area);
+    assert_eq!(room.table.table_count(), 1);
+    room.quiet();
+    drop(gather);
+    room.finish();
+}
+
 /// A range that ends in the middle of a table which a whole one was begun for, in frames full of other things.
 pub fn a_table_built_in_part_is_empty_behind() {
     let room = Room::new();
@@ -1137,6 +1200,10 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "a held cursor does all that others do",
         a_held_cursor_does_all_that_others_do,
+    ),
+    (
+        "a locked entry does all that a cursor does",
+        a_locked_entry_does_all_that_a_cursor_does,
     ),
     (
         "a table built in part is empty behind",

@@ -1,0 +1,279 @@
+//! One page's entry with its leaf table locked: all that a page fault needs.
+//!
+//! ```text
+//!   read section:  root ── level 3 ── level 2 ── leaf table, try to lock      none, or one that others share: None, go on with a cursor
+//!   lock held:                                    look at the word, change it      somebody has the lock: wait outside, walk again
+//! ```
+//!
+//! A [`Cursor`](crate::Cursor) keeps a position, a path and a reserve for the pages that follow, takes shared tables back and makes
+//! tables. A fault has one page, whose leaf table is there and its space's own nearly always: it walks, locks, and is done.
+//!
+//! Invariants
+//! - `K1`: the table is an attached leaf table, its lock is this value's, and every entry that leads to it is this space's own (`U4`
+//!   of the cursor): so the table is not shared before the lock is let go, since whoever forks waits for, or keeps out, whoever changes tables.
+//! - `K2`: nobody waits for the lock inside a read section, so that a waiter keeps no grace period from its end.
+//!
+//! Costs: the loads of the walk, a read section, and two locked instructions.
+//!
+//! Does not handle: huge leaves, tables that are missing or shared ([`PageTable::lock_entry`] says `None`).
+//!
+//! Context: as for a cursor that holds a table.
+
+use core::fmt;
+
+use kmem_hal::{Frame, FrameHandle, Grace, Order, Page, PageRange, Trace, TraceEvent};
+
+use crate::attributes::{Attributes, Leaf, Rights};
+use crate::env::Env;
+use crate::error::MapError;
+use crate::format::{Format, Word};
+use crate::gather::Stale;
+use crate::mutants::mutant;
+use crate::node::{Node, View};
+use crate::quiescent::{Live, Liveness};
+use crate::table::{Entry, PageTable, decode, index_at};
+
+/// The entry of one page in a leaf table of the space's own, which stays locked until this is dropped.
+///
+/// Changes take effect at once: nothing that they do leaves a translation behind.
+///
+/// Context: task context, interrupts on. A context that has one must not open a [`Cursor`](crate::Cursor) on pages of the same leaf table, nor
+/// lock another entry of it.
+///
+/// # Examples
+///
+/// See `present` in `kmem-cow-mm`'s `fault.rs`, or `tests/locked.rs`.
+#[doc(alias = "pte_offset_map_lock")]
+#[must_use = "the table is unlocked when this is dropped"]
+pub struct LockedEntry<'t, F: Format, E: Env, H: FrameHandle> {
+    table: &'t PageTable<F, E, H>,
+    node: Node<'t, F>,
+    page: Page,
+}
+
+/// What a walk found.
+enum Found<'t, F: Format> {
+    /// A leaf table, locked.
+    Leaf(Node<'t, F>),
+    /// A leaf table that somebody has locked or just detached.
+    Again,
+    /// No leaf table of the space's own.
+    Nothing,
+}
+
+impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
+    /// Locks the leaf table of `page`, where there is one that is this space's own; `None` where there is none, a huge leaf is in its place,
+    /// another space shares it or a table above it, or the space does not own the page: a [cursor](Self::cursor) says which, and helps.
+    ///
+    /// Context: task context, interrupts on; waits for whoever has the table's lock.
+    #[doc(alias = "pte_offset_map_lock")]
+    #[inline]
+    pub fn lock_entry(&self, page: Page) -> Option<LockedEntry<'_, F, E, H>> {
+        if !F::canonical(self.levels()).contains(page.start()) || self.is_borrowed(page) {
+            return None;
+        }
+        loop {
+            // SAFETY: the closure makes no guard and does not panic: an index is below the entries of its table.
+            let found = unsafe { self.env().grace().read_with(|| self.try_lock_leaf(page)) };
+            match found {
+                Found::Leaf(node) => {
+                    return Some(LockedEntry {
+                        table: self,
+                        node,
+                        page,
+                    });
+                }
+                // K2
+                Found::Again => self.env().relax(),
+                Found::Nothing => return None,
+            }
+        }
+    }
+
+    /// Inside a read section.
+    #[inline(always)]
+    fn try_lock_leaf(&self, page: Page) -> Found<'_, F> {
+        let levels = self.levels();
+        let map = self.env().map();
+        let mut frame = self.root_frame();
+        // Written out, so that every shift and mask is a constant.
+        macro_rules! descend {
+            ($($number:literal)*) => {$(
+                if $number <= F::LEVELS.len() && $number <= levels {
+                    // SAFETY: as in `PageTable::descend`.
+                    let words = unsafe { F::Word::words(map, frame) };
+                    let word = F::Word::load(&words[index_at::<F>(page.number(), $number)]);
+                    let shared = F::is_shared_table($number, word) && !mutant!("locked-entry-in-a-shared-table");
+                    if !F::is_table($number, word) || shared {
+                        return Found::Nothing;
+                    }
+                    frame = F::table_frame(word);
+                }
+            )*};
+        }
+        descend!(5 4 3 2);
+        // SAFETY: an entry of an attached table pointed to it during this section, so it is a table until the section ends; and once it
+        // is locked and found attached (U3 of the cursor), until it is unlocked.
+        let node = unsafe { View::<F>::new(self.env(), frame, 1) }.node(self.env());
+        match node.try_lock_attached() {
+            true => Found::Leaf(node),
+            false => Found::Again,
+        }
+    }
+}
+
+impl<F: Format, E: Env, H: FrameHandle> LockedEntry<'_, F, E, H> {
+    /// The page.
+    #[must_use]
+    pub const fn page(&self) -> Page {
+        self.page
+    }
+
+    /// What is there.
+    #[must_use]
+    #[inline]
+    pub fn get(&self) -> Entry {
+        decode::<F>(self.page, 1, self.load())
+    }
+
+    /// Gives a leaf rights that take nothing away from it, so that nobody has to be told, and marks it accessed, with `dirty` written to as
+    /// well; `false`, and nothing changes, where there is no leaf, it would lose something, or it would become global.
+    #[doc(alias = "ptep_set_access_flags")]
+    #[inline]
+    pub fn relax(&mut self, rights: Rights, dirty: bool) -> bool {
+        let mut word = self.load();
+        loop {
+            if !F::is_present(1, word) && decode::<F>(self.page, 1, word).leaf().is_none() {
+                return false;
+            }
+            let new = F::touched(1, F::with_rights(1, word, rights), dirty);
+            if F::needs_flush(1, word, new) && !mutant!("locked-entry-takes-away") {
+                return false;
+            }
+            self.table.note_global(rights);
+            match self.node.change::<Live>(self.index(), word, new) {
+                Ok(()) => return true,
+                // The hardware wrote meanwhile.
+                Err(found) => word = found,
+            }
+        }
+    }
+
+    /// Maps a 4 KiB frame where nothing is, and lets the table go.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`] with the handle; nothing changed.
+    #[doc(alias = "set_pte_at")]
+    #[inline]
+    pub fn map(self, handle: H, attributes: Attributes) -> Result<(), (MapError, H)> {
+        let (frame, word) = self.encode(handle, &attributes)?;
+        if self.load() != 0 {
+            // SAFETY: H2: the numbers came from `into_entry`, and no entry got them.
+            return Err((MapError::Occupied, unsafe {
+                H::from_entry(frame, Order::ZERO)
+            }));
+        }
+        if !mutant!("locked-entry-not-counted") {
+            self.node.add_live(1);
+        }
+        self.node.store(self.index(), word);
+        let (table, page) = (self.table, self.page);
+        drop(self);
+        if !mutant!("locked-entry-does-not-settle") {
+            table.settle(PageRange::single(page), 1);
+        }
+        let trace = table.env().trace();
+        trace.event(TraceEvent::Mapped(PageRange::single(page), frame));
+        Ok(())
+    }
+
+    /// Puts another 4 KiB frame in place of a leaf, and lets the table go; gives the leaf and its handle, of which no translation is left.
+    ///
+    /// The leaf is cleared first and flushed on every CPU, then the new one appears, as [`Cursor::replace`](crate::Cursor::replace) does it.
+    ///
+    /// Context: waits for other CPUs, under the table's lock.
+    ///
+    /// # Errors
+    ///
+    /// [`MapError`] with the handle; nothing changed. [`MapError::Occupied`] where there is no leaf.
+    #[doc(alias = "ptep_clear_flush")]
+    #[inline]
+    pub fn replace(self, handle: H, attributes: Attributes) -> Result<(Leaf, H), (MapError, H)> {
+        let (frame, word) = self.encode(handle, &attributes)?;
+        if decode::<F>(self.page, 1, self.load()).leaf().is_none() {
+            // SAFETY: as in `map`.
+            return Err((MapError::Occupied, unsafe {
+                H::from_entry(frame, Order::ZERO)
+            }));
+        }
+        let old = exchange_leaf::<F, E, H, Live>(self.table, &self.node, self.page, word);
+        let trace = self.table.env().trace();
+        trace.event(TraceEvent::Mapped(PageRange::single(self.page), frame));
+        Ok(old)
+    }
+
+    /// The frame of a handle, and its word.
+    #[inline(always)]
+    fn encode(&self, handle: H, attributes: &Attributes) -> Result<(Frame, u64), (MapError, H)> {
+        let (frame, order) = handle.into_entry();
+        let error = if order != Order::ZERO {
+            MapError::BadOrder
+        } else if !F::can_encode(1, frame, attributes) {
+            MapError::Unencodable
+        } else {
+            self.table.note_global(attributes.rights);
+            return Ok((frame, F::leaf(1, frame, attributes)));
+        };
+        // SAFETY: H2: the numbers came from `into_entry` above, and no entry got them.
+        Err((error, unsafe { H::from_entry(frame, order) }))
+    }
+
+    #[inline(always)]
+    fn index(&self) -> usize {
+        index_at::<F>(self.page.number(), 1)
+    }
+
+    #[inline(always)]
+    fn load(&self) -> u64 {
+        F::Word::load(self.node.leaf_entry(self.page.number()))
+    }
+}
+
+/// Puts `word` in place of the leaf that a locked table has for `page`: clears it, flushes it on every CPU, and stores. So no CPU reads the
+/// old frame after another has written to the new one, and the old handle is free at once.
+pub(crate) fn exchange_leaf<F: Format, E: Env, H: FrameHandle, S: Liveness>(
+    table: &PageTable<F, E, H>,
+    node: &Node<'_, F>,
+    page: Page,
+    word: u64,
+) -> (Leaf, H) {
+    let index = index_at::<F>(page.number(), node.level);
+    table.announce();
+    let before = node.take::<S>(index);
+    let Some(leaf) = decode::<F>(page, node.level, before).leaf() else {
+        unreachable!("a locked leaf became something else")
+    };
+    if !mutant!("replace-does-not-flush") {
+        let global = leaf.attributes.rights.contains(Rights::GLOBAL);
+        table.flush(Some(Stale::leaf(leaf.range(), global)), false, 1);
+    }
+    table.retract();
+    node.store(index, word);
+    // SAFETY: the entry is gone, and its translations were flushed.
+    let handle = unsafe { H::from_entry(leaf.frame, leaf.order) };
+    (leaf, handle)
+}
+
+impl<F: Format, E: Env, H: FrameHandle> Drop for LockedEntry<'_, F, E, H> {
+    #[inline]
+    fn drop(&mut self) {
+        self.node.unlock();
+    }
+}
+
+impl<F: Format, E: Env, H: FrameHandle> fmt::Debug for LockedEntry<'_, F, E, H> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "LockedEntry({}: {:?})", self.page, self.get())
+    }
+}
