@@ -5,7 +5,7 @@
 //! are printed together to show orders of magnitude, not who is faster at the same work. Limits of the same run: `limit:memcpy` copies the
 //! words of the tables, `limit:eager-copy` copies entries, clears their write bits and counts a reference for each, `limit:copy-table` copies the 512 entries
 //! of a table and counts a reference for each (a locked addition, as other spaces count too, to a slot of 32 bytes), `limit:zero-frame` and
-//! `limit:copy-frame` zero and copy 4 KiB that are not in a cache.
+//! `limit:copy-frame` zero and copy 4 KiB that are not in a cache, `limit:copy-table+frame` is a table and a frame in turn.
 //!
 //! `fork_exec` of the host is a program made for it (`host_program.rs`): the same 40 mappings and touched pages in parent and image, and a parent as small.
 //! Comparable: the copy of the space, 40 calls of mmap and 160 first touches, and the end of both spaces. Not comparable, and in the host's
@@ -473,20 +473,54 @@ fn own(table: &Table, page: Page, counts: &mut [u32]) -> bool {
     copied
 }
 
-/// Copies the entries of one table and counts a reference for each frame, in slots of 32 bytes, as other spaces' forks may too.
+/// Copies the entries of tables and counts a reference for each frame, in slots of 32 bytes, as other spaces' forks may too.
+struct FlatTables {
+    from: Vec<u64>,
+    to: Vec<u64>,
+    counts: Vec<[AtomicU64; 4]>,
+}
+
+impl FlatTables {
+    fn new() -> Self {
+        Self {
+            from: (0..GIB).map(|frame| frame << 12 | 0x67).collect(),
+            to: vec![0u64; GIB as usize],
+            counts: (0..GIB).map(|_| Default::default()).collect(),
+        }
+    }
+
+    #[inline]
+    fn copy(&mut self, table: u64) {
+        let first = (table * 512 % GIB) as usize;
+        let words = self.from.iter().zip(&mut self.to).skip(first).take(512);
+        for (from, to) in words {
+            *to = *from;
+            self.counts[(*from >> 12) as usize][1].fetch_add(1 << 32, Ordering::AcqRel);
+        }
+    }
+}
+
 fn copy_one_table() -> impl Competitor {
-    let from: Vec<u64> = (0..GIB).map(|frame| frame << 12 | 0x67).collect();
-    let mut to = vec![0u64; GIB as usize];
-    let counts: Vec<[AtomicU64; 4]> = (0..GIB).map(|_| Default::default()).collect();
+    let mut tables = FlatTables::new();
     move |index: u64, watch: &mut Watch| {
-        let first = (index * 64 * 512 % GIB) as usize;
+        watch.time(|| (index * 64..(index + 1) * 64).for_each(|table| tables.copy(table)));
+        std::hint::black_box((&tables.to, &tables.counts));
+        Slice::limit(64)
+    }
+}
+
+/// One table copied and one frame, in turn: what a first write cannot do without.
+fn copy_table_and_frame() -> impl Competitor {
+    let mut tables = FlatTables::new();
+    let mut frames = ColdFrames::new();
+    move |index: u64, watch: &mut Watch| {
         watch.time(|| {
-            for (from, to) in from.iter().zip(&mut to).skip(first).take(64 * 512) {
-                *to = *from;
-                counts[(*from >> 12) as usize][1].fetch_add(1 << 32, Ordering::AcqRel);
+            for table in index * 64..(index + 1) * 64 {
+                tables.copy(table);
+                frames.copy();
             }
         });
-        std::hint::black_box((&to, &counts));
+        std::hint::black_box((&tables.to, &tables.counts));
         Slice::limit(64)
     }
 }
@@ -654,24 +688,52 @@ fn whole(runner: &mut Runner) {
     );
 }
 
-/// Zeroes frames of memory that is larger than the caches, or copies them.
+/// Frames of memory that is larger than the caches, one after the other.
+struct ColdFrames {
+    region: Region,
+    at: usize,
+}
+
+impl ColdFrames {
+    const HALF: usize = 1 << 13;
+
+    fn new() -> Self {
+        let region = Region::new(2 * Self::HALF as u64).touched();
+        Self { region, at: 0 }
+    }
+
+    /// The next frame of the lower half, and one of the upper.
+    #[inline]
+    fn next(&mut self) -> (*mut u8, *mut u8) {
+        self.at = (self.at + 1) % Self::HALF;
+        let frame = |number| self.region.base().wrapping_add(number * 4096);
+        (frame(self.at), frame(self.at + Self::HALF))
+    }
+
+    #[inline]
+    fn zero(&mut self) {
+        // SAFETY: a frame of the region, which this value owns.
+        unsafe { self.next().0.write_bytes(0, 4096) };
+    }
+
+    #[inline]
+    fn copy(&mut self) {
+        let (low, high) = self.next();
+        // SAFETY: two frames of the region, which this value owns.
+        unsafe { high.copy_from_nonoverlapping(low, 4096) };
+    }
+}
+
+/// Zeroes cold frames, or copies them.
 fn cold_frames(copies: bool) -> impl Competitor {
-    const FRAMES: usize = 1 << 14;
-    let region = Region::new(FRAMES as u64).touched();
-    let mut at = 0;
+    let mut frames = ColdFrames::new();
     move |_: u64, watch: &mut Watch| {
         watch.time(|| {
             for _ in 0..256 {
-                at = (at + 1) % (FRAMES / 2);
-                let low = region.base().wrapping_add(at * 4096);
-                let high = region.base().wrapping_add((at + FRAMES / 2) * 4096);
-                // SAFETY: two frames of the region, which this value owns.
-                unsafe {
-                    if copies {
-                        high.copy_from_nonoverlapping(low, 4096);
-                    } else {
-                        low.write_bytes(0, 4096);
-                    }
+                if copies {
+                    frames.copy();
+                } else {
+                    frames.zero();
                 }
             }
         });
@@ -761,13 +823,16 @@ fn writes(runner: &mut Runner, mm: &'static Mm<'static, World>, count: u64) {
             memory.write(0..count);
             Slice::ops(ops as u64, ops as u64)
         };
-        runner.run(
-            workload(name)
-                .n(count)
-                .with("kmem", of_kmem)
-                .with("host-kernel", of_host)
-                .with("limit:copy-frame", cold_frames(true)),
-        );
+        let row = workload(name)
+            .n(count)
+            .with("kmem", of_kmem)
+            .with("host-kernel", of_host)
+            .with("limit:copy-frame", cold_frames(true));
+        runner.run(if is_first {
+            row.with("limit:copy-table+frame", copy_table_and_frame())
+        } else {
+            row
+        });
     }
     let of_kmem = |_: u64, watch: &mut Watch| {
         let before = process.frame(1);
