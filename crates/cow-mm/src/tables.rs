@@ -211,6 +211,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     fn own_table_of(&self, page: Page) -> Result<bool, Errno> {
         let cursor = self.tables().cursor(PageRange::single(page));
         let mut cursor = cursor.map_err(|_| Errno::EFAULT)?;
+        // Copies it or takes it back, whichever it is: no look before.
+        self.unshare(&mut cursor, page)?;
         Ok(match self.own(&mut cursor, page)? {
             Entry::Leaf(leaf) => leaf.order == Order::ZERO,
             Entry::Payload(_) => true,

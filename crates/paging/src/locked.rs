@@ -242,6 +242,9 @@ impl<F: Format, E: Env, H: FrameHandle> LockedEntry<'_, F, E, H> {
 
 /// Puts `word` in place of the leaf that a locked table has for `page`: clears it, flushes it on every CPU, and stores. So no CPU reads the
 /// old frame after another has written to the new one, and the old handle is free at once.
+///
+/// Announces nothing (`P4`): the flush is made before the lock is let go, without which nobody fills the page or takes the table away. So copies on
+/// write in one space share no word for it.
 pub(crate) fn exchange_leaf<F: Format, E: Env, H: FrameHandle, S: Liveness>(
     table: &PageTable<F, E, H>,
     node: &Node<'_, F>,
@@ -249,16 +252,14 @@ pub(crate) fn exchange_leaf<F: Format, E: Env, H: FrameHandle, S: Liveness>(
     word: u64,
 ) -> (Leaf, H) {
     let index = index_at::<F>(page.number(), node.level);
-    table.announce();
     let before = node.take::<S>(index);
     let Some(leaf) = decode::<F>(page, node.level, before).leaf() else {
         unreachable!("a locked leaf became something else")
     };
     if !mutant!("replace-does-not-flush") {
         let global = leaf.attributes.rights.contains(Rights::GLOBAL);
-        table.flush(Some(Stale::leaf(leaf.range(), global)), false, 1);
+        table.flush_now(Stale::leaf(leaf.range(), global));
     }
-    table.retract();
     node.store(index, word);
     // SAFETY: the entry is gone, and its translations were flushed.
     let handle = unsafe { H::from_entry(leaf.frame, leaf.order) };
