@@ -42,7 +42,16 @@ use crate::table::{Entry, PageTable, decode, index_at};
 ///
 /// # Examples
 ///
-/// See `present` in `kmem-cow-mm`'s `fault.rs`, or `tests/locked.rs`.
+/// ```
+/// use kmem_hal::{FrameHandle, Page};
+/// use kmem_paging::{Env, PageTable, Rights, format::X86_64};
+///
+/// /// After a write to a page that is the program's alone; `false` where a cursor has to help.
+/// fn reuse<E: Env, H: FrameHandle>(table: &PageTable<X86_64, E, H>, page: Page) -> bool {
+///     let entry = table.lock_entry(page);
+///     entry.is_some_and(|mut entry| entry.relax(Rights::USER_DATA, true))
+/// }
+/// ```
 #[doc(alias = "pte_offset_map_lock")]
 #[must_use = "the table is unlocked when this is dropped"]
 pub struct LockedEntry<'t, F: Format, E: Env, H: FrameHandle> {
