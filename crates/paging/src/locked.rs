@@ -155,7 +155,7 @@ impl<F: Format, E: Env, H: FrameHandle> LockedEntry<'_, F, E, H> {
             if !F::is_present(1, word) && decode::<F>(self.page, 1, word).leaf().is_none() {
                 return false;
             }
-            let new = F::touched(1, F::with_rights(1, word, rights), dirty);
+            let new = F::touched(1, word, rights, dirty);
             if F::needs_flush(1, word, new) && !mutant!("locked-entry-takes-away") {
                 return false;
             }
@@ -217,8 +217,14 @@ impl<F: Format, E: Env, H: FrameHandle> LockedEntry<'_, F, E, H> {
             }));
         }
         let old = exchange_leaf::<F, E, H, Live>(self.table, &self.node, self.page, word);
-        let trace = self.table.env().trace();
-        trace.event(TraceEvent::Mapped(PageRange::single(self.page), frame));
+        let (table, page) = (self.table, self.page);
+        drop(self);
+        // The leaf was absent after its flush, until the new one was stored.
+        if F::CACHES_ABSENT && !mutant!("replace-does-not-settle") {
+            table.settle(PageRange::single(page), 1);
+        }
+        let trace = table.env().trace();
+        trace.event(TraceEvent::Mapped(PageRange::single(page), frame));
         Ok(old)
     }
 

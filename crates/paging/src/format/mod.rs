@@ -257,10 +257,10 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
         Self::leaf(level, Self::leaf_frame(level, word), &attributes)
     }
 
-    /// A leaf that was accessed, with `dirty` written to as well, and all else as it is.
+    /// A leaf with other rights that was accessed, with `dirty` written to as well, and all else as it is.
     #[inline(always)]
-    fn touched(level: usize, word: u64, dirty: bool) -> u64 {
-        let mut attributes = Self::attributes(level, word).accessed();
+    fn touched(level: usize, word: u64, rights: Rights, dirty: bool) -> u64 {
+        let mut attributes = Self::attributes(level, word).rights(rights).accessed();
         attributes.dirty |= dirty;
         Self::leaf(level, Self::leaf_frame(level, word), &attributes)
     }

@@ -153,10 +153,11 @@ impl Mode {
         self.rights_patch(rights).apply(word)
     }
 
-    /// Sets the accessed bit of a leaf, and the dirty bit where asked for. Both have their places in leaves without access too.
+    /// Exchanges the rights of a leaf and sets its accessed bit, and the dirty bit where asked for. Both have their places in leaves
+    /// without access too.
     #[inline(always)]
-    pub const fn touched(word: u64, dirty: bool) -> u64 {
-        word | ACCESSED | if dirty { DIRTY } else { 0 }
+    pub fn touched(self, level: usize, word: u64, rights: Rights, dirty: bool) -> u64 {
+        self.with_rights(level, word, rights) | ACCESSED | if dirty { DIRTY } else { 0 }
     }
 
     /// What gives present leaves these rights.
@@ -401,6 +402,11 @@ macro_rules! by_mode {
         fn with_rights(level: usize, word: u64, rights: Rights) -> u64 {
             $mode.with_rights(level, word, rights)
         }
+
+        #[inline(always)]
+        fn touched(level: usize, word: u64, rights: Rights, dirty: bool) -> u64 {
+            $mode.touched(level, word, rights, dirty)
+        }
     };
     (@words $mode:expr) => {
         #[inline(always)]
@@ -441,11 +447,6 @@ macro_rules! by_mode {
         #[inline(always)]
         fn rights_patch(_level: usize, rights: Rights) -> Option<$crate::format::Patch> {
             rights.grants_access().then(|| $mode.rights_patch(rights))
-        }
-
-        #[inline(always)]
-        fn touched(_level: usize, word: u64, dirty: bool) -> u64 {
-            Mode::touched(word, dirty)
         }
 
         #[inline(always)]

@@ -771,9 +771,9 @@ impl<F: Format> World<F> {
             14 => return self.unmap(range),
             15 => return self.map_divided(page, attributes, order, extra),
             16 => {
-                let mut cursor = self.table.cursor(half).unwrap();
-                let result = cursor.relax(at(page), attributes).unwrap();
-                drop(cursor);
+                let entry = self.table.lock_entry(at(page));
+                let result =
+                    entry.is_some_and(|mut entry| entry.relax(attributes.rights, attributes.dirty));
                 let Some((
                     _,
                     Slot::Leaf {
@@ -789,9 +789,10 @@ impl<F: Format> World<F> {
                 let new = self.expressed(
                     Order::ZERO,
                     &Attributes {
-                        accessed: attributes.accessed || old.accessed,
+                        rights: attributes.rights,
+                        accessed: true,
                         dirty: attributes.dirty || old.dirty,
-                        ..attributes
+                        ..old
                     },
                 );
                 let lost = old.rights.difference(new.rights);
