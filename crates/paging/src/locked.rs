@@ -43,14 +43,15 @@ use crate::table::{Entry, PageTable, decode, index_at};
 /// # Examples
 ///
 /// ```
-/// use kmem_hal::{FrameHandle, Page};
-/// use kmem_paging::{Env, PageTable, Rights, format::X86_64};
+/// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
+/// # use example::*;
+/// use kmem_paging::Rights;
 ///
-/// /// After a write to a page that is the program's alone; `false` where a cursor has to help.
-/// fn reuse<E: Env, H: FrameHandle>(table: &PageTable<X86_64, E, H>, page: Page) -> bool {
-///     let entry = table.lock_entry(page);
-///     entry.is_some_and(|mut entry| entry.relax(Rights::USER_DATA, true))
-/// }
+/// let table = mapped(pages(0x400, 1));
+/// let mut entry = table.lock_entry(page(0x400)).expect("a leaf table of its own");
+/// // A right more, accessed and dirty: done, and nobody has to be told. A right less: a cursor's `update`, and a flush.
+/// assert!(entry.relax(Rights::USER_DATA | Rights::EXECUTE, true));
+/// assert!(!entry.relax(Rights::READ | Rights::USER, false));
 /// ```
 #[doc(alias = "pte_offset_map_lock")]
 #[must_use = "the table is unlocked when this is dropped"]
