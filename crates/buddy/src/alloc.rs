@@ -18,7 +18,7 @@ use kmem_hal::{
 };
 
 use crate::buddy::Buddy;
-use crate::cpu_cache::{Arrays, CpuArea, MAX_BATCH, Refill, is_cached, stack_of};
+use crate::cpu_cache::{Arrays, CpuArea, MAX_BATCH, Refill, is_cached, is_fetched_ahead, stack_of};
 use crate::cpus::Drained;
 use crate::state::{State, frame_limit};
 use crate::zone::bits::TOP;
@@ -367,7 +367,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             };
             cache.set_limit(stack, limit);
             // A batch call takes what it needs and leaves the array as it is.
-            if wanted.limit >= zone.end() && out.len() == 1 {
+            if is_fetched_ahead(wanted.order) && wanted.limit >= zone.end() && out.len() == 1 {
                 let limit = cache.limit(stack) as usize;
                 let again = area.is_some_and(|area| area.note_refill(stack));
                 let fetch = if again { limit } else { limit / 2 };

@@ -258,19 +258,22 @@ fn a_double_free_is_found_at_the_flush() {
         (misuse.error, misuse.first, misuse.count),
         (FreeError::DoubleFree, first, 1)
     );
-    // SAFETY: as above.
-    buddy.free(unsafe {
-        OwnedFrame::from_raw(
-            first.align_down(Order::new(4).unwrap()),
-            Order::new(4).unwrap(),
-        )
-    });
-    let misuse = buddy.misuse().unwrap();
-    assert!(matches!(
-        misuse.error,
-        FreeError::WrongOrder | FreeError::DoubleFree
-    ));
-    assert_eq!(misuse.count, 2);
+    // Of an order that has an array, at its flush too; of one that has none at the call.
+    for (order, count) in [(4, 2), (7, 3)] {
+        let order = Order::new(order).unwrap();
+        // SAFETY: as above.
+        buddy.free(unsafe { OwnedFrame::from_raw(first.align_down(order), order) });
+        if order.get() == 4 {
+            assert_eq!(buddy.misuse().unwrap().count, count - 1);
+            buddy.drain_all();
+        }
+        let misuse = buddy.misuse().unwrap();
+        assert!(matches!(
+            misuse.error,
+            FreeError::WrongOrder | FreeError::DoubleFree
+        ));
+        assert_eq!(misuse.count, count);
+    }
     assert_eq!(buddy.recount().free, buddy.mem_info().total);
     buddy.check().unwrap();
 }

@@ -84,7 +84,7 @@ fn boot() -> &'static Frames {
 
 /// Runs `call` with an NMI that allocates and frees inside each lock that it takes.
 fn strike<R>(buddy: &'static Frames, call: impl FnOnce() -> R) -> R {
-    let large = FrameRequest::new(Order::new(4).unwrap());
+    let large = FrameRequest::new(Order::new(7).unwrap());
     let frees: Rc<RefCell<Vec<OwnedFrame>>> = Rc::default();
     for _ in 0..16 {
         frees.borrow_mut().push(buddy.alloc(&large).unwrap());
@@ -177,7 +177,7 @@ fn an_nmi_on_a_cpu_that_is_not_online_does_not_wait() {
     // It comes online, and is interrupted as the others are.
     strike(buddy, || buddy.cpu_online(CpuId::new(2)).unwrap());
     let lost = buddy.lost();
-    let large = FrameRequest::new(Order::new(5).unwrap());
+    let large = FrameRequest::new(Order::new(7).unwrap());
     let frame = strike(buddy, || buddy.alloc(&large).unwrap());
     strike(buddy, || buddy.free(frame));
     assert_eq!(buddy.lost(), lost, "an area has places for what NMIs free");

@@ -143,7 +143,7 @@ fn two_fingers(used: &BTreeSet<u64>, other: &BTreeSet<u64>, target: u64) -> u64 
 fn the_planner_moves_less_than_two_fingers() {
     let window = Window::new(END << 12, 1 << 20);
     let (mut planned, mut scanned) = (0, 0);
-    for seed in 1..=4 {
+    for seed in 1..=16 {
         let (buddy, users) = churn(&window, seed * 0x9e37_79b9);
         let other: BTreeSet<u64> = buddy
             .metadata()

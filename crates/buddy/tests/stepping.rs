@@ -286,9 +286,9 @@ fn drain() {
 
 #[test]
 fn orders_without_arrays() {
-    step("alloc 6", 61, Nmi::Mixed, drained, |world| take(world, 6));
-    let holding = || World::new(SMALL).hold(6, 1);
-    step("free 6", 61, Nmi::Mixed, holding, give);
+    step("alloc 7", 61, Nmi::Mixed, drained, |world| take(world, 7));
+    let holding = || World::new(SMALL).hold(7, 1);
+    step("free 7", 61, Nmi::Mixed, holding, give);
     step(
         "alloc 10",
         401,

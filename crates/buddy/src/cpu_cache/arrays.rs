@@ -80,9 +80,7 @@ impl Arrays<'_> {
         let first = cache.start + u64::from(cache.pop(stack_of(order, migrate))?);
         let lent = key(order, migrate, LENT);
         if word & HOT == 0 {
-            if word != lent {
-                area.hot.set(lent);
-            }
+            area.hot.set(lent);
             area.hot_first.set(first);
         }
         Some(first)
@@ -117,7 +115,8 @@ impl Arrays<'_> {
     pub fn push(&self, first: u64, order: usize) -> bool {
         let area = self.area;
         let word = area.hot.get();
-        if word as u16 == key(order, 0, LENT) as u16 && area.hot_first.get() == first {
+        // Both in one branch: whether the last lent block was of this order is a coin in mixed work.
+        if (area.hot_first.get() == first) & (word as u16 == key(order, 0, LENT) as u16) {
             area.hot.set(word - LENT + HOT);
             return true;
         }

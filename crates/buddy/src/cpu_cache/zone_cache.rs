@@ -6,11 +6,12 @@
 //!   slots   [ o0 unmovable | o0 movable | o0 reclaimable | o1 .. | o9 ]
 //! ```
 //!
-//! Half an array moves from or to the zone under one lock; a whole one where the same array moved the same way last time.
+//! Half an array moves from or to the zone under one lock; a whole one where the same array moved the same way last time. Arrays of
+//! orders 4 to 6 are filled by frees alone.
 //!
 //! Invariant `A1`: array `s` has `bottom = STARTS[s] <= top <= end <= STARTS[s + 1]`.
 //!
-//! Costs: 2.6 KiB.
+//! Costs: 3.3 KiB.
 
 use kmem_hal::sync::LocalU32;
 
@@ -19,16 +20,16 @@ pub(crate) const CACHED_ORDERS: usize = 10;
 /// Migrate types that have arrays: unmovable, movable, reclaimable.
 pub(crate) const CACHED_TYPES: usize = 3;
 /// Slots of an array by order and type. Reclaimable memory is mostly slabs of caches, which have arrays of their own. What is freed of
-/// orders 4 to 8 is seen by the zone, and by large requests, at once.
+/// orders 7 and 8 is seen by the zone at once: two such blocks make a page block whole again.
 #[cfg(not(loom))]
 const CAPACITY: [[u32; CACHED_TYPES]; CACHED_ORDERS] = [
     [128, 128, 16],
+    [96, 96, 8],
     [64, 64, 8],
-    [32, 32, 8],
     [32, 32, 4],
-    [0; 3],
-    [0; 3],
-    [0; 3],
+    [16, 16, 4],
+    [8, 8, 2],
+    [4, 4, 2],
     [0; 3],
     [0; 3],
     [4, 4, 2],
@@ -61,6 +62,12 @@ pub(crate) const fn capacity(stack: usize) -> u32 {
 /// Whether blocks of an order are kept in arrays.
 #[inline(always)]
 pub(crate) const fn is_cached(order: usize) -> bool {
+    matches!(order, 0..=6 | 9)
+}
+
+/// Whether more blocks of an order are fetched than a request needs. Arrays of others are filled by frees alone, so that no long run
+/// is broken up for blocks that nobody asked for.
+pub(crate) const fn is_fetched_ahead(order: usize) -> bool {
     matches!(order, 0..=3 | 9)
 }
 

@@ -318,7 +318,7 @@ impl<'a> World<'a> {
                 let blocks: Vec<_> = self
                     .live
                     .iter()
-                    .filter(|f| (4..=8).contains(&f.order().get()))
+                    .filter(|f| (7..=8).contains(&f.order().get()))
                     .collect();
                 let Some(frame) =
                     blocks.get(usize::from(at).checked_rem(blocks.len()).unwrap_or(0))

@@ -13,8 +13,8 @@ pub(crate) trait Give {
     fn run(&mut self, first: u64, count: usize, order: usize);
 }
 
-/// The frames of `word` that are taken: the first `most` pieces of `order` in its maximal runs of `run` (6 is all of it), below
-/// `limit`; each is handed to `give`. `base` is the word's first frame.
+/// The frames of `word` that are taken, and whether all its maximal runs of `run` (6 is all of it) went: the first `most` pieces of
+/// `order` in them, below `limit`; each is handed to `give`. `base` is the word's first frame.
 #[inline]
 fn take_word(
     word: u64,
@@ -23,7 +23,7 @@ fn take_word(
     limit: u64,
     most: usize,
     give: &mut impl Give,
-) -> u64 {
+) -> (u64, bool) {
     // How many blocks from `first` on may be taken.
     let allowed = |first: u64, left: usize, pieces: usize| -> usize {
         let below = usize::try_from(limit.saturating_sub(first) >> order).unwrap_or(usize::MAX);
@@ -38,13 +38,13 @@ fn take_word(
             starts &= starts - 1;
             let first = base + u64::from(start);
             if allowed(first, left, 1) == 0 {
-                break;
+                return (taken, false);
             }
             taken |= bits::run_mask(start, order);
             give.one(first);
             left -= 1;
         }
-        return taken;
+        return (taken, true);
     }
     while starts != 0 {
         let start = starts.trailing_zeros();
@@ -53,17 +53,17 @@ fn take_word(
         let pieces = 1 << (run - order);
         let count = allowed(first, left, pieces);
         if count == 0 {
-            break;
+            return (taken, false);
         }
         give.run(first, count, order);
         let frames = (count as u32) << order;
         taken |= (!0 >> (64 - frames)) << start;
         left -= count;
         if count < pieces {
-            break;
+            return (taken, false);
         }
     }
-    taken
+    (taken, true)
 }
 
 impl Core {
@@ -149,7 +149,7 @@ impl Core {
                 let word = having.trailing_zeros() as usize / 8;
                 having &= having - 1;
                 let at = found.block * WORDS + word;
-                let taken = take_word(
+                let (taken, all) = take_word(
                     self.words[at],
                     (run, order),
                     base + 64 * word as u64,
@@ -160,8 +160,13 @@ impl Core {
                 given += taken.count_ones() as usize >> order;
                 let value = self.words[at] & !taken;
                 self.words[at] = value;
-                let byte = u64::from(bits::summary(value));
-                after = after & !(0xff << (8 * word)) | byte << (8 * word);
+                if all {
+                    // What is left was beside these runs: no other run changed.
+                    after &= !(1 << (8 * word + run));
+                } else {
+                    let byte = u64::from(bits::summary(value));
+                    after = after & !(0xff << (8 * word)) | byte << (8 * word);
+                }
                 if taken == 0 {
                     break;
                 }
