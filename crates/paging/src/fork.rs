@@ -106,6 +106,7 @@ fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize
     let whole = ((last - page + 1) >> upper.shift).min((upper.entries() - first) as u64) as usize;
     // In a table that was there already, one at a time, so that each place is looked at.
     let whole = if into.live() == 1 { whole } else { 1 };
+    let huge = LEVEL == 2 && parent.table().may_be_huge();
     let mut live = 0;
     let mut below = 0;
     let mut shared = 0;
@@ -124,10 +125,10 @@ fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize
         };
         F::Word::store(place, word);
         live += u64::from(used);
-        if LEVEL == 2 {
+        if huge {
             // SAFETY: an entry of a locked table points to an attached table.
             let table = unsafe { Node::<F>::new(env, F::table_frame(word), LEVEL) };
-            below += parent.table().tables_below(&table);
+            below += table.tables();
         }
         shared += 1;
     }
@@ -136,8 +137,10 @@ fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize
         return Ok(None);
     }
     into.add_live(shared - 1);
-    let tables = shared as usize + below;
-    child.table().count_shared(tables, true);
+    if LEVEL == 2 && !huge {
+        below = live as usize;
+    }
+    child.table().count_shared(shared as usize + below, true);
     let end = page + u64::from(shared) * covered;
     // Nothing in these pages may be written to any more.
     if !mutant!("share-not-noted") {

@@ -219,6 +219,14 @@ impl<'t, F: Format> Node<'t, F> {
         (self.slot.index().load(Ordering::Relaxed) & LIVE_MASK) as u32
     }
 
+    /// Tables that it points to, word by word. Nobody changes it meanwhile.
+    #[cold]
+    pub fn tables(&self) -> usize {
+        let entries = self.entries(0, level::<F>(self.level).entries());
+        let words = entries.iter().map(F::Word::load);
+        words.filter(|&word| F::is_table(self.level, word)).count()
+    }
+
     /// Adds to the live count. The caller holds the lock (`N1`).
     #[inline(always)]
     pub fn add_live(&self, n: u32) {

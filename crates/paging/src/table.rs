@@ -599,14 +599,10 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         }
     }
 
-    /// How many tables a table of level 2 points to. Nobody changes it meanwhile.
-    pub(crate) fn tables_below(&self, table: &Node<'_, F>) -> usize {
-        if !self.huge.load(Ordering::Relaxed) || mutant!("share-counts-huge-leaves") {
-            return table.live() as usize;
-        }
-        let entries = table.entries(0, level::<F>(2).entries());
-        let words = entries.iter().map(F::Word::load);
-        words.filter(|&word| F::is_table(2, word)).count()
+    /// Whether tables of level 2 may have leaves: if not, their live counts are what they have of tables.
+    #[inline]
+    pub(crate) fn may_be_huge(&self) -> bool {
+        self.huge.load(Ordering::Relaxed) && !mutant!("share-counts-huge-leaves")
     }
 
     /// Whether a leaf may be global.

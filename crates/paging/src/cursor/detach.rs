@@ -256,7 +256,11 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             return Ok(None);
         }
         let live = table.live();
-        let below = self.table.tables_below(&table);
+        let below = if self.table.may_be_huge() {
+            table.tables()
+        } else {
+            live as usize
+        };
         table.unlock();
         gather.announce();
         node.store(index, 0);

@@ -172,10 +172,18 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
 
     /// How many tables it takes until `boundary` is between two leaves at `page`.
     fn splits_at(&self, page: Page, boundary: u64) -> usize {
+        let levels = self.table.levels();
+        let cuts = |number| {
+            let level = level::<F>(number);
+            level.leaf && boundary & (level.order().frames() - 1) != 0
+        };
+        if !(2..=levels).any(cuts) {
+            // Aligned for every leaf that there may be.
+            return 0;
+        }
         let Entry::Leaf(leaf) = self.table.query(page) else {
             return 0;
         };
-        let levels = self.table.levels();
         let Some(top) = leaf_level::<F>(levels, leaf.order) else {
             return 0;
         };
