@@ -11,8 +11,9 @@ use std::collections::{BTreeMap, HashMap};
 use kmem_hal::{DeviceFrame, Frame, FrameHandle, Order, Page, PageRange};
 use kmem_paging::format::X86_64;
 use kmem_paging::{
-    Attributes, ChangeError, Divisible, Entry, ForkItem, ForkStep, Harvest, Harvested, HugeError,
-    Leaf, MapError, MoveError, PageTable, Payload, Rights, TableCache, UnshareError, UnshareStep,
+    Attributes, ChangeError, Divisible, Entry, ForkError, ForkItem, ForkStep, Harvest, Harvested,
+    HugeError, Leaf, MapError, MoveError, PageTable, Payload, Rights, TableCache, TableError,
+    UnshareError, UnshareStep,
 };
 use machine::{Machine, TestEnv};
 use proptest::prelude::*;
@@ -683,4 +684,98 @@ fn huge_leaves_are_shared_split_and_merged() {
     world.payload(1, FIRST + 3 * 512 + 9);
     world.compare();
     world.finish();
+}
+
+/// Each allocation fails in turn: what stopped half-way can be taken down or gone on with, and no reference is lost.
+#[test]
+fn memory_that_runs_out_while_tables_are_shared_loses_nothing() {
+    let mut world = World::new();
+    world.map(0, FIRST, 1500);
+    let both = span(FIRST - FIRST % ALL, 2 * ALL);
+    let env = world.machine.env();
+    let frames = world.machine.frames;
+    let child = (0..).find_map(|fuse| {
+        let parent = &world.spaces[0].table;
+        TableCache::shrink(env, usize::MAX);
+        frames.set_fuse(Some(fuse));
+        let child = Table::empty_like(env, parent);
+        let Ok(child) = child else {
+            assert_eq!(fuse, 0, "the root comes first");
+            return None;
+        };
+        let mut gather = parent.gather::<4>();
+        // SAFETY: one thread, and no cursor is open.
+        let outcome =
+            unsafe { parent.fork_sharing(&child, both, 1, &mut gather, |_| ForkStep::Stop) };
+        frames.set_fuse(None);
+        drop(gather);
+        match outcome {
+            Ok(_) => {
+                assert_eq!(fuse, 3, "a root and two upper tables");
+                return Some(child);
+            }
+            Err((ForkError::Stopped { .. }, None)) => {}
+            Err((error, _)) => panic!("{error}"),
+        }
+        child.destroy(|_, handle| handle.give_back(), |_, _| {});
+        world.compare();
+        None
+    });
+    let model = world.spaces[0].model.clone();
+    let table = child.unwrap();
+    world.spaces.push(Space { table, model });
+    // The copy of a level-2 table, and that of the leaf table below it.
+    world.fork(1, 2, both.first().number(), 2 * ALL);
+    for fuse in 0..2 {
+        let table = &world.spaces[2].table;
+        let mut gather = table.gather::<4>();
+        let mut cursor = table.cursor(span(FIRST, PAGES)).unwrap();
+        TableCache::shrink(env, usize::MAX);
+        // What was copied before stays.
+        frames.set_fuse(Some(1 - fuse));
+        let failed = cursor.unshare(
+            page(FIRST),
+            &mut gather,
+            |item| match item {
+                ForkItem::Leaf(leaf) => UnshareStep::Protected(Ref::to(&leaf)),
+                ForkItem::Payload(..) => UnshareStep::Payload,
+            },
+            Ref::give_back,
+        );
+        frames.set_fuse(None);
+        assert!(matches!(failed, Err(UnshareError::Memory(_))));
+        drop(cursor);
+        gather.commit(Ref::give_back);
+        drop(gather);
+        world.compare();
+    }
+    world.write(2, FIRST);
+    world.compare();
+    // Spares that were found are kept.
+    TableCache::shrink(env, usize::MAX);
+    frames.set_fuse(Some(1));
+    assert!(world.spaces[2].table.keep_spares(3).is_err());
+    frames.set_fuse(None);
+    assert_eq!(world.spaces[2].table.spares(), 1);
+    world.finish();
+}
+
+/// A table that could not make all the tables it is to lend lends nothing, and can be taken down.
+#[test]
+fn a_lender_without_memory_lends_nothing() {
+    const KERNEL: u64 = 0xffff_8000_0000_0000 >> 12;
+    let machine = Machine::new(512);
+    let lender = Table::new(machine.env()).unwrap();
+    for fuse in [0, 1, 100] {
+        let before = lender.table_count();
+        machine.frames.set_fuse(Some(fuse));
+        assert!(lender.lend_from(page(KERNEL)).is_err());
+        machine.frames.set_fuse(None);
+        assert!(lender.table_count() >= before);
+        let refused = Table::sharing(machine.env(), &lender, page(KERNEL));
+        assert_eq!(refused.unwrap_err(), TableError::CannotShare);
+    }
+    lender.destroy(|_, _| {}, |_, _| {});
+    TableCache::shrink(machine.env(), usize::MAX);
+    assert_eq!(machine.frames.out(), 0);
 }
