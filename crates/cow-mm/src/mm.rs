@@ -13,6 +13,8 @@
 //!   many. So a second mapping costs one count, and the bit may stay.
 //! - `I2`: the zero page always has a reference of the `Mm`'s own, so no mapping's end frees it.
 
+use core::marker::PhantomData;
+
 use kmem_hal::sync::{AtomicU32, AtomicU64, Ordering};
 use kmem_hal::{
     Frame, FrameHandle, FrameRange, FrameRequest, FrameSink, FrameSlot, FrameSource, FrameTag,
@@ -33,9 +35,29 @@ use crate::swap::Swap;
 use crate::transfer::Transfers;
 
 /// What every address space of a kernel shares.
+///
+/// Whatever is given to it lives for `'m`: providers of files, devices of swap, names. So no other lifetime can be taken for `'m`:
+///
+/// ```compile_fail
+/// # use kmem_cow_mm::{Env, Errno, FileRef, Mm};
+/// # use kmem_hal::PageProvider;
+/// fn open<E: Env>(mm: &Mm<'_, E>, local: &(dyn PageProvider + Sync)) -> Result<FileRef, Errno> {
+///     mm.open_file(local, "gone soon", 0)
+/// }
+/// ```
+///
+/// ```
+/// # use kmem_cow_mm::{Env, Errno, FileRef, Mm};
+/// # use kmem_hal::PageProvider;
+/// fn open<'m, E: Env>(mm: &Mm<'m, E>, kept: &'m (dyn PageProvider + Sync)) -> Result<FileRef, Errno> {
+///     mm.open_file(kept, "lives as long as what maps it", 0)
+/// }
+/// ```
 #[derive(Debug)]
 pub struct Mm<'m, E: Env> {
     env: &'m E,
+    /// What objects and swap point to without saying so: a shorter `'m` would let them outlive it.
+    given: PhantomData<fn(&'m ()) -> &'m ()>,
     zero: Frame,
     registry: Registry<E::Lock>,
     commit: Commit,
@@ -91,6 +113,7 @@ impl<'m, E: Env> Mm<'m, E> {
     pub fn new(env: &'m E) -> Result<Self, Errno> {
         let mm = Self {
             env,
+            given: PhantomData,
             zero: Frame::ZERO,
             registry: Registry::new(),
             commit: Commit::new(),
@@ -106,8 +129,12 @@ impl<'m, E: Env> Mm<'m, E> {
         Ok(Self { zero, ..mm })
     }
 
-    /// Gives the zero page back. Every address space and object must be gone.
-    pub fn finish(self) {
+    /// Gives the zero page back.
+    ///
+    /// # Safety
+    ///
+    /// Every address space and object is gone, and none is made any more; this is called once.
+    pub unsafe fn finish(&self) {
         self.put_reference(self.zero);
     }
 
@@ -165,8 +192,12 @@ impl<'m, E: Env> Mm<'m, E> {
         &self.counts
     }
 
+    /// A number for an object or a family. They come again after 2^32, but never 0, which is the zero page's.
     pub(crate) fn next_number(&self) -> u32 {
-        self.numbers.fetch_add(1, Ordering::Relaxed)
+        match self.numbers.fetch_add(1, Ordering::Relaxed) {
+            0 => self.next_number(),
+            number => number,
+        }
     }
 
     pub(crate) fn next_anon_id(&self) -> core::num::NonZeroU64 {
