@@ -152,14 +152,16 @@ impl<E: Env> AddressSpace<'_, E> {
         let Ok(mut cursor) = self.tables().cursor(range) else {
             return;
         };
-        for page in range.iter() {
-            let (Entry::Leaf(leaf), false) = cursor.look(page) else {
+        for at in range.iter() {
+            let (Entry::Leaf(leaf), false) = cursor.look(at) else {
                 continue;
             };
-            let slot = self.mm().user(leaf.frame);
-            if slot.mappings() == 1 {
-                slot.set_age(0);
-                cursor.clear_accessed(page);
+            // The range may have become a device's since the advice was accepted.
+            if let Some(page) = self.mm().counted(leaf.frame)
+                && page.mappings() == 1
+            {
+                page.set_age(0);
+                cursor.clear_accessed(at);
                 self.core().entry.note_aged();
             }
         }

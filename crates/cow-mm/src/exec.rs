@@ -196,7 +196,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             // The image is where mappings are: its heap gets the place of an image.
             self.image_base(PAGE_SIZE)
         } else {
-            (bias + end).next_multiple_of(PAGE_SIZE)
+            bias.wrapping_add(end).next_multiple_of(PAGE_SIZE)
         });
         let mut start = Start {
             entry: VirtAddr::new(bias.wrapping_add(headers.program.entry)),

@@ -225,7 +225,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         });
         let (range, flags) = (vma.range, vma.flags);
         let added = range.first().number() - page.number();
+        // Its pages are numbered from 0 on: below that none could be found again (`expand_downwards`).
         if size > state.limits.stack
+            || self.layout().is_too_low(page)
+            || added > vma.offset
             || blocked
             || !state.may_expand(added, flags)
             || !state.may_lock_more(added, flags)

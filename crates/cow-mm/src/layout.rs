@@ -24,6 +24,9 @@ pub const STACK_GUARD_PAGES: u64 = 256;
 #[doc(alias = "DEFAULT_MAX_MAP_COUNT")]
 pub const MAX_MAP_COUNT: usize = 65530;
 
+/// The first address that may be mapped where nobody chose another one (`CONFIG_DEFAULT_MMAP_MIN_ADDR`).
+const FLOOR: u64 = 0x1_0000;
+
 /// Where an address space puts what it may place freely.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
@@ -54,7 +57,7 @@ impl Layout {
         let task_size = 0x7fff_ffff_f000;
         Self {
             task_size,
-            search: pages(0x1_0000, task_size),
+            search: pages(FLOOR, task_size),
             mmap_base: Some(mmap_base(task_size, 8 << 20)),
             bottom_up_base: (task_size / 3).next_multiple_of(PAGE_SIZE),
             low_window: pages(0x4000_0000, 0x8000_0000),
@@ -65,13 +68,19 @@ impl Layout {
         }
     }
 
+    /// Whether a page is one of the first, which nobody may map (`vm.mmap_min_addr`).
+    #[doc(alias = "cap_mmap_addr")]
+    pub(crate) fn is_too_low(&self, page: Page) -> bool {
+        page < self.search.first() && page.number() < FLOOR / PAGE_SIZE
+    }
+
     /// 32-bit x86 with 3 GiB of user space and the legacy bottom-up layout of the classic course.
     #[must_use]
     pub fn x86_32_legacy() -> Self {
         let task_size = 0xc000_0000;
         Self {
             task_size,
-            search: pages(0x1_0000, task_size),
+            search: pages(FLOOR, task_size),
             mmap_base: None,
             bottom_up_base: task_size / 3,
             low_window: pages(0x4000_0000, 0x8000_0000),

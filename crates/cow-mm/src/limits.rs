@@ -6,17 +6,20 @@
 //! | `data` | private writable memory | ENOMEM, also from mprotect; `brk` the old break |
 //! | `stack` | the stack's mapping, when it grows | SIGSEGV |
 //! | `locked` | locked mappings | mlock ENOMEM, 0: EPERM; mmap and mremap EAGAIN; a stack SIGSEGV |
-//! | `mappings` | the number of VMAs | ENOMEM |
+//! | `mappings` | the number of VMAs, before one is made, moved or cut | ENOMEM; madvise and names EAGAIN |
 //!
-//! Source: getrlimit(2), mlock(2); Linux `mm/mmap.c` (`may_expand_vm`, `mlock_future_ok`), `mm/mlock.c` (`can_do_mlock`).
+//! Source: getrlimit(2), mlock(2); Linux `mm/mmap.c` (`may_expand_vm`, `mlock_future_ok`), `mm/mlock.c` (`can_do_mlock`),
+//! `mm/vma.c` (`split_vma`, `vms_gather_munmap_vmas`), `mm/mremap.c` (`prep_move_vma`), `mm/madvise.c` (`madvise_vma_behavior`).
 
-use kmem_hal::PAGE_SIZE;
+use kmem_hal::{PAGE_SIZE, PageRange};
 
 use crate::counters::is_data;
 use crate::env::Env;
+use crate::errno::Errno;
 use crate::flags::VmFlags;
 use crate::layout::MAX_MAP_COUNT;
 use crate::space::State;
+use crate::vma::Vma;
 
 /// Limits that a process sets on itself (`setrlimit`), and what it may do beyond them. Bytes; `u64::MAX` is no limit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -55,6 +58,25 @@ impl Default for Limits {
 }
 
 impl<E: Env> State<'_, E> {
+    /// How many mappings more there may be.
+    pub(crate) fn room(&self) -> usize {
+        self.limits.mappings.saturating_sub(self.vmas.len())
+    }
+
+    /// Whether a range may be cleared: cutting the middle out of one mapping makes two (`vms_gather_munmap_vmas`).
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`].
+    pub(crate) fn check_clear(&self, range: PageRange) -> Result<(), Errno> {
+        let sticks_out =
+            |vma: Vma| vma.range.first() < range.first() && vma.range.last() > range.last();
+        match self.room() == 0 && self.vmas.get(range.first()).is_some_and(sticks_out) {
+            true => Err(Errno::ENOMEM),
+            false => Ok(()),
+        }
+    }
+
     /// Whether `pages` more pages of a mapping with `flags` stay within the limits on size.
     #[doc(alias = "may_expand_vm")]
     pub(crate) fn may_expand(&self, pages: u64, flags: VmFlags) -> bool {

@@ -199,7 +199,9 @@ fn set_lock_flags<E: Env>(
 ) -> Result<(), Errno> {
     let flags = vma.flags.difference(VmFlags::LOCKED_MASK) | flags;
     if flags != vma.flags && !vma.flags.intersects(VmFlags::SPECIAL) {
-        state.vmas.edit()?.modify(part, |new| new.flags = flags);
+        let room = state.room();
+        let mut edit = state.vmas.edit()?;
+        edit.modify(part, room, |new| new.flags = flags)?;
     }
     Ok(())
 }

@@ -9,6 +9,7 @@ use kmem_hal::{PAGE_SIZE, PageRange};
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{Advice, VmFlags};
+use crate::merge::Candidate;
 use crate::space::{AddressSpace, State};
 use crate::vma::Vma;
 
@@ -20,7 +21,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// # Errors
     ///
     /// [`Errno::EINVAL`] for an unaligned address, a length that wraps, or advice that the mapping cannot take;
-    /// [`Errno::ENOMEM`] where there was a hole: the advice was applied to the rest; [`Errno::EPERM`] for advice that needs a capability.
+    /// [`Errno::ENOMEM`] where there was a hole: the advice was applied to the rest; [`Errno::EAGAIN`] where
+    /// no memory is left for a change of mappings, or there are too many of them; [`Errno::EPERM`] for advice that needs a capability.
     #[doc(alias = "do_madvise")]
     pub fn madvise(&self, address: u64, length: u64, advice: Advice) -> Result<(), Errno> {
         let Some(range) = self.advised_range(address, length)? else {
@@ -127,7 +129,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ) -> Result<(), Errno> {
         let flags = (vma.flags | on).difference(off);
         if flags != vma.flags {
-            state.vmas.edit()?.modify(part, |new| new.flags = flags);
+            modify_as_advised(state, part, |new| new.flags = flags)?;
         }
         Ok(())
     }
@@ -265,6 +267,24 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         }
         Ok(())
     }
+}
+
+/// Changes a part of a mapping as advice says: what there is no room for now may be tried again, as in Linux (`madvise_vma_behavior`).
+///
+/// # Errors
+///
+/// [`Errno::EAGAIN`] where no memory is left, or there are too many mappings.
+pub(crate) fn modify_as_advised<E: Env>(
+    state: &mut State<'_, E>,
+    part: PageRange,
+    change: impl FnOnce(&mut Candidate),
+) -> Result<(), Errno> {
+    let room = state.room();
+    let done = match state.vmas.edit() {
+        Ok(mut edit) => edit.modify(part, room, change),
+        Err(error) => Err(error),
+    };
+    done.map_err(|_| Errno::EAGAIN)
 }
 
 /// With what accesses pages are brought in.

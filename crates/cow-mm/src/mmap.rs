@@ -100,8 +100,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// See the crate's front page.
     #[doc(alias = "do_mmap")]
     pub fn mmap(&self, request: &MapRequest) -> Result<VirtAddr, Errno> {
+        if !request.offset.is_multiple_of(PAGE_SIZE) {
+            return Err(Errno::EINVAL);
+        }
         // So that a handle that outlived its file is an error, and the file lives until the mapping holds it.
-        let _held = request.file.map(|open| self.mm().hold(open.file));
+        let is_used = !request.flags.contains(MapFlags::ANONYMOUS);
+        let file = request.file.filter(|_| is_used);
+        let _held = file.map(|open| self.mm().hold(open.file));
         let _held = _held.transpose()?;
         let (start, locked) = self.mmap_without_pages(request)?;
         let populate = MapFlags::POPULATE | MapFlags::NONBLOCK;
@@ -126,11 +131,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 
     /// Makes a mapping that only a kernel makes: the stack of a program that runs already, `[vdso]`, `[vvar]`.
     ///
-    /// A [`Label::Stack`] grows down; the others never merge, move or grow. The range is whole pages and free.
+    /// A [`Label::Stack`] grows down; the others never merge, move or grow. The range is whole pages and free. As in Linux, the
+    /// process's limits on sizes and on the number of mappings are not asked.
     ///
     /// # Errors
     ///
-    /// [`Errno::EINVAL`] for a range that is none; [`Errno::EEXIST`] where something is mapped; [`Errno::ENOMEM`].
+    /// [`Errno::EINVAL`] for a range that is none, or not in user space, and for a name that a program gave ([`Label::Named`]);
+    /// [`Errno::EEXIST`] where something is mapped; [`Errno::ENOMEM`], also where it cannot be promised.
     #[doc(alias = "install_special_mapping")]
     pub fn map_special(
         &self,
@@ -140,11 +147,18 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         label: Label,
     ) -> Result<(), Errno> {
         let pages = length / PAGE_SIZE;
+        let task_size = self.layout().task_size;
+        let fits = length <= task_size && address <= task_size - length;
         let range = self
             .user_range(address, pages)
-            .filter(|_| length.is_multiple_of(PAGE_SIZE));
+            .filter(|_| fits && length.is_multiple_of(PAGE_SIZE));
         let range = range.ok_or(Errno::EINVAL)?;
-        let mut state = self.lock();
+        if matches!(label, Label::Named(_)) {
+            // A copy of a label is no use of the name.
+            return Err(Errno::EINVAL);
+        }
+        let mut guard = self.lock();
+        let state = &mut *guard;
         if !state.vmas.is_free(range) {
             return Err(Errno::EEXIST);
         }
@@ -161,7 +175,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             flags |= VmFlags::ACCOUNT;
         }
         let offset = range.first().number();
-        state.vmas.edit()?.add(
+        let mut edit = state.vmas.edit()?;
+        if flags.contains(VmFlags::ACCOUNT) {
+            edit.charge(pages, &state.limits)?;
+        }
+        edit.add(
             range,
             Candidate {
                 flags,
@@ -176,9 +194,6 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     fn check_mmap(&self, state: &mut State<'m, E>, request: &MapRequest) -> Result<Checked, Errno> {
-        if !request.offset.is_multiple_of(PAGE_SIZE) {
-            return Err(Errno::EINVAL);
-        }
         let anonymous = request.flags.contains(MapFlags::ANONYMOUS);
         let file = if anonymous {
             None
@@ -193,12 +208,6 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if request.length > u64::MAX - (PAGE_SIZE - 1) {
             return Err(Errno::ENOMEM);
         }
-        if offset
-            .checked_add(pages)
-            .is_none_or(|end| end > u64::MAX / PAGE_SIZE + 1)
-        {
-            return Err(Errno::EOVERFLOW);
-        }
         if state.vmas.len() > state.limits.mappings {
             return Err(Errno::ENOMEM);
         }
@@ -212,8 +221,12 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if !state.may_lock_more(pages, lock) {
             return Err(Errno::EAGAIN);
         }
+        let device = file.and_then(|open| self.mm().device(open.file));
+        if file.is_some() && device.is_none() && offset > last_offset(pages) {
+            return Err(Errno::EOVERFLOW);
+        }
         let (mut flags, offset) = self.mmap_flags(request, file, range, offset)?;
-        match file.and_then(|open| self.mm().device(open.file)) {
+        match device {
             // What is no ordinary memory is never locked.
             Some(device) => flags = device.admit(flags, offset, pages)?,
             None => flags |= lock,
@@ -223,6 +236,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             true => state.vmas.counters_in(range),
             false => Counters::default(),
         };
+        if request.flags.contains(MapFlags::FIXED) {
+            state.check_clear(range)?;
+        }
         if !state.may_expand(pages - replaced.total, flags) {
             cut_edges(state, range);
             return Err(Errno::ENOMEM);
@@ -271,7 +287,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         }
         let first = Page::starting_at(VirtAddr::new(request.address)).ok_or(Errno::EINVAL)?;
         let range = PageRange::with_count(first, pages).ok_or(Errno::ENOMEM)?;
-        if first < self.layout().search.first() && first.number() < 16 {
+        if self.layout().is_too_low(first) {
             return Err(Errno::EPERM);
         }
         if request.flags.contains(MapFlags::FIXED_NOREPLACE) && !state.vmas.is_free(range) {
@@ -376,7 +392,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 return Err(error);
             }
             self.own_ends(checked.range)?;
-            edit.clear(checked.range);
+            edit.clear(checked.range, || self.zap(checked.range));
             let file = checked.file.or(made);
             let (flags, offset) = (checked.flags, checked.offset);
             edit.add(
@@ -396,10 +412,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             // The VMA holds a reference of its own; this was the call's.
             self.mm().put_object(file);
         }
-        outcome?;
-        self.zap(checked.range);
-        Ok(())
+        outcome
     }
+}
+
+/// The highest page of a file at which a mapping of `pages` may begin: a file has 2^63 - 1 bytes at most (`file_mmap_ok`).
+fn last_offset(pages: u64) -> u64 {
+    (i64::MAX as u64).saturating_sub(pages.saturating_mul(PAGE_SIZE)) / PAGE_SIZE
 }
 
 /// What a mapping at a fixed address leaves behind when a limit refuses it: the mappings at its edges stay cut, as in Linux

@@ -256,9 +256,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         }
         if !several {
             let vma = self.remapped_vma(state, &shrunk)?;
-            let range = self
-                .user_range(target, remap.new / PAGE_SIZE)
-                .ok_or(Errno::EINVAL)?;
+            let range = self.target_range(target, remap.new)?;
             self.move_part(
                 state,
                 &vma,
@@ -288,9 +286,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             if keep && !state.may_expand((until - from) / PAGE_SIZE, vma.flags) {
                 return Err(Errno::ENOMEM);
             }
-            let range = self
-                .user_range(to, (until - from) / PAGE_SIZE)
-                .ok_or(Errno::EINVAL)?;
+            let range = self.target_range(to, until - from)?;
             self.move_part(state, &vma, from, until - from, range, keep)?;
             at = until;
             if at >= end {
@@ -298,6 +294,16 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             }
         }
         Ok(target)
+    }
+
+    /// The pages of a target that the caller named (`vrm_set_new_addr`).
+    fn target_range(&self, target: u64, length: u64) -> Result<PageRange, Errno> {
+        let range = self.user_range(target, length / PAGE_SIZE);
+        let range = range.ok_or(Errno::EINVAL)?;
+        match self.layout().is_too_low(range.first()) {
+            true => Err(Errno::EPERM),
+            false => Ok(range),
+        }
     }
 
     /// Moves `old` bytes at `address` of a mapping to the free range `target`, which may be longer.
@@ -311,6 +317,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         target: PageRange,
         keep: bool,
     ) -> Result<(), Errno> {
+        // What a move may cut (`prep_move_vma`).
+        if state.room() <= 3 {
+            return Err(Errno::ENOMEM);
+        }
         let from = self.user_range(address, old / PAGE_SIZE);
         let first = kmem_hal::Page::containing(kmem_hal::VirtAddr::new(address));
         let mut new = Candidate {
@@ -335,7 +345,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         edit.add(target, new, true);
         if let Some(from) = from.filter(|_| !keep) {
             // The pages are at the target already; this takes the mapping itself away.
-            edit.clear(from);
+            edit.clear(from, || {});
         }
         drop(edit);
         if keep {

@@ -57,17 +57,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if first.range.first() > range.last() {
             return Ok(());
         }
-        // Cutting the middle out of one mapping makes two.
-        let makes_one_more =
-            first.range.first() < range.first() && first.range.last() > range.last();
-        if makes_one_more && state.vmas.len() >= state.limits.mappings {
-            return Err(Errno::ENOMEM);
-        }
+        state.check_clear(range)?;
         let mut edit = state.vmas.edit_with(STORES_TO_CLEAR)?;
         self.own_ends(range)?;
-        edit.clear(range);
-        drop(edit);
-        self.zap(range);
+        edit.clear(range, || self.zap(range));
         Ok(())
     }
 
@@ -79,7 +72,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// # Errors
     ///
     /// [`Errno::EINVAL`] for an unaligned address, bits that are no protection, and [`Prot::GROWSDOWN`] where no stack is;
-    /// [`Errno::ENOMEM`] where a page is not mapped, or no memory is left; [`Errno::EACCES`] where the file's mode forbids it.
+    /// [`Errno::ENOMEM`] where a page is not mapped, no memory is left, or there are too many mappings; [`Errno::EACCES`] where the file's mode forbids it.
     pub fn mprotect(&self, address: u64, length: u64, prot: Prot) -> Result<(), Errno> {
         self.protect(address, length, prot, None)
     }
@@ -168,10 +161,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         } else if vma.flags.contains(VmFlags::ACCOUNT) && vma.is_anonymous() && vma.anon.is_none() {
             flags -= VmFlags::ACCOUNT;
         }
+        let room = state.room();
         let mut edit = state.vmas.edit_with(STORES_TO_MODIFY)?;
         edit.charge(charge, &state.limits)?;
         self.own_range(part)?;
-        edit.modify(part, |new| new.flags = flags);
+        edit.modify(part, room, |new| new.flags = flags)?;
         drop(edit);
         self.restrict(part, flags);
         let copies = VmFlags::WRITE | VmFlags::SHARED | VmFlags::LOCKED_MASK;

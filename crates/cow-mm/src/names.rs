@@ -24,6 +24,7 @@ use kmem_paging::Env as PagingEnv;
 
 use crate::env::Env;
 use crate::errno::Errno;
+use crate::madvise::modify_as_advised;
 use crate::mm::Mm;
 use crate::space::AddressSpace;
 use crate::vma::Label;
@@ -207,7 +208,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// [`Errno::EINVAL`] for a name that is too long (79 bytes at most) or has a character that may not be in one, for an unaligned
     /// address and a range that wraps; [`Errno::EBADF`] at a file's mapping; [`Errno::ENOMEM`] where there was a hole (the
-    /// rest is named) or no memory is left.
+    /// rest is named) or no memory is left for the name; [`Errno::EAGAIN`] where none is left for the mappings, or there are too many.
     #[doc(alias = "PR_SET_VMA_ANON_NAME")]
     pub fn set_anon_name(
         &self,
@@ -232,7 +233,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 return Err(Errno::EBADF);
             }
             if vma.label != label && matches!(vma.label, Label::None | Label::Named(_)) {
-                state.vmas.edit()?.modify(part, |new| new.label = label);
+                modify_as_advised(state, part, |new| new.label = label)?;
             }
             Ok(())
         });

@@ -123,13 +123,15 @@ impl Resident {
 
 impl<E: Env> AddressSpace<'_, E> {
     /// What of a mapping is in memory: looks at every page of it.
+    ///
+    /// Of a copy of a mapping that is gone, what is in its range now.
     #[doc(alias = "smap_gather_stats")]
     #[must_use]
     pub fn resident(&self, vma: &Vma) -> Resident {
         let mut resident = Resident::default();
-        let shared_memory = vma
-            .file
-            .is_some_and(|file| self.mm().info(file).is_shared_memory);
+        // The mapping may be gone, and its object with it.
+        let info = vma.file.and_then(|file| self.mm().object_info(file).ok());
+        let shared_memory = info.is_some_and(|info| info.is_shared_memory);
         self.for_each_leaf(vma.range, |leaf| {
             self.account(&mut resident, leaf, shared_memory);
         });

@@ -505,6 +505,21 @@ impl<E: Env> Edit<'_, '_, E> {
         self.put(vma.range, Some(id));
     }
 
+    /// As [`split`](Self::split), where a cut takes one of the mappings that there is room for.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`] where there is none.
+    #[doc(alias = "split_vma")]
+    fn split_within(&mut self, page: Page, room: &mut usize) -> Result<(), Errno> {
+        let cuts = |(_, vma): Found| vma.range.first() < page;
+        if self.find(page).is_some_and(cuts) {
+            *room = room.checked_sub(1).ok_or(Errno::ENOMEM)?;
+            self.split(page);
+        }
+        Ok(())
+    }
+
     /// Cuts the VMA that covers `page` so that one begins there.
     #[inline(never)]
     pub fn split(&mut self, page: Page) {
@@ -535,8 +550,10 @@ impl<E: Env> Edit<'_, '_, E> {
         }
     }
 
-    /// Removes everything in the range, cutting what sticks out.
-    pub fn clear(&mut self, range: PageRange) {
+    /// Removes everything in the range, cutting what sticks out. `empty` takes the pages away, and their translations from every
+    /// processor: while the mappings are locked and hold their objects still, so that no object ends whose memory somebody reaches.
+    #[doc(alias = "unmap_region")]
+    pub fn clear(&mut self, range: PageRange, empty: impl FnOnce()) {
         self.split_around(range);
         let mut any = false;
         for entry in self.tree.range(range) {
@@ -544,6 +561,7 @@ impl<E: Env> Edit<'_, '_, E> {
             any = true;
         }
         if any {
+            empty();
             self.put(range, None);
         }
     }
@@ -588,16 +606,28 @@ impl<E: Env> Edit<'_, '_, E> {
 
     /// Gives a part of one VMA other flags, merged with the VMA's neighbours or cut out of it as Linux does.
     ///
-    /// `range` lies in one VMA.
+    /// `range` lies in one VMA. There may be `room` VMAs more.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`] where there is no room for a cut; one that there was room for stays, as in Linux.
     #[doc(alias = "vma_modify_flags")]
-    pub fn modify(&mut self, range: PageRange, change: impl FnOnce(&mut Candidate)) {
+    pub fn modify(
+        &mut self,
+        range: PageRange,
+        mut room: usize,
+        change: impl FnOnce(&mut Candidate),
+    ) -> Result<(), Errno> {
         let Some((id, mut new)) = self.candidate(range) else {
-            return;
+            return Ok(());
         };
         change(&mut new);
         match self.joined(range, &new, Some(id), true) {
             (None, None) => {
-                self.split_around(range);
+                self.split_within(range.first(), &mut room)?;
+                if let Some(after) = range.last().checked_add(1) {
+                    self.split_within(after, &mut room)?;
+                }
                 self.relabel(range.first(), &new);
             }
             (previous, next) => {
@@ -605,6 +635,7 @@ impl<E: Env> Edit<'_, '_, E> {
                 self.merge(range, &new, previous, next);
             }
         }
+        Ok(())
     }
 
     /// The VMA that has a range, and what the range would be as a VMA of its own.

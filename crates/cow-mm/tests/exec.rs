@@ -443,3 +443,27 @@ proptest! {
         prop_assert_eq!(world.used_frames(), before);
     }
 }
+
+#[test]
+fn an_image_above_its_place_is_moved_down() {
+    let world = World::new();
+    let high = |part: Part| Part {
+        address: part.address + 0x7000_0000_0000,
+        ..part
+    };
+    let bytes = Builder {
+        position_independent: true,
+        interpreter: Some("/lib/ld.so"),
+        ..Builder::new(true, &[high(TEXT), high(DATA)])
+    };
+    let program = Program::new(shared(world));
+    let image = Image::new(open(world, &bytes.build()), b"/bin/high");
+    let start = exec(&program, &image).unwrap();
+    let moved = 0x7000_0040_0000 - start.entry.as_u64().wrapping_sub(0x400);
+    assert_eq!(start.bias, moved.wrapping_neg());
+    assert_eq!(
+        program.space.heap().start,
+        start.bias.wrapping_add(0x7000_0040_6000)
+    );
+    program.exit();
+}

@@ -243,6 +243,65 @@ fn the_number_of_mappings_is_limited() {
 }
 
 #[test]
+fn what_cuts_a_mapping_stays_within_their_number() {
+    let program = Program::new(World::new().mm());
+    let space = &program.space;
+    let allow = |mappings| {
+        space.set_limits(Limits {
+            mappings,
+            ..space.limits()
+        });
+    };
+    map(&program, AT, 8, RW).unwrap();
+    let (inside, advice) = (AT + 4 * PAGE, kmem_cow_mm::Advice::DontFork);
+    let fixed = MapRequest::anonymous(PAGE, RW).at(inside);
+    allow(1);
+    assert_eq!(space.mprotect(inside, PAGE, Prot::READ), Err(Errno::ENOMEM));
+    assert_eq!(space.mlock(inside, PAGE), Err(Errno::ENOMEM));
+    assert_eq!(space.madvise(inside, PAGE, advice), Err(Errno::EAGAIN));
+    assert_eq!(
+        space.set_anon_name(inside, PAGE, Some(b"x")),
+        Err(Errno::EAGAIN)
+    );
+    assert_eq!(space.munmap(inside, PAGE), Err(Errno::ENOMEM));
+    assert_eq!(space.mmap(&fixed), Err(Errno::ENOMEM));
+    assert_eq!(
+        space.mprotect(AT, PAGE, Prot::READ),
+        Err(Errno::ENOMEM),
+        "one cut"
+    );
+    assert_eq!(space.map_count(), 1);
+    space.mlock(AT, 8 * PAGE).unwrap();
+    assert_eq!(space.munlock(inside, PAGE), Err(Errno::ENOMEM));
+    space.munlock(AT, 8 * PAGE).unwrap();
+    assert_eq!(space.map_count(), 1);
+    // Of two cuts, the one that there was room for stays.
+    allow(2);
+    assert_eq!(space.mprotect(inside, PAGE, Prot::READ), Err(Errno::ENOMEM));
+    assert_eq!(space.map_count(), 2);
+    assert!(
+        space
+            .vma_at(inside.into())
+            .unwrap()
+            .flags
+            .contains(VmFlags::WRITE)
+    );
+    space.mprotect(inside, 4 * PAGE, Prot::READ).unwrap();
+    // What goes to a neighbour cuts nothing.
+    space.mprotect(inside - PAGE, PAGE, Prot::READ).unwrap();
+    assert_eq!(space.map_count(), 2);
+    // To move, there must be room for what a move can cut.
+    let grow = || space.mremap(inside, 4 * PAGE, 5 * PAGE, RemapFlags::MAYMOVE, 0);
+    map(&program, AT + 8 * PAGE, 1, RW).unwrap();
+    allow(6);
+    assert_eq!(grow(), Err(Errno::ENOMEM));
+    allow(7);
+    grow().unwrap();
+    check_counters([&program]);
+    program.exit();
+}
+
+#[test]
 fn promises_stay_below_the_commit_limit() {
     let world = World::new();
     let mm = world.mm();
