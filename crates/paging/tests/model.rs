@@ -85,3 +85,14 @@ fn single_frames_may_leave_as_one_block() {
     // A range of single leaves whose frames follow each other, and the merge of its first 512.
     run::<kmem_paging::format::X86Pae>(&[[2, 154, 56, 10, 0, 128], [11, 118, 0, 0, 0, 0]]);
 }
+
+#[test]
+fn a_page_that_becomes_the_users_is_told() {
+    let codes = [
+        [76, 18, 0, 0, 81, 55],
+        [51, 49, 2, 69, 154, 252],
+        [130, 102, 192, 130, 24, 58],
+    ];
+    run::<X86Pse36>(&codes);
+    run::<X86_64>(&codes);
+}

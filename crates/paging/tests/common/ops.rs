@@ -800,7 +800,8 @@ impl<F: Format> World<F> {
                 let told = !F::CACHES_ABSENT || gained.is_empty();
                 let takes = old.rights.grants_access()
                     && (!lost.is_empty()
-                        || gained.contains(Rights::GLOBAL)
+                        // A page that becomes the user's is the kernel's to touch no more (SMEP, SMAP).
+                        || gained.intersects(Rights::GLOBAL | Rights::USER)
                         || new.memory_type != old.memory_type);
                 // AArch64 flushes for all that changes but the access flag, and refuses more.
                 let refuses_more = F::NAME.starts_with("AArch64");
