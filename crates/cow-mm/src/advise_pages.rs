@@ -12,7 +12,7 @@
 //!
 //! Source: madvise(2); Linux `mm/madvise.c` (`madvise_free_pte_range`, `madvise_cold_or_pageout_pte_range`, `madvise_willneed`).
 
-use kmem_hal::{FrameTag, PageRange};
+use kmem_hal::{FrameTag, PageRange, SlotFlags};
 use kmem_paging::{ChangeError, Cleared, Entry, Leaf};
 
 use crate::absent::Absent;
@@ -45,6 +45,8 @@ impl<E: Env> AddressSpace<'_, E> {
                     return None;
                 }
                 let page = mm.user(leaf.frame);
+                // What the kernel or a device wrote until now goes like what the program wrote.
+                page.slot().clear_flags(SlotFlags::DIRTY);
                 page.slot().set_flags(LAZY_FREE);
                 page.set_age(0);
                 let mut attributes = leaf.attributes;

@@ -129,9 +129,12 @@ impl<'m, E: Env> Mm<'m, E> {
         };
         let spaces = self.registry().lock();
         let taken = self.take_leaves(&spaces, frame);
+        let page = self.user(frame);
+        // The flag last: whoever wrote by the frame's number set it before he let the page go (Linux: `try_to_unmap_one`).
         let clean = (taken == Ok(false) || mutant!("lazily-freed-though-written"))
-            && self.user(frame).mappings() == 0
-            && self.held_by_nobody_else(frame, self.user(frame));
+            && page.mappings() == 0
+            && self.held_by_nobody_else(frame, page)
+            && !page.slot().flags().contains(SlotFlags::DIRTY);
         self.put_leaves(&spaces, identity, frame, (!clean).then_some(frame));
         taken.map(|_| clean)
     }

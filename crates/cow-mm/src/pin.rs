@@ -128,7 +128,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         access: Access,
     ) -> Result<Option<Frame>, PinError> {
         if let Some(vma) = self.core().vmas.lock_vma(page)
-            && (vma.is_shared() || vma.anon.is_some())
+            && (vma.shows_object() || vma.anon.is_some())
         {
             return self.pin_in(&vma, page, address, access);
         }
@@ -136,7 +136,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let Some(vma) = state.vmas.get(page) else {
             return Ok(None);
         };
-        if needs_anon(&vma, Access::Write) && allows(vma.flags, access) {
+        if needs_anon(&vma, Access::Write) && !vma.shows_object() && allows(vma.flags, access) {
             // The copy that a private page may become is anonymous.
             self.prepare_anon(&mut state, page);
         }
@@ -167,7 +167,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             {
                 return Ok(None);
             }
-            if vma.is_shared() {
+            // Linux: `gup_must_unshare` asks `is_cow_mapping`.
+            if vma.shows_object() {
                 self.mm().add_pin(leaf.frame)?;
             } else if self.mm().is_exclusive(leaf.frame) {
                 self.mm().add_pin(leaf.frame)?;
@@ -265,7 +266,7 @@ impl<E: Env> Drop for Pin<'_, '_, E> {
     fn drop(&mut self) {
         let mm = self.space.mm();
         let slot = mm.slot(self.frame);
-        if self.write {
+        if self.write && !mutant!("pinned-write-is-not-noted") {
             // A device may have written to it, past every dirty bit.
             slot.set_flags(SlotFlags::DIRTY);
         }

@@ -4,9 +4,11 @@
 //! kernel's map of physical memory: what ptrace, exec and copies to another space need. A kernel that runs in the
 //! space itself copies through the MMU with [`UserAccess`](kmem_hal::UserAccess) instead.
 
-use kmem_hal::{PAGE_SIZE, Page, UserFault, VirtAddr};
+use kmem_hal::{Frame, PAGE_SIZE, Page, SlotFlags, UserFault, VirtAddr};
 
 use crate::env::Env;
+use crate::mm::Mm;
+use crate::mutants::mutant;
 use crate::space::AddressSpace;
 
 impl<E: Env> AddressSpace<'_, E> {
@@ -92,7 +94,7 @@ impl<E: Env> AddressSpace<'_, E> {
         start: VirtAddr,
         length: usize,
         write: bool,
-        mut access: impl FnMut(&crate::mm::Mm<'_, E>, kmem_hal::Frame, usize, usize, usize),
+        mut access: impl FnMut(&Mm<'_, E>, Frame, usize, usize, usize),
     ) -> Result<(), UserFault> {
         let mut done = 0;
         while done < length {
@@ -109,12 +111,17 @@ impl<E: Env> AddressSpace<'_, E> {
             let _state = self.lock();
             let page = Page::containing(address);
             let ready = self.leaf(page).filter(|leaf| !write || leaf.is_writable());
-            let Some(frame) = ready.and_then(|leaf| leaf.frame_of(page)) else {
+            let found = ready.and_then(|leaf| Some((leaf, leaf.frame_of(page)?)));
+            let Some((leaf, frame)) = found else {
                 continue;
             };
-            if self.mm().counted(frame).is_none() {
+            let Some(counted) = self.mm().counted(frame) else {
                 // Device memory: beyond the kernel's map, and a read may have effects.
                 return Err(fault);
+            };
+            if write && !leaf.attributes.dirty && !mutant!("kernel-write-is-not-noted") {
+                // No processor sets the entry's bit for this write (Linux: `follow_page_pte` with FOLL_TOUCH).
+                counted.slot().set_flags(SlotFlags::DIRTY);
             }
             let offset = address.page_offset() as usize;
             let part = (length - done).min(PAGE_SIZE as usize - offset);

@@ -107,6 +107,12 @@ impl Vma {
         self.flags.contains(VmFlags::SHARED)
     }
 
+    /// Whether its pages are the object's own, and never become copies: as `is_shared`, or mapped so from a file that was opened to be
+    /// read.
+    pub(crate) const fn shows_object(&self) -> bool {
+        self.flags.contains(VmFlags::MAYSHARE)
+    }
+
     /// Whether a write copies the page first.
     #[doc(alias = "is_cow_mapping")]
     #[must_use]

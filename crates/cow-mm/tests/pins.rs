@@ -225,3 +225,43 @@ fn what_a_program_may_not_access_is_not_pinned() {
     drop(pin);
     program.exit();
 }
+
+/// A file that was opened to be read is mapped "shared" without the right to write ever: others write to it, and a pin sees that.
+#[test]
+fn a_read_pin_of_a_read_only_shared_mapping_is_of_the_files_page() {
+    let world = World::new();
+    let mm = world.mm();
+    let (_image, file) = world.file(mm, &[7; 4096]);
+    let reader = Program::new(mm);
+    let writer = Program::new(mm);
+    let request = MapRequest {
+        flags: MapFlags::SHARED,
+        file: Some(file),
+        ..MapRequest::anonymous(PAGE, READ_WRITE)
+    };
+    let to_write = writer.space.mmap(&request).unwrap().as_u64();
+    let file = kmem_cow_mm::OpenFile {
+        writable: false,
+        ..file
+    };
+    let request = MapRequest {
+        file: Some(file),
+        prot: Prot::READ,
+        ..request
+    };
+    let to_read = reader.space.mmap(&request).unwrap().as_u64();
+    assert_eq!(reader.load(to_read), Ok(0x0707_0707_0707_0707));
+    let pin = reader.space.pin(VirtAddr::new(to_read), Access::Read);
+    let pin = pin.unwrap();
+    writer.store(to_write, 5).unwrap();
+    let mut bytes = [0; 8];
+    pin.read(0, &mut bytes);
+    assert_eq!(word(bytes), 5, "the pin is of a copy");
+    assert_eq!(reader.load(to_read), Ok(5), "the mapping shows a copy");
+    assert_eq!(reader.space.pins(), 0, "no anonymous page");
+    drop(pin);
+    let vma = reader.space.vma_at(VirtAddr::new(to_read)).unwrap();
+    assert_eq!(vma.anon, None);
+    reader.exit();
+    writer.exit();
+}

@@ -42,6 +42,8 @@ regressions! {
     an_entry_in_a_shared_table_is_flushed_for_all
     no_dirty_bit_is_lost_by_write_back
     what_is_written_after_madv_free_stays
+    what_the_kernel_writes_after_madv_free_stays
+    what_a_pin_writes_after_madv_free_stays
     locked_memory_is_not_reclaimed
     a_moved_page_takes_its_bytes_along
     an_entry_of_swap_names_no_memory

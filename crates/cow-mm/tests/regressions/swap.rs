@@ -2,7 +2,7 @@
 
 use kmem_cow_mm::replacement::{Clock, Fifo};
 use kmem_cow_mm::{Advice, MapFlags, MapRequest, Mm, Outcome, Prot, Reclaimer, Signal};
-use kmem_hal::{Frame, FrameRequest, FrameSink, FrameSource, Migrate, Mmu, Page, VirtAddr};
+use kmem_hal::{Access, Frame, FrameRequest, FrameSink, FrameSource, Migrate, Mmu, Page, VirtAddr};
 use kmem_mock_x86::{Adversary, Machine, MemoryMap};
 
 use super::common::{PAGE, Program, World};
@@ -41,6 +41,16 @@ pub const ALL: &[Regression] = &[
         "what_is_written_after_madv_free_stays",
         what_is_written_after_madv_free_stays,
         &["lazily-freed-though-written"],
+    ),
+    (
+        "what_the_kernel_writes_after_madv_free_stays",
+        what_the_kernel_writes_after_madv_free_stays,
+        &["kernel-write-is-not-noted"],
+    ),
+    (
+        "what_a_pin_writes_after_madv_free_stays",
+        what_a_pin_writes_after_madv_free_stays,
+        &["pinned-write-is-not-noted"],
     ),
     (
         "locked_memory_is_not_reclaimed",
@@ -211,6 +221,53 @@ pub fn what_is_written_after_madv_free_stays() {
     program.store(start, 1).unwrap();
     program.space.madvise(start, PAGE, Advice::Free).unwrap();
     program.store(start, 2).unwrap();
+    out(mm);
+    assert_eq!(program.load(start), Ok(2));
+    program.exit();
+}
+
+/// A write of the kernel's sets no dirty bit of the processor's: `process_vm_writev`, `ptrace`, a signal's frame.
+pub fn what_the_kernel_writes_after_madv_free_stays() {
+    let world = World::new();
+    let mm = world.mm();
+    world.disk(mm, 16);
+    let program = Program::new(mm);
+    let start = mapped(&program, 2);
+    program.store(start, 1).unwrap();
+    program.store(start + PAGE, 1).unwrap();
+    program.store(start + PAGE + 8, 9).unwrap();
+    let freed = program.space.madvise(start, 2 * PAGE, Advice::Free);
+    freed.unwrap();
+    let bytes = 2u64.to_le_bytes();
+    program
+        .space
+        .write_memory(VirtAddr::new(start), &bytes)
+        .unwrap();
+    let second = VirtAddr::new(start + PAGE);
+    program.space.zero_memory(second, 8).unwrap();
+    out(mm);
+    assert_eq!(program.load(start), Ok(2));
+    assert_eq!(program.load(start + PAGE + 8), Ok(9));
+    // Given up again, it goes as before.
+    program.space.madvise(start, PAGE, Advice::Free).unwrap();
+    out(mm);
+    assert_eq!(program.load(start), Ok(0));
+    program.exit();
+}
+
+/// As above, through a pin, which is gone when memory gets short.
+pub fn what_a_pin_writes_after_madv_free_stays() {
+    let world = World::new();
+    let mm = world.mm();
+    world.disk(mm, 16);
+    let program = Program::new(mm);
+    let start = mapped(&program, 1);
+    program.store(start, 1).unwrap();
+    program.space.madvise(start, PAGE, Advice::Free).unwrap();
+    let pin = program.space.pin(VirtAddr::new(start), Access::Write);
+    let pin = pin.unwrap();
+    assert!(pin.write(0, &2u64.to_le_bytes()));
+    drop(pin);
     out(mm);
     assert_eq!(program.load(start), Ok(2));
     program.exit();
