@@ -199,7 +199,7 @@ impl Process {
 
     /// All pages are there.
     fn check(&self) {
-        let table = self.space.tables();
+        let table = self.space.page_tables();
         for page in (0..self.pages).step_by((self.pages / 64).max(1) as usize) {
             let page = Page::containing(VirtAddr::new(self.start + page * PAGE));
             assert!(table.query(page).leaf().is_some(), "a page is missing");
@@ -208,7 +208,7 @@ impl Process {
 
     fn frame(&self, page: u64) -> Option<Frame> {
         let page = Page::containing(VirtAddr::new(self.start + page * PAGE));
-        Some(self.space.tables().query(page).leaf()?.frame)
+        Some(self.space.page_tables().query(page).leaf()?.frame)
     }
 }
 

@@ -13,7 +13,7 @@ use crate::vma::Label;
 use crate::vma_set::STORES_TO_ADD;
 
 impl<'m, E: Env> AddressSpace<'m, E> {
-    /// Says where the heap begins, empty: what exec does behind the image's data.
+    /// Says where the heap begins, empty: what exec does behind the image's data. Beyond user space nothing grows there.
     pub fn set_heap(&self, start: u64) {
         let mut state = self.lock();
         state.brk = Brk { start, end: start };

@@ -16,6 +16,8 @@
 
 use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
 
+use crate::mutants::mutant;
+
 /// Bytes of unmapped space that a growing stack keeps below itself: 256 pages (`stack_guard_gap`).
 #[doc(alias = "stack_guard_gap")]
 pub const STACK_GUARD_PAGES: u64 = 256;
@@ -71,7 +73,8 @@ impl Layout {
     /// Whether a page is one of the first, which nobody may map (`vm.mmap_min_addr`).
     #[doc(alias = "cap_mmap_addr")]
     pub(crate) fn is_too_low(&self, page: Page) -> bool {
-        page < self.search.first() && page.number() < FLOOR / PAGE_SIZE
+        let low = page < self.search.first() && page.number() < FLOOR / PAGE_SIZE;
+        low && !mutant!("first-pages-are-mapped")
     }
 
     /// 32-bit x86 with 3 GiB of user space and the legacy bottom-up layout of the classic course.

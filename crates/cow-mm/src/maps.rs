@@ -14,6 +14,9 @@ pub struct Maps<'s, 'm, E: Env>(&'s AddressSpace<'m, E>);
 
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// The mappings as `/proc/PID/maps` prints them.
+    ///
+    /// What is printed to is called under the space's lock, as a visitor of [`for_each_vma`](Self::for_each_vma): it is no memory of a
+    /// program's, in which it would fault.
     #[doc(alias = "show_map")]
     #[must_use]
     pub fn maps(&self) -> Maps<'_, 'm, E> {

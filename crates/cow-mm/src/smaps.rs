@@ -23,7 +23,7 @@ pub struct Smaps<'s, 'm, E: Env>(&'s AddressSpace<'m, E>);
 pub struct SmapsRollup<'s, 'm, E: Env>(&'s AddressSpace<'m, E>);
 
 impl<'m, E: Env> AddressSpace<'m, E> {
-    /// The mappings and what of them is in memory, as `/proc/PID/smaps` prints it.
+    /// The mappings and what of them is in memory, as `/proc/PID/smaps` prints it; under the space's lock, as [`maps`](Self::maps).
     #[doc(alias = "show_smap")]
     #[must_use]
     pub fn smaps(&self) -> Smaps<'_, 'm, E> {

@@ -325,9 +325,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         self.tables().root()
     }
 
-    /// The page tables, to be looked at.
-    #[must_use]
-    pub fn tables(&self) -> &PageTable<E::Format, &'m E::Paging, PageRef> {
+    /// The page tables.
+    pub(crate) fn tables(&self) -> &PageTable<E::Format, &'m E::Paging, PageRef> {
         match &self.core().tables {
             Some(tables) => tables,
             None => unreachable!("a space that is being dropped is used"),
@@ -385,6 +384,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     /// Visits the mappings in order of address; stops where `visit` says `false`.
+    ///
+    /// `visit` runs with the space's lock held shared: it must make no call that takes it too, as nearly all do
+    /// ([`resident`](Self::resident) does not), and no fault in the space. Calls that change mappings wait for as long as it takes.
     pub fn for_each_vma(&self, mut visit: impl FnMut(&Vma) -> bool) {
         let state = self.core().state.read();
         for vma in state.vmas.iter() {

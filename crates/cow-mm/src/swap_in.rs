@@ -447,7 +447,8 @@ impl<E: Env> AddressSpace<'_, E> {
         }
     }
 
-    /// Shows every page of the space that is in swap, and where.
+    /// Shows every page of the space that is in swap, and where. `show` runs under the space's lock, as a visitor of
+    /// [`for_each_vma`](Self::for_each_vma).
     pub fn for_each_swap_entry(&self, mut show: impl FnMut(Page, SwapEntry)) {
         let _ = self.for_each_swapped(|_, page, _, entry| {
             show(page, entry);

@@ -137,14 +137,14 @@ fn a_page_is_moved_under_everybody_who_maps_it() {
             let target = to.first();
             let entry = program
                 .space
-                .tables()
+                .page_tables()
                 .query(Page::containing(VirtAddr::new(start + page * PAGE)));
             let old = mm.migrate(from, to).unwrap();
             assert_eq!(old.first(), from);
             assert_eq!(frame_of(program, start + page * PAGE), Some(target));
             let now = program
                 .space
-                .tables()
+                .page_tables()
                 .query(Page::containing(VirtAddr::new(start + page * PAGE)));
             // The next write decides whose the page is.
             let kept = entry.leaf().unwrap().attributes.rights - Rights::WRITE;

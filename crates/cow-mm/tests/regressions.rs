@@ -59,6 +59,8 @@ regressions! {
     a_copied_page_is_anonymous_and_no_file_page
     addresses_at_the_top_are_refused
     a_stack_grows_into_no_guard
+    nothing_gets_into_the_first_pages
+    a_mapping_is_cut_where_there_may_be_more
     protection_outlives_a_page_that_is_absent
     counts_are_refused_before_they_wrap
     an_absent_entry_names_no_memory_that_exists

@@ -269,7 +269,7 @@ fn migrate(program: &Program, address: u64) -> Option<()> {
     let space = &program.space;
     let frames = space.mm().env().frames();
     let page = kmem_hal::Page::containing(kmem_hal::VirtAddr::new(address));
-    let before = space.tables().query(page).leaf();
+    let before = space.page_tables().query(page).leaf();
     let Some(leaf) = before.filter(|leaf| leaf.frame != space.mm().zero_page()) else {
         return Some(());
     };
@@ -277,7 +277,7 @@ fn migrate(program: &Program, address: u64) -> Option<()> {
     let target = to.first();
     match space.mm().migrate(leaf.frame, to) {
         Ok(old) => {
-            let now = space.tables().query(page).leaf();
+            let now = space.page_tables().query(page).leaf();
             let now = now.expect("a page that was moved is mapped");
             assert_eq!(now.frame, target);
             let mut rights = leaf.attributes.rights;

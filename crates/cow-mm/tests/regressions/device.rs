@@ -129,7 +129,7 @@ fn accesses_reach_the_device_uncached() {
         assert_eq!(program.load(at + 8), Ok(0x55));
         program.store(at + 3 * PAGE + 16, 0x77).unwrap();
         assert_eq!(held.lock().unwrap()[(3 * PAGE + 16) as usize / 8], 0x77);
-        let leaf = program.space.tables().query(page(at)).leaf().unwrap();
+        let leaf = program.space.page_tables().query(page(at)).leaf().unwrap();
         assert_eq!(leaf.attributes.memory_type, memory_type);
         assert_eq!(leaf.frame.start().as_u64(), base);
         // One fault mapped the neighbours, and none beyond what 16 pages cover.
@@ -148,7 +148,7 @@ fn accesses_reach_the_device_uncached() {
         space.mprotect(at, PAGE, RW).unwrap();
         program.store(at, 0x99).unwrap();
         assert_eq!(held.lock().unwrap()[0], 0x99);
-        let leaf = space.tables().query(page(at)).leaf().unwrap();
+        let leaf = space.page_tables().query(page(at)).leaf().unwrap();
         assert_eq!(leaf.attributes.memory_type, memory_type);
         assert!(leaf.attributes.rights.contains(Rights::WRITE));
         let smaps = space.smaps().to_string();

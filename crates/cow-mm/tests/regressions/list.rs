@@ -2,7 +2,9 @@
 //!
 //! With each stand the faults on purpose (`src/mutants.in`) that take its guard away: the run must notice them.
 
-use kmem_cow_mm::{Advice, Env, Layout, MapFlags, MapRequest, Outcome, Prot, RemapFlags, Signal};
+use kmem_cow_mm::{
+    Advice, Env, Errno, Layout, Limits, MapFlags, MapRequest, Outcome, Prot, RemapFlags, Signal,
+};
 use kmem_hal::sync::Ordering;
 use kmem_hal::{FaultCode, Frame, Page, PageFault, VirtAddr};
 use kmem_mock_x86::{Adversary, Machine, MemoryMap};
@@ -77,6 +79,16 @@ pub const ALL: &[Regression] = &[
         "a_stack_grows_into_no_guard",
         a_stack_grows_into_no_guard,
         &["stack-guard-forgotten"],
+    ),
+    (
+        "nothing_gets_into_the_first_pages",
+        nothing_gets_into_the_first_pages,
+        &["first-pages-are-mapped"],
+    ),
+    (
+        "a_mapping_is_cut_where_there_may_be_more",
+        a_mapping_is_cut_where_there_may_be_more,
+        &["cut-beyond-the-limit"],
     ),
     (
         "counts_are_refused_before_they_wrap",
@@ -474,6 +486,42 @@ fn a_stack_grows_into_no_guard() {
     program.exit();
 }
 
+/// CVE-2019-9213: a stack that grows into the first pages puts memory where a kernel's null pointer leads. Nor does mremap.
+fn nothing_gets_into_the_first_pages() {
+    const LOWEST: u64 = 0x1_0000;
+    let world = World::new();
+    let program = Program::new(world.mm());
+    let mut stack = MapRequest::anonymous(PAGE, RW).at(LOWEST);
+    stack.flags |= MapFlags::GROWSDOWN;
+    program.space.mmap(&stack).unwrap();
+    let below = LOWEST - PAGE;
+    assert_eq!(
+        program.store(below, 1),
+        Err(signal(Signal::MapError, below))
+    );
+    let to = RemapFlags::MAYMOVE | RemapFlags::FIXED;
+    assert_eq!(
+        program.space.mremap(LOWEST, PAGE, PAGE, to, PAGE),
+        Err(Errno::EPERM)
+    );
+    program.exit();
+}
+
+/// A program that may have no more mappings gets none by cutting one: each costs the kernel memory.
+fn a_mapping_is_cut_where_there_may_be_more() {
+    let world = World::new();
+    let program = Program::new(world.mm());
+    map(&program, 3, RW);
+    let limits = program.space.limits();
+    program.space.set_limits(Limits {
+        mappings: 1,
+        ..limits
+    });
+    let cut = program.space.mprotect(AT + PAGE, PAGE, Prot::READ);
+    assert_eq!((cut, program.space.map_count()), (Err(Errno::ENOMEM), 1));
+    program.exit();
+}
+
 /// A page that is dropped and comes again has the rights of its mapping now, not those that it had.
 fn protection_outlives_a_page_that_is_absent() {
     let world = two_processors(1);
@@ -527,7 +575,7 @@ fn an_absent_entry_names_no_memory_that_exists() {
         .unwrap();
     for address in [AT, AT + PAGE] {
         let page = Page::containing(VirtAddr::new(address));
-        let Some(step) = program.space.tables().path(page).steps().last() else {
+        let Some(step) = program.space.page_tables().path(page).steps().last() else {
             panic!("no way to the page")
         };
         assert_eq!(step.word & 1, 0, "not present");

@@ -765,7 +765,7 @@ impl Running {
 
 /// Frames that a process's page tables hold, those set aside for copies of shared tables too.
 fn tables_of(process: &Process, usage: &Usage) -> u64 {
-    usage.tables + process.space().tables().spares() as u64
+    usage.tables + process.space().page_tables().spares() as u64
 }
 
 /// `/proc/meminfo`: the allocator's lines, then those of the allocator's users.
