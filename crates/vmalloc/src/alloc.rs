@@ -9,8 +9,8 @@
 //! long as there are any; what is left, and every block that cannot be had, is made of single frames.
 
 use kmem_hal::{
-    DeviceFrame, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, ObjectAlloc, Order,
-    OwnedFrame, PAGE_SIZE, Page, PageRange, PhysAddr, RawLock, VirtAddr,
+    Context, DeviceFrame, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, ObjectAlloc,
+    Order, OwnedFrame, PAGE_SIZE, Page, PageRange, PhysAddr, RawLock, VirtAddr,
 };
 use kmem_paging::format::Format;
 use kmem_paging::{Attributes, Env, MapError, MemoryType, Rights};
@@ -93,6 +93,9 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         self.settle(range, outcome)
     }
 
+    /// Maps fresh frames. They are taken under a table's lock, which reclaim may want as well ([`StackCache`](crate::StackCache) unmaps
+    /// stacks): so never with a context that waits. Where there are none, one is asked for as the caller can bear, with no lock held,
+    /// and the call goes on from there.
     #[inline(never)]
     fn fill_memory(
         &self,
@@ -102,28 +105,56 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         huge: Option<Order>,
     ) -> Result<(), (VmallocError, Page)> {
         let env = self.table.env();
-        self.fill(range, attributes, true, |page, left| {
-            let block = huge
-                .filter(|huge| left >= huge.frames() && page.number().is_multiple_of(huge.frames()))
-                .and_then(|order| {
-                    let request = FrameRequest { order, ..*single };
-                    env.frames().alloc(&request).ok()
-                });
-            let frame = match block {
-                Some(block) => block,
-                // Spelled out, so that the common case is compiled for what it is.
-                None if *single == FrameRequest::ONE => {
-                    env.frames().alloc(&FrameRequest::ONE).ok()?
+        let at_once = single.context(Context::Atomic);
+        let mut spare: Option<OwnedFrame> = None;
+        let mut rest = range;
+        loop {
+            let mut refused = false;
+            let outcome = self.fill(rest, attributes, true, |page, left| {
+                let block = huge
+                    .filter(|huge| {
+                        left >= huge.frames() && page.number().is_multiple_of(huge.frames())
+                    })
+                    .and_then(|order| {
+                        let request = FrameRequest { order, ..at_once };
+                        env.frames().alloc(&request).ok()
+                    });
+                let frame = match block {
+                    Some(block) => Some(block),
+                    // Spelled out, so that the common case is compiled for what it is.
+                    None if at_once == FrameRequest::ONE => {
+                        env.frames().alloc(&FrameRequest::ONE).ok()
+                    }
+                    None => env.frames().alloc(&at_once).ok(),
+                };
+                let Some(frame) = frame.or_else(|| spare.take()) else {
+                    refused = true;
+                    return None;
+                };
+                KernelPage::owned(frame, env.slots())
+                    .map_err(|frame| env.frames().free(frame))
+                    .ok()
+            });
+            if let Some(frame) = spare.take() {
+                env.frames().free(frame);
+            }
+            // Each turn maps the frame that the one before it could not have: there is an end.
+            match outcome {
+                Err((_, at)) if refused && single.context != Context::Atomic => {
+                    spare = env.frames().alloc(single).ok();
+                    rest = match PageRange::new(at, range.last()) {
+                        Some(rest) if spare.is_some() => rest,
+                        _ => return outcome,
+                    };
                 }
-                None => env.frames().alloc(single).ok()?,
-            };
-            KernelPage::owned(frame, env.slots())
-                .map_err(|frame| env.frames().free(frame))
-                .ok()
-        })
+                _ => return outcome,
+            }
+        }
     }
 
     /// Maps frames that the caller gives, one after the other; they are freed with the area.
+    ///
+    /// `frames` may run under a table's lock: it must neither wait nor use the kernel's table.
     ///
     /// # Errors
     ///
@@ -154,7 +185,8 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
 
     /// Maps frames that belong to somebody else and stay so: page `i` of the area is the `i`-th frame that `frames` gives.
     ///
-    /// [`free`](Self::free) unmaps them on every CPU before it returns, so that their owner may free them.
+    /// [`free`](Self::free) unmaps them on every CPU before it returns, so that their owner may free them. `frames` may run under a
+    /// table's lock: it must neither wait nor use the kernel's table.
     ///
     /// # Errors
     ///

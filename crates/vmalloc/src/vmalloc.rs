@@ -127,6 +127,8 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
     }
 
     /// With frames as this request asks for them; its order, its limit and whether they are zeroed do not matter.
+    ///
+    /// Its context says what a call may do that finds no free frame; whatever that is, it is done with no lock held.
     #[must_use]
     pub fn with_frames(mut self, request: FrameRequest) -> Self {
         self.frames = FrameRequest {

@@ -1,0 +1,198 @@
+//! What other CPUs meet while a call is half-way: one thread plays all of them, from hooks in the environment.
+//!
+//! Nothing waits here: where a call would spin for somebody else, [`Env::relax`] leaves it by unwinding, and
+//! the test learns that it waited.
+
+use std::cell::{Cell, RefCell};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
+use kmem_hal::{
+    AllocError, Context, FlushRequest, FrameRequest, FrameSink, FrameSource, FrameTable, Mmu,
+    NoTrace, OwnedFrame, PAGE_SIZE, PageRange, Root, Shrink, SingleCpu, SingleGrace, Spin,
+};
+use kmem_paging::format::X86_64;
+use kmem_paging::{Env, PageTable, Parts, TableCache};
+use kmem_testkit::{Arena, ArenaSource, HeapObjects, SlotArena};
+use kmem_vma_tree::Node;
+use kmem_vmalloc::{KernelLayout, KernelPage, StackCache, StackSlots, Vmalloc};
+
+/// What somebody else does at one point of a call.
+type Other = Box<dyn Fn()>;
+
+/// Called when the call under test comes there; empty at first.
+#[derive(Default)]
+struct Hook(RefCell<Option<Other>>);
+
+impl Hook {
+    fn set(&self, other: impl Fn() + 'static) {
+        *self.0.borrow_mut() = Some(Box::new(other));
+    }
+
+    /// Runs what was set, which is then gone.
+    fn run(&self) -> bool {
+        let other = self.0.borrow_mut().take();
+        other.map(|other| other()).is_some()
+    }
+}
+
+/// The payload of an unwinding that ends a wait.
+struct Waits;
+
+/// Whether `call` waits for somebody.
+fn waits(call: impl FnOnce()) -> bool {
+    match catch_unwind(AssertUnwindSafe(call)) {
+        Ok(()) => false,
+        Err(payload) if payload.is::<Waits>() => true,
+        Err(payload) => resume_unwind(payload),
+    }
+}
+
+/// Frames that run out for callers who cannot wait, and come back by reclaim for those who can.
+struct Frames {
+    arena: ArenaSource<'static>,
+    left: Cell<u64>,
+    reclaim: Hook,
+}
+
+// SAFETY: F1 to F3: the arena's, or a refusal.
+unsafe impl FrameSource for Frames {
+    fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
+        let may_reclaim = request.context >= Context::NoIo;
+        while self.left.get() == 0 {
+            if !may_reclaim || !self.reclaim.run() {
+                return Err(AllocError::OutOfMemory);
+            }
+        }
+        let frame = self.arena.alloc(request)?;
+        self.left.set(self.left.get() - 1);
+        Ok(frame)
+    }
+}
+
+impl FrameSink for Frames {
+    fn free(&self, frame: OwnedFrame) {
+        self.left.set(self.left.get() + 1);
+        self.arena.free(frame);
+    }
+}
+
+/// Tells the test of each flush: the entries are gone, and no CPU has been told.
+#[derive(Default)]
+struct Flushes(Hook);
+
+// SAFETY: M1 to M5: nobody walks the tables.
+unsafe impl Mmu for Flushes {
+    unsafe fn load_root(&self, _root: Root, _keep: bool) {}
+    fn is_loaded(&self, _root: Root) -> bool {
+        false
+    }
+    fn flush_local(&self, _request: &FlushRequest) {
+        self.0.run();
+    }
+}
+
+/// Parts, and a spin that shows.
+struct Hooked(Parts<'static, &'static Arena, Frames, Flushes, SingleGrace, SingleCpu, NoTrace>);
+
+// SAFETY: E1 to E4: those of the parts.
+unsafe impl Env for Hooked {
+    type Map = &'static Arena;
+    type Frames = Frames;
+    type Mmu = Flushes;
+    type Grace = SingleGrace;
+    type Cpu = SingleCpu;
+    type Trace = NoTrace;
+
+    fn map(&self) -> &&'static Arena {
+        self.0.map()
+    }
+    fn frames(&self) -> &Frames {
+        self.0.frames()
+    }
+    fn mmu(&self) -> &Flushes {
+        self.0.mmu()
+    }
+    fn grace(&self) -> &SingleGrace {
+        self.0.grace()
+    }
+    fn cpu(&self) -> &SingleCpu {
+        self.0.cpu()
+    }
+    fn trace(&self) -> &NoTrace {
+        self.0.trace()
+    }
+    fn slots(&self) -> &FrameTable {
+        self.0.slots()
+    }
+    fn cache(&self) -> &TableCache {
+        self.0.cache()
+    }
+    fn relax(&self) {
+        resume_unwind(Box::new(Waits));
+    }
+}
+
+type Table = PageTable<X86_64, &'static Hooked, KernelPage>;
+type Kernel = Vmalloc<'static, X86_64, &'static Hooked, &'static HeapObjects<Node>, Spin>;
+
+fn leak<T>(value: T) -> &'static T {
+    Box::leak(Box::new(value))
+}
+
+fn cpu() -> SingleCpu {
+    // SAFETY: one thread plays all CPUs, and nothing interrupts it but its own hooks.
+    unsafe { SingleCpu::new() }
+}
+
+fn table() -> (&'static Hooked, &'static Table) {
+    let arena = leak(Arena::new(512));
+    let slots = leak(SlotArena::new(kmem_hal::PhysMap::reach(arena)));
+    let frames = Frames {
+        arena: ArenaSource::new(arena),
+        left: Cell::new(512),
+        reclaim: Hook::default(),
+    };
+    let flushes = Flushes::default();
+    // SAFETY: one thread, and the parts belong to one arena.
+    let parts = unsafe { Parts::new(arena, frames, flushes, SingleGrace::new(), cpu(), slots) };
+    let env = leak(Hooked(parts));
+    (env, leak(Table::new(env).unwrap()))
+}
+
+fn kernel(request: FrameRequest) -> (&'static Hooked, &'static Kernel) {
+    let (env, table) = table();
+    let window = PageRange::with_count(KernelLayout::x86_64().vmalloc.first(), 256).unwrap();
+    let kernel = Vmalloc::new(table, window, leak(HeapObjects::new())).with_frames(request);
+    (env, leak(kernel))
+}
+
+#[test]
+fn reclaim_for_an_area_runs_without_its_tables_lock() {
+    let (env, kernel) = kernel(FrameRequest::ONE.context(Context::MayWait));
+    let slots = Box::leak(Box::new([StackSlots::<2>::new()]));
+    let stacks = leak(StackCache::new(kernel, cpu(), slots, 8));
+    for top in [stacks.alloc().unwrap(), stacks.alloc().unwrap()] {
+        stacks.free(top).unwrap();
+    }
+    kernel.purge();
+    let frames = env.frames();
+    let others = frames.left.get() - 4;
+    frames.left.set(4);
+    // Reclaim takes the stacks, whose leaves are in the table that the area is being mapped in.
+    frames.reclaim.set(|| assert_eq!(stacks.scan(1), 1));
+    let mut area = None;
+    let spun = waits(|| area = Some(kernel.alloc(10 * PAGE_SIZE)));
+    assert!(!spun, "reclaim waits for the lock of its caller");
+    let area = area.unwrap().unwrap();
+    assert_eq!(kernel.bytes_at(area), Some(10 * PAGE_SIZE));
+    assert_eq!(stacks.count(), 1);
+    // Nothing is left to reclaim: a refusal, and what was mapped until then is gone.
+    let left = frames.left.get();
+    assert!(left < 20);
+    assert!(kernel.alloc(20 * PAGE_SIZE).is_err());
+    assert_eq!(frames.left.get(), left);
+    frames.left.set(left + others);
+    kernel.free(area).unwrap();
+    stacks.scan(usize::MAX);
+    assert_eq!(kernel.used(), (0, 0));
+}
