@@ -291,32 +291,31 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
         }
     }
 
-    /// Builds a value in an object of the cache, without passing it through the stack: for large types.
+    /// Builds a value in an object of the cache, without passing it through the stack: for large types. Types without bytes need no place and
+    /// are refused at compile time.
     ///
     /// # Errors
     ///
-    /// [`AllocError`]; `build` is not called then.
+    /// [`AllocError`]; `build` is not called then. [`AllocError::Unsatisfiable`] where `build` gave a reference to another value than the one
+    /// in the place: that one stays where it is and its owner's, and what was written into the place is forgotten.
     #[track_caller]
     pub fn alloc_in_place(
         &self,
         build: impl FnOnce(&mut MaybeUninit<T>) -> &mut T,
     ) -> Result<SlabBox<'_, T, P, STABLE, H>, AllocError> {
+        const { assert!(size_of::<T>() > 0, "a type without bytes needs no place") };
         let object = self.alloc_memory(Flags::empty())?;
         // SAFETY: memory for a `T` that belongs to this call (I2).
         let place = unsafe { object.cast::<MaybeUninit<T>>().as_mut() };
         let built = ptr::from_mut(build(place));
-        debug_assert!(
-            ptr::eq(built, object.as_ptr()),
-            "the value was built elsewhere"
-        );
-        // SAFETY: `build` returned a reference with the lifetime of the place, so to an initialised value; where that is not in the
-        // place (only a leaked or static one could be), the assertion tells in debug builds and the value is moved here.
-        unsafe {
-            if !ptr::eq(built, object.as_ptr()) {
-                ptr::copy_nonoverlapping(built, object.as_ptr(), 1);
-            }
-            Ok(SlabBox::from_raw(self, object))
+        if !ptr::eq(built, object.as_ptr()) {
+            // Where `T` borrows something, a reference to another value may live as long as any place does. That value has an owner.
+            // SAFETY: the object came from this cache, and nothing refers to it any more.
+            unsafe { self.free_memory(object) };
+            return Err(AllocError::Unsatisfiable);
         }
+        // SAFETY: `build` returned a reference to the value in the place, which has bytes, so that no other value is there.
+        Ok(unsafe { SlabBox::from_raw(self, object) })
     }
 
     /// Takes `count` objects ahead of need (at most `N`): as long as some are left, [`Reserve::take`] cannot fail.

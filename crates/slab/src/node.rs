@@ -209,7 +209,7 @@ impl<P: Platform> SlabSystem<P> {
             return Ok(object);
         }
         match self.grow(cache, &request) {
-            Err(_) if strict && self.shrink() > 0 => match held() {
+            Err(_) if strict && self.shrink_for(request.context) > 0 => match held() {
                 Some(object) => Ok(object),
                 None => self.grow(cache, &request),
             },

@@ -41,7 +41,7 @@ impl<P: Platform> SlabSystem<P> {
         let platform = self.platform().ok_or(AllocError::NotInitialised)?;
         let pages = || {
             let served = self.alloc_pages(platform, size, align, request);
-            if served.is_err() && self.shrink() > 0 {
+            if served.is_err() && self.shrink_for(request.context) > 0 {
                 return self.alloc_pages(platform, size, align, request);
             }
             served

@@ -58,7 +58,7 @@ impl<P: Platform> SlabSystem<P> {
             return Ok(object);
         }
         // Memory is short: what other caches hold in empty slabs and depots may serve, here or to the page source.
-        if self.shrink() > 0
+        if self.shrink_for(request.context) > 0
             && let Ok(object) = self.grow(cache, request)
         {
             return Ok(object);

@@ -39,10 +39,14 @@ impl<P: Platform> SlabSystem<P> {
         frames
     }
 
-    /// As [`shrink`](Self::shrink) beneath an allocation of frames that went short: never asks for a frame itself, which would end here again.
-    ///
-    /// Caches of which this CPU has no head yet are passed over, and where nobody may wait those of built objects, whose destructors may take
-    /// locks that the caller holds.
+    /// As [`shrink`](Self::shrink) beneath an allocation in this context: where nobody may wait, caches of built objects are passed over, whose
+    /// destructors may take locks that the caller holds.
+    pub(crate) fn shrink_for(&self, context: Context) -> u64 {
+        self.shrink_where(|cache| may_take_apart(cache, context))
+    }
+
+    /// As [`shrink_for`](Self::shrink_for) beneath an allocation of frames that went short: never asks for a frame itself, which would end here
+    /// again. Caches of which this CPU has no head yet are passed over.
     fn shrink_short(&self, request: &FrameRequest) -> u64 {
         let Some(platform) = self.platform() else {
             return 0;
@@ -51,10 +55,8 @@ impl<P: Platform> SlabSystem<P> {
         if !self.has_first_page(here()) {
             return 0;
         }
-        let atomic = request.context == Context::Atomic;
         self.shrink_where(|cache| {
-            let built = cache.setup.hooks.is_some();
-            !(atomic && built) && self.head_of(cache, here().get()).is_some()
+            may_take_apart(cache, request.context) && self.head_of(cache, here().get()).is_some()
         })
     }
 
@@ -200,6 +202,11 @@ impl<P: Platform> SlabSystem<P> {
             unsafe { self.drop_array(cache, node, empty) };
         }
     }
+}
+
+/// Whether slabs of the cache may go back beneath an allocation in this context.
+fn may_take_apart<L>(cache: &RawCache<L>, context: Context) -> bool {
+    context != Context::Atomic || cache.setup.hooks.is_none()
 }
 
 /// As the page-frame allocator's hook for short memory: gives back what caches hold beyond need, in any context.

@@ -10,7 +10,7 @@ use std::rc::Rc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use common::{Arena, System, TestParts, parts, system};
-use kmem_hal::{AllocError, Grace, ObjectAlloc, SingleGrace};
+use kmem_hal::{AllocError, Grace, NodeId, NodePolicy, ObjectAlloc, SingleGrace};
 use kmem_slab::{Cache, Flags, ReuseCache, SlabBox, SlabSystem};
 
 static SYSTEM: System = SlabSystem::new();
@@ -118,6 +118,22 @@ fn large_values_are_built_in_place() {
         })
         .unwrap();
     assert!(boxed.iter().enumerate().all(|(at, &n)| n == at as u64));
+}
+
+#[test]
+fn a_value_that_was_built_elsewhere_is_left_there() {
+    let (_, system) = system(1024, 1);
+    let borrowed = 5;
+    let counted = Rc::new(());
+    let mut elsewhere = (counted.clone(), &borrowed);
+    let cache: Cache<'_, (Rc<()>, &u8), _> = Cache::new(&system, "elsewhere");
+    let place = &mut elsewhere;
+    assert_eq!(
+        cache.alloc_in_place(|_| place).map(drop),
+        Err(AllocError::Unsatisfiable)
+    );
+    assert_eq!(cache.info().unwrap().active_objects, 0);
+    assert_eq!(Rc::strong_count(&counted), 2, "nothing was dropped");
 }
 
 #[test]
@@ -273,6 +289,45 @@ fn built_objects_stay_built() {
     assert_eq!(ALIVE.load(Ordering::Relaxed), BUILT.load(Ordering::Relaxed));
     cache.destroy().unwrap();
     assert_eq!(ALIVE.load(Ordering::Relaxed), 0);
+}
+
+/// Counts the values that were taken apart in a test of one thread.
+struct Counted([u64; 64]);
+
+thread_local! {
+    static APART: std::cell::Cell<usize> = const { std::cell::Cell::new(0) };
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        APART.set(APART.get() + 1);
+    }
+}
+
+#[test]
+fn no_destructor_runs_beneath_an_allocation_that_may_not_wait() {
+    type Attempt = fn(&System, Flags) -> bool;
+    let attempts: [Attempt; 3] = [
+        |system, flags| system.kmalloc(8192, flags).is_ok(),
+        |system, flags| system.kmalloc(20_000, flags).is_ok(),
+        |system, flags| {
+            let here = NodePolicy::Strict(NodeId::new(0));
+            system.kmalloc_node(8192, flags, here).is_ok()
+        },
+    ];
+    for attempt in attempts {
+        let (_, system) = system(256, 1);
+        let build = || Counted([0; 64]);
+        let cache = ReuseCache::new(&system, "built", build, |built: &mut Counted| {
+            built.0[0] = 0
+        });
+        drop((0..100).map(|_| cache.alloc().unwrap()).collect::<Vec<_>>());
+        APART.set(0);
+        while attempt(&system, Flags::empty()) {}
+        assert_eq!(APART.get(), 0, "the caller may hold a lock of theirs");
+        attempt(&system, Flags::MAY_WAIT);
+        assert!(APART.get() > 0, "who may wait gets their memory");
+    }
 }
 
 #[test]
