@@ -28,7 +28,8 @@ fn sizes_beyond_the_caches_are_vmallocs() {
     let large = slab.kmalloc(9 << 20, Flags::MAY_WAIT).unwrap();
     assert!(vmalloc.contains(large.as_ptr()));
     assert!((&LARGE).contains(large.as_ptr()));
-    assert_eq!(slab.ksize(large), Some(9 << 20));
+    // SAFETY: given above.
+    assert_eq!(unsafe { slab.ksize(large) }, Some(9 << 20));
     let page = VirtAddr::from_ptr(large.as_ptr());
     assert_eq!(vmalloc.bytes_at(page), Some(9 << 20));
     assert_eq!(vmalloc.used(), (1, (9 << 20) / 4096));

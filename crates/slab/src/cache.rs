@@ -392,6 +392,7 @@ unsafe impl<T, P: Platform, const STABLE: bool, H: Policy> ObjectAlloc<T>
     const TYPE_STABLE: bool = STABLE;
 
     #[inline]
+    #[track_caller]
     fn alloc(&self) -> Result<NonNull<T>, AllocError> {
         self.alloc_memory(Flags::empty())
     }
@@ -402,6 +403,7 @@ unsafe impl<T, P: Platform, const STABLE: bool, H: Policy> ObjectAlloc<T>
         unsafe { self.free_memory(object) }
     }
 
+    #[track_caller]
     fn alloc_bulk(&self, out: &mut [MaybeUninit<NonNull<T>>]) -> usize {
         if size_of::<T>() == 0 {
             for place in out.iter_mut() {

@@ -177,6 +177,17 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
+    /// Whether an object of a live slab of `cache` begins at `object`; where the cache checks, also whether it is in use.
+    pub(crate) fn is_object_in_use(&self, cache: &RawCache<P::Lock>, object: NonNull<u8>) -> bool {
+        if !self.begins_object(cache, object.as_ptr()) {
+            return false;
+        }
+        let slot = cache.geometry().size();
+        // SAFETY: the tag of an object of a live slab of this cache (I1).
+        !cache.setup.features.check
+            || unsafe { tag_of(object, slot).read() } == in_use(object, cache.column)
+    }
+
     /// The bytes of an object in use that its owner may use.
     pub(crate) fn usable(&self, cache: &RawCache<P::Lock>, object: NonNull<u8>) -> usize {
         let features = cache.setup.features;

@@ -271,8 +271,12 @@ impl<P: Platform> SlabSystem<P> {
         let served = match Self::class_for(size, align).filter(|_| !flags.limited()) {
             Some(class) => {
                 let cache = self.class(class).ok_or(AllocError::NotInitialised)?;
-                self.alloc_on(cache, &request)
-                    .inspect(|&object| self.hand_out(class, object, size, flags))
+                let served = self.alloc_on(cache, &request);
+                // Not in a closure, which would be the caller that `Owner` remembers.
+                if let Ok(object) = served {
+                    self.hand_out(class, object, size, flags);
+                }
+                served
             }
             None => self.alloc_large(size, align, &request),
         };
@@ -394,12 +398,21 @@ impl<P: Platform> SlabSystem<P> {
             .is_some_and(|platform| platform.large().contains(memory.as_ptr()))
     }
 
-    /// The usable size in bytes of memory from this system; `None` for any other pointer.
+    /// The usable size in bytes of memory from this system.
+    ///
+    /// `None` for what the system finds out not to be such memory: a pointer that it never gave, one into the middle of an object and, under
+    /// [`Check`](crate::Check), an object that is free. Without that policy a free object's size is that of its class.
+    ///
+    /// # Safety
+    ///
+    /// Memory of this system that `memory` points to is not freed during the call, nor was its cache dropped or destroyed.
     #[must_use]
-    pub fn ksize(&self, memory: NonNull<u8>) -> Option<usize> {
+    pub unsafe fn ksize(&self, memory: NonNull<u8>) -> Option<usize> {
         let platform = self.platform()?;
         match self.find(platform, memory) {
-            Found::Object(cache) => Some(self.usable(cache, memory)),
+            Found::Object(cache) => self
+                .is_object_in_use(cache, memory)
+                .then(|| self.usable(cache, memory)),
             Found::Pages(_, count) => Some((count * PAGE_SIZE) as usize),
             Found::Large => {
                 let area = area_of(platform.large(), memory);
@@ -412,7 +425,8 @@ impl<P: Platform> SlabSystem<P> {
 
     /// Changes the size of memory from [`kmalloc`](Self::kmalloc): in place where its class, its pages or its large area allow it.
     ///
-    /// Null allocates. The bytes up to the smaller size are kept; with `ZERO` those beyond the old usable size are zero.
+    /// Null allocates. The bytes up to the smaller size are kept; with `ZERO` those beyond the old usable size are zero. Flags that limit the
+    /// address move the memory always, as it may have been allocated without them.
     ///
     /// # Errors
     ///
@@ -421,6 +435,7 @@ impl<P: Platform> SlabSystem<P> {
     /// # Safety
     ///
     /// `memory` is null or came from this system, and is not used afterwards where the call succeeds.
+    #[track_caller]
     pub unsafe fn krealloc(
         &self,
         memory: *mut u8,
@@ -430,8 +445,9 @@ impl<P: Platform> SlabSystem<P> {
         let Some(old) = NonNull::new(memory) else {
             return self.kmalloc(size, flags);
         };
-        let had = self.ksize(old).ok_or(AllocError::Unsatisfiable)?;
-        if self.fits_in_place(had, size.max(1), Self::natural(size)) {
+        // SAFETY: the caller's promise.
+        let had = unsafe { self.ksize(old) }.ok_or(AllocError::Unsatisfiable)?;
+        if !flags.limited() && self.fits_in_place(had, size.max(1), Self::natural(size)) {
             return Ok(old);
         }
         let new = self.kmalloc(size, flags)?;
@@ -447,6 +463,7 @@ impl<P: Platform> SlabSystem<P> {
     ///
     /// As without flags, from any context: above 4 MiB only from a large source that works in any.
     #[inline(always)]
+    #[track_caller]
     pub fn alloc(&self, layout: Layout) -> *mut u8 {
         match self.kmalloc_layout(layout, Flags::empty()) {
             Ok(memory) => memory.as_ptr(),
@@ -456,6 +473,7 @@ impl<P: Platform> SlabSystem<P> {
 
     /// `GlobalAlloc::alloc_zeroed`.
     #[inline]
+    #[track_caller]
     pub fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
         match self.kmalloc_layout(layout, Flags::ZERO) {
             Ok(memory) => memory.as_ptr(),
@@ -476,28 +494,34 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
-    /// `GlobalAlloc::realloc`: the same pointer where the class or the pages stay the same.
+    /// `GlobalAlloc::realloc`: the same pointer where the class or the pages stay the same. Memory of size 0 has no bytes to keep.
     ///
     /// # Safety
     ///
     /// `memory` came from this system with `layout`; `new_size` is not 0 and does not overflow when rounded up to the alignment.
+    #[track_caller]
     pub unsafe fn realloc(&self, memory: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
         let align = layout.align();
+        // SAFETY: the caller vouches for the size; the alignment is a layout's.
+        let wanted = unsafe { Layout::from_size_align_unchecked(new_size, align) };
+        if layout.size() == 0 {
+            // There is no memory behind the old pointer.
+            return self.alloc(wanted);
+        }
         let old_class = Self::class_for(layout.size(), align);
         let same = match (old_class, Self::class_for(new_size, align)) {
             (Some(old), Some(new)) => {
                 old == new && !Self::FEATURES.keeps_size() && Self::FEATURES.sample == 0
             }
             (None, None) => NonNull::new(memory)
-                .and_then(|memory| self.ksize(memory))
+                // SAFETY: the caller's promise.
+                .and_then(|memory| unsafe { self.ksize(memory) })
                 .is_some_and(|had| self.fits_in_place(had, new_size, align)),
             _ => false,
         };
         if same {
             return memory;
         }
-        // SAFETY: the caller vouches for the size; the alignment is a layout's.
-        let wanted = unsafe { Layout::from_size_align_unchecked(new_size, align) };
         let new = self.alloc(wanted);
         if !new.is_null() {
             // SAFETY: both are valid for the smaller size and differ; the caller gives the old one up.

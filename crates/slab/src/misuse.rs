@@ -7,6 +7,7 @@
 use core::fmt;
 use core::ptr;
 
+use kmem_hal::RawLock;
 use kmem_hal::sync::Ordering;
 
 use crate::platform::Platform;
@@ -147,16 +148,7 @@ impl<P: Platform> SlabSystem<P> {
                 return None;
             }
         };
-        let geometry = cache.geometry();
-        // In front of the first object lies the slab's colour.
-        let number = pointer
-            .addr()
-            .checked_sub(slab.base().addr())
-            .map(|offset| (offset, geometry.index(offset)))
-            .filter(|&(offset, number)| {
-                number * geometry.size() == offset && number < slab.objects()
-            });
-        let Some((_, number)) = number else {
+        let Some(number) = number_in(cache, slab, pointer) else {
             self.report(
                 cache,
                 Misuse::InvalidFree {
@@ -166,7 +158,16 @@ impl<P: Platform> SlabSystem<P> {
             );
             return None;
         };
-        Some((slab, number as u16))
+        Some((slab, number))
+    }
+
+    /// Whether an object of a live slab of `cache` begins there.
+    pub(crate) fn begins_object(&self, cache: &RawCache<P::Lock>, pointer: *mut u8) -> bool {
+        // SAFETY: a cache exists, so the system is ready.
+        let platform = unsafe { self.platform_unchecked() };
+        Self::slab_of(platform, pointer).is_some_and(|slab| {
+            slab.cache() == cache.opaque() && number_in(cache, slab, pointer).is_some()
+        })
     }
 
     /// Counts and tells a misuse.
@@ -197,4 +198,14 @@ impl<P: Platform> SlabSystem<P> {
         };
         self.report(cache, misuse);
     }
+}
+
+/// The number in `slab` of the object that begins at `pointer`; `None` where none does.
+#[inline]
+fn number_in<L: RawLock>(cache: &RawCache<L>, slab: &Slab, pointer: *mut u8) -> Option<u16> {
+    let geometry = cache.geometry();
+    // In front of the first object lies the slab's colour.
+    let offset = pointer.addr().checked_sub(slab.base().addr())?;
+    let number = geometry.index(offset);
+    (number * geometry.size() == offset && number < slab.objects()).then_some(number as u16)
 }

@@ -91,6 +91,7 @@ impl<'s, T: Send + 'static, P: Platform> ReuseCache<'s, T, P> {
     /// # Errors
     ///
     /// [`AllocError`].
+    #[track_caller]
     pub fn alloc(&self) -> Result<Reused<'_, T, P>, AllocError> {
         let object = self.cache.alloc_memory(Flags::empty())?;
         Ok(Reused {

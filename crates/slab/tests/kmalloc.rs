@@ -9,7 +9,7 @@ use std::sync::Mutex;
 use common::{Arena, System, ThreadCpu, parts, system};
 use kmem_hal::{
     AllocError, FrameRequest, FrameSink, FrameSource, LargeSource, NodeId, NodePolicy, OwnedFrame,
-    Pressure, PressureLevel, Spin,
+    PhysMap, Pressure, PressureLevel, Spin,
 };
 use kmem_slab::{CLASSES, Flags, Geometry, InitError, Parts, SlabSystem, class_size};
 
@@ -41,7 +41,8 @@ fn before_init_there_is_nothing() {
     );
     assert!(system.alloc(Layout::new::<u64>()).is_null());
     assert!(system.shrink() == 0 && !system.is_ready());
-    assert_eq!(system.ksize(NonNull::dangling()), None);
+    // SAFETY: nothing is there, which the call finds out.
+    assert_eq!(unsafe { system.ksize(NonNull::dangling()) }, None);
 }
 
 #[test]
@@ -75,7 +76,8 @@ fn sizes_round_up_to_their_class_and_keep_their_bytes() {
         .chain([8192, 8193, 12288, 20000, 65536, 65537, 1 << 20])
     {
         let memory = system.kmalloc(size, Flags::empty()).unwrap();
-        let usable = system.ksize(memory).unwrap();
+        // SAFETY: allocated above.
+        let usable = unsafe { system.ksize(memory) }.unwrap();
         assert!(usable >= size.max(1));
         if size > 8192 {
             assert_eq!(
@@ -142,6 +144,66 @@ fn zeroed_memory_is_zero_after_reuse() {
         let clean = system.kmalloc(size, Flags::ZERO).unwrap();
         // SAFETY: allocated above.
         assert!((0..size).all(|at| unsafe { clean.as_ptr().add(at).read() } == 0));
+    }
+}
+
+#[test]
+fn realloc_of_nothing_allocates() {
+    let (_, system) = system(1024, 1);
+    let nothing = Layout::from_size_align(0, 1).unwrap();
+    let none = system.alloc(nothing);
+    // SAFETY: the pointer and its layout; then memory of the new layout, used and freed once.
+    unsafe {
+        let some = system.realloc(none, nothing, 8);
+        assert!(system.ksize(NonNull::new(some).unwrap()).unwrap() >= 8);
+        some.cast::<[u8; 8]>().write([7; 8]);
+        system.dealloc(some, Layout::from_size_align(8, 1).unwrap());
+    }
+}
+
+#[test]
+fn ksize_knows_beginnings_of_objects_only() {
+    let (_, system) = system(1024, 1);
+    let memory = system.kmalloc(100, Flags::empty()).unwrap();
+    // SAFETY: live memory; one byte into it is no memory of its own, which the call finds out without looking there.
+    unsafe {
+        assert_eq!(system.ksize(memory), Some(112));
+        assert_eq!(system.ksize(memory.add(1)), None);
+        assert_eq!(system.ksize(memory.add(111)), None);
+        assert!(
+            system
+                .krealloc(memory.add(1).as_ptr(), 8, Flags::empty())
+                .is_err()
+        );
+        system.kfree(memory.as_ptr());
+    }
+}
+
+#[test]
+fn krealloc_moves_below_the_limit_that_it_is_asked_for() {
+    let arena = Arena::new(8192);
+    let system = SlabSystem::new();
+    system.init(parts(arena, 1)).unwrap();
+    // The first 16 MiB are taken while the object's slab and some pages come from above.
+    let request = FrameRequest::new(kmem_hal::Order::ZERO).below(kmem_hal::PhysAddr::new(16 << 20));
+    let low: Vec<_> = std::iter::from_fn(|| arena.alloc(&request).ok()).collect();
+    let phys = |memory: NonNull<u8>| arena.map().to_phys(memory.as_ptr()).as_u64();
+    let object = system.kmalloc(64, Flags::empty()).unwrap();
+    let pages = system.kmalloc(20_000, Flags::empty()).unwrap();
+    assert!(phys(object) >= 16 << 20 && phys(pages) >= 16 << 20);
+    fill(object, 64, 3);
+    for frame in low {
+        FrameSink::free(arena, frame);
+    }
+    // SAFETY: allocated above; each given up where the call succeeds.
+    unsafe {
+        let below = system.krealloc(object.as_ptr(), 64, Flags::DMA).unwrap();
+        assert!(phys(below) < 16 << 20);
+        check(below, 64, 3);
+        let moved = system.krealloc(pages.as_ptr(), 20_000, Flags::DMA).unwrap();
+        assert!(phys(moved) < 16 << 20);
+        system.kfree(below.as_ptr());
+        system.kfree(moved.as_ptr());
     }
 }
 
@@ -343,14 +405,16 @@ fn a_node_that_is_asked_for_reaches_the_page_source() {
     let far = system.kmalloc_node(100, Flags::ZERO, strict).unwrap();
     let asked = seen();
     assert!(asked.contains(&strict) && asked.iter().filter(|node| **node == strict).count() == 1);
-    assert_eq!(system.ksize(far), Some(112));
+    // SAFETY: allocated above.
+    assert_eq!(unsafe { system.ksize(far) }, Some(112));
     let whole = system.kmalloc_node(20_000, Flags::ZERO, strict).unwrap();
     assert_eq!(seen(), [strict]);
     let near = system
         .kmalloc_node(100, Flags::empty(), NodePolicy::Local)
         .unwrap();
     assert!(seen().iter().all(|&node| node == NodePolicy::Local));
-    assert_eq!(system.ksize(near), Some(112));
+    // SAFETY: allocated above.
+    assert_eq!(unsafe { system.ksize(near) }, Some(112));
     // SAFETY: allocated above, freed once.
     unsafe {
         system.kfree(far.as_ptr());

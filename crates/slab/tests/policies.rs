@@ -9,10 +9,10 @@ use std::ptr::NonNull;
 use std::sync::{Arc, Mutex};
 
 use common::{Arena, TestParts, parts, run_as};
-use kmem_hal::{AllocError, FrameTable, LargeSource, OffsetMap, Spin};
+use kmem_hal::{AllocError, FrameTable, LargeSource, NodeId, NodePolicy, OffsetMap, Spin};
 use kmem_slab::{
     Cache, Check, Flags, Guard, Misuse, Owner, OwnerCount, Plain, Platform, Poison, Policy,
-    Quarantine, Redzone, Shuffle, SlabSystem,
+    Quarantine, Redzone, ReuseCache, Shuffle, SlabSystem,
 };
 
 /// The parts of the other tests with a policy, a log of what was reported, and a source of pages for guarded objects.
@@ -254,7 +254,8 @@ fn redzone_finds_writes_behind_the_object_and_the_wrong_size() {
     for size in [1, 60, 64, 1000] {
         for behind in [0, 1, 15] {
             let a = world.take(size);
-            assert_eq!(world.system.ksize(a), Some(size));
+            // SAFETY: a live allocation.
+            assert_eq!(unsafe { world.system.ksize(a) }, Some(size));
             // SAFETY: inside the slot, behind the object: the misuse under test.
             unsafe {
                 a.add(size + behind).write(1);
@@ -266,6 +267,14 @@ fn redzone_finds_writes_behind_the_object_and_the_wrong_size() {
                 "{size} + {behind}"
             );
         }
+    }
+    let a = world.take(1000);
+    // SAFETY: a live allocation; no record lies behind what is not its beginning, and the call does not look for one.
+    assert_eq!(unsafe { world.system.ksize(a.add(999)) }, None);
+    // SAFETY: a live allocation, and then none: its slab is still there.
+    unsafe {
+        world.system.kfree(a.as_ptr());
+        assert_eq!(world.system.ksize(a), None);
     }
     let a = world.take(60);
     // SAFETY: the misuse under test: one byte less than was asked for.
@@ -468,6 +477,70 @@ fn refusals_are_told_unless_the_caller_asks_for_silence() {
 }
 
 #[test]
+fn owner_tells_the_callers_line_whatever_the_call() {
+    let mut world: World<Owner> = World::new();
+    let layout = Layout::from_size_align(100, 8).unwrap();
+    let here = NodePolicy::Preferred(NodeId::new(0));
+    let system = &world.system;
+    let line = line!() + 4;
+    // SAFETY: memory of this system and its layout, which is given up; null allocates.
+    let objects = unsafe {
+        [
+            system
+                .kmalloc_node(100, Flags::empty(), here)
+                .unwrap()
+                .as_ptr(),
+            system
+                .krealloc(std::ptr::null_mut(), 100, Flags::empty())
+                .unwrap()
+                .as_ptr(),
+            system.alloc(layout),
+            system.alloc_zeroed(layout),
+            system.realloc(std::ptr::dangling_mut(), Layout::new::<()>(), 100),
+        ]
+    };
+    let mut lines = Vec::new();
+    world.system.owners(|object| {
+        let place = object.place.unwrap();
+        assert_eq!(place.file(), file!());
+        lines.push(place.line());
+    });
+    lines.sort_unstable();
+    assert!(
+        lines.iter().all(|at| (line..line + 15).contains(at)),
+        "{lines:?}"
+    );
+    lines.dedup();
+    assert_eq!(lines.len(), objects.len());
+    for object in objects {
+        // SAFETY: allocated above.
+        unsafe { world.system.kfree(object) };
+    }
+    world.end();
+}
+
+#[test]
+fn owner_tells_the_line_of_a_built_object() {
+    let world: World<Owner> = World::new();
+    {
+        let cache = ReuseCache::new(&world.system, "built", || 5u64, |_| {});
+        let line = line!() + 1;
+        let object = cache.alloc().unwrap();
+        // SAFETY: nobody else uses the system.
+        unsafe {
+            world.system.owners_shared(|owned| {
+                assert_eq!(
+                    owned.place.map(|at| (at.file(), at.line())),
+                    Some((file!(), line))
+                );
+            });
+        }
+        drop(object);
+    }
+    world.end();
+}
+
+#[test]
 fn owner_tells_the_line_of_a_box() {
     let mut world: World<Plain> = World::new();
     {
@@ -643,7 +716,8 @@ fn powers_of_two_are_aligned_to_themselves_under_every_policy() {
 fn check_finds_a_write_behind_the_object_at_its_free() {
     let world: World<Check> = World::new();
     let a = world.take(56);
-    let room = world.system.ksize(a).unwrap();
+    // SAFETY: a live allocation.
+    let room = unsafe { world.system.ksize(a) }.unwrap();
     // SAFETY: the misuse under test: the first byte behind what may be used.
     unsafe {
         let behind = a.as_ptr().add(room);
