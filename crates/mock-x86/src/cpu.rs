@@ -3,6 +3,7 @@
 //! Invariants
 //! - `I1` every register write is checked as the processor checks it (`#GP` otherwise) before anything changes.
 //! - `I2` a flush drops exactly what SDM 3A 4.10.4.1 says it must.
+//! - `I3` every root loaded under a tag is remembered until everything of the tag was dropped; the loaded one always is.
 //!
 //! | operation | must drop |
 //! |---|---|
@@ -16,7 +17,7 @@
 //! | `MOV CR0` | PG 1 to 0: everything |
 //! | page fault | page of the address in the current PCID, its global entries; the walk-cache entries used for it |
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
 use std::fmt;
 
 use crate::manual::{cr0, cr3, cr4, efer, rflags};
@@ -241,21 +242,23 @@ pub(crate) struct CpuState {
     pub own_mode: Option<&'static Mode>,
     /// The last flushes, with their steps: evidence for stories.
     pub flushes: VecDeque<(u64, Flush)>,
-    /// The root last loaded under each PCID whose entries may still be cached.
-    tagged_roots: BTreeMap<u16, u64>,
+    /// The tags and roots whose translations may be cached (`I3`): several of one tag after loads that kept its entries.
+    held_roots: BTreeSet<(u16, u64)>,
 }
 
 impl CpuState {
     pub(crate) fn new(regs: Registers, features: Features) -> Self {
-        Self {
+        let mut cpu = Self {
             regs,
             features,
             caches: Caches::new(),
             segments: crate::segment::Segmentation::default(),
             own_mode: None,
             flushes: VecDeque::new(),
-            tagged_roots: BTreeMap::new(),
-        }
+            held_roots: BTreeSet::new(),
+        };
+        cpu.keep_roots(|_| false);
+        cpu
     }
 
     /// The tag of what this CPU caches now.
@@ -325,11 +328,7 @@ impl CpuState {
         self.regs.pdptes = pdptes;
         self.regs.cr3 = if long { plain } else { plain & 0xffff_ffff };
         let pcid = self.pcid();
-        if !pcide {
-            self.tagged_roots.clear();
-        }
-        self.tagged_roots
-            .insert(pcid, self.regs.cr3 & !cr3::PCID_MASK);
+        self.keep_roots(|tag| keep || tag != pcid);
         if keep {
             self.log(step, Flush::RootLoadKept(pcid));
         } else {
@@ -403,9 +402,11 @@ impl CpuState {
         self.regs.pdptes = pdptes;
         if changed & cr4::PGE != 0 || (changed & cr4::PCIDE != 0 && value & cr4::PCIDE == 0) {
             self.caches.invalidate_all();
+            self.keep_roots(|_| false);
             self.log(step, Flush::Control);
         } else if changed & cr4::PAE != 0 || turned_on & cr4::SMEP != 0 {
             self.caches.invalidate_tag(pcid);
+            self.keep_roots(|tag| tag != pcid);
             self.log(step, Flush::Context(pcid));
         }
         Ok(())
@@ -443,6 +444,7 @@ impl CpuState {
         if turns_paging_off {
             self.regs.efer &= !efer::LMA;
             self.caches.invalidate_all();
+            self.keep_roots(|_| false);
             self.log(step, Flush::Control);
         }
         Ok(())
@@ -492,33 +494,33 @@ impl CpuState {
                     return Err(Fault::GeneralProtection { value: pcid.into() });
                 }
                 self.caches.invalidate_tag(pcid);
-                if pcid != self.pcid() {
-                    self.tagged_roots.remove(&pcid);
-                }
+                self.keep_roots(|tag| tag != pcid);
                 self.log(step, Flush::Context(pcid));
             }
             Invpcid::AllWithGlobal => {
                 self.caches.invalidate_all();
-                self.keep_current_root();
+                self.keep_roots(|_| false);
                 self.log(step, Flush::All);
             }
             Invpcid::All => {
                 self.caches.invalidate_not_global();
-                self.keep_current_root();
+                self.keep_roots(|_| false);
                 self.log(step, Flush::AllButGlobal);
             }
         }
         Ok(())
     }
 
-    fn keep_current_root(&mut self) {
-        let pcid = self.pcid();
-        self.tagged_roots.retain(|&tag, _| tag == pcid);
+    /// Forgets the roots of the tags that were dropped, but the loaded one (`I3`).
+    fn keep_roots(&mut self, kept: impl Fn(u16) -> bool) {
+        self.held_roots.retain(|&(tag, _)| kept(tag));
+        let loaded = (self.pcid(), self.regs.cr3 & !cr3::PCID_MASK);
+        self.held_roots.insert(loaded);
     }
 
     /// Whether it may hold translations of the space with this root table: loaded now, or left without a flush.
     pub(crate) fn may_hold(&self, root: u64) -> bool {
-        self.tagged_roots.values().any(|&held| held == root)
+        self.held_roots.iter().any(|&(_, held)| held == root)
     }
 
     /// The last flush in the log that dropped a translation of this address and PCID.
