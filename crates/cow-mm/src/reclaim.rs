@@ -282,11 +282,16 @@ impl<E: Env> Mm<'_, E> {
         let Some(payload) = Absent::Swapped(entry).payload::<E::Format>() else {
             return Evicted::Kept;
         };
-        // In the cache it is nobody's alone (`I3` of swap): a write from here on makes a copy.
-        page.slot().clear_flags(SlotFlags::EXCLUSIVE);
         if page.mappings() > 0 {
             let spaces = self.registry().lock();
             let unmapped = self.unmap_everywhere(&spaces, frame, |_| {
+                // Whoever pinned it found it exclusive before this function's caller had its reference, and under this table's lock (`P1` of
+                // pins); whoever comes later finds it held. Linux: `folio_try_share_anon_rmap_pte`.
+                if self.pins_of(frame) > 0 {
+                    return Err(Refused::Pinned);
+                }
+                // In the cache it is nobody's alone (`I3` of swap): a write from here on makes a copy.
+                page.slot().clear_flags(SlotFlags::EXCLUSIVE);
                 // The entry's count, before the entry.
                 match self.swap().add_count(entry) {
                     true => Ok(Some(payload)),

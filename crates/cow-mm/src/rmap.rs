@@ -54,6 +54,8 @@ pub(crate) struct Candidate<'a, 'm, E: Env> {
     pub space: &'a AddressSpace<'m, E>,
     pub vma: &'a Vma,
     pub page: Page,
+    /// Whether it was shown before, unless its page came there since.
+    pub again: bool,
 }
 
 /// What the mappings of a page have in common.
@@ -76,6 +78,8 @@ pub(crate) struct Looked {
 pub(crate) enum Refused {
     /// Its mapping is locked.
     Locked,
+    /// The page was pinned since it was looked at.
+    Pinned,
     /// What should stand in its place cannot be said or counted.
     Unencodable,
 }
@@ -101,6 +105,9 @@ impl<'m, E: Env> Mm<'m, E> {
     }
 
     /// Shows every page of every VMA where a page with this identity may be mapped, until `visit` breaks.
+    ///
+    /// Of anonymous memory first the places where most pages are, and then all, those once more: between the two mremap may bring home what
+    /// was elsewhere. Of each space all places are shown under one lock, so no mapping passes a walk that goes to its end.
     pub(crate) fn for_each_candidate(
         &self,
         spaces: &First,
@@ -122,6 +129,7 @@ impl<'m, E: Env> Mm<'m, E> {
                             space,
                             vma: &vma,
                             page,
+                            again: false,
                         }),
                         None => ControlFlow::Continue(()),
                     }
@@ -132,9 +140,7 @@ impl<'m, E: Env> Mm<'m, E> {
                         if vma.is_shared() || vma.anon.is_none() {
                             continue;
                         }
-                        let Some(page) =
-                            page_of(&vma, index).filter(|&page| !is_home(&vma, index, page))
-                        else {
+                        let Some(page) = page_of(&vma, index) else {
                             continue;
                         };
                         visit(&Candidate {
@@ -142,6 +148,7 @@ impl<'m, E: Env> Mm<'m, E> {
                             space,
                             vma: &vma,
                             page,
+                            again: is_home(&vma, index, page),
                         })?;
                     }
                     ControlFlow::Continue(())
@@ -167,6 +174,7 @@ impl<'m, E: Env> Mm<'m, E> {
                             space,
                             vma: &vma,
                             page,
+                            again: false,
                         })?;
                     }
                     ControlFlow::Continue(())
@@ -201,6 +209,10 @@ impl<'m, E: Env> Mm<'m, E> {
         let mappings = self.user(frame).mappings();
         let spaces = self.registry().lock();
         let _ = self.for_each_candidate(&spaces, identity, |place| {
+            if place.again {
+                // Counted. What moved meanwhile is seen next time.
+                return ControlFlow::Continue(());
+            }
             let Ok(mut cursor) = place.space.tables().cursor(PageRange::single(place.page)) else {
                 return ControlFlow::Continue(());
             };

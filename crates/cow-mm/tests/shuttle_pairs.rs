@@ -19,6 +19,8 @@
 mod bursts;
 #[path = "common/changing_file.rs"]
 mod changing_file;
+#[path = "shuttle_pairs/directed.rs"]
+mod directed;
 #[path = "shuttle_pairs/kernel.rs"]
 mod kernel;
 
