@@ -1,11 +1,14 @@
-//! The gather of a purge, in a frame of its own.
+//! Whose turn it is to purge, and the gather of a purge in a frame of its own.
+//!
+//! One purge at a time, as in Linux (`vmap_purge_lock`): a call that finds another under way waits for it, since what it wants gone
+//! may be in the other's hands.
 //!
 //! What one flush serves is what one gather holds. One that makes a shootdown rare is too large for a kernel's stack, so it
-//! lives in a frame that the first purge takes and later ones use again. Where there is no frame, or another CPU purges at
-//! the same time, the purge makes do with a small gather and some flushes more.
+//! lives in a frame that the first purge takes and later ones use again. Where there is no frame, the purge makes do with a
+//! small gather and some flushes more.
 //!
-//! Invariant `I5`: `frame` is 0, or one more than the number of a frame that this value owns and whose pages only the call
-//! that set `busy` touches.
+//! Invariant `I5`: `frame` is 0, or one more than the number of a frame that this value owns and whose pages only the [`Turn`]
+//! touches. `busy` is 1 exactly while there is one.
 
 use core::fmt;
 use core::mem::MaybeUninit;
@@ -22,10 +25,19 @@ use crate::page::KernelPage;
 /// Leaves that one shootdown of a purge serves at most.
 pub const BATCH: usize = 240;
 
-/// A frame for a gather of [`BATCH`] leaves.
+/// The turn, and a frame for a gather of [`BATCH`] leaves.
 pub(crate) struct Batch {
     frame: AtomicU64,
     busy: AtomicU32,
+}
+
+/// The right to purge, until it is dropped.
+pub(crate) struct Turn<'b>(&'b Batch);
+
+impl Drop for Turn<'_> {
+    fn drop(&mut self) {
+        self.0.busy.store(0, Ordering::Release);
+    }
 }
 
 impl Batch {
@@ -36,28 +48,19 @@ impl Batch {
         }
     }
 
-    /// Gives `work` an empty gather; `false` where there is none now.
-    pub fn with<'a, F: Format, E: Env>(
-        &self,
-        table: &'a PageTable<F, E, KernelPage>,
-        work: impl FnOnce(&mut Gather<'a, F, E, KernelPage, BATCH>),
-    ) -> bool {
-        const {
-            assert!(size_of::<Gather<'_, F, E, KernelPage, BATCH>>() <= PAGE_SIZE as usize);
+    /// Waits until nobody purges.
+    pub fn turn<E: Env>(&self, env: &E) -> Turn<'_> {
+        while self.busy.swap(1, Ordering::Acquire) != 0 {
+            while self.is_busy() {
+                env.relax();
+            }
         }
-        if self.busy.swap(1, Ordering::Acquire) != 0 {
-            return false;
-        }
-        let frame = self.frame(table.env());
-        if let Some(frame) = frame {
-            let place = table.env().map().to_ptr(frame.start());
-            let place = place.cast::<MaybeUninit<Gather<'a, F, E, KernelPage, BATCH>>>();
-            // SAFETY: P1: the frame is in reach, so a page is valid there, aligned to its size; `I5`: nobody else touches it
-            // before `busy` is cleared.
-            Gather::with_in(unsafe { &mut *place }, table, work);
-        }
-        self.busy.store(0, Ordering::Release);
-        frame.is_some()
+        Turn(self)
+    }
+
+    /// Whether somebody purges.
+    pub fn is_busy(&self) -> bool {
+        self.busy.load(Ordering::Acquire) != 0
     }
 
     fn frame<E: Env>(&self, env: &E) -> Option<Frame> {
@@ -94,6 +97,28 @@ impl Batch {
             env.frames()
                 .free(unsafe { OwnedFrame::from_raw(first, Order::ZERO) });
         }
+    }
+}
+
+impl Turn<'_> {
+    /// Gives `work` an empty gather; `false` where there is no memory for it.
+    pub fn with<'a, F: Format, E: Env>(
+        &mut self,
+        table: &'a PageTable<F, E, KernelPage>,
+        work: impl FnOnce(&mut Gather<'a, F, E, KernelPage, BATCH>),
+    ) -> bool {
+        const {
+            assert!(size_of::<Gather<'_, F, E, KernelPage, BATCH>>() <= PAGE_SIZE as usize);
+        }
+        let Some(frame) = self.0.frame(table.env()) else {
+            return false;
+        };
+        let place = table.env().map().to_ptr(frame.start());
+        let place = place.cast::<MaybeUninit<Gather<'a, F, E, KernelPage, BATCH>>>();
+        // SAFETY: P1: the frame is in reach, so a page is valid there, aligned to its size; `I5`: this turn is the only one, and
+        // its `&mut` keeps a second gather away.
+        Gather::with_in(unsafe { &mut *place }, table, work);
+        true
     }
 }
 

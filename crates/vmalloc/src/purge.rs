@@ -12,7 +12,6 @@
 //!
 //! Source: Linux `mm/vmalloc.c` (`__purge_vmap_area_lazy`).
 
-use kmem_hal::sync::Ordering;
 use kmem_hal::{ObjectAlloc, Page, PageRange, RawLock, VirtAddr};
 use kmem_paging::format::Format;
 use kmem_paging::{ChangeError, Env, Gather};
@@ -147,24 +146,24 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
 
     /// Unmaps every freed area, flushes once, and gives frames and addresses back.
     ///
+    /// When it returns, every area that was freed before the call is unmapped on every CPU: it waits for a purge under way, which
+    /// may have taken some of them.
+    ///
     /// Context: may wait for other CPUs; not in interrupts.
     #[doc(alias = "vm_unmap_aliases")]
     pub fn purge(&self) {
-        let mut state = self.state.lock();
-        if state.lazy.is_empty() {
+        let mut turn = self.batch.turn(self.table.env());
+        let waiting = core::mem::replace(&mut self.state.lock().lazy, Lazy::new());
+        if waiting.is_empty() {
             return;
         }
-        self.purging.fetch_add(1, Ordering::AcqRel);
-        let waiting = core::mem::replace(&mut state.lazy, Lazy::new());
-        drop(state);
-        let whole = self.batch.with(self.table, |gather| {
+        let whole = turn.with(self.table, |gather| {
             self.unmap_waiting(waiting.head, gather);
         });
         if !whole {
             self.unmap_waiting_small(waiting.head);
         }
         self.give_waiting(waiting.head);
-        self.purging.fetch_sub(1, Ordering::AcqRel);
     }
 
     #[cold]

@@ -23,7 +23,6 @@ use core::fmt;
 use core::panic::Location;
 use core::ptr::NonNull;
 
-use kmem_hal::sync::{AtomicU32, Ordering};
 use kmem_hal::{
     AllocError, FrameRequest, FrameSink, FrameSource, LargeSource, Lock, ObjectAlloc, PAGE_SIZE,
     Page, PageRange, RawLock, VirtAddr,
@@ -93,8 +92,6 @@ pub struct Vmalloc<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> {
     pub(crate) limit: LazyLimit,
     pub(crate) state: Lock<State<N>, L>,
     pub(crate) batch: Batch,
-    /// Calls of `purge` between taking the chain and giving its ranges back.
-    pub(crate) purging: AtomicU32,
 }
 
 impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, N, L> {
@@ -114,7 +111,6 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             limit: LazyLimit::DEFAULT,
             state: Lock::new(state),
             batch: Batch::new(),
-            purging: AtomicU32::new(0),
         }
     }
 
@@ -221,7 +217,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         let mut purges = 0;
         loop {
             // Read before the tree: a purge that ends in between has given its ranges back where this search sees them.
-            let purging = self.purging.load(Ordering::Acquire);
+            let purging = self.batch.is_busy();
             let mut state = self.state.lock();
             if state.areas.is_empty() {
                 drop(state);
@@ -244,7 +240,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             if waiting && purges < PURGES {
                 purges += 1;
                 self.purge();
-            } else if purging > 0 {
+            } else if purging {
                 // Addresses are about to come free on another CPU.
                 self.table.env().relax();
             } else if !erased {
