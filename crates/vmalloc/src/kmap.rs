@@ -244,9 +244,7 @@ impl<'a, F: Format, E: Env, L: RawLock, W: Wait> Kmap<'a, F, E, L, W> {
         loop {
             let seen = self.changes.load(Ordering::Acquire);
             match self.try_map(frame) {
-                Err(KmapError::WouldWait) => self
-                    .wait
-                    .wait_until(self.key(), &|| self.changes.load(Ordering::Acquire) != seen),
+                Err(KmapError::WouldWait) => self.wait_for_change(seen),
                 done => return done,
             }
         }
@@ -277,7 +275,10 @@ impl<'a, F: Format, E: Env, L: RawLock, W: Wait> Kmap<'a, F, E, L, W> {
                     self.changed();
                     return Ok(page.start());
                 }
-                Turn::Flush => self.flush(),
+                // Where another call flushes meanwhile, the next look at the pool says what to do.
+                Turn::Flush => {
+                    self.flush_idle();
+                }
                 Turn::Wait => return Err(KmapError::WouldWait),
             }
         }
@@ -320,13 +321,30 @@ impl<'a, F: Format, E: Env, L: RawLock, W: Wait> Kmap<'a, F, E, L, W> {
 
     /// Unmaps every page without users, with one shootdown.
     ///
+    /// When it returns, every mapping whose last use ended before the call is gone on every CPU: it waits for a flush under way, which
+    /// may have begun with some of them, and flushes the others.
+    ///
     /// Context: waits for other CPUs; not in interrupts.
     #[doc(alias = "kmap_flush_unused")]
     pub fn flush(&self) {
+        loop {
+            let seen = self.changes.load(Ordering::Acquire);
+            if self.flush_idle() {
+                return;
+            }
+            self.wait_for_change(seen);
+        }
+    }
+
+    /// Unmaps every page without users; `false`, and nothing is done, where somebody else is doing it.
+    fn flush_idle(&self) -> bool {
         let mut marked = [0u64; KMAP_PAGES / 64];
         let mut pool = self.pool.lock();
-        if pool.idle == 0 || pool.flushing {
-            return;
+        if pool.flushing {
+            return false;
+        }
+        if pool.idle == 0 {
+            return true;
         }
         pool.flushing = true;
         for index in 0..pool.slots.len() {
@@ -352,6 +370,7 @@ impl<'a, F: Format, E: Env, L: RawLock, W: Wait> Kmap<'a, F, E, L, W> {
         pool.flushing = false;
         drop(pool);
         self.changed();
+        true
     }
 
     /// Takes every access from the marked pages, on every CPU (`K3`). The entries stay, so the table does.
@@ -398,6 +417,12 @@ impl<'a, F: Format, E: Env, L: RawLock, W: Wait> Kmap<'a, F, E, L, W> {
 
     fn key(&self) -> usize {
         core::ptr::from_ref(&self.changes).addr()
+    }
+
+    /// Waits until something in the pool is not as it was when `changes` was `seen`.
+    fn wait_for_change(&self, seen: u32) {
+        self.wait
+            .wait_until(self.key(), &|| self.changes.load(Ordering::Acquire) != seen);
     }
 
     fn changed(&self) {

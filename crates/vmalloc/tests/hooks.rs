@@ -1,20 +1,21 @@
 //! What other CPUs meet while a call is half-way: one thread plays all of them, from hooks in the environment.
 //!
-//! Nothing waits here: where a call would spin for somebody else, [`Env::relax`] leaves it by unwinding, and
+//! Nothing waits here: where a call would spin for somebody else, [`Env::relax`] or [`Wait::wait_until`] leaves it by unwinding, and
 //! the test learns that it waited.
 
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use kmem_hal::{
-    AllocError, Context, FlushRequest, FrameRequest, FrameSink, FrameSource, FrameTable, Mmu,
-    NoTrace, OwnedFrame, PAGE_SIZE, Page, PageRange, Root, Shrink, SingleCpu, SingleGrace, Spin,
+    AllocError, Context, FlushRequest, Frame, FrameRequest, FrameSink, FrameSource, FrameTable,
+    Mmu, NoTrace, OwnedFrame, PAGE_SIZE, Page, PageRange, Root, Shrink, SingleCpu, SingleGrace,
+    Spin, Wait,
 };
 use kmem_paging::format::X86_64;
-use kmem_paging::{Env, PageTable, Parts, TableCache};
+use kmem_paging::{Env, PageTable, Parts, Rights, TableCache};
 use kmem_testkit::{Arena, ArenaSource, HeapObjects, SlotArena};
 use kmem_vma_tree::Node;
-use kmem_vmalloc::{KernelLayout, KernelPage, StackCache, StackSlots, Vmalloc};
+use kmem_vmalloc::{KernelLayout, KernelPage, Kmap, KmapSlot, StackCache, StackSlots, Vmalloc};
 
 /// What somebody else does at one point of a call.
 type Other = Box<dyn Fn()>;
@@ -214,4 +215,48 @@ fn a_purge_ends_after_those_that_began_before_it() {
     // With nothing under way it returns at once.
     assert!(!waits(|| kernel.purge()));
     assert_eq!(kernel.used(), (0, 0));
+}
+
+/// A wait that shows.
+struct Shows;
+
+impl Wait for Shows {
+    fn wait_until(&self, _key: usize, done: &dyn Fn() -> bool) {
+        if !done() {
+            resume_unwind(Box::new(Waits));
+        }
+    }
+    fn wake(&self, _key: usize) {}
+}
+
+#[test]
+fn a_flush_of_idle_mappings_ends_after_the_one_before_it() {
+    let (env, table) = table();
+    let pages = PageRange::with_count(KernelLayout::x86_64().vmalloc.first(), 4).unwrap();
+    let slots = Box::leak(Box::new([KmapSlot::VACANT; 4]));
+    let kmap: &Kmap<'_, X86_64, _, Spin, _> = leak(Kmap::new(table, pages, slots, Shows).unwrap());
+    let frame = |n: u64| Frame::from_number(0x200 + n);
+    let [one, two] = [0, 1].map(|n| kmap.map(frame(n)).unwrap());
+    kmap.unmap(one).unwrap();
+    let seen = leak(Cell::new(None));
+    env.mmu().0.set(move || {
+        let nothing_new = waits(|| kmap.flush());
+        // Too late for the flush that is under way.
+        kmap.unmap(two).unwrap();
+        seen.set(Some((nothing_new, waits(|| kmap.flush()))));
+        // A caller who never waits for users finds a vacant page.
+        assert!(!waits(|| kmap
+            .unmap(kmap.try_map(frame(2)).unwrap())
+            .unwrap()));
+    });
+    kmap.flush();
+    assert_eq!(seen.get(), Some((true, true)), "left before the flush");
+    let readable = |at| {
+        let leaf = table.query(Page::containing(at)).leaf();
+        leaf.is_some_and(|leaf| leaf.attributes.rights.contains(Rights::READ))
+    };
+    assert!(!readable(one) && readable(two));
+    kmap.flush();
+    assert!(!readable(two));
+    assert!(!waits(|| kmap.flush()));
 }
