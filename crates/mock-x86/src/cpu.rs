@@ -276,6 +276,11 @@ impl CpuState {
         Some(self.own_mode.unwrap_or(selected))
     }
 
+    /// Whether it runs 64-bit code: in IA-32e mode, unless CS was loaded with a segment of compatibility mode.
+    pub(crate) fn is_64_bit(&self) -> bool {
+        self.regs.efer & efer::LMA != 0 && (self.segments.is_long() || !self.segments.has_code())
+    }
+
     /// What decides a walk now; `None` while paging is off.
     #[inline]
     pub(crate) fn context(&self) -> Option<WalkContext> {
@@ -295,7 +300,7 @@ impl CpuState {
             smap: regs.cr4 & cr4::SMAP != 0,
             ac: regs.rflags & rflags::AC != 0,
             pge: regs.cr4 & cr4::PGE != 0,
-            pkru: (regs.cr4 & cr4::PKE != 0).then_some(regs.pkru),
+            pkru: (regs.cr4 & cr4::PKE != 0 && self.mode()?.has_pkey).then_some(regs.pkru),
         })
     }
 
@@ -424,9 +429,13 @@ impl CpuState {
         let turns_paging_on = regs.cr0 & cr0::PG == 0 && value & cr0::PG != 0;
         let turns_paging_off = regs.cr0 & cr0::PG != 0 && value & cr0::PG == 0;
         let long = regs.efer & efer::LME != 0;
-        if (value & cr0::PG != 0 && value & cr0::PE == 0)
-            || (turns_paging_on && long && regs.cr4 & cr4::PAE == 0)
-            || (turns_paging_off && regs.cr4 & cr4::PCIDE != 0)
+        // SDM 3A 2.5, and the exceptions of `MOV` to control registers in 2B.
+        if value >> 32 != 0
+            || (value & cr0::PG != 0 && value & cr0::PE == 0)
+            || (value & cr0::NW != 0 && value & cr0::CD == 0)
+            || (turns_paging_on && long && (regs.cr4 & cr4::PAE == 0 || self.segments.is_long()))
+            // IA-32e mode is left from compatibility mode, without PCIDs (SDM 3A 9.8.5.4).
+            || (turns_paging_off && (regs.cr4 & cr4::PCIDE != 0 || self.is_64_bit()))
         {
             return refused;
         }
@@ -447,6 +456,15 @@ impl CpuState {
             self.keep_roots(|_| false);
             self.log(step, Flush::Control);
         }
+        Ok(())
+    }
+
+    /// `WRPKRU`.
+    pub(crate) fn write_pkru(&mut self, value: u32) -> Result<(), Fault> {
+        if self.regs.cr4 & cr4::PKE == 0 {
+            return Err(Fault::InvalidOpcode);
+        }
+        self.regs.pkru = value;
         Ok(())
     }
 

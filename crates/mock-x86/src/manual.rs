@@ -13,6 +13,10 @@ pub mod cr0 {
     pub const PE: u64 = 1 << 0;
     /// Write protect: supervisor writes obey R/W.
     pub const WP: u64 = 1 << 16;
+    /// Not write-through; without CD an invalid pair.
+    pub const NW: u64 = 1 << 29;
+    /// Cache disable.
+    pub const CD: u64 = 1 << 30;
     /// Paging.
     pub const PG: u64 = 1 << 31;
 }

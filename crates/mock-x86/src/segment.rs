@@ -263,6 +263,22 @@ pub(crate) struct Segmentation {
     bases: [u64; 2],
 }
 
+impl Segmentation {
+    fn code(&self) -> Option<Descriptor> {
+        self.registers[SegmentRegister::Cs as usize].hidden
+    }
+
+    /// Whether CS was ever loaded.
+    pub(crate) fn has_code(&self) -> bool {
+        self.code().is_some()
+    }
+
+    /// Whether CS holds 64-bit code.
+    pub(crate) fn is_long(&self) -> bool {
+        self.code().is_some_and(Descriptor::is_long)
+    }
+}
+
 /// Which fault a refused load raises.
 fn refused(code: u16) -> Fault {
     Fault::Selector { vector: 13, code }
@@ -282,9 +298,7 @@ impl<'m> SegmentedCpu<'m> {
     }
 
     fn is_long(&self) -> bool {
-        let state = self.state();
-        let code = state.registers[SegmentRegister::Cs as usize].hidden;
-        self.0.registers().efer & efer::LMA != 0 && code.is_some_and(Descriptor::is_long)
+        self.0.registers().efer & efer::LMA != 0 && self.state().is_long()
     }
 
     /// The current privilege level: the RPL of CS.

@@ -338,9 +338,13 @@ impl<'m> VirtualCpu<'m> {
         self.instruction(|cpu, _, _| cpu.write_efer(value))
     }
 
-    /// `WRPKRU`.
-    pub fn write_pkru(&self, value: u32) {
-        self.instruction(|cpu, _, _| cpu.regs.pkru = value);
+    /// `WRPKRU`, at any privilege.
+    ///
+    /// # Errors
+    ///
+    /// `#UD` while CR4.PKE = 0.
+    pub fn write_pkru(&self, value: u32) -> Result<(), Fault> {
+        self.instruction(|cpu, _, _| cpu.write_pkru(value))
     }
 
     /// `INVLPG`.

@@ -98,7 +98,7 @@ pub struct WalkContext {
     pub ac: bool,
     /// CR4.PGE.
     pub pge: bool,
-    /// PKRU, if CR4.PKE = 1.
+    /// PKRU, if CR4.PKE = 1 in a mode that has protection keys.
     pub pkru: Option<u32>,
 }
 

@@ -4,7 +4,7 @@ mod common;
 
 use common::{P, PS, RW, Tables, US, XD, builder};
 use kmem_mock_x86::manual::{cr0, cr4, efer, pf};
-use kmem_mock_x86::{Fault, Features, Machine, Registers};
+use kmem_mock_x86::{Descriptor, Fault, Features, Machine, Registers, Selector};
 
 const VA: u64 = 0x40_0000;
 const PAGE: u64 = 0x80_0000;
@@ -216,9 +216,17 @@ fn smep_alone_makes_the_fetch_bit_known() {
 
 #[test]
 fn protection_keys() {
-    let machine = machine(Registers::LONG, P | RW | US | 5 << 59);
+    let registers = Registers {
+        pkru: 1 << 10,
+        ..Registers::LONG
+    };
+    let machine = machine(registers, P | RW | US | 5 << 59);
     let cpu = machine.cpu(0);
-    cpu.write_pkru(1 << 10);
+    assert_eq!(
+        cpu.write_pkru(0),
+        Err(Fault::InvalidOpcode),
+        "WRPKRU needs CR4.PKE"
+    );
     assert!(
         cpu.user().read_u8(VA).is_ok(),
         "PKRU without CR4.PKE means nothing"
@@ -227,7 +235,7 @@ fn protection_keys() {
     assert_eq!(code(cpu.user().read_u8(VA)), pf::P | pf::U | pf::PK);
     assert_eq!(code(cpu.read_u8(VA)), pf::P | pf::PK);
     assert!(cpu.user().fetch(VA).is_ok(), "keys judge data only");
-    cpu.write_pkru(2 << 10);
+    cpu.user().write_pkru(2 << 10).unwrap();
     assert!(cpu.user().read_u8(VA).is_ok());
     assert_eq!(
         code(cpu.user().write_u8(VA, 0)),
@@ -240,7 +248,7 @@ fn protection_keys() {
         Ok(()),
         "write-disable binds the supervisor only under WP"
     );
-    cpu.write_pkru(3 << 8);
+    cpu.write_pkru(3 << 8).unwrap();
     assert!(cpu.user().write_u8(VA, 0).is_ok(), "another key's bits");
 }
 
@@ -319,6 +327,20 @@ fn control_registers_refuse_what_the_manual_refuses() {
     assert!(refused(cpu.write_cr4(regs.cr4 | 1 << 40)), "an unknown bit");
     assert!(refused(cpu.write_cr0(cr0::PG)), "paging without protection");
     assert!(
+        refused(cpu.write_cr0(regs.cr0 | 1 << 32)),
+        "bits 63:32 of CR0"
+    );
+    assert!(
+        refused(cpu.write_cr0(regs.cr0 | cr0::NW)),
+        "NW = 1 with CD = 0"
+    );
+    assert!(cpu.write_cr0(regs.cr0 | cr0::NW | cr0::CD).is_ok());
+    assert!(cpu.write_cr0(regs.cr0 | cr0::CD).is_ok());
+    assert!(
+        refused(cpu.write_cr0(regs.cr0 & !cr0::PG)),
+        "paging off in 64-bit mode"
+    );
+    assert!(
         refused(cpu.write_efer(regs.efer & !efer::LME)),
         "LME while paging"
     );
@@ -329,6 +351,10 @@ fn control_registers_refuse_what_the_manual_refuses() {
     );
     cpu.write_cr3(regs.cr3).unwrap();
     cpu.write_cr4(regs.cr4 | cr4::PCIDE).unwrap();
+    let code = Descriptor::segment(0, u32::MAX, 0xa, 0);
+    let data = Descriptor::segment(0, u32::MAX, 0x2, 0);
+    cpu.segments()
+        .start((Selector::gdt(1, 0), code), (Selector::gdt(2, 0), data));
     assert!(
         refused(cpu.write_cr0(regs.cr0 & !cr0::PG)),
         "paging off with PCIDE"

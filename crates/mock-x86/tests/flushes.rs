@@ -4,7 +4,9 @@ mod common;
 
 use common::{G, P, RW, Tables, US, builder};
 use kmem_mock_x86::manual::cr4;
-use kmem_mock_x86::{Adversary, Fault, Features, Invpcid, Machine, Registers};
+use kmem_mock_x86::{
+    Adversary, Descriptor, Fault, Features, Invpcid, Machine, Registers, Selector,
+};
 
 const ONE: u64 = 0x40_0000;
 const TWO: u64 = 0x40_1000;
@@ -191,6 +193,11 @@ fn paging_off_drops_everything() {
     let cpu = machine.cpu(0);
     cpu.read_u8(SHARED).unwrap();
     let cr0 = cpu.registers().cr0;
+    // 64-bit code cannot turn paging off: through a code segment of compatibility mode.
+    let code = Descriptor::segment(0, u32::MAX, 0xa, 0);
+    let data = Descriptor::segment(0, u32::MAX, 0x2, 0);
+    cpu.segments()
+        .start((Selector::gdt(1, 0), code), (Selector::gdt(2, 0), data));
     cpu.write_cr0(cr0 & !(1 << 31)).unwrap();
     assert_eq!(cpu.cached_entries(), 0);
     cpu.write_u8(0x90_0000, 7).unwrap();

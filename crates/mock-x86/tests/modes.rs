@@ -4,7 +4,7 @@ mod common;
 
 use common::{A, D, P, PS, RW, US, XD, builder};
 use kmem_mock_x86::manual::{cr0, cr4, efer, pf};
-use kmem_mock_x86::{Fault, Machine, Registers};
+use kmem_mock_x86::{Descriptor, Fault, LINUX_GDT_64, Machine, Registers, Selector};
 
 const PAGE: u64 = 0x80_0000;
 
@@ -207,4 +207,41 @@ fn paging_off_is_the_identity() {
         cpu.write_cr4(cr4::PCIDE),
         Err(Fault::GeneralProtection { .. })
     ));
+}
+
+#[test]
+fn protection_keys_are_of_ia_32e_mode_alone() {
+    let registers = Registers {
+        pkru: 3,
+        ..Registers::PROTECTED
+    };
+    let machine = builder().registers(registers).build().unwrap();
+    let cpu = machine.cpu(0);
+    store(&machine, 0x20_0000, 4, PAGE | P | RW | US | PS);
+    cpu.write_cr4(cr4::PSE | cr4::PKE).unwrap();
+    cpu.write_cr3(0x20_0000).unwrap();
+    cpu.write_cr0(cr0::PE | cr0::PG).unwrap();
+    assert_eq!(cpu.user().write_u8(8, 1), Ok(()));
+}
+
+#[test]
+fn ia_32e_mode_is_entered_from_32_bit_code() {
+    let machine = boot(cr4::PAE, efer::LME, 0x20_0000, |machine| {
+        let long = Descriptor(LINUX_GDT_64[1]);
+        let data = Descriptor(LINUX_GDT_64[2]);
+        let cpu = machine.cpu(0);
+        cpu.segments()
+            .start((Selector::gdt(2, 0), long), (Selector::gdt(3, 0), data));
+        cpu.write_cr4(cr4::PAE).unwrap();
+        cpu.write_efer(efer::LME).unwrap();
+        assert!(matches!(
+            cpu.write_cr0(cr0::PE | cr0::PG),
+            Err(Fault::GeneralProtection { .. })
+        ));
+        let code = Descriptor(LINUX_GDT_64[0]);
+        cpu.segments()
+            .start((Selector::gdt(1, 0), code), (Selector::gdt(3, 0), data));
+        cpu.write_efer(0).unwrap();
+    });
+    assert_eq!(machine.cpu(0).registers().efer & efer::LMA, efer::LMA);
 }
