@@ -9,8 +9,9 @@
 //! long as there are any; what is left, and every block that cannot be had, is made of single frames.
 
 use kmem_hal::{
-    Context, DeviceFrame, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, ObjectAlloc,
-    Order, OwnedFrame, PAGE_SIZE, Page, PageRange, PhysAddr, RawLock, VirtAddr,
+    Context, DeviceFrame, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, FrameTable,
+    ObjectAlloc, Order, OwnedFrame, PAGE_SIZE, Page, PageRange, PhysAddr, RawLock, SECTION_FRAMES,
+    VirtAddr,
 };
 use kmem_paging::format::Format;
 use kmem_paging::{Attributes, Env, MapError, MemoryType, Rights};
@@ -212,7 +213,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
 
     /// Maps device registers: `bytes` bytes at physical `address`; gives the linear address of the first.
     ///
-    /// Leaves are as large as size and alignment allow. Where the frames have slots, they are memory that somebody owns
+    /// Leaves are as large as size and alignment allow. Where any of the frames has a slot, it is memory that somebody may own
     /// (firmware's tables): then the mapping ends at once when it is freed, and with the batch otherwise.
     ///
     /// # Errors
@@ -240,9 +241,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             .of(AreaKind::Ioremap)
             .memory_type(memory_type);
         let mut made = Made::here();
-        let slots = self.table.env().slots();
-        let known = slots.slot(frames.first()).is_some()
-            || frames.last().is_some_and(|last| slots.slot(last).is_some());
+        let known = has_slots(self.table.env().slots(), frames);
         if known {
             made = made.borrowed();
         }
@@ -437,6 +436,19 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         }
         Ok(range.start())
     }
+}
+
+/// Whether any of the frames has a slot: slots come by the section.
+fn has_slots(slots: &FrameTable, frames: FrameRange) -> bool {
+    let Some(last) = frames.last() else {
+        return false;
+    };
+    let last = (last.number() / SECTION_FRAMES + 1).min(slots.directory().len() as u64);
+    (frames.first().number() / SECTION_FRAMES..last).any(|section| {
+        slots
+            .slot(Frame::from_number(section * SECTION_FRAMES))
+            .is_some()
+    })
 }
 
 /// The pages of `range` below `at`, if there are any.

@@ -7,12 +7,12 @@ use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 
 use kmem_hal::{
-    AllocError, Context, FlushRequest, Frame, FrameRequest, FrameSink, FrameSource, FrameTable,
-    Mmu, NoTrace, OwnedFrame, PAGE_SIZE, Page, PageRange, Root, Shrink, SingleCpu, SingleGrace,
-    Spin, Wait,
+    AllocError, Context, FlushRequest, Frame, FrameRange, FrameRequest, FrameSink, FrameSource,
+    FrameTable, FrameTag, Mmu, NoTrace, Order, OwnedFrame, PAGE_SIZE, Page, PageRange, PhysAddr,
+    Root, Shrink, SingleCpu, SingleGrace, Spin, VirtAddr, Wait,
 };
 use kmem_paging::format::X86_64;
-use kmem_paging::{Env, PageTable, Parts, Rights, TableCache};
+use kmem_paging::{Env, MemoryType, PageTable, Parts, Rights, TableCache};
 use kmem_testkit::{Arena, ArenaSource, HeapObjects, SlotArena};
 use kmem_vma_tree::Node;
 use kmem_vmalloc::{KernelLayout, KernelPage, Kmap, KmapSlot, StackCache, StackSlots, Vmalloc};
@@ -142,12 +142,12 @@ fn cpu() -> SingleCpu {
     unsafe { SingleCpu::new() }
 }
 
-fn table() -> (&'static Hooked, &'static Table) {
-    let arena = leak(Arena::new(512));
+fn table(first: Frame, count: u64) -> (&'static Hooked, &'static Table) {
+    let arena = leak(Arena::at(FrameRange::new(first, count).unwrap()));
     let slots = leak(SlotArena::new(kmem_hal::PhysMap::reach(arena)));
     let frames = Frames {
         arena: ArenaSource::new(arena),
-        left: Cell::new(512),
+        left: Cell::new(count),
         reclaim: Hook::default(),
     };
     let flushes = Flushes::default();
@@ -161,10 +161,13 @@ fn table() -> (&'static Hooked, &'static Table) {
 }
 
 fn kernel(request: FrameRequest) -> (&'static Hooked, &'static Kernel) {
-    let (env, table) = table();
-    let window = PageRange::with_count(KernelLayout::x86_64().vmalloc.first(), 256).unwrap();
-    let kernel = Vmalloc::new(table, window, leak(HeapObjects::new())).with_frames(request);
-    (env, leak(kernel))
+    let (env, table) = table(Arena::FIRST, 512);
+    (env, leak(on_table(table, 256).with_frames(request)))
+}
+
+fn on_table(table: &'static Table, pages: u64) -> Kernel {
+    let window = PageRange::with_count(KernelLayout::x86_64().vmalloc.first(), pages).unwrap();
+    Vmalloc::new(table, window, leak(HeapObjects::new()))
 }
 
 #[test]
@@ -231,7 +234,7 @@ impl Wait for Shows {
 
 #[test]
 fn a_flush_of_idle_mappings_ends_after_the_one_before_it() {
-    let (env, table) = table();
+    let (env, table) = table(Arena::FIRST, 512);
     let pages = PageRange::with_count(KernelLayout::x86_64().vmalloc.first(), 4).unwrap();
     let slots = Box::leak(Box::new([KmapSlot::VACANT; 4]));
     let kmap: &Kmap<'_, X86_64, _, Spin, _> = leak(Kmap::new(table, pages, slots, Shows).unwrap());
@@ -259,4 +262,31 @@ fn a_flush_of_idle_mappings_ends_after_the_one_before_it() {
     kmap.flush();
     assert!(!readable(two));
     assert!(!waits(|| kmap.flush()));
+}
+
+#[test]
+fn a_window_over_memory_between_two_holes_frees_none_of_it() {
+    // All memory lies above 4 GiB, in slots of its own; the window begins below and ends behind what has slots.
+    let (env, table) = table(Frame::from_number(1 << 20), 2048);
+    let kernel = on_table(table, 1 << 19);
+    let owned = kernel.alloc(Order::HUGE_2M.bytes()).unwrap();
+    let leaf = |at| kernel.table().query(Page::containing(at)).leaf().unwrap();
+    assert_eq!(leaf(owned).order, Order::HUGE_2M);
+    let (start, bytes) = (PhysAddr::new(0xffff_f000), (1 << 30) + 0x2000);
+    let window = kernel.ioremap(start, bytes, MemoryType::WriteBack).unwrap();
+    let offset = leaf(owned).frame.start().as_u64() - start.as_u64();
+    let seen = leaf(VirtAddr::new(window.as_u64() + offset));
+    assert_eq!(
+        (seen.frame, seen.order),
+        (leaf(owned).frame, Order::HUGE_2M)
+    );
+    kernel.free(window).unwrap();
+    kernel.purge();
+    let slot = env.slots().slot(seen.frame).unwrap();
+    assert_eq!(
+        slot.tag(),
+        FrameTag::Vmalloc,
+        "the window freed its owner's memory"
+    );
+    kernel.free(owned).unwrap();
 }
