@@ -156,7 +156,7 @@ impl<'v, 'a, F: Format, E: Env, T: ObjectAlloc<Node>, L: RawLock, C: Cpu, const 
     ///
     /// # Errors
     ///
-    /// [`NotAnArea`] where no stack of this size ends there, or it is in the cache already.
+    /// [`NotAnArea`] where no guarded stack of exactly this size ends there, or it is in the cache already.
     #[doc(alias = "free_thread_stack")]
     pub fn free(&self, top: VirtAddr) -> Result<(), NotAnArea> {
         let bytes = self.pages * kmem_hal::PAGE_SIZE;
@@ -166,7 +166,7 @@ impl<'v, 'a, F: Format, E: Env, T: ObjectAlloc<Node>, L: RawLock, C: Cpu, const 
                 .iter()
                 .any(|slot| slot.load(Ordering::Relaxed) == top.as_u64())
         });
-        if kept || self.source.bytes_at(bottom) != Some(bytes) {
+        if kept || !self.source.is_stack(bottom, self.pages) {
             return Err(NotAnArea(top));
         }
         if self.local().is_some_and(|slots| slots.put(top)) {

@@ -31,7 +31,7 @@ use kmem_paging::format::Format;
 use kmem_paging::{Env, PageTable};
 use kmem_vma_tree::{GapRequest, Node, RangeTree};
 
-use crate::area::{Area, AreaRef, Areas, Stage};
+use crate::area::{Area, AreaKind, AreaRef, Areas, Stage};
 use crate::batch::Batch;
 use crate::page::KernelPage;
 use crate::purge::{Lazy, LazyLimit};
@@ -173,6 +173,18 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         let (_, area) = self.state.lock().find(page)?;
         let usable = area.usable()?;
         (usable.contains(page) && area.stage == Stage::Used).then_some((usable, area))
+    }
+
+    /// Whether a guarded stack in use has exactly the `pages` pages from `bottom`.
+    pub(crate) fn is_stack(&self, bottom: VirtAddr, pages: u64) -> bool {
+        Page::starting_at(bottom)
+            .and_then(|page| {
+                self.area_at(page)
+                    .filter(|(usable, _)| usable.first() == page)
+            })
+            .is_some_and(|(usable, area)| {
+                usable.count() == pages && area.kind == AreaKind::Stack && area.guard_below > 0
+            })
     }
 
     /// Puts an area into the tree where there is room for it and its guards; gives its mapped pages.

@@ -394,6 +394,33 @@ fn stacks_are_kept_and_given_back_under_pressure() {
 }
 
 #[test]
+fn only_whole_stacks_of_the_size_are_kept() {
+    on_machine(256, |machine, vmalloc, _| {
+        let mut slots: [StackSlots<2>; 2] = [StackSlots::new(), StackSlots::new()];
+        let stacks = StackCache::new(vmalloc, machine, &mut slots, 4);
+        let large = vmalloc.alloc_stack(8).unwrap();
+        let memory = vmalloc.alloc(4 * PAGE_SIZE).unwrap();
+        // It calls itself a stack, but nothing guards its bottom.
+        let bare = Request::new(4).of(AreaKind::Stack);
+        let bare = vmalloc.alloc_memory(bare).unwrap();
+        let end = |at: VirtAddr| VirtAddr::new(at.as_u64() + 4 * PAGE_SIZE);
+        for top in [large, end(memory), end(bare)] {
+            assert_eq!(stacks.free(top), Err(NotAnArea(top)));
+        }
+        assert_eq!(stacks.count(), 0);
+        // One that the cache did not give, but might have.
+        let whole = vmalloc.alloc_stack(4).unwrap();
+        let inside = VirtAddr::new(whole.as_u64() - 8);
+        assert_eq!(stacks.free(inside), Err(NotAnArea(inside)));
+        stacks.free(whole).unwrap();
+        stacks.scan(1);
+        vmalloc.free_stack(large, 8).unwrap();
+        vmalloc.free(memory).unwrap();
+        vmalloc.free(bare).unwrap();
+    });
+}
+
+#[test]
 fn a_stack_of_another_cpu_is_better_than_none() {
     on_machine(7, |machine, vmalloc, _| {
         let mut slots: [StackSlots<1>; 2] = [StackSlots::new(), StackSlots::new()];
