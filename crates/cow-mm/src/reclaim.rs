@@ -256,7 +256,7 @@ impl<E: Env> Mm<'_, E> {
     fn evict_anonymous(&self, frame: Frame, page: UserSlot<'_>) -> Evicted {
         // A count of the slot for as long as this function makes entries for it.
         let entry = match self.cache_entry(frame) {
-            Some(entry) if self.swap().add_count(entry) => entry,
+            Some(entry) if self.count_cached(entry, frame) => entry,
             Some(_) => return Evicted::Kept,
             None => {
                 // Before the slot names the frame, whose reference for it this is.

@@ -105,8 +105,9 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
-    /// The page of an absent entry, if it is in memory all the same; the reference is the caller's.
-    pub(crate) fn cached_swap(&self, payload: Payload) -> Option<Frame> {
+    /// The page of an absent entry, if it is in memory all the same; the reference is the caller's. The entry may be gone meanwhile, and its
+    /// slot another page's: [`AddressSpace::cached_swap`] is about an entry that stands.
+    fn cached_swap(&self, payload: Payload) -> Option<Frame> {
         let Some(Absent::Swapped(entry)) = Absent::of(payload) else {
             return None;
         };
@@ -187,6 +188,18 @@ impl<'m, E: Env> Mm<'m, E> {
         }
         let word = slot.links().load(kmem_hal::sync::Ordering::Acquire);
         SwapEntry::from_word(word).filter(|&entry| self.swap().slot(entry).frame == Some(frame))
+    }
+
+    /// Counts a slot in whose cache a page was found, if it is there still; `false` where it is not, or cannot be counted.
+    ///
+    /// Until it is counted a slot may be given up, and taken for another page; once it is, it stays the page's.
+    pub(crate) fn count_cached(&self, entry: SwapEntry, frame: Frame) -> bool {
+        let counted = self.swap().add_count(entry);
+        let here = counted && self.swap().slot(entry).frame == Some(frame);
+        if counted && !here {
+            self.drop_swap(entry);
+        }
+        here
     }
 
     /// Takes a page out of the swap cache, if it is the one of the slot; `false` where it is not.
@@ -404,6 +417,27 @@ impl<E: Env> AddressSpace<'_, E> {
                 Ok(false)
             }
         }
+    }
+
+    /// The page of an entry that stands, if it is in memory all the same; the reference is the caller's.
+    pub(crate) fn cached_swap(&self, page: Page, payload: Payload) -> Option<Frame> {
+        let mm = self.mm();
+        let frame = mm.cached_swap(payload)?;
+        let stands = self
+            .tables()
+            .cursor(PageRange::single(page))
+            .is_ok_and(|mut cursor| {
+                // As in `map_back`: the entry, under its table's lock, and then the slot that it counts.
+                let Some(Absent::Swapped(entry)) = Absent::of(payload) else {
+                    return false;
+                };
+                cursor.look(page).0 == Entry::Payload(payload)
+                    && mm.swap().slot(entry).frame == Some(frame)
+            });
+        if !stands {
+            mm.put_reference(frame);
+        }
+        stands.then_some(frame)
     }
 
     /// Shows every entry of swap in the space's tables.

@@ -58,12 +58,13 @@ pub(crate) enum Started {
 }
 
 impl<E: Env> Mm<'_, E> {
-    /// Starts a transfer between a page and a slot. The caller keeps a reference of the page and a count of the slot for the call, and the
-    /// transfer takes its own.
+    /// Starts a transfer between a page and the slot in whose cache it is. The caller keeps a reference of the page for the call, and the
+    /// transfer takes its own, and a count of the slot.
     ///
     /// # Errors
     ///
-    /// [`Errno::EIO`] where the device refused or failed, [`Errno::EAGAIN`] where a count is at its limit.
+    /// [`Errno::EIO`] where the device refused or failed, [`Errno::EAGAIN`] where a count is at its limit, or the page left the cache meanwhile:
+    /// then the slot may be another page's.
     pub(crate) fn start_transfer(
         &self,
         entry: SwapEntry,
@@ -81,7 +82,7 @@ impl<E: Env> Mm<'_, E> {
             };
         };
         let page = self.user(frame);
-        if !self.swap().add_count(entry) {
+        if !self.count_cached(entry, frame) {
             return Err(Errno::EAGAIN);
         }
         if page.add_reference().is_err() {

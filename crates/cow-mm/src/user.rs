@@ -62,7 +62,7 @@ impl<E: Env> AddressSpace<'_, E> {
         let state = self.lock();
         let vma = state.vmas.get(page)?;
         if let Some(payload) = self.payload_at(page) {
-            let frame = self.mm().cached_swap(payload)?;
+            let frame = self.cached_swap(page, payload)?;
             self.mm().read_frame(frame, offset, to);
             self.mm().put_reference(frame);
             return Some(());

@@ -1,18 +1,21 @@
 //! Schedules of chosen operations: what went wrong only where one of them came all the way while the other stood still.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kmem_cow_mm::{Advice, Layout, MapFlags, MapRequest, PinError, RemapFlags};
 use kmem_hal::{Access, FrameRequest, FrameSink, FrameSource, Migrate, Page, VirtAddr};
 
-use super::kernel::{Kernel, Space};
-use super::{ANON, ELSEWHERE, PAGE, RW, access, exit, run_schedules};
+use super::kernel::{Kernel, SLOTS, Space};
+use super::{ANON, ELSEWHERE, PAGE, RW, SHARED, access, exit, run_schedules};
 
-fn kernel() -> Kernel {
+/// The kernel, with that many slots of swap: with one, a slot that is given up is the next page's at once.
+fn kernel(slots: usize) -> Kernel {
     let kernel = Kernel::get();
     kernel.disk.set_latency(0);
     if kernel.mm.meminfo().swap.total == 0 {
-        kernel.mm.swap_on(kernel.disk, kernel.slots).unwrap();
+        let slots = &kernel.slots[..slots];
+        kernel.mm.swap_on(kernel.disk, slots).unwrap();
     }
     kernel
 }
@@ -32,11 +35,43 @@ fn map(space: &Space, at: u64, pages: u64, flags: MapFlags) {
     space.mmap(&request.at(at)).unwrap();
 }
 
+/// A slot that a page got for its way out is another page's as soon as the page is wanted back. Who was about to write the first page there
+/// looks again with the slot counted.
+#[test]
+fn shuttle_a_page_of_shared_memory_is_not_written_to_a_slot_that_is_anothers() {
+    let body = || {
+        let kernel = kernel(1);
+        let space = Arc::new(Space::new(kernel.mm, Layout::x86_64()).unwrap());
+        map(&space, SHARED, 1, MapFlags::SHARED);
+        map(&space, ANON, 1, MapFlags::PRIVATE);
+        access(kernel, &space, SHARED, Some(1)).unwrap();
+        access(kernel, &space, ANON, Some(2)).unwrap();
+        let other = space.clone();
+        let done = Arc::new(AtomicBool::new(false));
+        let says_so = done.clone();
+        let evictor = shuttle::thread::spawn(move || {
+            other.madvise(SHARED, PAGE, Advice::PageOut).unwrap();
+            says_so.store(true, Ordering::SeqCst);
+        });
+        let file = space.vma_at(VirtAddr::new(SHARED)).and_then(|vma| vma.file);
+        while kernel.mm.cached_pages(file.unwrap()) > 0 && !done.load(Ordering::SeqCst) {
+            shuttle::thread::yield_now();
+        }
+        access(kernel, &space, SHARED, Some(3)).unwrap();
+        space.madvise(ANON, PAGE, Advice::PageOut).unwrap();
+        evictor.join().unwrap();
+        assert_eq!(access(kernel, &space, ANON, None), Ok(2));
+        assert_eq!(access(kernel, &space, SHARED, None), Ok(3));
+        end(kernel, space);
+    };
+    run_schedules("shared, slot of another".into(), 4001, 500, body);
+}
+
 /// A page that is pinned while reclaim looks at it stays its owner's: the device and the program see each other's writes.
 #[test]
 fn shuttle_a_page_that_is_pinned_under_reclaim_stays_its_owners() {
     let body = || {
-        let kernel = kernel();
+        let kernel = kernel(SLOTS);
         let space = Arc::new(Space::new(kernel.mm, Layout::x86_64()).unwrap());
         map(&space, ANON, 1, MapFlags::PRIVATE);
         access(kernel, &space, ANON, Some(1)).unwrap();
@@ -65,7 +100,7 @@ fn shuttle_a_page_that_is_pinned_under_reclaim_stays_its_owners() {
 #[test]
 fn shuttle_a_page_that_goes_home_while_it_moves_arrives() {
     let body = || {
-        let kernel = kernel();
+        let kernel = kernel(SLOTS);
         let space = Arc::new(Space::new(kernel.mm, Layout::x86_64()).unwrap());
         map(&space, ANON, 1, MapFlags::PRIVATE);
         access(kernel, &space, ANON, Some(1)).unwrap();
