@@ -8,12 +8,15 @@
 //! | `MADV_WILLNEED` | those of files and in swap are read, without waiting |
 //! | `MADV_REMOVE` | those of shared memory go, out of every space and out of their object |
 //!
+//! Costs: what is in the range, not its size: a walk passes what was never touched table by table, and what an object does not have
+//! entry by entry.
+//!
 //! Pages that other spaces map too are left alone, as in Linux: one process's advice is not the others'.
 //!
 //! Source: madvise(2); Linux `mm/madvise.c` (`madvise_free_pte_range`, `madvise_cold_or_pageout_pte_range`, `madvise_willneed`).
 
-use kmem_hal::{FrameTag, PageRange, SlotFlags};
-use kmem_paging::{ChangeError, Cleared, Entry, Leaf};
+use kmem_hal::{FrameTag, Page, PageRange, SlotFlags};
+use kmem_paging::{ChangeError, Cleared, Entry, Leaf, Run};
 
 use crate::absent::Absent;
 use crate::env::Env;
@@ -154,17 +157,19 @@ impl<E: Env> AddressSpace<'_, E> {
         let Ok(mut cursor) = self.tables().cursor(range) else {
             return;
         };
-        for at in range.iter() {
-            let (Entry::Leaf(leaf), false) = cursor.look(at) else {
-                continue;
-            };
-            // The range may have become a device's since the advice was accepted.
-            if let Some(page) = self.mm().counted(leaf.frame)
-                && page.mappings() == 1
-            {
-                page.set_age(0);
-                cursor.clear_accessed(at);
-                self.core().entry.note_aged();
+        while let Some(run) = cursor.next_run() {
+            for at in leaves_of(&run, range) {
+                let (Entry::Leaf(leaf), false) = cursor.look(at) else {
+                    continue;
+                };
+                // The range may have become a device's since the advice was accepted.
+                if let Some(page) = self.mm().counted(leaf.frame)
+                    && page.mappings() == 1
+                {
+                    page.set_age(0);
+                    cursor.clear_accessed(at);
+                    self.core().entry.note_aged();
+                }
             }
         }
         drop(cursor);
@@ -175,21 +180,39 @@ impl<E: Env> AddressSpace<'_, E> {
     #[doc(alias = "madvise_pageout")]
     #[inline(never)]
     fn page_out(&self, range: PageRange) {
-        for page in range.iter() {
-            let Some(frame) = self.frame_at(page) else {
-                continue;
-            };
-            // One mapping in a table that a fork shares is several spaces'.
-            let cursor = self.tables().cursor(PageRange::single(page));
-            if cursor.is_ok_and(|mut cursor| cursor.look(page).1) {
-                continue;
-            }
-            self.mm().with_page(frame, |page| {
-                if page.mappings() == 1 && self.mm().may_go(frame, page) {
-                    self.mm().evict(frame, page);
-                }
-            });
+        let mut next = Some(range.first());
+        while let Some(pages) = next.and_then(|from| self.next_leaves(from, range)) {
+            pages.iter().for_each(|page| self.page_out_one(page));
+            next = pages.last().checked_add(1);
         }
+    }
+
+    fn page_out_one(&self, page: Page) {
+        let Some(frame) = self.frame_at(page) else {
+            return;
+        };
+        // One mapping in a table that a fork shares is several spaces'.
+        let cursor = self.tables().cursor(PageRange::single(page));
+        if cursor.is_ok_and(|mut cursor| cursor.look(page).1) {
+            return;
+        }
+        self.mm().with_page(frame, |page| {
+            if page.mappings() == 1 && self.mm().may_go(frame, page) {
+                self.mm().evict(frame, page);
+            }
+        });
+    }
+
+    /// The first pages of a range, from one on, that have leaves.
+    fn next_leaves(&self, from: Page, range: PageRange) -> Option<PageRange> {
+        let rest = PageRange::new(from, range.last())?;
+        let mut cursor = self.tables().cursor(rest).ok()?;
+        while let Some(run) = cursor.next_run() {
+            if let Run::Leaves { range, .. } = run {
+                return range.intersection(rest);
+            }
+        }
+        None
     }
 
     /// Starts reading what is missing.
@@ -197,21 +220,40 @@ impl<E: Env> AddressSpace<'_, E> {
     #[inline(never)]
     fn fetch(&self, range: PageRange, file: Option<FileRef>, index: u64) {
         let mm = self.mm();
-        for (page, index) in range.iter().zip(index..) {
-            if let Some(payload) = self.payload_at(page) {
-                if let Some(Absent::Swapped(entry)) = Absent::of(payload)
-                    && let Ok(Swapped::Ready(frame)) = mm.swapped_page(entry, true)
-                {
-                    mm.put_reference(frame);
-                }
-                continue;
+        let mut next = Some(range.first());
+        while let Some((page, payload)) = next.and_then(|from| self.next_payload(from, range)) {
+            if let Some(Absent::Swapped(entry)) = Absent::of(payload)
+                && let Ok(Swapped::Ready(frame)) = mm.swapped_page(entry, true)
+            {
+                mm.put_reference(frame);
             }
-            let Some(file) = file else { continue };
+            next = page.checked_add(1);
+        }
+        let Some(file) = file else { return };
+        let end = index.saturating_add(range.count());
+        // Shared memory has what was written, in memory or in swap; a file all up to its end.
+        let sparse = mm.info(file).is_shared_memory;
+        let from = |index| match sparse {
+            true => mm.next_entry(file, index, end),
+            false => (index < end).then_some(index),
+        };
+        let mut next = from(index);
+        while let Some(index) = next {
             match mm.object_page(file, index) {
                 Ok(ObjectPage::Ready(frame)) => mm.put_reference(frame),
                 Ok(ObjectPage::NeedIo(_)) => {}
                 Ok(ObjectPage::Beyond) | Err(_) => return,
             }
+            next = from(index + 1);
         }
     }
+}
+
+/// The pages of a run that have leaves, as far as they lie in a range.
+fn leaves_of(run: &Run, range: PageRange) -> impl Iterator<Item = Page> + use<> {
+    let pages = match run {
+        Run::Leaves { range: pages, .. } => pages.intersection(range),
+        _ => None,
+    };
+    pages.into_iter().flat_map(PageRange::iter)
 }

@@ -417,6 +417,14 @@ impl<'m, E: Env> Mm<'m, E> {
         Ok(())
     }
 
+    /// The first index from one on, and below another, of which the object has something: a page, or a place in swap.
+    pub(crate) fn next_entry(&self, file: FileRef, from: u64, end: u64) -> Option<u64> {
+        let pages = self.object(file).pages.read();
+        let entry = pages.first_at_or_after(Page::new(from)?)?;
+        let index = entry.range.first().number().max(from);
+        (index < end).then_some(index)
+    }
+
     /// The first page of a range that the cache has, with a reference.
     fn next_cached(
         &self,

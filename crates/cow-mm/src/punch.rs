@@ -33,9 +33,12 @@ impl<E: Env> Mm<'_, E> {
     /// [`Errno::ENOMEM`] where the object's tree cannot forget a page in swap for want of memory; those before it are empty.
     #[doc(alias = "shmem_fallocate")]
     pub(crate) fn punch(&self, file: FileRef, index: u64, count: u64) -> Result<(), Errno> {
-        for index in index..index.saturating_add(count) {
+        let end = index.saturating_add(count);
+        let mut next = self.next_entry(file, index, end);
+        while let Some(index) = next {
             // Reclaim may take the page to swap between the two looks.
             while !self.punch_page(file, index)? {}
+            next = self.next_entry(file, index + 1, end);
         }
         Ok(())
     }

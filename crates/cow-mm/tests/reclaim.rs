@@ -4,7 +4,7 @@ mod common;
 
 use common::{PAGE, Program, World};
 use kmem_cow_mm::replacement::{Clock, Fifo, Generations, Replacement, TwoLists};
-use kmem_cow_mm::{MapFlags, MapRequest, Mm, Outcome, Prot, Reclaimer};
+use kmem_cow_mm::{Advice, MapFlags, MapRequest, Mm, Outcome, Prot, Reclaimer};
 use kmem_hal::{FrameRequest, FrameSink, FrameSource, Migrate, Mmu, Page, VirtAddr};
 use kmem_mock_x86::{Disk, Machine};
 use kmem_paging::Rights;
@@ -398,4 +398,37 @@ fn shared_memory_goes_to_swap_and_comes_back_for_everybody() {
     parent.exit();
     child.exit();
     assert_eq!(world.used_frames(), before);
+}
+
+/// What advice costs is what is in the range: a walk page by page over this much would not end.
+#[test]
+fn advice_passes_what_was_never_touched() {
+    const LARGE: u64 = 32 << 40;
+    let world = World::new();
+    let mm = world.mm();
+    swap(world, mm, 16);
+    let program = Program::new(mm);
+    for flags in [MapFlags::PRIVATE, MapFlags::SHARED] {
+        let request = MapRequest {
+            flags: flags | MapFlags::ANONYMOUS | MapFlags::NORESERVE,
+            ..MapRequest::anonymous(LARGE, RW)
+        };
+        let start = program.space.mmap(&request).unwrap().as_u64();
+        let middle = start + LARGE / 2;
+        program.store(middle, 7).unwrap();
+        let advise = |advice| program.space.madvise(start, LARGE, advice).unwrap();
+        advise(Advice::Cold);
+        advise(Advice::PageOut);
+        assert_eq!(frame_of(&program, middle), None);
+        let reads = world.disk(mm, 16).transfers().0;
+        advise(Advice::WillNeed);
+        assert_eq!(world.disk(mm, 16).transfers().0, reads + 1);
+        assert_eq!(program.load(middle), Ok(7));
+        if flags == MapFlags::SHARED {
+            advise(Advice::Remove);
+            assert_eq!(program.load(middle), Ok(0));
+        }
+        program.space.munmap(start, LARGE).unwrap();
+    }
+    program.exit();
 }
