@@ -8,16 +8,19 @@
 //! A boot loader's tables lie in memory that the kernel wants back, have no slots and no locks, and may share tables where
 //! the kernel must not. So they are not kept: the kernel's own table gets the same leaves, and the code that switches to it
 //! notices nothing. Nobody owns what these leaves lead to.
+//!
+//! Does not handle: what AArch64's table descriptors deny (`APTable`, `UXNTable`, `PXNTable`).
 
 use kmem_hal::{DeviceFrame, Frame, Page, PageRange};
 use kmem_paging::format::{Format, Kind, Word};
-use kmem_paging::{Attributes, Env, MapError, PageTable, Soft};
+use kmem_paging::{Attributes, Env, MapError, PageTable, Rights, Soft};
 
 use crate::page::KernelPage;
 
 /// Maps in `table` what the live tables at `root` map in `pages`; gives the leaves and the pages that they cover.
 ///
-/// Leaves keep frame, rights, memory type, size, accessed and dirty bits; software bits are dropped. Leaves for which `wanted`
+/// Leaves keep frame, memory type, size, accessed and dirty bits; software bits are dropped. Their rights are those that they had:
+/// what an entry above a leaf denied is denied by the leaf now, since upper entries of the kernel's tables deny nothing. Leaves for which `wanted`
 /// answers `false` are passed over: an identity map of the boot loader's, say.
 ///
 /// # Errors
@@ -40,11 +43,11 @@ pub unsafe fn adopt<F: Format, E: Env>(
     let mut next = Some(pages.first());
     while let Some(page) = next.filter(|page| *page <= pages.last()) {
         // SAFETY: the caller's promise is passed on.
-        let (number, word) = unsafe { find::<F, E>(table, root, page) };
+        let (number, word, rights) = unsafe { find(table, root, table.levels(), page) };
         let level = F::LEVELS[number - 1];
         let first = Page::from_number(page.number() & !(level.order().frames() - 1));
         if F::kind(number, word) == Kind::Leaf {
-            let attributes = F::attributes(number, word).soft(Soft::NONE);
+            let attributes = F::attributes(number, word).soft(Soft::NONE).rights(rights);
             let frame = F::leaf_frame(number, word);
             if wanted(first, frame, &attributes) {
                 let block = DeviceFrame::new(frame, level.order()).ok_or(MapError::Misaligned)?;
@@ -60,27 +63,29 @@ pub unsafe fn adopt<F: Format, E: Env>(
     Ok(adopted)
 }
 
-/// The lowest entry for `page`, and its level.
+/// The lowest entry for `page` in the tables below `frame`, a table of level `number`: its level, and what all levels together grant.
 ///
 /// # Safety
 ///
 /// As [`adopt`].
 unsafe fn find<F: Format, E: Env>(
     table: &PageTable<F, E, KernelPage>,
-    root: Frame,
+    frame: Frame,
+    number: usize,
     page: Page,
-) -> (usize, u64) {
-    let mut frame = root;
-    let mut number = table.levels();
-    loop {
-        let level = F::LEVELS[number - 1];
-        let index = (page.number() >> level.shift) as usize & (level.entries() - 1);
-        // SAFETY: the caller's promise: a table lies there, in reach, and only the processor writes it.
-        let word = F::Word::load(unsafe { &F::Word::words(table.env().map(), frame)[index] });
-        if number == 1 || F::kind(number, word) != Kind::Table {
-            return (number, word);
+) -> (usize, u64, Rights) {
+    let level = F::LEVELS[number - 1];
+    let index = (page.number() >> level.shift) as usize & (level.entries() - 1);
+    // SAFETY: the caller's promise: a table lies there, in reach, and only the processor writes it.
+    let word = F::Word::load(unsafe { &F::Word::words(table.env().map(), frame)[index] });
+    match F::kind(number, word) {
+        Kind::Table if number > 1 => {
+            // SAFETY: as above.
+            let (lowest, leaf, rights) =
+                unsafe { find(table, F::table_frame(word), number - 1, page) };
+            (lowest, leaf, F::rights_below(number, word, rights))
         }
-        frame = F::table_frame(word);
-        number -= 1;
+        Kind::Leaf => (number, word, F::attributes(number, word).rights),
+        _ => (number, word, Rights::empty()),
     }
 }

@@ -542,3 +542,74 @@ fn a_boot_loaders_tables_are_taken_over() {
     takes_over::<Two>(Setup::classic(), 0xc_0000);
     takes_over::<Pae>(Setup::pae(), 0xc_0000);
 }
+
+/// Takes over one page that a leaf gives user mode in full, below an entry of `level` from which bits were taken or to which some were added.
+fn restricted<F: Format>(setup: Setup, level: usize, clear: u64, set: u64, expected: Rights) {
+    on_table::<F>(setup, |machine, table, _| {
+        let theirs: common::Table<'_, F> = PageTable::new(*table.env()).unwrap();
+        let number = 0x1234;
+        let page = Page::from_number(number);
+        let single = PageRange::single(page);
+        let rights = Rights::USER_DATA | Rights::EXECUTE;
+        let block = DeviceFrame::new(Frame::from_number(0x700), Order::ZERO).unwrap();
+        let mut cursor = theirs.cursor(single).unwrap();
+        assert!(
+            cursor
+                .map(page, KernelPage::borrowed(block), rights)
+                .is_ok()
+        );
+        drop(cursor);
+        let bytes = size_of::<F::Word>() as u64;
+        let mut frame = theirs.root().frame;
+        for above in (level..=theirs.levels()).rev() {
+            let shape = F::LEVELS[above - 1];
+            let index = number >> shape.shift & (shape.entries() as u64 - 1);
+            let at = frame.start().as_u64() + index * bytes;
+            let word = machine.memory().load(at, bytes).unwrap();
+            frame = F::table_frame(word);
+            if above == level {
+                assert!(machine.memory().store(at, bytes, word & !clear | set));
+            }
+        }
+        // SAFETY: tables of this format, which nobody changes.
+        let adopted = unsafe {
+            adopt(table, theirs.root().frame, single, |_, _, attributes| {
+                assert_eq!(attributes.rights, expected, "what is asked about");
+                true
+            })
+        };
+        assert_eq!(adopted, Ok((1, 1)));
+        let leaf = table.query(page).leaf().unwrap();
+        assert_eq!(leaf.attributes.rights, expected);
+        unmap_all(&theirs, single);
+        theirs.destroy(|_, page| panic!("{page:?}"), |_, _| {});
+        unmap_all(table, single);
+    });
+}
+
+#[test]
+fn what_upper_entries_of_a_boot_loader_deny_stays_denied() {
+    const WRITE: u64 = 1 << 1;
+    const USER: u64 = 1 << 2;
+    const NO_EXECUTE: u64 = 1 << 63;
+    let all = Rights::USER_DATA | Rights::EXECUTE;
+    for level in 2..=4 {
+        let run = |clear, set, expected| {
+            restricted::<X86_64>(Setup::long(), level, clear, set, expected);
+        };
+        run(0, 0, all);
+        run(WRITE, 0, all - Rights::WRITE);
+        run(USER, 0, all - Rights::USER);
+        run(USER, NO_EXECUTE, Rights::KERNEL_DATA);
+    }
+    restricted::<Pae>(Setup::pae(), 2, USER, NO_EXECUTE, Rights::KERNEL_DATA);
+    // The four entries at the top of PAE tables say nothing of rights.
+    restricted::<Pae>(Setup::pae(), 3, 0, 0, all);
+    restricted::<Two>(
+        Setup::classic(),
+        2,
+        WRITE | USER,
+        0,
+        Rights::READ | Rights::EXECUTE,
+    );
+}

@@ -231,6 +231,16 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
     /// The table that an entry of kind `Table` points to.
     fn table_frame(word: u64) -> Frame;
 
+    /// What is left of the rights that a leaf grants, below an entry of kind `Table` in a table of `level`.
+    ///
+    /// All of them below what [`table`](Self::table) makes, and in formats whose upper entries say nothing of rights: for tables that
+    /// somebody else made.
+    #[inline(always)]
+    fn rights_below(level: usize, word: u64, rights: Rights) -> Rights {
+        let _ = (level, word);
+        rights
+    }
+
     /// The first frame of a leaf.
     fn leaf_frame(level: usize, word: u64) -> Frame;
 

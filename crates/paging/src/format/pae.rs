@@ -16,6 +16,7 @@ use crate::mutants::mutant;
 const MODE: Mode = Mode {
     address: 0x000f_ffff_ffff_f000,
     no_execute: true,
+    levels_with_rights: 2,
     high_soft_bits: 0,
     keys: false,
     leaf_shift: [0, 0, 9, 18],

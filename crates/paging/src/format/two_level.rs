@@ -16,6 +16,7 @@ use crate::attributes::{Attributes, Payload, Rights};
 pub(super) const MODE: Mode = Mode {
     address: 0xffff_f000,
     no_execute: false,
+    levels_with_rights: 2,
     high_soft_bits: 0,
     keys: false,
     leaf_shift: [0, 0, 10, 0],

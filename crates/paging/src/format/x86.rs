@@ -56,6 +56,8 @@ pub(super) struct Mode {
     pub address: u64,
     /// Bits 52 and above mean something: NX.
     pub no_execute: bool,
+    /// The highest level whose entries have W, U and, where there is one, NX.
+    pub levels_with_rights: usize,
     /// Software bits above bit 51, and protection keys.
     pub high_soft_bits: u32,
     /// Whether there are protection keys.
@@ -141,6 +143,17 @@ impl Mode {
             return word & !(1 << 12);
         }
         word
+    }
+
+    /// What an entry that points to a table leaves of a leaf's rights: W and U must be set at every level, NX at none (SDM 4.6.1).
+    pub fn rights_below(self, level: usize, word: u64, rights: Rights) -> Rights {
+        let mut denied = Rights::empty();
+        if level <= self.levels_with_rights {
+            denied.set(Rights::WRITE, word & WRITE == 0);
+            denied.set(Rights::USER, word & USER == 0);
+            denied.set(Rights::EXECUTE, self.no_execute && word & NO_EXECUTE != 0);
+        }
+        rights.difference(denied)
     }
 
     /// Exchanges the rights of a leaf.
@@ -427,6 +440,11 @@ macro_rules! by_mode {
         #[inline(always)]
         fn table_frame(word: u64) -> Frame {
             $mode.table_frame(word)
+        }
+
+        #[inline(always)]
+        fn rights_below(level: usize, word: u64, rights: Rights) -> Rights {
+            $mode.rights_below(level, word, rights)
         }
 
         #[inline(always)]

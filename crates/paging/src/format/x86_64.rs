@@ -11,6 +11,7 @@ use crate::attributes::{Attributes, Payload, Rights};
 const MODE: Mode = Mode {
     address: 0x000f_ffff_ffff_f000,
     no_execute: true,
+    levels_with_rights: 5,
     high_soft_bits: 7,
     keys: true,
     leaf_shift: [0, 0, 9, 18],
