@@ -1,7 +1,7 @@
 //! Two real machines' memory maps in the form of every boot protocol: each adapter finds the memory that Linux found.
 
 use bootloader_api::info::{MemoryRegion, MemoryRegionKind};
-use kmem::boot::{self, E820Entry, TableError};
+use kmem::boot::{self, E820Entry, PvhEntry, TableError};
 use kmem::{BootMap, BootMapError, PhysAddr, RegionKind, Reservation};
 use limine::memory_map::{Entry, EntryType};
 use uefi_raw::table::boot::{MemoryAttribute, MemoryDescriptor, MemoryType};
@@ -405,5 +405,35 @@ fn regions_of_bootloader() {
         let withheld = [region(0x1000, 0x2000, MemoryRegionKind::UnknownBios(1))];
         boot::bootloader(&mut odd, &withheld).unwrap();
         assert_eq!(odd.present_frames(), 0);
+    }
+}
+
+#[test]
+fn an_entry_of_no_bytes_is_passed_over() {
+    let table = [
+        (0u64, 0x9_fc00u64, 1u32),
+        (0x9_fc00, 0, 2),
+        (0x10_0000, 63 << 20, 1),
+        (0, 0, 0),
+    ];
+    let mut bytes = Vec::new();
+    for (base, length, kind) in table {
+        bytes.extend(base.to_le_bytes());
+        bytes.extend(length.to_le_bytes());
+        bytes.extend(kind.to_le_bytes());
+    }
+    let e820_entries = table.map(|(base, length, kind)| E820Entry { base, length, kind });
+    let pvh_entries = table.map(|(base, length, kind)| PvhEntry {
+        base,
+        length,
+        kind,
+        reserved: 0,
+    });
+    let [mut first, mut second, mut third]: [BootMap; 3] = [const { BootMap::new() }; 3];
+    boot::e820(&mut first, &e820_entries).unwrap();
+    boot::pvh(&mut second, &pvh_entries).unwrap();
+    boot::raw(&mut third, &bytes, 20).unwrap();
+    for map in [first, second, third] {
+        assert_eq!(map.present_frames(), 63 * 256 + 0x9f - 1);
     }
 }

@@ -52,13 +52,14 @@ fn push<const N: usize>(
     map: &mut BootMap<N>,
     entries: impl Iterator<Item = (u64, u64, u32)>,
 ) -> Result<(), BootMapError> {
-    for (base, length, kind) in entries {
+    // Firmware leaves entries of no bytes, and they say nothing.
+    for (base, length, kind) in entries.filter(|&(_, length, _)| length > 0) {
         map.push(PhysAddr::new(base), length, RegionKind::from_e820(kind))?;
     }
     map.push(PhysAddr::new(BIOS_START), BIOS_BYTES, RegionKind::Reserved)
 }
 
-/// Adds the entries of an E820 table, and keeps the BIOS range (640 KiB to 1 MiB) reserved.
+/// Adds the entries of an E820 table, and keeps the BIOS range (640 KiB to 1 MiB) reserved. Entries of no bytes are passed over.
 ///
 /// # Errors
 ///
@@ -91,7 +92,7 @@ pub fn e820<const N: usize>(
     )
 }
 
-/// Adds the entries of a PVH memory map, and keeps the BIOS range reserved.
+/// Adds the entries of a PVH memory map, and keeps the BIOS range reserved. Entries of no bytes are passed over.
 ///
 /// # Errors
 ///
@@ -106,7 +107,7 @@ pub fn pvh<const N: usize>(map: &mut BootMap<N>, entries: &[PvhEntry]) -> Result
 }
 
 /// Adds the entries of a raw table of little-endian `base, length, type` records of `stride` bytes: 20 for E820, 24 for
-/// PVH and for E820 with extended attributes.
+/// PVH and for E820 with extended attributes. Records of no bytes are passed over.
 ///
 /// # Errors
 ///
