@@ -481,17 +481,18 @@ struct FlatTables {
 }
 
 impl FlatTables {
-    fn new() -> Self {
+    /// Tables of so many pages.
+    fn new(pages: u64) -> Self {
         Self {
-            from: (0..GIB).map(|frame| frame << 12 | 0x67).collect(),
-            to: vec![0u64; GIB as usize],
-            counts: (0..GIB).map(|_| Default::default()).collect(),
+            from: (0..pages).map(|frame| frame << 12 | 0x67).collect(),
+            to: vec![0u64; pages as usize],
+            counts: (0..pages).map(|_| Default::default()).collect(),
         }
     }
 
     #[inline]
     fn copy(&mut self, table: u64) {
-        let first = (table * 512 % GIB) as usize;
+        let first = (table * 512 % self.to.len() as u64) as usize;
         let words = self.from.iter().zip(&mut self.to).skip(first).take(512);
         for (from, to) in words {
             *to = *from;
@@ -501,7 +502,7 @@ impl FlatTables {
 }
 
 fn copy_one_table() -> impl Competitor {
-    let mut tables = FlatTables::new();
+    let mut tables = FlatTables::new(GIB);
     move |index: u64, watch: &mut Watch| {
         watch.time(|| (index * 64..(index + 1) * 64).for_each(|table| tables.copy(table)));
         std::hint::black_box((&tables.to, &tables.counts));
@@ -509,9 +510,9 @@ fn copy_one_table() -> impl Competitor {
     }
 }
 
-/// One table copied and one frame, in turn: what a first write cannot do without.
-fn copy_table_and_frame() -> impl Competitor {
-    let mut tables = FlatTables::new();
+/// One table of a process of so many pages copied, and one frame, in turn: what a first write cannot do without.
+fn copy_table_and_frame(pages: u64) -> impl Competitor {
+    let mut tables = FlatTables::new(pages);
     let mut frames = ColdFrames::new();
     move |index: u64, watch: &mut Watch| {
         watch.time(|| {
@@ -829,7 +830,7 @@ fn writes(runner: &mut Runner, mm: &'static Mm<'static, World>, count: u64) {
             .with("host-kernel", of_host)
             .with("limit:copy-frame", cold_frames(true));
         runner.run(if is_first {
-            row.with("limit:copy-table+frame", copy_table_and_frame())
+            row.with("limit:copy-table+frame", copy_table_and_frame(count))
         } else {
             row
         });
