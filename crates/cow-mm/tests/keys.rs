@@ -27,7 +27,7 @@ fn a_key_forbids_and_the_signal_names_it() {
     let cpu = world.machine.cpu(0);
     cpu.write_cr4(cpu.registers().cr4 | cr4::PKE).unwrap();
     // Write-disable for key 1.
-    cpu.write_pkru(2 << 2);
+    cpu.write_pkru(2 << 2).unwrap();
     assert_eq!(program.load(AT), Ok(1));
     assert_eq!(program.store(AT, 2), Err(signal(Signal::KeyError(1), AT)));
     program.store(AT + 2 * PAGE, 2).unwrap();
@@ -45,15 +45,15 @@ fn a_key_forbids_and_the_signal_names_it() {
         "the child knows which keys are taken"
     );
     child.exit();
-    cpu.write_pkru(1 << 2);
+    cpu.write_pkru(1 << 2).unwrap();
     assert_eq!(program.load(AT), Err(signal(Signal::KeyError(1), AT)));
-    cpu.write_pkru(0);
+    cpu.write_pkru(0).unwrap();
     program.store(AT, 3).unwrap();
     // Plain mprotect keeps the key; the first key takes it away, and the two are one again.
     space.mprotect(AT, 2 * PAGE, Prot::READ).unwrap();
     assert_eq!(space.vma_at(AT.into()).unwrap().flags.key(), 1);
     space.pkey_mprotect(AT, 2 * PAGE, RW, 0).unwrap();
-    cpu.write_pkru(3 << 2);
+    cpu.write_pkru(3 << 2).unwrap();
     program.store(AT, 4).unwrap();
     check_counters([&program]);
     program.exit();
