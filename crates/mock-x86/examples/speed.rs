@@ -58,7 +58,7 @@ fn main() {
     rate("invlpg and miss", COUNT / 4, || {
         for turn in 0..COUNT / 4 {
             let at = turn * 4096 % (PAGES * 4096);
-            m.cpu(0).invlpg(at);
+            m.cpu(0).invlpg(at).unwrap();
             m.cpu(0).write_u64(at, turn).expect("mapped");
         }
     });

@@ -123,7 +123,8 @@ unsafe impl Tlb for Machine {
     }
 
     fn drop_page(&self, page: Page) {
-        self.cpu(self.current_cpu()).invlpg(page.start().as_u64());
+        let done = self.cpu(self.current_cpu()).invlpg(page.start().as_u64());
+        debug_assert!(done.is_ok(), "the kernel's CPU");
     }
 
     fn drop_page_of(&self, tag: Asid, page: Page) -> bool {

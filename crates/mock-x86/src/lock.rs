@@ -26,7 +26,7 @@ pub struct MachineLockState {
 fn interrupts_off() -> MachineLockState {
     let was_on = sched::with_current(|machine, cpu| machine.cpu(cpu).set_interrupts(false));
     MachineLockState {
-        restore: was_on == Some(true),
+        restore: was_on == Some(Ok(true)),
     }
 }
 

@@ -312,6 +312,7 @@ impl<'m> SegmentedCpu<'m> {
     }
 
     fn demand_kernel(&self) -> Result<(), Fault> {
+        self.0.demand_kernel()?;
         if self.cpl() == 0 {
             Ok(())
         } else {

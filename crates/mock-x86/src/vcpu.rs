@@ -58,7 +58,7 @@ impl<'m> VirtualCpu<'m> {
         self.number
     }
 
-    /// The same CPU at CPL 3.
+    /// The same CPU at CPL 3, with IOPL 0: privileged instructions fault.
     pub fn user(self) -> Self {
         Self { user: true, ..self }
     }
@@ -89,14 +89,20 @@ impl<'m> VirtualCpu<'m> {
         &self,
         run: impl FnOnce(&mut crate::bus::Bus) -> R,
     ) -> Result<R, Fault> {
+        self.demand_kernel()?;
+        sched::yield_point(self.machine);
+        Ok(self.machine.with(|inner| run(&mut inner.core.bus)))
+    }
+
+    /// `#GP(0)` for an instruction that CPL 3 must not execute (SDM 3A 5.9).
+    pub(crate) fn demand_kernel(&self) -> Result<(), Fault> {
         if self.user {
             return Err(Fault::Selector {
                 vector: 13,
                 code: 0,
             });
         }
-        sched::yield_point(self.machine);
-        Ok(self.machine.with(|inner| run(&mut inner.core.bus)))
+        Ok(())
     }
 
     fn access(&self, kind: AccessKind) -> Access {
@@ -283,6 +289,15 @@ impl<'m> VirtualCpu<'m> {
         Ok(())
     }
 
+    /// As [`instruction`](Self::instruction), for one of the kernel's.
+    fn privileged(
+        &self,
+        run: impl FnOnce(&mut CpuState, &crate::memory::PhysMemory, u64) -> Result<(), Fault>,
+    ) -> Result<(), Fault> {
+        self.demand_kernel()?;
+        self.instruction(run)
+    }
+
     fn instruction<R>(
         &self,
         run: impl FnOnce(&mut CpuState, &crate::memory::PhysMemory, u64) -> R,
@@ -306,36 +321,36 @@ impl<'m> VirtualCpu<'m> {
     ///
     /// # Errors
     ///
-    /// `#GP` for a value with reserved bits, or PDPTEs with reserved bits under PAE.
+    /// `#GP` at CPL 3, for a value with reserved bits, or for PDPTEs with reserved bits under PAE.
     pub fn write_cr3(&self, value: u64) -> Result<(), Fault> {
-        self.instruction(|cpu, memory, step| cpu.write_cr3(memory, step, value))
+        self.privileged(|cpu, memory, step| cpu.write_cr3(memory, step, value))
     }
 
     /// `MOV CR4`.
     ///
     /// # Errors
     ///
-    /// `#GP` for a value that the manual refuses.
+    /// `#GP` at CPL 3, and for a value that the manual refuses.
     pub fn write_cr4(&self, value: u64) -> Result<(), Fault> {
-        self.instruction(|cpu, memory, step| cpu.write_cr4(memory, step, value))
+        self.privileged(|cpu, memory, step| cpu.write_cr4(memory, step, value))
     }
 
     /// `MOV CR0`.
     ///
     /// # Errors
     ///
-    /// `#GP` for a value that the manual refuses.
+    /// `#GP` at CPL 3, and for a value that the manual refuses.
     pub fn write_cr0(&self, value: u64) -> Result<(), Fault> {
-        self.instruction(|cpu, memory, step| cpu.write_cr0(memory, step, value))
+        self.privileged(|cpu, memory, step| cpu.write_cr0(memory, step, value))
     }
 
     /// `WRMSR` of IA32_EFER.
     ///
     /// # Errors
     ///
-    /// `#GP` for a value that the manual refuses.
+    /// `#GP` at CPL 3, and for a value that the manual refuses.
     pub fn write_efer(&self, value: u64) -> Result<(), Fault> {
-        self.instruction(|cpu, _, _| cpu.write_efer(value))
+        self.privileged(|cpu, _, _| cpu.write_efer(value))
     }
 
     /// `WRPKRU`, at any privilege.
@@ -348,17 +363,29 @@ impl<'m> VirtualCpu<'m> {
     }
 
     /// `INVLPG`.
-    pub fn invlpg(&self, linear: u64) {
-        self.instruction(|cpu, _, step| cpu.invlpg(step, linear));
+    ///
+    /// # Errors
+    ///
+    /// `#GP(0)` at CPL 3.
+    pub fn invlpg(&self, linear: u64) -> Result<(), Fault> {
+        self.privileged(|cpu, _, step| {
+            cpu.invlpg(step, linear);
+            Ok(())
+        })
     }
 
     /// `INVPCID`.
     ///
     /// # Errors
     ///
-    /// `#UD` on a processor without it, `#GP` for an operand that the manual refuses.
+    /// `#UD` on a processor without it, `#GP` at CPL 3 and for an operand that the manual refuses.
     pub fn invpcid(&self, kind: Invpcid) -> Result<(), Fault> {
-        self.instruction(|cpu, _, step| cpu.invpcid(step, kind))
+        self.instruction(|cpu, _, step| {
+            if cpu.features.pcid {
+                self.demand_kernel()?;
+            }
+            cpu.invpcid(step, kind)
+        })
     }
 
     fn set_flag(&self, flag: u64, on: bool) -> bool {
@@ -371,17 +398,29 @@ impl<'m> VirtualCpu<'m> {
     }
 
     /// `STAC` (`true`) or `CLAC` (`false`); returns what AC was.
-    pub fn set_ac(&self, on: bool) -> bool {
-        self.set_flag(rflags::AC, on)
+    ///
+    /// # Errors
+    ///
+    /// `#UD` at CPL 3.
+    pub fn set_ac(&self, on: bool) -> Result<bool, Fault> {
+        if self.user {
+            return Err(Fault::InvalidOpcode);
+        }
+        Ok(self.set_flag(rflags::AC, on))
     }
 
     /// `STI` (`true`) or `CLI` (`false`); returns what IF was. While IF is 0 no interrupt is taken.
-    pub fn set_interrupts(&self, on: bool) -> bool {
+    ///
+    /// # Errors
+    ///
+    /// `#GP(0)` at CPL 3.
+    pub fn set_interrupts(&self, on: bool) -> Result<bool, Fault> {
+        self.demand_kernel()?;
         let was = self.set_flag(rflags::IF, on);
         if on && !was {
             sched::yield_point(self.machine);
         }
-        was
+        Ok(was)
     }
 
     /// The last flush it did that dropped a 4 KiB translation of an address in a PCID, with its step (the last 64 are remembered).

@@ -59,7 +59,7 @@ fn a_cached_translation_sets_nothing_again_until_it_is_flushed() {
     machine.cpu(0).write_u8(VA, 2).unwrap();
     assert_eq!(tables.get(leaf) & (A | D), 0, "the TLB knew that D was set");
     assert_eq!(machine.stats().stale_dirty, 1);
-    machine.cpu(0).invlpg(VA);
+    machine.cpu(0).invlpg(VA).unwrap();
     machine.cpu(0).write_u8(VA, 3).unwrap();
     assert_eq!(tables.get(leaf) & (A | D), A | D);
 }
@@ -75,7 +75,7 @@ fn a_write_through_a_clean_entry_goes_back_to_the_tables_for_dirty() {
     assert_eq!(tables.get(leaf) & (A | D), A | D);
     // Write-protected between read and write: the walk for D finds it out.
     tables.set(leaf, PAGE | P | RW | A);
-    machine.cpu(0).invlpg(VA);
+    machine.cpu(0).invlpg(VA).unwrap();
     machine.cpu(0).read_u8(VA).unwrap();
     tables.set(leaf, PAGE | P | A);
     assert!(machine.cpu(0).write_u8(VA, 3).is_err());

@@ -346,7 +346,7 @@ fn the_trace_checks_a_library_against_its_own_words() {
     machine.event(TraceEvent::Mapped(range, FRAME));
     tables.set(leaf, 0x80_0000 | P);
     machine.event(TraceEvent::Restricted(range));
-    machine.cpu(0).invlpg(VA);
+    machine.cpu(0).invlpg(VA).unwrap();
     machine.cpu(1).write_u8(VA, 1).unwrap();
     assert_eq!(kinds(&machine), [], "in flight");
     machine.event(TraceEvent::Flushed(request(root, VA, 1)));
@@ -359,7 +359,7 @@ fn the_trace_checks_a_library_against_its_own_words() {
         .collect();
     assert!(story.contains("mapped at 0x400000"), "{story}");
     // A flush that nobody had to make declares nothing: CPU 1 has changed this page and not flushed it yet.
-    machine.cpu(1).invlpg(VA);
+    machine.cpu(1).invlpg(VA).unwrap();
     tables.set(leaf, 0x80_0000 | P | RW);
     machine.cpu(0).write_u8(VA, 1).unwrap();
     tables.set(leaf, 0x80_0000 | P);

@@ -4,7 +4,7 @@ mod common;
 
 use common::{P, PS, RW, Tables, US, XD, builder};
 use kmem_mock_x86::manual::{cr0, cr4, efer, pf};
-use kmem_mock_x86::{Descriptor, Fault, Features, Machine, Registers, Selector};
+use kmem_mock_x86::{Descriptor, Fault, Features, Invpcid, Machine, Registers, Selector};
 
 const VA: u64 = 0x40_0000;
 const PAGE: u64 = 0x80_0000;
@@ -140,7 +140,7 @@ fn reserved_bits_of_large_pages_and_upper_entries() {
     assert!(machine.cpu(0).read_u8(VA).is_ok());
     for bit in 13..21 {
         tables.set(pde, PAGE | P | RW | PS | 1 << bit);
-        machine.cpu(0).invlpg(VA);
+        machine.cpu(0).invlpg(VA).unwrap();
         assert_eq!(
             code(machine.cpu(0).read_u8(VA)),
             pf::P | pf::RSVD,
@@ -189,7 +189,7 @@ fn smep_and_smap() {
     assert!(cpu.user().fetch(VA).is_ok());
     assert_eq!(code(cpu.read_u8(VA)), pf::P);
     assert_eq!(code(cpu.write_u8(VA, 0)), pf::P | pf::W);
-    cpu.set_ac(true);
+    cpu.set_ac(true).unwrap();
     assert!(cpu.read_u8(VA).is_ok() && cpu.write_u8(VA, 0).is_ok());
     assert_eq!(
         code(cpu.implicit().read_u8(VA)),
@@ -197,7 +197,7 @@ fn smep_and_smap() {
         "AC does not help implicit accesses"
     );
     assert_eq!(code(cpu.fetch(VA)), pf::P | pf::I, "nor fetches");
-    cpu.set_ac(false);
+    cpu.set_ac(false).unwrap();
     assert!(cpu.user().write_u8(VA, 0).is_ok());
 }
 
@@ -361,4 +361,39 @@ fn control_registers_refuse_what_the_manual_refuses() {
     );
     assert_eq!(cpu.registers().cr4, regs.cr4 | cr4::PCIDE);
     assert!(cpu.read_u8(VA).is_ok());
+}
+
+#[test]
+fn a_program_executes_no_instruction_of_the_kernels() {
+    let machine = machine(Registers::LONG, P | US);
+    let cpu = machine.cpu(0);
+    cpu.read_u8(VA).unwrap();
+    let (user, before) = (cpu.user(), cpu.registers());
+    let general = Err(Fault::Selector {
+        vector: 13,
+        code: 0,
+    });
+    assert_eq!(user.write_cr0(before.cr0), general);
+    assert_eq!(user.write_cr3(before.cr3), general);
+    assert_eq!(user.write_cr4(before.cr4 ^ cr4::PGE), general);
+    assert_eq!(user.write_efer(before.efer), general);
+    assert_eq!(user.invlpg(VA), general);
+    assert_eq!(user.invpcid(Invpcid::AllWithGlobal), general);
+    assert_eq!(user.set_interrupts(false).map(drop), general);
+    assert_eq!(user.set_ac(true).map(drop), Err(Fault::InvalidOpcode));
+    assert_eq!(user.segments().lgdt(0, 0), general);
+    assert_eq!(cpu.registers(), before);
+    assert!(cpu.holds(VA), "nothing was flushed");
+    let old = builder()
+        .features(Features {
+            pcid: false,
+            ..Features::default()
+        })
+        .build()
+        .unwrap();
+    assert_eq!(
+        old.cpu(0).user().invpcid(Invpcid::All),
+        Err(Fault::InvalidOpcode),
+        "an instruction that is not there is so at every privilege"
+    );
 }

@@ -67,10 +67,10 @@ fn everything_stays_without_a_flush() {
 #[test]
 fn invlpg_drops_the_page_in_the_current_pcid_and_global_pages() {
     let (machine, root) = machine();
-    machine.cpu(0).invlpg(ONE + 0x123);
+    machine.cpu(0).invlpg(ONE + 0x123).unwrap();
     assert_eq!(held(&machine, root), [[false, true, true, true], ALL]);
     machine.cpu(0).write_cr3(root | 1 | 1 << 63).unwrap();
-    machine.cpu(0).invlpg(SHARED);
+    machine.cpu(0).invlpg(SHARED).unwrap();
     assert_eq!(
         held(&machine, root),
         [[false, true, true, false], [true, true, true, false]]
@@ -80,7 +80,7 @@ fn invlpg_drops_the_page_in_the_current_pcid_and_global_pages() {
 #[test]
 fn invlpg_drops_every_walk_cache_entry_of_the_pcid_whatever_the_address() {
     let (machine, root) = machine();
-    machine.cpu(0).invlpg(ONE);
+    machine.cpu(0).invlpg(ONE).unwrap();
     assert!(!short_walk(&machine, root, 1, FAR));
     assert!(short_walk(&machine, root, 2, FAR));
 }
@@ -300,7 +300,7 @@ fn a_large_page_is_one_entry_and_a_fractured_one_goes_as_a_whole() {
         assert_eq!(cpu.holds(TWO), fracture == 0);
         cpu.read_u8(TWO).unwrap();
         assert_eq!(machine.stats().fractures, if fracture == 0 { 0 } else { 2 });
-        cpu.invlpg(ONE + 0x5000);
+        cpu.invlpg(ONE + 0x5000).unwrap();
         assert!(!cpu.holds(ONE) && !cpu.holds(TWO), "fracture {fracture}");
     }
 }
@@ -332,5 +332,5 @@ fn invpcid_refuses_what_the_manual_refuses() {
         .unwrap();
     assert_eq!(old.cpu(0).invpcid(Invpcid::All), Err(Fault::InvalidOpcode));
     // INVLPG of such an address is no error and does nothing.
-    cpu.invlpg(1 << 47);
+    cpu.invlpg(1 << 47).unwrap();
 }

@@ -91,7 +91,7 @@ fn leaves_a_large_and_a_small_entry(
     let table = tables.get(directory);
     tables.set(directory, HUGE | P | RW | US | PS);
     // The cached way to the table goes, the small page stays.
-    cpu.invlpg(0x7000_0000);
+    cpu.invlpg(0x7000_0000).unwrap();
     cpu.read_u8(VA + 0x5000).unwrap();
     tables.set(directory, table);
     go();
@@ -133,7 +133,7 @@ fn does_not_wait_for_answers(machine: &Machine, tables: &mut Tables<'_>, go: &dy
     let (root, over) = (tables.root, &over);
     scheduler.spawn(0, move || {
         machine.memory().store(leaf, 8, 0);
-        machine.cpu(0).invlpg(VA);
+        machine.cpu(0).invlpg(VA).unwrap();
         let work = kmem_mock_x86::FlushWork {
             root,
             pcid: 0,

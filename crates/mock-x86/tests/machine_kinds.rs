@@ -61,17 +61,17 @@ fn an_absent_entry_is_remembered_until_it_is_flushed() {
         );
     }
     assert_eq!(machine.stats().stale_absent, 3);
-    machine.cpu(0).invlpg(PAGE);
+    machine.cpu(0).invlpg(PAGE).unwrap();
     assert_eq!(cpu.read_u64(neighbour), refused, "another page's flush");
-    machine.cpu(0).invlpg(neighbour);
+    machine.cpu(0).invlpg(neighbour).unwrap();
     assert!(cpu.read_u64(neighbour).is_ok());
     // A right that was raised is refused as long.
     assert!(machine.memory().store(entry, 8, 0x80_0000 | P | US));
-    machine.cpu(0).invlpg(PAGE);
+    machine.cpu(0).invlpg(PAGE).unwrap();
     assert!(cpu.read_u64(PAGE).is_ok());
     assert!(machine.memory().store(entry, 8, 0x80_0000 | P | RW | US));
     assert!(cpu.write_u64(PAGE, 1).is_err() && cpu.write_u64(PAGE, 1).is_err());
-    machine.cpu(0).invlpg(PAGE);
+    machine.cpu(0).invlpg(PAGE).unwrap();
     assert!(cpu.write_u64(PAGE, 1).is_ok());
     // On x86 none of this is cached.
     let (machine, _, entry) = mapped(builder());
@@ -96,7 +96,7 @@ fn an_absent_upper_entry_goes_with_any_flush_of_the_space() {
     tables.map(far, 0x80_0000, 12, P | RW | US);
     assert_eq!(tables.root, root);
     assert!(cpu.read_u64(far).is_err(), "the top entry was not there");
-    machine.cpu(0).invlpg(PAGE);
+    machine.cpu(0).invlpg(PAGE).unwrap();
     assert!(cpu.read_u64(far).is_ok());
     assert!(cpu.read_u64(far + 0x1000).is_err());
     machine.cpu(0).write_cr3(root).unwrap();
@@ -147,7 +147,7 @@ fn the_audit_sees_changed_memory_types_and_lost_globality() {
             1,
             "{before:#x} to {after:#x}"
         );
-        machine.cpu(0).invlpg(PAGE);
+        machine.cpu(0).invlpg(PAGE).unwrap();
         assert!(machine.audit(0, u64::MAX).is_empty());
     }
 }

@@ -84,7 +84,7 @@ fn four_mebibyte_pages_with_pse_and_beyond_4_gib_with_pse_36() {
     assert_eq!(machine.cpu(0).read_u32(va + 0x12_3454), Ok(6));
     assert_eq!(load(&machine, 0x20_0004, 4) & (A | D), A);
     store(&machine, 0x20_0004, 4, PAGE | P | RW | PS | 1 << 21);
-    machine.cpu(0).invlpg(va);
+    machine.cpu(0).invlpg(va).unwrap();
     assert_eq!(
         machine.cpu(0).read_u8(va),
         Err(Fault::Page {
@@ -134,7 +134,7 @@ fn pae_loads_its_four_registers_with_cr3() {
     );
     // A change of a PDPTE in memory is seen only after a load of CR3.
     store(&machine, 0x20_0028, 8, 0);
-    cpu.invlpg(va);
+    cpu.invlpg(va).unwrap();
     assert!(cpu.read_u8(va).is_ok());
     cpu.write_cr3(0x20_0020).unwrap();
     assert_eq!(

@@ -62,7 +62,7 @@ fn unmap_race(
                 m.yield_now();
             }
             assert!(m.memory().store(leaf, 8, 0));
-            m.cpu(0).invlpg(VA);
+            m.cpu(0).invlpg(VA).unwrap();
             let ticket = if send {
                 m.send_flush(&[1, 2], page_work(root))
             } else {
@@ -172,13 +172,13 @@ fn a_cpu_with_interrupts_off_answers_when_they_are_on_again() {
         order.borrow_mut().push("answered");
     });
     scheduler.spawn(1, move || {
-        m.cpu(1).set_interrupts(false);
+        m.cpu(1).set_interrupts(false).unwrap();
         off.set(true);
         for _ in 0..50 {
             m.yield_now();
         }
         order.borrow_mut().push("on");
-        m.cpu(1).set_interrupts(true);
+        m.cpu(1).set_interrupts(true).unwrap();
         for _ in 0..50 {
             m.yield_now();
         }
@@ -195,7 +195,7 @@ fn two_cpus_that_shoot_at_each_other_with_interrupts_off_are_a_deadlock() {
         for cpu in 0..2 {
             let m = &machine;
             scheduler.spawn(cpu, move || {
-                m.cpu(cpu).set_interrupts(false);
+                m.cpu(cpu).set_interrupts(false).unwrap();
                 m.yield_now();
                 m.wait_for(m.send_flush(&[1 - cpu], page_work(0)));
             });
@@ -249,7 +249,7 @@ fn calls_run_on_every_cpu_as_that_cpu() {
         seen.iter().all(|seen| seen.load(Ordering::Relaxed) == 2),
         "{seen:?}"
     );
-    machine.cpu(0).set_interrupts(false);
+    machine.cpu(0).set_interrupts(false).unwrap();
     assert_eq!(
         CpuCall::run_on(&machine, &all, &|_| ()),
         Err(CpuCallError::WouldDeadlock)

@@ -310,7 +310,7 @@ fn tables_are_read_through_paging() {
     assert_eq!(cpu.read_u32(Ds, 0x40_0000), Err(refused));
     // A table that is not mapped faults as an access of the kernel's.
     tables.set(entry, 0);
-    machine.cpu(0).invlpg(0x40_0000);
+    machine.cpu(0).invlpg(0x40_0000).unwrap();
     let missing = Fault::Page {
         address: 0x40_0000 + 5 * 8,
         code: 0,

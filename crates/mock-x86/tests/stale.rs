@@ -61,7 +61,7 @@ impl Setup {
 fn an_unmapped_and_freed_page_that_another_cpu_still_reaches() {
     let s = setup(RW);
     s.set(s.leaf, 0);
-    s.machine.cpu(0).invlpg(VA);
+    s.machine.cpu(0).invlpg(VA).unwrap();
     s.machine.note_freed(FRAME, 1);
     assert!(s.machine.cpu(0).read_u8(VA).is_err());
     assert_eq!(kinds(&s.machine), []);
@@ -100,7 +100,7 @@ fn a_frame_with_a_new_owner_is_still_the_old_owners_through_the_tlb() {
     s.set(s.leaf, PAGE | P | RW);
     s.machine.cpu(1).read_u8(VA).unwrap();
     assert_eq!(kinds(&s.machine), [ViolationKind::FreedFrame]);
-    s.machine.cpu(1).invlpg(VA);
+    s.machine.cpu(1).invlpg(VA).unwrap();
     s.machine.cpu(1).read_u8(VA).unwrap();
     assert_eq!(kinds(&s.machine), []);
 }
@@ -110,7 +110,7 @@ fn a_flush_before_the_free_is_all_it_takes() {
     let s = setup(RW);
     s.set(s.leaf, 0);
     for cpu in 0..2 {
-        s.machine.cpu(cpu).invlpg(VA);
+        s.machine.cpu(cpu).invlpg(VA).unwrap();
     }
     s.declare();
     s.machine.note_freed(FRAME, 1);
@@ -128,7 +128,7 @@ fn a_frame_freed_while_it_is_mapped() {
     s.machine.note_freed(FRAME, 1);
     s.machine.cpu(0).read_u8(VA).unwrap();
     assert_eq!(kinds(&s.machine), [ViolationKind::MappedFreeFrame]);
-    s.machine.cpu(0).invlpg(VA);
+    s.machine.cpu(0).invlpg(VA).unwrap();
     s.machine.cpu(0).read_u8(VA).unwrap();
     assert_eq!(
         kinds(&s.machine),
@@ -144,7 +144,7 @@ fn a_frame_freed_while_it_is_mapped() {
 fn write_protection_without_a_flush() {
     let s = setup(RW);
     s.set(s.leaf, PAGE | P | D);
-    s.machine.cpu(0).invlpg(VA);
+    s.machine.cpu(0).invlpg(VA).unwrap();
     assert!(s.machine.cpu(0).write_u8(VA, 2).is_err());
     s.machine.cpu(1).write_u8(VA, 3).unwrap();
     assert_eq!(kinds(&s.machine), [], "in flight: the flush may still come");
@@ -165,7 +165,7 @@ fn write_protection_without_a_flush() {
         "{}",
         violations[0]
     );
-    s.machine.cpu(1).invlpg(VA);
+    s.machine.cpu(1).invlpg(VA).unwrap();
     assert!(s.machine.cpu(1).write_u8(VA, 3).is_err());
 }
 
@@ -193,7 +193,7 @@ fn a_freed_table_behind_a_walk_cache() {
     // The whole table goes; only the page itself is flushed, with INVPCID's narrow rule on CPU 1's side: nothing at all.
     s.set(0x20_2000 + 2 * 8, 0);
     s.set(s.leaf, 0);
-    s.machine.cpu(0).invlpg(VA);
+    s.machine.cpu(0).invlpg(VA).unwrap();
     s.machine.note_freed(s.table >> 12, 1);
     assert!(s.machine.cpu(0).read_u8(VA).is_err());
     assert_eq!(kinds(&s.machine), []);
@@ -292,7 +292,7 @@ fn a_shared_table_that_one_side_leaves_accuses_nobody() {
     tables.set(copy + (leaf & 0xfff), tables.get(leaf));
     tables.set(pde, copy | P | RW | US);
     // INVLPG of another page: walk caches go, the entry stays.
-    machine.cpu(0).invlpg(VA + 0x1000);
+    machine.cpu(0).invlpg(VA + 0x1000).unwrap();
     machine.note_freed(leaf >> 12, 1);
     machine.declare_flushed(None, 0, u64::MAX, machine.step());
     machine.cpu(0).read_u8(VA).unwrap();
@@ -317,7 +317,7 @@ fn the_audit_finds_what_nobody_has_used_yet() {
         s.machine.audit(VA + 0x1000, u64::MAX).is_empty(),
         "only the range that is asked for"
     );
-    s.machine.cpu(0).invlpg(VA);
+    s.machine.cpu(0).invlpg(VA).unwrap();
     assert_eq!(s.machine.audit(0, u64::MAX).len(), 1);
     s.set(s.leaf, 0);
     s.machine.note_freed(FRAME, 1);
@@ -325,7 +325,7 @@ fn the_audit_finds_what_nobody_has_used_yet() {
         s.machine.audit(0, u64::MAX)[0].kind,
         ViolationKind::FreedFrame
     );
-    s.machine.cpu(1).invlpg(VA);
+    s.machine.cpu(1).invlpg(VA).unwrap();
     assert!(s.machine.audit(0, u64::MAX).is_empty());
     assert_eq!(kinds(&s.machine), [], "an audit only reports");
 }
@@ -339,8 +339,8 @@ fn the_audit_finds_cleared_dirty_bits_and_stale_walk_caches() {
         2,
         "D is cached by both CPUs"
     );
-    s.machine.cpu(0).invlpg(VA);
-    s.machine.cpu(1).invlpg(VA);
+    s.machine.cpu(0).invlpg(VA).unwrap();
+    s.machine.cpu(1).invlpg(VA).unwrap();
     assert!(s.machine.audit(0, u64::MAX).is_empty());
     // Only the walk cache: the page itself goes by INVPCID's narrow rule after another page was walked to.
     let pde = (s.root + 0x2000) + (VA >> 21 & 511) * 8;
@@ -393,7 +393,7 @@ fn the_audit_looks_into_large_pages_that_were_split() {
     let found = machine.audit(0, u64::MAX);
     assert_eq!(found.len(), 1);
     assert_eq!(found[0].linear, Some(VA + 300 * 0x1000));
-    machine.cpu(0).invlpg(VA);
+    machine.cpu(0).invlpg(VA).unwrap();
     assert!(machine.audit(0, u64::MAX).is_empty());
 }
 
@@ -447,7 +447,7 @@ fn no_liberty_of_the_adversary_hurts_a_correct_program() {
             let leaf = tables.entry(page, 12);
             let old = tables.get(leaf);
             tables.set(leaf, 0);
-            cpu.invlpg(page);
+            cpu.invlpg(page).unwrap();
             machine.declare_flushed(None, page, page + 0xfff, machine.step());
             if old & P != 0 {
                 machine.note_freed(old >> 12 & 0xf_ffff, 1);

@@ -250,7 +250,7 @@ fn check(plan: &Plan, cached: bool) -> Result<(), TestCaseError> {
     let mut model = place(&machine, plan);
     let cpu = machine.cpu(0);
     cpu.write_cr3(0x20_0000).unwrap();
-    cpu.set_ac(plan.ac);
+    cpu.set_ac(plan.ac).unwrap();
     for &(path, kind, user) in &plan.accesses {
         let kind = [AccessKind::Read, AccessKind::Write, AccessKind::Fetch][usize::from(kind)];
         let linear = plan.linear(path);

@@ -27,7 +27,7 @@ struct Mock<'m>(VirtualCpu<'m>);
 
 impl Processor for Mock<'_> {
     fn access(&mut self, access: Access, address: u64, value: u64) -> Outcome {
-        self.0.set_ac(access.ac && !access.user);
+        self.0.set_ac(access.ac && !access.user).expect("STAC or CLAC");
         let cpu = if access.user { self.0.user() } else { self.0 };
         let outcome = match access.kind {
             Kind::Read => cpu.read_u64(address),

@@ -103,22 +103,22 @@ impl Entered {
     pub fn leave_kernel(&self) {
         let here = self.machine.current_cpu();
         let cpu = self.machine.cpu(here);
-        let was_on = cpu.set_interrupts(false);
+        let was_on = cpu.set_interrupts(false).unwrap();
         // SAFETY: interrupts are off, and the machine runs no code from the tables.
         unsafe { self.mmu().enter_user() };
         self.in_user[here].set(true);
-        cpu.set_interrupts(was_on);
+        cpu.set_interrupts(was_on).unwrap();
     }
 
     /// Comes back from user mode on the current CPU.
     pub fn enter_kernel(&self) {
         let here = self.machine.current_cpu();
         let cpu = self.machine.cpu(here);
-        let was_on = cpu.set_interrupts(false);
+        let was_on = cpu.set_interrupts(false).unwrap();
         self.in_user[here].set(false);
         // SAFETY: as above.
         unsafe { self.mmu().enter_kernel() };
-        cpu.set_interrupts(was_on);
+        cpu.set_interrupts(was_on).unwrap();
     }
 }
 
