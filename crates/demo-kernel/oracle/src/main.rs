@@ -27,7 +27,7 @@ struct Mock<'m>(VirtualCpu<'m>);
 
 impl Processor for Mock<'_> {
     fn access(&mut self, access: Access, address: u64, value: u64) -> Outcome {
-        self.0.set_ac(access.ac && !access.user).expect("STAC or CLAC");
+        self.0.set_ac(access.ac && !access.user).expect("STAC");
         let cpu = if access.user { self.0.user() } else { self.0 };
         let outcome = match access.kind {
             Kind::Read => cpu.read_u64(address),
@@ -38,7 +38,7 @@ impl Processor for Mock<'_> {
                 .and_then(|_| cpu.fetch(address + 1))
                 .map(u64::from),
         };
-        self.0.set_ac(false);
+        self.0.set_ac(false).expect("CLAC");
         match outcome {
             Ok(value) => Outcome::Value(value),
             Err(Fault::Page { address, code }) => Outcome::Fault(code, address),
@@ -55,7 +55,7 @@ impl Processor for Mock<'_> {
     }
 
     fn invlpg(&mut self, address: u64) {
-        self.0.invlpg(address);
+        self.0.invlpg(address).expect("INVLPG");
     }
 
     fn flush_all(&mut self) {
