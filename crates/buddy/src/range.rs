@@ -340,13 +340,14 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let reach = self.memory.reach();
         let gained = self.with_reserved(state, |reserved| {
             let before = reserved.reach();
+            // First: whoever gets one of the new frames may free it before the last part has joined.
+            reserved.change(|reserved| reserved.set_reach(reach));
             let mut gained = 0;
             for part in difference(reach, before) {
                 for_each_unreserved(reserved, part, |range| {
                     gained += join(state, range, reach);
                 });
             }
-            reserved.change(|reserved| reserved.set_reach(reach));
             gained
         });
         watermark::set_up(state);

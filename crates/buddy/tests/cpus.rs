@@ -441,3 +441,48 @@ fn a_stolen_page_block_raises_the_watermarks_until_reclaim_was_told() {
     );
     assert_eq!(zone.marks, calm);
 }
+
+/// Memory joins part by part, and another CPU may have a frame of it and free it while the last parts have not joined.
+#[test]
+fn frames_of_memory_that_joins_can_be_freed_at_once() {
+    type Joining = Buddy<&'static Window, Played, Interrupted, NoCpuCall, NoPressure>;
+    thread_local! {
+        static FREED: RefCell<Vec<Result<(), FreeError>>> = const { RefCell::new(Vec::new()) };
+    }
+    fn arm(buddy: &'static Joining) {
+        let interrupt = Box::new(move || {
+            Played::become_cpu(1);
+            if let Ok(frame) = buddy.alloc(&FrameRequest::ONE) {
+                let freed = buddy.try_free(frame).map_err(|(error, _)| error);
+                FREED.with_borrow_mut(|results| results.push(freed));
+            }
+            Played::become_cpu(0);
+            arm(buddy);
+        });
+        IN_LOCK.with(|armed| *armed.borrow_mut() = Some(interrupt));
+    }
+    Played::become_cpu(0);
+    let window: &'static Window = Box::leak(Box::new(Window::new(4096 << 12, 4096 << 12)));
+    window.set_reach(2048);
+    let mut map: BootMap = BootMap::new();
+    map.push(PhysAddr::new(0), 4096 << 12, RegionKind::Usable)
+        .unwrap();
+    let buddy: &'static Joining =
+        Box::leak(Box::new(Buddy::with(window, Played, NoCpuCall, NoPressure)));
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config()) }.unwrap();
+    let taken: Vec<_> = std::iter::from_fn(|| buddy.alloc(&FrameRequest::ONE).ok()).collect();
+    assert!(!taken.is_empty());
+    window.set_reach(4096);
+    arm(buddy);
+    assert_eq!(buddy.extend(), 2048);
+    IN_LOCK.with(|armed| armed.borrow_mut().take());
+    let freed = FREED.take();
+    assert!(!freed.is_empty(), "nothing was allocated meanwhile");
+    assert!(freed.iter().all(Result::is_ok), "{freed:?}");
+    for cpu in [1, 0] {
+        Played::become_cpu(cpu);
+        buddy.drain_local();
+    }
+    assert_eq!(buddy.recount().free, 2048);
+}
