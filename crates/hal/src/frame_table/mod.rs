@@ -197,13 +197,23 @@ impl FrameTable {
         last.number() / SECTION_FRAMES + 1
     }
 
-    /// Gives the table its directory: entry `i` covers frames from `i * SECTION_FRAMES`.
+    /// Gives the table its directory: entry `i` covers frames from `i * SECTION_FRAMES`. Answers whether it has it: only the first call has an effect.
     ///
     /// Called once, at boot.
-    pub fn init(&self, directory: &'static [Section]) {
-        self.directory
-            .store(directory.as_ptr().cast_mut(), Ordering::Relaxed);
-        self.sections.store(directory.len(), Ordering::Release);
+    pub fn init(&self, directory: &'static [Section]) -> bool {
+        let first = self
+            .directory
+            .compare_exchange(
+                ptr::null_mut(),
+                directory.as_ptr().cast_mut(),
+                Ordering::Relaxed,
+                Ordering::Relaxed,
+            )
+            .is_ok();
+        if first {
+            self.sections.store(directory.len(), Ordering::Release);
+        }
+        first
     }
 
     /// The directory, to fill in more sections when memory is added.
@@ -215,7 +225,7 @@ impl FrameTable {
             return &[];
         }
         let directory = self.directory.load(Ordering::Relaxed);
-        // SAFETY: both words came from one `&'static [Section]` in `init`; the acquire load orders them.
+        // SAFETY: both words came from one `&'static [Section]`, that of the first call of `init`; the acquire load orders them.
         unsafe { core::slice::from_raw_parts(directory, sections) }
     }
 
@@ -330,5 +340,22 @@ impl fmt::Debug for FrameTable {
             "FrameTable({} sections)",
             self.sections.load(Ordering::Relaxed)
         )
+    }
+}
+
+#[cfg(all(test, not(loom)))]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_table_keeps_its_first_directory() {
+        static TWO: [Section; 2] = [Section::absent(), Section::absent()];
+        static ONE: [Section; 1] = [Section::absent()];
+        let table = FrameTable::new();
+        assert!(table.directory().is_empty());
+        assert!(table.init(&TWO));
+        // A reader may have the old length and the new pointer.
+        assert!(!table.init(&ONE));
+        assert!(ptr::eq(table.directory(), &raw const TWO[..]));
     }
 }
