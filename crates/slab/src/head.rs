@@ -14,15 +14,15 @@
 //! - `I2`: while `busy` is set, the context that set it owns everything else in the head; a nested context changes nothing in it
 //!   and takes another way. `busy` is 0 again when the nested context returns, so that the flag is only ever seen set by
 //!   contexts that interrupted its owner.
-//! - `I3`: `top` is between `base` and `end`, which are the first slot of the loaded array and the one behind its last. The spare array
-//!   knows its own count. There is a spare array exactly while there is a loaded one.
+//! - `I3`: `top` is between `base` and `end`, which are the first slot of the loaded array and the one behind its last. The count of the
+//!   spare array is in the head as well, as other CPUs read it, and nobody but the owner may look into an array. There is a spare array exactly while there is a loaded one.
 //! - `I4`: `allocs - frees` of a head is `net - cached`: objects that came from depot and slabs minus those that went there, minus
 //!   those still here. So one counter on the fast path is enough.
 
 use core::mem::MaybeUninit;
 use core::ptr::{self, NonNull};
 
-use kmem_hal::sync::{AtomicPtr, LocalPtr, LocalU32, LocalU64, Ordering, compiler_fence};
+use kmem_hal::sync::{AtomicPtr, LocalPtr, LocalU16, LocalU32, LocalU64, Ordering, compiler_fence};
 
 use crate::array::{Array, Slot};
 
@@ -48,7 +48,9 @@ pub struct Head {
     /// Allocations and frees at the last event, modulo 2^32.
     stamp: LocalU32,
     /// Events (exchanges, refills, flushes) in a row that followed the one before at once: the cache streams.
-    streak: LocalU32,
+    streak: LocalU16,
+    /// Objects in the spare array (`I3`).
+    spare_len: LocalU16,
 }
 
 // The fast path reads one line of the head and one slot.
@@ -74,7 +76,8 @@ impl Head {
             allocs: LocalU64::new(0),
             net: LocalU64::new(0),
             stamp: LocalU32::new(0),
-            streak: LocalU32::new(0),
+            streak: LocalU16::new(0),
+            spare_len: LocalU16::new(0),
         }
     }
 
@@ -99,8 +102,7 @@ impl Head {
     /// Objects in the spare array.
     #[inline]
     pub fn spare_len(&self) -> usize {
-        // SAFETY: a head's spare array is one of the system's, whose memory stays memory for arrays while the system lives.
-        unsafe { self.spare.get().as_ref() }.map_or(0, Array::len)
+        usize::from(self.spare_len.get())
     }
 
     /// Slots of the loaded array; 0 where there are no arrays.
@@ -129,9 +131,8 @@ impl Head {
         for word in [&self.allocs, &self.net] {
             word.set(0);
         }
-        for word in [&self.stamp, &self.streak] {
-            word.set(0);
-        }
+        self.stamp.set(0);
+        self.streak.set(0);
     }
 }
 
@@ -236,6 +237,7 @@ impl Busy<'_> {
             self.load(spare);
         }
         head.spare.set(loaded);
+        head.spare_len.set(n as u16);
     }
 
     /// The loaded array, null where there is none; the head keeps its count.
@@ -267,11 +269,14 @@ impl Busy<'_> {
         self.0.top.set(self.0.base.get().wrapping_add(n));
     }
 
-    /// Exchanges the spare array for another that the caller owns; the old one, its count noted, is the caller's.
+    /// Exchanges the spare array for another that the caller owns, null or its count noted; the old one, its count noted, is the caller's.
     #[inline]
     pub fn replace_spare(&self, array: *mut Array) -> *mut Array {
         let old = self.0.spare.get();
+        // SAFETY: the caller owns the array.
+        let n = unsafe { array.as_ref() }.map_or(0, Array::len);
         self.0.spare.set(array);
+        self.0.spare_len.set(n as u16);
         old
     }
 
@@ -331,12 +336,12 @@ impl Busy<'_> {
             0
         };
         head.streak.set(streak);
-        streak
+        u32::from(streak)
     }
 
     /// How many events in a row followed the one before, as of the last [`note_event`](Self::note_event).
     pub fn streak(&self) -> u32 {
-        self.0.streak.get()
+        u32::from(self.0.streak.get())
     }
 
     /// The head.

@@ -10,6 +10,7 @@
 //! Invariants
 //! - `I1`: pages are pushed to the list and never leave it while the system lives.
 //! - `I2`: whoever clears a bit that was set owns the object.
+//! - `I3`: who sees a page, by the list or by the hint, sees its header and those of all pages behind it: a push acquires what it is put before.
 //!
 //! What it does not do: give pages back before the system is torn down. Descriptors are kept by their cache and arrays
 //! by their depot, so that what lies here follows the peak of slabs and CPUs: 80 to 192 bytes a slab, 80 bytes to a page an array.
@@ -75,7 +76,7 @@ impl MetaPool {
             // The page that had one lately, then all.
             for start in [&self.hint, &self.pages] {
                 let mut at = start.load(Ordering::Acquire);
-                // SAFETY: pages stay on the list while the system lives (I1); acquire pairs with the push.
+                // SAFETY: pages stay on the list while the system lives (I1); acquire pairs with the push, and with the hint (I3).
                 while let Some(page) = unsafe { at.as_ref() } {
                     if let Some(object) = self.take(page) {
                         return Ok(object);
@@ -117,7 +118,8 @@ impl MetaPool {
         memory.as_ptr().expose_provenance();
         let page = memory.cast::<MetaPage>();
         let all = (1u64 << self.objects()) - 1;
-        let mut head = self.pages.load(Ordering::Relaxed);
+        // Acquire, here and below: whoever comes by the hint reads this page and goes on to those behind it, whose makers' writes this page hands on.
+        let mut head = self.pages.load(Ordering::Acquire);
         // SAFETY: the block belongs to this call alone, is a page long and page-aligned.
         unsafe {
             page.write(MetaPage {
@@ -131,7 +133,7 @@ impl MetaPool {
         let pointer = ptr::from_ref(page).cast_mut();
         while let Err(found) =
             self.pages
-                .compare_exchange(head, pointer, Ordering::Release, Ordering::Relaxed)
+                .compare_exchange(head, pointer, Ordering::AcqRel, Ordering::Acquire)
         {
             head = found;
             page.next.set(head);
