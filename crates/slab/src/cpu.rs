@@ -13,7 +13,8 @@ impl<P: Platform> SlabSystem<P> {
     /// # Errors
     ///
     /// [`AllocError::NotInitialised`]; [`AllocError::Unsatisfiable`] for a CPU beyond the platform's count;
-    /// [`AllocError::Busy`] in a context that interrupted the registry.
+    /// [`AllocError::Busy`] in a context that interrupted the registry or a cache on this CPU; [`AllocError::OutOfMemory`] where this CPU has no heads of
+    /// some cache and there is no memory for them. Whatever could be emptied was: the call may be repeated.
     ///
     /// # Safety
     ///
@@ -24,9 +25,12 @@ impl<P: Platform> SlabSystem<P> {
         if cpu.get() >= platform.cpu().count() {
             return Err(AllocError::Unsatisfiable);
         }
+        let mut emptied = Ok(());
         self.for_each_cache(|cache| {
             // SAFETY: the caller's promise; the number was checked.
-            unsafe { self.drain_idle(cache, cpu.get()) }
-        })
+            let drained = unsafe { self.drain_idle(cache, cpu.get()) };
+            emptied = emptied.and(drained);
+        })?;
+        emptied
     }
 }

@@ -7,7 +7,9 @@
 use core::ptr::NonNull;
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{Context, Cpu, CpuId, FrameRequest, NodeId, Pressure, PressureLevel, Shrink};
+use kmem_hal::{
+    AllocError, Context, Cpu, CpuId, FrameRequest, NodeId, Pressure, PressureLevel, Shrink,
+};
 
 use crate::array::Array;
 use crate::grow::retire;
@@ -64,7 +66,7 @@ impl<P: Platform> SlabSystem<P> {
     pub(crate) fn shrink_cache(&self, cache: &RawCache<P::Lock>) -> u64 {
         self.end_quarantine(cache);
         self.drain_own(cache);
-        self.drain_depots(cache);
+        self.drain_depots(cache, false);
         if cache.setup.stable {
             return 0;
         }
@@ -97,21 +99,23 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
-    /// Flushes every full array of the depots to the slabs.
-    pub(crate) fn drain_depots(&self, cache: &RawCache<P::Lock>) {
+    /// Flushes every full array of the depots to the slabs. Nothing where this CPU has no head or was interrupted there, unless the caller is
+    /// `alone` with the cache: then nobody can come to wait for a lock that is held here.
+    fn drain_depots(&self, cache: &RawCache<P::Lock>, alone: bool) {
         for node in cache.nodes() {
-            self.drain_depot(cache, node);
+            self.drain_depot(cache, node, alone);
         }
     }
 
-    fn drain_depot(&self, cache: &RawCache<P::Lock>, node: &CacheNode<P::Lock>) {
+    fn drain_depot(&self, cache: &RawCache<P::Lock>, node: &CacheNode<P::Lock>, alone: bool) {
         // SAFETY: a cache exists, so the system is ready.
         let platform = unsafe { self.platform_unchecked() };
         loop {
             let pin = platform.cpu().pin();
-            let Some(_busy) = self.head(cache, &pin).and_then(Head::enter) else {
+            let busy = self.head(cache, &pin).and_then(Head::enter);
+            if busy.is_none() && !alone {
                 return;
-            };
+            }
             let taken = {
                 let mut depot = node.depot.lock();
                 let taken = depot.full.pop();
@@ -119,7 +123,8 @@ impl<P: Platform> SlabSystem<P> {
                 taken
             };
             let Some(array) = taken else { return };
-            // SAFETY: the array left the depot and belongs to this call; its first `len` slots hold objects; the busy flag is set.
+            // SAFETY: the array left the depot and belongs to this call; its first `len` slots hold objects; the busy flag is set, or
+            // the caller is alone with the cache.
             unsafe {
                 let n = array.as_ref().len();
                 array.as_ref().set_len(0);
@@ -150,6 +155,7 @@ impl<P: Platform> SlabSystem<P> {
                 }
             }
         }
+        self.drain_depots(cache, true);
         self.shrink_cache(cache);
         self.retire_empty(cache);
         self.drop_spare_arrays(cache);
@@ -177,30 +183,35 @@ impl<P: Platform> SlabSystem<P> {
 
     /// Empties the arrays of a CPU that runs nothing, and gives its arrays to the depots.
     ///
+    /// # Errors
+    ///
+    /// [`AllocError::OutOfMemory`] where the calling CPU has no head and no memory for one; [`AllocError::Busy`] where it was interrupted there.
+    ///
     /// # Safety
     ///
     /// No code runs as `cpu`, nor will before this call returns; what it wrote is visible to the caller. `cpu` is below the platform's
     /// count and not the calling CPU.
-    pub(crate) unsafe fn drain_idle(&self, cache: &RawCache<P::Lock>, cpu: u32) {
-        let Some(head) = self.head_of(cache, cpu) else {
-            return;
+    pub(crate) unsafe fn drain_idle(
+        &self,
+        cache: &RawCache<P::Lock>,
+        cpu: u32,
+    ) -> Result<(), AllocError> {
+        let Some(head) = self.head_of(cache, cpu).filter(|head| head.capacity() > 0) else {
+            return Ok(());
         };
-        if head.capacity() == 0 {
-            return;
-        }
         // SAFETY: a cache exists, so the system is ready.
         let pin = unsafe { self.platform_unchecked() }.cpu().pin();
         // The flag of the calling CPU keeps its own interrupts off the depot's lock (refill I1).
-        let Some(_own) = self.head(cache, &pin).and_then(Head::enter) else {
-            return;
-        };
-        let Some(busy) = head.enter() else { return };
+        let own = self.head(cache, &pin).ok_or(AllocError::OutOfMemory)?;
+        let _own = own.enter().ok_or(AllocError::Busy)?;
+        let busy = head.enter().ok_or(AllocError::Busy)?;
         let node = self.node_of_cpu(cache, CpuId::new(cpu));
         self.drain_head(cache, node, &busy);
         for empty in busy.unload().into_iter().filter_map(NonNull::new) {
             // SAFETY: the idle CPU's head owned the array, which is empty; the flag of this CPU is set.
             unsafe { self.drop_array(cache, node, empty) };
         }
+        Ok(())
     }
 }
 

@@ -8,7 +8,7 @@ use std::sync::atomic::{AtomicPtr, Ordering};
 use std::sync::mpsc::sync_channel;
 
 use common::{Arena, System, TestParts, parts, run_as, system};
-use kmem_hal::{AllocError, CpuId};
+use kmem_hal::{AllocError, CpuId, FrameRequest, FrameSink, FrameSource, Order};
 use kmem_slab::{Cache, Flags, SlabBox, SlabSystem};
 
 #[test]
@@ -167,6 +167,38 @@ fn a_cpu_that_goes_strands_nothing() {
         Err(AllocError::Unsatisfiable)
     );
     system.cpu_online(CpuId::new(2)).unwrap();
+}
+
+#[test]
+fn a_cpu_without_heads_and_memory_says_so_and_takes_caches_apart_all_the_same() {
+    let (arena, system) = system(4096, 2);
+    // More caches than a page has heads, all used on CPU 1 alone.
+    run_as(1);
+    let mut caches: Vec<Cache<'_, [u64; 8], _>> =
+        (0..70).map(|_| Cache::new(&system, "many")).collect();
+    for cache in &caches {
+        drop(
+            (0..1000)
+                .map(|n| cache.alloc([n; 8]).unwrap())
+                .collect::<Vec<_>>(),
+        );
+    }
+    let last = caches.pop().unwrap();
+    assert!(last.info().unwrap().in_depot > 0);
+    run_as(0);
+    let all: Vec<_> =
+        std::iter::from_fn(|| arena.alloc(&FrameRequest::new(Order::ZERO)).ok()).collect();
+    // SAFETY: one thread plays both CPUs, and it is not CPU 1 now.
+    let offline = || unsafe { system.cpu_offline(CpuId::new(1)) };
+    assert_eq!(offline(), Err(AllocError::OutOfMemory));
+    assert_eq!(last.destroy(), Ok(()));
+    for frame in all {
+        FrameSink::free(arena, frame);
+    }
+    assert_eq!(offline(), Ok(()));
+    for cache in &caches {
+        assert_eq!(cache.info().unwrap().in_arrays, 0);
+    }
 }
 
 #[test]
