@@ -2,7 +2,7 @@
 //!
 //! Invariants
 //! - `G1`: the list and the used indices belong to the holder of the registry's lock, who has set the busy flag of the head `GUARD` on its CPU
-//!   first: a context that interrupts it answers `Busy` and never waits.
+//!   first: a context that interrupts it answers `Busy` and never waits. Nobody asks for memory meanwhile.
 //! - `G2`: a cache that is on the list is alive. One that a walk looks at by way of the list counts the walk in `users`; nobody takes it apart,
 //!   and its index is not given to another cache, before every walk has left it.
 
@@ -12,7 +12,7 @@ use kmem_hal::sync::Ordering;
 use kmem_hal::{AllocError, Cpu, RawLock};
 
 use crate::cache::Leaked;
-use crate::head::COLUMNS;
+use crate::head::{COLUMNS, Row};
 use crate::platform::Platform;
 use crate::raw::{RawCache, Setup};
 use crate::slab::Slab;
@@ -52,12 +52,42 @@ impl<P: Platform> SlabSystem<P> {
     pub(crate) fn join(&self, setup: Setup) -> Result<NonNull<RawCache<P::Lock>>, AllocError> {
         let platform = self.platform().ok_or(AllocError::NotInitialised)?;
         let memory = self.caches.alloc(platform)?.cast::<RawCache<P::Lock>>();
-        let joined = self.with_registry(platform, |registry| {
+        let mut spare = None;
+        let mut joined = self.join_with(platform, memory, setup, &mut spare);
+        if joined == Ok(false) {
+            // Memory without the lock (refill I2).
+            joined = self.new_row(platform).and_then(|row| {
+                spare = Some(row);
+                self.join_with(platform, memory, setup, &mut spare)
+            });
+        }
+        if let Some(row) = spare {
+            // SAFETY: made above; another context made one meanwhile, or the registry refused, and nobody has seen this one.
+            unsafe { self.give_row(platform, row) };
+        }
+        joined.map(|_| memory).inspect_err(|_| {
+            // SAFETY: the memory came from this pool and was not published.
+            unsafe { self.caches.free(memory.cast()) };
+        })
+    }
+
+    /// Makes a cache in `memory` and links it; `false`, and nothing happened, where it takes a row and there is none in `spare`.
+    fn join_with(
+        &self,
+        platform: &P,
+        memory: NonNull<RawCache<P::Lock>>,
+        setup: Setup,
+        spare: &mut Option<NonNull<Row>>,
+    ) -> Result<bool, AllocError> {
+        self.with_registry(platform, |registry| {
             let index = registry.free_index().ok_or(AllocError::Unsatisfiable)?;
             let place = &self.rows[index as usize / COLUMNS];
             let mut row = place.load(Ordering::Acquire);
             if row.is_null() {
-                row = self.new_row(platform)?.as_ptr();
+                let Some(made) = spare.take() else {
+                    return Ok(false);
+                };
+                row = made.as_ptr();
                 place.store(row, Ordering::Release);
             }
             let row = self.parts_of(platform, row);
@@ -70,14 +100,8 @@ impl<P: Platform> SlabSystem<P> {
             }
             registry.used[index as usize / COLUMNS] |= 1 << (index as usize % COLUMNS);
             registry.insert(memory);
-            Ok(memory)
-        });
-        let joined = joined.and_then(|inner| inner);
-        if joined.is_err() {
-            // SAFETY: the memory came from this pool and was not published.
-            unsafe { self.caches.free(memory.cast()) };
-        }
-        joined
+            Ok(true)
+        })?
     }
 
     /// The owner of a cache lets go of it: its memory goes back, now or when the last walk that looks at it goes on.

@@ -87,6 +87,26 @@ impl<P: Platform> SlabSystem<P> {
         Ok(row)
     }
 
+    /// Gives a row back that has no heads.
+    ///
+    /// # Safety
+    ///
+    /// It came from [`new_row`](Self::new_row), and nobody has seen it.
+    pub(crate) unsafe fn give_row(&self, platform: &P, row: NonNull<Row>) {
+        let (cpus, others) = (
+            platform.cpu().count() as usize,
+            usize::from(self.nodes()) - 1,
+        );
+        let frame = Frame::containing(platform.map().to_phys(row.as_ptr().cast()));
+        // SAFETY: the nodes' places lie behind those of the CPUs; the rest is the caller's promise.
+        unsafe { self.give_node_pages(platform, row.as_ptr().add(cpus).cast(), others) };
+        if let Some(order) = Self::row_order(cpus, others) {
+            // SAFETY: the block came from `new_row`, and nobody uses it by contract.
+            unsafe { block::give(platform, frame, order) };
+            self.own_frames.fetch_sub(order.frames(), Ordering::Relaxed);
+        }
+    }
+
     /// The order of a row's block.
     pub(crate) fn row_order(cpus: usize, others: usize) -> Option<Order> {
         Order::for_bytes((cpus * size_of::<Row>() + others * size_of::<NodeRow<P::Lock>>()) as u64)

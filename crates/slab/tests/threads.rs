@@ -4,7 +4,7 @@ mod common;
 
 use std::cell::Cell;
 use std::collections::HashSet;
-use std::sync::atomic::{AtomicPtr, Ordering};
+use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 use std::sync::mpsc::sync_channel;
 
 use common::{Arena, System, TestParts, parts, run_as, system};
@@ -282,4 +282,44 @@ fn a_page_source_may_allocate_from_the_heap_that_asks_it() {
     }
     system.teardown().unwrap();
     assert_eq!(arena.used(), 0);
+}
+
+static BUSY: AtomicUsize = AtomicUsize::new(0);
+
+/// What a page source may do that looks at the heap.
+fn look() {
+    // The look asks for memory itself.
+    if DEPTH.replace(1) > 0 {
+        return;
+    }
+    // SAFETY: null, or the leaked system of the test below.
+    let system = unsafe { LOOKED_AT.load(Ordering::Acquire).as_ref() };
+    if system.is_some_and(|system| system.caches(|_| ()) == Err(AllocError::Busy)) {
+        BUSY.fetch_add(1, Ordering::Relaxed);
+    }
+    DEPTH.set(0);
+}
+
+static LOOKED_AT: AtomicPtr<System> = AtomicPtr::new(std::ptr::null_mut());
+
+#[test]
+fn no_cache_that_joins_holds_the_registry_while_it_asks_for_memory() {
+    run_as(0);
+    for nodes in [1, 2] {
+        let arena = Arena::with_nodes(4096, nodes);
+        let system: &'static mut System = Box::leak(Box::new(SlabSystem::new()));
+        system.init(parts(arena, 1)).unwrap();
+        LOOKED_AT.store(system, Ordering::Release);
+        *arena.hook.lock().unwrap() = Some(look);
+        // More caches than a row has columns.
+        let caches: Vec<Cache<'_, u64, _>> = (0..100).map(|_| Cache::new(system, "many")).collect();
+        let boxes: Vec<_> = caches.iter().map(|cache| cache.alloc(1).unwrap()).collect();
+        *arena.hook.lock().unwrap() = None;
+        LOOKED_AT.store(std::ptr::null_mut(), Ordering::Release);
+        assert_eq!(BUSY.load(Ordering::Relaxed), 0, "{nodes} nodes");
+        drop(boxes);
+        drop(caches);
+        system.teardown().unwrap();
+        assert_eq!(arena.used(), 0);
+    }
 }
