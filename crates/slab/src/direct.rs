@@ -159,7 +159,7 @@ pub(crate) fn settle<L: kmem_hal::RawLock>(
         return;
     }
     node.pending.take(|slab: &Slab| {
-        if slab.objects() > 0 && slab.bucket.get() != RETIRED {
+        if slab.is_live() && slab.bucket.get() != RETIRED {
             let twice = slab.merge();
             cache.misuses.fetch_add(twice as u64, Ordering::Relaxed);
             depot.relist(slab);

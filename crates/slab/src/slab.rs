@@ -195,6 +195,15 @@ impl Slab {
         usize::from(self.objects.get())
     }
 
+    /// Whether the descriptor has memory; what is read of that afterwards is no older. For who came by a late note and has no object of the slab.
+    pub fn is_live(&self) -> bool {
+        let live = self.objects() > 0;
+        if live {
+            fence(Ordering::Acquire);
+        }
+        live
+    }
+
     /// The cache that the descriptor belongs to, as an opaque pointer.
     #[inline]
     pub fn cache(&self) -> *mut () {
@@ -219,9 +228,10 @@ impl Slab {
             MAX_OBJECTS
         };
         debug_assert!(objects <= room);
-        self.objects.set(objects.min(room) as u16);
+        let objects = objects.min(room);
         // A late double free may have left a bit in the dead descriptor.
-        for (_, word) in self.words() {
+        for number in 0..objects.div_ceil(64) {
+            let word = self.word(number);
             word.bits.set(0);
             word.remote.store(0, Ordering::Relaxed);
         }
@@ -234,6 +244,9 @@ impl Slab {
         } else {
             SINGLY + pages.ilog2() as u8
         });
+        // Last: a late note on the pending stack has the descriptor counted as soon as it has objects.
+        fence(Ordering::Release);
+        self.objects.set(objects as u16);
     }
 
     /// Makes the descriptor dead; the caller has claimed every object.

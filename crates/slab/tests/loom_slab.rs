@@ -101,6 +101,21 @@ impl<const N: usize> World<N> {
 }
 
 #[test]
+fn a_late_look_at_a_descriptor_finds_its_old_memory_or_its_new() {
+    loom::model(|| {
+        let world = World::<2>::taken();
+        world.slab.clear_memory();
+        let there = Arc::clone(&world);
+        let other = thread::spawn(move || there.slab.set_memory(ptr::null_mut(), 3, 2));
+        // By a note on the pending stack that is older than the new memory.
+        if world.slab.is_live() {
+            assert_eq!(world.slab.pages(), 3);
+        }
+        other.join().unwrap();
+    });
+}
+
+#[test]
 fn a_free_without_the_lock_is_merged_once_and_never_lost() {
     loom::model(|| {
         let world = World::<2>::taken();
