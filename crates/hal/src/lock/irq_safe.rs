@@ -3,11 +3,17 @@
 //! On x86 in ring 0 the interrupt flag is saved and cleared before the spin and restored after the release, which is
 //! contract `K3` for locks that interrupts take. Outside ring 0 (a host) `cli` would fault; the code segment's
 //! privilege level tells, and the lock only spins: signal handlers are the host's interrupts, and kmem's paths
-//! never spin on what they interrupted. On other processors the lock only spins: bring a lock of your own.
+//! never spin on what they interrupted. Each guard puts the flag back to what it found, so locks that are held together are released
+//! in the reverse order of their taking. On other processors the lock only spins: bring a lock of your own.
 
 use super::{RawLock, Spin};
 
 /// A spin lock that keeps interrupts out while it is held.
+///
+/// # Contexts
+///
+/// Any. Where one CPU holds several, they are released last taken first, as scopes do by themselves: dropping the guard of the first early
+/// switches interrupts on while the second is held.
 #[derive(Debug)]
 pub struct IrqSafe {
     spin: Spin,
@@ -19,7 +25,8 @@ pub struct InterruptState {
     restore: bool,
 }
 
-// SAFETY: K1 and K2 are `Spin`'s; K3: interrupts are off from before the lock is taken until after it is released.
+// SAFETY: K1 and K2 are `Spin`'s; K3: interrupts are off from before the lock is taken until after it is released,
+// where locks held together are released last taken first (see the type's contexts).
 unsafe impl RawLock for IrqSafe {
     type State = InterruptState;
 
