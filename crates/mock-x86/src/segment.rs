@@ -15,7 +15,9 @@
 //! Invariants
 //! - `I1` a register's hidden part changes only when the register is loaded: a descriptor that is edited in memory has no effect
 //!   before (SDM 3A 3.4.3).
-//! - `I2` a load that faults changes nothing; one that succeeds sets the descriptor's accessed bit (SDM 3A 3.4.5.1).
+//! - `I2` a load that faults changes no register; one that succeeds sets the descriptor's accessed bit (SDM 3A 3.4.5.1).
+//! - `I3` the bases of FS and GS are those of their hidden parts: a load sets them (to 0 for a null selector, as Intel's processors do),
+//!   and so do the MSRs, in all 64 bits (SDM 3A 3.4.4).
 //!
 //! Not handled: gates, task switches, 16-bit code, virtual-8086 mode.
 //!
@@ -259,11 +261,28 @@ pub(crate) struct Segmentation {
     gdtr: (u64, u16),
     ldtr: Segment,
     registers: [Segment; 6],
-    /// Bases of FS and GS in 64-bit mode (MSRs).
+    /// Bases of FS and GS (`I3`).
     bases: [u64; 2],
 }
 
 impl Segmentation {
+    /// Where FS or GS keeps its base.
+    fn own_base(&mut self, register: SegmentRegister) -> Option<&mut u64> {
+        match register {
+            SegmentRegister::Fs => Some(&mut self.bases[0]),
+            SegmentRegister::Gs => Some(&mut self.bases[1]),
+            _ => None,
+        }
+    }
+
+    /// Loads a register (`I3`).
+    fn put(&mut self, register: SegmentRegister, segment: Segment) {
+        self.registers[register as usize] = segment;
+        if let Some(base) = self.own_base(register) {
+            *base = segment.hidden.map_or(0, |hidden| hidden.base().into());
+        }
+    }
+
     fn code(&self) -> Option<Descriptor> {
         self.registers[SegmentRegister::Cs as usize].hidden
     }
@@ -324,9 +343,15 @@ impl<'m> SegmentedCpu<'m> {
     ///
     /// # Errors
     ///
-    /// `#GP(0)` outside of CPL 0.
+    /// `#GP(0)` outside of CPL 0, and in 64-bit mode for an address that is not canonical; elsewhere it has 32 bits.
     pub fn lgdt(&self, base: u64, limit: u16) -> Result<(), Fault> {
         self.demand_kernel()?;
+        let base = if self.is_long() {
+            self.0.demand_canonical(base)?;
+            base
+        } else {
+            base & 0xffff_ffff
+        };
         self.0.with_segments(|state| state.gdtr = (base, limit));
         Ok(())
     }
@@ -375,7 +400,7 @@ impl<'m> SegmentedCpu<'m> {
         if offset + 7 > limit {
             return Err(refused(selector.code()));
         }
-        let linear = base + u64::from(offset);
+        let linear = base.wrapping_add(offset.into());
         Ok((Descriptor(self.0.implicit().read_u64(linear)?), linear))
     }
 
@@ -391,8 +416,8 @@ impl<'m> SegmentedCpu<'m> {
         };
         let cpl = self.cpl();
         if selector.is_null() {
-            // 64-bit kernel code may run without a stack segment.
-            if is_stack && !(self.is_long() && cpl < 3) {
+            // 64-bit code but the program's may run without a stack segment (SDM 2B, MOV).
+            if is_stack && !(self.is_long() && cpl < 3 && selector.rpl() == cpl) {
                 return Err(refused(0));
             }
             return self.set(register, selector, None);
@@ -475,17 +500,20 @@ impl<'m> SegmentedCpu<'m> {
                 });
             }
         }
-        self.set(SegmentRegister::Cs, code, Some((cs, cs_at)))?;
-        self.set(SegmentRegister::Ss, stack, Some((ss, ss_at)))?;
+        // Both may fault, so before either register changes (`I2`).
+        let code = self.mark_accessed(code, cs, cs_at)?;
+        let stack = self.mark_accessed(stack, ss, ss_at)?;
         self.0.with_segments(|state| {
-            use SegmentRegister::{Ds, Es, Fs, Gs};
+            use SegmentRegister::{Cs, Ds, Es, Fs, Gs, Ss};
+            state.put(Cs, code);
+            state.put(Ss, stack);
             for register in [Es, Ds, Fs, Gs] {
-                let segment = &mut state.registers[register as usize];
+                let segment = state.registers[register as usize];
                 if segment
                     .hidden
                     .is_some_and(|hidden| !hidden.is_conforming() && hidden.dpl() < level)
                 {
-                    *segment = Segment::default();
+                    state.put(register, Segment::default());
                 }
             }
         });
@@ -499,29 +527,48 @@ impl<'m> SegmentedCpu<'m> {
         selector: Selector,
         found: Option<(Descriptor, u64)>,
     ) -> Result<(), Fault> {
-        let hidden = match found {
-            Some((descriptor, linear)) => {
-                let accessed = Descriptor(descriptor.0 | 1 << 40);
-                if accessed != descriptor {
-                    self.0.implicit().write_u64(linear, accessed.0)?;
-                }
-                Some(accessed)
-            }
-            None => None,
+        let segment = match found {
+            Some((descriptor, linear)) => self.mark_accessed(selector, descriptor, linear)?,
+            None => Segment {
+                selector,
+                hidden: None,
+            },
         };
-        self.0.with_segments(|state| {
-            state.registers[register as usize] = Segment { selector, hidden };
-        });
+        self.0.with_segments(|state| state.put(register, segment));
         Ok(())
     }
 
-    /// Sets the base of FS or GS for 64-bit mode (the MSRs IA32_FS_BASE and IA32_GS_BASE).
-    pub fn set_base(&self, register: SegmentRegister, base: u64) {
-        self.0.with_segments(|state| match register {
-            SegmentRegister::Fs => state.bases[0] = base,
-            SegmentRegister::Gs => state.bases[1] = base,
-            _ => {}
+    /// What a register holds after a load of this descriptor, whose accessed bit is now set in memory.
+    fn mark_accessed(
+        &self,
+        selector: Selector,
+        descriptor: Descriptor,
+        linear: u64,
+    ) -> Result<Segment, Fault> {
+        let accessed = Descriptor(descriptor.0 | 1 << 40);
+        if accessed != descriptor {
+            self.0.implicit().write_u64(linear, accessed.0)?;
+        }
+        Ok(Segment {
+            selector,
+            hidden: Some(accessed),
+        })
+    }
+
+    /// `WRMSR` of IA32_FS_BASE or IA32_GS_BASE; nothing for a register that has no such MSR.
+    ///
+    /// # Errors
+    ///
+    /// `#GP` outside of CPL 0 and for an address that is not canonical.
+    pub fn set_base(&self, register: SegmentRegister, base: u64) -> Result<(), Fault> {
+        self.demand_kernel()?;
+        self.0.demand_canonical(base)?;
+        self.0.with_segments(|state| {
+            if let Some(own) = state.own_base(register) {
+                *own = base;
+            }
         });
+        Ok(())
     }
 
     /// The linear address of `bytes` bytes (at least 1) at an offset of a segment, after the checks.
@@ -536,14 +583,11 @@ impl<'m> SegmentedCpu<'m> {
         bytes: u32,
         kind: AccessKind,
     ) -> Result<u64, Fault> {
-        let state = self.state();
+        let mut state = self.state();
+        let own_base = state.own_base(register).copied();
         if self.is_long() {
             // Bases but of FS and GS count as 0, and there are no limits (SDM 3A 3.2.4).
-            return Ok(offset.wrapping_add(match register {
-                SegmentRegister::Fs => state.bases[0],
-                SegmentRegister::Gs => state.bases[1],
-                _ => 0,
-            }));
+            return Ok(offset.wrapping_add(own_base.unwrap_or(0)));
         }
         let fault = if register == SegmentRegister::Ss {
             Fault::Selector {
@@ -567,7 +611,8 @@ impl<'m> SegmentedCpu<'m> {
         if !descriptor.holds(offset, bytes) {
             return Err(fault);
         }
-        Ok(u64::from(descriptor.base().wrapping_add(offset)))
+        let base = own_base.map_or(descriptor.base(), |base| base as u32);
+        Ok(u64::from(base.wrapping_add(offset)))
     }
 
     /// The CPU at the current privilege.

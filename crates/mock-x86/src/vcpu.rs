@@ -7,6 +7,7 @@ use crate::cpu::{CpuState, Fault, Flush, Invpcid, Registers};
 use crate::engine::Core;
 use crate::machine::Machine;
 use crate::manual::rflags;
+use crate::mode::{LONG4, LONG5};
 use crate::sched;
 use crate::walker::{Access, AccessKind};
 
@@ -103,6 +104,19 @@ impl<'m> VirtualCpu<'m> {
             });
         }
         Ok(())
+    }
+
+    /// `#GP(0)` for a base that is no address of the processor's: whether it has 57-bit addresses counts, not CR4.LA57.
+    pub(crate) fn demand_canonical(&self, base: u64) -> Result<(), Fault> {
+        let la57 = self
+            .machine
+            .with(|inner| inner.core.cpus[self.number].features.la57);
+        let widest = if la57 { &LONG5 } else { &LONG4 };
+        if widest.is_canonical(base) {
+            Ok(())
+        } else {
+            Err(Fault::GeneralProtection { value: base })
+        }
     }
 
     fn access(&self, kind: AccessKind) -> Access {

@@ -290,11 +290,12 @@ fn tables_are_read_through_paging() {
     let kernel = (Selector::gdt(2, 0), Descriptor(LINUX_GDT_64[1]));
     cpu.start(kernel, (Selector::gdt(3, 0), Descriptor(LINUX_GDT_64[2])));
     cpu.lgdt(0x40_0000, 0x7f).unwrap();
-    cpu.iret(Selector::gdt(6, 3), Selector::gdt(5, 3)).unwrap();
-    cpu.load(Ds, Selector::gdt(5, 3)).unwrap();
     // 64-bit code: no limits, and bases of FS and GS alone.
-    cpu.set_base(Gs, 0x41_0000);
-    cpu.set_base(Ds, 0x1000);
+    cpu.set_base(Gs, 0x41_0000).unwrap();
+    cpu.set_base(Ds, 0x1000).unwrap();
+    cpu.iret(Selector::gdt(6, 3), Selector::gdt(5, 3)).unwrap();
+    assert_eq!(cpu.set_base(Gs, 0), Err(GP0), "WRMSR is the kernel's");
+    cpu.load(Ds, Selector::gdt(5, 3)).unwrap();
     assert_eq!(cpu.linear(Gs, 8, 4, AccessKind::Write), Ok(0x41_0008));
     assert_eq!(
         cpu.linear(Ds, 0x7fff_0000_0000, 4, AccessKind::Read),
@@ -316,4 +317,87 @@ fn tables_are_read_through_paging() {
         code: 0,
     };
     assert_eq!(cpu.load(Es, Selector::gdt(5, 3)), Err(missing));
+}
+
+/// A machine in 64-bit mode, in Linux's kernel segments, whose GDT at 0x40_0000 has `extra` from entry 8 on.
+fn long_machine(extra: &[Descriptor]) -> (Machine, u64) {
+    let machine = builder().build().unwrap();
+    let mut tables = Tables::new(&machine, 0x20_0000);
+    tables.map(0x40_0000, GDT, 12, P | RW);
+    let second = tables.map(0x40_1000, GDT + 0x1000, 12, P | RW);
+    tables.load(0);
+    let store = |index: u64, word: u64| assert!(machine.memory().store(GDT + index * 8, 8, word));
+    for (index, &word) in LINUX_GDT_64.iter().enumerate() {
+        store(1 + index as u64, word);
+    }
+    for (index, descriptor) in extra.iter().enumerate() {
+        store(8 + index as u64, descriptor.0);
+    }
+    let cpu = machine.cpu(0).segments();
+    let kernel = (Selector::gdt(2, 0), Descriptor(LINUX_GDT_64[1]));
+    cpu.start(kernel, (Selector::gdt(3, 0), Descriptor(LINUX_GDT_64[2])));
+    cpu.lgdt(0x40_0000, 0x1fff).unwrap();
+    (machine, second)
+}
+
+#[test]
+fn a_load_of_fs_or_gs_sets_its_base_in_64_bit_mode_too() {
+    let (machine, _) = long_machine(&[Descriptor::segment(0x8765_4000, 0xfff, 0x2, 0)]);
+    let cpu = machine.cpu(0).segments();
+    let base = |register| cpu.linear(register, 0, 4, AccessKind::Read).unwrap();
+    for register in [Fs, Gs] {
+        cpu.set_base(register, 0xffff_8000_0000_0000).unwrap();
+        assert_eq!(base(register), 0xffff_8000_0000_0000);
+        cpu.load(register, Selector::gdt(8, 0)).unwrap();
+        assert_eq!(base(register), 0x8765_4000, "32 bits, and zeros above");
+        cpu.load(register, Selector::NULL).unwrap();
+        assert_eq!(base(register), 0);
+    }
+    cpu.load(Ds, Selector::gdt(8, 0)).unwrap();
+    assert_eq!(base(Ds), 0);
+}
+
+#[test]
+fn bases_must_be_canonical() {
+    let (machine, _) = long_machine(&[]);
+    let cpu = machine.cpu(0).segments();
+    let value = 1 << 60;
+    let refused = Err(Fault::GeneralProtection { value });
+    assert_eq!(cpu.lgdt(value, 0x7f), refused);
+    assert_eq!(cpu.set_base(Fs, value), refused);
+    // A table at the end of the address space: the address of its entries wraps.
+    cpu.lgdt(0xffff_ffff_ffff_fff8, 0x7f).unwrap();
+    assert!(matches!(
+        cpu.load(Ds, Selector::gdt(2, 0)),
+        Err(Fault::Page { address: 8, .. })
+    ));
+}
+
+#[test]
+fn a_null_stack_segment_has_the_privilege_of_the_code() {
+    let (machine, _) = long_machine(&[]);
+    let cpu = machine.cpu(0).segments();
+    assert_eq!(cpu.load(Ss, Selector(3)), Err(GP0));
+    assert_eq!(cpu.load(Ss, Selector::NULL), Ok(()));
+}
+
+#[test]
+fn an_iret_that_faults_changes_no_register() {
+    let (machine, second) = long_machine(&[]);
+    // The stack's descriptor is the first of the table's second page, which cannot be written: its accessed bit faults.
+    let stack = Descriptor::segment(0, u32::MAX, 0x2, 3);
+    assert!(machine.memory().store(GDT + 0x1000, 8, stack.0));
+    let entry = machine.memory().load(second, 8).unwrap();
+    assert!(machine.memory().store(second, 8, entry & !RW));
+    let cpu = machine.cpu(0).segments();
+    let before = [cpu.register(Cs), cpu.register(Ss)];
+    assert_eq!(
+        cpu.iret(Selector::gdt(6, 3), Selector::gdt(512, 3)),
+        Err(Fault::Page {
+            address: 0x40_1000,
+            code: pf::P | pf::W
+        })
+    );
+    assert_eq!(before, [cpu.register(Cs), cpu.register(Ss)]);
+    assert_eq!(cpu.cpl(), 0);
 }
