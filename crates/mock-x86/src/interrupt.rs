@@ -329,8 +329,9 @@ impl Machine {
                 None => return,
                 Some(None) => {}
                 Some(Some((ticket, call))) => {
-                    // SAFETY: I2: the ticket is open, so the caller of `call_on` still waits and the closure lives.
-                    sched::on_cpu(self, cpu, || unsafe { (*call.0)(cpu) });
+                    // SAFETY: I2: the ticket is open, so the caller of `call_on` still waits and the closure lives; a
+                    // schedule that ends in a panic resumes nobody in it (I4 of `sched`).
+                    sched::call_on_cpu(self, cpu, || unsafe { (*call.0)(cpu) });
                     self.with(|inner| {
                         inner.core.cpus[cpu].regs.rflags |= rflags::IF;
                         inner.answer(ticket, cpu);

@@ -16,7 +16,9 @@
 //! - `I1` `CURRENT` names the task that runs; its pointers are valid while it is set, since it is set only inside of the calls that
 //!   borrow what they point to.
 //! - `I2` a coroutine is never suspended while it unwinds.
-//! - `I3` a coroutine does not outlive `run`, so what its closure borrows outlives it.
+//! - `I3` a coroutine does not run after `run`, so what its closure borrows outlives it.
+//! - `I4` when a schedule ends in a panic, a coroutine that is inside of another's call is never unwound, since the sender's stack may be gone
+//!   before: its own stack is leaked.
 
 use std::cell::{Cell, RefCell};
 use std::fmt;
@@ -55,6 +57,8 @@ struct Task<'env> {
     yielder: Cell<*const Yielder<(), ()>>,
     device: Option<Device<'env>>,
     rng: RefCell<SeededRng>,
+    /// Calls of interrupts that its stack is inside of (`I4`).
+    calls: Cell<usize>,
 }
 
 /// The context that runs on this thread.
@@ -117,6 +121,25 @@ pub(crate) fn on_cpu<R>(machine: &Machine, cpu: usize, run: impl FnOnce() -> R) 
     };
     let _restore = enter(now);
     run()
+}
+
+/// Runs a call of an interrupt on a CPU, on whatever stack this is (`I4`).
+pub(crate) fn call_on_cpu(machine: &Machine, cpu: usize, call: impl FnOnce()) {
+    let task = running(machine).map(|(_, task)| task);
+    if let Some(task) = task {
+        task.calls.set(task.calls.get() + 1);
+    }
+    // A call that panics itself ends its coroutine, which then has nothing to unwind.
+    on_cpu(machine, cpu, call);
+    if let Some(task) = task {
+        task.calls.set(task.calls.get() - 1);
+    }
+}
+
+/// Leaks the stacks that are inside of others' calls (`I4`).
+fn leak_callees(live: &mut Vec<Live>, states: &[Task<'_>]) {
+    let inside = live.extract_if(.., |(index, _)| states[*index].calls.get() > 0);
+    inside.for_each(std::mem::forget);
 }
 
 /// The task that runs now on this machine, if a scheduler does and it may be suspended.
@@ -236,6 +259,8 @@ pub struct Run {
     pub digest: u64,
 }
 
+/// A task's index and its coroutine.
+type Live = (usize, Coroutine<(), (), (), DefaultStack>);
 type Body<'env> = Box<dyn FnOnce() + 'env>;
 type Handler<'env> = Box<dyn FnMut() + 'env>;
 
@@ -359,15 +384,17 @@ impl<'env> Scheduler<'env> {
                         active: Cell::new(false),
                     }),
                     rng: RefCell::new(SeededRng::new(rng.next())),
+                    calls: Cell::new(0),
                 }
             })
             .collect();
-        let mut live: Vec<(usize, Coroutine<(), (), (), DefaultStack>)> = Vec::new();
+        let mut live: Vec<Live> = Vec::new();
         for (index, (cpu, body)) in tasks.into_iter().enumerate() {
             busy.borrow_mut()[cpu] = true;
             let task: *const Task<'env> = &states[index];
             let stack = DefaultStack::new(STACK_BYTES).expect("the host has no memory for a stack");
-            // SAFETY: I3: `live` is dropped before `states`, and both before `run` returns, while 'env still holds.
+            // SAFETY: I3: `live` is dropped (or leaked, and then never resumed: I4) before `states`, and both before `run` returns,
+            // while 'env still holds.
             let coroutine = unsafe {
                 Coroutine::with_stack_unchecked(stack, move |yielder: &Yielder<(), ()>, ()| {
                     (*task).yielder.set(yielder);
@@ -416,6 +443,7 @@ impl<'env> Scheduler<'env> {
                         task.cpu,
                         machine.seed()
                     );
+                    leak_callees(&mut live, &states);
                     resume_unwind(panic);
                 }
             }
@@ -424,6 +452,7 @@ impl<'env> Scheduler<'env> {
                     .iter()
                     .map(|(index, _)| describe(&states[*index]))
                     .collect();
+                leak_callees(&mut live, &states);
                 panic!("{}(schedule seed {seed})", machine.deadlock(&who));
             }
         }

@@ -3,7 +3,9 @@
 mod common;
 
 use std::cell::{Cell, RefCell};
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::Ordering::Relaxed;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
 use common::{P, RW, Tables, US, builder};
 use kmem_hal::{Cpu, CpuCall, CpuCallError, CpuSet, Lock, RawLock, RawSleepLock, SleepLock, Wait};
@@ -398,4 +400,52 @@ fn a_panic_in_one_task_ends_the_run_and_unwinds_the_others() {
     );
     assert!(told.get());
     assert_eq!(machine.current_cpu(), 0);
+}
+
+#[test]
+fn a_call_does_not_outlive_its_sender_when_a_schedule_ends_in_a_panic() {
+    struct Note<F: Fn()>(F);
+    impl<F: Fn()> Drop for Note<F> {
+        fn drop(&mut self) {
+            (self.0)();
+        }
+    }
+    // Statics, so that the test itself touches nothing of the sender's.
+    static GONE: AtomicBool = AtomicBool::new(false);
+    static INSIDE: AtomicBool = AtomicBool::new(false);
+    static LATE: AtomicBool = AtomicBool::new(false);
+    let machine = Machine::pc(4 << 20, 3);
+    let m = &machine;
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let mut scheduler = Scheduler::new(m, 1);
+        scheduler.spawn(0, move || {
+            let _sender = Note(|| GONE.store(true, Relaxed));
+            m.call_on(&[1], &|_| {
+                let _closure = Note(|| {
+                    LATE.fetch_or(GONE.load(Relaxed), Relaxed);
+                });
+                INSIDE.store(true, Relaxed);
+                loop {
+                    m.yield_now();
+                }
+            });
+        });
+        scheduler.spawn(1, move || {
+            loop {
+                m.yield_now();
+            }
+        });
+        scheduler.spawn(2, move || {
+            while !INSIDE.load(Relaxed) {
+                m.yield_now();
+            }
+            panic!("the end");
+        });
+        scheduler.run();
+    }));
+    assert!(outcome.is_err() && INSIDE.load(Relaxed) && GONE.load(Relaxed));
+    assert!(
+        !LATE.load(Relaxed),
+        "the closure unwound on another stack after its sender's was gone"
+    );
 }
