@@ -90,6 +90,8 @@ pub(crate) struct Interrupts {
     /// Unanswered CPUs of each open ticket.
     open: BTreeMap<u64, Vec<usize>>,
     next: u64,
+    /// A sender has unwound while a CPU was inside of its call: nobody may go on (`I2`).
+    pub(crate) orphaned: bool,
 }
 
 impl Interrupts {
@@ -98,6 +100,7 @@ impl Interrupts {
             queues: (0..cpus).map(|_| VecDeque::new()).collect(),
             open: BTreeMap::new(),
             next: 1,
+            orphaned: false,
         }
     }
 
@@ -283,7 +286,8 @@ impl Machine {
         let others: Vec<usize> = cpus.iter().copied().filter(|&cpu| cpu != me).collect();
         let raw: *const (dyn Fn(usize) + Sync) = call;
         // SAFETY: only the lifetime changes; I2: the closure is called only while its ticket is open, and this function does
-        // not return, nor unwind past `wait_for`, before the ticket is closed or withdrawn (the guard below).
+        // not return, nor unwind past `wait_for`, before the ticket is closed or withdrawn (the guard below); if a
+        // CPU is inside of the call then, the scheduler ends at the next switch and resumes nobody.
         let raw: *const (dyn Fn(usize) + Sync + 'static) = unsafe { std::mem::transmute(raw) };
         let ticket = self.with(|inner| inner.send(&others, Work::Call(RawCall(raw))));
         let withdraw = Withdraw {
@@ -378,9 +382,15 @@ struct Withdraw<'m> {
 impl Drop for Withdraw<'_> {
     fn drop(&mut self) {
         self.machine.with(|inner| {
+            let mut withdrawn = 0;
             for queue in &mut inner.interrupts.queues {
+                let before = queue.len();
                 queue.retain(|pending| pending.ticket != self.ticket);
+                withdrawn += before - queue.len();
             }
+            // Answers that were not withdrawn with the queues come from inside of the call.
+            let inside = inner.interrupts.unanswered(self.ticket).len();
+            inner.interrupts.orphaned |= inside > withdrawn;
             inner.interrupts.open.remove(&self.ticket);
         });
     }

@@ -403,6 +403,7 @@ impl<'env> Scheduler<'env> {
             };
             live.push((index, coroutine));
         }
+        machine.with(|inner| inner.interrupts.orphaned = false);
         let mut digest = 0u64;
         let mut switches = 0u64;
         let mut idle = 0u64;
@@ -426,6 +427,10 @@ impl<'env> Scheduler<'env> {
                 let _restore = enter(now);
                 catch_unwind(AssertUnwindSafe(|| coroutine.resume(())))
             };
+            if outcome.is_ok() && machine.with(|inner| inner.interrupts.orphaned) {
+                leak_callees(&mut live, &states);
+                panic!("a sender left while its call ran (schedule seed {seed})");
+            }
             match outcome {
                 Ok(CoroutineResult::Yield(())) => {
                     let progress = task.waiting.get() == Waiting::No

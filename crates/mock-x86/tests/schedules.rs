@@ -449,3 +449,43 @@ fn a_call_does_not_outlive_its_sender_when_a_schedule_ends_in_a_panic() {
         "the closure unwound on another stack after its sender's was gone"
     );
 }
+
+#[test]
+fn a_sender_that_catches_its_panic_does_not_leave_its_call_behind() {
+    static LEFT: AtomicBool = AtomicBool::new(false);
+    static LATE: AtomicBool = AtomicBool::new(false);
+    let machine = Machine::pc(4 << 20, 2);
+    let m = &machine;
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let mut scheduler = Scheduler::new(m, 1);
+        scheduler.spawn(0, move || {
+            let inside = AtomicBool::new(false);
+            let sent = catch_unwind(AssertUnwindSafe(|| {
+                m.call_on(&[0, 1], &|cpu| {
+                    if cpu == 0 {
+                        while !inside.load(Relaxed) {
+                            m.yield_now();
+                        }
+                        panic!("the sender's own part");
+                    }
+                    inside.store(true, Relaxed);
+                    for _ in 0..50 {
+                        m.yield_now();
+                        LATE.fetch_or(LEFT.load(Relaxed), Relaxed);
+                    }
+                });
+            }));
+            assert!(sent.is_err());
+            LEFT.store(true, Relaxed);
+            m.yield_now();
+        });
+        scheduler.spawn(1, move || {
+            for _ in 0..200 {
+                m.yield_now();
+            }
+        });
+        scheduler.run();
+    }));
+    assert!(LEFT.load(Relaxed) && !LATE.load(Relaxed));
+    assert!(outcome.is_err());
+}
