@@ -462,6 +462,33 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         })
     }
 
+    /// The leaf of a page and its frame, held by a reference that the caller [puts](Mm::put_reference); rights are those of the whole path.
+    ///
+    /// The reference is taken under the lock of the table: where a fork left that shared, reclaim takes the entry out of it without
+    /// any lock of this space, and frees the frame.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EFAULT`] where it is a device's memory, or has as many references as can be counted.
+    #[doc(alias = "get_user_page_fast_only")]
+    pub(crate) fn hold_leaf(&self, page: Page) -> Result<Option<(Leaf, Frame)>, Errno> {
+        let cursor = self.tables().cursor(PageRange::single(page));
+        let mut cursor = cursor.map_err(|_| Errno::EFAULT)?;
+        let (entry, shared) = cursor.look(page);
+        let found = entry
+            .leaf()
+            .and_then(|leaf| Some((leaf, leaf.frame_of(page)?)));
+        let Some((mut leaf, frame)) = found else {
+            return Ok(None);
+        };
+        if shared {
+            leaf.attributes.rights.remove(Rights::WRITE);
+        }
+        let counted = self.mm().counted(frame).ok_or(Errno::EFAULT)?;
+        counted.add_reference().map_err(|_| Errno::EFAULT)?;
+        Ok(Some((leaf, frame)))
+    }
+
     /// The frame behind a page, if one is mapped.
     #[must_use]
     pub fn frame_at(&self, page: Page) -> Option<Frame> {

@@ -68,9 +68,12 @@ impl<E: Env> AddressSpace<'_, E> {
             return Some(());
         }
         let mm = self.mm();
-        let frame = match (self.frame_at(page), vma.file) {
-            (Some(frame), _) if mm.counted(frame).is_none() => return None,
-            (Some(frame), _) => frame,
+        let frame = match (self.hold_leaf(page).ok()?, vma.file) {
+            (Some((_, frame)), _) => {
+                mm.read_frame(frame, offset, to);
+                mm.put_reference(frame);
+                return Some(());
+            }
             (None, None) => mm.zero_page(),
             (None, Some(file)) => {
                 let index = vma.object_page(page);
@@ -105,28 +108,27 @@ impl<E: Env> AddressSpace<'_, E> {
             let address = start.checked_add(done as u64).ok_or(fault)?;
             let fault = UserFault { address, ..fault };
             self.bring_in(address, write).map_err(|_| fault)?;
-            // The lock keeps the page mapped while its bytes are touched. Between the fault and the lock a fork may have
-            // shared the page again, or an unmapping taken it: then start over, with the intent to write unchanged
-            // (losing it here was CVE-2016-5195).
+            // The lock keeps the page mapped while its bytes are touched, and the reference its frame, whatever others do in a table that is
+            // shared. Between the fault and the lock a fork may have shared the page again, or an unmapping taken it: then start over, with
+            // the intent to write unchanged (losing it here was CVE-2016-5195).
             let _state = self.lock();
-            let page = Page::containing(address);
-            let ready = self.leaf(page).filter(|leaf| !write || leaf.is_writable());
-            let found = ready.and_then(|leaf| Some((leaf, leaf.frame_of(page)?)));
-            let Some((leaf, frame)) = found else {
+            let mm = self.mm();
+            // Not a device's memory: that is beyond the kernel's map, and a read may have effects.
+            let held = self.hold_leaf(Page::containing(address));
+            let Some((leaf, frame)) = held.map_err(|_| fault)? else {
                 continue;
             };
-            let Some(counted) = self.mm().counted(frame) else {
-                // Device memory: beyond the kernel's map, and a read may have effects.
-                return Err(fault);
-            };
-            if write && !leaf.attributes.dirty && !mutant!("kernel-write-is-not-noted") {
-                // No processor sets the entry's bit for this write (Linux: `follow_page_pte` with FOLL_TOUCH).
-                counted.slot().set_flags(SlotFlags::DIRTY);
+            if !write || leaf.is_writable() {
+                if write && !leaf.attributes.dirty && !mutant!("kernel-write-is-not-noted") {
+                    // No processor sets the entry's bit for this write (Linux: `follow_page_pte` with FOLL_TOUCH).
+                    mm.user(frame).slot().set_flags(SlotFlags::DIRTY);
+                }
+                let offset = address.page_offset() as usize;
+                let part = (length - done).min(PAGE_SIZE as usize - offset);
+                access(mm, frame, offset, done, part);
+                done += part;
             }
-            let offset = address.page_offset() as usize;
-            let part = (length - done).min(PAGE_SIZE as usize - offset);
-            access(self.mm(), frame, offset, done, part);
-            done += part;
+            mm.put_reference(frame);
         }
         Ok(())
     }
