@@ -7,6 +7,7 @@
 //! One piece, so that there is one place where memory can run out, before anything has changed. Its size follows the
 //! memory that is present, never the highest address: 0.15 bytes a frame and some KiB per CPU and zone.
 
+use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 
 use kmem_hal::sync::{
@@ -260,22 +261,40 @@ impl Carver {
         count: usize,
         mut make: impl FnMut(usize) -> T,
     ) -> &'static mut [T] {
+        // SAFETY: every place is written to.
+        unsafe {
+            self.places(count, |place, index| {
+                place.write(make(index));
+            })
+        }
+    }
+
+    /// `count` values, each made in its place by `build`.
+    ///
+    /// # Safety
+    ///
+    /// `build` leaves a value in the place.
+    unsafe fn places<T: 'static>(
+        &mut self,
+        count: usize,
+        mut build: impl FnMut(&mut MaybeUninit<T>, usize),
+    ) -> &'static mut [T] {
         const { assert!(align_of::<T>() <= LINE) };
         let bytes = room::<T>(count) as usize;
         if bytes == 0 || bytes > self.left {
             debug_assert!(bytes == 0, "the plan and the build disagree");
             return &mut [];
         }
-        let first = self.next.cast::<T>();
+        let first = self.next.cast::<MaybeUninit<T>>();
         for index in 0..count {
             // SAFETY: the carver owns `left` bytes from `next`, aligned to a line, and `bytes` fit.
-            unsafe { first.add(index).write(make(index)) };
+            build(unsafe { first.add(index).as_mut() }, index);
         }
         // SAFETY: as above: `bytes` is at most `left`.
         self.next = unsafe { self.next.add(bytes) };
         self.left -= bytes;
-        // SAFETY: `count` values were just written; the memory is the allocator's for ever and nobody else's.
-        unsafe { core::slice::from_raw_parts_mut(first.as_ptr(), count) }
+        // SAFETY: `count` values were just built; the memory is the allocator's for ever and nobody else's.
+        unsafe { core::slice::from_raw_parts_mut(first.cast().as_ptr(), count) }
     }
 }
 
@@ -440,8 +459,12 @@ fn carve_area<L: RawLock + 'static>(
     zones: &[Zone<L>],
     list: &[u16],
 ) -> Option<NonNull<CpuArea>> {
-    let caches: &'static [ZoneCache] =
-        carver.slice(zones.len(), |zone| ZoneCache::new(zones[zone].start));
+    // SAFETY: `ZoneCache::build` writes all of it.
+    let caches: &'static [ZoneCache] = unsafe {
+        carver.places(zones.len(), |place, zone| {
+            ZoneCache::build(place, zones[zone].start);
+        })
+    };
     let first = [
         Mobility::Unmovable,
         Mobility::Movable,

@@ -13,6 +13,8 @@
 //!
 //! Costs: 3.3 KiB.
 
+use core::mem::MaybeUninit;
+
 use kmem_hal::sync::LocalU32;
 
 /// Orders are counted up to the largest that has arrays.
@@ -106,15 +108,22 @@ pub(crate) struct ZoneCache {
 }
 
 impl ZoneCache {
-    pub fn new(start: u64) -> Self {
-        Self {
-            start,
-            heads: core::array::from_fn(|stack| Head {
-                top: LocalU32::new(STARTS[stack]),
-                end: LocalU32::new(STARTS[stack]),
-                bottom: STARTS[stack],
-            }),
-            slots: core::array::from_fn(|_| LocalU32::new(0)),
+    /// Empty arrays, written where they are to be: they are too large for the stack of whoever brings a CPU up.
+    pub fn build(place: &mut MaybeUninit<Self>, start: u64) {
+        let cache = place.as_mut_ptr();
+        // SAFETY: every field is written, each in its place, which `place` owns.
+        unsafe {
+            (&raw mut (*cache).start).write(start);
+            for (stack, &bottom) in STARTS.iter().take(STACKS).enumerate() {
+                (&raw mut (*cache).heads[stack]).write(Head {
+                    top: LocalU32::new(bottom),
+                    end: LocalU32::new(bottom),
+                    bottom,
+                });
+            }
+            for slot in 0..SLOTS {
+                (&raw mut (*cache).slots[slot]).write(LocalU32::new(0));
+            }
         }
     }
 
@@ -325,7 +334,12 @@ mod tests {
 
     #[test]
     fn arrays_keep_order_and_bounds() {
-        let caches: &'static [ZoneCache] = Box::leak(Box::new([ZoneCache::new(0)]));
+        let caches: &'static [ZoneCache] = Box::leak(Box::new([{
+            let mut place = MaybeUninit::uninit();
+            ZoneCache::build(&mut place, 0);
+            // SAFETY: `build` wrote all of it.
+            unsafe { place.assume_init() }
+        }]));
         let cache = &caches[0];
         for (stack, order) in ZoneCache::stacks() {
             assert!(!cache.push(stack, 1), "no limit was set yet");

@@ -11,6 +11,15 @@ use crate::stock::Sharing;
 use crate::tree::RangeTree;
 use crate::value::{Entry, Value};
 
+/// What became of an edit within one leaf.
+enum Rewritten {
+    Done,
+    /// The leaf was split for it: it is to be made in the half that the path leads to now.
+    Split,
+    /// Nothing: the leaf cannot hold what would become of it, or would hold too little.
+    Not,
+}
+
 impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
     /// [`splice_at`](Self::splice_at) for the rest of the cases: `rank` ranges begin at or below the cut's first page.
     #[inline(never)]
@@ -53,16 +62,36 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         self.edit_leaf(path, cut, (from, to), removed)
     }
 
-    /// Makes the pages of `cut`, which touches the ranges `from .. to` of the path's leaf and no other, what it says, as
-    /// [`edit_at`](Self::edit_at).
+    /// The same where the cut touches the ranges `from .. to` of the path's leaf and no other.
     #[inline(always)]
     fn edit_leaf(
         &self,
         path: &mut Path<W>,
         cut: &Cut,
-        (from, to): (usize, usize),
+        touched: (usize, usize),
         removed: &mut dyn FnMut(Entry<V>),
     ) -> Result<bool, AllocError> {
+        match self.rewrite_leaf(path, cut, touched, removed)? {
+            Rewritten::Done => Ok(true),
+            Rewritten::Split => Ok(false),
+            Rewritten::Not => {
+                self.rebuild_leaf(path, cut, touched, removed)?;
+                Ok(true)
+            }
+        }
+    }
+
+    /// [`edit_leaf`](Self::edit_leaf) within the leaf, or a half of it.
+    ///
+    /// A call of its own, so that what reaches beyond the leaf does not keep its stack.
+    #[inline(never)]
+    fn rewrite_leaf(
+        &self,
+        path: &mut Path<W>,
+        cut: &Cut,
+        (from, to): (usize, usize),
+        removed: &mut dyn FnMut(Entry<V>),
+    ) -> Result<Rewritten, AllocError> {
         // SAFETY: E3, E4: the path's nodes are alive, and a leaf that is taken out is kept until its ranges were shown.
         let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
         let leaf = old.leaf();
@@ -83,7 +112,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let has_middle = cut.value.is_some();
         let pieces = usize::from(has_lower) + usize::from(has_middle) + usize::from(has_upper);
         if touched + pieces == 0 {
-            return Ok(true);
+            return Ok(Rewritten::Done);
         }
         let count = leaf.count() + pieces - touched;
         let enough = pieces >= touched || count >= Node::<W>::LEAF_LOW || path.height() == 1;
@@ -91,10 +120,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             && (!has_upper || leaf.fits_part(cut.last + 1));
         if !(enough && codes && count.wrapping_sub(1) < Node::<W>::RANGES) {
             if codes && count > Node::<W>::RANGES && self.split(path, cut, (from, to))? {
-                return Ok(false);
+                return Ok(Rewritten::Split);
             }
-            self.rebuild_leaf(path, cut, (from, to), removed)?;
-            return Ok(true);
+            return Ok(Rewritten::Not);
         }
         // The pages between which gaps change, and the gaps there. A rest keeps the gap beside it as it is.
         let mut new_gap = 0;
@@ -193,7 +221,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 self.lower(path, boundary);
             }
         }
-        Ok(true)
+        Ok(Rewritten::Done)
     }
 
     /// [`edit_leaf`](Self::edit_leaf), to its end.
