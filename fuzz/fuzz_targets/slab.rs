@@ -15,7 +15,9 @@ thread_local! {
 fuzz_target!(|ops: Vec<SlabOp>| {
     ARENA.with(|arena| {
         let nodes = 1 + ops.len() as u16 % 4;
-        arena.nodes.store(nodes, std::sync::atomic::Ordering::Relaxed);
+        arena
+            .nodes
+            .store(nodes, std::sync::atomic::Ordering::Relaxed);
         run(arena, &ops[..ops.len().min(200)]);
     });
 });

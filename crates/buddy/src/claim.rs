@@ -23,6 +23,7 @@ use kmem_hal::{
 };
 
 use crate::buddy::Buddy;
+use crate::cpus::Drained;
 use crate::error::PlaceError;
 use crate::range::OwnedRange;
 use crate::state::State;
@@ -165,11 +166,13 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
 
     /// Lends `range` to movable users as a CMA area.
     ///
-    /// The range consists of whole page blocks (2 MiB) and is free now: called at boot.
+    /// The range consists of whole page blocks (2 MiB) and is free now: called at boot. No CPU may remember a block of it as one of another
+    /// type that it lent: so where other CPUs have arrays, they are asked, and a kernel that cannot ask them
+    /// ([`NoCpuCall`](kmem_hal::NoCpuCall)) makes its areas before it brings them up.
     ///
     /// # Errors
     ///
-    /// [`PlaceError`]; nothing has changed then.
+    /// [`PlaceError`]; nothing has changed then. [`PlaceError::Busy`] where a CPU could not be asked.
     #[doc(alias = "cma_declare_contiguous")]
     pub fn cma_area(&self, name: &'static str, range: FrameRange) -> Result<CmaArea, PlaceError> {
         let state = self.state().ok_or(PlaceError::NotInitialised)?;
@@ -180,7 +183,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if !first.is_multiple_of(BLOCK_FRAMES) || !end.is_multiple_of(BLOCK_FRAMES) {
             return Err(PlaceError::Foreign);
         }
-        self.drain();
+        if self.drain() != Drained::All {
+            return Err(PlaceError::Busy);
+        }
         let lent = self.in_zone(state, segment, |core| {
             let plain =
                 |block| !matches!(core.type_of(block), MigrateType::Cma | MigrateType::Isolate);

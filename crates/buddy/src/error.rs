@@ -130,7 +130,7 @@ pub enum PlaceError {
     Foreign,
     /// Some of it is in use (or in the cache of a CPU that could not be asked).
     InUse,
-    /// A nested call met a state that only the interrupted code can finish.
+    /// A nested call met a state that only the interrupted code can finish, or a CPU that had to be asked could not be.
     Busy,
 }
 
@@ -140,7 +140,7 @@ impl fmt::Display for PlaceError {
             Self::NotInitialised => "the allocator has not been initialised",
             Self::Foreign => "not memory of one zone of this allocator",
             Self::InUse => "some of it is in use",
-            Self::Busy => "the allocator is busy in the code that was interrupted",
+            Self::Busy => "the allocator is busy in the code that was interrupted, or a CPU could not be asked",
         })
     }
 }

@@ -5,10 +5,10 @@ mod common;
 use std::cell::{Cell, RefCell};
 
 use common::window::Window;
-use kmem_buddy::{BootMap, Buddy, Config, FreeError, RegionKind, ZoneLimits};
+use kmem_buddy::{BootMap, Buddy, Config, FreeError, PlaceError, RegionKind, ZoneLimits};
 use kmem_hal::{
     AllocError, Context, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FrameRequest, FrameSink,
-    FrameSource, NoCpuCall, NoPressure, NodeId, Order, OwnedFrame, PhysAddr, Pressure,
+    FrameRange, FrameSource, NoCpuCall, NoPressure, NodeId, Order, OwnedFrame, PhysAddr, Pressure,
     PressureLevel, RawLock, Spin,
 };
 
@@ -485,4 +485,37 @@ fn frames_of_memory_that_joins_can_be_freed_at_once() {
         buddy.drain_local();
     }
     assert_eq!(buddy.recount().free, 2048);
+}
+
+/// A CPU remembers the block that it lent last, and its type: an area that is made beneath that memory would serve unmovable users.
+#[test]
+fn an_area_is_made_where_every_cpu_was_asked() {
+    fn lend_and_take_back<K: CpuCall>(
+        buddy: &Buddy<&'static Window, Played, Spin, K, NoPressure>,
+    ) -> FrameRange {
+        Played::become_cpu(1);
+        let lent = buddy.alloc(&FrameRequest::ONE).unwrap();
+        let block = lent.first().number() / 512 * 512;
+        Played::become_cpu(0);
+        buddy.free(lent);
+        FrameRange::from_numbers(block, block + 512).unwrap()
+    }
+    let alone = boot::<_, _, Spin>(1 << 14, NoCpuCall, NoPressure, &config());
+    let range = lend_and_take_back(alone);
+    assert_eq!(alone.cma_area("camera", range), Err(PlaceError::Busy));
+
+    let buddy = boot::<_, _, Spin>(1 << 14, Played, NoPressure, &config());
+    let range = lend_and_take_back(buddy);
+    assert!(buddy.cma_area("camera", range).is_ok());
+    let mut movable: Vec<_> =
+        std::iter::from_fn(|| buddy.alloc(&FrameRequest::ONE.movable()).ok()).collect();
+    let place = |frame: &OwnedFrame| range.contains(frame.first());
+    let at = movable.iter().position(place).expect("a frame of the area");
+    Played::become_cpu(1);
+    buddy.free(movable.swap_remove(at));
+    if let Ok(unmovable) = buddy.alloc(&FrameRequest::ONE) {
+        assert!(!place(&unmovable), "unmovable data in the area");
+        buddy.free(unmovable);
+    }
+    movable.into_iter().for_each(|frame| buddy.free(frame));
 }
