@@ -33,7 +33,7 @@
 //! Source: Linux `mm/vmscan.c` (`shrink_folio_list`: what has to be asked of a page, and in which order).
 
 use kmem_hal::{Frame, FrameTag, IoTicket, Order, PhysMap, SECTION_FRAMES, SlotFlags, UserSlot};
-use kmem_paging::Env as _;
+use kmem_paging::{Env as _, TableCache};
 
 use crate::absent::Absent;
 use crate::env::Env;
@@ -58,6 +58,8 @@ pub struct Reclaimed {
     pub freed: u64,
     /// Judged.
     pub scanned: u64,
+    /// Emptied page tables that were kept for the next ones, and given back because there were not pages enough.
+    pub tables: u64,
     /// On their way to a device: they become free when that is done ([`Mm::poll_swap`]).
     pub writing: u64,
     /// What to wait for where nothing could be freed at once.
@@ -107,7 +109,8 @@ impl<P: Replacement> Reclaimer<P> {
         &self.policy
     }
 
-    /// Frees `target` pages, or as many as four rounds of the hand find.
+    /// Frees `target` pages, or as many as four rounds of the hand find; what is missing then is made up from the emptied page tables that
+    /// [`TableCache`](kmem_paging::TableCache) keeps.
     ///
     /// Context: task context, no lock of a space or an object held; may wait for other CPUs, not for devices.
     #[doc(alias = "shrink_node")]
@@ -147,6 +150,8 @@ impl<P: Replacement> Reclaimer<P> {
         }
         mm.flush_aged();
         made.freed = mm.events().freed - before;
+        let missing = usize::try_from(target.saturating_sub(made.freed)).unwrap_or(usize::MAX);
+        made.tables = TableCache::shrink(mm.env().paging(), missing) as u64;
         made
     }
 

@@ -432,3 +432,28 @@ fn advice_passes_what_was_never_touched() {
     }
     program.exit();
 }
+
+#[test]
+fn emptied_tables_are_given_back_where_there_are_not_pages_enough() {
+    let world = World::new();
+    let mm = world.mm();
+    let program = Program::new(mm);
+    world.used_frames(); // leaves no table in the cache
+    let in_use = || world.frames_in_use();
+    let before = in_use();
+    // A table for each page.
+    let apart = 512 * PAGE;
+    let start = map(&program, 512 * 8);
+    for table in 0..8 {
+        program.store(start + table * apart, 1).unwrap();
+    }
+    program.space.munmap(start, 8 * apart).unwrap();
+    let kept = in_use() - before;
+    assert!(kept >= 8, "{kept} tables are kept");
+    let made = Reclaimer::new(Fifo).reclaim(mm, 3);
+    assert_eq!((made.freed, made.tables), (0, 3), "{made:?}");
+    assert_eq!(in_use(), before + kept - 3);
+    let made = Reclaimer::new(Fifo).reclaim(mm, u64::MAX);
+    assert!(made.tables >= 5, "{made:?}");
+    assert!(in_use() <= before, "{made:?}");
+}

@@ -141,8 +141,13 @@ impl<F: Format> World<F> {
 
     /// Frames in use, the cache of empty tables apart.
     pub fn used_frames(&self) -> u64 {
-        use kmem_paging::Env as _;
         kmem_paging::TableCache::shrink(&self.paging, usize::MAX);
+        self.frames_in_use()
+    }
+
+    /// Frames that somebody has, kept tables included.
+    pub fn frames_in_use(&self) -> u64 {
+        use kmem_paging::Env as _;
         self.paging.frames().inner().in_use()
     }
 
