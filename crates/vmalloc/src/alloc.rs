@@ -22,6 +22,9 @@ use crate::page::KernelPage;
 use crate::request::{DmaMask, NotAnArea, Request, VmallocError, check_rights};
 use crate::vmalloc::{Made, Vmalloc};
 
+/// Single frames that are taken before a table's lock and mapped under it: 64 KiB, and small on a kernel's stack.
+const TOGETHER: usize = 16;
+
 /// A buffer that the kernel and a device see: see [`Vmalloc::alloc_dma`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct DmaBuffer {
@@ -94,9 +97,8 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         self.settle(range, outcome)
     }
 
-    /// Maps fresh frames. They are taken under a table's lock, which reclaim may want as well ([`StackCache`](crate::StackCache) unmaps
-    /// stacks): so never with a context that waits. Where there are none, one is asked for as the caller can bear, with no lock held,
-    /// and the call goes on from there.
+    /// Maps fresh frames, [`TOGETHER`] at a time. They are taken with no lock held, as the caller can bear: reclaim may want the very
+    /// table that they are mapped in ([`StackCache`](crate::StackCache) unmaps stacks).
     #[inline(never)]
     fn fill_memory(
         &self,
@@ -106,51 +108,75 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         huge: Option<Order>,
     ) -> Result<(), (VmallocError, Page)> {
         let env = self.table.env();
-        let at_once = single.context(Context::Atomic);
-        let mut spare: Option<OwnedFrame> = None;
-        let mut rest = range;
-        loop {
-            let mut refused = false;
-            let outcome = self.fill(rest, attributes, true, |page, left| {
-                let block = huge
-                    .filter(|huge| {
-                        left >= huge.frames() && page.number().is_multiple_of(huge.frames())
-                    })
-                    .and_then(|order| {
-                        let request = FrameRequest { order, ..at_once };
-                        env.frames().alloc(&request).ok()
-                    });
-                let frame = match block {
-                    Some(block) => Some(block),
-                    // Spelled out, so that the common case is compiled for what it is.
-                    None if at_once == FrameRequest::ONE => {
-                        env.frames().alloc(&FrameRequest::ONE).ok()
-                    }
-                    None => env.frames().alloc(&at_once).ok(),
-                };
-                let Some(frame) = frame.or_else(|| spare.take()) else {
-                    refused = true;
-                    return None;
-                };
-                KernelPage::owned(frame, env.slots())
-                    .map_err(|frame| env.frames().free(frame))
-                    .ok()
-            });
-            if let Some(frame) = spare.take() {
-                env.frames().free(frame);
-            }
-            // Each turn maps the frame that the one before it could not have: there is an end.
-            match outcome {
-                Err((_, at)) if refused && single.context != Context::Atomic => {
-                    spare = env.frames().alloc(single).ok();
-                    rest = match PageRange::new(at, range.last()) {
-                        Some(rest) if spare.is_some() => rest,
-                        _ => return outcome,
-                    };
+        let mut rest = Some(range);
+        while let Some(range) = rest {
+            let mut taken = [const { None }; TOGETHER];
+            let first = range.first();
+            let part = self
+                .take_frames(range, single, huge, &mut taken)
+                .and_then(|pages| PageRange::with_count(first, pages));
+            let mut frames = taken.iter_mut();
+            let outcome = match part {
+                Some(part) => self.fill(part, attributes, true, |_, _| {
+                    KernelPage::owned(frames.next()?.take()?, env.slots())
+                        .map_err(|frame| env.frames().free(frame))
+                        .ok()
+                }),
+                None => Err((VmallocError::Memory, first)),
+            };
+            if outcome.is_err() {
+                for frame in taken.into_iter().flatten() {
+                    env.frames().free(frame);
                 }
-                _ => return outcome,
+                return outcome;
             }
+            rest = part.and_then(|part| {
+                PageRange::new(Page::from_number(part.last().number() + 1), range.last())
+            });
         }
+        Ok(())
+    }
+
+    /// Takes a large block for the first pages of `range`, or single frames; gives how many pages they fill, and `None` where some
+    /// could not be had.
+    #[inline]
+    fn take_frames(
+        &self,
+        range: PageRange,
+        single: &FrameRequest,
+        huge: Option<Order>,
+        taken: &mut [Option<OwnedFrame>; TOGETHER],
+    ) -> Option<u64> {
+        let frames = self.table.env().frames();
+        let mut pages = range.count();
+        if let Some(order) = huge {
+            let inside = range.first().number() & (order.frames() - 1);
+            if inside == 0 && pages >= order.frames() {
+                // A wish: single frames will do, so nothing is reclaimed for it.
+                let wish = FrameRequest {
+                    order,
+                    context: single.context.min(Context::NoReclaim),
+                    ..*single
+                };
+                if let Ok(block) = frames.alloc(&wish) {
+                    taken[0] = Some(block);
+                    return Some(order.frames());
+                }
+            }
+            pages = pages.min(order.frames() - inside);
+        }
+        pages = pages.min(TOGETHER as u64);
+        // Spelled out, so that the common case is compiled for what it is.
+        let common = *single == FrameRequest::ONE;
+        for place in taken.iter_mut().take(pages as usize) {
+            let frame = if common {
+                frames.alloc(&FrameRequest::ONE)
+            } else {
+                frames.alloc(single)
+            };
+            *place = Some(frame.ok()?);
+        }
+        Some(pages)
     }
 
     /// Maps frames that the caller gives, one after the other; they are freed with the area.

@@ -124,7 +124,8 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
 
     /// With frames as this request asks for them; its order, its limit and whether they are zeroed do not matter.
     ///
-    /// Its context says what a call may do that finds no free frame; whatever that is, it is done with no lock held.
+    /// Its context says what a call may do that finds no free frame; each request is made with no table's lock held. Large blocks, for
+    /// which single frames can stand, are asked for with [`Context::NoReclaim`](kmem_hal::Context::NoReclaim) at most.
     #[must_use]
     pub fn with_frames(mut self, request: FrameRequest) -> Self {
         self.frames = FrameRequest {

@@ -53,11 +53,20 @@ struct Frames {
     arena: ArenaSource<'static>,
     left: Cell<u64>,
     reclaim: Hook,
+    /// What the kernel does whenever memory is asked for that is getting scarce, whoever asks.
+    pressure: Hook,
+    /// The context of each request of unzeroed memory.
+    asked: RefCell<Vec<(Order, Context)>>,
 }
 
 // SAFETY: F1 to F3: the arena's, or a refusal.
 unsafe impl FrameSource for Frames {
     fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
+        self.pressure.run();
+        if !request.zeroed {
+            let asked = (request.order, request.context);
+            self.asked.borrow_mut().push(asked);
+        }
         let may_reclaim = request.context >= Context::NoIo;
         while self.left.get() == 0 {
             if !may_reclaim || !self.reclaim.run() {
@@ -130,6 +139,16 @@ unsafe impl Env for Hooked {
     }
 }
 
+type Stacks = StackCache<
+    'static,
+    'static,
+    X86_64,
+    &'static Hooked,
+    &'static HeapObjects<Node>,
+    Spin,
+    SingleCpu,
+    2,
+>;
 type Table = PageTable<X86_64, &'static Hooked, KernelPage>;
 type Kernel = Vmalloc<'static, X86_64, &'static Hooked, &'static HeapObjects<Node>, Spin>;
 
@@ -149,6 +168,8 @@ fn table(first: Frame, count: u64) -> (&'static Hooked, &'static Table) {
         arena: ArenaSource::new(arena),
         left: Cell::new(count),
         reclaim: Hook::default(),
+        pressure: Hook::default(),
+        asked: RefCell::default(),
     };
     let flushes = Flushes::default();
     // SAFETY: one thread, and the parts belong to one arena.
@@ -199,6 +220,54 @@ fn reclaim_for_an_area_runs_without_its_tables_lock() {
     kernel.free(area).unwrap();
     stacks.scan(usize::MAX);
     assert_eq!(kernel.used(), (0, 0));
+}
+
+#[test]
+fn memory_for_an_area_is_asked_for_as_the_caller_can_bear_with_no_lock_held() {
+    let (env, table) = table(Arena::FIRST, 4096);
+    let kernel =
+        leak(on_table(table, 4096).with_frames(FrameRequest::ONE.context(Context::MayWait)));
+    let slots = Box::leak(Box::new([StackSlots::<2>::new()]));
+    let stacks = leak(StackCache::new(kernel, cpu(), slots, 8));
+    let frames = env.frames();
+    let huge = Order::HUGE_2M.bytes();
+    let single = (Order::ZERO, Context::MayWait);
+    // A large block is a wish, for which nothing is reclaimed.
+    let wish = (Order::HUGE_2M, Context::NoReclaim);
+    for (bytes, asked) in [
+        (40 * PAGE_SIZE, vec![single; 40]),
+        (huge + PAGE_SIZE, vec![wish, single]),
+    ] {
+        for top in [stacks.alloc().unwrap(), stacks.alloc().unwrap()] {
+            stacks.free(top).unwrap();
+        }
+        kernel.purge();
+        // Addresses, descriptions and tables are there the second time.
+        kernel.free(kernel.alloc(bytes).unwrap()).unwrap();
+        kernel.purge();
+        frames.asked.take();
+        // Each request for a frame makes the kernel look for what it can spare, in the very table that is being filled.
+        let scanned = leak(Cell::new(0));
+        scan_each_time(frames, stacks, scanned);
+        let mut area = None;
+        let spun = waits(|| area = Some(kernel.alloc(bytes)));
+        frames.pressure.0.take();
+        assert!(!spun, "memory is asked for under a table's lock");
+        assert_eq!(scanned.get(), 2);
+        assert_eq!(frames.asked.take(), asked);
+        kernel.free(area.unwrap().unwrap()).unwrap();
+    }
+    stacks.scan(usize::MAX);
+    kernel.purge();
+    assert_eq!(kernel.used(), (0, 0));
+}
+
+/// Has every request for memory take one idle stack back.
+fn scan_each_time(frames: &'static Frames, stacks: &'static Stacks, scanned: &'static Cell<usize>) {
+    frames.pressure.set(move || {
+        scanned.set(scanned.get() + stacks.scan(1));
+        scan_each_time(frames, stacks, scanned);
+    });
 }
 
 #[test]

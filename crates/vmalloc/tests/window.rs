@@ -233,8 +233,8 @@ fn large_areas_get_large_leaves_while_there_are_any() {
         }
         vmalloc.free(at).unwrap();
         vmalloc.purge();
-        // No block: single frames. The first frame asked for is a table's: those of the last area wait for their grace period.
-        plan.fail_at(2);
+        // No block, which is asked for first: single frames.
+        plan.fail_at(1);
         let again = vmalloc.alloc(2 << 20).unwrap();
         plan.stop();
         let page = Page::containing(again);
