@@ -4,11 +4,11 @@
 //! may be in the other's hands.
 //!
 //! What one flush serves is what one gather holds. One that makes a shootdown rare is too large for a kernel's stack, so it
-//! lives in a frame that the first purge takes and later ones use again. Where there is no frame, the purge makes do with a
-//! small gather and some flushes more.
+//! lives in a frame that the first purge takes, before its turn, and later ones use again. Where there is no frame, the purge
+//! makes do with a small gather and some flushes more.
 //!
 //! Invariant `I5`: `frame` is 0, or one more than the number of a frame that this value owns and whose pages only the [`Turn`]
-//! touches. `busy` is 1 exactly while there is one.
+//! touches. `busy` is 1 exactly while there is one, and no memory is asked for its sake.
 
 use core::fmt;
 use core::mem::MaybeUninit;
@@ -51,33 +51,22 @@ impl Batch {
     /// Waits until nobody purges.
     pub fn turn<E: Env>(&self, env: &E) -> Turn<'_> {
         while self.busy.swap(1, Ordering::Acquire) != 0 {
-            while self.is_busy() {
+            while self.busy.load(Ordering::Relaxed) != 0 {
                 env.relax();
             }
         }
         Turn(self)
     }
 
-    /// Whether somebody purges.
-    pub fn is_busy(&self) -> bool {
-        self.busy.load(Ordering::Acquire) != 0
-    }
-
-    fn frame<E: Env>(&self, env: &E) -> Option<Frame> {
-        if let Some(number) = self.frame.load(Ordering::Relaxed).checked_sub(1) {
-            return Frame::new(number);
-        }
+    /// A frame for the gather, for [`Turn::keep`]: it is taken before the turn, since the allocator may look for
+    /// memory in the middle of the call, and ask for a purge.
+    pub fn take_frame<E: Env>(env: &E) -> Option<OwnedFrame> {
         let frame = env.frames().alloc(&FrameRequest::ONE).ok()?;
         if !env.map().reach().contains(frame.first()) {
             env.frames().free(frame);
             return None;
         }
-        let (first, _) = frame.into_raw();
-        if let Some(slot) = env.slots().slot(first) {
-            slot.claim(FrameTag::Kernel, Order::ZERO);
-        }
-        self.frame.store(first.number() + 1, Ordering::Relaxed);
-        Some(first)
+        Some(frame)
     }
 
     /// Frames that it holds.
@@ -101,7 +90,25 @@ impl Batch {
 }
 
 impl Turn<'_> {
-    /// Gives `work` an empty gather; `false` where there is no memory for it.
+    /// Keeps a frame, which is in reach, for the gathers of this turn and later ones.
+    ///
+    /// # Errors
+    ///
+    /// The frame, where somebody has given one before.
+    pub fn keep<E: Env>(&mut self, frame: OwnedFrame, env: &E) -> Result<(), OwnedFrame> {
+        let kept = &self.0.frame;
+        if kept.load(Ordering::Relaxed) != 0 {
+            return Err(frame);
+        }
+        let (first, _) = frame.into_raw();
+        if let Some(slot) = env.slots().slot(first) {
+            slot.claim(FrameTag::Kernel, Order::ZERO);
+        }
+        kept.store(first.number() + 1, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Gives `work` an empty gather; `false` where there is no frame for it.
     pub fn with<'a, F: Format, E: Env>(
         &mut self,
         table: &'a PageTable<F, E, KernelPage>,
@@ -110,7 +117,8 @@ impl Turn<'_> {
         const {
             assert!(size_of::<Gather<'_, F, E, KernelPage, BATCH>>() <= PAGE_SIZE as usize);
         }
-        let Some(frame) = self.0.frame(table.env()) else {
+        let number = self.0.frame.load(Ordering::Relaxed).checked_sub(1);
+        let Some(frame) = number.and_then(Frame::new) else {
             return false;
         };
         let place = table.env().map().to_ptr(frame.start());

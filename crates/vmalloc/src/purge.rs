@@ -12,13 +12,13 @@
 //!
 //! Source: Linux `mm/vmalloc.c` (`__purge_vmap_area_lazy`).
 
-use kmem_hal::{ObjectAlloc, Page, PageRange, RawLock, VirtAddr};
+use kmem_hal::{FrameSink, ObjectAlloc, Page, PageRange, RawLock, VirtAddr};
 use kmem_paging::format::Format;
 use kmem_paging::{ChangeError, Env, Gather};
 use kmem_vma_tree::Node;
 
 use crate::area::{Area, AreaRef, Stage};
-use crate::batch::BATCH;
+use crate::batch::{BATCH, Batch, Turn};
 use crate::page::KernelPage;
 use crate::request::NotAnArea;
 use crate::vmalloc::{State, Vmalloc};
@@ -152,8 +152,20 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
     /// Context: may wait for other CPUs; not in interrupts.
     #[doc(alias = "vm_unmap_aliases")]
     pub fn purge(&self) {
-        let mut turn = self.batch.turn(self.table.env());
-        let waiting = core::mem::replace(&mut self.state.lock().lazy, Lazy::new());
+        let env = self.table.env();
+        let first = self.batch.frame_count() == 0 && !self.state.lock().lazy.is_empty();
+        let frame = first.then(|| Batch::take_frame(env)).flatten();
+        let mut turn = self.batch.turn(env);
+        let unused = frame.and_then(|frame| turn.keep(frame, env).err());
+        self.purge_in(&mut turn);
+        drop(turn);
+        if let Some(frame) = unused {
+            env.frames().free(frame);
+        }
+    }
+
+    fn purge_in(&self, turn: &mut Turn<'_>) {
+        let waiting = self.state.lock().take_lazy();
         if waiting.is_empty() {
             return;
         }
@@ -219,6 +231,7 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
             next = state.areas.get(at).next;
             self.end(&mut state, at);
         }
+        state.purging = false;
     }
 
     /// Unmaps and flushes the pages of one area now, and frees its frames.

@@ -10,7 +10,7 @@
 //! - `I2`: a range leaves the tree only after its leaves are gone and flushed, so no stale translation reaches the next
 //!   owner.
 //! - `I3`: a freed area is in the chain of `lazy`, and nobody may use it any more; a ready one is in a chain of `ready`, and
-//!   nothing is mapped in it. No area is in two chains.
+//!   nothing is mapped in it. No area is in two chains, and the chain that a purge has in hand is empty unless `purging`.
 //!
 //! Costs: one table store a page; a free looks the area up in the tree, which is edited only for sizes that are not ready; a
 //! flush once a batch ([`Vmalloc::batch_leaves`]). Locks: one, for short; frames are taken, tables written and CPUs waited for without it.
@@ -45,6 +45,8 @@ pub(crate) struct State<N: ObjectAlloc<Node>> {
     pub tree: RangeTree<AreaRef, N>,
     pub areas: Areas,
     pub lazy: Lazy,
+    /// Whether a purge has taken what was in `lazy`, and not given it back yet.
+    pub purging: bool,
     pub ready: Ready,
 }
 
@@ -54,6 +56,12 @@ impl<N: ObjectAlloc<Node>> State<N> {
     pub fn find(&self, page: Page) -> Option<(AreaRef, Area)> {
         let at = self.tree.get(page)?.value;
         Some((at, self.areas.get(at)))
+    }
+
+    /// Takes what waits, for the purge whose turn it is.
+    pub fn take_lazy(&mut self) -> Lazy {
+        self.purging = !self.lazy.is_empty();
+        core::mem::replace(&mut self.lazy, Lazy::new())
     }
 
     /// Takes an area out of the tree; `false` where that needs memory that there is not.
@@ -102,6 +110,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             tree: RangeTree::new_in(nodes),
             areas: Areas::new(),
             lazy: Lazy::new(),
+            purging: false,
             ready: Ready::new(window.count() / 16),
         };
         Self {
@@ -229,8 +238,6 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         }
         let mut purges = 0;
         loop {
-            // Read before the tree: a purge that ends in between has given its ranges back where this search sees them.
-            let purging = self.batch.is_busy();
             let mut state = self.state.lock();
             if state.areas.is_empty() {
                 drop(state);
@@ -247,7 +254,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
                 }
                 return area.usable().ok_or(VmallocError::BadSize);
             }
-            let waiting = !state.lazy.is_empty();
+            let (waiting, purging) = (!state.lazy.is_empty(), state.purging);
             let erased = state.erase_ready();
             drop(state);
             if waiting && purges < PURGES {

@@ -9,13 +9,15 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use kmem_hal::{
     AllocError, Context, FlushRequest, Frame, FrameRange, FrameRequest, FrameSink, FrameSource,
     FrameTable, FrameTag, Mmu, NoTrace, Order, OwnedFrame, PAGE_SIZE, Page, PageRange, PhysAddr,
-    Root, Shrink, SingleCpu, SingleGrace, Spin, VirtAddr, Wait,
+    RawLock, Root, Shrink, SingleCpu, SingleGrace, Spin, VirtAddr, Wait,
 };
 use kmem_paging::format::X86_64;
 use kmem_paging::{Env, MemoryType, PageTable, Parts, Rights, TableCache};
 use kmem_testkit::{Arena, ArenaSource, HeapObjects, SlotArena};
 use kmem_vma_tree::Node;
-use kmem_vmalloc::{KernelLayout, KernelPage, Kmap, KmapSlot, StackCache, StackSlots, Vmalloc};
+use kmem_vmalloc::{
+    KernelLayout, KernelPage, Kmap, KmapSlot, StackCache, StackSlots, Vmalloc, VmallocError,
+};
 
 /// What somebody else does at one point of a call.
 type Other = Box<dyn Fn()>;
@@ -145,12 +147,38 @@ type Stacks = StackCache<
     X86_64,
     &'static Hooked,
     &'static HeapObjects<Node>,
-    Spin,
+    Watched,
     SingleCpu,
     2,
 >;
 type Table = PageTable<X86_64, &'static Hooked, KernelPage>;
-type Kernel = Vmalloc<'static, X86_64, &'static Hooked, &'static HeapObjects<Node>, Spin>;
+type Kernel = Vmalloc<'static, X86_64, &'static Hooked, &'static HeapObjects<Node>, Watched>;
+
+thread_local! {
+    /// Run where somebody is about to take the lock of a [`Kernel`].
+    static LOCKED: Hook = Hook::default();
+}
+
+/// A lock that shows.
+struct Watched(Spin);
+
+// SAFETY: the lock inside.
+unsafe impl RawLock for Watched {
+    type State = <Spin as RawLock>::State;
+    const INIT: Self = Self(Spin::INIT);
+
+    fn lock(&self) -> Self::State {
+        LOCKED.with(Hook::run);
+        self.0.lock()
+    }
+    fn try_lock(&self) -> Option<Self::State> {
+        self.0.try_lock()
+    }
+    unsafe fn unlock(&self, state: Self::State) {
+        // SAFETY: the caller's.
+        unsafe { self.0.unlock(state) }
+    }
+}
 
 fn leak<T>(value: T) -> &'static T {
     Box::leak(Box::new(value))
@@ -268,6 +296,67 @@ fn scan_each_time(frames: &'static Frames, stacks: &'static Stacks, scanned: &'s
         scanned.set(scanned.get() + stacks.scan(1));
         scan_each_time(frames, stacks, scanned);
     });
+}
+
+#[test]
+fn memory_for_a_purge_is_asked_for_before_its_turn() {
+    let (env, kernel) = kernel(FrameRequest::ONE);
+    let frames = env.frames();
+    let before = frames.left.get();
+    let area = kernel.alloc(PAGE_SIZE).unwrap();
+    kernel.free(area).unwrap();
+    // The kernel looks for what it can spare, and that is what waits for this purge.
+    let nested = leak(Cell::new(None));
+    frames
+        .pressure
+        .set(move || nested.set(Some(waits(|| kernel.purge()))));
+    assert!(!waits(|| kernel.purge()));
+    assert_eq!(nested.get(), Some(false), "waits for a turn of its caller");
+    assert!(
+        kernel
+            .table()
+            .query(Page::containing(area))
+            .leaf()
+            .is_none()
+    );
+    assert_eq!(kernel.used(), (0, 0));
+    // One frame for a batch and one for descriptions, whoever took them; the rest are tables.
+    let kept = before - frames.left.get();
+    assert_eq!(kept, 2 + 3);
+    // Later purges have theirs.
+    frames.asked.take();
+    kernel.free(kernel.alloc(PAGE_SIZE).unwrap()).unwrap();
+    kernel.purge();
+    assert_eq!(frames.asked.take().len(), 1);
+}
+
+#[test]
+fn a_search_waits_for_purges_that_took_something_and_for_no_others() {
+    let (env, table) = table(Arena::FIRST, 512);
+    let kernel = leak(on_table(table, 8));
+    let seen = leak(Cell::new(None));
+    let area = kernel.alloc(4 * PAGE_SIZE).unwrap();
+    kernel.free(area).unwrap();
+    // The addresses are about to come free.
+    env.mmu().0.set(move || {
+        seen.set(Some(waits(|| {
+            let _ = kernel.alloc(5 * PAGE_SIZE);
+        })));
+    });
+    kernel.purge();
+    assert_eq!(seen.take(), Some(true), "refused, and they came free");
+    let area = kernel.alloc(5 * PAGE_SIZE).unwrap();
+    // Nothing will: a purge that has its turn is about to look.
+    LOCKED.with(|locked| {
+        locked.set(move || {
+            seen.set(Some(waits(|| {
+                assert_eq!(kernel.alloc(4 * PAGE_SIZE), Err(VmallocError::NoSpace));
+            })));
+        });
+    });
+    kernel.purge();
+    assert_eq!(seen.take(), Some(false), "waits for what does not come");
+    kernel.free(area).unwrap();
 }
 
 #[test]
