@@ -7,8 +7,8 @@ use std::cell::{Cell, RefCell};
 use common::window::Window;
 use kmem_buddy::{BootMap, Buddy, Config, FreeError, PlaceError, RegionKind, ZoneLimits};
 use kmem_hal::{
-    AllocError, Context, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FrameRequest, FrameSink,
-    FrameRange, FrameSource, NoCpuCall, NoPressure, NodeId, Order, OwnedFrame, PhysAddr, Pressure,
+    AllocError, Context, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FrameRange, FrameRequest,
+    FrameSink, FrameSource, NoCpuCall, NoPressure, NodeId, Order, OwnedFrame, PhysAddr, Pressure,
     PressureLevel, RawLock, Spin,
 };
 
