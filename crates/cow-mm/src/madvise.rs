@@ -11,7 +11,7 @@ use crate::errno::Errno;
 use crate::flags::{Advice, VmFlags};
 use crate::merge::Candidate;
 use crate::space::{AddressSpace, State};
-use crate::vma::Vma;
+use crate::vma::{Label, Vma};
 
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// Tells the kernel how a range will be used.
@@ -78,7 +78,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 if vma.flags.intersects(refused) {
                     return Err(Errno::EINVAL);
                 }
-                return self.empty(state, part);
+                // The kernel's own pages would come back as they are (Linux: the fault handler of the special mapping).
+                return match vma.label {
+                    Label::Vdso => Ok(()),
+                    _ => self.empty(state, part),
+                };
             }
             Advice::GuardInstall => return self.install_guards(state, vma, part),
             Advice::GuardRemove => return self.remove_guards(state, vma, part),

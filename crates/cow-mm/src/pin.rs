@@ -136,7 +136,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let Some(vma) = state.vmas.get(page) else {
             return Ok(None);
         };
-        if needs_anon(&vma, Access::Write) && !vma.shows_object() && allows(vma.flags, access) {
+        let is_memory = !vma.flags.intersects(VmFlags::IO | VmFlags::PFNMAP);
+        let may_copy = is_memory && !vma.shows_object() && allows(vma.flags, access);
+        if may_copy && needs_anon(&vma, Access::Write) {
             // The copy that a private page may become is anonymous.
             self.prepare_anon(&mut state, page);
         }

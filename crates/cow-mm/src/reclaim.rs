@@ -150,7 +150,8 @@ impl<P: Replacement> Reclaimer<P> {
         }
         mm.flush_aged();
         made.freed = mm.events().freed - before;
-        let missing = usize::try_from(target.saturating_sub(made.freed)).unwrap_or(usize::MAX);
+        let missing = target.saturating_sub(made.freed + made.writing);
+        let missing = usize::try_from(missing).unwrap_or(usize::MAX);
         made.tables = TableCache::shrink(mm.env().paging(), missing) as u64;
         made
     }

@@ -342,7 +342,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 },
                 Err((MapError::Occupied, back)) => (Ok(false), back),
                 // A device's frame that this format cannot name.
-                Err((MapError::OutOfRange, back)) => (Err(Errno::EFAULT), back),
+                Err((MapError::Unencodable | MapError::OutOfRange, back)) => {
+                    (Err(Errno::EFAULT), back)
+                }
                 Err((_, back)) => (Err(Errno::ENOMEM), back),
             };
             drop(cursor);

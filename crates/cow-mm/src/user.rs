@@ -119,14 +119,15 @@ impl<E: Env> AddressSpace<'_, E> {
                 continue;
             };
             if !write || leaf.is_writable() {
-                if write && !leaf.attributes.dirty && !mutant!("kernel-write-is-not-noted") {
-                    // No processor sets the entry's bit for this write (Linux: `follow_page_pte` with FOLL_TOUCH).
-                    mm.user(frame).slot().set_flags(SlotFlags::DIRTY);
-                }
                 let offset = address.page_offset() as usize;
                 let part = (length - done).min(PAGE_SIZE as usize - offset);
                 access(mm, frame, offset, done, part);
                 done += part;
+                if write && !mutant!("kernel-write-is-not-noted") {
+                    // No processor sets the entry's bit for this write (Linux: `follow_page_pte` with FOLL_TOUCH). After the bytes: a
+                    // write-back meanwhile may have missed some. Before the reference goes: until then the page is not taken for clean.
+                    mm.user(frame).slot().set_flags(SlotFlags::DIRTY);
+                }
             }
             mm.put_reference(frame);
         }

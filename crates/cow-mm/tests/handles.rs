@@ -2,8 +2,12 @@
 
 mod common;
 
-use common::{PAGE, Program, World};
-use kmem_cow_mm::{Errno, Label, MapFlags, MapRequest, Prot};
+use common::{PAGE, Program, World, signal};
+use kmem_cow_mm::{
+    Advice, DeviceMemory, Errno, Label, MapFlags, MapRequest, OpenFile, Prot, Signal,
+};
+use kmem_hal::FrameRange;
+use kmem_paging::MemoryType;
 
 const RW: Prot = Prot::READ.union(Prot::WRITE);
 const AT: u64 = 0x1000_0000;
@@ -111,5 +115,53 @@ fn special_mappings_lie_in_user_space() {
     space
         .map_special(end - PAGE, PAGE, Prot::READ, Label::Vdso)
         .unwrap();
+    program.exit();
+}
+
+/// What DONTNEED takes away of the kernel's own pages comes back as it was (Linux: the special mapping's fault handler).
+#[test]
+fn the_kernels_pages_of_a_program_are_never_emptied() {
+    let program = Program::new(World::new().mm());
+    let space = &program.space;
+    space.map_special(AT, PAGE, RW, Label::Vdso).unwrap();
+    program.store(AT, 7).unwrap();
+    assert_eq!(space.madvise(AT, PAGE, Advice::DontNeed), Ok(()));
+    assert_eq!(program.load(AT), Ok(7));
+    program.exit();
+}
+
+/// Frames that no entry can name: the same bus error whether there is a table already or not.
+#[test]
+fn a_device_beyond_all_entries_is_a_bus_error() {
+    let world = World::new();
+    let mm = world.mm();
+    let program = Program::new(mm);
+    let memory = DeviceMemory {
+        frames: FrameRange::from_numbers(1 << 45, (1 << 45) + 2).unwrap(),
+        memory_type: MemoryType::Uncached,
+    };
+    // SAFETY: nothing is there, and no entry leads there.
+    let file = unsafe { mm.open_device(memory, "/dev/nothing", 1) }.unwrap();
+    let open = OpenFile {
+        file,
+        readable: true,
+        writable: true,
+    };
+    let request = MapRequest {
+        address: AT,
+        flags: MapFlags::SHARED | MapFlags::FIXED,
+        file: Some(open),
+        ..MapRequest::anonymous(2 * PAGE, RW)
+    };
+    program.space.mmap(&request).unwrap();
+    assert_eq!(program.load(AT), Err(signal(Signal::BusError, AT)));
+    let beside = MapRequest {
+        address: AT + 2 * PAGE,
+        flags: MapFlags::PRIVATE | MapFlags::ANONYMOUS | MapFlags::FIXED,
+        ..MapRequest::anonymous(PAGE, RW)
+    };
+    program.space.mmap(&beside).unwrap();
+    program.store(AT + 2 * PAGE, 1).unwrap();
+    assert_eq!(program.load(AT), Err(signal(Signal::BusError, AT)));
     program.exit();
 }

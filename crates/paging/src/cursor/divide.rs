@@ -133,8 +133,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             return Err(stopped(MapError::OutOfRange, page));
         }
         while left > 0 {
-            let aligned = at.number() | at.number().wrapping_add(offset);
-            let (order, larger) = leaf_at::<F>(levels, aligned, left, largest);
+            let (order, larger) = leaf_at::<F>(levels, at.number(), offset, left, largest);
             // Leaves of one size: as many as there are before a larger one may begin.
             let mut count = left & !(order.frames() - 1);
             if let Some(larger) = larger {
@@ -359,11 +358,12 @@ impl<F: Format> Words<F> {
     }
 }
 
-/// The order of the largest leaf that begins where page and frame have these low bits and `left` pages are left, and the pages of the next larger
-/// one that the caller allows.
+/// The order of the largest leaf that may begin at a page whose frame is `offset` above it, where `left` pages are left; and the pages of the next
+/// larger one that may begin further up.
 fn leaf_at<F: Format>(
     levels: usize,
-    aligned: u64,
+    page: u64,
+    offset: u64,
     left: u64,
     largest: Order,
 ) -> (Order, Option<u64>) {
@@ -374,7 +374,12 @@ fn leaf_at<F: Format>(
         if !level.leaf || order > largest {
             continue;
         }
-        if aligned & (order.frames() - 1) != 0 || order.frames() > left {
+        let low = order.frames() - 1;
+        if offset & low != 0 {
+            // Page and frame are never aligned for it together, nor for a larger one.
+            break;
+        }
+        if page & low != 0 || order.frames() > left {
             return (found, Some(order.frames()));
         }
         found = order;
