@@ -597,7 +597,7 @@ unsafe impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> F
 
     fn node_of_cpu(&self, cpu: CpuId) -> NodeId {
         self.state()
-            .map_or(NodeId::ZERO, |state| state.node_of(cpu))
+            .map_or(NodeId::ZERO, |state| state.memory_node_of(cpu))
     }
 
     fn node_of_frame(&self, frame: Frame) -> NodeId {

@@ -226,6 +226,15 @@ impl<L: RawLock + 'static> State<L> {
         nearest(self.nodes, (self.cpu_node)(cpu), self.distance)
     }
 
+    /// The node whose memory a CPU is given first: that of [`node_of`](Self::node_of), or the nearest with memory where it has none.
+    pub fn memory_node_of(&self, cpu: CpuId) -> NodeId {
+        let node = self.node_of(cpu);
+        let first = self.list(node.index()).first();
+        first
+            .and_then(|&zone| self.zones.get(usize::from(zone)))
+            .map_or(node, |zone| zone.node)
+    }
+
     /// How far one node is from another.
     pub fn distance_between(&self, from: NodeId, to: NodeId) -> u8 {
         (self.distance)(from, to)

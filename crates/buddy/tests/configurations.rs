@@ -306,6 +306,39 @@ fn a_cpu_of_a_node_without_memory_asks_the_nearest_one() {
     CURRENT.set(0);
 }
 
+/// The number of a node without memory may lie between those with.
+#[test]
+fn a_cpu_of_a_node_without_memory_between_others_is_near_to_what_it_is_given() {
+    const NODE: u64 = 32 * MIB;
+    let window = Window::new(2 * NODE, 2 * NODE);
+    let mut map = map(&[(0, 2 * NODE)]);
+    for (at, node) in [(0, 0), (1, 2)] {
+        map.assign_node(PhysAddr::new(at * NODE), NODE, NodeId::new(node))
+            .unwrap();
+    }
+    let buddy: Buddy<_, _, Spin, _, _> = Buddy::with(&window, Many, NoCpuCall, NoPressure);
+    let config = Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .min_free_kib(0)
+        .cpus(3)
+        .cpu_node(|cpu| NodeId::new(cpu.get() as u16))
+        .distance(|from, to| match (from.get(), to.get()) {
+            (1, 2) => 15,
+            (from, to) if from == to => 10,
+            _ => 40,
+        });
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    for (cpu, node) in [(0, 0), (1, 2), (2, 2)] {
+        CURRENT.set(cpu);
+        let frame = buddy.alloc(&FrameRequest::ONE).unwrap();
+        assert_eq!(buddy.node_of_frame(frame.first()), NodeId::new(node));
+        assert_eq!(buddy.node_of_cpu(CpuId::new(cpu)), NodeId::new(node));
+        buddy.free(frame);
+    }
+    CURRENT.set(0);
+}
+
 /// CPUs that come online share the zones with those that are: no more is kept in arrays than if all had been there at boot.
 #[test]
 fn cpus_that_come_later_share_the_zones() {
