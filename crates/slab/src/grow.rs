@@ -33,8 +33,12 @@ impl<P: Platform> SlabSystem<P> {
         let pin = unsafe { self.platform_unchecked() }.cpu().pin();
         let node = cache.node(slab.node());
         let local = request.node == NodePolicy::Local;
-        if local {
-            self.node_of_cpu(cache, pin.id()).served_by(node.id);
+        match request.node {
+            NodePolicy::Local => self.node_of_cpu(cache, pin.id()).served_by(node.id),
+            NodePolicy::Preferred(id) if id.get() < cache.nodes => {
+                cache.node(id).served_by(node.id);
+            }
+            _ => {}
         }
         let busy = self.head(cache, &pin).and_then(Head::enter);
         let depot = match &busy {

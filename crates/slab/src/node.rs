@@ -12,6 +12,7 @@
 //! are looked at and go to the node that they came from, as a whole array where they are all of one node, else to their slabs.
 //! A CPU takes from its own node first: arrays, slabs, new slabs. Where the page source answers from another node, because that one is short, objects that
 //! are free on other nodes come first, the nearest node's before others', and the page source is asked again now and then.
+//! A call that prefers a node goes the same way from that node, one by one and past the CPU's arrays; one that insists on a node has no other.
 //!
 //! Invariants
 //! - `N1`: a descriptor belongs to one node for ever, that of all memory it ever has; its links, its bits and its notes on the pending stack belong to that
@@ -98,7 +99,7 @@ impl<L: RawLock> CacheNode<L> {
         self.limit.set(wanted.max(least));
     }
 
-    /// A new slab for a CPU of this node came from `node`.
+    /// A new slab for a CPU of this node, or for a call that prefers it, came from `node`.
     pub fn served_by(&self, node: NodeId) {
         self.borrows.set(if node == self.id { 0 } else { BORROWS });
     }
@@ -180,6 +181,8 @@ impl<P: Platform> SlabSystem<P> {
     }
 
     /// An object from the memory of the node or nodes that the request names, past this CPU's arrays.
+    ///
+    /// A node without a depot of its own that is preferred says nothing of where objects lie: as [`NodePolicy::Local`].
     #[cold]
     pub(crate) fn alloc_on(
         &self,
@@ -201,11 +204,23 @@ impl<P: Platform> SlabSystem<P> {
             NodePolicy::Preferred(node)
         };
         let request = request.node(policy);
-        let held = || {
-            let known = node.get() < cache.nodes;
-            known.then(|| self.alloc_from_depot(cache, cache.node(node)))?
+        let known = node.get() < cache.nodes;
+        let local = FrameRequest {
+            node: NodePolicy::Local,
+            ..request
         };
+        if !strict && !known {
+            return self.alloc_object(cache, &local);
+        }
+        let from = |node| self.alloc_from_depot(cache, node);
+        let held = || known.then(|| from(cache.node(node)))?;
         if let Some(object) = held() {
+            return Ok(object);
+        }
+        if !strict
+            && cache.node(node).borrows()
+            && let Some(object) = self.borrow_by_distance(cache, cache.node(node), from)
+        {
             return Ok(object);
         }
         match self.grow(cache, &request) {
@@ -213,13 +228,7 @@ impl<P: Platform> SlabSystem<P> {
                 Some(object) => Ok(object),
                 None => self.grow(cache, &request),
             },
-            Err(_) if !strict => self.alloc_object(
-                cache,
-                &FrameRequest {
-                    node: NodePolicy::Local,
-                    ..request
-                },
-            ),
+            Err(_) if !strict => self.alloc_object(cache, &local),
             served => served,
         }
         .inspect_err(|_| {
@@ -235,15 +244,21 @@ impl<P: Platform> SlabSystem<P> {
         if cache.nodes == 1 {
             return None;
         }
-        self.borrow_by_distance(cache, now)
-    }
-
-    #[cold]
-    fn borrow_by_distance(&self, cache: &RawCache<P::Lock>, now: bool) -> Option<NonNull<u8>> {
         let home = self.node_here(cache);
         if !(now || home.borrows()) {
             return None;
         }
+        self.borrow_by_distance(cache, home, |node| self.alloc_from(cache, node))
+    }
+
+    /// What `take` gets from the nearest other node than `home` that has an object.
+    #[cold]
+    fn borrow_by_distance<'c>(
+        &self,
+        cache: &'c RawCache<P::Lock>,
+        home: &CacheNode<P::Lock>,
+        take: impl Fn(&'c CacheNode<P::Lock>) -> Option<NonNull<u8>>,
+    ) -> Option<NonNull<u8>> {
         // SAFETY: a cache exists, so the system is ready.
         let frames = unsafe { self.platform_unchecked() }.frames();
         let nodes = cache.nodes;
@@ -258,7 +273,7 @@ impl<P: Platform> SlabSystem<P> {
                 .filter(|&node| node != home.id.get() && Some(key(node)) > last)
                 .min_by_key(|&node| key(node))?;
             last = Some(key(next));
-            if let Some(object) = self.alloc_from(cache, cache.node(NodeId::new(next))) {
+            if let Some(object) = take(cache.node(NodeId::new(next))) {
                 return Some(object);
             }
         }

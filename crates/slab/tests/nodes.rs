@@ -325,6 +325,57 @@ fn a_node_that_is_named_serves_small_and_large_sizes() {
     end(arena, system);
 }
 
+/// Objects of 32 bytes, one call each; the slabs that they lie in.
+fn named(system: &System, count: usize, policy: NodePolicy) -> (Vec<NonNull<u8>>, u64) {
+    let before = info(system, "kmalloc-32").slabs;
+    let objects = (0..count)
+        .map(|_| system.kmalloc_node(32, Flags::empty(), policy).unwrap())
+        .collect();
+    (objects, info(system, "kmalloc-32").slabs - before)
+}
+
+#[test]
+fn a_preferred_node_that_is_short_does_not_take_a_slab_for_each_object() {
+    let one = NodePolicy::Preferred(NodeId::new(1));
+    for nodes in [1, 2, 3] {
+        for policy in [one, NodePolicy::Interleave] {
+            let (arena, system) = start(9216, nodes, 1);
+            let frames = if nodes > 1 {
+                exhaust(arena, 1)
+            } else {
+                Vec::new()
+            };
+            let (objects, slabs) = named(&system, 1000, policy);
+            // The page source is asked again now and then.
+            assert!(slabs <= 1000 / 16 + 8, "{nodes} nodes, {policy:?}: {slabs}");
+            for frame in frames {
+                FrameSink::free(arena, frame);
+            }
+            give(&system, objects);
+            // The node has memory again, and is soon used.
+            if nodes > 1 {
+                let (objects, _) = named(&system, 8000, one);
+                assert_eq!(of_node(arena, &objects[7000..], 1), 1000);
+                give(&system, objects);
+            }
+            end(arena, system);
+        }
+    }
+}
+
+#[test]
+fn a_node_that_nobody_knows_may_be_preferred() {
+    for nodes in [1, 2, 3] {
+        let (arena, system) = start(6144, nodes, nodes.into());
+        run_as(u32::from(nodes) - 1);
+        let (objects, slabs) = named(&system, 1000, NodePolicy::Preferred(NodeId::new(7)));
+        assert!(slabs <= 1000 / 64 + 2, "{nodes} nodes: {slabs}");
+        assert_eq!(of_node(arena, &objects, nodes - 1), 1000, "near the caller");
+        give(&system, objects);
+        end(arena, system);
+    }
+}
+
 #[test]
 fn views_are_sums_over_the_nodes() {
     let (arena, system) = start(4096, 4, 4);
