@@ -121,7 +121,7 @@ impl<P: Platform> SlabSystem<P> {
 }
 
 /// One object from the slabs, or else from an array of the depot.
-fn take_from_depot<L: kmem_hal::RawLock>(
+pub(crate) fn take_from_depot<L: kmem_hal::RawLock>(
     cache: &RawCache<L>,
     node: &CacheNode<L>,
     depot: &mut Depot,

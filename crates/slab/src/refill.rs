@@ -8,7 +8,7 @@
 //!
 //! Invariants, of this module, `flush`, `direct` and `grow`
 //! - `I1`: whoever waits for a depot's lock has set the busy flag of its CPU's head of that cache first. So what interrupts the
-//!   holder on the same CPU sees the flag and never waits.
+//!   holder on the same CPU sees the flag and never waits. A caller who is alone with the cache needs no flag.
 //! - `I2`: no lock is held across a call of the page source. Frames go back without the lock as well.
 //! - `I3`: every object is at any time in exactly one of: a user's hands, a CPU's array, an array of the depot, its slab's bits, a
 //!   local variable of one of these functions.
@@ -20,7 +20,7 @@ use kmem_hal::{AllocError, Cpu, FrameRequest, LockGuard};
 
 use crate::array::{Array, Slot, larger, smaller};
 use crate::depot::Depot;
-use crate::direct::settle;
+use crate::direct::{settle, take_from_depot};
 use crate::grow::object_at;
 use crate::head::{Busy, Head};
 use crate::node::CacheNode;
@@ -177,20 +177,18 @@ impl<P: Platform> SlabSystem<P> {
         busy.add_taken(n);
     }
 
-    /// One object straight from a slab, where there is no memory for arrays. The busy flag is set.
+    /// One object straight from a slab or from an array of the depot, where there is no memory for arrays. The busy flag is set.
     fn take_one(
         &self,
         cache: &RawCache<P::Lock>,
         node: &CacheNode<P::Lock>,
     ) -> Option<NonNull<u8>> {
-        let mut one: Slot = ptr::null_mut();
         let mut depot = node.depot.lock(); // I1: busy is set
         settle(cache, node, &mut depot);
-        // SAFETY: room for one.
-        let got = unsafe { fill(cache, &mut depot, &raw mut one, 1) };
+        let object = take_from_depot(cache, node, &mut depot)?;
         drop(depot);
-        cache.direct_allocs.fetch_add(got as u64, Ordering::Relaxed);
-        NonNull::new(one)
+        cache.direct_allocs.fetch_add(1, Ordering::Relaxed);
+        Some(object)
     }
 
     /// Gives a head its two arrays; `false` where there is no memory for them.

@@ -377,6 +377,60 @@ fn a_node_that_nobody_knows_may_be_preferred() {
 }
 
 #[test]
+fn a_cpu_without_arrays_borrows_from_another_nodes_arrays() {
+    const CPUS: u32 = 32;
+    let (arena, system) = start(2048, 2, CPUS);
+    let mut held = Vec::new();
+    for cpu in (0..CPUS).step_by(2) {
+        // A head, but no arrays of the class.
+        run_as(cpu);
+        held.extend(take(&system, 1, 8192));
+    }
+    run_as(1);
+    let mut objects = take(&system, 2000, 64);
+    let more = take(&system, 600, 64);
+    give(&system, more);
+    system.shrink();
+    let frames: Vec<_> = (0..2).flat_map(|node| exhaust(arena, node)).collect();
+    while let Ok(object) = system.kmalloc(64, Flags::NO_WARN) {
+        objects.push(object);
+    }
+    for cpu in (2..CPUS).step_by(2) {
+        // Takes what there is of arrays, for nothing.
+        run_as(cpu);
+        assert!(system.kmalloc(64, Flags::NO_WARN).is_err());
+    }
+    run_as(1);
+    // Answers the drains that were asked for; then all is out again.
+    give(&system, objects.pop());
+    let figures = info(&system, "kmalloc-64");
+    let free = figures.total_objects - figures.active_objects;
+    objects.extend(take(&system, free as usize, 64));
+    while info(&system, "kmalloc-64").in_depot == 0 {
+        let object = objects.pop().expect("an array becomes full");
+        give(&system, [object]);
+    }
+    // Nothing but the arrays has an object.
+    let one = NodePolicy::Strict(NodeId::new(1));
+    for _ in 0..info(&system, "kmalloc-64").in_slabs {
+        objects.push(system.kmalloc_node(64, Flags::NO_WARN, one).unwrap());
+    }
+    let figures = info(&system, "kmalloc-64");
+    assert_eq!(figures.in_slabs, 0, "{figures:?}");
+    assert!(figures.in_depot > 0, "{figures:?}");
+    run_as(0);
+    let object = system.kmalloc(64, Flags::NO_WARN).unwrap();
+    assert_eq!(arena.node_of(object), 1);
+    assert_eq!(info(&system, "kmalloc-64").in_depot, figures.in_depot - 1);
+    objects.push(object);
+    for frame in frames {
+        FrameSink::free(arena, frame);
+    }
+    give(&system, objects.into_iter().chain(held));
+    end(arena, system);
+}
+
+#[test]
 fn views_are_sums_over_the_nodes() {
     let (arena, system) = start(4096, 4, 4);
     let mut held = Vec::new();
