@@ -402,23 +402,26 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
-    /// Gives the objects in quarantine to their slabs.
-    pub(crate) fn end_quarantine(&self, cache: &RawCache<P::Lock>) {
+    /// Gives the objects in quarantine to their slabs. Nothing where this CPU has no head or was interrupted there, unless the caller is `alone`
+    /// with the cache.
+    pub(crate) fn end_quarantine(&self, cache: &RawCache<P::Lock>, alone: bool) {
         if cache.setup.features.quarantine == 0 {
             return;
         }
         // SAFETY: a cache exists, so the system is ready.
         let pin = unsafe { self.platform_unchecked() }.cpu().pin();
-        let Some(_busy) = self.head(cache, &pin).and_then(Head::enter) else {
+        let busy = self.head(cache, &pin).and_then(Head::enter);
+        if busy.is_none() && !alone {
             return;
-        };
+        }
         let waiting = {
-            let mut depot = cache.first.depot.lock(); // refill I1: busy is set
+            let mut depot = cache.first.depot.lock(); // refill I1: busy is set, or alone
             depot.oldest = 0;
             core::mem::replace(&mut depot.waiting, ptr::null_mut())
         };
         if let Some(array) = NonNull::new(waiting) {
-            // SAFETY: the array left the depot and is this call's; its first `len` slots hold objects; the flag is set.
+            // SAFETY: the array left the depot and is this call's; its first `len` slots hold objects; the flag is set, or the caller is alone
+            // with the cache.
             unsafe {
                 let n = array.as_ref().len();
                 cache.direct_frees.fetch_add(n as u64, Ordering::Relaxed);

@@ -64,7 +64,7 @@ impl<P: Platform> SlabSystem<P> {
 
     /// As [`shrink`](Self::shrink) for one cache.
     pub(crate) fn shrink_cache(&self, cache: &RawCache<P::Lock>) -> u64 {
-        self.end_quarantine(cache);
+        self.end_quarantine(cache, false);
         self.drain_own(cache);
         self.drain_depots(cache, false);
         if cache.setup.stable {
@@ -155,6 +155,7 @@ impl<P: Platform> SlabSystem<P> {
                 }
             }
         }
+        self.end_quarantine(cache, true);
         self.drain_depots(cache, true);
         self.shrink_cache(cache);
         self.retire_empty(cache);

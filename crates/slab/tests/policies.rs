@@ -332,6 +332,25 @@ fn poison_shows_in_what_is_not_initialised() {
 }
 
 #[test]
+fn quarantine_ends_with_its_cache_on_a_cpu_without_memory_for_a_head() {
+    use kmem_hal::{FrameRequest, FrameSink, FrameSource};
+
+    let world: World<Quarantine<8>> = World::new();
+    let cache: Cache<'_, [u64; 9], _> = Cache::new(&world.system, "waiting");
+    drop(cache.alloc([1; 9]).unwrap());
+    assert!(cache.info().unwrap().waiting > 0);
+    let one = || FrameSource::alloc(world.arena, &FrameRequest::ONE).ok();
+    let frames: Vec<_> = std::iter::from_fn(one).collect();
+    run_as(1);
+    cache.destroy().unwrap();
+    run_as(0);
+    for frame in frames {
+        FrameSink::free(world.arena, frame);
+    }
+    world.end();
+}
+
+#[test]
 fn quarantine_keeps_freed_objects_from_coming_back_at_once() {
     let world: World<(Quarantine<8>, Poison)> = World::new();
     let mut freed = Vec::new();
