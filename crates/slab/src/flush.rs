@@ -178,11 +178,11 @@ impl<P: Platform> SlabSystem<P> {
         own.limit.set(cache.geometry().array() as u32);
     }
 
-    /// Keeps an empty array for the next head of the node that needs one, or frees it where it had grown. The busy flag is set.
+    /// Keeps an empty array for the next head of the node that needs one, or frees it where it had grown.
     ///
     /// # Safety
     ///
-    /// The array belongs to the caller, who gives it up.
+    /// The array belongs to the caller, who gives it up, and who has set this CPU's busy flag for the cache or is alone with it (`I1`).
     pub(crate) unsafe fn drop_array(
         &self,
         cache: &RawCache<P::Lock>,
@@ -194,7 +194,7 @@ impl<P: Platform> SlabSystem<P> {
             if array.as_ref().capacity() > cache.geometry().array() {
                 self.free_array(array);
             } else {
-                node.depot.lock().spare.push(array); // I1: busy is set
+                node.depot.lock().spare.push(array); // I1: busy is set, or alone
             }
         }
     }
@@ -205,8 +205,8 @@ impl<P: Platform> SlabSystem<P> {
     ///
     /// # Safety
     ///
-    /// The first `n` slots hold pointers that the caller gives up; the caller has set this CPU's busy flag for the cache, or runs
-    /// where nothing can interrupt it that uses the cache (`I1`).
+    /// The first `n` slots hold pointers that the caller gives up; the caller has set this CPU's busy flag for the cache, or is
+    /// alone with it: nobody else uses the cache meanwhile, an interrupt neither (`I1`).
     pub(crate) unsafe fn flush(&self, cache: &RawCache<P::Lock>, slots: *mut Slot, n: usize) {
         let mut done = 0;
         while done < n {
@@ -252,7 +252,7 @@ impl<P: Platform> SlabSystem<P> {
     ) {
         let mut twice = 0;
         let retired = {
-            let mut depot = node.depot.lock();
+            let mut depot = node.depot.lock(); // I1: busy is set, or alone
             settle(cache, node, &mut depot);
             depot.flushes += 1;
             for (at, &number) in numbers.iter().enumerate() {
@@ -285,7 +285,7 @@ impl<P: Platform> SlabSystem<P> {
             );
         }
         self.give_slabs_back(cache, retired, |bury| {
-            bury(&mut node.depot.lock()); // I1: busy is set
+            bury(&mut node.depot.lock()); // I1: busy is set, or alone
             true
         });
     }
