@@ -9,6 +9,9 @@ mod grace;
 mod io;
 pub mod lock;
 mod mmu;
+#[cfg(kmem_mutants)]
+#[doc(hidden)]
+pub mod mutants;
 mod object;
 mod owned;
 mod page;
