@@ -7,10 +7,11 @@ use kmem_hal::{
     AllocError, Cpu, CpuCall, Frame, FrameRequest, OwnedFrame, PhysMap, Pressure, RawLock,
 };
 
-use crate::alloc::{Attempt, is_plain};
+use crate::alloc::Attempt;
 use crate::buddy::Buddy;
 use crate::cpu_cache::CpuArea;
 use crate::state::State;
+use crate::wanted::is_plain;
 use crate::zone::Mark;
 use crate::zone::bits::TOP;
 use crate::zone::kind::MigrateType;

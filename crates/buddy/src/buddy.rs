@@ -8,6 +8,7 @@ use kmem_hal::{
 };
 
 use crate::boot::BootMap;
+use crate::build::build;
 use crate::config::Config;
 use crate::cpu_cache::{CpuArea, set_holding};
 use crate::error::{FreeError, InitError, Misuse};
@@ -235,7 +236,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
             .compare_exchange(NEW, INITIALISING, Ordering::Acquire, Ordering::Relaxed)
             .map_err(|_| InitError::Twice)?;
         // SAFETY: X1, by contract.
-        let built = unsafe { state::build::<N, M, L>(map, &self.memory, config, self.cpu.count()) };
+        let built = unsafe { build::<N, M, L>(map, &self.memory, config, self.cpu.count()) };
         let state = match built {
             Ok(state) => state,
             Err(error) => {

@@ -9,8 +9,10 @@ use kmem_hal::{
 };
 
 use crate::buddy::Buddy;
+use crate::build::build_area;
 use crate::cpu_cache::{CpuArea, ZoneCache};
-use crate::state::{self, State};
+use crate::plan::area_room;
+use crate::state::State;
 
 /// Whose arrays are empty now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -127,8 +129,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             return Ok(());
         }
         let node = state.node_of(cpu);
-        let order = Order::for_bytes(state::area_room(state.zones.len()))
-            .ok_or(AllocError::Unsatisfiable)?;
+        let order =
+            Order::for_bytes(area_room(state.zones.len())).ok_or(AllocError::Unsatisfiable)?;
         let request = FrameRequest::new(order).node(NodePolicy::Preferred(node));
         let frames = self.alloc(&request)?;
         let memory = NonNull::new(self.memory.to_ptr(frames.first().start()));
@@ -137,7 +139,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let area = area.and_then(|memory| unsafe {
             let list = state.list(node.index());
             let bare = state.bare.get(cpu.index());
-            state::build_area(
+            build_area(
                 memory,
                 order.bytes() as usize,
                 node,

@@ -19,6 +19,8 @@ mod alloc;
 mod batch;
 mod boot;
 mod buddy;
+mod build;
+mod carve;
 mod claim;
 mod classic;
 mod config;
@@ -26,13 +28,16 @@ mod cpu_cache;
 mod cpus;
 mod error;
 mod free;
+mod plan;
 #[cfg(loom)]
 #[doc(hidden)]
 pub mod plant;
 mod range;
 mod refusal;
+mod reserved;
 mod state;
 mod view;
+mod wanted;
 mod watch;
 mod watermark;
 #[cfg(feature = "x86_64")]

@@ -3,16 +3,17 @@
 use core::fmt;
 
 use kmem_hal::{
-    AllocError, Cpu, CpuCall, Frame, FrameRange, FrameRequest, Order, OwnedFrame, PhysMap,
-    Pressure, RawLock,
+    AllocError, Cpu, CpuCall, Frame, FrameRange, FrameRequest, NodePolicy, Order, OwnedFrame,
+    PhysMap, Pressure, RawLock,
 };
 
-use crate::alloc::Wanted;
 use crate::boot::Reservation;
 use crate::buddy::{Buddy, take_over};
 use crate::cpus::Drained;
 use crate::error::{FreeError, PlaceError};
-use crate::state::{self, Reserved, State};
+use crate::reserved::Reserved;
+use crate::state::{self, State};
+use crate::wanted::Wanted;
 use crate::watermark;
 use crate::zone::Mark;
 use crate::zone::bits::{BLOCK_FRAMES, WHOLE};
@@ -83,7 +84,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             return Err(AllocError::Unsatisfiable);
         }
         let look = || {
-            self.look_for_range(state, frames, align, &wanted)
+            self.look_for_range(state, frames, align, (&wanted, request.node))
                 .transpose()
         };
         if let Some(result) = look() {
@@ -101,11 +102,11 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         state: &State<L>,
         frames: u64,
         align: Order,
-        wanted: &Wanted,
+        (wanted, node): (&Wanted, NodePolicy),
     ) -> Result<Option<FrameRange>, AllocError> {
         let pin = self.cpu.pin();
         let area = state.area(pin.id());
-        let node = area.map_or(0, |area| area.node.get() as usize);
+        let node = self.node_for(state, area, node);
         for &index in state.list(node) {
             let zone = &state.zones[usize::from(index)];
             let mark = if wanted.reserve {
@@ -143,7 +144,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
 
     /// Allocates `frames` contiguous frames, any number of them, that start at a multiple of `align`.
     ///
-    /// The request's order is not looked at; its address limit, node if strict, mobility, zeroing and reserve are.
+    /// The request's order is not looked at; its address limit, node, mobility, zeroing and reserve are.
     ///
     /// # Errors
     ///

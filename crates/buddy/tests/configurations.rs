@@ -2,7 +2,8 @@
 
 mod common;
 
-use std::cell::Cell;
+use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 
 use common::window::Window;
 use kmem_buddy::{
@@ -11,7 +12,8 @@ use kmem_buddy::{
 };
 use kmem_hal::{
     AllocError, Cpu, CpuId, CpuSet, Frame, FrameRequest, FrameSink, FrameSource, NoCpuCall,
-    NoPressure, NodeId, Order, PhysAddr, PhysMap, SingleCpu, Spin,
+    NoPressure, NodeId, NodePolicy, Order, PhysAddr, PhysMap, Pressure, PressureLevel, SingleCpu,
+    Spin,
 };
 use proptest::prelude::*;
 
@@ -336,6 +338,67 @@ fn a_cpu_of_a_node_without_memory_between_others_is_near_to_what_it_is_given() {
         assert_eq!(buddy.node_of_cpu(CpuId::new(cpu)), NodeId::new(node));
         buddy.free(frame);
     }
+    CURRENT.set(0);
+}
+
+/// Notes of which nodes it was told that memory is short.
+#[derive(Default)]
+struct Told(RefCell<BTreeSet<NodeId>>);
+
+impl Pressure for &Told {
+    fn pressure(&self, node: NodeId, _level: PressureLevel, _request: &FrameRequest) -> bool {
+        self.0.borrow_mut().insert(node);
+        false
+    }
+}
+
+/// What is above the top order, ranges, and what is told of short memory: all are of the node that the request is for.
+#[test]
+fn ranges_and_pressure_are_of_the_node_that_is_asked_for() {
+    const NODE: u64 = 32 * MIB;
+    let window = Window::new(3 * NODE, 3 * NODE);
+    let mut map = map(&[(0, 3 * NODE)]);
+    for node in 0..3u16 {
+        let base = PhysAddr::new(u64::from(node) * NODE);
+        map.assign_node(base, NODE, NodeId::new(node)).unwrap();
+    }
+    let told = Told::default();
+    let buddy: Buddy<_, _, Spin, _, _> = Buddy::with(&window, Many, NoCpuCall, &told);
+    let config = Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .min_free_kib(0)
+        .cpus(2)
+        .cpu_node(|cpu| NodeId::new(cpu.get() as u16));
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    CURRENT.set(1);
+    let huge = FrameRequest::new(Order::new(11).unwrap());
+    for (policy, node) in [
+        (NodePolicy::Local, 1),
+        (NodePolicy::Preferred(NodeId::new(2)), 2),
+        (NodePolicy::Preferred(NodeId::new(0)), 0),
+        (NodePolicy::Strict(NodeId::new(2)), 2),
+    ] {
+        let block = buddy.alloc(&huge.node(policy)).unwrap();
+        assert_eq!(block.first().number() / (NODE >> 12), node, "{policy:?}");
+        buddy.free(block);
+        let request = FrameRequest::ONE.node(policy);
+        let range = buddy.alloc_range(1500, Order::ZERO, &request).unwrap();
+        assert_eq!(range.range().first().number() / (NODE >> 12), node);
+        buddy.free_range(range).unwrap();
+    }
+    let mut held = Vec::new();
+    for (policy, node) in [
+        (NodePolicy::Strict(NodeId::new(2)), 2),
+        (NodePolicy::Local, 1),
+    ] {
+        let request = FrameRequest::ONE.node(policy);
+        held.extend(std::iter::from_fn(|| buddy.alloc(&request).ok()));
+        let nodes = std::mem::take(&mut *told.0.borrow_mut());
+        assert_eq!(Vec::from_iter(nodes), [NodeId::new(node)], "{policy:?}");
+    }
+    buddy.free_batch(&mut || held.pop());
+    buddy.check().unwrap();
     CURRENT.set(0);
 }
 

@@ -8,8 +8,8 @@ use kmem_buddy::{
     Reservation, Watch, WatchedBuddy, ZoneLimits,
 };
 use kmem_hal::{
-    AllocError, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Migrate, MigrateError,
-    Order, OwnedFrame, PhysAddr, PhysMap, SingleCpu, Spin,
+    AllocError, CpuId, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Migrate,
+    MigrateError, NodeId, Order, OwnedFrame, PhysAddr, PhysMap, SingleCpu, Spin,
 };
 use proptest::prelude::*;
 
@@ -219,6 +219,35 @@ fn ranges_come_back_whole_or_in_any_pieces() {
     buddy.drain_all();
     assert_eq!(buddy.recount().free, buddy.mem_info().total);
     buddy.check().unwrap();
+}
+
+/// What stands before the allocator has its nodes.
+#[test]
+fn a_watched_allocator_has_the_nodes_of_the_plain_one() {
+    let window = window();
+    let mut map: BootMap = BootMap::new();
+    map.push(PhysAddr::new(0), END << 12, RegionKind::Usable)
+        .unwrap();
+    map.assign_node(
+        PhysAddr::new(BORDER << 12),
+        (END - BORDER) << 12,
+        NodeId::new(1),
+    )
+    .unwrap();
+    // SAFETY: the test uses its allocator from one thread.
+    let buddy: Machine<'_, Audit> = Machine::new(&window, unsafe { SingleCpu::new() });
+    let config = Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .cpu_node(|_| NodeId::new(1))
+        .distance(|from, to| 10 + 7 * from.get().abs_diff(to.get()) as u8);
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    let [zero, one] = [0, 1].map(NodeId::new);
+    let node_of = |frame| FrameSource::node_of_frame(&buddy, Frame::new(frame).unwrap());
+    assert_eq!(FrameSource::node_count(&buddy), 2);
+    assert_eq!(FrameSource::node_of_cpu(&buddy, CpuId::BOOT), one);
+    assert_eq!((node_of(BORDER - 1), node_of(BORDER)), (zero, one));
+    assert_eq!(FrameSource::node_distance(&buddy, zero, one), 17);
 }
 
 fn owners<W: Watch>(buddy: &Machine<'_, W>) -> Vec<Owner> {

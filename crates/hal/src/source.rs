@@ -338,6 +338,47 @@ pub trait FrameSink {
     }
 }
 
+/// The four questions about memory nodes of [`FrameSource`], put to the source in a field: for a source that stands before another one. Whoever leaves
+/// them out makes a machine with several nodes look like one.
+///
+/// # Examples
+///
+/// ```
+/// use kmem_hal::{AllocError, FrameRequest, FrameSource, OwnedFrame};
+///
+/// /// Refuses to give more than a frame at a time.
+/// struct OneByOne<S>(S);
+///
+/// // SAFETY: what it gives is the inner source's.
+/// unsafe impl<S: FrameSource> FrameSource for OneByOne<S> {
+///     fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
+///         if request.order.frames() > 1 {
+///             return Err(AllocError::Unsatisfiable);
+///         }
+///         self.0.alloc(request)
+///     }
+///
+///     kmem_hal::forward_nodes!(0);
+/// }
+/// ```
+#[macro_export]
+macro_rules! forward_nodes {
+    ($field:tt) => {
+        fn node_count(&self) -> u16 {
+            $crate::FrameSource::node_count(&self.$field)
+        }
+        fn node_of_cpu(&self, cpu: $crate::CpuId) -> $crate::NodeId {
+            $crate::FrameSource::node_of_cpu(&self.$field, cpu)
+        }
+        fn node_of_frame(&self, frame: $crate::Frame) -> $crate::NodeId {
+            $crate::FrameSource::node_of_frame(&self.$field, frame)
+        }
+        fn node_distance(&self, from: $crate::NodeId, to: $crate::NodeId) -> u8 {
+            $crate::FrameSource::node_distance(&self.$field, from, to)
+        }
+    };
+}
+
 // SAFETY: a reference forwards to a source that keeps the contract.
 unsafe impl<S: FrameSource + ?Sized> FrameSource for &S {
     #[inline]

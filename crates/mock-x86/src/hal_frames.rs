@@ -8,9 +8,7 @@
 
 use std::sync::{Mutex, PoisonError};
 
-use kmem_hal::{
-    AllocError, CpuId, Frame, FrameRequest, FrameSink, FrameSource, NodeId, Order, OwnedFrame,
-};
+use kmem_hal::{AllocError, Frame, FrameRequest, FrameSink, FrameSource, Order, OwnedFrame};
 
 use crate::machine::Machine;
 use crate::memory_map::MemoryKind;
@@ -43,18 +41,7 @@ unsafe impl<S: FrameSource> FrameSource for Tracked<'_, S> {
             .note_allocated(frame.first().number(), frame.order().frames());
         Ok(frame)
     }
-    fn node_count(&self) -> u16 {
-        self.inner.node_count()
-    }
-    fn node_of_cpu(&self, cpu: CpuId) -> NodeId {
-        self.inner.node_of_cpu(cpu)
-    }
-    fn node_of_frame(&self, frame: Frame) -> NodeId {
-        self.inner.node_of_frame(frame)
-    }
-    fn node_distance(&self, from: NodeId, to: NodeId) -> u8 {
-        self.inner.node_distance(from, to)
-    }
+    kmem_hal::forward_nodes!(inner);
 }
 
 impl<S: FrameSink> FrameSink for Tracked<'_, S> {

@@ -19,8 +19,8 @@ use std::ptr::NonNull;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use kmem_hal::{
-    AllocError, BlockDevice, CpuId, Deferred, Frame, FrameRequest, FrameSink, FrameSource, Grace,
-    IoError, IoState, IoTicket, LargeSource, NodeId, ObjectAlloc, OwnedFrame, PageProvider,
+    AllocError, BlockDevice, Deferred, Frame, FrameRequest, FrameSink, FrameSource, Grace, IoError,
+    IoState, IoTicket, LargeSource, ObjectAlloc, OwnedFrame, PageProvider,
 };
 
 /// Which calls fail. Shared by the wrappers of one test.
@@ -192,18 +192,7 @@ unsafe impl<S: FrameSource> FrameSource for Failing<'_, S> {
         self.allocate()?;
         self.inner.alloc(request)
     }
-    fn node_count(&self) -> u16 {
-        self.inner.node_count()
-    }
-    fn node_of_cpu(&self, cpu: CpuId) -> NodeId {
-        self.inner.node_of_cpu(cpu)
-    }
-    fn node_of_frame(&self, frame: Frame) -> NodeId {
-        self.inner.node_of_frame(frame)
-    }
-    fn node_distance(&self, from: NodeId, to: NodeId) -> u8 {
-        self.inner.node_distance(from, to)
-    }
+    kmem_hal::forward_nodes!(inner);
 }
 
 impl<S: FrameSink> FrameSink for Failing<'_, S> {

@@ -471,6 +471,8 @@ unsafe impl<M: PhysMap, C: Cpu, W: Watch, L: RawLock + 'static, K: CpuCall, P: P
             give(frame);
         })
     }
+
+    kmem_hal::forward_nodes!(buddy);
 }
 
 impl<M: PhysMap, C: Cpu, W: Watch, L: RawLock + 'static, K: CpuCall, P: Pressure> FrameSink

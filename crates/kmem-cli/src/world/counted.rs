@@ -3,9 +3,7 @@
 //! The allocator knows how many frames it gave; this wrapper stands in the callers' way and counts by itself, in a map of
 //! its own, by first frame and order. A block that comes back with another order, or twice, is noted as well.
 
-use kmem_hal::{
-    AllocError, CpuId, Frame, FrameRequest, FrameSink, FrameSource, NodeId, OwnedFrame,
-};
+use kmem_hal::{AllocError, FrameRequest, FrameSink, FrameSource, OwnedFrame};
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
 
@@ -71,18 +69,7 @@ unsafe impl<S: FrameSource> FrameSource for Counted<S> {
         });
         Ok(frame)
     }
-    fn node_count(&self) -> u16 {
-        self.inner.node_count()
-    }
-    fn node_of_cpu(&self, cpu: CpuId) -> NodeId {
-        self.inner.node_of_cpu(cpu)
-    }
-    fn node_of_frame(&self, frame: Frame) -> NodeId {
-        self.inner.node_of_frame(frame)
-    }
-    fn node_distance(&self, from: NodeId, to: NodeId) -> u8 {
-        self.inner.node_distance(from, to)
-    }
+    kmem_hal::forward_nodes!(inner);
 }
 
 impl<S: FrameSink> FrameSink for Counted<S> {

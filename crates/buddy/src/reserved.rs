@@ -1,0 +1,153 @@
+//! The runs that are present and not the allocator's.
+//!
+//! Writers hold the lock of [`State::reserved_lock`](crate::state::State) and make `version` odd meanwhile; readers of single frames take no
+//! lock and look at the version before and after. A free looks here only where its page block is in part not the allocator's.
+
+use kmem_hal::FrameRange;
+use kmem_hal::sync::{AtomicU8, AtomicU64, Ordering, fence, spin_loop};
+
+use crate::boot::Reservation;
+
+/// A reserved run of frames.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct ReservedRun {
+    pub first: u64,
+    pub end: u64,
+    pub why: Reservation,
+}
+
+/// A place of the reserved list; empty where `first == end`.
+pub(crate) struct ReservedSlot {
+    pub first: AtomicU64,
+    pub end: AtomicU64,
+    pub why: AtomicU8,
+}
+
+/// The list: see the module.
+pub(crate) struct Reserved {
+    slots: &'static [ReservedSlot],
+    version: AtomicU64,
+    reach_first: AtomicU64,
+    reach_end: AtomicU64,
+}
+
+impl Reserved {
+    pub fn new(slots: &'static [ReservedSlot]) -> Self {
+        Self {
+            slots,
+            version: AtomicU64::new(0),
+            reach_first: AtomicU64::new(0),
+            reach_end: AtomicU64::new(0),
+        }
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = ReservedRun> + '_ {
+        self.slots.iter().filter_map(|slot| {
+            let run = ReservedRun {
+                first: slot.first.load(Ordering::Relaxed),
+                end: slot.end.load(Ordering::Relaxed),
+                why: Reservation::from_byte(slot.why.load(Ordering::Relaxed)),
+            };
+            (run.first < run.end).then_some(run)
+        })
+    }
+
+    /// The frames that had been mapped when memory was last taken over.
+    pub fn reach(&self) -> FrameRange {
+        let first = self.reach_first.load(Ordering::Relaxed);
+        FrameRange::from_numbers(first, self.reach_end.load(Ordering::Relaxed))
+            .unwrap_or(FrameRange::EMPTY)
+    }
+
+    /// Whether `first..end` are the allocator's: not reserved, and in reach unless the zone needs none.
+    ///
+    /// Takes no lock. A call that interrupted a change of the list believes its caller.
+    #[cold]
+    pub fn is_managed(&self, first: u64, end: u64, needs_reach: bool) -> bool {
+        for _ in 0..64 {
+            let before = self.version.load(Ordering::Acquire);
+            let reserved = self.iter().any(|run| run.first < end && first < run.end);
+            let reach = self.reach();
+            let reached =
+                !needs_reach || first >= reach.first().number() && end <= reach.end_number();
+            if !planted!(ReservedReaderUnfenced) {
+                fence(Ordering::Acquire);
+            }
+            if before & 1 == 0 && self.version.load(Ordering::Relaxed) == before {
+                return reached && !reserved;
+            }
+            spin_loop();
+        }
+        true
+    }
+
+    /// Runs `f`, which changes the list; the caller holds the lock.
+    pub fn change<R>(&self, f: impl FnOnce(&Self) -> R) -> R {
+        let version = self.version.load(Ordering::Relaxed);
+        if !planted!(ReservedVersionEven) {
+            self.version.store(version | 1, Ordering::Relaxed);
+        }
+        if !planted!(ReservedWriterUnfenced) {
+            fence(Ordering::Release);
+        }
+        let result = f(self);
+        self.version.store((version | 1) + 1, Ordering::Release);
+        result
+    }
+
+    pub fn set_reach(&self, reach: FrameRange) {
+        self.reach_first
+            .store(reach.first().number(), Ordering::Relaxed);
+        self.reach_end.store(reach.end_number(), Ordering::Relaxed);
+    }
+
+    fn set(slot: &ReservedSlot, run: ReservedRun) {
+        slot.why.store(run.why as u8, Ordering::Relaxed);
+        slot.first.store(run.first, Ordering::Relaxed);
+        slot.end.store(run.end, Ordering::Relaxed);
+    }
+
+    /// Adds a run where the list has room.
+    pub fn push(&self, run: ReservedRun) -> bool {
+        let free = self
+            .slots
+            .iter()
+            .find(|slot| slot.first.load(Ordering::Relaxed) >= slot.end.load(Ordering::Relaxed));
+        if let Some(slot) = free {
+            Self::set(slot, run);
+        }
+        free.is_some()
+    }
+
+    /// Takes `first..end` off the run that wholly contains it; `false` where none does or there is no room.
+    pub fn remove(&self, first: u64, end: u64) -> bool {
+        let holder = self.slots.iter().find(|slot| {
+            slot.first.load(Ordering::Relaxed) <= first && end <= slot.end.load(Ordering::Relaxed)
+        });
+        let Some(slot) = holder.filter(|_| first < end) else {
+            return false;
+        };
+        let run = ReservedRun {
+            first: slot.first.load(Ordering::Relaxed),
+            end: slot.end.load(Ordering::Relaxed),
+            why: Reservation::from_byte(slot.why.load(Ordering::Relaxed)),
+        };
+        if run.first < first && end < run.end && !self.push(ReservedRun { first: end, ..run }) {
+            return false;
+        }
+        let (low, high) = if run.first < first {
+            (run.first, first)
+        } else {
+            (end, run.end)
+        };
+        Self::set(
+            slot,
+            ReservedRun {
+                first: low,
+                end: high,
+                ..run
+            },
+        );
+        true
+    }
+}
