@@ -52,132 +52,16 @@ use core::fmt;
 use core::marker::PhantomData;
 use core::ptr;
 
+use super::announcement::Announcement;
 use super::barrier::{Barrier, FullBarrier};
+use super::queue::Queue;
 use super::{Deferred, Grace};
 use crate::cpu::{Cpu, Pinned};
 use crate::lock::{IrqSafe, Lock, RawLock};
 use crate::sync::{
-    AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, CachePadded, LocalBool, LocalU32, Ordering,
-    compiler_fence, fence, spin_loop,
+    AtomicBool, AtomicPtr, AtomicU64, AtomicUsize, CachePadded, Ordering, compiler_fence, fence,
+    spin_loop,
 };
-
-/// What a CPU tells the others about its readers.
-#[derive(Debug)]
-struct Announcement {
-    /// 0: nobody reads. Otherwise `epoch << 1 | 1`.
-    word: AtomicU64,
-    depth: LocalU32,
-    fenced: LocalBool,
-}
-
-const ACTIVE: u64 = 1;
-
-impl Announcement {
-    crate::const_new! {
-        fn new() -> Self {
-            Self {
-                word: AtomicU64::new(0),
-                depth: LocalU32::new(0),
-                fenced: LocalBool::new(false),
-            }
-        }
-    }
-
-    /// Begins a section on the own CPU. The order of the lines is what `I2` rests on.
-    #[inline]
-    fn enter(&self, global: &AtomicU64, barrier: &impl Barrier, plant: Plant) {
-        self.depth.set(self.depth.get() + 1);
-        compiler_fence(Ordering::SeqCst);
-        if !self.fenced.get() {
-            // Where a context is announced that this one interrupted, or that calls it from inside `read_with`, the word is
-            // that one's, and stays until this one is done.
-            let own = self.announce(global);
-            if plant != Plant::NoReaderFence {
-                barrier.reader();
-            }
-            if own {
-                self.fenced.set(true);
-            }
-        }
-        compiler_fence(Ordering::SeqCst);
-    }
-
-    /// Announces a reader where none is announced; whether that was so.
-    #[inline(always)]
-    fn announce(&self, global: &AtomicU64) -> bool {
-        let own = self.word.load(Ordering::Relaxed) == 0;
-        if own {
-            // Acquire: no read of the section is older than the epoch that it announces.
-            let epoch = global.load(Ordering::Acquire);
-            self.word.store(epoch << 1 | ACTIVE, Ordering::Relaxed);
-        }
-        own
-    }
-
-    /// Ends a section on the own CPU.
-    #[inline]
-    fn leave(&self) {
-        compiler_fence(Ordering::SeqCst);
-        let depth = self.depth.get() - 1;
-        self.depth.set(depth);
-        compiler_fence(Ordering::SeqCst);
-        if depth == 0 && self.fenced.get() {
-            self.fenced.set(false);
-            self.silence();
-        }
-    }
-
-    /// Takes the own announcement back.
-    #[inline(always)]
-    fn silence(&self) {
-        compiler_fence(Ordering::SeqCst);
-        // Release: what was read happens before whatever the grace period allows (G3).
-        self.word.store(0, Ordering::Release);
-    }
-
-    /// Whether a reader here began in another epoch than `epoch`.
-    fn blocks(&self, epoch: u64) -> bool {
-        let word = self.word.load(Ordering::Acquire);
-        word != 0 && word >> 1 != epoch
-    }
-}
-
-/// Calls that wait, oldest first, each with the epoch of its `defer`.
-#[derive(Debug)]
-struct Queue<const Q: usize> {
-    calls: [Option<(u64, Deferred)>; Q],
-    front: usize,
-    len: usize,
-}
-
-impl<const Q: usize> Queue<Q> {
-    const fn new() -> Self {
-        Self {
-            calls: [const { None }; Q],
-            front: 0,
-            len: 0,
-        }
-    }
-
-    /// Adds a call; gives it back where there is no room.
-    fn push(&mut self, tag: u64, call: Deferred) -> Result<(), Deferred> {
-        if self.len == Q {
-            return Err(call);
-        }
-        self.calls[(self.front + self.len) % Q] = Some((tag, call));
-        self.len += 1;
-        Ok(())
-    }
-
-    /// The oldest call, if its tag is at most `tag`.
-    fn pop(&mut self, tag: u64) -> Option<Deferred> {
-        let place = self.calls.get_mut(self.front)?;
-        let (_, call) = place.take_if(|(found, _)| *found <= tag)?;
-        self.front = (self.front + 1) % Q;
-        self.len -= 1;
-        Some(call)
-    }
-}
 
 /// What [`EpochGrace`] keeps for one CPU: its announcement and up to `Q` deferred calls.
 #[derive(Debug)]

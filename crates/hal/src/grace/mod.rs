@@ -12,8 +12,10 @@
 //!
 //! Source: McKenney and Slingwine, "Read-Copy Update", PDCS 1998; Fraser, "Practical lock-freedom", 2004 (epochs).
 
+mod announcement;
 mod barrier;
 mod epoch;
+mod queue;
 mod single;
 
 use core::ptr::NonNull;
