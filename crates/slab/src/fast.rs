@@ -9,26 +9,42 @@ use core::ptr::NonNull;
 use kmem_hal::sync::Ordering;
 use kmem_hal::{AllocError, Cpu, FrameRequest};
 
-use crate::head::{HeadPage, Row};
+use crate::head::{Busy, HeadPage, Row};
 use crate::platform::Platform;
 use crate::raw::RawCache;
 use crate::system::SlabSystem;
 
 impl<P: Platform> SlabSystem<P> {
-    /// Takes an object from the calling CPU's loaded array.
+    /// What `f` answers with the calling CPU's arrays; `None` where it has no heads, or was interrupted in these arrays.
     ///
     /// # Safety
     ///
     /// `row` is a row of this system, not null.
     #[inline(always)]
-    pub(crate) unsafe fn pop_local(&self, row: *const Row, column: u32) -> Option<NonNull<u8>> {
+    unsafe fn with_arrays<R>(
+        &self,
+        row: *const Row,
+        column: u32,
+        f: impl FnOnce(&Busy<'_>) -> Option<R>,
+    ) -> Option<R> {
         // SAFETY: a row exists, so the system is ready.
         let pin = unsafe { self.platform_unchecked() }.cpu().pin();
         // SAFETY: a row has a place for every CPU (hal C3).
         let page = unsafe { (*row.add(pin.id().index())).load(Ordering::Acquire) };
         // SAFETY: pages in a row live as long as the system.
         let page: &HeadPage = unsafe { page.as_ref() }?;
-        page.head(column).enter()?.pop()
+        f(&page.head(column).enter()?)
+    }
+
+    /// Takes an object from the calling CPU's loaded array.
+    ///
+    /// # Safety
+    ///
+    /// As [`with_arrays`](Self::with_arrays).
+    #[inline(always)]
+    pub(crate) unsafe fn pop_local(&self, row: *const Row, column: u32) -> Option<NonNull<u8>> {
+        // SAFETY: the caller's promise.
+        unsafe { self.with_arrays(row, column, |busy| busy.pop()) }
     }
 
     /// Puts an object into the calling CPU's loaded array; `false` where it has no room.
@@ -44,18 +60,8 @@ impl<P: Platform> SlabSystem<P> {
         column: u32,
         object: NonNull<u8>,
     ) -> bool {
-        // SAFETY: a row exists, so the system is ready.
-        let pin = unsafe { self.platform_unchecked() }.cpu().pin();
-        // SAFETY: a row has a place for every CPU (hal C3).
-        let page = unsafe { (*row.add(pin.id().index())).load(Ordering::Acquire) };
-        // SAFETY: pages in a row live as long as the system.
-        let Some(page) = (unsafe { page.as_ref() }) else {
-            return false;
-        };
-        match page.head(column).enter() {
-            Some(busy) => busy.push(object),
-            None => false,
-        }
+        // SAFETY: the caller's promise.
+        unsafe { self.with_arrays(row, column, |busy| busy.push(object).then_some(())) }.is_some()
     }
 
     /// An object of `cache`.

@@ -127,13 +127,9 @@ impl<P: Platform> SlabSystem<P> {
     /// Empties the spare array into the slabs.
     fn flush_spare(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>) {
         let spare = busy.replace_spare(ptr::null_mut());
-        // SAFETY: the head owned it, and it is this call's now.
-        if let Some(array) = unsafe { spare.as_ref() } {
-            let n = array.len();
-            array.set_len(0);
-            busy.add_given(n);
-            // SAFETY: the first `n` slots hold objects; the busy flag is set.
-            unsafe { self.flush(cache, Array::slots(spare), n) };
+        if let Some(array) = NonNull::new(spare) {
+            // SAFETY: the head owned the array, and it is this call's now; the busy flag is set.
+            busy.add_given(unsafe { self.flush_array(cache, array) });
         }
         busy.replace_spare(spare);
     }
@@ -167,11 +163,9 @@ impl<P: Platform> SlabSystem<P> {
         let arrays = busy.unload();
         busy.add_given(cached);
         for array in arrays.into_iter().filter_map(NonNull::new) {
-            // SAFETY: the head owned the array, and it is this call's now; its first `len` slots hold objects; the flag is set.
+            // SAFETY: the head owned the array, and it is this call's now; the flag is set.
             unsafe {
-                let n = array.as_ref().len();
-                array.as_ref().set_len(0);
-                self.flush(cache, Array::slots(array.as_ptr()), n);
+                self.flush_array(cache, array);
                 self.drop_array(cache, own, array);
             }
         }
@@ -196,6 +190,25 @@ impl<P: Platform> SlabSystem<P> {
             } else {
                 node.depot.lock().spare.push(array); // I1: busy is set, or alone
             }
+        }
+    }
+
+    /// Empties an array into the slabs; answers how many objects it held.
+    ///
+    /// # Safety
+    ///
+    /// The array belongs to the caller, and its length is right; the rest as [`flush`](Self::flush).
+    pub(crate) unsafe fn flush_array(
+        &self,
+        cache: &RawCache<P::Lock>,
+        array: NonNull<Array>,
+    ) -> usize {
+        // SAFETY: the caller's promise; the first `n` slots hold objects (array I1).
+        unsafe {
+            let n = array.as_ref().len();
+            array.as_ref().set_len(0);
+            self.flush(cache, Array::slots(array.as_ptr()), n);
+            n
         }
     }
 

@@ -33,12 +33,13 @@ impl<P: Platform> SlabSystem<P> {
         let pin = unsafe { self.platform_unchecked() }.cpu().pin();
         let node = cache.node(slab.node());
         let local = request.node == NodePolicy::Local;
-        match request.node {
-            NodePolicy::Local => self.node_of_cpu(cache, pin.id()).served_by(node.id),
-            NodePolicy::Preferred(id) if id.get() < cache.nodes => {
-                cache.node(id).served_by(node.id);
-            }
-            _ => {}
+        let asked = match request.node {
+            NodePolicy::Local => Some(self.node_of_cpu(cache, pin.id())),
+            NodePolicy::Preferred(id) => Some(cache.node(id)),
+            _ => None,
+        };
+        if let Some(asked) = asked {
+            asked.served_by(node.id, slab.objects());
         }
         let busy = self.head(cache, &pin).and_then(Head::enter);
         let depot = match &busy {

@@ -420,12 +420,10 @@ impl<P: Platform> SlabSystem<P> {
             core::mem::replace(&mut depot.waiting, ptr::null_mut())
         };
         if let Some(array) = NonNull::new(waiting) {
-            // SAFETY: the array left the depot and is this call's; its first `len` slots hold objects; the flag is set, or the caller is alone
-            // with the cache.
+            // SAFETY: the array left the depot and is this call's; the flag is set, or the caller is alone with the cache.
             unsafe {
-                let n = array.as_ref().len();
+                let n = self.flush_array(cache, array);
                 cache.direct_frees.fetch_add(n as u64, Ordering::Relaxed);
-                self.flush(cache, Array::slots(waiting), n);
                 self.free_array(array);
             }
         }

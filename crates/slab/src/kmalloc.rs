@@ -267,18 +267,21 @@ impl<P: Platform> SlabSystem<P> {
             return self.kmalloc(size, flags);
         }
         let (size, align) = (size.max(1), Self::natural(size));
-        let request = flags.request().node(node);
         let served = match Self::class_for(size, align).filter(|_| !flags.limited()) {
             Some(class) => {
                 let cache = self.class(class).ok_or(AllocError::NotInitialised)?;
-                let served = self.alloc_on(cache, &request);
+                let request = flags.request().node(self.depot_policy(node));
+                let served = match request.node {
+                    NodePolicy::Local => self.alloc_object(cache, &request),
+                    _ => self.alloc_slow(cache, &request),
+                };
                 // Not in a closure, which would be the caller that `Owner` remembers.
                 if let Ok(object) = served {
                     self.hand_out(class, object, size, flags);
                 }
                 served
             }
-            None => self.alloc_large(size, align, &request),
+            None => self.alloc_large(size, align, &flags.request().node(node)),
         };
         served.map_err(|error| self.tell_refused(size, error, flags))
     }

@@ -30,6 +30,7 @@ mod node;
 mod own;
 mod owners;
 mod pages;
+mod pending;
 mod picture;
 mod platform;
 mod policy;
@@ -69,6 +70,7 @@ pub mod model {
     pub use crate::array::{Array, ArrayStack};
     pub use crate::depot::Depot;
     pub use crate::head::{Busy, Head};
-    pub use crate::slab::{Pending, Slab};
+    pub use crate::pending::Pending;
+    pub use crate::slab::Slab;
     pub use crate::users::Users;
 }

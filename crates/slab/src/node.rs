@@ -26,23 +26,22 @@
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::{AtomicPtr, LocalU32, Ordering};
-use kmem_hal::{
-    AllocError, Cpu, CpuId, FrameRequest, FrameSource, Lock, NodeId, NodePolicy, RawLock,
-};
+use kmem_hal::{Cpu, CpuId, FrameSource, Lock, NodeId, NodePolicy, RawLock};
 
 use crate::array::{Array, Slot};
 use crate::depot::Depot;
 use crate::geometry::Geometry;
 use crate::head::{Busy, COLUMNS};
+use crate::pending::Pending;
 use crate::platform::Platform;
 use crate::raw::RawCache;
-use crate::slab::Pending;
 use crate::system::SlabSystem;
 
 /// The most nodes that have depots of their own: a descriptor keeps the number in a byte. Memory and CPUs of nodes beyond count as the first's.
 const MAX_NODES: u16 = 256;
 
-/// How many objects or arrays are borrowed from other nodes before the page source is asked for memory of this one again.
+/// How many arrays are borrowed from other nodes before the page source is asked for memory of this one again. One by one, as many objects are
+/// borrowed as the slab has that it gave instead: no more slabs than the objects fill.
 const BORROWS: u32 = 16;
 
 /// What a node has of a cache.
@@ -57,7 +56,7 @@ pub struct CacheNode<L> {
     pub held: LocalU32,
     /// Objects that the depot may hold now: grows while the cache streams, shrinks while it does not.
     pub limit: LocalU32,
-    /// The page source last answered this node's CPUs from another: so many borrows are left before it is asked again.
+    /// The page source last answered this node's CPUs from another: what is left to be borrowed before it is asked again.
     borrows: LocalU32,
 }
 
@@ -99,15 +98,16 @@ impl<L: RawLock> CacheNode<L> {
         self.limit.set(wanted.max(least));
     }
 
-    /// A new slab for a CPU of this node, or for a call that prefers it, came from `node`.
-    pub fn served_by(&self, node: NodeId) {
-        self.borrows.set(if node == self.id { 0 } else { BORROWS });
+    /// A new slab of so many objects for a CPU of this node, or for a call that prefers it, came from `node`.
+    pub fn served_by(&self, node: NodeId, objects: usize) {
+        let away = BORROWS.max(objects as u32);
+        self.borrows.set(if node == self.id { 0 } else { away });
     }
 
-    /// Whether other nodes' objects come before a new slab now; counts down.
-    fn borrows(&self) -> bool {
+    /// Whether other nodes' objects come before a new slab now; counts down by `cost`.
+    fn borrows(&self, cost: u32) -> bool {
         let left = self.borrows.get();
-        self.borrows.set(left.saturating_sub(1));
+        self.borrows.set(left.saturating_sub(cost));
         left > 0
     }
 }
@@ -180,75 +180,59 @@ impl<P: Platform> SlabSystem<P> {
         self.node_of_cpu(cache, pin.id())
     }
 
-    /// An object from the memory of the node or nodes that the request names, past this CPU's arrays.
-    ///
-    /// A node without a depot of its own that is preferred says nothing of where objects lie: as [`NodePolicy::Local`].
-    #[cold]
-    pub(crate) fn alloc_on(
-        &self,
-        cache: &RawCache<P::Lock>,
-        request: &FrameRequest,
-    ) -> Result<NonNull<u8>, AllocError> {
-        let (node, strict) = match request.node {
-            NodePolicy::Local => return self.alloc_object(cache, request),
-            NodePolicy::Preferred(node) => (node, false),
-            NodePolicy::Strict(node) => (node, true),
+    /// The node of a request for an object, where it names one that has a depot: [`NodePolicy::Interleave`] names each in turn. One that is preferred
+    /// and has none says nothing of where objects lie: as [`NodePolicy::Local`].
+    pub(crate) fn depot_policy(&self, node: NodePolicy) -> NodePolicy {
+        let nodes = self.nodes();
+        match node {
             NodePolicy::Interleave => {
                 let turn = self.turns.fetch_add(1, Ordering::Relaxed);
-                (NodeId::new((turn % u64::from(cache.nodes)) as u16), false)
+                NodePolicy::Preferred(NodeId::new((turn % u64::from(nodes)) as u16))
             }
-        };
-        let policy = if strict {
-            request.node
-        } else {
-            NodePolicy::Preferred(node)
-        };
-        let request = request.node(policy);
-        let known = node.get() < cache.nodes;
-        let local = FrameRequest {
-            node: NodePolicy::Local,
-            ..request
-        };
-        if !strict && !known {
-            return self.alloc_object(cache, &local);
+            NodePolicy::Preferred(id) if id.get() >= nodes => NodePolicy::Local,
+            named => named,
         }
-        let from = |node| self.alloc_from_depot(cache, node);
-        let held = || known.then(|| from(cache.node(node)))?;
-        if let Some(object) = held() {
-            return Ok(object);
-        }
-        if !strict
-            && cache.node(node).borrows()
-            && let Some(object) = self.borrow_by_distance(cache, cache.node(node), from)
-        {
-            return Ok(object);
-        }
-        match self.grow(cache, &request) {
-            Err(_) if strict && self.shrink_for(request.context) > 0 => match held() {
-                Some(object) => Ok(object),
-                None => self.grow(cache, &request),
-            },
-            Err(_) if !strict => self.alloc_object(cache, &local),
-            served => served,
-        }
-        .inspect_err(|_| {
-            if strict {
-                cache.failures.fetch_add(1, Ordering::Relaxed);
-            }
-        })
     }
 
-    /// An object that another node has, where memory of the calling CPU's node was not to be had lately, or `now` is.
+    /// An object that another node has than the one that a request is for, where memory of that was not to be had lately, or `now` is.
     #[inline]
-    pub(crate) fn borrow(&self, cache: &RawCache<P::Lock>, now: bool) -> Option<NonNull<u8>> {
-        if cache.nodes == 1 {
+    pub(crate) fn borrow(
+        &self,
+        cache: &RawCache<P::Lock>,
+        node: NodePolicy,
+        now: bool,
+    ) -> Option<NonNull<u8>> {
+        if cache.nodes == 1 && node == NodePolicy::Local {
             return None;
         }
-        let home = self.node_here(cache);
-        if !(now || home.borrows()) {
-            return None;
+        match node {
+            NodePolicy::Strict(_) => None,
+            NodePolicy::Preferred(id) => self.borrow_past_arrays(cache, cache.node(id), now),
+            _ => {
+                let home = self.node_here(cache);
+                // An array of objects for each: as many as a slab has would be borrowed for too long.
+                let cost = cache.geometry().objects().div_ceil(BORROWS as usize);
+                (now || home.borrows(cost as u32)).then(|| {
+                    self.borrow_by_distance(cache, home, |node| self.alloc_from(cache, node))
+                })?
+            }
         }
-        self.borrow_by_distance(cache, home, |node| self.alloc_from(cache, node))
+    }
+
+    /// As [`borrow`](Self::borrow) for a node that is preferred; in need, what this CPU's arrays hold is as good as any.
+    fn borrow_past_arrays(
+        &self,
+        cache: &RawCache<P::Lock>,
+        home: &CacheNode<P::Lock>,
+        now: bool,
+    ) -> Option<NonNull<u8>> {
+        // SAFETY: the row of a cache of this system.
+        if now && let Some(object) = unsafe { self.pop_local(cache.row, cache.column) } {
+            return Some(object);
+        }
+        (now || home.borrows(1)).then(|| {
+            self.borrow_by_distance(cache, home, |node| self.alloc_from_depot(cache, node))
+        })?
     }
 
     /// What `take` gets from the nearest other node than `home` that has an object.
@@ -330,14 +314,19 @@ impl<P: Platform> SlabSystem<P> {
 }
 
 /// `own` where at least half of the nodes are, else the first that is not.
-fn node_of_most(nodes: impl Iterator<Item = NodeId> + Clone, own: NodeId) -> NodeId {
-    let (all, ours) = nodes.clone().fold((0, 0), |(all, ours), node| {
-        (all + 1, ours + usize::from(node == own))
-    });
-    if ours * 2 >= all {
-        return own;
+fn node_of_most(nodes: impl Iterator<Item = NodeId>, own: NodeId) -> NodeId {
+    let (mut ours, mut others, mut first) = (0, 0, own);
+    for node in nodes {
+        if node == own {
+            ours += 1;
+        } else {
+            if others == 0 {
+                first = node;
+            }
+            others += 1;
+        }
     }
-    nodes.into_iter().find(|&node| node != own).unwrap_or(own)
+    if ours >= others { own } else { first }
 }
 
 /// The node itself where it has a depot of its own, else the first.

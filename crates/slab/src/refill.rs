@@ -16,7 +16,7 @@
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{AllocError, Cpu, FrameRequest, LockGuard};
+use kmem_hal::{AllocError, Cpu, FrameRequest, LockGuard, NodePolicy};
 
 use crate::array::{Array, Slot, larger, smaller};
 use crate::depot::Depot;
@@ -36,7 +36,7 @@ const VISITS: usize = 16;
 const GROW_AFTER: u32 = 8;
 
 impl<P: Platform> SlabSystem<P> {
-    /// An object of `cache`, when the loaded array had none.
+    /// An object of `cache`, when the loaded array had none, or where the request names a node.
     #[cold]
     #[inline(never)]
     pub(crate) fn alloc_slow(
@@ -44,17 +44,18 @@ impl<P: Platform> SlabSystem<P> {
         cache: &RawCache<P::Lock>,
         request: &FrameRequest,
     ) -> Result<NonNull<u8>, AllocError> {
-        if let Some(object) = self.alloc_cached(cache) {
+        let node = request.node;
+        if let Some(object) = self.alloc_held(cache, node) {
             return Ok(object);
         }
-        if let Some(object) = self.borrow(cache, false) {
+        if let Some(object) = self.borrow(cache, node, false) {
             return Ok(object);
         }
         let refused = match self.grow(cache, request) {
             Ok(object) => return Ok(object),
             Err(refused) => refused,
         };
-        if let Some(object) = self.borrow(cache, true) {
+        if let Some(object) = self.borrow(cache, node, true) {
             return Ok(object);
         }
         // Memory is short: what other caches hold in empty slabs and depots may serve, here or to the page source.
@@ -63,11 +64,25 @@ impl<P: Platform> SlabSystem<P> {
         {
             return Ok(object);
         }
-        // Objects of this very cache may have come back meanwhile.
-        self.alloc_cached(cache).ok_or_else(|| {
-            cache.failures.fetch_add(1, Ordering::Relaxed);
-            refused
-        })
+        // Objects of this very cache may have come back meanwhile, to whichever node they are of.
+        self.alloc_held(cache, node)
+            .or_else(|| self.borrow(cache, node, true))
+            .ok_or_else(|| {
+                cache.failures.fetch_add(1, Ordering::Relaxed);
+                refused
+            })
+    }
+
+    /// An object that is there already of the node that a request is for: past the CPU's arrays where it names one.
+    #[inline]
+    fn alloc_held(&self, cache: &RawCache<P::Lock>, node: NodePolicy) -> Option<NonNull<u8>> {
+        match node {
+            NodePolicy::Preferred(id) | NodePolicy::Strict(id) if id.get() < cache.nodes => {
+                self.alloc_from_depot(cache, cache.node(id))
+            }
+            NodePolicy::Strict(_) => None,
+            _ => self.alloc_cached(cache),
+        }
     }
 
     /// An object that the cache holds already, on this CPU or its node.

@@ -11,7 +11,6 @@ use kmem_hal::{
     AllocError, Context, Cpu, CpuId, FrameRequest, NodeId, Pressure, PressureLevel, Shrink,
 };
 
-use crate::array::Array;
 use crate::grow::retire;
 use crate::head::Head;
 use crate::node::CacheNode;
@@ -123,12 +122,9 @@ impl<P: Platform> SlabSystem<P> {
                 taken
             };
             let Some(array) = taken else { return };
-            // SAFETY: the array left the depot and belongs to this call; its first `len` slots hold objects; the busy flag is set, or
-            // the caller is alone with the cache.
+            // SAFETY: the array left the depot and belongs to this call; the busy flag is set, or the caller is alone with the cache.
             unsafe {
-                let n = array.as_ref().len();
-                array.as_ref().set_len(0);
-                self.flush(cache, Array::slots(array.as_ptr()), n);
+                self.flush_array(cache, array);
                 self.drop_array(cache, node, array);
             }
         }

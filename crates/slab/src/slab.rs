@@ -31,7 +31,7 @@
 
 use kmem_hal::NodeId;
 use kmem_hal::sync::{
-    AtomicBool, AtomicPtr, AtomicU64, LocalPtr, LocalU8, LocalU16, LocalU64, Ordering, fence,
+    AtomicBool, AtomicU64, LocalPtr, LocalU8, LocalU16, LocalU64, Ordering, fence,
 };
 
 /// Words of free bits in a descriptor.
@@ -95,7 +95,7 @@ pub struct Slab {
     pub(crate) previous: LocalPtr<Slab>,
     /// The next of all descriptors of the cache; never changes after the descriptor was published.
     pub(crate) all_next: LocalPtr<Slab>,
-    pending_next: LocalPtr<Slab>,
+    pub(crate) pending_next: LocalPtr<Slab>,
     objects: LocalU16,
     free: LocalU16,
     /// Up to 16 the pages, above it 16 and the order of the block.
@@ -103,7 +103,7 @@ pub struct Slab {
     /// Never changes.
     node: LocalU8,
     pub(crate) bucket: LocalU8,
-    pending: AtomicBool,
+    pub(crate) pending: AtomicBool,
 }
 
 #[cfg(all(target_pointer_width = "64", not(any(loom, shuttle))))]
@@ -409,67 +409,6 @@ fn lowest(bits: u64, count: usize) -> u64 {
         rest &= rest - 1;
     }
     bits & !rest
-}
-
-/// Slabs into which something was freed without the depot's lock: a stack that is pushed to by anybody
-/// and taken whole by the lock's holder, so that no ABA problem exists.
-///
-/// Invariant `P1`: a slab is on the stack at most once: its flag is set by the pusher before and cleared by the taker
-/// **before** it looks at the bits, so that a later free pushes it again.
-#[derive(Debug)]
-pub struct Pending {
-    head: AtomicPtr<Slab>,
-}
-
-impl Pending {
-    kmem_hal::const_new! {
-        /// An empty stack.
-        pub fn new() -> Self {
-            Self { head: AtomicPtr::new(core::ptr::null_mut()) }
-        }
-    }
-
-    /// Puts the slab on the stack unless it is there.
-    pub fn push(&self, slab: &Slab) {
-        if slab.pending.swap(true, Ordering::AcqRel) {
-            return;
-        }
-        let pointer = core::ptr::from_ref(slab).cast_mut();
-        let mut head = self.head.load(Ordering::Relaxed);
-        loop {
-            slab.pending_next.set(head);
-            match self
-                .head
-                .compare_exchange(head, pointer, Ordering::Release, Ordering::Relaxed)
-            {
-                Ok(_) => return,
-                Err(found) => head = found,
-            }
-        }
-    }
-
-    /// Whether something may be on the stack.
-    #[inline]
-    pub fn any(&self) -> bool {
-        !self.head.load(Ordering::Relaxed).is_null()
-    }
-
-    /// Takes the whole stack and hands over each slab, its flag cleared. Under the depot's lock.
-    pub fn take(&self, mut each: impl FnMut(&Slab)) {
-        let mut at = self.head.swap(core::ptr::null_mut(), Ordering::Acquire);
-        // SAFETY: descriptors of a cache are type-stable (I4), and this call alone holds this chain (P1).
-        while let Some(slab) = unsafe { at.as_ref() } {
-            at = slab.pending_next.get();
-            slab.pending.swap(false, Ordering::AcqRel);
-            each(slab);
-        }
-    }
-}
-
-impl Default for Pending {
-    fn default() -> Self {
-        Self::new()
-    }
 }
 
 #[cfg(all(test, not(any(loom, shuttle))))]

@@ -4,147 +4,14 @@
 mod common;
 
 use std::alloc::Layout;
-use std::marker::PhantomData;
 use std::ptr::NonNull;
-use std::sync::{Arc, Mutex};
 
-use common::{Arena, TestParts, parts, run_as};
-use kmem_hal::{AllocError, FrameTable, LargeSource, NodeId, NodePolicy, OffsetMap, Spin};
+use common::hardened::World;
+use common::run_as;
+use kmem_hal::{FrameRequest, FrameSink, FrameSource};
 use kmem_slab::{
-    Cache, Check, Flags, Guard, Misuse, Owner, OwnerCount, Plain, Platform, Poison, Policy,
-    Quarantine, Redzone, ReuseCache, Shuffle, SlabSystem,
+    Cache, Check, Flags, Guard, Misuse, Owner, Plain, Poison, Policy, Quarantine, Redzone, Shuffle,
 };
-
-/// The parts of the other tests with a policy, a log of what was reported, and a source of pages for guarded objects.
-struct Hardened<H> {
-    parts: TestParts,
-    log: Arc<Mutex<Vec<Misuse>>>,
-    refused: Arc<Mutex<Vec<usize>>>,
-    large: Pages,
-    policy: PhantomData<fn() -> H>,
-}
-
-/// Pages of the host's heap, as a large source.
-struct Pages(Mutex<Vec<usize>>);
-
-// SAFETY: V1 to V3: the host's heap gives each page once.
-unsafe impl LargeSource for Pages {
-    fn in_any_context(&self) -> bool {
-        true
-    }
-    fn alloc_large(&self, size: usize, _align: usize) -> Result<NonNull<u8>, AllocError> {
-        if size > 4096 {
-            return Err(AllocError::OutOfMemory);
-        }
-        // SAFETY: the layout is not empty.
-        let page = unsafe { std::alloc::alloc(Layout::from_size_align(4096, 4096).unwrap()) };
-        self.0.lock().unwrap().push(page.expose_provenance());
-        NonNull::new(page).ok_or(AllocError::OutOfMemory)
-    }
-    unsafe fn free_large(&self, memory: NonNull<u8>) {
-        let mut pages = self.0.lock().unwrap();
-        let at = pages
-            .iter()
-            .position(|&page| page == memory.as_ptr().addr());
-        pages.swap_remove(at.expect("a page that was given"));
-        // SAFETY: from `alloc_large`, and only once.
-        unsafe {
-            std::alloc::dealloc(
-                memory.as_ptr(),
-                Layout::from_size_align(4096, 4096).unwrap(),
-            )
-        };
-    }
-    fn contains(&self, address: *const u8) -> bool {
-        self.0.lock().unwrap().contains(&(address.addr() & !4095))
-    }
-    fn size_of(&self, memory: NonNull<u8>) -> Option<usize> {
-        self.0
-            .lock()
-            .unwrap()
-            .contains(&memory.as_ptr().addr())
-            .then_some(4096)
-    }
-}
-
-// SAFETY: S1 to S3: those of the parts.
-unsafe impl<H: Policy> Platform for Hardened<H> {
-    type Frames = &'static Arena;
-    type Map = OffsetMap;
-    type Cpu = common::ThreadCpu;
-    type Lock = Spin;
-    type Large = Pages;
-    type Policy = H;
-
-    fn frames(&self) -> &&'static Arena {
-        self.parts.frames()
-    }
-    fn map(&self) -> &OffsetMap {
-        self.parts.map()
-    }
-    fn table(&self) -> &FrameTable {
-        self.parts.table()
-    }
-    fn cpu(&self) -> &common::ThreadCpu {
-        self.parts.cpu()
-    }
-    fn large(&self) -> &Pages {
-        &self.large
-    }
-    fn refused(&self, bytes: usize, error: AllocError) {
-        assert_eq!(error, AllocError::OutOfMemory);
-        self.refused.lock().unwrap().push(bytes);
-    }
-    fn misuse(&self, misuse: &Misuse) {
-        self.log.lock().unwrap().push(*misuse);
-    }
-}
-
-struct World<H: Policy> {
-    arena: &'static Arena,
-    system: SlabSystem<Hardened<H>>,
-    log: Arc<Mutex<Vec<Misuse>>>,
-    refused: Arc<Mutex<Vec<usize>>>,
-}
-
-impl<H: Policy> World<H> {
-    fn new() -> Self {
-        run_as(0);
-        let (arena, log, refused) = (Arena::new(2048), Arc::default(), Arc::default());
-        let system = SlabSystem::new();
-        system
-            .init(Hardened {
-                parts: parts(arena, 2),
-                log: Arc::clone(&log),
-                refused: Arc::clone(&refused),
-                large: Pages(Mutex::default()),
-                policy: PhantomData,
-            })
-            .unwrap();
-        Self {
-            arena,
-            system,
-            log,
-            refused,
-        }
-    }
-
-    fn take(&self, size: usize) -> NonNull<u8> {
-        self.system.kmalloc(size, Flags::empty()).unwrap()
-    }
-
-    /// What was reported since the last look.
-    fn seen(&self) -> Vec<Misuse> {
-        std::mem::take(&mut self.log.lock().unwrap())
-    }
-
-    fn end(mut self) {
-        assert_eq!(self.seen(), []);
-        self.system.teardown().unwrap();
-        assert_eq!(self.arena.used(), 0);
-        self.arena.check_slots();
-    }
-}
 
 #[test]
 fn check_finds_a_double_free_at_the_call_and_goes_on() {
@@ -333,8 +200,6 @@ fn poison_shows_in_what_is_not_initialised() {
 
 #[test]
 fn quarantine_ends_with_its_cache_on_a_cpu_without_memory_for_a_head() {
-    use kmem_hal::{FrameRequest, FrameSink, FrameSource};
-
     let world: World<Quarantine<8>> = World::new();
     let cache: Cache<'_, [u64; 9], _> = Cache::new(&world.system, "waiting");
     drop(cache.alloc([1; 9]).unwrap());
@@ -347,6 +212,29 @@ fn quarantine_ends_with_its_cache_on_a_cpu_without_memory_for_a_head() {
     for frame in frames {
         FrameSink::free(world.arena, frame);
     }
+    world.end();
+}
+
+#[test]
+fn what_waits_in_quarantine_serves_another_node_before_it_is_refused() {
+    let world: World<Quarantine<8>> = World::with_nodes(2);
+    let near = [world.take(64), world.take(64)];
+    run_as(1);
+    let take = || world.system.kmalloc(64, Flags::NO_WARN).ok();
+    let mut held: Vec<_> = std::iter::from_fn(take).collect();
+    let far = near[0];
+    let from = held.iter().position(|&object| object == far);
+    assert_eq!((from, take()), (None, None));
+    // SAFETY: a live allocation.
+    unsafe { world.system.kfree(far.as_ptr()) };
+    // It waits at the first node, whose slab it goes back to.
+    assert_eq!(take(), Some(far));
+    held.extend(near);
+    for object in held {
+        // SAFETY: live allocations.
+        unsafe { world.system.kfree(object.as_ptr()) };
+    }
+    run_as(0);
     world.end();
 }
 
@@ -417,61 +305,6 @@ fn shuffle_gives_addresses_out_of_order() {
 }
 
 #[test]
-fn owner_tells_which_line_leaked() {
-    let mut world: World<Owner> = World::new();
-    let line = line!() + 1;
-    let leaked = world.system.kmalloc(100, Flags::empty()).unwrap();
-    let other = world.take(100);
-    // SAFETY: a live allocation.
-    unsafe { world.system.kfree(other.as_ptr()) };
-    let mut owned = Vec::new();
-    world.system.owners(|object| owned.push(*object));
-    let [object] = owned[..] else {
-        panic!("{owned:?}")
-    };
-    assert_eq!((object.cache, object.size), ("kmalloc-128", 100));
-    assert_eq!(object.address, leaked.as_ptr().addr());
-    let place = object.place.unwrap();
-    assert_eq!((place.file(), place.line()), (file!(), line));
-    assert!(object.to_string().contains("policies.rs"), "{object}");
-    let refused = world.system.teardown().unwrap_err();
-    assert_eq!((refused.cache, refused.objects), ("kmalloc-128", 1));
-    // SAFETY: the allocation is still there.
-    unsafe { world.system.kfree(leaked.as_ptr()) };
-    world.end();
-}
-
-#[test]
-fn owner_counts_objects_by_line() {
-    let mut world: World<Owner> = World::new();
-    let many: Vec<_> = (0..10).map(|_| world.take(100)).collect();
-    let line = line!() + 1;
-    let one = world.system.kmalloc(5000, Flags::empty()).unwrap();
-    let mut table = [OwnerCount::NONE; 4];
-    let (counts, others) = world.system.owner_counts(&mut table);
-    assert_eq!((counts.len(), others), (2, 0));
-    // Most bytes first.
-    assert_eq!((counts[0].objects, counts[0].bytes), (1, 5000));
-    assert_eq!(counts[0].place.unwrap().line(), line);
-    assert_eq!((counts[1].cache, counts[1].objects), ("kmalloc-128", 10));
-    assert_eq!(counts[1].bytes, 1000);
-    assert!(
-        counts[1]
-            .to_string()
-            .contains("10 objects, 1000 bytes from")
-    );
-    // A table that is too small says so.
-    let mut small = [OwnerCount::NONE; 1];
-    let (counts, others) = world.system.owner_counts(&mut small);
-    assert_eq!(counts[0].objects + others, 11);
-    for object in many.into_iter().chain([one]) {
-        // SAFETY: live allocations.
-        unsafe { world.system.kfree(object.as_ptr()) };
-    }
-    world.end();
-}
-
-#[test]
 fn refusals_are_told_unless_the_caller_asks_for_silence() {
     let world: World<Plain> = World::new();
     let mut held = Vec::new();
@@ -492,91 +325,6 @@ fn refusals_are_told_unless_the_caller_asks_for_silence() {
         // SAFETY: live allocations.
         unsafe { world.system.kfree(object.as_ptr()) };
     }
-    world.end();
-}
-
-#[test]
-fn owner_tells_the_callers_line_whatever_the_call() {
-    let mut world: World<Owner> = World::new();
-    let layout = Layout::from_size_align(100, 8).unwrap();
-    let here = NodePolicy::Preferred(NodeId::new(0));
-    let system = &world.system;
-    let line = line!() + 4;
-    // SAFETY: memory of this system and its layout, which is given up; null allocates.
-    let objects = unsafe {
-        [
-            system
-                .kmalloc_node(100, Flags::empty(), here)
-                .unwrap()
-                .as_ptr(),
-            system
-                .krealloc(std::ptr::null_mut(), 100, Flags::empty())
-                .unwrap()
-                .as_ptr(),
-            system.alloc(layout),
-            system.alloc_zeroed(layout),
-            system.realloc(std::ptr::dangling_mut(), Layout::new::<()>(), 100),
-        ]
-    };
-    let mut lines = Vec::new();
-    world.system.owners(|object| {
-        let place = object.place.unwrap();
-        assert_eq!(place.file(), file!());
-        lines.push(place.line());
-    });
-    lines.sort_unstable();
-    assert!(
-        lines.iter().all(|at| (line..line + 15).contains(at)),
-        "{lines:?}"
-    );
-    lines.dedup();
-    assert_eq!(lines.len(), objects.len());
-    for object in objects {
-        // SAFETY: allocated above.
-        unsafe { world.system.kfree(object) };
-    }
-    world.end();
-}
-
-#[test]
-fn owner_tells_the_line_of_a_built_object() {
-    let world: World<Owner> = World::new();
-    {
-        let cache = ReuseCache::new(&world.system, "built", || 5u64, |_| {});
-        let line = line!() + 1;
-        let object = cache.alloc().unwrap();
-        // SAFETY: nobody else uses the system.
-        unsafe {
-            world.system.owners_shared(|owned| {
-                assert_eq!(
-                    owned.place.map(|at| (at.file(), at.line())),
-                    Some((file!(), line))
-                );
-            });
-        }
-        drop(object);
-    }
-    world.end();
-}
-
-#[test]
-fn owner_tells_the_line_of_a_box() {
-    let mut world: World<Plain> = World::new();
-    {
-        let cache: Cache<'_, u64, _, false, Owner> = Cache::new(&world.system, "owned");
-        let line = line!() + 1;
-        let boxed = cache.alloc(5).unwrap();
-        let mut owned = Vec::new();
-        // SAFETY: nobody else uses the system.
-        unsafe { world.system.owners_shared(|object| owned.push(*object)) };
-        assert_eq!(owned.len(), 1);
-        assert_eq!((owned[0].cache, owned[0].size), ("owned", 8));
-        assert_eq!(owned[0].place.unwrap().line(), line);
-        drop(boxed);
-    }
-    let mut owned = 0;
-    world.system.owners(|_| owned += 1);
-    assert_eq!(owned, 0);
     world.end();
 }
 

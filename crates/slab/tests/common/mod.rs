@@ -1,6 +1,7 @@
 //! An arena of host memory as physical frames, with a count, a failure injector and hooks.
 #![allow(dead_code)]
 
+pub mod hardened;
 pub mod world;
 
 use std::alloc::{Layout, alloc_zeroed};
