@@ -9,15 +9,15 @@
 
 use core::ptr::NonNull;
 
-use kmem_hal::sync::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, CachePadded, LocalBool, Ordering};
+use kmem_hal::sync::{AtomicPtr, AtomicU8, AtomicU32, AtomicU64, LocalBool, Ordering};
 use kmem_hal::{CpuId, FrameRange, Lock, Mobility, NodeId, PAGE_SIZE, PhysMap, RawLock};
 
 use crate::boot::{BootMap, EarlyAllocator};
-use crate::carve::{Carver, room};
+use crate::carve::{Carving, room, tight};
 use crate::config::Config;
 use crate::cpu_cache::{CpuArea, ZoneCache};
 use crate::error::InitError;
-use crate::plan::{ZonePlan, for_each_run, plan, zone_plans};
+use crate::plan::{ZonePlan, area_room, for_each_run, plan, zone_plans};
 use crate::reserved::{Reserved, ReservedRun, ReservedSlot};
 use crate::state::{State, cut, nearest};
 use crate::zone::Zone;
@@ -40,23 +40,23 @@ pub(crate) unsafe fn build_area<L: RawLock + 'static>(
     zones: &[Zone<L>],
     list: &[u16],
 ) -> Option<NonNull<CpuArea>> {
-    let mut carver = Carver {
-        next: memory,
-        left: bytes,
-    };
-    carve_area(&mut carver, node, bare, zones, list)
+    // SAFETY: the caller's promise.
+    let mut carving = unsafe { Carving::new(memory, bytes as u64) };
+    carve_area(&mut carving, node, bare, zones, list)
 }
 
 fn carve_area<L: RawLock + 'static>(
-    carver: &mut Carver,
+    carving: &mut Carving,
     node: NodeId,
     bare: Option<&'static LocalBool>,
     zones: &[Zone<L>],
     list: &[u16],
 ) -> Option<NonNull<CpuArea>> {
+    let mut block = carving.block(area_room(zones.len()));
+    let mut place = block.block(tight::<CpuArea>(1));
     // SAFETY: `ZoneCache::build` writes all of it.
     let caches: &'static [ZoneCache] = unsafe {
-        carver.places(zones.len(), |place, zone| {
+        block.places(zones.len(), |place, zone| {
             ZoneCache::build(place, zones[zone].start);
         })
     };
@@ -72,10 +72,10 @@ fn carve_area<L: RawLock + 'static>(
             .find(|&zone| zones.get(zone).is_some_and(|zone| zone.kind <= highest))
             .and_then(|zone| caches.get(zone))
     });
-    let area = carver.slice(1, |_| {
-        CachePadded::new(CpuArea::new(u32::from(node.get()), bare, caches, first))
+    let area = place.slice(1, |_| {
+        CpuArea::new(u32::from(node.get()), bare, caches, first)
     });
-    area.first().map(|area| NonNull::from(&**area))
+    area.first().map(NonNull::from)
 }
 
 /// Carves and fills everything; the boot map has the memory as an early allocation afterwards.
@@ -101,50 +101,37 @@ pub(crate) unsafe fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
         .alloc(bytes, PAGE_SIZE)
         .map_err(failed)?;
     let next = NonNull::new(memory.to_ptr(piece)).ok_or(InitError::NoMemory)?;
-    let mut carver = Carver {
-        next,
-        left: bytes as usize,
-    };
+    // SAFETY: an early allocation of that many bytes, aligned to a page and in reach, that is given back by nobody.
+    let mut carving = unsafe { Carving::new(next, bytes) };
     let map = &*map;
 
     let mut index = 0;
     let mut specs = zone_plans(map, config, plan.nodes);
-    let zones: &'static [Zone<L>] = {
-        // The zones' own slice first, then what each of them holds; `slice` makes them one by one, so carve ahead.
-        let mut parts = Carver {
-            next: carver.next,
-            left: carver.left,
-        };
-        let zone_room = room::<Zone<L>>(plan.zones) as usize;
-        // SAFETY: the plan counted the zones' slice inside the piece.
-        parts.next = unsafe { parts.next.add(zone_room) };
-        parts.left -= zone_room;
-        let zones = carver.slice(plan.zones, |_| {
-            let spec = specs.next().unwrap_or(ZonePlan {
-                node: NodeId::ZERO,
-                kind: ZoneKind::Normal,
-                span: (0, 0),
-                present: 0,
-                segments: 0,
-                blocks: 0,
-            });
-            let zone = build_zone(
-                map,
-                memory.reach(),
-                config,
-                (&spec, plan.online),
-                index,
-                &mut parts,
-            );
-            index += 1;
-            zone
+    // The zones' own slice first, then what each of them holds.
+    let mut places = carving.block(room::<Zone<L>>(plan.zones));
+    let zones: &'static [Zone<L>] = places.slice(plan.zones, |_| {
+        let spec = specs.next().unwrap_or(ZonePlan {
+            node: NodeId::ZERO,
+            kind: ZoneKind::Normal,
+            span: (0, 0),
+            present: 0,
+            segments: 0,
+            blocks: 0,
         });
-        carver = parts;
-        zones
-    };
+        let zone = build_zone(
+            map,
+            memory.reach(),
+            config,
+            (&spec, plan.online),
+            index,
+            &mut carving,
+        );
+        index += 1;
+        zone
+    });
     drop(specs);
 
-    let segments = carver.slice(plan.segments, |_| Segment {
+    let segments = carving.slice(plan.segments, |_| Segment {
         first: u64::MAX,
         end: u64::MAX,
         zone: 0,
@@ -164,7 +151,8 @@ pub(crate) unsafe fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
     }
     segments.sort_unstable_by_key(|segment| segment.first);
 
-    let lists = carver.slice(plan.nodes * plan.zones, |_| 0u16);
+    let mut tables = carving.block(plan.tables);
+    let lists = tables.slice(plan.nodes * plan.zones, |_| 0u16);
     for (node, list) in lists.chunks_mut(plan.zones).enumerate() {
         for (at, entry) in list.iter_mut().enumerate() {
             *entry = at as u16;
@@ -181,24 +169,20 @@ pub(crate) unsafe fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
     }
 
     let areas: &'static [AtomicPtr<CpuArea>] =
-        carver.slice(plan.cpus, |_| AtomicPtr::new(core::ptr::null_mut()));
-    let bare: &'static [LocalBool] = carver.slice(plan.cpus, |_| LocalBool::new(false));
+        tables.slice(plan.cpus, |_| AtomicPtr::new(core::ptr::null_mut()));
+    let bare: &'static [LocalBool] = tables.slice(plan.cpus, |_| LocalBool::new(false));
     for (cpu, slot) in areas.iter().enumerate().take(plan.online) {
         let node = (config.cpu_node)(CpuId::new(cpu as u32));
         let node = nearest(plan.nodes, node, config.distance);
         let list = lists
             .get(node.index() * plan.zones..(node.index() + 1) * plan.zones)
             .unwrap_or(&[]);
-        if let Some(area) = carve_area(&mut carver, node, bare.get(cpu), zones, list) {
+        if let Some(area) = carve_area(&mut carving, node, bare.get(cpu), zones, list) {
             slot.store(area.as_ptr(), Ordering::Release);
         }
     }
 
-    let reserved = Reserved::new(carver.slice(plan.reserved, |_| ReservedSlot {
-        first: AtomicU64::new(0),
-        end: AtomicU64::new(0),
-        why: AtomicU8::new(0),
-    }));
+    let reserved = Reserved::new(tables.slice(plan.reserved, |_| ReservedSlot::new()));
     map.for_each_reserved(|range, why| {
         for (_, part) in cut(zones, range) {
             reserved.push(ReservedRun {
@@ -211,7 +195,7 @@ pub(crate) unsafe fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
 
     let state: &'static [State<L>] = {
         let mut reserved = Some(reserved);
-        carver.slice(1, |_| State {
+        carving.slice(1, |_| State {
             zones,
             segments,
             nodes: plan.nodes,
@@ -268,11 +252,11 @@ fn build_zone<const N: usize, L: RawLock + 'static>(
     config: &Config,
     (spec, cpus): (&ZonePlan, usize),
     index: u32,
-    carver: &mut Carver,
+    carving: &mut Carving,
 ) -> Zone<L> {
     let types: &'static [AtomicU8] =
-        carver.slice(spec.blocks, |_| AtomicU8::new(MigrateType::Movable as u8));
-    let segments = carver.slice(spec.segments, |_| Segment {
+        carving.slice(spec.blocks, |_| AtomicU8::new(MigrateType::Movable as u8));
+    let segments = carving.slice(spec.segments, |_| Segment {
         first: u64::MAX,
         end: u64::MAX,
         zone: index,
@@ -302,10 +286,10 @@ fn build_zone<const N: usize, L: RawLock + 'static>(
     });
     let core = Core {
         segments,
-        words: carver.slice(spec.blocks * WORDS, |_| 0),
-        summaries: carver.slice(spec.blocks, |_| 0),
+        words: carving.slice(spec.blocks * WORDS, |_| 0),
+        summaries: carving.slice(spec.blocks, |_| 0),
         types,
-        hints: carver.slice(Core::hint_words(spec.blocks), |_| 0),
+        hints: carving.slice(Core::hint_words(spec.blocks), |_| 0),
         shape: Shape::new(spec.blocks),
         present: [0; 3],
         stolen: 0,

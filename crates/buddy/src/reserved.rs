@@ -3,8 +3,8 @@
 //! Writers hold the lock of [`State::reserved_lock`](crate::state::State) and make `version` odd meanwhile; readers of single frames take no
 //! lock and look at the version before and after. A free looks here only where its page block is in part not the allocator's.
 
-use kmem_hal::FrameRange;
-use kmem_hal::sync::{AtomicU8, AtomicU64, Ordering, fence, spin_loop};
+use kmem_hal::sync::{AtomicU64, Ordering, fence, spin_loop};
+use kmem_hal::{Frame, FrameRange};
 
 use crate::boot::Reservation;
 
@@ -16,11 +16,39 @@ pub(crate) struct ReservedRun {
     pub why: Reservation,
 }
 
-/// A place of the reserved list; empty where `first == end`.
+/// A place of the reserved list; empty where a run's end is not above its first frame.
 pub(crate) struct ReservedSlot {
-    pub first: AtomicU64,
-    pub end: AtomicU64,
-    pub why: AtomicU8,
+    /// The first frame's number, and in the upper byte why.
+    first: AtomicU64,
+    end: AtomicU64,
+}
+
+const WHY: u32 = 56;
+// An end may be one beyond the last frame number.
+const _: () = assert!(Frame::LIMIT < 1 << WHY);
+
+impl ReservedSlot {
+    kmem_hal::const_new! {
+        /// An empty place.
+        pub fn new() -> Self {
+            Self { first: AtomicU64::new(0), end: AtomicU64::new(0) }
+        }
+    }
+
+    fn run(&self) -> ReservedRun {
+        let first = self.first.load(Ordering::Relaxed);
+        ReservedRun {
+            first: first & ((1 << WHY) - 1),
+            end: self.end.load(Ordering::Relaxed),
+            why: Reservation::from_byte((first >> WHY) as u8),
+        }
+    }
+
+    fn set(&self, run: ReservedRun) {
+        let first = run.first | (run.why as u64) << WHY;
+        self.first.store(first, Ordering::Relaxed);
+        self.end.store(run.end, Ordering::Relaxed);
+    }
 }
 
 /// The list: see the module.
@@ -42,14 +70,8 @@ impl Reserved {
     }
 
     pub fn iter(&self) -> impl Iterator<Item = ReservedRun> + '_ {
-        self.slots.iter().filter_map(|slot| {
-            let run = ReservedRun {
-                first: slot.first.load(Ordering::Relaxed),
-                end: slot.end.load(Ordering::Relaxed),
-                why: Reservation::from_byte(slot.why.load(Ordering::Relaxed)),
-            };
-            (run.first < run.end).then_some(run)
-        })
+        let runs = self.slots.iter().map(ReservedSlot::run);
+        runs.filter(|run| run.first < run.end)
     }
 
     /// The frames that had been mapped when memory was last taken over.
@@ -101,53 +123,32 @@ impl Reserved {
         self.reach_end.store(reach.end_number(), Ordering::Relaxed);
     }
 
-    fn set(slot: &ReservedSlot, run: ReservedRun) {
-        slot.why.store(run.why as u8, Ordering::Relaxed);
-        slot.first.store(run.first, Ordering::Relaxed);
-        slot.end.store(run.end, Ordering::Relaxed);
-    }
-
     /// Adds a run where the list has room.
     pub fn push(&self, run: ReservedRun) -> bool {
-        let free = self
-            .slots
-            .iter()
-            .find(|slot| slot.first.load(Ordering::Relaxed) >= slot.end.load(Ordering::Relaxed));
-        if let Some(slot) = free {
-            Self::set(slot, run);
-        }
-        free.is_some()
+        let is_empty = |slot: &&ReservedSlot| slot.run().first >= slot.run().end;
+        let free = self.slots.iter().find(is_empty);
+        free.inspect(|slot| slot.set(run)).is_some()
     }
 
     /// Takes `first..end` off the run that wholly contains it; `false` where none does or there is no room.
     pub fn remove(&self, first: u64, end: u64) -> bool {
-        let holder = self.slots.iter().find(|slot| {
-            slot.first.load(Ordering::Relaxed) <= first && end <= slot.end.load(Ordering::Relaxed)
-        });
+        let holds = |run: ReservedRun| run.first <= first && end <= run.end;
+        let holder = self.slots.iter().find(|slot| holds(slot.run()));
         let Some(slot) = holder.filter(|_| first < end) else {
             return false;
         };
-        let run = ReservedRun {
-            first: slot.first.load(Ordering::Relaxed),
-            end: slot.end.load(Ordering::Relaxed),
-            why: Reservation::from_byte(slot.why.load(Ordering::Relaxed)),
-        };
-        if run.first < first && end < run.end && !self.push(ReservedRun { first: end, ..run }) {
+        let run = slot.run();
+        let (below, above) = (
+            ReservedRun { end: first, ..run },
+            ReservedRun { first: end, ..run },
+        );
+        if run.first == first {
+            slot.set(above);
+        } else if run.end == end || self.push(above) {
+            slot.set(below);
+        } else {
             return false;
         }
-        let (low, high) = if run.first < first {
-            (run.first, first)
-        } else {
-            (end, run.end)
-        };
-        Self::set(
-            slot,
-            ReservedRun {
-                first: low,
-                end: high,
-                ..run
-            },
-        );
         true
     }
 }

@@ -12,8 +12,8 @@ use kmem_buddy::{
 };
 use kmem_hal::{
     AllocError, Cpu, CpuId, CpuSet, Frame, FrameRequest, FrameSink, FrameSource, NoCpuCall,
-    NoPressure, NodeId, NodePolicy, Order, PhysAddr, PhysMap, Pressure, PressureLevel, SingleCpu,
-    Spin,
+    NoPressure, NodeId, NodePolicy, Order, OwnedFrame, PhysAddr, PhysMap, Pressure, PressureLevel,
+    SingleCpu, Spin,
 };
 use proptest::prelude::*;
 
@@ -339,6 +339,37 @@ fn a_cpu_of_a_node_without_memory_between_others_is_near_to_what_it_is_given() {
         buddy.free(frame);
     }
     CURRENT.set(0);
+}
+
+/// A reserved run may lie across many nodes: no part of it is forgotten.
+#[test]
+fn a_reserved_run_across_many_nodes_comes_back_whole() {
+    const RUN: (u64, u64) = (16 * MIB, 240 * MIB);
+    let window = Window::new(256 * MIB, 256 * MIB);
+    let mut map = map(&[(0, 256 * MIB)]);
+    for part in 0..50u16 {
+        let base = PhysAddr::new(RUN.0 + u64::from(part) * 4 * MIB);
+        map.assign_node(base, MIB, NodeId::new(1 + part % 2))
+            .unwrap();
+    }
+    map.reserve(PhysAddr::new(RUN.0), RUN.1 - RUN.0, Reservation::Initrd)
+        .unwrap();
+    let buddy = machine(&window);
+    let config = Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .min_free_kib(0);
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    for first in (RUN.0 >> 12..RUN.1 >> 12).step_by(64) {
+        // SAFETY: the wrong free is what is tested.
+        let wrong = unsafe { OwnedFrame::from_raw(Frame::new(first).unwrap(), Order::ZERO) };
+        assert!(buddy.try_free(wrong).is_err(), "frame {first:#x}");
+    }
+    // SAFETY: nobody uses the simulated initrd.
+    let freed = unsafe { buddy.release(Reservation::Initrd) };
+    assert_eq!(freed, (RUN.1 - RUN.0) >> 12);
+    buddy.check().unwrap();
+    assert_eq!(buddy.recount().free, buddy.mem_info().total);
 }
 
 /// Notes of which nodes it was told that memory is short.

@@ -375,14 +375,6 @@ impl<const N: usize> BootMap<N> {
         self.reservations.remove(start, end, Reservation::Early)
     }
 
-    /// How many runs of reserved frames there can be at most: each piece, cut by each hole or zone's end in it.
-    pub(crate) fn reserved_runs(&self) -> usize {
-        let mut count = 0;
-        self.for_each_reserved(|_, _| count += 1);
-        // A run is cut at zones' and nodes' ends as well: at most once for each.
-        count + self.nodes.len() + 8
-    }
-
     /// Pieces of regions now.
     #[must_use]
     pub fn region_count(&self) -> usize {

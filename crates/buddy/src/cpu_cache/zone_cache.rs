@@ -99,7 +99,7 @@ struct Head {
 }
 
 /// The arrays of one CPU for one zone.
-#[repr(C, align(64))]
+#[repr(C)]
 pub(crate) struct ZoneCache {
     /// The zone's first frame number.
     pub start: u64,

@@ -8,8 +8,8 @@ use core::panic::Location;
 
 use kmem_hal::sync::{AtomicU8, Ordering};
 
-use super::table::{Carving, room};
 use super::{Watch, sealed};
+use crate::carve::{Carving, room};
 use crate::error::FreeError;
 
 /// No live block starts here.

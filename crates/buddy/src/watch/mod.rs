@@ -29,9 +29,9 @@ use core::panic::Location;
 
 use crate::error::FreeError;
 
+pub use crate::carve::Carving;
 pub use audit::Audit;
 pub use owner::{Owner, PageOwner};
-pub use table::Carving;
 pub use watched::WatchedBuddy;
 
 pub(crate) mod sealed {

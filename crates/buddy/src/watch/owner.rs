@@ -12,8 +12,8 @@ use core::panic::Location;
 
 use kmem_hal::sync::{AtomicPtr, AtomicU32, AtomicU64, Ordering};
 
-use super::table::{Carving, room};
 use super::{Watch, sealed};
+use crate::carve::{Carving, room};
 use crate::error::FreeError;
 
 /// Places in programs that are told apart.

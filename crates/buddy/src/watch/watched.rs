@@ -11,10 +11,11 @@ use kmem_hal::{
     Migrate, MigrateError, NoCpuCall, NoPressure, Order, OwnedFrame, PhysMap, Pressure, RawLock,
 };
 
-use super::table::{Carving, Run, Slot, Table, room};
+use super::table::{Run, Slot, Table};
 use super::{Owner, Watch};
 use crate::boot::{BootMap, EarlyAllocator};
 use crate::buddy::Buddy;
+use crate::carve::{Carving, LINE, room};
 use crate::claim::{ClaimError, CmaArea, Compacted};
 use crate::config::Config;
 use crate::error::{FreeError, InitError, PlaceError};
@@ -107,7 +108,7 @@ impl<M: PhysMap, C: Cpu, W: Watch, L: RawLock + 'static, K: CpuCall, P: Pressure
         let bytes = room::<Run>(runs) + room::<Table<W>>(1) + W::bytes(count);
         // SAFETY: X1, by contract.
         let base = unsafe { EarlyAllocator::new(map, self.buddy.memory()) }
-            .alloc(bytes, super::table::LINE)
+            .alloc(bytes, LINE)
             .map_err(|reason| InitError::Metadata { bytes, reason })?;
         let memory = NonNull::new(self.buddy.memory().to_ptr(base)).ok_or(InitError::NoMemory)?;
         // SAFETY: an early allocation of that many bytes and that alignment, in reach, given back only below.

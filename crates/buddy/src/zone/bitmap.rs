@@ -17,9 +17,9 @@ const LEVELS: usize = 5;
 /// Where the levels of a bitmap of `bits` bits start in its words, and how many words it takes.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shape {
-    starts: [usize; LEVELS],
-    levels: usize,
-    words: usize,
+    starts: [u32; LEVELS],
+    levels: u32,
+    words: u32,
 }
 
 impl Shape {
@@ -30,11 +30,11 @@ impl Shape {
             words: 0,
         };
         let mut rest = bits;
-        while shape.levels < LEVELS {
-            shape.starts[shape.levels] = shape.words;
+        while shape.levels < LEVELS as u32 {
+            shape.starts[shape.levels as usize] = shape.words;
             let words = rest.div_ceil(64);
             let words = if words == 0 { 1 } else { words };
-            shape.words += words;
+            shape.words += words as u32;
             shape.levels += 1;
             if words == 1 {
                 break;
@@ -46,15 +46,20 @@ impl Shape {
 
     /// Words of all levels together.
     pub const fn words(&self) -> usize {
-        self.words
+        self.words as usize
+    }
+
+    #[inline(always)]
+    const fn start(&self, level: usize) -> usize {
+        self.starts[level] as usize
     }
 }
 
 /// Sets bit `at`.
 #[inline]
 pub(crate) fn set(words: &mut [u64], shape: &Shape, mut at: usize) {
-    for level in 0..shape.levels {
-        let word = &mut words[shape.starts[level] + at / 64];
+    for level in 0..shape.levels as usize {
+        let word = &mut words[shape.start(level) + at / 64];
         let before = *word;
         *word = before | 1 << (at % 64);
         if before != 0 {
@@ -67,8 +72,8 @@ pub(crate) fn set(words: &mut [u64], shape: &Shape, mut at: usize) {
 /// Clears bit `at`; whether no bit is set any more.
 #[inline]
 pub(crate) fn clear(words: &mut [u64], shape: &Shape, mut at: usize) -> bool {
-    for level in 0..shape.levels {
-        let word = &mut words[shape.starts[level] + at / 64];
+    for level in 0..shape.levels as usize {
+        let word = &mut words[shape.start(level) + at / 64];
         *word &= !(1 << (at % 64));
         if *word != 0 {
             return false;
@@ -85,15 +90,15 @@ pub(crate) fn next(words: &[u64], shape: &Shape, from: usize) -> Option<usize> {
     let mut level = 0;
     // Up, until a word has a set bit at or after the place.
     let found = loop {
-        if level == shape.levels {
+        if level == shape.levels as usize {
             return None;
         }
-        let index = shape.starts[level] + at / 64;
+        let index = shape.start(level) + at / 64;
         let end = shape
             .starts
             .get(level + 1)
-            .filter(|_| level + 1 < shape.levels);
-        if index >= end.copied().unwrap_or(shape.words) {
+            .filter(|_| level + 1 < shape.levels as usize);
+        if index >= end.copied().unwrap_or(shape.words) as usize {
             return None;
         }
         let rest = words[index] & (!0 << (at % 64));
@@ -107,7 +112,7 @@ pub(crate) fn next(words: &[u64], shape: &Shape, from: usize) -> Option<usize> {
     let mut place = found;
     while level > 0 {
         level -= 1;
-        let word = words[shape.starts[level] + place];
+        let word = words[shape.start(level) + place];
         place = place * 64 + word.trailing_zeros() as usize;
     }
     Some(place)
