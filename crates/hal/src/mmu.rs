@@ -77,7 +77,8 @@ pub struct FlushRequest {
     pub scope: FlushScope,
     /// Whether the changed entries may be global (kernel half).
     pub global: bool,
-    /// Whether tables were freed: paging-structure caches must forget them, lazy CPUs included.
+    /// Whether tables were freed, or made where a CPU remembers absent entries: what is cached of entries above the leaves must go as well (on
+    /// RISC-V, an `SFENCE.VMA` without an address), on lazy CPUs too.
     pub tables_freed: bool,
 }
 

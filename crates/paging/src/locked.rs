@@ -146,8 +146,12 @@ impl<F: Format, E: Env, H: FrameHandle> LockedEntry<'_, F, E, H> {
         decode::<F>(self.page, 1, self.load())
     }
 
-    /// Gives a leaf rights that take nothing away from it, so that nobody has to be told, and marks it accessed, with `dirty` written to as
-    /// well; `false`, and nothing changes, where there is no leaf, it would lose something, or it would become global.
+    /// Gives a leaf rights that take nothing away from it, and marks it accessed, with `dirty` written to as well; `false`, and nothing changes,
+    /// where there is no leaf, it would lose something, or it would become global.
+    ///
+    /// On x86 nobody has to be told. Where a CPU may refuse for what it remembers (RISC-V, AArch64), every CPU is told before this returns.
+    ///
+    /// Context: in such formats waits for other CPUs, under the table's lock.
     #[doc(alias = "ptep_set_access_flags")]
     #[inline]
     pub fn relax(&mut self, rights: Rights, dirty: bool) -> bool {
@@ -157,12 +161,20 @@ impl<F: Format, E: Env, H: FrameHandle> LockedEntry<'_, F, E, H> {
                 return false;
             }
             let new = F::touched(1, word, rights, dirty);
-            if F::needs_flush(1, word, new) && !mutant!("locked-entry-takes-away") {
+            let told = F::needs_flush(1, word, new);
+            if told && loses::<F>(word, new) && !mutant!("locked-entry-takes-away") {
                 return false;
             }
             self.table.note_global(rights);
             match self.node.change::<Live>(self.index(), word, new) {
-                Ok(()) => return true,
+                Ok(()) => {
+                    if told && !mutant!("locked-entry-takes-away") {
+                        let page = PageRange::single(self.page);
+                        self.table
+                            .flush_now(Stale::leaf(page, F::is_global(1, new)));
+                    }
+                    return true;
+                }
                 // The hardware wrote meanwhile.
                 Err(found) => word = found,
             }
@@ -254,6 +266,16 @@ impl<F: Format, E: Env, H: FrameHandle> LockedEntry<'_, F, E, H> {
     fn load(&self) -> u64 {
         F::Word::load(self.node.leaf_entry(self.page.number()))
     }
+}
+
+/// Whether the leaf `new` of level 1 forbids something that `old` allows. The kernel may not touch every page of the user's (SMAP, PAN), and what
+/// becomes global is cached under a tag.
+#[cold]
+fn loses<F: Format>(old: u64, new: u64) -> bool {
+    let [old, new] = [old, new].map(|word| F::attributes(1, word).rights);
+    let barred = Rights::USER | Rights::GLOBAL;
+    old.grants_access()
+        && (!old.difference(new).is_empty() || new.difference(old).intersects(barred))
 }
 
 /// Puts `word` in place of the leaf that a locked table has for `page`: clears it, flushes it on every CPU, and stores. So no CPU reads the

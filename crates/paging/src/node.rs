@@ -246,10 +246,9 @@ impl<'t, F: Format> Node<'t, F> {
         (now & LIVE_MASK) as u32
     }
 
-    /// As [`claim`](Self::claim), with the lock taken for the caller.
+    /// Takes the lock of a private table: who finds the table once it is attached waits.
     #[inline]
-    pub fn claim_locked(&self, page: Page, root: Frame) {
-        self.claim(page, root);
+    pub fn lock_private(&self) {
         self.slot.lock_private();
     }
 

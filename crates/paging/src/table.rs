@@ -659,6 +659,26 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         });
     }
 
+    /// Tells the CPUs, where they remember absent entries, that a table leads to `page` since now: whoever fills an entry of it tells them of that
+    /// alone ([`settle`](Self::settle)).
+    #[inline(always)]
+    pub(crate) fn tell_made(&self, page: Page) {
+        if F::CACHES_ABSENT {
+            self.flush_made(page);
+        }
+    }
+
+    #[cold]
+    fn flush_made(&self, page: Page) {
+        let stale = Stale {
+            range: PageRange::single(page),
+            stride: 1,
+            global: true,
+            local: true,
+        };
+        self.flush(Some(stale), true, 0);
+    }
+
     /// Whether translations of this table are in the caches of CPUs that run other spaces.
     pub(crate) fn is_lent(&self) -> bool {
         self.lent_from.load(Ordering::Acquire) != usize::MAX

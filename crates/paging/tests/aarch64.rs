@@ -264,3 +264,26 @@ fn the_number_of_levels_is_checked() {
         Soft::NONE
     );
 }
+
+/// A CPU that does not set the dirty state itself faults at the first write; a cached entry without the right is used until it is dropped.
+#[test]
+fn the_first_write_makes_a_page_writable_on_every_cpu() {
+    let machine = Machine::new(64);
+    let table = PageTable::<Aarch64, _, DeviceFrame>::new(machine.env()).unwrap();
+    let _ = table.root();
+    let page = Page::new(0x400).unwrap();
+    let clean = Attributes::new(Rights::USER_DATA).accessed();
+    let frame = DeviceFrame::new(Frame::from_number(0x8000), Order::ZERO).unwrap();
+    let mut cursor = table.cursor(PageRange::single(page)).unwrap();
+    cursor.map(page, frame, clean).unwrap();
+    drop(cursor);
+    let flushes = || machine.flushes.0.lock().unwrap().len();
+    let before = flushes();
+    let mut entry = table.lock_entry(page).unwrap();
+    assert!(entry.relax(clean.rights, true));
+    assert_eq!(entry.get().leaf().unwrap().attributes, clean.dirty());
+    assert_eq!(flushes(), before + 1);
+    // The accessed bit is never missing in what is cached.
+    assert!(entry.relax(clean.rights, true));
+    assert_eq!(flushes(), before + 1);
+}

@@ -227,11 +227,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             {
                 words.write(table.entries(0, level.entries()), start);
                 table.add_live(level.entries() as u32);
-                self.table.count_table(table.frame, number);
-                node.add_live(1);
-                let word = F::table(node.level, table.frame);
-                node.store(above, word);
-                self.table.mirror(&node, above, word);
+                self.attach(&node, page, &table);
                 return (level.entries() as u64, None);
             }
         }

@@ -2,7 +2,8 @@
 //!
 //! Splitting keeps every translation as it is: the new table says the same, entry by entry, with the accessed and
 //! dirty bits of the huge leaf. Merging takes the entry away first, drops its translations everywhere, and only then puts
-//! the huge leaf there, so that no accessed or dirty bit is lost and no CPU sees both sizes.
+//! the huge leaf there, so that no accessed or dirty bit is lost and no CPU sees both sizes. Where the hardware caches absent entries, the commit
+//! flushes once more.
 //!
 //! Does not handle: a CPU that may see both sizes of one page at once while a split is not flushed yet. Intel allows it
 //! (SDM volume 3A, 4.10.2.3) where both say the same; AMD family 10h erratum 383 does not.
@@ -94,7 +95,6 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             return Ok(());
         }
         let table = self.make_table(node.level - 1, page)?;
-        table.unlock();
         let entries = level::<F>(table.level).entries();
         let part = level::<F>(table.level).order();
         gather.announce();
@@ -284,6 +284,11 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         table.unlock_stray();
         self.table.discount_table(table.frame, table.level);
         gather.push_table(&table);
+        if F::CACHES_ABSENT {
+            // Since the flush the page was absent, until the leaf was stored.
+            stale.stride = order.frames();
+            gather.note(stale);
+        }
         Ok(())
     }
 }

@@ -291,12 +291,9 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
             self.unmake_table(node);
         } else {
             node.add_live(filled as u32);
-            self.table.count_table(node.frame, number);
-            parent.add_live(1);
-            let word = F::table(parent.level, node.frame);
-            parent.store(index, word);
-            if !mutant!("build-forgets-the-user-root") {
-                self.table.mirror(&parent, index, word);
+            self.attach(&parent, page, &node);
+            if mutant!("build-forgets-the-user-root") {
+                self.table.mirror(&parent, index, 0);
             }
         }
         Some(Built {
@@ -602,22 +599,33 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     /// As `grow`, for a leaf table, and the held table of level 2 stays the held one: the next page that needs a table costs neither a walk
     /// nor a lock.
     fn grow_aside(&mut self, node: &Node<'t, F>, page: Page, word: u64) -> Result<(), MapError> {
-        let frame = self
-            .reserve
-            .take_or_fresh::<F>()
-            .map_err(MapError::Memory)?;
-        let table = self.claimed(frame, 1, page);
+        let table = self.make_table(1, page).map_err(MapError::Memory)?;
         table.store(index_at::<F>(page.number(), 1), word);
         table.add_live(1);
-        self.table.count_table(table.frame, 1);
-        let index = index_at::<F>(page.number(), 2);
-        let word = F::table(2, table.frame);
-        if !mutant!("grow-aside-not-counted") {
-            node.add_live(1);
+        self.attach(node, page, &table);
+        if mutant!("grow-aside-not-counted") {
+            node.sub_live(1);
         }
-        node.store(index, word);
-        self.table.mirror(node, index, word);
         Ok(())
+    }
+
+    /// Puts a finished table, or a branch of tables, into the empty entry of `page` in a locked one.
+    #[inline(always)]
+    pub(super) fn attach(&self, parent: &Node<'t, F>, page: Page, table: &Node<'t, F>) {
+        let word = self.link(parent, page, table);
+        let index = index_at::<F>(page.number(), parent.level);
+        self.table.mirror(parent, index, word);
+        self.table.tell_made(page);
+    }
+
+    /// Puts a finished table into the empty entry of `page` in another, locked or private; gives the entry's word.
+    #[inline(always)]
+    fn link(&self, parent: &Node<'t, F>, page: Page, table: &Node<'t, F>) -> u64 {
+        self.table.count_table(table.frame, table.level);
+        parent.add_live(1);
+        let word = F::table(parent.level, table.frame);
+        parent.store(index_at::<F>(page.number(), parent.level), word);
+        word
     }
 
     /// As `place`, where `node` is above `target` and its entry for `page` is empty.
@@ -632,34 +640,26 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         self.reserve
             .hold::<F>(node.level - target)
             .map_err(MapError::Memory)?;
-        let mut word = word;
-        let mut lowest = None;
-        for number in target..node.level {
+        let lowest = self.make_table(target, page).map_err(MapError::Memory)?;
+        lowest.lock_private();
+        lowest.store(index_at::<F>(page.number(), target), word);
+        lowest.add_live(1);
+        let mut branch = lowest;
+        for number in target + 1..node.level {
             let Some(frame) = self.reserve.take() else {
                 unreachable!("held above")
             };
-            let table = self.make_table_in(frame, number, page);
-            table.store(index_at::<F>(page.number(), number), word);
-            table.add_live(1);
-            self.path[number] = table.frame;
-            self.table.count_table(table.frame, number);
-            word = F::table(number + 1, table.frame);
-            if lowest.is_none() {
-                lowest = Some(table);
-            } else {
-                table.unlock();
-            }
+            let above = self.claimed(frame, number, page);
+            self.link(&above, page, &branch);
+            self.path[number] = above.frame;
+            branch = above;
         }
-        let index = index_at::<F>(page.number(), node.level);
-        if !mutant!("grow-not-counted") {
-            node.add_live(1);
+        self.attach(&node, page, &branch);
+        if mutant!("grow-not-counted") {
+            node.sub_live(1);
         }
-        node.store(index, word);
-        self.table.mirror(&node, index, word);
-        if let Some(lowest) = lowest {
-            node.unlock();
-            self.hold(lowest, page);
-        }
+        node.unlock();
+        self.hold(lowest, page);
         Ok(())
     }
 

@@ -351,21 +351,11 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         self.held = Some(node);
     }
 
-    /// A private, empty, locked table of `level` that will cover `page`, from the reserve or fresh.
+    /// A private, empty table of `level` that will cover `page`, from the reserve or fresh.
     #[inline]
     fn make_table(&mut self, number: usize, page: Page) -> Result<Node<'t, F>, AllocError> {
         let frame = self.reserve.take_or_fresh::<F>()?;
-        Ok(self.make_table_in(frame, number, page))
-    }
-
-    /// As [`make_table`](Self::make_table), in a zeroed frame.
-    #[inline]
-    fn make_table_in(&self, frame: OwnedFrame, number: usize, page: Page) -> Node<'t, F> {
-        let (frame, _) = frame.into_raw();
-        // SAFETY: the frame is private, zero, in reach and has a slot (T1).
-        let node = unsafe { Node::<F>::new(self.table.env(), frame, number) };
-        node.claim_locked(first_page::<F>(number, page), self.table.root_frame());
-        node
+        Ok(self.claimed(frame, number, page))
     }
 
     /// A private table of `level` that will cover `page`, whose words may be anything: the caller writes them all.

@@ -293,7 +293,8 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
     }
 
     /// Whether a CPU that remembers the leaf `old` may go on in a way that `new`, of the same frame, forbids, or lose a
-    /// dirty bit; whether it remembers it under a tag, where a flush of `new`, which is global, does not look; or, where absent entries are remembered, whether it may refuse what `new` allows.
+    /// dirty bit; whether it remembers it under a tag, where a flush of `new`, which is global, does not look; or, where absent entries are
+    /// remembered, whether it may refuse what `new` allows, for a right or for an accessed or dirty bit that `old` lacks.
     #[inline(always)]
     fn needs_flush(level: usize, old: u64, new: u64) -> bool {
         let (old, new) = (Self::attributes(level, old), Self::attributes(level, new));
@@ -305,7 +306,10 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
             || old.pkey != new.pkey
             || old.dirty && !new.dirty
             || new.rights.difference(old.rights).contains(Rights::GLOBAL)
-            || Self::CACHES_ABSENT && old.rights != new.rights
+            || Self::CACHES_ABSENT
+                && (old.rights != new.rights
+                    || new.accessed && !old.accessed
+                    || new.dirty && !old.dirty)
     }
 
     /// Whether a leaf is global.

@@ -10,7 +10,8 @@
 //!
 //! Every level may hold leaves. Two software bits. The hardware may remember that an entry was not valid (unless Svvptc
 //! promises otherwise), so filling a hole and adding a right flush as well. Accessed and dirty bits are treated as if the
-//! hardware set them (Svadu), which is right where it traps instead.
+//! hardware set them (Svadu). Where it traps instead (Svade), a CPU may go on with the entry that lacked the bit, so setting one by hand
+//! flushes too.
 //!
 //! Does not handle: contiguous leaves (Svnapot), processors without Svpbmt for any type but write-back, write-through.
 //! Not run on hardware.
