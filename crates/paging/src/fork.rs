@@ -82,7 +82,7 @@ fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize
     if page & (covered - 1) != 0 || last - page < covered - 1 {
         return Ok(None);
     }
-    let node = parent.seek_level(Page::from_number(page), LEVEL + 1);
+    let node = parent.seek(Page::from_number(page), LEVEL + 1);
     if node.level != LEVEL + 1 {
         return Ok(None);
     }
@@ -98,10 +98,10 @@ fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize
     }
     // Makes the child's table there; the entry itself comes when its share is counted.
     let at = Page::from_number(page);
-    if child.place_table(at, LEVEL + 1, word).is_err() {
+    if child.place(at, LEVEL + 1, word).is_err() {
         return Err(page);
     }
-    let into = child.seek_level(at, LEVEL + 1);
+    let into = child.seek(at, LEVEL + 1);
     into.store(first, 0);
     let whole = ((last - page + 1) >> upper.shift).min((upper.entries() - first) as u64) as usize;
     // In a table that was there already, one at a time, so that each place is looked at.
@@ -282,7 +282,7 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
                     }
                 }
             }
-            let node = parent.seek_lowest(Page::from_number(page));
+            let node = parent.seek(Page::from_number(page), 1);
             let level = level::<F>(node.level);
             let covered = 1u64 << level.shift;
             let mut index = index_at::<F>(page, node.level);

@@ -161,24 +161,34 @@ impl<F: Format, E: Env, H: FrameHandle> LockedEntry<'_, F, E, H> {
                 return false;
             }
             let new = F::touched(1, word, rights, dirty);
-            let told = F::needs_flush(1, word, new);
-            if told && loses::<F>(word, new) && !mutant!("locked-entry-takes-away") {
-                return false;
+            if F::needs_flush(1, word, new) && !mutant!("locked-entry-takes-away") {
+                return F::TELLS_GAINS
+                    && !loses::<F>(word, new)
+                    && self.relax_and_tell(word, rights, dirty);
             }
             self.table.note_global(rights);
             match self.node.change::<Live>(self.index(), word, new) {
-                Ok(()) => {
-                    if told && !mutant!("locked-entry-takes-away") {
-                        let page = PageRange::single(self.page);
-                        self.table
-                            .flush_now(Stale::leaf(page, F::is_global(1, new)));
-                    }
-                    return true;
-                }
+                Ok(()) => return true,
                 // The hardware wrote meanwhile.
                 Err(found) => word = found,
             }
         }
+    }
+
+    /// As `relax`, of a leaf that loses nothing, where every CPU must be told.
+    #[cold]
+    fn relax_and_tell(&mut self, mut word: u64, rights: Rights, dirty: bool) -> bool {
+        self.table.note_global(rights);
+        while let Err(found) =
+            self.node
+                .change::<Live>(self.index(), word, F::touched(1, word, rights, dirty))
+        {
+            word = found;
+        }
+        let page = PageRange::single(self.page);
+        let global = rights.contains(Rights::GLOBAL);
+        self.table.flush_now(Stale::leaf(page, global));
+        true
     }
 
     /// Maps a 4 KiB frame where nothing is, and lets the table go.

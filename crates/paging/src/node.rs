@@ -301,8 +301,14 @@ impl<'t> Slots<'t> {
 #[inline(always)]
 pub(crate) fn share(slot: &FrameSlot) -> Option<u32> {
     let index = slot.index().load(Ordering::Relaxed);
-    let shared = index >> PINS_SHIFT == 0 && (slot.add_second() || slot.add_count(1).is_ok());
+    let shared = index >> PINS_SHIFT == 0 && add_share(slot);
     shared.then_some((index & LIVE_MASK) as u32)
+}
+
+/// Counts one more upper entry of a table, which may have pins; `false` where it has as many as can be counted. As [`share`].
+#[inline(always)]
+pub(crate) fn add_share(slot: &FrameSlot) -> bool {
+    slot.add_second() || slot.add_count(1).is_ok()
 }
 
 /// Whether frames that a table maps are pinned.

@@ -1,4 +1,4 @@
-//! Changing leaves in place: rights, memory types, software bits, accessed and dirty bits.
+//! Changing the leaves of a range in place: rights, memory types, software bits, accessed and dirty bits.
 //!
 //! Which changes ask for a flush (x86; other formats may ask for more):
 //!
@@ -10,13 +10,11 @@
 //! | dirty cleared | yes: a CPU that remembers it as dirty would not set it again |
 //! | accessed cleared | none: ageing only gets less exact (Linux does the same) |
 //!
-//! The hardware may set accessed and dirty bits until the moment of the store, so the store is a compare-and-exchange
-//! that is repeated with a fresh look; except where nothing is left for the hardware to write (`F4`), where it is plain.
-//!
 //! Source: Intel SDM volume 3A, 4.10.4.2 (when no invalidation is needed), 4.8 (accessed and dirty flags).
 
 use kmem_hal::{Page, PageRange, Trace, TraceEvent};
 
+use super::leaf::{Change, Restricted, Unencodable, change_entry};
 use super::{Cursor, Divisible};
 use crate::attributes::{Attributes, Leaf, Rights};
 use crate::env::Env;
@@ -24,29 +22,9 @@ use crate::error::ChangeError;
 use crate::format::{Format, Kind, Patch, Word, level};
 use crate::gather::{Gather, Stale};
 use crate::mutants::mutant;
-use crate::node::{self, Node};
+use crate::node::Node;
 use crate::quiescent::{Liveness, patch_present};
 use crate::table::{Entry, decode, index_at};
-
-bitflags::bitflags! {
-    /// Which bits [`Cursor::harvest`] clears.
-    #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-    pub struct Harvest: u8 {
-        /// The accessed bit.
-        const ACCESSED = 1 << 0;
-        /// The dirty bit.
-        const DIRTY = 1 << 1;
-    }
-}
-
-/// How much [`Cursor::harvest`] found.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
-pub struct Harvested {
-    /// Pages whose accessed bit was set.
-    pub accessed: u64,
-    /// Pages whose dirty bit was set.
-    pub dirty: u64,
-}
 
 enum Step {
     Done,
@@ -435,183 +413,6 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             if index == level.entries() {
                 return Step::Next(page);
             }
-        }
-    }
-
-    /// Reads and clears accessed or dirty bits in `range`, shows each leaf that had one to `visit`.
-    ///
-    /// No bit is lost: what the hardware set before the clearing is seen now, what it sets after is seen next time,
-    /// once the gather is committed.
-    ///
-    /// # Errors
-    ///
-    /// As [`update`](Self::update), with what was found, and cleared, before.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
-    /// # use example::*;
-    /// use kmem_paging::{Attributes, Harvest, Rights};
-    ///
-    /// let table = table();
-    /// let range = pages(0x400, 2);
-    /// let mut cursor = table.cursor(range)?;
-    /// let written = Attributes::new(Rights::USER_DATA).accessed().dirty();
-    /// cursor.map(page(0x400), frame(0x8000), written).map_err(|(error, _)| error)?;
-    /// cursor.map(page(0x401), frame(0x8001), Rights::USER_DATA).map_err(|(error, _)| error)?;
-    /// let mut gather = table.gather::<1>();
-    /// let mut to_write = Vec::new();
-    /// let found = cursor.harvest(range, Harvest::DIRTY, &mut gather, |leaf| to_write.push(leaf.page));
-    /// assert_eq!((found.unwrap().dirty, to_write), (1, vec![page(0x400)]));
-    /// drop(cursor);
-    /// // Before the pages are written out: from now on a write sets the bit again.
-    /// gather.commit(drop);
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    #[doc(alias = "ptep_test_and_clear_young")]
-    #[doc(alias = "page_mkclean")]
-    pub fn harvest<const N: usize>(
-        &mut self,
-        range: PageRange,
-        bits: Harvest,
-        gather: &mut Gather<'_, F, E, H, N>,
-        mut visit: impl FnMut(&Leaf),
-    ) -> Result<Harvested, (ChangeError, Harvested)> {
-        let mut found = Harvested::default();
-        // A leaf may be shown twice to the closure below (see `update`); it counts once, as it was shown last.
-        let mut last: Option<Leaf> = None;
-        let mut count = |leaf: Leaf| {
-            if leaf.attributes.accessed {
-                found.accessed += leaf.order.frames();
-            }
-            if leaf.attributes.dirty {
-                found.dirty += leaf.order.frames();
-            }
-            visit(&leaf);
-        };
-        let result = self.update(range, gather, |leaf| {
-            if let Some(previous) = last.take()
-                && previous.page != leaf.page
-            {
-                count(previous);
-            }
-            let accessed = leaf.attributes.accessed && bits.contains(Harvest::ACCESSED);
-            let dirty = leaf.attributes.dirty && bits.contains(Harvest::DIRTY);
-            if !accessed && !dirty {
-                return None;
-            }
-            last = Some(*leaf);
-            let mut attributes = leaf.attributes;
-            attributes.accessed &= !accessed;
-            attributes.dirty &= !dirty;
-            Some(attributes)
-        });
-        if let Some(previous) = last {
-            count(previous);
-        }
-        match result {
-            Ok(_) => Ok(found),
-            Err(error) => Err((error, found)),
-        }
-    }
-}
-
-/// The format cannot say it.
-pub(crate) struct Unencodable;
-
-/// What became of one leaf.
-pub(crate) enum Change {
-    /// Nothing.
-    None,
-    /// It changed, and nobody needs to know.
-    Relaxed,
-    /// It changed, and is noted for the flush.
-    Restricted,
-}
-
-/// Leaves of one table that changed and must be flushed; the gather hears of them when this is dropped.
-pub(crate) struct Restricted<'a, 'g, F: Format, E: Env, H: Divisible, const N: usize> {
-    gather: &'a mut Gather<'g, F, E, H, N>,
-    stride: u64,
-    /// The first page of the lowest and of the highest leaf.
-    stale: Option<(u64, u64)>,
-    global: bool,
-    local: bool,
-}
-
-impl<'a, 'g, F: Format, E: Env, H: Divisible, const N: usize> Restricted<'a, 'g, F, E, H, N> {
-    /// For leaves of the table's level.
-    pub(crate) fn new(gather: &'a mut Gather<'g, F, E, H, N>, number: usize) -> Self {
-        Self {
-            gather,
-            stride: level::<F>(number).order().frames(),
-            stale: None,
-            global: false,
-            local: false,
-        }
-    }
-
-    /// Notes a leaf by its first page. The gather was announced.
-    #[inline(always)]
-    fn add(&mut self, first: u64, global: bool) {
-        self.stale = Some((self.stale.map_or(first, |stale| stale.0), first));
-        self.global |= global;
-        self.local |= !global;
-    }
-}
-
-impl<F: Format, E: Env, H: Divisible, const N: usize> Drop for Restricted<'_, '_, F, E, H, N> {
-    #[inline]
-    fn drop(&mut self) {
-        if let Some((first, last)) = self.stale {
-            let last = Page::from_number(last + (self.stride - 1));
-            if let Some(range) = PageRange::new(Page::from_number(first), last) {
-                self.gather.note(Stale {
-                    range,
-                    stride: self.stride,
-                    global: self.global,
-                    local: self.local,
-                });
-            }
-        }
-    }
-}
-
-/// Changes one leaf of a locked table. Leaves are given in ascending order.
-#[inline(always)]
-pub(crate) fn change_entry<F: Format, E: Env, H: Divisible, S: Liveness, const N: usize>(
-    number: usize,
-    entry: &node::Entry<F>,
-    page: Page,
-    mut word: u64,
-    restricted: &mut Restricted<'_, '_, F, E, H, N>,
-    change: &mut impl FnMut(usize, Page, u64) -> Result<Option<u64>, Unencodable>,
-) -> Result<Change, Unencodable> {
-    loop {
-        let new = match change(number, page, word)? {
-            Some(new) if new != word => new,
-            _ => return Ok(Change::None),
-        };
-        let flush = F::needs_flush(number, word, new);
-        if flush {
-            restricted.gather.announce();
-        }
-        match node::change::<F, S>(entry, word, new) {
-            Ok(()) if flush => {
-                if !mutant!("change-not-noted") {
-                    restricted.add(page.number(), F::is_global(number, word));
-                }
-                return Ok(Change::Restricted);
-            }
-            Ok(()) => return Ok(Change::Relaxed),
-            Err(found) if mutant!("change-overwrites") => {
-                let _ = found;
-                F::Word::store(entry, new);
-                restricted.add(page.number(), F::is_global(number, word));
-                return Ok(Change::Restricted);
-            }
-            Err(found) => word = found,
         }
     }
 }

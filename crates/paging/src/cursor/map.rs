@@ -1,36 +1,22 @@
-//! Filling entries: map, map a range, replace, leave a payload.
+//! Filling entries: a page, and a range block by block.
 //!
 //! A hole that is filled needs no flush where the hardware does not cache absent entries, and where no earlier change of
 //! the table waits for its flush: the page may still be translated to what was there before (`G1` of the gather). In
 //! that case the fill flushes its own pages before it returns.
 //!
-//! Tables that are missing are built from the leaf up, in private, and appear by one store: a walker sees the hole or
-//! the finished branch.
+//! A table that a range covers whole is filled in private before it is attached.
 
-use kmem_hal::{AllocError, Frame, FrameHandle, Order, Page, PageRange, Trace, TraceEvent};
+use kmem_hal::{Frame, FrameHandle, Order, Page, PageRange, Trace, TraceEvent};
 
 use super::{Cursor, Template};
-use crate::attributes::{Attributes, Leaf, Payload, Rights};
+use crate::attributes::{Attributes, Rights};
 use crate::env::Env;
-use crate::error::{ChangeError, MapError};
-use crate::format::{Format, Kind, Word, leaf_level, level};
-use crate::gather::{Gather, Stale};
-use crate::locked::exchange_leaf;
+use crate::error::MapError;
+use crate::format::{Format, Word, leaf_level, level};
 use crate::mutants::mutant;
 use crate::node::Node;
 use crate::quiescent::Liveness;
-use crate::table::{Entry, decode, index_at};
-
-/// What [`Cursor::replace`] found.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Replaced<H> {
-    /// Nothing: the page was just mapped.
-    Nothing,
-    /// A payload.
-    Payload(Payload),
-    /// A leaf; its translations are gone from every CPU, so here is its handle.
-    Leaf(Leaf, H),
-}
+use crate::table::index_at;
 
 /// How far [`Cursor::map_range`] came, when it could not go on.
 #[derive(Debug, PartialEq, Eq)]
@@ -220,17 +206,6 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         }
     }
 
-    /// Takes the frames for the tables that mapping `range` with leaves of `order` and larger needs.
-    pub(super) fn reserve_for_map(
-        &mut self,
-        range: PageRange,
-        order: Order,
-    ) -> Result<(), AllocError> {
-        let ((parts, whole), above) = self.missing_by_level(range, order);
-        self.reserve.fill::<F>(parts + above)?;
-        self.reserve.fill_plain::<F>(whole)
-    }
-
     /// Where the table of leaves of `order` from `page` on is missing, and all of it is to be mapped: builds it in private, so that
     /// nobody has to zero it first, and attaches it under the lock of its parent. `None` where that is not so.
     #[inline(always)]
@@ -352,192 +327,6 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         (end, None)
     }
 
-    /// Puts the block of `handle` where a leaf of the same order, a payload or nothing is.
-    ///
-    /// An old leaf is cleared first and its translations are dropped on every CPU, then the new one appears: no CPU
-    /// reads the old frame after another has written to the new one. So the old handle comes back at once and needs no
-    /// gather.
-    ///
-    /// Context: may wait for other CPUs, under the table's lock.
-    ///
-    /// # Errors
-    ///
-    /// [`MapError`] with the handle; nothing changed. [`MapError::Occupied`] where a leaf of another order or a table
-    /// is there.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
-    /// # use example::*;
-    /// use kmem_paging::{Replaced, Rights};
-    ///
-    /// // A page that a program may only read is copied, and the copy takes its place.
-    /// let table = mapped(pages(0x400, 1));
-    /// let mut cursor = table.cursor(pages(0x400, 1))?;
-    /// let replaced = cursor.replace(page(0x400), frame(0x9000), Rights::USER_DATA).map_err(|(error, _)| error)?;
-    /// let Replaced::Leaf(old, handle) = replaced else { panic!("it was mapped") };
-    /// // No CPU uses the old frame any more: the handle may be given back at once.
-    /// assert_eq!((old.frame.number(), handle), (0x10_0400, frame(0x10_0400)));
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    #[doc(alias = "ptep_clear_flush")]
-    pub fn replace(
-        &mut self,
-        page: Page,
-        handle: H,
-        attributes: impl Into<Attributes>,
-    ) -> Result<Replaced<H>, (MapError, H)> {
-        let attributes = attributes.into();
-        let (frame, order) = handle.into_entry();
-        let result = self.replace_raw(page, frame, order, &attributes);
-        match result {
-            Ok(before) => {
-                // A leaf was absent after its flush, until the new one was stored.
-                let absent = F::CACHES_ABSENT && !mutant!("replace-does-not-settle");
-                if absent || !matches!(before, Replaced::Leaf(..)) {
-                    self.settle(block(page, order), order);
-                }
-                self.table
-                    .env()
-                    .trace()
-                    .event(TraceEvent::Mapped(block(page, order), frame));
-                Ok(before)
-            }
-            // SAFETY: H2: the numbers came from `into_entry` above, and no entry got them.
-            Err(error) => Err((error, unsafe { H::from_entry(frame, order) })),
-        }
-    }
-
-    fn replace_raw(
-        &mut self,
-        page: Page,
-        frame: Frame,
-        order: Order,
-        attributes: &Attributes,
-    ) -> Result<Replaced<H>, MapError> {
-        let (target, word) = self.encode(page, frame, order, attributes)?;
-        let node = self.seek_own(page, target)?;
-        let index = index_at::<F>(page.number(), node.level);
-        let before = node.load(index);
-        if node.level != target || before == 0 {
-            return self.place(page, target, word).map(|()| Replaced::Nothing);
-        }
-        match decode::<F>(page, target, before) {
-            Entry::Payload(payload) => {
-                node.store(index, word);
-                Ok(Replaced::Payload(payload))
-            }
-            Entry::Leaf(_) => {
-                let (leaf, handle) = exchange_leaf::<F, E, H, S>(self.table, &node, page, word);
-                Ok(Replaced::Leaf(leaf, handle))
-            }
-            Entry::Empty => Err(MapError::Occupied),
-        }
-    }
-
-    /// Leaves `payload` at an empty page.
-    ///
-    /// # Errors
-    ///
-    /// [`MapError`]; nothing changed.
-    pub fn map_payload(&mut self, page: Page, payload: Payload) -> Result<(), MapError> {
-        if !self.range.contains(page) {
-            return Err(MapError::OutOfRange);
-        }
-        if !payload.fits::<F>() && !mutant!("payload-cut-off") {
-            return Err(MapError::Unencodable);
-        }
-        self.place(page, 1, F::payload(payload))
-    }
-
-    /// Leaves `payload` where a 4 KiB leaf, a payload or nothing is; gives what was there. The leaf's frame goes into
-    /// the gather.
-    ///
-    /// # Errors
-    ///
-    /// [`ChangeError`]; nothing changed. A page inside a huge leaf is refused as [`ChangeError::Unencodable`]: split it
-    /// first. So is a payload that was made for a format with more room.
-    ///
-    /// # Examples
-    ///
-    /// ```
-    /// # mod example { include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs")); }
-    /// # use example::*;
-    /// use kmem_paging::{Entry, Payload, format::X86_64};
-    ///
-    /// // A page goes to block 77 of a disk.
-    /// let table = mapped(pages(0x400, 1));
-    /// let mut gather = table.gather::<1>();
-    /// let block = Payload::new::<X86_64>(77).unwrap();
-    /// let before = table.cursor(pages(0x400, 1))?.set_payload(page(0x400), block, &mut gather)?;
-    /// assert!(before.leaf().is_some());
-    /// let mut freed = 0;
-    /// gather.commit(|_frame| freed += 1);
-    /// assert_eq!((freed, table.query(page(0x400))), (1, Entry::Payload(block)));
-    /// # Ok::<(), Box<dyn std::error::Error>>(())
-    /// ```
-    #[doc(alias = "set_swap_pte")]
-    pub fn set_payload<const N: usize>(
-        &mut self,
-        page: Page,
-        payload: Payload,
-        gather: &mut Gather<'_, F, E, H, N>,
-    ) -> Result<Entry, ChangeError> {
-        if !self.range.contains(page) {
-            return Err(ChangeError::OutOfRange);
-        }
-        if !gather.belongs_to(self.table) {
-            return Err(ChangeError::ForeignGather);
-        }
-        if !payload.fits::<F>() {
-            return Err(ChangeError::Unencodable { at: page });
-        }
-        let word = F::payload(payload);
-        let node = self.seek_own(page, 1)?;
-        let index = index_at::<F>(page.number(), node.level);
-        let before = node.load(index);
-        if before == 0 {
-            return match self.place(page, 1, word) {
-                Ok(()) => Ok(Entry::Empty),
-                Err(MapError::Memory(error)) => Err(ChangeError::Memory(error)),
-                Err(MapError::Shared) => Err(ChangeError::Shared { at: page }),
-                Err(_) => Err(ChangeError::Unencodable { at: page }),
-            };
-        }
-        if node.level != 1 {
-            return Err(ChangeError::Unencodable { at: page });
-        }
-        if node.kind(before) == Kind::Payload {
-            node.store(index, word);
-            return Ok(decode::<F>(page, 1, before));
-        }
-        if gather.is_full() {
-            self.release();
-            return Err(ChangeError::Full { next: page });
-        }
-        gather.announce();
-        let mut before = before;
-        while let Err(found) = node.change::<S>(index, before, word) {
-            before = found;
-        }
-        let entry = decode::<F>(page, 1, before);
-        if let Entry::Leaf(leaf) = entry {
-            let global = leaf.attributes.rights.contains(Rights::GLOBAL);
-            if !mutant!("payload-not-noted") {
-                gather.note(Stale::leaf(leaf.range(), global));
-            }
-            if !mutant!("payload-leaks") {
-                gather.push(leaf.frame, leaf.order);
-            }
-            self.table
-                .env()
-                .trace()
-                .event(TraceEvent::Unmapped(leaf.range()));
-        }
-        Ok(entry)
-    }
-
     fn map_raw(
         &mut self,
         page: Page,
@@ -551,7 +340,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
 
     /// The level and the word of a leaf, after every check that needs no table.
     #[inline]
-    fn encode(
+    pub(super) fn encode(
         &self,
         page: Page,
         frame: Frame,
@@ -573,94 +362,6 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         self.table.note_global(attributes.rights);
         self.table.note_level(target);
         Ok((target, F::leaf(target, frame, attributes)))
-    }
-
-    /// Puts `word` into the empty entry of `page` in a table of level `target`, with the tables that lead there.
-    #[inline]
-    pub(super) fn place(&mut self, page: Page, target: usize, word: u64) -> Result<(), MapError> {
-        let node = self.seek_own(page, target)?;
-        let index = index_at::<F>(page.number(), node.level);
-        if node.load(index) != 0 && !(node.level == target && mutant!("map-over-anything")) {
-            return Err(MapError::Occupied);
-        }
-        if node.level == target {
-            if !mutant!("map-not-counted") {
-                node.add_live(1);
-            }
-            node.store(index, word);
-            return Ok(());
-        }
-        if self.lonely && node.level == 2 && target == 1 {
-            return self.grow_aside(&node, page, word);
-        }
-        self.grow(node, page, target, word)
-    }
-
-    /// As `grow`, for a leaf table, and the held table of level 2 stays the held one: the next page that needs a table costs neither a walk
-    /// nor a lock.
-    fn grow_aside(&mut self, node: &Node<'t, F>, page: Page, word: u64) -> Result<(), MapError> {
-        let table = self.make_table(1, page).map_err(MapError::Memory)?;
-        table.store(index_at::<F>(page.number(), 1), word);
-        table.add_live(1);
-        self.attach(node, page, &table);
-        if mutant!("grow-aside-not-counted") {
-            node.sub_live(1);
-        }
-        Ok(())
-    }
-
-    /// Puts a finished table, or a branch of tables, into the empty entry of `page` in a locked one.
-    #[inline(always)]
-    pub(super) fn attach(&self, parent: &Node<'t, F>, page: Page, table: &Node<'t, F>) {
-        let word = self.link(parent, page, table);
-        let index = index_at::<F>(page.number(), parent.level);
-        self.table.mirror(parent, index, word);
-        self.table.tell_made(page);
-    }
-
-    /// Puts a finished table into the empty entry of `page` in another, locked or private; gives the entry's word.
-    #[inline(always)]
-    fn link(&self, parent: &Node<'t, F>, page: Page, table: &Node<'t, F>) -> u64 {
-        self.table.count_table(table.frame, table.level);
-        parent.add_live(1);
-        let word = F::table(parent.level, table.frame);
-        parent.store(index_at::<F>(page.number(), parent.level), word);
-        word
-    }
-
-    /// As `place`, where `node` is above `target` and its entry for `page` is empty.
-    #[inline(never)]
-    fn grow(
-        &mut self,
-        node: Node<'t, F>,
-        page: Page,
-        target: usize,
-        word: u64,
-    ) -> Result<(), MapError> {
-        self.reserve
-            .hold::<F>(node.level - target)
-            .map_err(MapError::Memory)?;
-        let lowest = self.make_table(target, page).map_err(MapError::Memory)?;
-        lowest.lock_private();
-        lowest.store(index_at::<F>(page.number(), target), word);
-        lowest.add_live(1);
-        let mut branch = lowest;
-        for number in target + 1..node.level {
-            let Some(frame) = self.reserve.take() else {
-                unreachable!("held above")
-            };
-            let above = self.claimed(frame, number, page);
-            self.link(&above, page, &branch);
-            self.path[number] = above.frame;
-            branch = above;
-        }
-        self.attach(&node, page, &branch);
-        if mutant!("grow-not-counted") {
-            node.sub_live(1);
-        }
-        node.unlock();
-        self.hold(lowest, page);
-        Ok(())
     }
 
     /// Flushes pages that were just filled, where that is needed (see the [module](self)).

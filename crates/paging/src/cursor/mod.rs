@@ -28,13 +28,18 @@
 //! another one on the same pages, nor on others of the held table, which may be any above the leaf tables, the root too;
 //! [`Cursor::release`] lets go. Lock-free queries are always possible.
 //!
+mod attach;
 mod change;
 mod detach;
 mod divide;
 mod foreign;
+mod harvest;
 mod huge;
+mod leaf;
 mod map;
 mod moving;
+mod replace;
+mod reserve;
 mod run;
 mod share;
 mod unmap;
@@ -42,21 +47,22 @@ mod unmap;
 use core::fmt;
 use core::marker::PhantomData;
 
-use kmem_hal::{AllocError, Frame, FrameHandle, Grace, Order, OwnedFrame, Page, PageRange};
+use kmem_hal::{Frame, FrameHandle, Grace, Page, PageRange};
 
-pub(crate) use change::{Change, Restricted, Unencodable, change_entry};
-pub use change::{Harvest, Harvested};
 pub use foreign::ForeignFlush;
+pub use harvest::{Harvest, Harvested};
 pub use huge::Divisible;
-pub use map::{MapStopped, Replaced};
+pub(crate) use leaf::{Change, Restricted, Unencodable, change_entry};
+pub use map::MapStopped;
+pub use replace::Replaced;
 pub use run::Run;
 pub use share::UnshareStep;
 pub(crate) use share::{Shared, child, mark_shared};
 pub use unmap::Cleared;
 
-use crate::cache::{self, TableReserve};
+use crate::cache::TableReserve;
 use crate::env::Env;
-use crate::format::{Format, Kind, level};
+use crate::format::{Format, level};
 use crate::mutants::mutant;
 use crate::node::{Node, View};
 use crate::quiescent::{Live, Liveness};
@@ -144,20 +150,6 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         self.held.take()
     }
 
-    /// Takes frames for the tables that mapping all of `range` with leaves of `order` still needs, so that this cannot
-    /// fail for want of memory; gives how many are in reserve. What is not used goes back when the cursor is dropped.
-    ///
-    /// Tables that others may empty meanwhile (those that reach beyond the range) count as missing.
-    ///
-    /// # Errors
-    ///
-    /// [`AllocError`]; the frames taken so far stay in reserve.
-    pub fn reserve(&mut self, range: PageRange, order: Order) -> Result<usize, AllocError> {
-        let missing = self.missing_tables(range, order);
-        self.reserve.fill::<F>(missing)?;
-        Ok(self.reserve.length())
-    }
-
     /// What is mapped at `page`, read under the table's lock.
     #[must_use]
     pub fn query(&mut self, page: Page) -> Entry {
@@ -190,7 +182,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     ///
     /// The page's entry in the result is no table, unless the result's level is `target`.
     #[inline]
-    fn seek(&mut self, page: Page, target: usize) -> Node<'t, F> {
+    pub(crate) fn seek(&mut self, page: Page, target: usize) -> Node<'t, F> {
         if let Some(node) = self.held
             && page.number().wrapping_sub(self.span.0) < self.span.1
             && (node.level == target
@@ -350,170 +342,6 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         }
         self.held = Some(node);
     }
-
-    /// A private, empty table of `level` that will cover `page`, from the reserve or fresh.
-    #[inline]
-    fn make_table(&mut self, number: usize, page: Page) -> Result<Node<'t, F>, AllocError> {
-        let frame = self.reserve.take_or_fresh::<F>()?;
-        Ok(self.claimed(frame, number, page))
-    }
-
-    /// A private table of `level` that will cover `page`, whose words may be anything: the caller writes them all.
-    fn make_plain_table(&mut self, number: usize, page: Page) -> Option<Node<'t, F>> {
-        let frame = self.reserve.take_plain()?;
-        Some(self.claimed(frame, number, page))
-    }
-
-    /// A table of `level` that will cover `page`, in a private frame that is in reach and has a slot (`T1`); not locked.
-    #[inline]
-    fn claimed(&self, frame: OwnedFrame, number: usize, page: Page) -> Node<'t, F> {
-        let (frame, _) = frame.into_raw();
-        // SAFETY: the frame is private, in reach and has a slot (T1).
-        let node = unsafe { Node::<F>::new(self.table.env(), frame, number) };
-        node.claim(first_page::<F>(number, page), self.table.root_frame());
-        node
-    }
-
-    /// A private table of `level` that will cover `page`, for a copy of another: as `make_plain_table`.
-    fn make_copy(&mut self, number: usize, page: Page) -> Result<Node<'t, F>, AllocError> {
-        let frame = match self.reserve.take_unzeroed::<F>() {
-            Err(error) if self.spares => self.table.take_spare().ok_or(error)?,
-            frame => frame?,
-        };
-        Ok(self.claimed(frame, number, page))
-    }
-
-    /// Gives back a private, zero table.
-    fn unmake_table(&self, node: Node<'t, F>) {
-        // SAFETY: O1 to O3: it came from `make_table` and was never attached.
-        cache::give(self.table.env(), unsafe {
-            OwnedFrame::from_raw(node.frame, Order::ZERO)
-        });
-    }
-
-    /// How many tables mapping `range` with leaves of `order` may need at most.
-    fn missing_tables(&self, range: PageRange, order: Order) -> usize {
-        let (lowest, above) = self.missing_by_level(range, order);
-        lowest.0 + lowest.1 + above
-    }
-
-    /// As `missing_tables`, as those of leaves of `order` that the range covers in part and whole, and those above.
-    fn missing_by_level(&self, range: PageRange, order: Order) -> ((usize, usize), usize) {
-        let env = self.table.env();
-        let levels = self.table.levels();
-        let target = crate::format::leaf_level::<F>(levels, order).unwrap_or(1);
-        let _reading = env.grace().read();
-        let (mut parts, mut whole, mut above) = (0usize, 0usize, 0usize);
-        // Level by level from below: which tables of level `target`, `target + 1`, .. cover the range?
-        for number in target..levels {
-            let pages = 1u64 << (level::<F>(number).shift + level::<F>(number).bits);
-            let mut first = range.first().number() & !(pages - 1);
-            loop {
-                let end = first + (pages - 1);
-                let straddles = first < range.first().number() || end > range.last().number();
-                if straddles && !mutant!("reserve-not-for-straddling")
-                    || !self.has_table(Page::from_number(first), number)
-                {
-                    let missing = match (number == target, straddles) {
-                        (true, false) => &mut whole,
-                        (true, true) => &mut parts,
-                        (false, _) if mutant!("reserve-forgets-upper-levels") => &mut 0,
-                        (false, _) => &mut above,
-                    };
-                    *missing += 1;
-                }
-                if end >= range.last().number() {
-                    break;
-                }
-                first = end + 1;
-            }
-        }
-        ((parts, whole), above)
-    }
-
-    /// The lowest table for `page`, locked and held.
-    pub(crate) fn seek_lowest(&mut self, page: Page) -> Node<'t, F> {
-        self.seek(page, 1)
-    }
-
-    /// A table for `page` of level `target` or above, locked and held, to be read.
-    pub(crate) fn seek_level(&mut self, page: Page, target: usize) -> Node<'t, F> {
-        self.seek(page, target)
-    }
-
-    /// Puts an entry that points to a table into an empty one of level `target`.
-    pub(crate) fn place_table(
-        &mut self,
-        page: Page,
-        target: usize,
-        word: u64,
-    ) -> Result<(), crate::error::MapError> {
-        self.place(page, target, word)
-    }
-
-    /// Takes `count` frames for tables into reserve.
-    pub(crate) fn fill_reserve(&mut self, count: usize) -> Result<(), AllocError> {
-        self.reserve.fill::<F>(count)
-    }
-
-    /// How many tables below the root the range has now.
-    pub(crate) fn tables_in_range(&self) -> usize {
-        let env = self.table.env();
-        let _reading = env.grace().read();
-        let mut count = 0;
-        let last = self.range.last().number();
-        let mut page = self.range.first().number();
-        // The lowest level whose table for `page` has been counted.
-        let mut counted = self.table.levels();
-        loop {
-            let mut node = self.table.root_node();
-            let mut shift = level::<F>(node.level).shift;
-            loop {
-                let word = node.load(index_at::<F>(page, node.level));
-                if node.level == 1 || node.kind(word) != Kind::Table {
-                    break;
-                }
-                if node.level - 1 < counted {
-                    count += 1;
-                }
-                // SAFETY: as in `walk`, inside the read section.
-                node = unsafe { Node::new(env, F::table_frame(word), node.level - 1) };
-                shift = level::<F>(node.level).shift;
-            }
-            // A leaf table has no tables below it, so go on behind it; else go on behind the entry.
-            if node.level == 1 {
-                shift += level::<F>(1).bits;
-            }
-            let end = page | ((1u64 << shift) - 1);
-            if end >= last {
-                return count;
-            }
-            page = end + 1;
-            // Tables whose span starts at `page` have not been counted, larger ones have.
-            counted = (1..=self.table.levels())
-                .find(|&number| {
-                    let level = level::<F>(number);
-                    page & ((1u64 << (level.shift + level.bits)) - 1) != 0
-                })
-                .unwrap_or(self.table.levels());
-        }
-    }
-
-    /// Whether a table of level `number` exists for `page`. Inside a read section.
-    fn has_table(&self, page: Page, number: usize) -> bool {
-        let env = self.table.env();
-        // SAFETY: P1.
-        let mut view = unsafe { View::<F>::new(env, self.table.root_frame(), self.table.levels()) };
-        while view.level > number {
-            let word = view.load(index_at::<F>(page.number(), view.level));
-            if !F::is_table(view.level, word) {
-                return false;
-            }
-            // SAFETY: as in `walk`; the caller is in a read section.
-            view = unsafe { View::new(env, F::table_frame(word), view.level - 1) };
-        }
-        true
-    }
 }
 
 /// Locks a table that others share, under the lock of the table above it (`N5`); `false`, and nothing is locked, where that one does not lead
@@ -549,13 +377,6 @@ impl Template {
         key: u64::MAX,
         word: 0,
     };
-}
-
-/// The first page that a table of `level` with `page` in it covers.
-#[inline(always)]
-fn first_page<F: Format>(number: usize, page: Page) -> Page {
-    let level = level::<F>(number);
-    Page::from_number(page.number() & !((1u64 << (level.shift + level.bits)) - 1))
 }
 
 impl<F: Format, E: Env, H: FrameHandle, S: Liveness> Drop for Cursor<'_, F, E, H, S> {

@@ -303,7 +303,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
                 return Err(error.into());
             }
         };
-        let first = super::first_page::<F>(table.level, page);
+        let first = super::attach::first_page::<F>(table.level, page);
         let outcome = copy_table(env, &table, &copy, first, step);
         table.unlock();
         if let Err(error) = outcome {
@@ -426,8 +426,7 @@ fn copy_words<F: Format, E: Env, H: Divisible>(
         let copied = if word == 0 {
             0
         } else if F::is_table(number, word) {
-            let slot = slots.of(F::table_frame(word));
-            let counted = slot.add_second() || slot.add_count(1).is_ok();
+            let counted = node::add_share(slots.of(F::table_frame(word)));
             let shared = if counted {
                 mark_shared::<F>(number, entry, word)
             } else {

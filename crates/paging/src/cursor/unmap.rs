@@ -5,12 +5,13 @@
 
 use kmem_hal::{Order, Page, PageRange, Trace, TraceEvent};
 
+use super::leaf::Trail;
 use super::{Cursor, Divisible};
 use crate::attributes::{Leaf, Payload};
 use crate::env::Env;
 use crate::error::ChangeError;
 use crate::format::{Format, Kind, Word, level};
-use crate::gather::{Gather, Stale};
+use crate::gather::Gather;
 use crate::mutants::mutant;
 use crate::node::{self, Node};
 use crate::quiescent::Liveness;
@@ -40,28 +41,28 @@ enum Step {
 struct Batch<'a, 'g, 't, F: Format, E: Env, H: Divisible, const N: usize> {
     node: &'a Node<'t, F>,
     gather: &'a mut Gather<'g, F, E, H, N>,
-    stride: u64,
     cleared: u32,
-    /// The first page of the first and of the last leaf.
-    stale: Option<(u64, u64)>,
-    global: bool,
-    local: bool,
+    trail: Trail,
 }
 
-impl<F: Format, E: Env, H: Divisible, const N: usize> Batch<'_, '_, '_, F, E, H, N> {
+impl<'a, 'g, 't, F: Format, E: Env, H: Divisible, const N: usize> Batch<'a, 'g, 't, F, E, H, N> {
+    fn new(node: &'a Node<'t, F>, gather: &'a mut Gather<'g, F, E, H, N>) -> Self {
+        Self {
+            node,
+            gather,
+            cleared: 0,
+            trail: Trail::new::<F>(node.level),
+        }
+    }
+
+    /// Counts a leaf by its first page.
     #[inline(always)]
     fn add(&mut self, first: u64, global: bool) {
         self.cleared += 1;
-        if mutant!("unmap-not-noted") {
-            return;
+        let one = mutant!("unmap-notes-the-first-page") && self.trail.stale().is_some();
+        if !one && !mutant!("unmap-not-noted") {
+            self.trail.add(first, global);
         }
-        let before = self.stale;
-        self.stale = Some((self.stale.map_or(first, |stale| stale.0), first));
-        if before.is_some() && mutant!("unmap-notes-the-first-page") {
-            self.stale = before;
-        }
-        self.global |= global;
-        self.local |= !global;
     }
 }
 
@@ -72,16 +73,8 @@ impl<F: Format, E: Env, H: Divisible, const N: usize> Drop for Batch<'_, '_, '_,
             let few = u32::from(self.cleared > 1 && mutant!("unmap-counts-one-less"));
             self.node.sub_live(self.cleared - few);
         }
-        if let Some((first, last)) = self.stale {
-            let last = Page::from_number(last + (self.stride - 1));
-            if let Some(range) = PageRange::new(Page::from_number(first), last) {
-                self.gather.note(Stale {
-                    range,
-                    stride: self.stride,
-                    global: self.global,
-                    local: self.local,
-                });
-            }
+        if let Some(stale) = self.trail.stale() {
+            self.gather.note(stale);
         }
     }
 }
@@ -281,15 +274,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         let room = (level::<F>(1).entries() - index) as u64;
         let count = (last - page + 1).min(room);
         let trace = self.table.env().trace();
-        let mut batch = Batch {
-            node,
-            gather,
-            stride: 1,
-            cleared: 0,
-            stale: None,
-            global: false,
-            local: false,
-        };
+        let mut batch = Batch::new(node, gather);
         let few = u64::from(count > 1 && mutant!("unmap-stops-early"));
         for (at, entry) in (page..).zip(node.entries(index, (count - few) as usize)) {
             let word = F::Word::load(entry);
@@ -344,15 +329,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         let last = range.last().number();
         let trace = self.table.env().trace();
         let mut index = index_at::<F>(page, number);
-        let mut batch = Batch {
-            node,
-            gather,
-            stride: covered,
-            cleared: 0,
-            stale: None,
-            global: false,
-            local: false,
-        };
+        let mut batch = Batch::new(node, gather);
         loop {
             let first = page & !(covered - 1);
             let word = node.load(index);

@@ -28,6 +28,7 @@
 
 use kmem_hal::{Canonical, Frame};
 
+use super::absent::{self, NO_ACCESS, PAYLOAD};
 use super::{Format, Kind, Level};
 use crate::attributes::{Attributes, MemoryType, Payload, Rights, Soft};
 
@@ -48,11 +49,6 @@ const USER_NO_EXECUTE: u64 = 1 << 54;
 const DIRTY: u64 = 1 << 55;
 const SOFT_SHIFT: u32 = 56;
 const SOFT_BITS: u32 = 3;
-
-/// In a word that is not valid: a leaf without access.
-const NO_ACCESS: u64 = 1 << 1;
-/// In a word that is not valid: a payload.
-const PAYLOAD: u64 = 1 << 2;
 
 /// The value of MAIR_EL1 under which the memory types mean what they say: write-back, write-through, Device-nGnRnE,
 /// normal non-cacheable.
@@ -98,6 +94,7 @@ unsafe impl Format for Aarch64 {
     const TABLE_FRAME_LIMIT: u64 = 1 << 36;
     const ROOT_FRAME_LIMIT: u64 = 1 << 36;
     const CACHES_ABSENT: bool = false;
+    const TELLS_GAINS: bool = true;
     const FIXED_TOP: bool = false;
 
     fn canonical(levels: usize) -> Canonical {
@@ -180,12 +177,8 @@ unsafe impl Format for Aarch64 {
             } else {
                 Kind::Leaf
             }
-        } else if word == 0 {
-            Kind::Empty
-        } else if word & NO_ACCESS != 0 {
-            Kind::Leaf
         } else {
-            Kind::Payload
+            absent::kind(word)
         }
     }
 

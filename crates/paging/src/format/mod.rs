@@ -41,6 +41,7 @@
 //! Does not handle: two spaces of different formats that share tables.
 
 mod aarch64;
+mod absent;
 mod keys;
 mod pae;
 mod pse36;
@@ -171,6 +172,8 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
     /// Whether the hardware may remember that an entry was not present (RISC-V without Svvptc): then filling a
     /// hole and raising a right need a flush too.
     const CACHES_ABSENT: bool;
+    /// Whether CPUs must be told of a right, or of an accessed or dirty bit, that a leaf gets: they may go on refusing by what they remember.
+    const TELLS_GAINS: bool = Self::CACHES_ABSENT;
     /// Whether the processor reads the top entries only when the root is loaded (PAE): then they are filled when the
     /// table is made and never change.
     const FIXED_TOP: bool;

@@ -20,6 +20,7 @@
 
 use kmem_hal::{Canonical, Frame};
 
+use super::absent::{self, NO_ACCESS, PAYLOAD};
 use super::{Format, Kind, Level};
 use crate::attributes::{Attributes, MemoryType, Payload, Rights, Soft};
 
@@ -39,11 +40,6 @@ const FRAME_MASK: u64 = (1 << FRAME_BITS) - 1;
 const PBMT_NON_CACHEABLE: u64 = 1 << 61;
 const PBMT_IO: u64 = 2 << 61;
 const PBMT: u64 = 3 << 61;
-
-/// In a word that is not valid: a leaf without access.
-const NO_ACCESS: u64 = 1 << 1;
-/// In a word that is not valid: a payload.
-const PAYLOAD: u64 = 1 << 2;
 
 const LEVELS: [Level; 5] = [
     Level::new(0, 9, true),
@@ -175,12 +171,8 @@ macro_rules! riscv {
                     } else {
                         Kind::Leaf
                     }
-                } else if word == 0 {
-                    Kind::Empty
-                } else if word & NO_ACCESS != 0 {
-                    Kind::Leaf
                 } else {
-                    Kind::Payload
+                    absent::kind(word)
                 }
             }
 

@@ -16,6 +16,7 @@
 
 use kmem_hal::Frame;
 
+use super::absent::{self, NO_ACCESS, PAYLOAD};
 use super::{Kind, Patch};
 use crate::attributes::{Attributes, MemoryType, Payload, Rights, Soft};
 use crate::mutants::mutant;
@@ -36,11 +37,6 @@ const PAT_LARGE: u64 = 1 << 12;
 const SOFT_HIGH_SHIFT: u32 = 52;
 const PKEY_SHIFT: u32 = 59;
 const NO_EXECUTE: u64 = 1 << 63;
-
-/// In a word that is not present: a leaf without access.
-const NO_ACCESS: u64 = 1 << 1;
-/// In a word that is not present: a payload.
-const PAYLOAD: u64 = 1 << 2;
 
 /// The value of the PAT register (MSR 0x277) under which all four memory types mean what they say.
 ///
@@ -284,12 +280,8 @@ impl Mode {
             } else {
                 Kind::Table
             }
-        } else if word == 0 {
-            Kind::Empty
-        } else if word & NO_ACCESS != 0 {
-            Kind::Leaf
         } else {
-            Kind::Payload
+            absent::kind(word)
         }
     }
 
