@@ -96,6 +96,12 @@ impl Place {
             Self::At(page) => tree.last_before(page),
         }
     }
+
+    /// Goes to `entry`, or to `end` where there is none.
+    fn go<V: Value>(&mut self, entry: Option<Entry<V>>, end: Self) -> Option<Entry<V>> {
+        *self = entry.map_or(end, |entry| Self::At(entry.first()));
+        entry
+    }
 }
 
 impl<'a, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Cursor<'a, V, A, S, W> {
@@ -123,8 +129,7 @@ impl<'a, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Cursor<'
     #[expect(clippy::should_implement_trait, reason = "a cursor also steps back")]
     pub fn next(&mut self) -> Option<Entry<V>> {
         let next = self.peek_next();
-        self.place = next.map_or(Place::Above, |entry| Place::At(entry.first()));
-        next
+        self.place.go(next, Place::Above)
     }
 
     /// Steps to the entry before this place; past the first one the cursor stands at the beginning.
@@ -132,8 +137,7 @@ impl<'a, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Cursor<'
     #[doc(alias = "mas_prev")]
     pub fn previous(&mut self) -> Option<Entry<V>> {
         let previous = self.peek_previous();
-        self.place = previous.map_or(Place::Below, |entry| Place::At(entry.first()));
-        previous
+        self.place.go(previous, Place::Below)
     }
 
     /// Moves to `page`.
@@ -225,15 +229,13 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> CursorMut<'_, V, A, W> {
     #[expect(clippy::should_implement_trait, reason = "a cursor also steps back")]
     pub fn next(&mut self) -> Option<Entry<V>> {
         let next = self.peek_next();
-        self.place = next.map_or(Place::Above, |entry| Place::At(entry.first()));
-        next
+        self.place.go(next, Place::Above)
     }
 
     /// Steps to the entry before this place; past the first one the cursor stands at the beginning.
     pub fn previous(&mut self) -> Option<Entry<V>> {
         let previous = self.peek_previous();
-        self.place = previous.map_or(Place::Below, |entry| Place::At(entry.first()));
-        previous
+        self.place.go(previous, Place::Below)
     }
 
     /// Moves to `page`.

@@ -31,25 +31,9 @@ use kmem_hal::sync::{AtomicU32, Ordering};
 use kmem_hal::{Grace, ObjectAlloc, Page};
 
 use crate::node::Node;
-#[cfg(loom)]
-use crate::plant::LockPlant;
+use crate::plant::{LockPlant, Planted};
 use crate::shared::ReadSection;
 use crate::value::{Entry, Value};
-
-/// The ordering, and `Relaxed` where a model planted that bug.
-macro_rules! ordering {
-    ($side:expr, $bug:ident, $order:expr) => {{
-        #[cfg(loom)]
-        let order = if $side.planted == LockPlant::$bug {
-            Ordering::Relaxed
-        } else {
-            $order
-        };
-        #[cfg(not(loom))]
-        let order = $order;
-        order
-    }};
-}
 
 /// The bit of the count that says: no reader may enter.
 const CLOSED: u32 = 1 << 31;
@@ -59,8 +43,7 @@ const CLOSED: u32 = 1 << 31;
 #[doc(alias = "mm_lock_seq")]
 pub struct SpaceSeq {
     seq: AtomicU32,
-    #[cfg(loom)]
-    planted: LockPlant,
+    planted: Planted<LockPlant>,
 }
 
 impl SpaceSeq {
@@ -69,8 +52,7 @@ impl SpaceSeq {
         pub fn new() -> Self {
             Self {
                 seq: AtomicU32::new(1),
-                #[cfg(loom)]
-                planted: LockPlant::Nothing,
+                planted: Planted::<LockPlant>::NOTHING,
             }
         }
     }
@@ -80,7 +62,7 @@ impl SpaceSeq {
     #[doc(hidden)]
     pub fn with_bug(bug: LockPlant) -> Self {
         Self {
-            planted: bug,
+            planted: Planted::bug(bug),
             ..Self::new()
         }
     }
@@ -94,8 +76,11 @@ impl SpaceSeq {
         // 0 is the number of a VMA that was never locked.
         let next = if now == u32::MAX { 1 } else { now + 1 };
         // Release: whoever sees the new number sees what was written under the locks.
-        self.seq
-            .store(next, ordering!(self, NoEndRelease, Ordering::Release));
+        self.seq.store(
+            next,
+            self.planted
+                .order(LockPlant::NoEndRelease, Ordering::Release),
+        );
     }
 }
 
@@ -112,8 +97,7 @@ pub struct VmaLock {
     /// Readers inside, and [`CLOSED`].
     readers: AtomicU32,
     seq: AtomicU32,
-    #[cfg(loom)]
-    planted: LockPlant,
+    planted: Planted<LockPlant>,
 }
 
 impl VmaLock {
@@ -123,8 +107,7 @@ impl VmaLock {
             Self {
                 readers: AtomicU32::new(0),
                 seq: AtomicU32::new(0),
-                #[cfg(loom)]
-                planted: LockPlant::Nothing,
+                planted: Planted::<LockPlant>::NOTHING,
             }
         }
     }
@@ -134,7 +117,7 @@ impl VmaLock {
     #[doc(hidden)]
     pub fn with_bug(bug: LockPlant) -> Self {
         Self {
-            planted: bug,
+            planted: Planted::bug(bug),
             ..Self::new()
         }
     }
@@ -147,7 +130,9 @@ impl VmaLock {
             return None;
         }
         // Acquire: a writer that came first has set `seq` before it opened the count again (L2).
-        let enter = ordering!(self, NoEnterAcquire, Ordering::Acquire);
+        let enter = self
+            .planted
+            .order(LockPlant::NoEnterAcquire, Ordering::Acquire);
         let entered = self
             .readers
             .fetch_update(enter, Ordering::Relaxed, |readers| {
@@ -158,7 +143,9 @@ impl VmaLock {
         }
         let guard = VmaReadGuard { lock: self };
         // Acquire: what the last writer did before its `end_write_all` is seen.
-        let check = ordering!(self, NoCheckAcquire, Ordering::Acquire);
+        let check = self
+            .planted
+            .order(LockPlant::NoCheckAcquire, Ordering::Acquire);
         if self.seq.load(Ordering::Relaxed) == space.seq.load(check) {
             return None;
         }
@@ -174,8 +161,7 @@ impl VmaLock {
         if self.seq.load(Ordering::Relaxed) == now {
             return;
         }
-        #[cfg(loom)]
-        if self.planted == LockPlant::StaysOpen {
+        if self.planted.is(LockPlant::StaysOpen) {
             while self.readers.load(Ordering::Acquire) != 0 {
                 wait();
             }
@@ -184,13 +170,17 @@ impl VmaLock {
         self.readers.fetch_or(CLOSED, Ordering::Relaxed);
         // Acquire: what the readers did happens before the change. Their leaving and the closing are one sequence of exchanges, so that this
         // holds for whoever left before the closing too.
-        let inside = ordering!(self, NoWaitAcquire, Ordering::Acquire);
+        let inside = self
+            .planted
+            .order(LockPlant::NoWaitAcquire, Ordering::Acquire);
         while self.readers.load(inside) != CLOSED {
             wait();
         }
         self.seq.store(now, Ordering::Relaxed);
         // Release: a reader that enters from now on sees `seq` (L2).
-        let open = ordering!(self, NoOpenRelease, Ordering::Release);
+        let open = self
+            .planted
+            .order(LockPlant::NoOpenRelease, Ordering::Release);
         self.readers.fetch_and(!CLOSED, open);
     }
 
@@ -223,7 +213,10 @@ impl Drop for VmaReadGuard<'_> {
     #[doc(alias = "vma_end_read")]
     fn drop(&mut self) {
         // Release: what the reader did happens before the writer's change.
-        let leave = ordering!(self.lock, NoLeaveRelease, Ordering::Release);
+        let leave = self
+            .lock
+            .planted
+            .order(LockPlant::NoLeaveRelease, Ordering::Release);
         self.lock.readers.fetch_sub(1, leave);
     }
 }

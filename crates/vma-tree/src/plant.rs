@@ -2,10 +2,12 @@
 //!
 //! Only in loom builds. The question costs nothing elsewhere.
 
-use kmem_hal::sync::{Ordering, fence};
+#[cfg(not(loom))]
+use core::marker::PhantomData;
+
+use kmem_hal::sync::Ordering;
 
 /// A bug to plant into a shared tree.
-#[cfg(loom)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum Plant {
     /// None.
@@ -34,7 +36,6 @@ pub enum Plant {
 }
 
 /// A bug to plant into the lock of a VMA or of its space.
-#[cfg(loom)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
 pub enum LockPlant {
     /// None.
@@ -56,116 +57,58 @@ pub enum LockPlant {
     NoEndRelease,
 }
 
-/// A switch that is off, except where a model turned it on.
-#[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct Planted {
+/// The bug of a tree or a lock: none, except where a model planted one.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Planted<B> {
     #[cfg(loom)]
-    pub(crate) bug: Plant,
+    bug: B,
+    #[cfg(not(loom))]
+    _bug: PhantomData<B>,
 }
 
-impl Planted {
+impl Planted<Plant> {
     pub(crate) const NOTHING: Self = Self {
         #[cfg(loom)]
         bug: Plant::Nothing,
+        #[cfg(not(loom))]
+        _bug: PhantomData,
     };
+}
 
-    /// The ordering of a publishing store.
-    #[inline(always)]
-    pub(crate) fn publish(self) -> Ordering {
+impl Planted<LockPlant> {
+    pub(crate) const NOTHING: Self = Self {
         #[cfg(loom)]
-        if self.bug == Plant::NoPublishFence {
-            return Ordering::Relaxed;
-        }
-        Ordering::Release
+        bug: LockPlant::Nothing,
+        #[cfg(not(loom))]
+        _bug: PhantomData,
+    };
+}
+
+impl<B: Copy + PartialEq> Planted<B> {
+    #[cfg(loom)]
+    pub(crate) const fn bug(bug: B) -> Self {
+        Self { bug }
     }
 
-    /// The ordering of a load of the root.
+    /// Whether this is the bug.
     #[inline(always)]
-    pub(crate) fn root(self) -> Ordering {
+    pub(crate) fn is(self, bug: B) -> bool {
         #[cfg(loom)]
-        if self.bug == Plant::NoRootAcquire {
-            return Ordering::Relaxed;
+        return self.bug == bug;
+        #[cfg(not(loom))]
+        {
+            let _ = bug;
+            false
         }
-        Ordering::Acquire
     }
 
-    /// The ordering of a reader's load of a child.
+    /// `order`, which this bug takes away.
     #[inline(always)]
-    pub(crate) fn child(self) -> Ordering {
-        #[cfg(loom)]
-        if self.bug == Plant::NoChildAcquire {
-            return Ordering::Relaxed;
+    pub(crate) fn order(self, bug: B, order: Ordering) -> Ordering {
+        if self.is(bug) {
+            Ordering::Relaxed
+        } else {
+            order
         }
-        Ordering::Acquire
-    }
-
-    /// The ordering of a store that moves a boundary.
-    #[inline(always)]
-    pub(crate) fn boundary(self) -> Ordering {
-        #[cfg(loom)]
-        if self.bug == Plant::NoBoundaryRelease {
-            return Ordering::Relaxed;
-        }
-        Ordering::Release
-    }
-
-    /// The fence of a reader who may have seen a boundary that moved.
-    #[inline(always)]
-    pub(crate) fn boundary_seen(self) {
-        #[cfg(loom)]
-        if self.bug == Plant::NoBoundaryAcquire {
-            return;
-        }
-        fence(Ordering::Acquire);
-    }
-
-    /// Whether fingers are told before an edit is published.
-    #[inline(always)]
-    pub(crate) fn begins(self, shared: bool) -> bool {
-        #[cfg(loom)]
-        if self.bug == Plant::NoBeginning {
-            return false;
-        }
-        shared
-    }
-
-    /// The ordering of the store that counts an edit.
-    #[inline(always)]
-    pub(crate) fn count(self) -> Ordering {
-        #[cfg(loom)]
-        if self.bug == Plant::NoEditsRelease {
-            return Ordering::Relaxed;
-        }
-        Ordering::Release
-    }
-
-    /// The ordering of a load of the count of edits.
-    #[inline(always)]
-    pub(crate) fn counted(self) -> Ordering {
-        #[cfg(loom)]
-        if self.bug == Plant::NoEditsAcquire {
-            return Ordering::Relaxed;
-        }
-        Ordering::Acquire
-    }
-
-    /// Whether leaves are copied.
-    #[inline(always)]
-    pub(crate) fn copies(self, shared: bool) -> bool {
-        #[cfg(loom)]
-        if self.bug == Plant::InPlace {
-            return false;
-        }
-        shared
-    }
-
-    /// Whether nodes wait for readers.
-    #[inline(always)]
-    pub(crate) fn waits(self, shared: bool) -> bool {
-        #[cfg(loom)]
-        if self.bug == Plant::NoGrace {
-            return false;
-        }
-        shared
     }
 }

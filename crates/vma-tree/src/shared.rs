@@ -32,8 +32,9 @@ use crate::edit::entry;
 use crate::finger::Finger;
 use crate::node::{Leaf, Node, from_word};
 use crate::path::HEIGHT_MASK;
+use crate::reserve::Reserved;
 use crate::stock::{Exclusive, Shared};
-use crate::store::{Change, MergeRule, Removed, Reserved};
+use crate::store::{Change, MergeRule, Removed};
 use crate::tree::RangeTree;
 use crate::value::{Entry, Mergeable, Value};
 
@@ -72,26 +73,18 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> SharedTree<V, 
     kmem_hal::const_new! {
         /// An empty tree whose nodes come from `alloc` and wait for readers of `grace`. Allocates nothing.
         pub fn new_in(alloc: A, grace: G) -> Self {
-            Self { tree: RangeTree::new_shared(alloc, grace) }
+            Self { tree: RangeTree::empty(alloc, Shared(grace)) }
         }
     }
 
     /// Shares a tree that was built alone: fork fills the child's tree first. Looks at every leaf once.
     #[must_use]
     pub fn from_tree(tree: RangeTree<V, A, Exclusive, W>, grace: G) -> Self {
-        for (leaf, _) in tree.leaves() {
-            // N6: the tree is ours alone, so the leaf may be written.
-            leaf.sort();
-        }
-        let (root, len, top) = (tree.root_word(), tree.len(), tree.top());
-        tree.stock.trim_to(&tree.alloc, 0);
-        let tree = ManuallyDrop::new(tree);
-        // SAFETY: `tree` is neither used nor dropped any more, and its stock is empty: the allocator moves once.
-        let alloc = unsafe { core::ptr::read(&tree.alloc) };
-        let shared = RangeTree::new_shared(alloc, grace);
-        shared.set_root(root);
-        shared.set_top(top);
-        shared.count_edit(len, 0);
+        let built = Built::of(tree);
+        let shared = RangeTree::empty(built.alloc, Shared(grace));
+        shared.set_top(built.top);
+        shared.set_root(built.root);
+        shared.count_edit(built.len, 0);
         Self { tree: shared }
     }
 
@@ -100,7 +93,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> SharedTree<V, 
     #[doc(hidden)]
     pub fn with_bug(alloc: A, grace: G, bug: crate::Plant) -> Self {
         let mut shared = Self::new_in(alloc, grace);
-        shared.tree.planted.bug = bug;
+        shared.tree.planted = crate::plant::Planted::bug(bug);
         shared
     }
 
@@ -124,6 +117,35 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> SharedTree<V, 
     #[doc(alias = "mas_lock_is_held")]
     pub fn read(&self) -> ReadSection<'_, V, A, G, W> {
         Readers { tree: &self.tree }.read()
+    }
+}
+
+/// What a tree that was built alone holds, for a shared tree to take over: its nodes are nobody's until then.
+struct Built<A> {
+    root: u64,
+    len: usize,
+    top: u64,
+    alloc: A,
+}
+
+impl<A> Built<A> {
+    fn of<V: Value, const W: usize>(tree: RangeTree<V, A, Exclusive, W>) -> Self
+    where
+        A: ObjectAlloc<Node<W>>,
+    {
+        for (leaf, _) in tree.leaves() {
+            // N6: the tree is ours alone, so the leaf may be written.
+            leaf.sort();
+        }
+        tree.stock.trim_to(&tree.alloc, 0);
+        let tree = ManuallyDrop::new(tree);
+        Self {
+            root: tree.root_word(),
+            len: tree.len(),
+            top: tree.top(),
+            // SAFETY: `tree` is neither used nor dropped any more, and its stock is empty: the allocator moves once.
+            alloc: unsafe { core::ptr::read(&tree.alloc) },
+        }
     }
 }
 
@@ -227,22 +249,18 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> Writer<'_, V, 
 
     /// Takes over what a tree holds that was built alone: fork fills a child's tree so. Readers see all of it from one moment on.
     ///
-    /// What was in this tree is erased.
+    /// What was in this tree is erased. Looks at every leaf of `tree` once.
     ///
     /// # Safety
     ///
     /// Nodes of `tree` may be given back to this tree's allocator: it is the same one.
     pub unsafe fn adopt(&mut self, tree: RangeTree<V, A, Exclusive, W>) {
         self.clear();
-        let (root, len, top) = (tree.root_word(), tree.len(), tree.top());
-        tree.stock.trim_to(&tree.alloc, 0);
-        let mut tree = ManuallyDrop::new(tree);
-        // SAFETY: `tree` is not used any more; its nodes are this tree's from now on, and its stock is empty.
-        unsafe { core::ptr::drop_in_place(&raw mut tree.alloc) };
-        self.tree.set_top(top);
+        let built = Built::of(tree);
+        self.tree.set_top(built.top);
         self.tree.begin_edit();
-        self.tree.set_root(root);
-        self.tree.count_edit(len, 0);
+        self.tree.set_root(built.root);
+        self.tree.count_edit(built.len, 0);
     }
 
     /// Erases everything, in one moment. Needs no memory; the nodes wait for readers.
@@ -394,11 +412,11 @@ impl<'s, V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> Entries<'s
             let slot = inner.child_for(page);
             // A boundary that has just moved below the page would send the walk back: never step below it.
             high = inner.last_of(slot, high).max(page);
-            node = inner.child_by(slot, self.tree.planted.child())?;
+            node = self.tree.child_seen(inner, slot)?;
             level -= 1;
         }
         // N7: a boundary that moved may have led here.
-        self.tree.planted.boundary_seen();
+        self.tree.boundary_seen();
         // SAFETY: as above.
         Some((unsafe { node.as_ref() }.sorted_leaf(), high))
     }

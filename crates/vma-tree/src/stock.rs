@@ -1,14 +1,14 @@
 //! Where nodes come from and go to: the stock of spare nodes, and the garbage that readers may still look at.
 //!
 //! ```text
-//!   allocator ──take──> tree ──retire──> open batch ──16 nodes──> in flight (one deferred call) ──grace──> stock
-//!       ▲                 │  (not shared: at once)                                                           │
-//!       └────── trim ─────┴──────────────────────────────── stock <─────────────────────────────────────────┘
+//!   allocator ──take──> tree ──retire──> open batch ──128 nodes──> in flight (one deferred call) ──grace──> stock
+//!       ▲                 │  (not shared: at once)                                                            │
+//!       └────── trim ─────┴──────────────────────────────── stock <──────────────────────────────────────────┘
 //! ```
 //!
 //! A tree that is not shared has no readers to wait for: a node taken out is a spare node at once. A shared tree
 //! collects nodes into batches, chained through a word that readers do not read, and asks the grace period for one
-//! call a batch. So an edit costs no call into the allocator in the long run, and 1/16 of a deferred call.
+//! call a batch. So an edit costs no call into the allocator in the long run, and 1/128 of a deferred call.
 //!
 //! Invariants
 //! - `K1`: a node is in the tree, in the stock, in the open batch, in flight, or the allocator's; in one of them.
@@ -149,9 +149,14 @@ impl<const W: usize> Stock<W> {
         &self,
         alloc: &A,
     ) -> Result<NodePtr<W>, AllocError> {
-        if let Some(node) = self.spare.pop() {
-            return Ok(node);
+        match self.spare.pop() {
+            Some(node) => Ok(node),
+            None => Self::fresh(alloc),
         }
+    }
+
+    /// A node of the allocator's.
+    fn fresh<A: ObjectAlloc<Node<W>>>(alloc: &A) -> Result<NodePtr<W>, AllocError> {
         let node = alloc.alloc()?;
         // SAFETY: B1: the memory is ours alone and fits a node.
         unsafe { node.as_ptr().write(Node::blank()) };
@@ -249,10 +254,7 @@ impl<const W: usize> Stock<W> {
         count: usize,
     ) -> Result<(), AllocError> {
         while self.spare.count.get() < count {
-            let node = alloc.alloc()?;
-            // SAFETY: B1: the memory is ours alone and fits a node.
-            unsafe { node.as_ptr().write(Node::blank()) };
-            self.spare.push(node);
+            self.spare.push(Self::fresh(alloc)?);
         }
         Ok(())
     }

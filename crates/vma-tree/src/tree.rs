@@ -3,14 +3,14 @@
 use core::fmt;
 use core::marker::PhantomData;
 
-use kmem_hal::sync::{AtomicU64, LocalU64, LocalUsize, Ordering, UnsafeCell};
-use kmem_hal::{Grace, ObjectAlloc, Page};
+use kmem_hal::sync::{AtomicU64, LocalU64, LocalUsize, Ordering, UnsafeCell, fence};
+use kmem_hal::{ObjectAlloc, Page};
 
 use crate::edit::entry;
 use crate::node::{Node, NodePtr, Raw, from_word};
 use crate::path::{HEIGHT_MASK, Path};
-use crate::plant::Planted;
-use crate::stock::{Exclusive, Shared, Sharing, Stock};
+use crate::plant::{Plant, Planted};
+use crate::stock::{Exclusive, Sharing, Stock};
 use crate::value::{Entry, Value};
 
 /// Ordered, non-overlapping ranges of pages with a value each.
@@ -36,7 +36,7 @@ pub struct RangeTree<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing = Exclusive, 
     pub(crate) sharing: S,
     pub(crate) alloc: A,
     /// Bugs on purpose, in models only.
-    pub(crate) planted: Planted,
+    pub(crate) planted: Planted<Plant>,
     _values: PhantomData<V>,
 }
 
@@ -59,42 +59,29 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> RangeTree<V, A, Exclusiv
     kmem_hal::const_new! {
         /// An empty tree whose nodes come from `alloc`. Allocates nothing.
         pub fn new_in(alloc: A) -> Self {
-            Self {
-                root: AtomicU64::new(0),
-                edits: AtomicU64::new(0),
-                len: LocalUsize::new(0),
-                top: LocalU64::new(0),
-                finger: UnsafeCell::new(Path::unset()),
-                stock: Stock::new(),
-                sharing: Exclusive,
-                alloc,
-                planted: Planted::NOTHING,
-                _values: PhantomData,
-            }
-        }
-    }
-}
-
-impl<V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> RangeTree<V, A, Shared<G>, W> {
-    kmem_hal::const_new! {
-        pub(crate) fn new_shared(alloc: A, grace: G) -> Self {
-            Self {
-                root: AtomicU64::new(0),
-                edits: AtomicU64::new(0),
-                len: LocalUsize::new(0),
-                top: LocalU64::new(0),
-                finger: UnsafeCell::new(Path::unset()),
-                stock: Stock::new(),
-                sharing: Shared(grace),
-                alloc,
-                planted: Planted::NOTHING,
-                _values: PhantomData,
-            }
+            Self::empty(alloc, Exclusive)
         }
     }
 }
 
 impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
+    kmem_hal::const_new! {
+        pub(crate) fn empty(alloc: A, sharing: S) -> Self {
+            Self {
+                root: AtomicU64::new(0),
+                edits: AtomicU64::new(0),
+                len: LocalUsize::new(0),
+                top: LocalU64::new(0),
+                finger: UnsafeCell::new(Path::unset()),
+                stock: Stock::new(),
+                sharing,
+                alloc,
+                planted: Planted::<Plant>::NOTHING,
+                _values: PhantomData,
+            }
+        }
+    }
+
     /// Number of ranges.
     #[must_use]
     #[doc(alias = "map_count")]
@@ -113,6 +100,12 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     #[must_use]
     pub fn height(&self) -> usize {
         (self.root_word() & HEIGHT_MASK) as usize
+    }
+
+    /// What gives the nodes.
+    #[must_use]
+    pub fn allocator(&self) -> &A {
+        &self.alloc
     }
 
     /// The entry that covers `page`.
@@ -145,7 +138,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let found = leaf.find(page.number());
         if S::SHARED && found.is_none() {
             // N7: a boundary may have said so.
-            self.planted.boundary_seen();
+            self.boundary_seen();
         }
         found
     }
@@ -163,12 +156,27 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         while level > 0 {
             // SAFETY: N4 and the contract: the node is alive.
             let inner = unsafe { node.as_ref() };
-            node = inner.child_by(inner.child_for(page.number()), self.planted.child())?;
+            node = self.child_seen(inner, inner.child_for(page.number()))?;
             // SAFETY: as above.
             unsafe { node.as_ref() }.fetch();
             level -= 1;
         }
         Some(node)
+    }
+
+    /// Child `slot` as a reader loads it. Acquire: what it leads to is seen as it was published.
+    #[inline(always)]
+    pub(crate) fn child_seen(&self, inner: &Node<W>, slot: usize) -> Option<NodePtr<W>> {
+        let order = self.planted.order(Plant::NoChildAcquire, Ordering::Acquire);
+        inner.child_by(slot, order)
+    }
+
+    /// The fence of a reader who may have seen a boundary that moved (`N7`).
+    #[inline(always)]
+    pub(crate) fn boundary_seen(&self) {
+        if !self.planted.is(Plant::NoBoundaryAcquire) {
+            fence(Ordering::Acquire);
+        }
     }
 
     /// The lowest entry whose last page is at or above `page`.
@@ -234,12 +242,14 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     /// The root's word. Acquire: what it leads to is seen as it was published.
     #[inline(always)]
     pub(crate) fn root_word(&self) -> u64 {
-        self.root.load(self.planted.root())
+        let order = self.planted.order(Plant::NoRootAcquire, Ordering::Acquire);
+        self.root.load(order)
     }
 
     /// Publishes another root. Only for the writer.
     pub(crate) fn set_root(&self, word: u64) {
-        self.root.store(word, self.planted.publish());
+        let order = self.planted.order(Plant::NoPublishFence, Ordering::Release);
+        self.root.store(word, order);
     }
 
     /// Forgets where the last edit was (`E4`). Only for the writer.
@@ -262,7 +272,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     /// Twice the number of edits so far, and one more while one is being published.
     #[inline(always)]
     pub(crate) fn edits(&self) -> u64 {
-        self.edits.load(self.planted.counted())
+        let order = self.planted.order(Plant::NoEditsAcquire, Ordering::Acquire);
+        self.edits.load(order)
     }
 
     /// Counts an edit that put `new` ranges in the place of `old`. Only for the writer.
@@ -270,13 +281,14 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     pub(crate) fn count_edit(&self, new: usize, old: usize) {
         self.len.set(self.len.get() + new - old);
         let edits = self.edits.load(Ordering::Relaxed) & !1;
-        self.edits.store(edits + 2, self.planted.count());
+        let order = self.planted.order(Plant::NoEditsRelease, Ordering::Release);
+        self.edits.store(edits + 2, order);
     }
 
     /// Says to fingers that an edit is about to be published: what they remember is in doubt until it is counted (`F3`).
     #[inline(always)]
     pub(crate) fn begin_edit(&self) {
-        if self.planted.begins(S::SHARED) {
+        if S::SHARED && !self.planted.is(Plant::NoBeginning) {
             let edits = self.edits.load(Ordering::Relaxed);
             self.edits.store(edits | 1, Ordering::Relaxed);
         }

@@ -4,8 +4,9 @@
 
 use kmem_hal::{AllocError, ObjectAlloc};
 
+use super::leaf::free_below;
 use super::{Cut, Pieces, show};
-use crate::node::{Node, Raw, saturate};
+use crate::node::{Node, Raw};
 use crate::path::Path;
 use crate::stock::Sharing;
 use crate::tree::RangeTree;
@@ -92,8 +93,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         (from, to): (usize, usize),
         removed: &mut dyn FnMut(Entry<V>),
     ) -> Result<Rewritten, AllocError> {
-        // SAFETY: E3, E4: the path's nodes are alive, and a leaf that is taken out is kept until its ranges were shown.
-        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let old = self.leaf_of(path);
         let leaf = old.leaf();
         let touched = to - from;
         // The lowest and the highest range that is touched, and the largest gap between those that are.
@@ -128,11 +128,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let mut new_gap = 0;
         let mut low = cut.first;
         if !has_lower {
-            low = if from > 0 {
-                leaf.range(from - 1).1 + 1
-            } else {
-                path.low()
-            };
+            low = free_below(path, &leaf, from);
             let end = if touched > 0 { lowest.0 } else { cut.first };
             old_gap = old_gap.max(end - low);
         }
@@ -210,16 +206,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         if let Some(top) = top {
             self.set_top(top);
         }
-        if path.height() > 1 {
-            let recorded = u64::from(path.recorded_gap());
-            if new_gap > recorded {
-                path.record_gap(1, saturate(new_gap));
-            } else if new_gap < recorded && old_gap >= recorded {
-                self.measure_gap(path, path.node(0));
-            }
-            if let Some(boundary) = lowered {
-                self.lower(path, boundary);
-            }
+        self.gap_changed(path, old_gap, new_gap);
+        if let Some(boundary) = lowered {
+            self.lower(path, boundary);
         }
         Ok(Rewritten::Done)
     }
@@ -240,17 +229,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         self.splice_ranked(path, cut, rank, removed)
     }
 
-    /// The largest gap of a leaf went: what is the largest now?
-    #[inline(never)]
-    pub(super) fn measure_gap(&self, path: &Path<W>, leaf: &Node<W>) {
-        let gap = leaf.leaf().largest_gap(path.low());
-        path.record_gap(1, saturate(gap));
-    }
-
     /// Moves the boundary above the path's leaf down to `last`; `above`, the page above the old one, is the next leaf's.
     #[inline(never)]
     fn lower(&self, path: &mut Path<W>, (last, above): (u64, u64)) {
-        path.move_boundary(1, last, self.planted.boundary());
+        self.move_boundary(path, 1, last);
         path.set_high(last);
         self.refresh_gap(above);
     }
@@ -311,7 +293,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         leaf.set_range(slot, cut.first, cut.last);
         leaf.set_value(slot, value);
         // E1: the boundary is the end of the last range; the hole above it is the next leaf's.
-        path.move_boundary(1, cut.last, self.planted.boundary());
+        self.move_boundary(path, 1, cut.last);
         path.set_high(cut.last);
         path.hole = 0;
         self.count_edit(1, 1);

@@ -16,6 +16,7 @@ use kmem_hal::{AllocError, ObjectAlloc, Page};
 use super::{Cut, entry, show};
 use crate::node::{Leaf, Node, NodePtr, Raw, saturate};
 use crate::path::Path;
+use crate::plant::Plant;
 use crate::stock::Sharing;
 use crate::tree::RangeTree;
 use crate::value::{Entry, Value};
@@ -41,11 +42,7 @@ impl Hole {
         at: usize,
         (first, last): (u64, u64),
     ) -> Option<Self> {
-        let low = if at > 0 {
-            leaf.range(at - 1).1 + 1
-        } else {
-            path.low()
-        };
+        let low = free_below(path, leaf, at);
         let is_top = at >= leaf.count();
         let end = if !is_top {
             leaf.range(at).0
@@ -82,6 +79,15 @@ impl Hole {
     }
 }
 
+/// The first page that is free below position `at` of the path's leaf, if any is: the one after the range below.
+#[inline(always)]
+pub(super) fn free_below<const W: usize>(path: &Path<W>, leaf: &Leaf<'_, W>, at: usize) -> u64 {
+    match at.checked_sub(1) {
+        Some(below) => leaf.range(below).1 + 1,
+        None => path.low(),
+    }
+}
+
 impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
     /// Makes the pages of `cut` what it says, where the way to its first page is known.
     ///
@@ -94,8 +100,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         cut: &Cut,
         removed: &mut dyn FnMut(Entry<V>),
     ) -> Result<(), AllocError> {
-        // SAFETY: E3, E4: the path's nodes are alive, and a leaf that is taken out is kept until its ranges were shown.
-        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let old = self.leaf_of(path);
         let leaf = old.leaf();
         let pages = (cut.first, cut.last);
         if let Some(value) = cut.value
@@ -118,7 +123,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                     if rank < leaf.count()
                         && (leaf.count() > Node::<W>::LEAF_LOW || path.height() == 1)
                     {
-                        let gap = leaf.range(rank).0 - Self::free_below(path, &leaf, at);
+                        let gap = leaf.range(rank).0 - free_below(path, &leaf, at);
                         return self.take_out(path, old, (at, raw), gap, removed);
                     }
                 } else if cut.value.is_none() {
@@ -164,8 +169,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         (first, last): (u64, u64),
         value: u64,
     ) -> Result<(), AllocError> {
-        // SAFETY: as in `splice_at`.
-        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let old = self.leaf_of(path);
         let (mut leaf, target) = self.writable(old)?;
         leaf.open(hole.at);
         let leaf = self.settled(leaf, target);
@@ -177,15 +181,6 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         self.count_edit(1, 0);
         self.hole_filled(path, hole, (first, last));
         Ok(())
-    }
-
-    /// The first page that is free below position `at` if any is: the one after the range below.
-    #[inline(always)]
-    fn free_below(path: &Path<W>, leaf: &Leaf<'_, W>, at: usize) -> u64 {
-        match at.checked_sub(1) {
-            Some(below) => leaf.range(below).1 + 1,
-            None => path.low(),
-        }
     }
 
     /// Takes the range at a position out from below another, where `gap` pages are free afterwards.
@@ -281,7 +276,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             if !leaf.fits_part(cut.last + 1) {
                 return Ok(false);
             }
-            cut.last + 1 - Self::free_below(path, &leaf, at)
+            cut.last + 1 - free_below(path, &leaf, at)
         };
         let cut_at = if is_upper { cut.first } else { cut.last + 1 };
         let upper = V::from_word(raw.value).split(cut_at - raw.first).to_word();
@@ -321,8 +316,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         cut: &Cut,
         removed: &mut dyn FnMut(Entry<V>),
     ) -> Result<bool, AllocError> {
-        // SAFETY: as in `splice_at`.
-        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let old = self.leaf_of(path);
         let Some(value) = cut.value else {
             return Ok(false);
         };
@@ -373,8 +367,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         cut: &Cut,
         removed: &mut dyn FnMut(Entry<V>),
     ) -> Result<bool, AllocError> {
-        // SAFETY: as in `splice_at`.
-        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let old = self.leaf_of(path);
         let leaf = old.leaf();
         let (below, above) = (leaf.raw(at), leaf.raw(at + 1));
         let Some(value) = cut.value else {
@@ -433,8 +426,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         grown: Raw,
         (hole, pages): (&Hole, (u64, u64)),
     ) -> Result<(), AllocError> {
-        // SAFETY: as in `splice_at`.
-        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let old = self.leaf_of(path);
         let (leaf, target) = self.writable(old)?;
         let leaf = self.as_it_was(leaf, target);
         let slot = leaf.slot(at);
@@ -455,8 +447,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         hole: &Hole,
         grown: Raw,
     ) -> Result<(), AllocError> {
-        // SAFETY: as in `splice_at`.
-        let old: &Node<W> = unsafe { path.pointer(0).as_ref() };
+        let old = self.leaf_of(path);
         let (mut leaf, target) = self.writable(old)?;
         self.close(&mut leaf, hole.at);
         let leaf = self.settled(leaf, target);
@@ -468,6 +459,13 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         self.count_edit(1, 2);
         self.gap_changed(path, hole.end - hole.low, 0);
         Ok(())
+    }
+
+    /// The path's leaf, to be replaced or written.
+    #[inline(always)]
+    pub(super) fn leaf_of(&self, path: &Path<W>) -> &Node<W> {
+        // SAFETY: E3, E4: the path's nodes are alive, and a leaf that is taken out is kept until its ranges were shown.
+        unsafe { path.pointer(0).as_ref() }
     }
 
     /// The leaf as an edit begins, and the node to write it into: its own, or another where readers may look at it.
@@ -518,7 +516,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     /// Whether leaves are edited in copies, since readers may look at them.
     #[inline(always)]
     pub(super) fn copies(&self) -> bool {
-        self.planted.copies(S::SHARED)
+        S::SHARED && !self.planted.is(Plant::InPlace)
     }
 
     /// Publishes what was written into a copy, shows what was removed with `shows` (where nothing was copied that was done
@@ -551,14 +549,21 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     /// Records that a gap of `old` pages in the path's leaf has become smaller ones, of which `new` is the largest, or
     /// that there is a new one (`E2`).
     #[inline(always)]
-    fn gap_changed(&self, path: &Path<W>, old: u64, new: u64) {
+    pub(super) fn gap_changed(&self, path: &Path<W>, old: u64, new: u64) {
         if path.height() > 1 {
             let recorded = u64::from(path.recorded_gap());
             if new > recorded {
                 path.record_gap(1, saturate(new));
             } else if new < recorded && old >= recorded {
-                self.measure_gap(path, path.node(0));
+                self.measure_gap(path);
             }
         }
+    }
+
+    /// The largest gap of the path's leaf went: what is the largest now?
+    #[inline(never)]
+    pub(super) fn measure_gap(&self, path: &Path<W>) {
+        let gap = path.leaf().largest_gap(path.low());
+        path.record_gap(1, saturate(gap));
     }
 }

@@ -32,16 +32,20 @@
 //! k ranges removed.
 
 mod general;
-pub(crate) mod leaf;
+mod leaf;
+mod merge;
+mod modify;
 mod rebuild;
 mod split;
 mod sweep;
 
+use kmem_hal::sync::Ordering;
 use kmem_hal::{AllocError, ObjectAlloc, Page, PageRange};
 
 use crate::list::List;
-use crate::node::{Coding, Node, NodePtr, Raw, saturate, to_word};
+use crate::node::{Coding, Node, NodePtr, Raw, to_word};
 use crate::path::Path;
+use crate::plant::Plant;
 use crate::stock::{GARBAGE_LIMIT, Sharing};
 use crate::tree::RangeTree;
 use crate::value::{Entry, Value};
@@ -102,7 +106,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             if self.aim(path, cut.first) {
                 self.splice_at(path, &cut, removed)
             } else {
-                self.plant(cut)
+                self.store_first(cut)
             }
         })
     }
@@ -141,7 +145,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     }
 
     /// The first range of an empty tree.
-    fn plant(&self, cut: Cut) -> Result<(), AllocError> {
+    fn store_first(&self, cut: Cut) -> Result<(), AllocError> {
         let Some(value) = cut.value else {
             return Ok(());
         };
@@ -169,14 +173,22 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         if level == path.height() {
             self.set_root(to_word(node) | level as u64);
         } else {
-            let order = self.planted.publish();
+            let order = self.planted.order(Plant::NoPublishFence, Ordering::Release);
             path.node(level).set_child(path.slot(level), node, order);
         }
     }
 
+    /// Moves the boundary above the child that the path takes at `level` down or up to `last`, inside a hole (`N7`).
+    pub(super) fn move_boundary(&self, path: &Path<W>, level: usize, last: u64) {
+        let order = self
+            .planted
+            .order(Plant::NoBoundaryRelease, Ordering::Release);
+        path.move_boundary(level, last, order);
+    }
+
     /// Takes a node out for good.
     pub(super) fn retire(&self, node: NodePtr<W>) {
-        if self.planted.waits(S::SHARED) {
+        if S::SHARED && !self.planted.is(Plant::NoGrace) {
             self.stock.retire(&self.sharing, node);
         } else {
             self.stock.give(node);
@@ -194,8 +206,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     pub(super) fn refresh_gap(&self, page: u64) {
         // SAFETY: E3: nobody else edits; nodes in the tree are alive.
         if let Some(path) = unsafe { Path::<W>::new(self.root_word(), page) } {
-            let gap = path.leaf().largest_gap(path.low());
-            path.record_gap(1, saturate(gap));
+            self.measure_gap(&path);
         }
     }
 }

@@ -109,7 +109,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             let old_high = after.bounds(level - 1).1;
             self.publish(before, level, child.node);
             if child.last < old_high {
-                after.move_boundary(level, child.last, self.planted.boundary());
+                self.move_boundary(after, level, child.last);
             }
             before.record_gap(level, child.gap);
         } else {

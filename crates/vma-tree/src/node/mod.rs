@@ -40,15 +40,18 @@
 //!
 //! The number of words is a parameter: 8 words give 3 ranges and 3 children a node, which a model checker can explore.
 
+mod coding;
 mod inner;
 mod leaf;
+mod order;
 
 use core::ptr::NonNull;
 
 use kmem_hal::sync::{AtomicU64, Ordering};
 
+pub(crate) use coding::Coding;
 pub(crate) use inner::{Child, saturate};
-pub(crate) use leaf::{Coding, Leaf};
+pub(crate) use leaf::Leaf;
 
 /// The word of an unused key or pivot: above every other.
 pub(crate) const UNUSED: u64 = u64::MAX;

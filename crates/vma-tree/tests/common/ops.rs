@@ -3,7 +3,7 @@
 use kmem_hal::{AllocError, Page, PageRange, SingleGrace};
 use kmem_vma_tree::{Entry, Finger, RangeTree, SharedTree};
 
-use super::{Heap, Model, Request};
+use super::{Heap, Model, Request, count};
 
 /// An operation on both.
 #[derive(Clone, Debug)]
@@ -164,21 +164,30 @@ fn both_ends<const W: usize>(tree: &Tree<'_, W>, model: &Model, turns: u64) {
     }
 }
 
-/// Leaves of a tree of one's own lie in any order; a tree that is shared has them sorted, and says the same.
+/// Leaves of a tree of one's own lie in any order; a tree that is shared has them sorted, and says the same, whether it was
+/// made of one or takes one over.
 fn shares<const W: usize>(tree: &Tree<'_, W>, model: &Model) {
     let heap = Heap::default();
     {
-        let copy = tree.duplicate_in(&heap, &mut |entry| Some(entry.value));
+        let copy = || tree.duplicate_in(&heap, &mut |entry| Some(entry.value));
         // SAFETY: one thread runs the test.
         let grace = unsafe { SingleGrace::new() };
-        let shared = SharedTree::from_tree(copy.unwrap(), &grace);
+        let made = SharedTree::from_tree(copy().unwrap(), &grace);
+        let taken_over = SharedTree::new_in(&heap, &grace);
         // SAFETY: there is no other writer.
-        unsafe { shared.writer() }.check().unwrap();
-        let section = shared.read();
-        let all = section.entries_from(Page::ZERO);
-        assert!(all.eq(model.entries.iter().copied()));
-        for entry in &model.entries {
-            assert_eq!(section.get(entry.last()), Some(*entry));
+        let mut writer = unsafe { taken_over.writer() };
+        writer.store(count(7, 30), Some(9), &mut |_| ()).unwrap();
+        // SAFETY: all nodes are of one heap.
+        unsafe { writer.adopt(copy().unwrap()) };
+        for shared in [&made, &taken_over] {
+            // SAFETY: there is no other writer that is used from here on.
+            unsafe { shared.writer() }.check().unwrap();
+            let section = shared.read();
+            let all = section.entries_from(Page::ZERO);
+            assert!(all.eq(model.entries.iter().copied()));
+            for entry in &model.entries {
+                assert_eq!(section.get(entry.last()), Some(*entry));
+            }
         }
     }
     assert_eq!(heap.live.get(), 0, "nodes leaked");
