@@ -8,8 +8,6 @@
 //! A boot loader's tables lie in memory that the kernel wants back, have no slots and no locks, and may share tables where
 //! the kernel must not. So they are not kept: the kernel's own table gets the same leaves, and the code that switches to it
 //! notices nothing. Nobody owns what these leaves lead to.
-//!
-//! Does not handle: what AArch64's table descriptors deny (`APTable`, `UXNTable`, `PXNTable`).
 
 use kmem_hal::{DeviceFrame, Frame, Page, PageRange};
 use kmem_paging::format::{Format, Kind, Word};

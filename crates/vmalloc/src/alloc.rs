@@ -94,7 +94,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         let mut single = self.frames;
         single.zeroed = request.zeroed;
         let outcome = self.fill_memory(range, &request.attributes, &single, huge);
-        self.settle(range, outcome)
+        self.settle(range, made, outcome)
     }
 
     /// Maps fresh frames, [`TOGETHER`] at a time. They are taken with no lock held, as the caller can bear: reclaim may want the very
@@ -207,7 +207,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
                 .map_err(|frame| env.frames().free(frame))
                 .ok()
         });
-        self.settle(range, outcome)
+        self.settle(range, made, outcome)
     }
 
     /// Maps frames that belong to somebody else and stay so: page `i` of the area is the `i`-th frame that `frames` gives.
@@ -234,7 +234,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             let frame = frames()?;
             DeviceFrame::new(frame, Order::ZERO).map(KernelPage::borrowed)
         });
-        self.settle_borrowed(range, outcome)
+        self.settle(range, made, outcome)
     }
 
     /// Maps device registers: `bytes` bytes at physical `address`; gives the linear address of the first.
@@ -267,8 +267,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             .of(AreaKind::Ioremap)
             .memory_type(memory_type);
         let mut made = Made::here();
-        let known = has_slots(self.table.env().slots(), frames);
-        if known {
+        if has_slots(self.table.env().slots(), frames) {
             made = made.borrowed();
         }
         let range = match self.take_range(&request.aligned(align), first % align, made) {
@@ -285,11 +284,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             });
             DeviceFrame::new(frame, order.unwrap_or(Order::ZERO)).map(KernelPage::borrowed)
         });
-        let start = if known {
-            self.settle_borrowed(range, outcome)?
-        } else {
-            self.settle(range, outcome)?
-        };
+        let start = self.settle(range, made, outcome)?;
         Ok(VirtAddr::new(start.as_u64() + address.page_offset()))
     }
 
@@ -348,7 +343,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             env.frames().free(piece(index));
         }
         Ok(DmaBuffer {
-            address: self.settle(range, outcome)?,
+            address: self.settle(range, made, outcome)?,
             device,
             bytes: request.pages * PAGE_SIZE,
         })
@@ -435,27 +430,12 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
     fn settle(
         &self,
         range: PageRange,
+        made: Made,
         outcome: Result<(), (VmallocError, Page)>,
     ) -> Result<VirtAddr, VmallocError> {
         if let Err((error, at)) = outcome {
             if let Some(mapped) = below(range, at) {
-                self.unmap(mapped);
-            }
-            self.give_range(range.first());
-            return Err(error);
-        }
-        Ok(range.start())
-    }
-
-    /// As `settle`, for frames that are not vmalloc's.
-    fn settle_borrowed(
-        &self,
-        range: PageRange,
-        outcome: Result<(), (VmallocError, Page)>,
-    ) -> Result<VirtAddr, VmallocError> {
-        if let Err((error, at)) = outcome {
-            if let Some(mapped) = below(range, at) {
-                self.unmap_borrowed(mapped);
+                self.unmap(mapped, made.borrowed);
             }
             self.give_range(range.first());
             return Err(error);

@@ -11,6 +11,7 @@ mod kmap;
 mod layout;
 mod linear;
 mod local;
+mod nodes;
 mod page;
 mod purge;
 mod ready;

@@ -14,7 +14,7 @@
 
 use kmem_hal::{FrameSink, ObjectAlloc, Page, PageRange, RawLock, VirtAddr};
 use kmem_paging::format::Format;
-use kmem_paging::{ChangeError, Env, Gather};
+use kmem_paging::{ChangeError, Cursor, Divisible, Env, Gather};
 use kmem_vma_tree::Node;
 
 use crate::area::{Area, AreaRef, Stage};
@@ -101,7 +101,7 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
             let stage = Stage::Freed;
             state.areas.set(at, Area { stage, ..area });
             drop(state);
-            self.unmap_borrowed(usable);
+            self.unmap(usable, true);
             self.give_range(page);
             return Ok(());
         }
@@ -116,7 +116,7 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
     }
 
     /// Adds an area with `frames` mapped frames to those that wait.
-    pub(crate) fn chain(&self, state: &mut State<N>, at: AreaRef, frames: u64) {
+    fn chain(&self, state: &mut State, at: AreaRef, frames: u64) {
         let mut area = state.areas.get(at);
         (area.stage, area.next) = (Stage::Freed, state.lazy.head);
         state.areas.set(at, area);
@@ -194,6 +194,8 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
         let Ok(mut cursor) = self.table.cursor(self.window()) else {
             return;
         };
+        let env = self.table.env();
+        let mut give = |page: KernelPage| page.release(env.slots(), env.frames());
         let mut turn = [None; TURN];
         while next.is_some() {
             let state = self.state.lock();
@@ -204,24 +206,11 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
             }
             drop(state);
             for &range in turn.iter().flatten() {
-                let mut rest = Some(range);
-                while let Some(range) = rest {
-                    rest = None;
-                    if let Err(ChangeError::Full { next }) = cursor.unmap(range, gather) {
-                        cursor.release();
-                        self.commit(gather);
-                        rest = PageRange::new(next, range.last());
-                    }
-                }
+                unmap_all(&mut cursor, range, gather, &mut give);
             }
             cursor.release();
         }
-        self.commit(gather);
-    }
-
-    fn commit<const G: usize>(&self, gather: &mut Gather<'_, F, E, KernelPage, G>) {
-        let env = self.table.env();
-        gather.commit(|page: KernelPage| page.release(env.slots(), env.frames()));
+        gather.commit(give);
     }
 
     /// Makes the areas of a chain ready.
@@ -232,46 +221,45 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'_, F, E, N, L
             self.end(&mut state, at);
         }
         state.purging = false;
+        drop(state);
+        self.give_nodes();
     }
 
-    /// Unmaps and flushes the pages of one area now, and frees its frames.
+    /// Unmaps and flushes the pages of one area now, and frees their frames unless they are `borrowed`.
     #[inline(never)]
-    pub(crate) fn unmap(&self, range: PageRange) {
-        let mut gather = self.table.gather::<SMALL>();
-        self.unmap_with(range, &mut gather, &mut |page| {
-            let env = self.table.env();
-            page.release(env.slots(), env.frames());
-        });
-    }
-
-    /// Unmaps and flushes the pages of one area now; the frames are not vmalloc's.
-    #[inline(never)]
-    pub(crate) fn unmap_borrowed(&self, range: PageRange) {
-        let mut gather = self.table.gather::<SMALL>();
-        self.unmap_with(range, &mut gather, &mut |page| {
-            let _ = page;
-        });
-    }
-
-    fn unmap_with<const G: usize>(
-        &self,
-        range: PageRange,
-        gather: &mut Gather<'_, F, E, KernelPage, G>,
-        give: &mut dyn FnMut(KernelPage),
-    ) {
+    pub(crate) fn unmap(&self, range: PageRange, borrowed: bool) {
         let Ok(mut cursor) = self.table.cursor(range) else {
             return;
         };
-        let mut rest = Some(range);
-        while let Some(range) = rest {
-            rest = None;
-            if let Err(ChangeError::Full { next }) = cursor.unmap(range, gather) {
-                cursor.release();
-                gather.commit(&mut *give);
-                rest = PageRange::new(next, range.last());
+        let mut gather = self.table.gather::<SMALL>();
+        let env = self.table.env();
+        let mut give = |page: KernelPage| {
+            if !borrowed {
+                page.release(env.slots(), env.frames());
             }
-        }
+        };
+        unmap_all(&mut cursor, range, &mut gather, &mut give);
         drop(cursor);
         gather.commit(give);
+    }
+}
+
+/// Unmaps `range`; where the gather is full meanwhile it is committed, and `give` gets what came out.
+///
+/// What is in the gather afterwards is the caller's to commit, with no table held.
+pub(crate) fn unmap_all<F: Format, E: Env, H: Divisible, const G: usize>(
+    cursor: &mut Cursor<'_, F, E, H>,
+    range: PageRange,
+    gather: &mut Gather<'_, F, E, H, G>,
+    give: &mut impl FnMut(H),
+) {
+    let mut rest = Some(range);
+    while let Some(range) = rest {
+        rest = None;
+        if let Err(ChangeError::Full { next }) = cursor.unmap(range, gather) {
+            cursor.release();
+            gather.commit(&mut *give);
+            rest = PageRange::new(next, range.last());
+        }
     }
 }

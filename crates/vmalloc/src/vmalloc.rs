@@ -11,9 +11,12 @@
 //!   owner.
 //! - `I3`: a freed area is in the chain of `lazy`, and nobody may use it any more; a ready one is in a chain of `ready`, and
 //!   nothing is mapped in it. No area is in two chains, and the chain that a purge has in hand is empty unless `purging`.
+//! - `I4`: while an area is in the tree, there are spare nodes for taking one out: an area is put there only where two edits find
+//!   nodes. So ending an area needs no memory.
 //!
 //! Costs: one table store a page; a free looks the area up in the tree, which is edited only for sizes that are not ready; a
-//! flush once a batch ([`Vmalloc::batch_leaves`]). Locks: one, for short; frames are taken, tables written and CPUs waited for without it.
+//! flush once a batch ([`Vmalloc::batch_leaves`]). Locks: one, for short; frames and
+//! nodes are taken, tables written and CPUs waited for without it.
 //!
 //! Context: task context, interrupts on. [`Vmalloc::bytes_at`] may be called with interrupts off.
 //!
@@ -33,6 +36,7 @@ use kmem_vma_tree::{GapRequest, Node, RangeTree};
 
 use crate::area::{Area, AreaKind, AreaRef, Areas, Stage};
 use crate::batch::Batch;
+use crate::nodes::SpareNodes;
 use crate::page::KernelPage;
 use crate::purge::{Lazy, LazyLimit};
 use crate::ready::Ready;
@@ -41,8 +45,8 @@ use crate::request::{Request, VmallocError};
 /// Purges that one search for addresses asks for: others may take what the first gave.
 const PURGES: u32 = 3;
 
-pub(crate) struct State<N: ObjectAlloc<Node>> {
-    pub tree: RangeTree<AreaRef, N>,
+pub(crate) struct State {
+    pub tree: RangeTree<AreaRef, SpareNodes>,
     pub areas: Areas,
     pub lazy: Lazy,
     /// Whether a purge has taken what was in `lazy`, and not given it back yet.
@@ -50,12 +54,17 @@ pub(crate) struct State<N: ObjectAlloc<Node>> {
     pub ready: Ready,
 }
 
-impl<N: ObjectAlloc<Node>> State<N> {
+impl State {
     /// The area that takes `page`.
     #[inline]
     pub fn find(&self, page: Page) -> Option<(AreaRef, Area)> {
         let at = self.tree.get(page)?.value;
         Some((at, self.areas.get(at)))
+    }
+
+    /// The nodes that the next edits of the tree find.
+    pub fn spare_nodes(&self) -> &SpareNodes {
+        self.tree.allocator()
     }
 
     /// Takes what waits, for the purge whose turn it is.
@@ -64,14 +73,14 @@ impl<N: ObjectAlloc<Node>> State<N> {
         core::mem::replace(&mut self.lazy, Lazy::new())
     }
 
-    /// Takes an area out of the tree; `false` where that needs memory that there is not.
-    pub fn erase(&mut self, at: AreaRef) -> bool {
+    /// Takes an area out of the tree.
+    pub fn erase(&mut self, at: AreaRef) {
         let range = self.areas.get(at).range;
-        let erased = self.tree.store(range, None, &mut |_| {}).is_ok();
-        if erased {
+        let erased = self.tree.store(range, None, &mut |_| {});
+        debug_assert!(erased.is_ok(), "I4: the nodes for it are there");
+        if erased.is_ok() {
             self.areas.give(at);
         }
-        erased
     }
 
     /// Takes every area that waits for its size to be asked for out of the tree; whether there was one.
@@ -79,11 +88,7 @@ impl<N: ObjectAlloc<Node>> State<N> {
     fn erase_ready(&mut self) -> bool {
         let any = !self.ready.is_empty();
         while let Some(at) = self.ready.take_any(&self.areas) {
-            if !self.erase(at) {
-                // No memory to make the tree smaller: what is left stays as it is.
-                let _ = self.ready.put(&mut self.areas, at);
-                return false;
-            }
+            self.erase(at);
         }
         any
     }
@@ -98,7 +103,8 @@ pub struct Vmalloc<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> {
     window: PageRange,
     pub(crate) frames: FrameRequest,
     pub(crate) limit: LazyLimit,
-    pub(crate) state: Lock<State<N>, L>,
+    nodes: N,
+    pub(crate) state: Lock<State, L>,
     pub(crate) batch: Batch,
 }
 
@@ -107,7 +113,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
     #[must_use]
     pub fn new(table: &'a PageTable<F, E, KernelPage>, window: PageRange, nodes: N) -> Self {
         let state = State {
-            tree: RangeTree::new_in(nodes),
+            tree: RangeTree::new_in(SpareNodes::new()),
             areas: Areas::new(),
             lazy: Lazy::new(),
             purging: false,
@@ -118,6 +124,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             window,
             frames: FrameRequest::ONE,
             limit: LazyLimit::DEFAULT,
+            nodes,
             state: Lock::new(state),
             batch: Batch::new(),
         }
@@ -244,6 +251,11 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
                 self.extend_areas()?;
                 continue;
             }
+            if state.spare_nodes().count() < state.tree.nodes_for(2) {
+                drop(state);
+                self.add_node()?;
+                continue;
+            }
             if let Some(range) = state.tree.find_gap_up(&gap) {
                 let at = state.areas.take().ok_or(VmallocError::Memory)?;
                 let area = made.area(request, range);
@@ -257,6 +269,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
             let (waiting, purging) = (!state.lazy.is_empty(), state.purging);
             let erased = state.erase_ready();
             drop(state);
+            self.give_nodes();
             if waiting && purges < PURGES {
                 purges += 1;
                 self.purge();
@@ -282,6 +295,33 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
         })
     }
 
+    /// Takes a node for the tree.
+    #[cold]
+    #[inline(never)]
+    fn add_node(&self) -> Result<(), VmallocError> {
+        let node = self.nodes.alloc()?;
+        // SAFETY: `N1`: it is this call's, and all that are put there come from these nodes.
+        unsafe { self.state.lock().spare_nodes().put(node) };
+        Ok(())
+    }
+
+    /// Gives nodes that the tree no longer needs back.
+    pub(crate) fn give_nodes(&self) {
+        loop {
+            let state = self.state.lock();
+            let keep = 2 * state.tree.nodes_for(2);
+            if state.spare_nodes().count() <= keep {
+                return;
+            }
+            let node = state.spare_nodes().take();
+            drop(state);
+            if let Some(node) = node {
+                // SAFETY: `N1`: it came from these nodes, and nobody has it.
+                unsafe { self.nodes.free(node) };
+            }
+        }
+    }
+
     /// Ends an area whose leaves are gone, flushed; any page of it names it.
     pub(crate) fn give_range(&self, page: Page) {
         let mut state = self.state.lock();
@@ -291,16 +331,14 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
     }
 
     /// Keeps an area's addresses for the next one of its size, or takes them out of the tree.
-    pub(crate) fn end(&self, state: &mut State<N>, at: AreaRef) {
+    pub(crate) fn end(&self, state: &mut State, at: AreaRef) {
         let mut area = state.areas.get(at);
         area.stage = Stage::Ready;
         state.areas.set(at, area);
         let State { areas, ready, .. } = &mut *state;
-        if ready.put(areas, at) || state.erase(at) {
-            return;
+        if !ready.put(areas, at) {
+            state.erase(at);
         }
-        // The tree found no memory to get smaller: the next purge tries again; nothing is mapped there.
-        self.chain(state, at, 0);
     }
 }
 
@@ -380,6 +418,10 @@ impl<F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Drop for Vmalloc<'_, F
         self.batch.free(env);
         let state = self.state.get_mut();
         state.tree.clear();
+        while let Some(node) = state.spare_nodes().take() {
+            // SAFETY: `N1`: it came from these nodes, and nobody has it.
+            unsafe { self.nodes.free(node) };
+        }
         state.areas.destroy(env);
     }
 }

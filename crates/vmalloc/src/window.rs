@@ -12,9 +12,11 @@
 
 use core::marker::PhantomData;
 
-use kmem_hal::{Frame, FrameHandle, Page, PageRange, PhysMap};
+use kmem_hal::{Frame, Page, PageRange, PhysMap};
 use kmem_paging::format::{Format, Kind, Word};
-use kmem_paging::{Env, MapError, PageTable, Payload};
+use kmem_paging::{Divisible, Env, MapError, PageTable, Payload};
+
+use crate::purge::unmap_all;
 
 /// What an entry of a window holds while nothing is mapped there.
 const VACANT: u64 = 1;
@@ -53,7 +55,7 @@ impl<F: Format> Window<F> {
     /// # Errors
     ///
     /// [`MapError`]; nothing changed.
-    pub fn new<E: Env, H: FrameHandle + kmem_paging::Divisible>(
+    pub fn new<E: Env, H: Divisible>(
         table: &PageTable<F, E, H>,
         pages: PageRange,
     ) -> Result<Self, MapError> {
@@ -90,24 +92,13 @@ impl<F: Format> Window<F> {
     }
 
     /// Makes the pages empty again, flushed.
-    pub fn clear<E: Env, H: FrameHandle + kmem_paging::Divisible>(
-        table: &PageTable<F, E, H>,
-        pages: PageRange,
-    ) {
+    pub fn clear<E: Env, H: Divisible>(table: &PageTable<F, E, H>, pages: PageRange) {
         let Ok(mut cursor) = table.cursor(pages) else {
             return;
         };
         let mut gather = table.gather::<16>();
-        let mut rest = Some(pages);
-        while let Some(range) = rest {
-            rest = None;
-            if let Err(kmem_paging::ChangeError::Full { next }) = cursor.unmap(range, &mut gather) {
-                cursor.release();
-                // What is mapped in a window belongs to others.
-                gather.commit(core::mem::forget);
-                rest = PageRange::new(next, range.last());
-            }
-        }
+        // What is mapped in a window belongs to others.
+        unmap_all(&mut cursor, pages, &mut gather, &mut core::mem::forget);
         drop(cursor);
         gather.commit(core::mem::forget);
     }

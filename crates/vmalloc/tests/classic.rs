@@ -11,7 +11,7 @@ use kmem_hal::{
     PhysMap, Spin, VirtAddr, Wait,
 };
 use kmem_mock_x86::Machine;
-use kmem_paging::format::{Format, X86_64};
+use kmem_paging::format::{Aarch64, Format, X86_64};
 use kmem_paging::{Attributes, Env as _, MapError, MemoryType, PageTable, Rights};
 use kmem_vmalloc::{
     KernelLayout, KernelPage, KernelRegion, Kmap, KmapError, KmapSlot, LOCAL_DEPTH, LinearMapped,
@@ -605,6 +605,23 @@ fn what_upper_entries_of_a_boot_loader_deny_stays_denied() {
     restricted::<Pae>(Setup::pae(), 2, USER, NO_EXECUTE, Rights::KERNEL_DATA);
     // The four entries at the top of PAE tables say nothing of rights.
     restricted::<Pae>(Setup::pae(), 3, 0, 0, all);
+    // AArch64: APTable, UXNTable, PXNTable. Code of the user's is not the kernel's.
+    for level in 2..=4 {
+        let run = |set, expected| {
+            restricted::<Aarch64>(Setup::long(), level, 0, set, expected);
+        };
+        run(0, all);
+        run(1 << 62, all - Rights::WRITE);
+        run(1 << 61, Rights::KERNEL_DATA);
+        run(1 << 60, Rights::USER_DATA);
+        run(1 << 59, all);
+        run(0xf << 59, Rights::READ);
+        let kernel = Rights::READ | Rights::EXECUTE;
+        for (bit, left) in [(59, Rights::READ), (60, kernel), (61, kernel), (62, kernel)] {
+            let left = kernel.intersection(left);
+            assert_eq!(Aarch64::rights_below(level, 1 << bit | 3, kernel), left);
+        }
+    }
     restricted::<Two>(
         Setup::classic(),
         2,

@@ -5,11 +5,12 @@
 
 use std::cell::{Cell, RefCell};
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::ptr::NonNull;
 
 use kmem_hal::{
     AllocError, Context, FlushRequest, Frame, FrameRange, FrameRequest, FrameSink, FrameSource,
-    FrameTable, FrameTag, Mmu, NoTrace, Order, OwnedFrame, PAGE_SIZE, Page, PageRange, PhysAddr,
-    RawLock, Root, Shrink, SingleCpu, SingleGrace, Spin, VirtAddr, Wait,
+    FrameTable, FrameTag, Mmu, NoTrace, ObjectAlloc, Order, OwnedFrame, PAGE_SIZE, Page, PageRange,
+    PhysAddr, RawLock, Root, Shrink, SingleCpu, SingleGrace, Spin, VirtAddr, Wait,
 };
 use kmem_paging::format::X86_64;
 use kmem_paging::{Env, MemoryType, PageTable, Parts, Rights, TableCache};
@@ -64,6 +65,7 @@ struct Frames {
 // SAFETY: F1 to F3: the arena's, or a refusal.
 unsafe impl FrameSource for Frames {
     fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
+        no_lock_is_held();
         self.pressure.run();
         if !request.zeroed {
             let asked = (request.order, request.context);
@@ -83,6 +85,7 @@ unsafe impl FrameSource for Frames {
 
 impl FrameSink for Frames {
     fn free(&self, frame: OwnedFrame) {
+        no_lock_is_held();
         self.left.set(self.left.get() + 1);
         self.arena.free(frame);
     }
@@ -141,22 +144,21 @@ unsafe impl Env for Hooked {
     }
 }
 
-type Stacks = StackCache<
-    'static,
-    'static,
-    X86_64,
-    &'static Hooked,
-    &'static HeapObjects<Node>,
-    Watched,
-    SingleCpu,
-    2,
->;
+type Stacks =
+    StackCache<'static, 'static, X86_64, &'static Hooked, &'static Nodes, Watched, SingleCpu, 2>;
 type Table = PageTable<X86_64, &'static Hooked, KernelPage>;
-type Kernel = Vmalloc<'static, X86_64, &'static Hooked, &'static HeapObjects<Node>, Watched>;
+type Kernel = Vmalloc<'static, X86_64, &'static Hooked, &'static Nodes, Watched>;
 
 thread_local! {
     /// Run where somebody is about to take the lock of a [`Kernel`].
     static LOCKED: Hook = Hook::default();
+    /// Whether one is taken.
+    static HELD: Cell<bool> = const { Cell::new(false) };
+}
+
+/// Whoever gives and takes memory may come back to the kernel that asks, and want its lock.
+fn no_lock_is_held() {
+    assert!(!HELD.get(), "memory changes hands under the lock");
 }
 
 /// A lock that shows.
@@ -169,14 +171,41 @@ unsafe impl RawLock for Watched {
 
     fn lock(&self) -> Self::State {
         LOCKED.with(Hook::run);
+        HELD.set(true);
         self.0.lock()
     }
     fn try_lock(&self) -> Option<Self::State> {
-        self.0.try_lock()
+        self.0.try_lock().inspect(|_| HELD.set(true))
     }
     unsafe fn unlock(&self, state: Self::State) {
+        HELD.set(false);
         // SAFETY: the caller's.
         unsafe { self.0.unlock(state) }
+    }
+}
+
+/// Memory for nodes, which can run out.
+struct Nodes {
+    objects: HeapObjects<Node>,
+    refuses: Cell<bool>,
+}
+
+// SAFETY: B1 to B4: the objects', or a refusal.
+unsafe impl ObjectAlloc<Node> for Nodes {
+    const TYPE_STABLE: bool = false;
+
+    fn alloc(&self) -> Result<NonNull<Node>, AllocError> {
+        no_lock_is_held();
+        if self.refuses.get() {
+            return Err(AllocError::OutOfMemory);
+        }
+        self.objects.alloc()
+    }
+
+    unsafe fn free(&self, node: NonNull<Node>) {
+        no_lock_is_held();
+        // SAFETY: the caller's promise.
+        unsafe { self.objects.free(node) }
     }
 }
 
@@ -215,8 +244,19 @@ fn kernel(request: FrameRequest) -> (&'static Hooked, &'static Kernel) {
 }
 
 fn on_table(table: &'static Table, pages: u64) -> Kernel {
+    with_nodes(table, pages, nodes())
+}
+
+fn nodes() -> &'static Nodes {
+    leak(Nodes {
+        objects: HeapObjects::new(),
+        refuses: Cell::new(false),
+    })
+}
+
+fn with_nodes(table: &'static Table, pages: u64, nodes: &'static Nodes) -> Kernel {
     let window = PageRange::with_count(KernelLayout::x86_64().vmalloc.first(), pages).unwrap();
-    Vmalloc::new(table, window, leak(HeapObjects::new()))
+    Vmalloc::new(table, window, nodes)
 }
 
 #[test]
@@ -296,6 +336,35 @@ fn scan_each_time(frames: &'static Frames, stacks: &'static Stacks, scanned: &'s
         scanned.set(scanned.get() + stacks.scan(1));
         scan_each_time(frames, stacks, scanned);
     });
+}
+
+#[test]
+fn nodes_change_hands_with_no_lock_held_and_ending_areas_needs_none() {
+    let (_, table) = table(Arena::FIRST, 512);
+    let nodes = nodes();
+    let kernel = with_nodes(table, 1 << 14, nodes);
+    let window = |_| kernel.ioremap(PhysAddr::new(0xfee0_0000), PAGE_SIZE, MemoryType::Uncached);
+    for round in 0..3 {
+        nodes.refuses.set(false);
+        let areas: Vec<_> = (0..3000).map(|n| window(n).unwrap()).collect();
+        let most = nodes.objects.used();
+        assert!(most > 200, "{most} nodes: the tree has no levels");
+        // What is there is enough for every order in which areas end.
+        nodes.refuses.set(true);
+        for at in (0..3000).map(|n| n * [1, 7, 1999][round] % 3000) {
+            kernel.free(areas[at]).unwrap();
+        }
+        kernel.purge();
+        assert_eq!(kernel.info().to_string(), "");
+        let left = nodes.objects.used();
+        assert!(left < most / 2, "{left} of {most} nodes are kept");
+    }
+    // A search that finds no room takes out what is ready.
+    let all = kernel.alloc(PAGE_SIZE << 14);
+    assert_eq!(all, Err(VmallocError::NoSpace));
+    assert!(nodes.objects.used() < 40);
+    drop(kernel);
+    nodes.objects.assert_all_free();
 }
 
 #[test]

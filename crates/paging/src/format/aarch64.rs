@@ -4,6 +4,7 @@
 //!   leaf        63..59 58..56 55    54  53  52 51  50 49..48 47 .... 12 11 10 9..8 7   6   5 4..2 1 0
 //!               0      soft   dirty UXN PXN 0  DBM 0  0      address    nG AF 11   RO  EL0 0 type x 1   x: 1 at level 1, else 0
 //!   table       0 ........................................   address    0 .................... 0  1 1
+//!   of others   62: none writes; 61: none of EL0; 60 UXN; 59 PXN: for all below
 //!   no access   the same as a leaf, with the rights in ..                                         1 0
 //!   payload     63 ................................... 12               0 ................ 1 (bit 2) 0 0
 //! ```
@@ -23,7 +24,7 @@
 //! for break-before-make when a block is split (those without FEAT_BBM level 2): split it before it is used.
 //! Not run on hardware.
 //!
-//! Source: Arm Architecture Reference Manual for A-profile (DDI 0487), D8.3 (descriptor formats), D8.4 (access control),
+//! Source: Arm Architecture Reference Manual for A-profile (DDI 0487), D8.3 (descriptor formats), D8.4 (access control, what tables deny),
 //! D8.5 (hardware updates), D8.6 (memory attributes), D8.13 (maintenance).
 
 use kmem_hal::{Canonical, Frame};
@@ -49,6 +50,12 @@ const USER_NO_EXECUTE: u64 = 1 << 54;
 const DIRTY: u64 = 1 << 55;
 const SOFT_SHIFT: u32 = 56;
 const SOFT_BITS: u32 = 3;
+
+/// In a table's word, for every leaf below: APTable (nobody writes; EL0 has no access), UXNTable, PXNTable.
+const BELOW_READ_ONLY: u64 = 1 << 62;
+const BELOW_NOT_EL0: u64 = 1 << 61;
+const BELOW_USER_NO_EXECUTE: u64 = 1 << 60;
+const BELOW_KERNEL_NO_EXECUTE: u64 = 1 << 59;
 
 /// The value of MAIR_EL1 under which the memory types mean what they say: write-back, write-through, Device-nGnRnE,
 /// normal non-cacheable.
@@ -185,6 +192,23 @@ unsafe impl Format for Aarch64 {
     #[inline(always)]
     fn table_frame(word: u64) -> Frame {
         Frame::from_number((word & ADDRESS) >> 12)
+    }
+
+    /// What the hierarchical attributes deny, which TCR_ELx.HPD may turn off. A leaf that the user may no longer touch is not the kernel's to
+    /// execute.
+    #[inline(always)]
+    fn rights_below(_level: usize, word: u64, rights: Rights) -> Rights {
+        let user = rights.contains(Rights::USER);
+        let no_execute = if user {
+            BELOW_USER_NO_EXECUTE | BELOW_NOT_EL0
+        } else {
+            BELOW_KERNEL_NO_EXECUTE
+        };
+        let mut denied = Rights::empty();
+        denied.set(Rights::WRITE, word & BELOW_READ_ONLY != 0);
+        denied.set(Rights::USER, word & BELOW_NOT_EL0 != 0);
+        denied.set(Rights::EXECUTE, word & no_execute != 0);
+        rights.difference(denied)
     }
 
     #[inline(always)]
