@@ -16,7 +16,7 @@ use crate::value::{Entry, Value};
 /// Ordered, non-overlapping ranges of pages with a value each.
 ///
 /// `A` gives the nodes; `S` says whether readers may look while the tree is edited ([`Exclusive`], the default, or
-/// [`Shared`], see [`SharedTree`](crate::SharedTree)); `W` is the number of words in a node.
+/// [`Shared`](crate::Shared), see [`SharedTree`](crate::SharedTree)); `W` is the number of words in a node.
 ///
 /// Costs: lookups, gap searches and edits O(log N); an empty tree owns no memory.
 #[doc(alias = "maple_tree")]

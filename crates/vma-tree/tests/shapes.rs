@@ -438,6 +438,37 @@ fn a_range_grows_over_the_end_of_its_leaf() {
     assert_eq!(tree.find_gap_down(&request), None);
 }
 
+/// What the writer remembers of its last leaf follows a boundary that moves, up and down: the next edit beside it takes no node.
+#[test]
+fn an_edit_beside_a_boundary_that_just_moved_takes_no_node() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    for i in 0..40 {
+        tree.store(count(16 * i, 3), Some(i), &mut |_| ()).unwrap();
+    }
+    assert!(tree.stats().leaves > 2);
+    heap.left.set(Some(0));
+    // Some of these end a leaf.
+    for i in 0..40 {
+        for pages in 4..7 {
+            tree.store(count(16 * i, pages), Some(i), &mut |_| ())
+                .unwrap();
+            tree.check().unwrap();
+        }
+        let end = count(16 * i + 5, 1);
+        for value in [None, Some(99), None] {
+            tree.store(end, value, &mut |_| ()).unwrap();
+            tree.check().unwrap();
+        }
+    }
+    let whole = (0..40).map(|i| (count(16 * i, 5), i));
+    assert!(
+        tree.iter()
+            .map(|entry| (entry.range, entry.value))
+            .eq(whole)
+    );
+}
+
 /// What lies at the top of the space, too far from the rest to share a leaf, is put into a new one; no other is written anew.
 #[test]
 fn what_lies_far_above_gets_a_leaf_of_its_own() {
