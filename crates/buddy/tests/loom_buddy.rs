@@ -1,166 +1,18 @@
 //! Two CPUs in one allocator, every interleaving: no frame has two owners, none is lost, a refusal is honest.
 #![cfg(loom)]
 
-use std::collections::BTreeSet;
+#[path = "common/models.rs"]
+mod models;
 
-use kmem_buddy::{BootMap, Buddy, Config, RegionKind, Reservation, ZoneLimits};
-use kmem_hal::sync::{AtomicU32, AtomicU64, Ordering};
+use kmem_buddy::Reservation;
+use kmem_hal::sync::{AtomicU32, Ordering};
 use kmem_hal::{
-    AllocError, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, Frame, FrameRange, FrameRequest,
-    FrameSink, FrameSource, NoCpuCall, NoPressure, Order, OwnedFrame, PhysAddr, PhysMap, RawLock,
-    Spin,
+    AllocError, CpuCall, CpuCallError, CpuId, CpuSet, Frame, FrameRange, FrameRequest, FrameSink,
+    FrameSource, NoCpuCall, Order, OwnedFrame, RawLock, Spin,
 };
 use kmem_testkit::model::ModelCpu;
 use loom::thread;
-
-/// One mebibyte at frame 0x100, backed for the allocator's tables.
-struct Memory(usize);
-
-const FIRST: u64 = 0x100;
-const FRAMES: u64 = 0x400;
-
-std::thread_local! {
-    // One for all runs of a model: there are many, and a run leaves nothing that the next one reads.
-    static MEMORY: &'static Memory = {
-        let bytes = vec![0u64; (FRAMES << 12) as usize / 8 + 512].leak();
-        let base = (bytes.as_mut_ptr().expose_provenance() + 4095) & !4095;
-        Box::leak(Box::new(Memory(base)))
-    };
-}
-
-impl Memory {
-    fn new() -> &'static Self {
-        MEMORY.with(|memory| *memory)
-    }
-}
-
-// SAFETY: P1 to P5 for the leaked bytes; a model accesses no other frames.
-unsafe impl PhysMap for Memory {
-    fn reach(&self) -> FrameRange {
-        FrameRange::from_numbers(FIRST, FIRST + FRAMES).unwrap()
-    }
-    fn to_ptr(&self, address: PhysAddr) -> *mut u8 {
-        let offset = address.as_u64().wrapping_sub(FIRST << 12) as usize;
-        std::ptr::with_exposed_provenance_mut(self.0.wrapping_add(offset))
-    }
-    fn to_phys(&self, pointer: *const u8) -> PhysAddr {
-        PhysAddr::new((pointer.addr() - self.0) as u64 + (FIRST << 12))
-    }
-    unsafe fn words(&self, _: Frame) -> &[AtomicU64] {
-        unreachable!("the allocator reads no frame as a table")
-    }
-    unsafe fn words32(&self, _: Frame) -> &[AtomicU32] {
-        unreachable!("the allocator reads no frame as a table")
-    }
-}
-
-/// Every interleaving. Booting is part of each run, and long.
-fn explore(model: impl Fn() + Sync + Send + 'static) {
-    explore_to(None, model);
-}
-
-/// Every interleaving with at most so many involuntary switches.
-fn explore_to(switches: impl Into<Option<usize>>, model: impl Fn() + Sync + Send + 'static) {
-    let mut builder = loom::model::Builder::new();
-    builder.max_branches = 100_000;
-    builder.preemption_bound = switches.into();
-    builder.check(model);
-}
-
-type Machine = Buddy<&'static Memory, ModelCpu, Spin>;
-
-fn boot() -> &'static Machine {
-    boot_with(ModelCpu::new(3), NoCpuCall)
-}
-
-fn boot_with<C: Cpu, L: RawLock, K>(
-    cpu: C,
-    call: K,
-) -> &'static Buddy<&'static Memory, C, L, K, NoPressure> {
-    let buddy = Buddy::with(Memory::new(), cpu, call, NoPressure);
-    initialise(&buddy);
-    Box::leak(Box::new(buddy))
-}
-
-fn initialise<C: Cpu, L: RawLock, K>(buddy: &Buddy<&'static Memory, C, L, K, NoPressure>) {
-    let mut map: BootMap<4> = BootMap::new();
-    map.push(PhysAddr::new(FIRST << 12), FRAMES << 12, RegionKind::Usable)
-        .unwrap();
-    map.reserve(PhysAddr::new(FIRST << 12), 0x3000, Reservation::Initrd)
-        .unwrap();
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(0);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config) }.unwrap();
-}
-
-/// Takes memory until `left` frames are free, and leaves the arrays empty.
-fn fill<C: Cpu, L: RawLock, K: CpuCall>(
-    buddy: &Buddy<&'static Memory, C, L, K, NoPressure>,
-    left: usize,
-) -> Vec<OwnedFrame> {
-    let range = FrameRange::from_numbers(FIRST + 3, FIRST + FRAMES).unwrap();
-    let mut taken = Vec::new();
-    for order in (0..=10).rev() {
-        let request = FrameRequest::new(Order::new(order).unwrap());
-        while let Ok(block) = buddy.alloc(&request) {
-            taken.push(block);
-        }
-    }
-    let mut singles = Vec::new();
-    while singles.len() < left {
-        let block = taken.pop().unwrap();
-        assert!(range.contains_range(block.range()));
-        match block.split() {
-            Ok((lower, upper)) => taken.extend([upper, lower]),
-            Err(single) => singles.push(single),
-        }
-    }
-    for single in singles {
-        buddy.free(single);
-    }
-    buddy.drain_local();
-    taken
-}
-
-fn distinct(frames: &[OwnedFrame]) {
-    let numbers: BTreeSet<_> = frames.iter().map(|frame| frame.first().number()).collect();
-    assert_eq!(numbers.len(), frames.len(), "a frame has two owners");
-}
-
-/// Runs one job on each CPU; gives what they hold at the end.
-fn on_two_cpus(
-    first: impl FnOnce() -> Vec<OwnedFrame> + Send + 'static,
-    second: impl FnOnce() -> Vec<OwnedFrame> + Send + 'static,
-) -> Vec<OwnedFrame> {
-    let other = thread::spawn(move || {
-        ModelCpu::bind(1);
-        second()
-    });
-    let mut held = first();
-    held.extend(other.join().unwrap());
-    held
-}
-
-fn one(buddy: &Machine) -> Vec<OwnedFrame> {
-    buddy.alloc(&FrameRequest::ONE).into_iter().collect()
-}
-
-fn settled<C: Cpu, L: RawLock, K: CpuCall>(
-    buddy: &Buddy<&'static Memory, C, L, K, NoPressure>,
-    held: Vec<OwnedFrame>,
-    free: u64,
-) {
-    distinct(&held);
-    for frame in held {
-        buddy.free(frame);
-    }
-    let info = buddy.mem_info();
-    assert_eq!(info.free + info.cached, free, "frames were lost");
-    buddy.check().unwrap();
-    assert_eq!(buddy.misuse(), None);
-}
+use models::*;
 
 #[test]
 fn two_allocations_of_the_last_two_frames() {
@@ -179,22 +31,9 @@ fn an_allocation_beside_a_free_of_a_large_block() {
     explore(|| {
         let buddy = boot();
         let mut rest = fill(buddy, 0);
-        let at = rest
-            .iter()
-            .position(|block| block.order().get() == 5)
-            .unwrap();
-        let large = rest.swap_remove(at);
+        let large = block_of(&mut rest, 5);
         let held = on_two_cpus(
-            move || match buddy.alloc(&FrameRequest::new(Order::new(5).unwrap())) {
-                Ok(frame) => vec![frame],
-                Err(error) => {
-                    assert!(matches!(
-                        error,
-                        AllocError::OutOfMemory | AllocError::OutOfMemoryHere
-                    ));
-                    Vec::new()
-                }
-            },
+            move || ask(buddy, order(5)),
             move || {
                 buddy.free(large);
                 Vec::new()
@@ -236,11 +75,7 @@ fn two_cpus_free_into_one_word() {
     explore(|| {
         let buddy = boot();
         let mut rest = fill(buddy, 0);
-        let at = rest
-            .iter()
-            .position(|block| block.order().get() == 6)
-            .unwrap();
-        let (lower, upper) = rest.swap_remove(at).split().unwrap();
+        let (lower, upper) = block_of(&mut rest, 6).split().unwrap();
         let held = on_two_cpus(
             move || {
                 buddy.free(lower);
@@ -252,9 +87,7 @@ fn two_cpus_free_into_one_word() {
             },
         );
         // The halves have merged: the whole can be had.
-        let whole = buddy
-            .alloc(&FrameRequest::new(Order::new(6).unwrap()))
-            .unwrap();
+        let whole = buddy.alloc(&order(6)).unwrap();
         buddy.free(whole);
         settled(buddy, held, 64);
     });
@@ -290,44 +123,6 @@ fn release_beside_a_wrong_free() {
 #[test]
 fn a_reserved_frame_is_refused_while_its_neighbour_is_released() {
     explore(release_beside_a_wrong_free);
-}
-
-/// Takes a block of an order out of what `fill` gave, cut from a larger one if need be.
-fn block_of(rest: &mut Vec<OwnedFrame>, order: u8) -> OwnedFrame {
-    let fits = rest.iter().filter(|block| block.order().get() >= order);
-    let smallest = fits.map(|block| block.order().get()).min().unwrap();
-    let at = rest
-        .iter()
-        .position(|block| block.order().get() == smallest);
-    let mut block = rest.swap_remove(at.unwrap());
-    while block.order().get() > order {
-        let (lower, upper) = block.split().unwrap();
-        rest.push(upper);
-        block = lower;
-    }
-    block
-}
-
-fn refused(error: AllocError) -> Vec<OwnedFrame> {
-    assert!(matches!(
-        error,
-        AllocError::OutOfMemory | AllocError::OutOfMemoryHere
-    ));
-    Vec::new()
-}
-
-fn ask<C: Cpu, L: RawLock, K: CpuCall>(
-    buddy: &Buddy<&'static Memory, C, L, K, NoPressure>,
-    request: FrameRequest,
-) -> Vec<OwnedFrame> {
-    match buddy.alloc(&request) {
-        Ok(frame) => vec![frame],
-        Err(error) => refused(error),
-    }
-}
-
-fn order(order: u8) -> FrameRequest {
-    FrameRequest::new(Order::new(order).unwrap())
 }
 
 #[test]
@@ -445,19 +240,6 @@ fn a_range_beside_the_free_that_completes_it() {
         assert!(frames == 0 || frames == 48);
         settled(buddy, held, 64);
     });
-}
-
-/// Nobody's pages can be moved.
-struct Immovable;
-
-impl kmem_hal::Migrate for Immovable {
-    fn migrate(
-        &self,
-        _from: Frame,
-        to: OwnedFrame,
-    ) -> Result<OwnedFrame, (kmem_hal::MigrateError, OwnedFrame)> {
-        Err((kmem_hal::MigrateError::NotMovable, to))
-    }
 }
 
 #[test]

@@ -388,3 +388,29 @@ impl HeadPage {
 
 /// One page pointer per CPU.
 pub type Row = AtomicPtr<HeadPage>;
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    extern crate alloc;
+    use super::*;
+
+    /// Arrays that are just large enough for a program's swings stay as they are.
+    #[test]
+    fn a_stream_goes_on_or_stands_still_or_ends() {
+        let head = Head::new();
+        let busy = head.enter().unwrap();
+        let memory = alloc::vec![0u128; Array::bytes(8) / 16].leak();
+        // SAFETY: leaked memory of that size and alignment.
+        let array = unsafe { Array::construct(NonNull::from(memory).cast(), 8) };
+        busy.load(array);
+        // An event after so many allocations, of which none came back.
+        let after = |calls: usize| {
+            head.allocs.set(head.allocs.get() + calls as u64);
+            busy.add_taken(calls);
+            assert_eq!(head.frees(), 0);
+            busy.note_event()
+        };
+        let events = [1, 18, 19, 32, 10, 33, 18];
+        assert_eq!(events.map(after), [1, 2, 2, 2, 3, 0, 1]);
+    }
+}

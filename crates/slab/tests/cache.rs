@@ -331,18 +331,6 @@ fn no_destructor_runs_beneath_an_allocation_that_may_not_wait() {
 }
 
 #[test]
-fn flags_reach_the_page_source() {
-    let (_, system) = system(1024, 1);
-    let cache: Cache<'_, u64, _> = Cache::new(&system, "flags");
-    assert_eq!(
-        *cache
-            .alloc_with(3, Flags::MAY_WAIT | Flags::RESERVE)
-            .unwrap(),
-        3
-    );
-}
-
-#[test]
 fn a_limit_of_addresses_is_refused_and_not_ignored() {
     let (_, system) = system(1024, 1);
     let cache: Cache<'_, u64, _> = Cache::new(&system, "limits");

@@ -8,8 +8,8 @@ use std::sync::Mutex;
 
 use common::{Arena, System, ThreadCpu, parts, system};
 use kmem_hal::{
-    AllocError, FrameRequest, FrameSink, FrameSource, LargeSource, NodeId, NodePolicy, OwnedFrame,
-    PhysMap, Pressure, PressureLevel, Spin,
+    AllocError, Context, FrameRequest, FrameSink, FrameSource, LargeSource, NodeId, NodePolicy,
+    OffsetMap, OwnedFrame, PhysMap, Pressure, PressureLevel, Spin,
 };
 use kmem_slab::{CLASSES, Flags, Geometry, InitError, Parts, SlabSystem, class_size};
 
@@ -374,37 +374,82 @@ fn the_picture_shows_how_full_each_slab_is() {
     assert_eq!(line(&system), "");
 }
 
-/// The frames of the arena, and which node each request named.
-struct Nodes(&'static Arena, Mutex<Vec<NodePolicy>>);
+/// The frames of the arena, and what was asked for.
+struct Asked(&'static Arena, Mutex<Vec<FrameRequest>>);
 
 // SAFETY: the arena's frames.
-unsafe impl FrameSource for &Nodes {
+unsafe impl FrameSource for &Asked {
     fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
-        self.1.lock().unwrap().push(request.node);
+        self.1.lock().unwrap().push(*request);
         self.0.alloc(request)
     }
 }
 
-impl FrameSink for &Nodes {
+impl FrameSink for &Asked {
     fn free(&self, frame: OwnedFrame) {
         self.0.free(frame);
     }
 }
 
+type AskingSystem<'a> = SlabSystem<Parts<&'a Asked, OffsetMap, ThreadCpu, Spin>>;
+
+impl Asked {
+    fn system(&self) -> AskingSystem<'_> {
+        // SAFETY: map and table cover the arena.
+        let parts = unsafe { Parts::new(self, self.0.map(), ThreadCpu(1), self.0.table) };
+        let system = SlabSystem::new();
+        system.init(parts).unwrap();
+        self.seen();
+        system
+    }
+
+    /// What was asked for since the last look.
+    fn seen(&self) -> Vec<FrameRequest> {
+        std::mem::take(&mut *self.1.lock().unwrap())
+    }
+}
+
+#[test]
+fn flags_reach_the_page_source() {
+    let asked = Asked(Arena::new(2048), Mutex::default());
+    let mut system = asked.system();
+    let all = Flags::MAY_WAIT | Flags::NO_IO | Flags::NO_RECLAIM;
+    let sizes = [24, 40, 56, 72, 88, 104, 120];
+    for (size, (flags, context)) in sizes.into_iter().zip([
+        (Flags::empty(), Context::Atomic),
+        (Flags::MAY_WAIT, Context::MayWait),
+        (Flags::NO_IO, Context::NoIo),
+        (Flags::NO_RECLAIM, Context::NoReclaim),
+        (Flags::MAY_WAIT | Flags::NO_IO, Context::NoIo),
+        (all, Context::NoReclaim),
+        (all | Flags::RESERVE, Context::NoReclaim),
+    ]) {
+        for size in [size, 20_000] {
+            let memory = system.kmalloc(size, flags).unwrap();
+            let reserve = flags.contains(Flags::RESERVE);
+            let seen = asked.seen();
+            let with_flags =
+                |request: &FrameRequest| (request.context, request.reserve) == (context, reserve);
+            assert!(
+                seen.iter().any(with_flags),
+                "{flags:?} for {size} bytes: {seen:?}"
+            );
+            // SAFETY: allocated above, freed once.
+            unsafe { system.kfree(memory.as_ptr()) };
+        }
+    }
+    system.teardown().unwrap();
+}
+
 #[test]
 fn a_node_that_is_asked_for_reaches_the_page_source() {
-    let nodes = Nodes(Arena::with_nodes(1024, 2), Mutex::default());
-    // SAFETY: map and table cover the arena.
-    let parts: Parts<_, _, _, Spin> =
-        unsafe { Parts::new(&nodes, nodes.0.map(), ThreadCpu(1), nodes.0.table) };
-    let mut system = SlabSystem::new();
-    system.init(parts).unwrap();
-    let seen = || std::mem::take(&mut *nodes.1.lock().unwrap());
-    seen();
+    let asked = Asked(Arena::with_nodes(1024, 2), Mutex::default());
+    let mut system = asked.system();
+    let seen = || -> Vec<_> { asked.seen().iter().map(|request| request.node).collect() };
     let strict = NodePolicy::Strict(NodeId::new(1));
     let far = system.kmalloc_node(100, Flags::ZERO, strict).unwrap();
-    let asked = seen();
-    assert!(asked.contains(&strict) && asked.iter().filter(|node| **node == strict).count() == 1);
+    let nodes = seen();
+    assert_eq!(nodes.iter().filter(|node| **node == strict).count(), 1);
     // SAFETY: allocated above.
     assert_eq!(unsafe { system.ksize(far) }, Some(112));
     let whole = system.kmalloc_node(20_000, Flags::ZERO, strict).unwrap();

@@ -94,6 +94,26 @@ fn strangers_are_refused() {
     assert_eq!(misuses(&one), 2);
 }
 
+/// With a layout, that is found where the object would reach a slab: counted there and in all.
+#[test]
+fn a_stranger_with_a_layout_is_counted_at_the_flush() {
+    let (_, one) = system(1024, 1);
+    let (_, other) = system(1024, 1);
+    let layout = Layout::new::<[u64; 8]>();
+    let own = one.kmalloc_layout(layout, Flags::empty()).unwrap();
+    let theirs = other.kmalloc_layout(layout, Flags::empty()).unwrap();
+    let mut local = [5u64; 8];
+    // SAFETY: the misuses under test.
+    unsafe {
+        one.kfree_layout(theirs, layout);
+        one.kfree_layout(NonNull::from(&mut local).cast(), layout);
+        one.kfree_layout(own, layout);
+    }
+    one.shrink();
+    assert_eq!(one.totals().foreign_frees, 2);
+    assert_eq!(misuses(&one), 2 + 2);
+}
+
 #[test]
 fn pages_freed_twice_are_strangers() {
     let (_, system) = system(1024, 1);
