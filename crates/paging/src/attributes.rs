@@ -2,7 +2,7 @@
 //!
 //! A format turns [`Attributes`] into bits and back; nothing outside the formats knows a bit. What a format
 //! cannot express it either widens (x86 has no write-only page, so any right implies reading) or refuses
-//! (a protection key where there are none); [`Format`](crate::Format) says which for each.
+//! (a protection key where there are none); [`Format`](crate::format::Format) says which for each.
 //!
 //! Invariants
 //! - `A1`: `Rights::empty()` is a leaf that keeps its frame and gives nobody access (`PROT_NONE`): the processor

@@ -27,7 +27,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// Makes an empty table with as many levels as the format has.
     ///
     /// Context: as everything that makes a table: where memory is short it may wait for a grace period, so not inside a read section of the
-    /// environment's [`Grace`].
+    /// environment's [`Grace`](kmem_hal::Grace).
     ///
     /// # Errors
     ///
