@@ -47,6 +47,19 @@ pub(crate) struct Origin {
 }
 
 impl Origin {
+    /// A walk from this root that begins now.
+    pub(crate) fn new(root: u64, step: u64, event: u64) -> Self {
+        Self {
+            root,
+            step,
+            event,
+            read: event,
+            tables: [0; MAX_LEVELS],
+            reached: [0; MAX_LEVELS],
+            table_count: 0,
+        }
+    }
+
     pub(crate) fn tables(&self) -> &[u64] {
         &self.tables[..usize::from(self.table_count)]
     }

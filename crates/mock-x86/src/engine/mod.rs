@@ -16,34 +16,28 @@
 //!   going from a stale walk cache into a fresh TLB entry.
 //! - `I3` all choices come from one seeded generator, in program order.
 
+mod liberties;
+mod verify;
+
 use std::collections::VecDeque;
-use std::panic::Location;
 use std::sync::Arc;
+
+use liberties::RECENT;
+use verify::Settled;
 
 use crate::adversary::{Adversary, Stats};
 use crate::bus::Bus;
 use crate::cpu::{CpuState, Fault};
-use crate::frames::{FrameEventKind, FrameState, Frames};
+use crate::frames::{FrameEventKind, Frames};
 use crate::memory::PhysMemory;
 use crate::rng::SeededRng;
 use crate::tlb::{GLOBAL, Origin, TlbEntry, WalkEntry};
-use crate::violation::{Violation, ViolationKind};
+use crate::violation::Violation;
 use crate::walker::{
     self, Access, AccessKind, MAX_LEVELS, Position, Rights, Stop, Touch, Translation, Walk,
     WalkContext,
 };
 
-/// A range of linear addresses whose changes were declared complete.
-#[derive(Debug, Clone, Copy)]
-struct Settled {
-    root: Option<u64>,
-    first: u64,
-    last: u64,
-    step: u64,
-}
-
-const RECENT: usize = 16;
-const MOST_SETTLED: usize = 4096;
 pub(crate) const STORY_EVENTS: usize = 12;
 
 #[derive(Debug)]
@@ -328,15 +322,7 @@ impl Core {
         let caching = self.caching;
         let event = self.frames.now();
         // I2: as old as what it started from, unless a walk from the root says the same at this moment.
-        let new = Origin {
-            root: context.root(),
-            step: self.step,
-            event,
-            read: event,
-            tables: [0; MAX_LEVELS],
-            reached: [0; MAX_LEVELS],
-            table_count: 0,
-        };
+        let new = Origin::new(context.root(), self.step, event);
         let (mut origin, mut reached) = match start {
             Some(start) => match self.upper_tables(context, linear, walk, &found) {
                 Some(tables) => {
@@ -417,57 +403,6 @@ impl Core {
         entry
     }
 
-    /// Caches the tables on the way of a speculative walk that found no page.
-    fn fill_upper(
-        &mut self,
-        cpu: usize,
-        context: &WalkContext,
-        linear: u64,
-        start: Option<&WalkEntry>,
-        walk: &Walk,
-    ) {
-        if !self.caching || start.is_some() {
-            return;
-        }
-        let event = self.frames.now();
-        let mut origin = Origin {
-            root: context.root(),
-            step: self.step,
-            event,
-            read: event,
-            tables: [0; MAX_LEVELS],
-            reached: [0; MAX_LEVELS],
-            table_count: 0,
-        };
-        let tag = self.cpus[cpu].pcid();
-        let mut rights = Rights::ALL;
-        let Some((_, upper)) = walk.steps().split_last() else {
-            return;
-        };
-        for step in upper {
-            if let Some(address) = step.address {
-                origin.pass(address >> 12, event);
-            }
-            let level = &context.mode.levels[step.index];
-            if !level.accessed {
-                continue;
-            }
-            rights = rights.and(step.entry, context.mode.has_xd);
-            let position = Position {
-                index: step.index + 1,
-                table: context.mode.address(step.index, step.entry, false),
-                rights,
-            };
-            self.cpus[cpu].caches.fill_walk(WalkEntry {
-                linear: linear >> level.shift << level.shift,
-                shift: level.shift,
-                position,
-                tag,
-                origin,
-            });
-        }
-    }
-
     /// Caches that a walk from the root found an entry not present.
     fn remember_absent(&mut self, cpu: usize, context: &WalkContext, linear: u64, walk: &Walk) {
         if let (true, Some(step)) = (self.caching, walk.steps().last()) {
@@ -475,292 +410,6 @@ impl Core {
             let shift = context.mode.levels[step.index].shift;
             self.stats.absent_fills += 1;
             self.cpus[cpu].caches.fill_absent(linear, shift, tag);
-        }
-    }
-
-    /// Checks a translation that came straight from the tables: they must not lead to free frames.
-    fn check_fresh(&mut self, cpu: usize, linear: u64, entry: &TlbEntry) {
-        if let Some(&table) = entry
-            .origin
-            .tables()
-            .iter()
-            .find(|&&table| self.frames.state(table) == FrameState::Free)
-        {
-            let line = format!(
-                "CPU {cpu} walked to {linear:#x} through a table in frame {table:#x}, which is free"
-            );
-            self.raise(
-                ViolationKind::WalkedFreeTable,
-                cpu,
-                Some(linear),
-                Some(table),
-                vec![line],
-            );
-        }
-        let frame = entry.translation.physical(linear) >> 12;
-        if self.frames.state(frame) == FrameState::Free && !self.is_exempt(linear) {
-            let lines = vec![
-                format!(
-                    "CPU {cpu} used {linear:#x}, and the tables map it to frame {frame:#x}, which is free"
-                ),
-                self.tables_text(cpu, linear),
-            ];
-            self.raise(
-                ViolationKind::MappedFreeFrame,
-                cpu,
-                Some(linear),
-                Some(frame),
-                lines,
-            );
-        }
-    }
-
-    /// Checks a translation that came from a cache.
-    #[inline]
-    fn verify(
-        &mut self,
-        cpu: usize,
-        context: &WalkContext,
-        linear: u64,
-        access: Access,
-        entry: &TlbEntry,
-        source: &'static str,
-    ) {
-        let physical = entry.translation.physical(linear);
-        if self.frames.freed_since(physical >> 12, entry.origin.event) && !self.is_exempt(linear) {
-            let fresh = walker::walk(&self.memory, context, linear, None, Touch::Nothing);
-            let mapped = fresh
-                .outcome
-                .is_ok_and(|now| now.physical(linear) == physical);
-            // An old table on the way is no crime where the last entry was read after the frame got its present owner, and
-            // the tables agree.
-            if !mapped || self.frames.freed_since(physical >> 12, entry.origin.read) {
-                self.stats.stale_hits += 1;
-                let kind = if mapped && self.frames.state(physical >> 12) == FrameState::Free {
-                    ViolationKind::MappedFreeFrame
-                } else {
-                    ViolationKind::FreedFrame
-                };
-                self.stale(kind, cpu, linear, Some(access), entry, source);
-                return;
-            }
-        }
-        if !self.verify {
-            return;
-        }
-        let fresh = walker::walk(&self.memory, context, linear, None, Touch::Nothing);
-        if let Ok(now) = fresh.outcome
-            && now.physical(linear) == physical
-            && walker::check(context, now.rights, now.key, access).is_ok()
-        {
-            if access.kind == AccessKind::Write && !now.dirty {
-                self.stats.stale_dirty += 1;
-                if self.settled_since(context.root(), linear, entry.origin.step) {
-                    self.stale(
-                        ViolationKind::Unflushed,
-                        cpu,
-                        linear,
-                        Some(access),
-                        entry,
-                        source,
-                    );
-                }
-            }
-            return;
-        }
-        self.stats.stale_hits += 1;
-        let kind = if entry.tag != GLOBAL && entry.origin.root != context.root() {
-            ViolationKind::ForeignSpace
-        } else if self.table_freed(entry) {
-            ViolationKind::FreedTable
-        } else if self.settled_since(context.root(), linear, entry.origin.step) {
-            ViolationKind::Unflushed
-        } else {
-            return;
-        };
-        self.stale(kind, cpu, linear, Some(access), entry, source);
-    }
-
-    /// Whether a table was freed that an entry rests on. A global entry serves every space, so it outlives the root that it was found
-    /// through; all below that is as for others.
-    pub(crate) fn table_freed(&self, entry: &TlbEntry) -> bool {
-        let root = (entry.tag == GLOBAL).then_some(entry.origin.root >> 12);
-        entry
-            .origin
-            .reached()
-            .any(|(table, reached)| Some(table) != root && self.frames.freed_since(table, reached))
-    }
-
-    pub(crate) fn is_exempt(&self, linear: u64) -> bool {
-        self.exempt
-            .iter()
-            .any(|&(first, last)| first <= linear && linear <= last)
-    }
-
-    fn settled_since(&self, root: u64, linear: u64, step: u64) -> bool {
-        self.settled.iter().any(|settled| {
-            settled.step >= step
-                && settled.root.is_none_or(|of| of == root)
-                && settled.first <= linear
-                && linear <= settled.last
-        })
-    }
-
-    /// Declares every change of these addresses up to step `as_of`, in the space of `root` (or in all), complete and flushed.
-    pub(crate) fn settle(&mut self, root: Option<u64>, first: u64, last: u64, as_of: u64) {
-        self.step += 1;
-        // A newer declaration replaces what it covers.
-        self.settled.retain(|old| {
-            !(first <= old.first
-                && old.last <= last
-                && old.step <= as_of
-                && (root.is_none() || root == old.root))
-        });
-        if self.settled.len() == MOST_SETTLED {
-            self.settled.pop_front();
-        }
-        self.settled.push_back(Settled {
-            root,
-            first,
-            last,
-            step: as_of,
-        });
-    }
-
-    /// What a processor may do on its own account before an access.
-    fn take_liberties(&mut self, cpu: usize, context: &WalkContext, linear: u64) {
-        let adversary = self.adversary;
-        let slot = self.step as usize % RECENT;
-        self.recent[slot] = linear;
-        if self.rng.chance(adversary.evict) {
-            let victim = self.rng.below(self.cpus[cpu].caches.len());
-            if self.cpus[cpu].caches.evict(victim) {
-                self.stats.evictions += 1;
-            }
-        }
-        if self.rng.chance(adversary.speculate) {
-            self.speculate(cpu, context);
-        }
-    }
-
-    /// Walks to an address that nobody asked for, and caches what is there (SDM 3A 4.10.2.3): A may be set, D never.
-    fn speculate(&mut self, cpu: usize, context: &WalkContext) {
-        let near = self.recent[self.rng.below(RECENT as u64) as usize];
-        let target = match self.rng.below(4) {
-            0 => self.rng.next() & 0x0000_7fff_ffff_f000,
-            1 => near,
-            _ => near
-                .wrapping_add(self.rng.below(16) << 12)
-                .wrapping_sub(8 << 12),
-        };
-        self.speculate_at(cpu, context, context.mode.wrap(target));
-    }
-
-    /// Walks to an address ahead of any access, and caches what is there.
-    fn speculate_at(&mut self, cpu: usize, context: &WalkContext, linear: u64) {
-        let tag = self.cpus[cpu].pcid();
-        let (_, present) = self.cpus[cpu].caches.hits(linear, tag);
-        if !context.mode.is_canonical(linear) || present > 0 {
-            return;
-        }
-        let start = self.cpus[cpu].caches.deepest(linear, tag).copied();
-        let walk = self.walk_once(cpu, context, linear, start.as_ref());
-        if self.caches_absent && start.is_none() && walk.outcome == Err(Stop::NotPresent) {
-            self.remember_absent(cpu, context, linear, &walk);
-        }
-        if walk.outcome == Err(Stop::NotPresent) {
-            // The way to a missing page may be cached too, and no fault tells (SDM 3A 4.10.3.1).
-            self.fill_upper(cpu, context, linear, start.as_ref(), &walk);
-        }
-        let Ok(found) = walk.outcome else { return };
-        let leaf = *walk.steps().last().expect("a translation has a leaf");
-        let early = leaf.entry & crate::manual::pte::A == 0;
-        if walker::touch_leaf(&self.memory, context.mode, leaf, false).is_none() {
-            return;
-        }
-        self.stats.early_accessed += u64::from(early);
-        self.stats.speculative_fills += 1;
-        let entry = self.fill(cpu, context, linear, start.as_ref(), &walk, found);
-        if start.is_none() {
-            self.check_fresh(cpu, linear, &entry);
-        }
-    }
-
-    /// Where a load would read that runs ahead of its permission check: through any translation that the CPU holds or walks to, whoever may
-    /// use it. No fault is raised, whatever comes of the load is thrown away; what a program learns of it, it learns by timing.
-    pub(crate) fn transient(&mut self, cpu: usize, linear: u64) -> Option<u64> {
-        self.step += 1;
-        let context = self.cpus[cpu].context()?;
-        if !context.mode.is_canonical(linear) {
-            return None;
-        }
-        let linear = context.mode.wrap(linear);
-        self.speculate_at(cpu, &context, linear);
-        let tag = self.cpus[cpu].pcid();
-        let (hits, _) = self.cpus[cpu].caches.hits(linear, tag);
-        let found = match hits[0] {
-            Some(hit) => Some(
-                self.cpus[cpu]
-                    .caches
-                    .entry(hit)
-                    .translation
-                    .physical(linear),
-            ),
-            // Without caches the walk itself tells.
-            None => walker::walk(&self.memory, &context, linear, None, Touch::Nothing)
-                .outcome
-                .ok()
-                .map(|found| found.physical(linear)),
-        };
-        self.mix(found.unwrap_or(u64::MAX));
-        self.stats.transient_reads += u64::from(found.is_some());
-        found
-    }
-
-    /// Checks that a frame the kernel reaches for directly is not free.
-    pub(crate) fn kernel_reaches(&mut self, cpu: usize, address: u64) {
-        let frame = address >> 12;
-        if self.frames.state(frame) == FrameState::Free {
-            let line = format!(
-                "CPU {cpu} asked for a pointer to physical address {address:#x}, and frame {frame:#x} is free"
-            );
-            self.raise(
-                ViolationKind::KernelFreedFrame,
-                cpu,
-                None,
-                Some(frame),
-                vec![line],
-            );
-        }
-    }
-
-    /// Notes a change of owner of `count` frames.
-    pub(crate) fn note_owner(
-        &mut self,
-        first: u64,
-        count: u64,
-        kind: FrameEventKind,
-        cpu: usize,
-        by: &'static Location<'static>,
-    ) {
-        self.step += 1;
-        for frame in first..first.saturating_add(count) {
-            let wrong = match (kind, self.frames.state(frame)) {
-                (FrameEventKind::Allocated, FrameState::Allocated) => {
-                    "given out while it was in use"
-                }
-                (FrameEventKind::Freed, FrameState::Free) => "freed while it was free",
-                _ => "",
-            };
-            self.frames.note(frame, kind, self.step, cpu, Some(by));
-            if !wrong.is_empty() {
-                let line = format!(
-                    "frame {frame:#x} was {wrong}, by {}:{}",
-                    by.file(),
-                    by.line()
-                );
-                self.raise(ViolationKind::Ownership, cpu, None, Some(frame), vec![line]);
-            }
         }
     }
 }
