@@ -455,36 +455,36 @@ impl<'t, F: Format, E: Env, H: FrameHandle, const N: usize> Gather<'t, F, E, H, 
         self.tables.push(frame, table.slot);
     }
 
-    /// Takes the leaves out of tables that were detached whole.
+    /// Takes the leaves out of tables that were detached whole. The loop of unmapping a range: present leaves come first in it, and its loads and
+    /// stores order nothing.
     #[inline(always)]
     fn empty_whole(&mut self, give: &mut impl FnMut(H), payloads: &mut impl FnMut(Payload)) {
         let env = self.table.env();
         while let Some(frame) = self.whole.first() {
             // SAFETY: a detached table that the list owns, of the format's level 1.
             let table = unsafe { Node::<F>::new(env, frame, 1) };
-            let mut cleared = 0;
             for entry in table.entries(0, level::<F>(1).entries()) {
-                let word = F::Word::load(entry);
                 // No CPU reaches the entry after the flush, so nothing else writes to it (G4).
-                let leaf = if F::is_present(1, word) {
-                    Some(F::leaf_frame(1, word))
-                } else if word == 0 {
-                    continue;
-                } else {
-                    (F::kind(1, word) == Kind::Leaf).then(|| F::leaf_frame(1, word))
+                let word = F::Word::load_private(entry);
+                let clear = || {
+                    if !mutant!("whole-keeps-its-words") {
+                        F::Word::clear_private(entry);
+                    }
                 };
-                if !mutant!("whole-keeps-its-words") {
-                    F::Word::store(entry, 0);
-                }
-                cleared += 1;
-                if let Some(frame) = leaf {
-                    // SAFETY: `into_entry` of this type filled the entry; it is gone, and its translations were flushed.
-                    give(unsafe { H::from_entry(frame, Order::ZERO) });
-                } else {
-                    payloads(F::payload_of(word));
+                // SAFETY: `into_entry` of this type filled the entry; it is gone, and its translations were flushed.
+                let handle = || unsafe { H::from_entry(F::leaf_frame(1, word), Order::ZERO) };
+                if F::is_present(1, word) {
+                    clear();
+                    give(handle());
+                } else if word != 0 {
+                    clear();
+                    match F::kind(1, word) {
+                        Kind::Leaf => give(handle()),
+                        _ => payloads(F::payload_of(word)),
+                    }
                 }
             }
-            table.sub_live(cleared);
+            table.sub_live(table.live());
             self.whole.pop(table.slot);
             self.tables.push(frame, table.slot);
         }

@@ -30,6 +30,12 @@ pub trait Word: sealed::Sealed + 'static {
     /// Writes a word; what was stored before it is visible to whoever reads it.
     fn store(entry: &Self::Atomic, word: u64);
 
+    /// Reads a word of a table that nobody else changes; says nothing of other memory, so that the compiler may move what is around it.
+    fn load_private(entry: &Self::Atomic) -> u64;
+
+    /// Clears a word of such a table. Readers may be in it still.
+    fn clear_private(entry: &Self::Atomic);
+
     /// Exchanges a word in one locked step.
     fn swap(entry: &Self::Atomic, word: u64) -> u64;
 
@@ -63,6 +69,16 @@ macro_rules! word {
             #[inline(always)]
             fn store(entry: &$atomic, word: u64) {
                 entry.store(word as $word, Ordering::Release);
+            }
+
+            #[inline(always)]
+            fn load_private(entry: &$atomic) -> u64 {
+                u64::from(entry.load(Ordering::Relaxed))
+            }
+
+            #[inline(always)]
+            fn clear_private(entry: &$atomic) {
+                entry.store(0, Ordering::Relaxed);
             }
 
             #[inline(always)]
