@@ -20,8 +20,9 @@
 //! Entries that fault are never cached, so filling a hole needs no flush; but a cached right is used until it is dropped,
 //! so that adding one needs a flush too (Arm ARM, D8.13).
 //!
-//! Does not handle: 16 KiB and 64 KiB granules, LPA2, contiguous leaves, stage 2, shadow or guarded pages; processors that ask
-//! for break-before-make when a block is split (those without FEAT_BBM level 2): split it before it is used.
+//! Does not handle: 16 KiB and 64 KiB granules, LPA2, contiguous leaves, stage 2, shadow or guarded pages; break-before-make in two
+//! places: a block that is split, on processors without FEAT_BBM level 2, and a leaf that gets another memory type or becomes global, on all. Split a
+//! block before it is used; unmap such a leaf and commit before it is mapped again. Replacing and merging break first.
 //! Not run on hardware.
 //!
 //! Source: Arm Architecture Reference Manual for A-profile (DDI 0487), D8.3 (descriptor formats), D8.4 (access control, what tables deny),

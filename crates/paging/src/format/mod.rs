@@ -38,6 +38,17 @@
 //! - `F5`: level 1 covers single pages, each level above what a table below it covers, and a table fits in a frame. Looked at when the
 //!   crate is compiled for the format.
 //!
+//! What a processor may lack is the caller's to know, and to leave out; a format says the same on all (record 010 has the reasons):
+//!
+//! | lacks | leave out |
+//! |---|---|
+//! | LA57 | the fifth level: `with_levels(env, 4)` |
+//! | 1 GiB leaves; PSE | orders above 2 MiB; all huge leaves: the `largest` of [`map_divided`](crate::Cursor::map_divided) and `map_frames` |
+//! | PGE, PKU; PCID, INVPCID | nothing: the bits are ignored; the flags of `X86Tlb::new` |
+//! | physical bits | frames above what it has |
+//! | NX | x86-64 and PAE altogether: bit 63 is reserved there. [`X86TwoLevel`] has none |
+//! | Svpbmt | every memory type but write-back |
+//!
 //! Does not handle: two spaces of different formats that share tables.
 
 mod aarch64;
