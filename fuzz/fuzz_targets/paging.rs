@@ -5,7 +5,7 @@
 
 #[path = "../../crates/paging/tests/common/machine.rs"]
 mod machine;
-#[path = "../../crates/paging/tests/common/ops.rs"]
+#[path = "../../crates/paging/tests/common/ops/mod.rs"]
 mod ops;
 
 use kmem_paging::format::{

@@ -10,11 +10,11 @@
 
 #[path = "common/crowd.rs"]
 mod crowd;
-#[path = "common/directed.rs"]
+#[path = "common/directed/mod.rs"]
 mod directed;
 #[path = "common/family.rs"]
 mod family;
-#[path = "common/hostile.rs"]
+#[path = "common/hostile/mod.rs"]
 mod hostile;
 #[path = "common/hostile_env.rs"]
 mod hostile_env;

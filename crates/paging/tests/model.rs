@@ -5,7 +5,7 @@
 
 #[path = "common/machine.rs"]
 mod machine;
-#[path = "common/ops.rs"]
+#[path = "common/ops/mod.rs"]
 mod ops;
 
 use kmem_paging::format::{

@@ -5,11 +5,12 @@
 use std::cell::Cell;
 
 use kmem_hal::{
-    Completion, CpuId, CpuSet, FlushRequest, FlushScope, FrameRange, FrameSlot, FrameTable, Mmu,
-    PageRange, PhysAddr, PhysMap, Root, SECTION_FRAMES, Section, Trace, TraceEvent,
+    Completion, CpuId, CpuSet, FlushRequest, FlushScope, FrameRange, FrameTable, Mmu, PageRange,
+    PhysAddr, PhysMap, Root, Trace, TraceEvent,
 };
 use kmem_mock_x86::{FramePool, Machine, MachineGrace, SeededRng};
 use kmem_paging::{Env, TableCache};
+use kmem_testkit::SlotArena;
 
 /// What the kernel around the page tables does wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -216,8 +217,7 @@ pub struct HostileEnv {
     pub mmu: HostileMmu,
     map: HostileMap,
     grace: MachineGrace<'static>,
-    slots: FrameTable,
-    sections: *mut [Section],
+    slots: SlotArena,
     pub cache: TableCache,
     trace: YieldingTrace,
 }
@@ -229,18 +229,7 @@ impl HostileEnv {
         select_mutant();
         let machine: &'static Machine = Box::leak(Box::new(machine));
         let limit = machine.memory().frame_limit();
-        let sections: Vec<Section> = (0..limit.div_ceil(SECTION_FRAMES))
-            .map(|_| {
-                let section = Section::absent();
-                let slots: Vec<FrameSlot> = (0..SECTION_FRAMES).map(|_| FrameSlot::new()).collect();
-                section.set_ready(Box::leak(slots.into_boxed_slice()));
-                section
-            })
-            .collect();
-        let sections = Box::into_raw(sections.into_boxed_slice());
-        let slots = FrameTable::new();
-        // SAFETY: just made, and given back by `retire` alone.
-        slots.init(unsafe { &*sections });
+        let slots = SlotArena::new(FrameRange::from_numbers(0, limit).unwrap());
         Box::leak(Box::new(Self {
             machine,
             pool: FramePool::new(machine, first),
@@ -257,7 +246,6 @@ impl HostileEnv {
             },
             grace: MachineGrace::new(machine),
             slots,
-            sections,
             cache: TableCache::new(cache),
             trace: YieldingTrace(machine),
         }))
@@ -269,23 +257,10 @@ impl HostileEnv {
     ///
     /// No table, gather or reference of this environment is left.
     pub unsafe fn retire(&'static self) {
-        let (machine, sections) = (self.machine, self.sections);
-        let count = machine.memory().frame_limit().div_ceil(SECTION_FRAMES);
-        for index in 0..count {
-            let first = kmem_hal::Frame::from_number(index * SECTION_FRAMES);
-            if let Some(slot) = self.slots.slot(first) {
-                let slots = std::ptr::slice_from_raw_parts_mut(
-                    std::ptr::from_ref(slot).cast_mut(),
-                    SECTION_FRAMES as usize,
-                );
-                // SAFETY: leaked by `new`, and by the caller's promise used by nobody.
-                drop(unsafe { Box::from_raw(slots) });
-            }
-        }
-        // SAFETY: as above; the machine last, since the others refer to it.
+        let machine = self.machine;
+        // SAFETY: leaked by `new`, and by the caller's promise used by nobody; the machine last, since the others refer to it.
         unsafe {
             drop(Box::from_raw(std::ptr::from_ref(self).cast_mut()));
-            drop(Box::from_raw(sections));
             drop(Box::from_raw(std::ptr::from_ref(machine).cast_mut()));
         }
     }

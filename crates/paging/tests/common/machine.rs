@@ -3,11 +3,11 @@ use std::alloc::{Layout, alloc_zeroed};
 use std::sync::Mutex;
 
 use kmem_hal::{
-    AllocError, FlushRequest, Frame, FrameRange, FrameRequest, FrameSink, FrameSlot, FrameSource,
-    FrameTable, Mmu, Order, OwnedFrame, PhysAddr, PhysMap, Root, SECTION_FRAMES, Section,
-    SingleCpu, SingleGrace,
+    AllocError, FlushRequest, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Mmu, Order,
+    OwnedFrame, PhysAddr, PhysMap, Root, SingleCpu, SingleGrace,
 };
 use kmem_paging::Parts;
+use kmem_testkit::SlotArena;
 
 /// Memory of `frames` frames that starts at physical address 0.
 pub struct Arena {
@@ -162,16 +162,7 @@ impl Machine {
             }),
             map,
         });
-        let sections: Vec<Section> = (0..count.div_ceil(SECTION_FRAMES))
-            .map(|_| {
-                let section = Section::absent();
-                let slots: Vec<FrameSlot> = (0..SECTION_FRAMES).map(|_| FrameSlot::new()).collect();
-                section.set_ready(Box::leak(slots.into_boxed_slice()));
-                section
-            })
-            .collect();
-        let slots = leak(FrameTable::new());
-        slots.init(Box::leak(sections.into_boxed_slice()));
+        let slots = leak(SlotArena::new(map.reach()));
         let flushes = leak(Flushes::default());
         // SAFETY: E2, E3: the only frame table, and no MMU walks; one thread uses a machine.
         let env = unsafe {

@@ -4,11 +4,12 @@
 use std::cell::Cell;
 
 use kmem_hal::{
-    Completion, CpuId, CpuSet, Deferred, FlushRequest, FlushScope, FrameSlot, FrameTable, Grace,
-    Mmu, NoTrace, Root, SECTION_FRAMES, Section,
+    Completion, CpuId, CpuSet, Deferred, FlushRequest, FlushScope, FrameRange, FrameTable, Grace,
+    Mmu, NoTrace, Root,
 };
 use kmem_mock_x86::{FramePool, Machine};
 use kmem_paging::{Env, TableCache};
+use kmem_testkit::SlotArena;
 
 /// What the planted MMU does wrong.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -142,7 +143,7 @@ pub struct MockEnv {
     pub pool: FramePool<'static>,
     pub mmu: FaultyMmu,
     pub grace: TurnGrace,
-    pub slots: FrameTable,
+    pub slots: SlotArena,
     pub cache: TableCache,
     pub trace: NoTrace,
 }
@@ -152,16 +153,7 @@ impl MockEnv {
     pub fn new(machine: Machine, first: u64, cache: usize) -> &'static Self {
         let machine: &'static Machine = Box::leak(Box::new(machine));
         let limit = machine.memory().frame_limit();
-        let sections: Vec<Section> = (0..limit.div_ceil(SECTION_FRAMES))
-            .map(|_| {
-                let section = Section::absent();
-                let slots: Vec<FrameSlot> = (0..SECTION_FRAMES).map(|_| FrameSlot::new()).collect();
-                section.set_ready(Box::leak(slots.into_boxed_slice()));
-                section
-            })
-            .collect();
-        let slots = FrameTable::new();
-        slots.init(Box::leak(sections.into_boxed_slice()));
+        let slots = SlotArena::new(FrameRange::from_numbers(0, limit).unwrap());
         Box::leak(Box::new(Self {
             machine,
             pool: FramePool::new(machine, first),

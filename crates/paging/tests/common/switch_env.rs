@@ -5,11 +5,12 @@ use std::cell::Cell;
 
 use kmem_hal::sync::AtomicU64;
 use kmem_hal::{
-    Asid, CachePadded, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FrameSlot, FrameTable, NoTrace,
-    Page, Root, SECTION_FRAMES, Section, Tlb,
+    Asid, CachePadded, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FrameRange, FrameTable, NoTrace,
+    Page, Root, Tlb,
 };
 use kmem_mock_x86::{FramePool, Machine, MachineGrace, MachinePin};
 use kmem_paging::{AsidArea, AsidMmu, Env, TableCache};
+use kmem_testkit::SlotArena;
 
 /// The machine's CPUs, as a kernel with page-table isolation is entered by an interrupt: out of user mode by the trampoline, and back.
 pub struct Entered {
@@ -128,7 +129,7 @@ pub struct SwitchEnv {
     pub pool: FramePool<'static>,
     pub mmu: &'static Mmu,
     grace: MachineGrace<'static>,
-    slots: FrameTable,
+    slots: SlotArena,
     pub cache: TableCache,
 }
 
@@ -137,16 +138,7 @@ impl SwitchEnv {
     pub fn new(machine: Machine, first: u64, isolated: bool, generations: usize) -> &'static Self {
         let machine: &'static Machine = Box::leak(Box::new(machine));
         let limit = machine.memory().frame_limit();
-        let sections: Vec<Section> = (0..limit.div_ceil(SECTION_FRAMES))
-            .map(|_| {
-                let section = Section::absent();
-                let slots: Vec<FrameSlot> = (0..SECTION_FRAMES).map(|_| FrameSlot::new()).collect();
-                section.set_ready(Box::leak(slots.into_boxed_slice()));
-                section
-            })
-            .collect();
-        let slots = FrameTable::new();
-        slots.init(Box::leak(sections.into_boxed_slice()));
+        let slots = SlotArena::new(FrameRange::from_numbers(0, limit).unwrap());
         let count = machine.cpu_count();
         let cpus: &'static Entered = Box::leak(Box::new(Entered {
             machine,

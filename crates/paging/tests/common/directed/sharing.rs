@@ -5,7 +5,8 @@ use kmem_paging::format::X86_64;
 use kmem_paging::{ForkError, ForkItem, ForkStep, HugeError, PageTable, Rights};
 
 use super::super::hostile_env::HostileEnv;
-use super::{Room, Table, at, pages};
+use super::room::Room;
+use super::{Table, at, pages};
 
 /// A block of frames that are not there: nobody reads them.
 const BASE: u64 = 5 << 18;
@@ -41,7 +42,7 @@ impl Room {
 
     fn load(&self, table: &Table) {
         for cpu in 0..2 {
-            // SAFETY: as in `with`.
+            // SAFETY: as in `Room::keeping`.
             self.env.machine.on_cpu(cpu, || unsafe {
                 self.env.mmu.load_root(table.root(), false)
             });

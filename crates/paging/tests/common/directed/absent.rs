@@ -4,7 +4,8 @@ use kmem_mock_x86::{Registers, Scheduler};
 use kmem_paging::{Replaced, Rights};
 
 use super::super::modes::X86Absent;
-use super::{Room, at, pages};
+use super::room::Room;
+use super::{at, pages};
 
 /// Pages that a CPU knows to be absent get what others had.
 pub fn a_moved_page_is_there_though_absence_is_cached() {
