@@ -216,6 +216,18 @@ fn what_cannot_be_accessed_is_not_translated() {
     let expected = PhysAddr::new(0x4000_0000 + 0x1234_5678);
     assert_eq!(table.translate(address), Some(expected), "a leaf of 1 GiB");
     assert_eq!(table.translate(VirtAddr::new(1 << 30)), None, "a hole");
+    let beside = PageRange::single(page(1 << 18));
+    let mut cursor = table.cursor(beside).unwrap();
+    cursor
+        .map(beside.first(), block(7, 0), Rights::empty())
+        .unwrap();
+    drop(cursor);
+    assert!(table.query(beside.first()).leaf().is_some());
+    assert_eq!(
+        table.translate(VirtAddr::new(1 << 30)),
+        None,
+        "mapped, and for nobody to touch"
+    );
     assert_eq!(
         table.translate(VirtAddr::new(1 << 50)),
         None,

@@ -73,7 +73,7 @@ fn drop_table(world: &World, table: Table) {
 /// Meltdown: what user mode's root maps, a program can see. Without isolation that is the kernel's memory; with it, the trampoline alone.
 #[test]
 fn isolation_hides_the_kernel_from_reads_ahead_of_their_check() {
-    for isolated in [false, true] {
+    for (isolated, child) in [(false, false), (true, false), (true, true)] {
         let world = plain(isolated);
         let env = world.env;
         let secret = world.env.pool.alloc(&FrameRequest::ONE).unwrap();
@@ -84,7 +84,12 @@ fn isolation_hides_the_kernel_from_reads_ahead_of_their_check() {
         let mut cursor = world.kernel.cursor(PageRange::single(page)).unwrap();
         cursor.map(page, secret, Rights::KERNEL_DATA).unwrap();
         drop(cursor);
-        let table = world.new_space();
+        // A space that was made, and one that was made like it, as a fork's child is.
+        let first = world.new_space();
+        let table = match child {
+            true => Table::empty_like(env, &first).unwrap(),
+            false => first,
+        };
         run(&world, 0, &table);
         let user = env.machine.cpu(0).user();
         // The kernel has used it, so that it is in the TLB as well.

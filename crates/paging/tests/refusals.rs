@@ -1,0 +1,359 @@
+//! What is refused, by the short ways as by the long ones: a cursor that keeps its table, or the one above it, answers like one that walks; a
+//! gather without room or of another table changes nothing; what another table lent is out of reach by every way.
+
+#![cfg(not(loom))]
+
+#[path = "common/machine.rs"]
+mod machine;
+
+use kmem_hal::{DeviceFrame, Frame, Order, Page, PageRange, VirtAddr};
+use kmem_paging::format::{Format, X86_64, X86TwoLevel};
+use kmem_paging::{
+    Attributes, ChangeError, Entry, ForkStep, MapError, PageTable, Payload, RangeError, Rights,
+    TableError, UnshareError, UnshareStep,
+};
+use machine::{Machine, TestEnv};
+
+type TableOf<F> = PageTable<F, &'static TestEnv, DeviceFrame>;
+type Table = TableOf<X86_64>;
+
+/// The first page of the upper half of four levels, and the pages of a top entry.
+const UPPER: u64 = 0xf_fff8_0000_0000;
+const TOP: u64 = 1 << 27;
+
+fn page(number: u64) -> Page {
+    Page::new(number).unwrap()
+}
+
+fn pages(first: u64, count: u64) -> PageRange {
+    PageRange::with_count(page(first), count).unwrap()
+}
+
+fn frame(number: u64) -> DeviceFrame {
+    // Pages of the upper half have larger numbers than frames.
+    DeviceFrame::new(Frame::from_number(number & 0xffff_ffff), Order::ZERO).unwrap()
+}
+
+/// Maps pages to frames of the same number.
+fn map<F: Format>(table: &TableOf<F>, numbers: impl IntoIterator<Item = u64>) {
+    for number in numbers {
+        let mut cursor = table.cursor(pages(number, 1)).unwrap();
+        cursor
+            .map(page(number), frame(number), Rights::USER_DATA)
+            .unwrap();
+    }
+}
+
+fn is_mapped(table: &Table, number: u64) -> bool {
+    let leaf = table.query(page(number)).leaf();
+    leaf.is_some_and(|leaf| leaf.frame.number() == number && leaf.is_writable())
+}
+
+/// A child that shares the tables of level `most` and below in a range.
+fn shared(table: &Table, range: PageRange, most: usize) -> Table {
+    let child = Table::empty_like(*table.env(), table).unwrap();
+    let mut gather = table.gather::<1>();
+    // SAFETY: one thread, and no cursor is open.
+    let outcome =
+        unsafe { table.fork_sharing(&child, range, most, &mut gather, |_| ForkStep::Stop) };
+    outcome.unwrap();
+    gather.commit(drop);
+    drop(gather);
+    child
+}
+
+fn finish(machine: &Machine, tables: impl IntoIterator<Item = Table>) {
+    for table in tables {
+        table.destroy(|_, _| {}, |_, _| {});
+    }
+    kmem_paging::TableCache::shrink(machine.env(), usize::MAX);
+    assert_eq!(machine.frames.out(), 0, "tables leaked");
+}
+
+#[test]
+fn a_held_table_does_not_widen_the_range() {
+    let machine = Machine::new(64);
+    let table = Table::new(machine.env()).unwrap();
+    // The range lies in the middle of a leaf table, or at its end.
+    for first in [0x410, 0x5f8] {
+        let neighbours = [first - 1, first + 8];
+        let mut cursor = table.cursor(pages(first, 8)).unwrap();
+        for number in first..first + 4 {
+            cursor
+                .map(page(number), frame(number), Rights::USER_DATA)
+                .unwrap();
+        }
+        for number in neighbours {
+            let refused = cursor.map(page(number), frame(number), Rights::USER_DATA);
+            assert_eq!(refused, Err((MapError::OutOfRange, frame(number))));
+            assert_eq!(table.query(page(number)), Entry::Empty);
+        }
+        cursor.release();
+        map(&table, neighbours);
+        let mut gather = table.gather::<4>();
+        for number in neighbours {
+            assert!(cursor.query(page(first)).leaf().is_some(), "held again");
+            let one = pages(number, 1);
+            let refused = cursor.protect(one, Rights::READ, &mut gather);
+            assert_eq!(refused, Err(ChangeError::OutOfRange));
+            assert_eq!(cursor.unmap(one, &mut gather), Err(ChangeError::OutOfRange));
+            assert_eq!(cursor.query(page(number)), Entry::Empty);
+            assert!(is_mapped(&table, number));
+            cursor.move_to(page(number));
+            assert_eq!(cursor.next_run(), None);
+        }
+        cursor.release();
+        drop(gather);
+    }
+    drop(table.gather::<1>());
+    finish(&machine, [table]);
+}
+
+/// One page in each of three leaf tables: after the first is unmapped the table above them is the held one.
+#[test]
+fn a_page_that_is_alone_in_its_table_is_refused_as_others_are() {
+    const A: u64 = 0x400;
+    const B: u64 = 0x600;
+    const C: u64 = 0x800;
+    let machine = Machine::new(64);
+    let table = Table::new(machine.env()).unwrap();
+    let other = Table::new(machine.env()).unwrap();
+    map(&table, [C]);
+    // C is outside of the cursor's range, and below the same table of level 2.
+    let range = pages(A, C - A);
+    let mut foreign = other.gather::<4>();
+    let prepared = || {
+        map(&table, [A, B]);
+        let mut cursor = table.cursor(range).unwrap();
+        let mut gather = table.gather::<1>();
+        assert_eq!(cursor.unmap(pages(A, 1), &mut gather), Ok(1));
+        (cursor, gather)
+    };
+    let (mut cursor, gather) = prepared();
+    let refused = cursor.unmap(pages(B, 1), &mut foreign);
+    assert_eq!(refused, Err(ChangeError::ForeignGather));
+    drop((cursor, gather));
+    assert!(is_mapped(&table, B));
+    let take_b = || {
+        let mut gather = table.gather::<1>();
+        let mut cursor = table.cursor(range).unwrap();
+        assert_eq!(cursor.unmap(pages(B, 1), &mut gather), Ok(1));
+    };
+    take_b();
+
+    let (mut cursor, mut gather) = prepared();
+    let refused = cursor.unmap(pages(B, 1), &mut gather);
+    assert_eq!(refused, Err(ChangeError::Full { next: page(B) }));
+    drop((cursor, gather));
+    assert!(is_mapped(&table, B));
+    take_b();
+
+    let (mut cursor, mut gather) = prepared();
+    cursor.release();
+    gather.commit(drop);
+    map(&table, [A]);
+    assert_eq!(cursor.unmap(pages(A, 1), &mut gather), Ok(1));
+    cursor.release();
+    gather.commit(drop);
+    assert!(cursor.query(page(A)) == Entry::Empty);
+    let refused = cursor.unmap(pages(C, 1), &mut gather);
+    assert_eq!(refused, Err(ChangeError::OutOfRange));
+    drop((cursor, gather));
+    assert!(is_mapped(&table, C));
+    take_b();
+
+    // A table that another space has too is not emptied for both.
+    map(&table, [B]);
+    let child = shared(&table, pages(B, 512), 1);
+    map(&table, [A]);
+    let mut cursor = table.cursor(range).unwrap();
+    let mut gather = table.gather::<4>();
+    assert_eq!(cursor.unmap(pages(A, 1), &mut gather), Ok(1));
+    let refused = cursor.unmap(pages(B, 1), &mut gather);
+    assert_eq!(refused, Err(ChangeError::Shared { at: page(B) }));
+    drop((cursor, gather, foreign));
+    for table in [&table, &child] {
+        let leaf = table.query(page(B)).leaf().expect("both have it");
+        assert_eq!(leaf.frame.number(), B);
+    }
+    finish(&machine, [table, other, child]);
+}
+
+#[test]
+fn a_gather_of_another_table_is_refused() {
+    let machine = Machine::new(64);
+    let table = Table::new(machine.env()).unwrap();
+    let other = Table::new(machine.env()).unwrap();
+    let used = Attributes::new(Rights::USER_DATA).accessed().dirty();
+    let mut cursor = table.cursor(pages(0x400, 8)).unwrap();
+    for number in 0x400..0x404 {
+        cursor.map(page(number), frame(number), used).unwrap();
+    }
+    let mut foreign = other.gather::<4>();
+    let refused = Err(ChangeError::ForeignGather);
+    // A single page of the held table, and a range.
+    for count in [1, 4] {
+        let range = pages(0x400, count);
+        assert_eq!(cursor.unmap(range, &mut foreign), refused);
+        assert_eq!(cursor.protect(range, Rights::READ, &mut foreign), refused);
+    }
+    let payload = Payload::new::<X86_64>(7).unwrap();
+    let set = cursor.set_payload(page(0x400), payload, &mut foreign);
+    assert_eq!(set, Err(ChangeError::ForeignGather));
+    drop((cursor, foreign));
+    assert!((0x400..0x404).all(|number| is_mapped(&table, number)));
+    finish(&machine, [table, other]);
+}
+
+#[test]
+fn a_gather_without_room_says_so_before_anything_changes() {
+    let machine = Machine::new(64);
+    let table = Table::new(machine.env()).unwrap();
+    map(&table, 0x400..0x404);
+    let mut gather = table.gather::<1>();
+    let mut cursor = table.cursor(pages(0x400, 8)).unwrap();
+    assert_eq!(cursor.unmap(pages(0x400, 1), &mut gather), Ok(1));
+    let full = |at| Err(ChangeError::Full { next: page(at) });
+    // The held table, one page; a range; a payload in place of a page.
+    assert_eq!(cursor.query(page(0x401)).leaf().unwrap().order, Order::ZERO);
+    assert_eq!(cursor.unmap(pages(0x401, 1), &mut gather), full(0x401));
+    assert_eq!(cursor.unmap(pages(0x401, 2), &mut gather), full(0x401));
+    let payload = Payload::new::<X86_64>(7).unwrap();
+    let refused = cursor.set_payload(page(0x402), payload, &mut gather);
+    assert_eq!(refused, Err(ChangeError::Full { next: page(0x402) }));
+    drop((cursor, gather));
+    assert!((0x401..0x404).all(|number| is_mapped(&table, number)));
+    finish(&machine, [table]);
+}
+
+/// Shares of tables take room in the gather as frames do, at both levels.
+#[test]
+fn shares_need_room_in_the_gather() {
+    for (most, covered) in [(1, 512), (2, 1 << 18)] {
+        let machine = Machine::new(64);
+        let first = 1 << 18;
+        let table = Table::new(machine.env()).unwrap();
+        let both = pages(first, 2 * covered);
+        map(&table, [first, first + covered]);
+        let tables = table.table_count();
+        let child = shared(&table, both, most);
+        assert_eq!(child.table_count(), tables);
+        let mut gather = child.gather::<1>();
+        let mut cursor = child.cursor(both).unwrap();
+        let next = page(first + covered);
+        assert_eq!(
+            cursor.unmap(both, &mut gather),
+            Err(ChangeError::Full { next })
+        );
+        // Nor is there room for the share that a copy gives up.
+        let copied = cursor.unshare(next, &mut gather, |_| UnshareStep::Skip, drop);
+        assert_eq!(copied, Err(UnshareError::Full));
+        cursor.release();
+        assert_eq!(child.query(page(first)), Entry::Empty);
+        assert!(child.query(next).leaf().is_some());
+        gather.commit(|_| panic!("the parent has them too"));
+        let rest = PageRange::new(next, both.last()).unwrap();
+        assert!(cursor.unmap(rest, &mut gather).is_ok());
+        cursor.release();
+        gather.commit(|_| panic!("the parent has them too"));
+        drop((cursor, gather));
+        assert_eq!(child.table_count(), 1, "shares that were given up");
+        assert!([first, first + covered].iter().all(|&number| {
+            table
+                .query(page(number))
+                .leaf()
+                .map(|leaf| leaf.frame.number())
+                == Some(number)
+        }));
+        finish(&machine, [table, child]);
+    }
+}
+
+#[test]
+fn what_another_table_lent_is_out_of_reach() {
+    let machine = Machine::new(1024);
+    let kernel = Table::new(machine.env()).unwrap();
+    let later = UPPER + 8 * TOP;
+    kernel.lend_from(page(later)).unwrap();
+    let early = Table::sharing(machine.env(), &kernel, page(UPPER));
+    assert_eq!(early.unwrap_err(), TableError::CannotShare);
+    map(&kernel, [later]);
+    let space = Table::sharing(machine.env(), &kernel, page(later)).unwrap();
+    assert!(space.query(page(later)).leaf().is_some());
+    assert!(space.lock_entry(page(later)).is_none());
+    for range in [pages(later, 1), pages(later - 1, 2)] {
+        assert_eq!(space.cursor(range).unwrap_err(), RangeError::Borrowed);
+    }
+    map(&space, [later - 1]);
+    let mut gather = space.gather::<1>();
+    let moved = space.move_range(pages(later - 1, 1), page(later + 1), &mut gather);
+    assert_eq!(moved, Err(kmem_paging::MoveError::OutOfRange));
+    drop(gather);
+    space.destroy(|_, _| {}, |_, _| {});
+    // Lending more keeps what was lent, and lending less takes nothing back.
+    kernel.lend_from(page(UPPER)).unwrap();
+    kernel.lend_from(page(later)).unwrap();
+    let space = Table::sharing(machine.env(), &kernel, page(UPPER)).unwrap();
+    assert!(space.query(page(later)).leaf().is_some());
+    space.destroy(|_, _| {}, |_, _| {});
+}
+
+/// A top entry that may be a leaf cannot promise to stay a table.
+#[test]
+fn a_top_that_can_be_a_leaf_is_not_lent() {
+    let machine = Machine::new(16);
+    let table = TableOf::<X86TwoLevel>::new(machine.env()).unwrap();
+    let lent = table.lend_from(page(3 << 18));
+    assert_eq!(lent, Err(TableError::CannotShare));
+    table.destroy(|_, _| {}, |_, _| {});
+    assert_eq!(machine.frames.calls(), 1, "a root and nothing else");
+}
+
+/// A frame that the format has no room for, behind one that it has, by every way that maps pages in a row.
+#[test]
+fn a_frame_beyond_the_format_is_refused_in_the_middle_too() {
+    const FAR: u64 = X86TwoLevel::FRAME_LIMIT;
+    let machine = Machine::new(64);
+    let table = TableOf::<X86TwoLevel>::new(machine.env()).unwrap();
+    let far = frame(FAR);
+    let mut cursor = table.cursor(pages(0x400, 0x800)).unwrap();
+    cursor
+        .map(page(0x400), frame(1), Rights::USER_DATA)
+        .unwrap();
+    let refused = cursor.map(page(0x401), far, Rights::USER_DATA);
+    assert_eq!(refused, Err((MapError::Unencodable, far)));
+    // In a table that is there, and in one that is built whole.
+    for (first, count) in [(0x401, 8), (0x800, 0x400)] {
+        let range = pages(first, count);
+        let stopped = cursor
+            .map_range(range, Order::ZERO, Rights::USER_DATA, |at, _| {
+                let nth = at.number() - first;
+                Some(if nth == 5 { far } else { frame(2 + nth) })
+            })
+            .unwrap_err();
+        assert_eq!(stopped.error, MapError::Unencodable);
+        assert_eq!((stopped.at, stopped.handle), (page(first + 5), Some(far)));
+        assert_eq!(cursor.query(page(first + 5)), Entry::Empty);
+        let leaf = cursor.query(page(first + 4)).leaf().unwrap();
+        assert_eq!(leaf.frame.number(), 6);
+    }
+    drop(cursor);
+    table.destroy(|_, _| {}, |_, _| {});
+}
+
+/// Addresses that the format does not have are not those that have the same indices.
+#[test]
+fn a_page_beyond_the_format_is_not_the_page_below_it() {
+    let machine = Machine::new(16);
+    let table = Table::new(machine.env()).unwrap();
+    map(&table, [5]);
+    let beyond = 5 + (1 << 36);
+    assert_eq!(table.query(page(beyond)), Entry::Empty);
+    assert_eq!(table.translate(VirtAddr::new(beyond << 12)), None);
+    assert!(table.lock_entry(page(beyond)).is_none());
+    assert_eq!(
+        table.cursor(pages(beyond, 1)).unwrap_err(),
+        RangeError::NotCanonical
+    );
+    finish(&machine, [table]);
+}
