@@ -141,6 +141,33 @@ fn giants_beside_dwarfs() {
     assert_eq!(tree.len(), 180);
 }
 
+/// A gap of just as many pages as are asked for, between ranges of one page each, is not passed over for a larger one.
+#[test]
+fn a_gap_that_just_fits_is_the_first() {
+    let heap = Heap::default();
+    for need in [1, 4, 1000] {
+        let mut tree = Tree::new_in(&heap);
+        // Gaps of `need` pages, one more and one less in turns.
+        let mut at = need + 1;
+        for i in 0..9 {
+            tree.store(count(at, 1), Some(i), &mut |_| ()).unwrap();
+            at += need + [0, 1, 2][i as usize % 3];
+        }
+        let limits = pages(need + 1, at);
+        let request = GapRequest::new(need).limits(limits);
+        let gaps = || tree.gaps(limits).map(|gap| gap.range);
+        let fits = |gap: &PageRange| gap.count() >= need;
+        let first = gaps().find(fits).unwrap().first();
+        assert_eq!(gaps().find(fits).unwrap().count(), need);
+        assert_eq!(tree.find_gap_up(&request).unwrap().first(), first);
+        let limits = pages(0, tree.last().unwrap().last().number() - 1);
+        let request = GapRequest::new(need).limits(limits);
+        let inside = tree.gaps(limits).filter(|gap| fits(&gap.range));
+        let last = inside.last().unwrap().range.last();
+        assert_eq!(tree.find_gap_down(&request).unwrap().last(), last);
+    }
+}
+
 /// A gap beyond what a node can record is found and measured all the same.
 #[test]
 fn gaps_beyond_the_record() {
@@ -375,6 +402,38 @@ fn offsets_follow_every_cut() {
         tree.iter()
             .all(|entry| entry.value.0 == entry.first().number())
     );
+}
+
+/// Where the boundary between two ranges moves, the rest of the one that gets shorter counts from its own first page.
+#[test]
+fn offsets_follow_a_boundary_that_moves() {
+    let heap = Heap::default();
+    for (stored, value, all, gone) in [
+        (pages(10, 12), 10, [(0, 12, 0), (13, 19, 103)], 100),
+        (pages(7, 9), 97, [(0, 6, 0), (7, 19, 97)], 7),
+    ] {
+        let mut tree: RangeTree<Offset, &Heap> = RangeTree::new_in(&heap);
+        tree.store(pages(0, 9), Some(Offset(0)), &mut |_| ())
+            .unwrap();
+        tree.store(pages(10, 19), Some(Offset(100)), &mut |_| ())
+            .unwrap();
+        let mut removed = Vec::new();
+        tree.store_merged(stored, Offset(value), &mut |piece| removed.push(piece))
+            .unwrap();
+        assert_eq!(
+            removed,
+            [Entry {
+                range: stored,
+                value: Offset(gone)
+            }]
+        );
+        let expected = all.map(|(first, last, value)| Entry {
+            range: pages(first, last),
+            value: Offset(value),
+        });
+        assert!(tree.iter().eq(expected), "{tree:?}");
+        tree.check().unwrap();
+    }
 }
 
 /// A full leaf of a tree of one's own is split in place: no node is written anew but the one that is added.

@@ -64,11 +64,10 @@ impl Coding {
     /// passed over with a subtraction, undecoded.
     ///
     /// The first pages then differ by more than `need` and the length of the lower range, and a difference of lengths takes less than that
-    /// length away.
+    /// length away. Beyond the reach it is any number: no two ranges are so far apart, as whoever decodes them finds.
     #[inline(always)]
     pub(super) fn step_over(self, need: u64) -> u64 {
-        // No two ranges of a leaf are farther apart than the reach.
-        need.min(self.reach()) << self.width
+        need << self.width
     }
 
     /// The gap between the ranges of two keys if it has at least `need` pages: the first free page, and the page after the last.
