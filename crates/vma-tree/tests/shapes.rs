@@ -3,8 +3,10 @@
 mod common;
 
 use common::{Heap, count, page, pages};
-use kmem_hal::{FixedPool, Page, PageRange};
-use kmem_vma_tree::{BuildError, Entry, Finger, GapRequest, Mergeable, Node, RangeTree, Value};
+use kmem_hal::{FixedPool, Page, PageRange, SingleGrace};
+use kmem_vma_tree::{
+    BuildError, Entry, Finger, GapRequest, Mergeable, Node, RangeTree, SharedTree, Value,
+};
 
 type Tree<'h> = RangeTree<u64, &'h Heap>;
 
@@ -139,6 +141,46 @@ fn giants_beside_dwarfs() {
         tree.check().unwrap();
     }
     assert_eq!(tree.len(), 180);
+}
+
+/// A `modify` of ranges that have a leaf each, while a reader lets no node be used again, fails before its first piece or not at all.
+#[test]
+fn a_change_of_many_leaves_is_made_whole_or_not_at_all() {
+    fn run<const W: usize>(touching: bool, change: impl Fn(u64) -> Option<u64>) {
+        let heap = Heap::default();
+        // SAFETY: one thread runs the test.
+        let grace = unsafe { SingleGrace::new() };
+        let mut tree: SharedTree<u64, &Heap, &SingleGrace, W> = SharedTree::new_in(&heap, &grace);
+        let (mut writer, readers) = tree.split();
+        let far = 1_u64 << 44;
+        for i in 0..120 {
+            let range = count(i * far, if touching { far } else { far - 1 });
+            writer.store(range, Some(i), &mut |_| ()).unwrap();
+        }
+        writer.quiesce();
+        let before: Vec<_> = writer.iter().collect();
+        let section = readers.read();
+        for allowed in (0..).step_by(7) {
+            heap.left.set(Some(allowed));
+            let done = writer.modify(PageRange::ALL, &mut |piece, _| change(piece.value));
+            heap.left.set(None);
+            if done.is_ok() {
+                break;
+            }
+            assert!(writer.iter().eq(before.iter().copied()));
+        }
+        writer.check().unwrap();
+        drop(section);
+        writer.quiesce();
+    }
+    for touching in [false, true] {
+        run::<32>(touching, |_| None);
+        run::<32>(touching, |_| Some(7));
+        run::<32>(touching, |value| (value % 3 > 0).then_some(value / 2));
+        run::<8>(touching, |_| None);
+        run::<8>(touching, |_| Some(7));
+        run::<8>(touching, |value| (value % 3 > 0).then_some(value / 2));
+    }
 }
 
 /// A gap of just as many pages as are asked for, between ranges of one page each, is not passed over for a larger one.
