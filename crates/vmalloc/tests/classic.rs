@@ -299,6 +299,37 @@ impl Wait for &GivesBack {
     fn wake(&self, _key: usize) {}
 }
 
+/// Frames of one hash share a chain: what leaves it from its middle is found no more, and the others are.
+#[test]
+fn mappings_leave_the_chain_of_their_hash_one_by_one() {
+    let setup = Setup::classic();
+    on_table::<Two>(setup, |_, table, _| {
+        let pages = PageRange::with_count(setup.layout.kmap.unwrap().first(), 8).unwrap();
+        let mut slots = [KmapSlot::VACANT; 8];
+        let kmap: Map<'_, '_, Two> = Kmap::new(table, pages, &mut slots, NeverWait).unwrap();
+        for round in 0..64 {
+            let frames = [0, 1, 2, 3, 4, 5, 6, 7].map(|n| Frame::from_number(round * 8 + n));
+            let mut at = frames.map(|frame| kmap.try_map(frame).unwrap());
+            for n in (0..8).step_by(2) {
+                kmap.unmap(at[n]).unwrap();
+            }
+            kmap.flush();
+            for n in 0..8 {
+                let seen = (n % 2 == 1).then_some((at[n], 1));
+                assert_eq!(kmap.lookup(frames[n]), seen);
+            }
+            for n in (0..8).step_by(2) {
+                at[n] = kmap.try_map(frames[n]).unwrap();
+            }
+            for n in 0..8 {
+                assert_eq!(kmap.lookup(frames[n]), Some((at[n], 1)));
+                kmap.unmap(at[n]).unwrap();
+            }
+            kmap.flush();
+        }
+    });
+}
+
 #[test]
 fn a_full_window_waits_for_a_user_to_go() {
     on_table::<Two>(Setup::classic(), |machine, table, _| {
