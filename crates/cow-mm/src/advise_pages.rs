@@ -5,7 +5,7 @@
 //! | `MADV_FREE` | their dirty bits go; reclaim drops them where they are still clean then, and reads find the old bytes until it does |
 //! | `MADV_COLD` | they count as not used, and go before others |
 //! | `MADV_PAGEOUT` | they are reclaimed now |
-//! | `MADV_WILLNEED` | those of files and in swap are read, without waiting |
+//! | `MADV_WILLNEED` | those in swap and of files are read, without waiting; of a file 2 MiB for each mapping in the range |
 //! | `MADV_REMOVE` | those of shared memory go, out of every space and out of their object |
 //!
 //! Costs: what is in the range, not its size: a walk passes what was never touched table by table, and what an object does not have
@@ -28,6 +28,10 @@ use crate::reclaim::LAZY_FREE;
 use crate::space::AddressSpace;
 use crate::swap_in::Swapped;
 use crate::tables::next_table;
+
+/// Pages of a file that a mapping's part of one piece of advice reads at most: a large range would push out what is used
+/// (`force_page_cache_ra`, bounded there by what the device takes at once and by the window of read-ahead).
+const FETCH: u64 = 512;
 
 impl<E: Env> AddressSpace<'_, E> {
     /// Lets anonymous pages of a range go when memory is short, unless they are written before. The space's lock is held.
@@ -222,29 +226,29 @@ impl<E: Env> AddressSpace<'_, E> {
         let mm = self.mm();
         let mut next = Some(range.first());
         while let Some((page, payload)) = next.and_then(|from| self.next_payload(from, range)) {
-            if let Some(Absent::Swapped(entry)) = Absent::of(payload)
-                && let Ok(Swapped::Ready(frame)) = mm.swapped_page(entry, true)
-            {
-                mm.put_reference(frame);
+            if let Some(Absent::Swapped(entry)) = Absent::of(payload) {
+                match mm.swapped_page(entry, true) {
+                    Ok(Swapped::Ready(frame)) => mm.put_reference(frame),
+                    Err(Errno::ENOMEM) => return,
+                    _ => {}
+                }
             }
             next = page.checked_add(1);
         }
         let Some(file) = file else { return };
+        if !mm.info(file).is_shared_memory {
+            return mm.read_ahead(file, index, range.count().min(FETCH));
+        }
+        // What was written, in memory or in swap.
         let end = index.saturating_add(range.count());
-        // Shared memory has what was written, in memory or in swap; a file all up to its end.
-        let sparse = mm.info(file).is_shared_memory;
-        let from = |index| match sparse {
-            true => mm.next_entry(file, index, end),
-            false => (index < end).then_some(index),
-        };
-        let mut next = from(index);
+        let mut next = mm.next_entry(file, index, end);
         while let Some(index) = next {
             match mm.object_page(file, index) {
                 Ok(ObjectPage::Ready(frame)) => mm.put_reference(frame),
                 Ok(ObjectPage::NeedIo(_)) => {}
                 Ok(ObjectPage::Beyond) | Err(_) => return,
             }
-            next = from(index + 1);
+            next = mm.next_entry(file, index + 1, end);
         }
     }
 }

@@ -2,7 +2,7 @@
 //!
 //! Source: brk(2); Linux `mm/mmap.c` (`brk`), `mm/vma.c` (`do_brk_flags`: the heap joins only what is before it).
 
-use kmem_hal::{PAGE_SIZE, PageRange};
+use kmem_hal::PAGE_SIZE;
 
 use crate::env::Env;
 use crate::flags::VmFlags;
@@ -10,7 +10,7 @@ use crate::madvise::Populate;
 use crate::merge::Candidate;
 use crate::space::{AddressSpace, Brk, State};
 use crate::vma::Label;
-use crate::vma_set::STORES_TO_ADD;
+use crate::vma_edit::STORES_TO_ADD;
 
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// Says where the heap begins, empty: what exec does behind the image's data. Beyond user space nothing grows there.
@@ -100,23 +100,12 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             return false;
         }
         if first {
-            edit.insert(candidate_vma(range, heap));
+            // The heap's own first page never joins the data before it, though flags may match.
+            edit.insert(heap.over(range));
         } else {
             edit.add(range, heap, false);
         }
         true
-    }
-}
-
-/// The heap's own first page never joins the data before it, though flags may match.
-fn candidate_vma(range: PageRange, heap: Candidate) -> crate::vma::Vma {
-    crate::vma::Vma {
-        range,
-        flags: heap.flags,
-        offset: heap.offset,
-        file: heap.file,
-        anon: heap.anon,
-        label: heap.label,
     }
 }
 

@@ -19,7 +19,7 @@ use kmem_paging::{Entry, Path, Rights};
 
 use crate::absent::Absent;
 use crate::env::Env;
-use crate::fault::allows;
+use crate::fault::{allows, needed};
 use crate::flags::VmFlags;
 use crate::maps::permissions;
 use crate::space::AddressSpace;
@@ -264,11 +264,7 @@ impl Explanation<'_> {
                 }
             },
             Entry::Leaf(leaf) => {
-                let wanted = match self.code.access() {
-                    Access::Read => Rights::READ,
-                    Access::Write => Rights::WRITE,
-                    Access::Execute => Rights::EXECUTE,
-                };
+                let wanted = needed(self.code.access());
                 if leaf.attributes.rights.contains(wanted) {
                     return "The entry allows it by now: another CPU was faster, or the translation is an old one. The access is made \
                         again; if it faults at once again, look for a change of this entry that was not flushed.";

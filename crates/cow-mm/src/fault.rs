@@ -415,7 +415,7 @@ fn is_read_only(entry: &Entry, frame: Frame) -> bool {
 }
 
 /// What an entry must grant.
-fn needed(access: Access) -> Rights {
+pub(crate) fn needed(access: Access) -> Rights {
     match access {
         Access::Read => Rights::READ,
         Access::Write => Rights::WRITE,

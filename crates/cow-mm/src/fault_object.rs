@@ -47,7 +47,7 @@ impl<E: Env> AddressSpace<'_, E> {
         address: VirtAddr,
         write: bool,
     ) -> Result<(), Stop> {
-        if vma.flags.contains(VmFlags::PFNMAP)
+        if !vma.is_memory()
             && let Some(device) = self.mm().device(file)
         {
             return self.fault_device(vma, device, page, address);
@@ -81,7 +81,7 @@ impl<E: Env> AddressSpace<'_, E> {
                 flags if flags.contains(VmFlags::SEQ_READ) => AHEAD_SEQUENTIAL,
                 _ => AHEAD,
             };
-            mm.read_ahead(file, index, pages);
+            mm.read_ahead(file, index + 1, pages);
         }
         match found {
             ObjectPage::Ready(frame) => Ok(frame),

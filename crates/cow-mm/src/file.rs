@@ -127,11 +127,8 @@ impl<'m, E: Env> Mm<'m, E> {
         self.unmap_from(file, first_gone)?;
         self.forget_from(file, first_gone)?;
         let inside = (size % PAGE_SIZE) as usize;
-        if inside > 0
-            && let Some(frame) = self.get_cached(file, size / PAGE_SIZE)
-        {
-            self.zero_frame(frame, inside, PAGE_SIZE as usize - inside);
-            self.put_reference(frame);
+        if inside > 0 {
+            self.zero_tail(file, size / PAGE_SIZE, inside);
         }
         Ok(())
     }

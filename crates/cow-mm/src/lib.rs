@@ -49,6 +49,7 @@ mod reclaim;
 mod registry;
 pub mod replacement;
 mod rmap;
+mod shmem;
 mod smaps;
 mod space;
 mod stack;
@@ -61,8 +62,10 @@ mod transfer;
 mod usage;
 mod user;
 mod vma;
+mod vma_edit;
 mod vma_memory;
 mod vma_set;
+mod write_back;
 
 pub use commit::{CommitLines, CommitPolicy, Overcommit};
 pub use counters::Counters;

@@ -73,8 +73,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             }
             let pages = length / PAGE_SIZE;
             if !state.may_lock_more(pages, locked) {
-                let again =
-                    range_of(start, length).map_or(0, |range| state.vmas.counters_in(range).locked);
+                let again = self
+                    .user_range(start, pages)
+                    .map_or(0, |range| state.vmas.counters_in(range).locked);
                 if !state.may_lock_more(pages.saturating_sub(again), locked) {
                     return Err(Errno::ENOMEM);
                 }
@@ -172,7 +173,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             return Ok(());
         }
         start.checked_add(length).ok_or(Errno::EINVAL)?;
-        let range = range_of(start, length).ok_or(Errno::ENOMEM)?;
+        let range = self
+            .user_range(start, length / PAGE_SIZE)
+            .ok_or(Errno::ENOMEM)?;
         self.for_each_part_up_to_a_hole(state, range, |state, vma, part| {
             set_lock_flags(state, vma, part, flags)
         })
@@ -211,8 +214,4 @@ fn whole_pages(address: u64, length: u64) -> (u64, u64) {
     let start = address & !(PAGE_SIZE - 1);
     let length = length.wrapping_add(address - start);
     (start, length.wrapping_add(PAGE_SIZE - 1) & !(PAGE_SIZE - 1))
-}
-
-fn range_of(start: u64, length: u64) -> Option<PageRange> {
-    PageRange::with_count(Page::starting_at(VirtAddr::new(start))?, length / PAGE_SIZE)
 }

@@ -11,7 +11,7 @@ use crate::errno::Errno;
 use crate::flags::{Advice, VmFlags};
 use crate::merge::Candidate;
 use crate::space::{AddressSpace, State};
-use crate::vma::{Label, Vma};
+use crate::vma::Vma;
 
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// Tells the kernel how a range will be used.
@@ -64,31 +64,31 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         advice: Advice,
     ) -> Result<(), Errno> {
         let special = vma.flags.intersects(VmFlags::SPECIAL);
+        let locked = vma.flags.contains(VmFlags::LOCKED);
         let (on, off) = match advice {
             Advice::Free => {
-                if vma.flags.intersects(VmFlags::LOCKED | VmFlags::PFNMAP) || !vma.is_anonymous() {
+                if locked || !vma.is_memory() || !vma.is_anonymous() || vma.is_kernels() {
                     return Err(Errno::EINVAL);
                 }
                 self.free_lazily(part);
                 return Ok(());
             }
             Advice::DontNeed | Advice::DontNeedLocked => {
-                let mut refused = VmFlags::PFNMAP;
-                refused.set(VmFlags::LOCKED, advice == Advice::DontNeed);
-                if vma.flags.intersects(refused) {
+                if !vma.is_memory() || locked && advice == Advice::DontNeed {
                     return Err(Errno::EINVAL);
                 }
-                // The kernel's own pages would come back as they are (Linux: the fault handler of the special mapping).
-                return match vma.label {
-                    Label::Vdso => Ok(()),
-                    _ => self.empty(state, part),
+                return match vma.is_kernels() {
+                    true => Ok(()),
+                    false => self.empty(state, part),
                 };
             }
             Advice::GuardInstall => return self.install_guards(state, vma, part),
             Advice::GuardRemove => return self.remove_guards(state, vma, part),
             Advice::Cold | Advice::PageOut => {
-                let refused = vma.flags.intersects(VmFlags::LOCKED | VmFlags::PFNMAP);
-                return if refused { Err(Errno::EINVAL) } else { Ok(()) };
+                return match locked || !vma.is_memory() {
+                    true => Err(Errno::EINVAL),
+                    false => Ok(()),
+                };
             }
             Advice::Remove => return self.check_remove(vma),
             // As from a Linux without transparent huge pages.
@@ -102,7 +102,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             Advice::Random => (VmFlags::RAND_READ, VmFlags::SEQ_READ),
             Advice::Sequential => (VmFlags::SEQ_READ, VmFlags::RAND_READ),
             Advice::DontFork => (VmFlags::DONTCOPY, VmFlags::empty()),
-            Advice::DoFork if vma.flags.contains(VmFlags::IO) => return Err(Errno::EINVAL),
+            Advice::DoFork if !vma.is_memory() => return Err(Errno::EINVAL),
             Advice::DoFork => (VmFlags::empty(), VmFlags::DONTCOPY),
             Advice::WipeOnFork if !vma.is_anonymous() || vma.is_shared() => {
                 return Err(Errno::EINVAL);
@@ -245,8 +245,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 next = vma.range.last().checked_add(1);
                 continue;
             }
-            if vma.flags.intersects(VmFlags::IO | VmFlags::PFNMAP) {
-                // No ordinary memory: passed over, or no business of this advice.
+            if !vma.is_memory() {
+                // Passed over, or no business of this advice.
                 if how != Populate::AsMapped {
                     return Err(Errno::EINVAL);
                 }

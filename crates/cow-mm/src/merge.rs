@@ -14,6 +14,8 @@
 //! Source: Linux `mm/vma.c` (`is_mergeable_vma`, `is_mergeable_anon_vma`); the eight classic cases are listed in its
 //! comments. The recorded runs of Linux 6.18 in the oracle hold this module to it, call by call.
 
+use kmem_hal::PageRange;
+
 use crate::flags::VmFlags;
 use crate::object::FileRef;
 use crate::vma::{AnonLink, Label, Vma};
@@ -41,6 +43,20 @@ impl From<&Vma> for Candidate {
             file: vma.file,
             anon: vma.anon,
             label: vma.label,
+        }
+    }
+}
+
+impl Candidate {
+    /// The VMA that a range becomes where it joins no neighbour.
+    pub(crate) const fn over(self, range: PageRange) -> Vma {
+        Vma {
+            range,
+            flags: self.flags,
+            offset: self.offset,
+            file: self.file,
+            anon: self.anon,
+            label: self.label,
         }
     }
 }
@@ -128,7 +144,7 @@ pub fn may_share_anon(first: &Vma, second: &Vma) -> bool {
 mod tests {
     use core::num::NonZeroU64;
 
-    use kmem_hal::{Page, PageRange};
+    use kmem_hal::Page;
 
     use super::*;
 

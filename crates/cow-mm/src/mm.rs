@@ -8,10 +8,10 @@
 //! Invariants
 //! - `I1`: a [`PageRef`] stands for one mapping counted in the frame's slot; one of device memory, whose frames are no pages, is not
 //!   counted (`device.rs`).
+//! - `I2`: the zero page always has a reference of the `Mm`'s own, so no mapping's end frees it.
 //! - `I3`: an anonymous page is exclusive while it has one mapping and that mapping's reference only; or pins, and was exclusive (`EXCLUSIVE`)
 //!   when it got the first. Whether the mapping is one space's alone its table says: a shared table's leaves are mapped once and seen by
 //!   many. So a second mapping costs one count, and the bit may stay.
-//! - `I2`: the zero page always has a reference of the `Mm`'s own, so no mapping's end frees it.
 
 use core::marker::PhantomData;
 
@@ -194,9 +194,11 @@ impl<'m, E: Env> Mm<'m, E> {
 
     /// A number for an object or a family. They come again after 2^32, but never 0, which is the zero page's.
     pub(crate) fn next_number(&self) -> u32 {
-        match self.numbers.fetch_add(1, Ordering::Relaxed) {
-            0 => self.next_number(),
-            number => number,
+        loop {
+            match self.numbers.fetch_add(1, Ordering::Relaxed) {
+                0 => {}
+                number => return number,
+            }
         }
     }
 
@@ -326,7 +328,16 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
-    /// Takes references away; the last one frees the page.
+    /// Takes a reference away; the last one frees the page.
+    pub(crate) fn put_reference(&self, frame: Frame) {
+        if let Some(page) = self.slot(frame).as_user()
+            && page.sub_reference() == Ok(0)
+        {
+            self.free_page(frame, Order::ZERO);
+        }
+    }
+
+    /// Takes several references away; the last one frees the page.
     pub(crate) fn put_references(&self, frame: Frame, count: u32) {
         if self.slot(frame).sub_count(count) == Ok(0) {
             self.free_page(frame, Order::ZERO);

@@ -23,7 +23,7 @@ use crate::object::FileRef;
 use crate::place::Placement;
 use crate::space::{AddressSpace, State};
 use crate::vma::Label;
-use crate::vma_set::{STORES_TO_ADD, STORES_TO_CLEAR};
+use crate::vma_edit::{STORES_TO_ADD, STORES_TO_CLEAR};
 
 /// The arguments of an mmap call.
 #[derive(Clone, Copy, Debug)]

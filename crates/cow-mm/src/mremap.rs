@@ -10,7 +10,7 @@
 //!
 //! Source: mremap(2); Linux 6.17 and later `mm/mremap.c` (several VMAs can be moved at once).
 
-use kmem_hal::{PAGE_SIZE, PageRange};
+use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
 
 use crate::env::Env;
 use crate::errno::Errno;
@@ -78,7 +78,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let is_locked = |vma: &Vma| vma.flags.contains(VmFlags::LOCKED);
         if fixed {
             let start = self.remap_to(&mut state, remap)?;
-            let moved = state.vmas.get(kmem_hal::Page::containing(start.into()));
+            let moved = state.vmas.get(Page::containing(VirtAddr::new(start)));
             return Ok((start, moved.as_ref().is_some_and(is_locked)));
         }
         let vma = self.remapped_vma(&state, remap)?;
@@ -131,7 +131,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// A call that shrinks it in place, or does nothing to it, may go past its end.
     fn remapped_vma(&self, state: &State<'m, E>, remap: &Remap) -> Result<Vma, Errno> {
-        let page = kmem_hal::Page::containing(kmem_hal::VirtAddr::new(remap.address));
+        let page = Page::containing(VirtAddr::new(remap.address));
         let vma = state.vmas.get(page).ok_or(Errno::EFAULT)?;
         let moves = remap
             .flags
@@ -192,17 +192,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if !remap.flags.contains(RemapFlags::MAYMOVE) {
             return Err(Errno::ENOMEM);
         }
-        let pages = remap.new / PAGE_SIZE;
-        let placement = Placement {
-            hint: 0,
-            pages,
-            low: false,
-            huge_align: vma.is_anonymous(),
-            guard_below: vma.guard_below(),
-        };
-        let target = state
-            .place(self.layout(), &placement)
-            .ok_or(Errno::ENOMEM)?;
+        let target = self.place_moved(state, vma, remap.new, 0)?;
         self.move_part(state, vma, remap.address, remap.old, target, false)?;
         Ok(target.start().as_u64())
     }
@@ -216,16 +206,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             if !state.may_expand(remap.old / PAGE_SIZE, vma.flags) {
                 return Err(Errno::ENOMEM);
             }
-            let placement = Placement {
-                hint: remap.hint,
-                pages: remap.new / PAGE_SIZE,
-                low: false,
-                huge_align: vma.is_anonymous(),
-                guard_below: vma.guard_below(),
-            };
-            let range = state
-                .place(self.layout(), &placement)
-                .ok_or(Errno::ENOMEM)?;
+            let range = self.place_moved(state, &vma, remap.new, remap.hint)?;
             self.move_part(state, &vma, remap.address, remap.old, range, keep)?;
             return Ok(range.start().as_u64());
         };
@@ -236,7 +217,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             old: remap.old.min(remap.new),
             ..*remap
         };
-        let page = |address: u64| kmem_hal::Page::containing(kmem_hal::VirtAddr::new(address));
+        let page = |address: u64| Page::containing(VirtAddr::new(address));
         let first = match several {
             true => state
                 .vmas
@@ -296,6 +277,25 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         Ok(target)
     }
 
+    /// Where a mapping goes that the caller named no place for.
+    fn place_moved(
+        &self,
+        state: &State<'m, E>,
+        vma: &Vma,
+        length: u64,
+        hint: u64,
+    ) -> Result<PageRange, Errno> {
+        let placement = Placement {
+            hint,
+            pages: length / PAGE_SIZE,
+            low: false,
+            huge_align: vma.is_anonymous(),
+            guard_below: vma.guard_below(),
+        };
+        let range = state.place(self.layout(), &placement);
+        range.ok_or(Errno::ENOMEM)
+    }
+
     /// The pages of a target that the caller named (`vrm_set_new_addr`).
     fn target_range(&self, target: u64, length: u64) -> Result<PageRange, Errno> {
         let range = self.user_range(target, length / PAGE_SIZE);
@@ -322,7 +322,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             return Err(Errno::ENOMEM);
         }
         let from = self.user_range(address, old / PAGE_SIZE);
-        let first = kmem_hal::Page::containing(kmem_hal::VirtAddr::new(address));
+        let first = Page::containing(VirtAddr::new(address));
         let mut new = Candidate {
             offset: vma.object_page(first),
             ..Candidate::from(vma)

@@ -11,7 +11,7 @@ use crate::flags::{Prot, VmFlags};
 use crate::mmap::is_accounted;
 use crate::space::{AddressSpace, State};
 use crate::vma::Vma;
-use crate::vma_set::{STORES_TO_CLEAR, STORES_TO_MODIFY};
+use crate::vma_edit::{STORES_TO_CLEAR, STORES_TO_MODIFY};
 
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// Unmaps whole pages; holes are fine.

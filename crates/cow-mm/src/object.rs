@@ -22,9 +22,7 @@ use core::fmt;
 use core::ptr::NonNull;
 
 use kmem_hal::sync::{AtomicPtr, AtomicU32, Ordering};
-use kmem_hal::{
-    AllocError, Frame, IoTicket, ObjectAlloc, Order, PageProvider, RawSleepLock, SleepLock,
-};
+use kmem_hal::{AllocError, IoTicket, ObjectAlloc, PageProvider, RawSleepLock, SleepLock};
 use kmem_vma_tree::{Node, RangeTree};
 
 use crate::device::DeviceMemory;
@@ -90,6 +88,9 @@ pub(crate) enum Backing {
     Device(DeviceMemory),
 }
 
+/// What an object has of its pages, by index: frames, or places in swap.
+pub(crate) type Pages<N> = RangeTree<Handle, Borrowed<N>>;
+
 /// A file or shared memory, with the cache of its pages.
 #[doc(alias = "address_space")]
 pub struct Object<N: ObjectAlloc<Node>, L: RawSleepLock> {
@@ -103,7 +104,7 @@ pub struct Object<N: ObjectAlloc<Node>, L: RawSleepLock> {
     promised: u64,
     name: Option<NonNull<str>>,
     pub(crate) backing: Backing,
-    pub(crate) pages: SleepLock<RangeTree<Handle, Borrowed<N>>, L>,
+    pub(crate) pages: SleepLock<Pages<N>, L>,
     /// The next object in the list of all.
     next: AtomicPtr<()>,
 }
@@ -429,14 +430,6 @@ impl<'m, E: Env> Mm<'m, E> {
     /// An object's number, which its pages' slots name.
     pub(crate) fn object_number(&self, file: FileRef) -> u32 {
         file.number
-    }
-
-    pub(crate) fn put_reference(&self, frame: Frame) {
-        if let Some(page) = self.slot(frame).as_user()
-            && page.sub_reference() == Ok(0)
-        {
-            self.free_page(frame, Order::ZERO);
-        }
     }
 }
 

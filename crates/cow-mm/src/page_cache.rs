@@ -5,8 +5,7 @@
 //!      │           └─ being read: ask the provider again ── NeedIo, or Ready
 //!      └─ missing: a frame into the tree ── provider reads ── Ready, or NeedIo(ticket); and the pages after it
 //!
-//!   written ── DIRTY ── write back: DIRTY off, every mapping clean and read-only, provider writes ── WRITEBACK ── done
-//!                            └─ written meanwhile: faults, DIRTY again, written again next time
+//!   written ── DIRTY ── write back (`write_back.rs`)
 //! ```
 //!
 //! Invariants
@@ -17,36 +16,26 @@
 //! - `I4`: a page leaves the tree only with one reference beside the tree's, the caller's, under the tree's lock, and clean; or by
 //!   truncation; or with the object.
 //!
-//! Source: Linux `mm/filemap.c`, `mm/page-writeback.c` (`folio_clear_dirty_for_io`), `mm/readahead.c`, `mm/truncate.c`.
+//! Source: Linux `mm/filemap.c`, `mm/readahead.c`, `mm/truncate.c`.
 
 use kmem_hal::sync::Ordering;
 use kmem_hal::{
-    Frame, FrameRequest, FrameTag, IoError, IoState, IoTicket, Mobility, PAGE_SIZE, Page,
-    PageProvider, PageRange, PhysMap, SlotFlags, UserSlot,
+    Frame, FrameRequest, FrameTag, IoState, IoTicket, Mobility, ObjectAlloc, PAGE_SIZE, Page,
+    PageProvider, PageRange, SlotFlags, UserSlot,
 };
-use kmem_paging::Env as _;
+use kmem_vma_tree::Node;
 
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::handle::Handle;
 use crate::mm::Mm;
-use crate::object::{Backing, FileRef, Object};
+use crate::object::{Backing, FileRef, Object, Pages};
 use crate::reclaim::Evicted;
-use crate::swap::SwapEntry;
 use crate::swap_in::Swapped;
+use crate::write_back::Waits;
 
 /// In place of a ticket: the provider refused or failed, and the next look-up asks again.
 const NOT_STARTED: u64 = u64::MAX;
-
-/// What a call has to wait for before it can go on with a page.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Waits {
-    /// For a device.
-    ForTransfer(IoTicket),
-    /// For somebody who has the page's lock, which nobody keeps while a device works for that page, but where its object
-    /// ends meanwhile.
-    ForLock,
-}
 
 /// What a look-up of an object's page found.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,7 +49,7 @@ pub(crate) enum ObjectPage {
 }
 
 impl<'m, E: Env> Mm<'m, E> {
-    fn provider(
+    pub(crate) fn provider(
         &self,
         object: &Object<E::Nodes, E::Lock>,
     ) -> Option<&'m (dyn PageProvider + Sync)> {
@@ -95,12 +84,7 @@ impl<'m, E: Env> Mm<'m, E> {
                     Swapped::Gone => return Err(Errno::EIO),
                     Swapped::Ready(found) => {
                         let frame = self.page_from_swap(object, index, found)?;
-                        let kept = Some(Handle::of_frame(frame));
-                        let single = PageRange::single(page);
-                        if pages.store(single, kept, &mut |_| {}).is_err() {
-                            self.put_reference(frame);
-                            return Err(Errno::ENOMEM);
-                        }
+                        self.enter(&mut pages, page, frame)?;
                         self.drop_swap(entry);
                         (frame, IoState::Done)
                     }
@@ -114,14 +98,7 @@ impl<'m, E: Env> Mm<'m, E> {
                     index,
                     &FrameRequest::ONE.mobility(Mobility::Movable).zeroed(),
                 )?;
-                let kept = Some(Handle::of_frame(frame));
-                if pages
-                    .store(PageRange::single(page), kept, &mut |_| {})
-                    .is_err()
-                {
-                    self.put_reference(frame);
-                    return Err(Errno::ENOMEM);
-                }
+                self.enter(&mut pages, page, frame)?;
                 (frame, self.start_read(object, index, frame)?)
             }
         };
@@ -135,29 +112,17 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
-    /// The page of shared memory whose bytes are in a page of the swap cache, to which the caller holds a reference: the page itself, or
-    /// a copy where it was read without knowing whose it is. The reference of the answer is the tree's.
-    fn page_from_swap(
-        &self,
-        object: &Object<E::Nodes, E::Lock>,
-        index: u64,
-        found: Frame,
-    ) -> Result<Frame, Errno> {
-        let slot = self.slot(found);
-        if slot.tag() == FrameTag::File {
-            slot.set_flags(SlotFlags::DIRTY);
-            return Ok(found);
+    /// Lets the tree name a page, whose reference becomes the tree's.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::ENOMEM`]; the reference was given back.
+    fn enter(&self, pages: &mut Pages<E::Nodes>, index: Page, frame: Frame) -> Result<(), Errno> {
+        let entered = set(pages, index, Some(Handle::of_frame(frame)));
+        if entered.is_err() {
+            self.put_reference(frame);
         }
-        let request = FrameRequest::ONE.mobility(Mobility::Movable);
-        let copy = self.new_page(FrameTag::File, object.number, index, &request);
-        if let Ok(copy) = copy {
-            // SAFETY: `found` is referenced, and nobody writes to a page in the swap cache; `copy` is new. E2: both are in reach.
-            unsafe { self.env().paging().map().copy(found, copy) };
-            self.slot(copy)
-                .set_flags(SlotFlags::UP_TO_DATE | SlotFlags::DIRTY);
-        }
-        self.put_reference(found);
-        copy
+        entered
     }
 
     /// Asks the provider for a page that is in the tree and not up to date.
@@ -221,6 +186,18 @@ impl<'m, E: Env> Mm<'m, E> {
             .then_some(frame)
     }
 
+    /// Whether page `index` is in memory: in the cache, or in that of the swap that it went to.
+    pub(crate) fn is_in_memory(&self, file: FileRef, index: u64) -> bool {
+        let pages = self.object(file).pages.read();
+        let entry = Page::new(index).and_then(|page| pages.get(page));
+        let swap = entry.and_then(|entry| entry.value.swap());
+        drop(pages);
+        match swap {
+            Some(entry) => self.is_in_swap_cache(entry),
+            None => self.cached_page(file, index).is_some(),
+        }
+    }
+
     /// As [`cached_page`](Self::cached_page), with a reference.
     pub(crate) fn get_cached(&self, file: FileRef, index: u64) -> Option<Frame> {
         let pages = self.object(file).pages.read();
@@ -230,13 +207,13 @@ impl<'m, E: Env> Mm<'m, E> {
         (whole && page.add_reference().is_ok()).then_some(frame)
     }
 
-    /// Starts reading `pages` pages after one, as far as that costs nothing but memory.
+    /// Starts reading those of `pages` pages from one on that are missing, as far as that costs nothing but memory.
     #[doc(alias = "page_cache_ra_order")]
-    pub(crate) fn read_ahead(&self, file: FileRef, index: u64, pages: u64) {
+    pub(crate) fn read_ahead(&self, file: FileRef, first: u64, pages: u64) {
         if self.provider(self.object(file)).is_none() {
             return;
         }
-        for near in (index + 1)..=index.saturating_add(pages) {
+        for near in first..first.saturating_add(pages) {
             let missing = Page::new(near)
                 .is_some_and(|page| self.object(file).pages.read().get(page).is_none());
             if !missing {
@@ -264,13 +241,30 @@ impl<'m, E: Env> Mm<'m, E> {
         while let Some((index, frame)) = self.next_cached(object, all.first(), all) {
             let waits = self.forget_page(object, index, frame);
             self.put_reference(frame);
-            match waits? {
-                Some(Waits::ForTransfer(ticket)) => self.env().wait(ticket),
-                Some(Waits::ForLock) => kmem_hal::sync::spin_loop(),
-                None => {}
+            if let Some(waits) = waits? {
+                self.wait_for(waits);
             }
         }
         Ok(())
+    }
+
+    /// Fills a page with zeros from an offset on, if the tree has it; one that is on its way when it is there.
+    pub(crate) fn zero_tail(&self, file: FileRef, index: u64, from: usize) {
+        let object = self.object(file);
+        let Some(page) = Page::new(index) else { return };
+        loop {
+            let pages = object.pages.write();
+            let Some(frame) = pages.get(page).and_then(|entry| entry.value.frame()) else {
+                return;
+            };
+            let Some(ticket) = self.pending_read(object, page, frame) else {
+                // The tree's lock keeps its reference of the page.
+                self.zero_frame(frame, from, PAGE_SIZE as usize - from);
+                return;
+            };
+            drop(pages);
+            self.env().wait(ticket);
+        }
     }
 
     /// Takes a page out of the tree, if it is there still, or says what has to come to its end first. The caller holds a reference.
@@ -301,35 +295,19 @@ impl<'m, E: Env> Mm<'m, E> {
         frame: Frame,
     ) -> Result<Option<Waits>, Errno> {
         let mut pages = object.pages.write();
-        let here = pages.get(index).and_then(|entry| entry.value.frame());
-        if here != Some(frame) {
+        if !names(&pages, index, frame) {
             return Ok(None);
         }
         if let Some(ticket) = self.pending_read(object, index, frame) {
             return Ok(Some(Waits::ForTransfer(ticket)));
         }
-        let stored = pages.store(PageRange::single(index), None, &mut |_| {});
-        stored.map_err(|_| Errno::ENOMEM)?;
+        set(&mut pages, index, None)?;
         // Nobody's from now on: whoever still holds it, for a pin or a copy, is the last to let it go.
         self.user(frame).set_object(0, 0);
         self.slot(frame).clear_flags(SlotFlags::DIRTY);
         drop(pages);
         self.put_reference(frame);
         Ok(None)
-    }
-
-    /// The ticket of a page's write, if the provider has not all of it yet. The caller has the page's lock, or the object to itself.
-    fn pending_write(&self, object: &Object<E::Nodes, E::Lock>, frame: Frame) -> Option<IoTicket> {
-        let slot = self.slot(frame);
-        let provider = self.provider(object)?;
-        if !slot.flags().contains(SlotFlags::WRITEBACK) {
-            return None;
-        }
-        let ticket = IoTicket(slot.links().load(Ordering::Acquire));
-        match self.note_write(frame, provider.poll(ticket)) {
-            Ok(IoState::Pending(ticket)) => Some(ticket),
-            _ => None,
-        }
     }
 
     /// The ticket of a page's read, if the provider is still at it; a read that never began is not begun. The caller has the tree's lock,
@@ -384,39 +362,6 @@ impl<'m, E: Env> Mm<'m, E> {
             .sum()
     }
 
-    /// Writes the object's dirty pages of a range of page indices to its provider, and waits until it has them.
-    ///
-    /// The caller holds no lock of a space.
-    ///
-    /// # Errors
-    ///
-    /// [`Errno::EIO`] where the provider failed; what was written before is written, and the page stays dirty.
-    #[doc(alias = "filemap_write_and_wait_range")]
-    pub(crate) fn write_back(&self, file: FileRef, indices: PageRange) -> Result<(), Errno> {
-        let object = self.object(file);
-        if self.provider(object).is_none() {
-            return Ok(());
-        }
-        let mut at = Some(indices.first());
-        while let Some(from) = at {
-            let Some((index, frame)) = self.next_cached(object, from, indices) else {
-                break;
-            };
-            let outcome = loop {
-                match self.write_page(object, index.number(), frame) {
-                    Ok(None) => break Ok(()),
-                    Ok(Some(Waits::ForTransfer(ticket))) => self.env().wait(ticket),
-                    Ok(Some(Waits::ForLock)) => kmem_hal::sync::spin_loop(),
-                    Err(error) => break Err(error),
-                }
-            };
-            self.put_reference(frame);
-            outcome?;
-            at = index.checked_add(1);
-        }
-        Ok(())
-    }
-
     /// The first index from one on, and below another, of which the object has something: a page, or a place in swap.
     pub(crate) fn next_entry(&self, file: FileRef, from: u64, end: u64) -> Option<u64> {
         let pages = self.object(file).pages.read();
@@ -426,7 +371,7 @@ impl<'m, E: Env> Mm<'m, E> {
     }
 
     /// The first page of a range that the cache has, with a reference.
-    fn next_cached(
+    pub(crate) fn next_cached(
         &self,
         object: &Object<E::Nodes, E::Lock>,
         from: Page,
@@ -439,75 +384,6 @@ impl<'m, E: Env> Mm<'m, E> {
         let frame = entry.value.frame()?;
         self.user(frame).add_reference().ok()?;
         Some((entry.range.first(), frame))
-    }
-
-    /// Writes a page if it is dirty; what to wait for before asking again where the provider has not its bytes yet.
-    fn write_page(
-        &self,
-        object: &Object<E::Nodes, E::Lock>,
-        index: u64,
-        frame: Frame,
-    ) -> Result<Option<Waits>, Errno> {
-        let slot = self.slot(frame);
-        if !slot.try_lock() {
-            return Ok(Some(Waits::ForLock));
-        }
-        let state = self.write_locked(object, index, frame);
-        slot.unlock();
-        Ok(match state? {
-            IoState::Done => None,
-            IoState::Pending(ticket) => Some(Waits::ForTransfer(ticket)),
-        })
-    }
-
-    /// As [`write_page`](Self::write_page), with the page's lock held.
-    fn write_locked(
-        &self,
-        object: &Object<E::Nodes, E::Lock>,
-        index: u64,
-        frame: Frame,
-    ) -> Result<IoState, Errno> {
-        let slot = self.slot(frame);
-        let Some(provider) = self.provider(object) else {
-            return Ok(IoState::Done);
-        };
-        if slot.flags().contains(SlotFlags::WRITEBACK) {
-            let ticket = IoTicket(slot.links().load(Ordering::Acquire));
-            let state = self.note_write(frame, provider.poll(ticket))?;
-            if state != IoState::Done {
-                return Ok(state);
-            }
-        }
-        // Written to since that write was submitted, it is not what the provider has.
-        if !slot
-            .flags()
-            .contains(SlotFlags::DIRTY | SlotFlags::UP_TO_DATE)
-        {
-            return Ok(IoState::Done);
-        }
-        // Off first: what is written after the mappings are made clean faults, and says "dirty" again.
-        slot.clear_flags(SlotFlags::DIRTY);
-        self.clean_mappings(frame);
-        slot.set_flags(SlotFlags::WRITEBACK);
-        self.count(|counts| &counts.written_back);
-        self.note_write(frame, provider.write(index, frame))
-    }
-
-    /// Notes in a page how its write stands.
-    fn note_write(&self, frame: Frame, state: Result<IoState, IoError>) -> Result<IoState, Errno> {
-        let slot = self.slot(frame);
-        match state {
-            Ok(IoState::Pending(ticket)) => slot.links().store(ticket.0, Ordering::Release),
-            Ok(IoState::Done) => {
-                slot.clear_flags(SlotFlags::WRITEBACK);
-            }
-            Err(_) => {
-                slot.set_flags(SlotFlags::DIRTY);
-                slot.clear_flags(SlotFlags::WRITEBACK);
-                self.count(|counts| &counts.write_errors);
-            }
-        }
-        state.map_err(|_| Errno::EIO)
     }
 
     /// Lets a file's page go that the caller has locked and holds a reference of.
@@ -559,115 +435,18 @@ impl<'m, E: Env> Mm<'m, E> {
             return Evicted::Kept;
         };
         let mut pages = object.pages.write();
-        let here = pages
-            .get(index)
-            .is_some_and(|entry| entry.value.frame() == Some(frame));
         // The tree's and the caller's: nobody looks at it, and under the tree's lock nobody begins to (`I4`).
         let alone = page.references() == 2 && page.mappings() == 0;
         let clean = !slot
             .flags()
             .intersects(SlotFlags::DIRTY | SlotFlags::WRITEBACK);
-        if !here || !alone || !clean {
-            return Evicted::Kept;
-        }
-        if pages
-            .store(PageRange::single(index), None, &mut |_| {})
-            .is_err()
-        {
+        let goes = alone && clean && names(&pages, index, frame);
+        if !goes || set(&mut pages, index, None).is_err() {
             return Evicted::Kept;
         }
         drop(pages);
         self.put_reference(frame);
         Evicted::Freed
-    }
-
-    /// A page of shared memory that nobody maps: to swap, and the tree names its slot.
-    #[doc(alias = "shmem_writepage")]
-    fn evict_shared(
-        &self,
-        object: &Object<E::Nodes, E::Lock>,
-        frame: Frame,
-        page: UserSlot<'_>,
-    ) -> Evicted {
-        let Some(index) = Page::new(page.page()) else {
-            return Evicted::Kept;
-        };
-        // The cache's reference, before the slot names the frame; the slot's count is the tree's.
-        if page.add_reference().is_err() {
-            return Evicted::Kept;
-        }
-        let Some(entry) = self.swap().take(frame) else {
-            self.put_reference(frame);
-            return Evicted::Kept;
-        };
-        page.slot().set_flags(SlotFlags::DIRTY);
-        self.enter_cache(entry, frame);
-        let stored = {
-            let mut pages = object.pages.write();
-            let here = pages
-                .get(index)
-                .is_some_and(|entry| entry.value.frame() == Some(frame));
-            // The tree's, the cache's and the caller's: under the tree's lock nobody begins to look at it (`I4`).
-            let alone = page.references() == 3 && page.mappings() == 0;
-            let kept = Some(Handle::of_swap(entry));
-            here && alone
-                && pages
-                    .store(PageRange::single(index), kept, &mut |_| {})
-                    .is_ok()
-        };
-        if !stored {
-            self.drop_swap(entry);
-            return Evicted::Kept;
-        }
-        self.put_reference(frame);
-        self.write_to_swap(frame, entry)
-    }
-
-    /// Whether a page of shared memory is in swap.
-    pub(crate) fn is_swapped_out(&self, file: FileRef, index: u64) -> bool {
-        let pages = self.object(file).pages.read();
-        Page::new(index)
-            .and_then(|page| pages.get(page))
-            .is_some_and(|entry| entry.value.swap().is_some())
-    }
-
-    /// Forgets what is in swap of a page of shared memory: it reads as zeros.
-    pub(crate) fn forget_swapped_out(&self, file: FileRef, index: u64) -> Result<(), Errno> {
-        let mut pages = self.object(file).pages.write();
-        let Some(page) = Page::new(index) else {
-            return Ok(());
-        };
-        let Some(entry) = pages.get(page).and_then(|entry| entry.value.swap()) else {
-            return Ok(());
-        };
-        let stored = pages.store(PageRange::single(page), None, &mut |_| {});
-        stored.map_err(|_| Errno::ENOMEM)?;
-        self.drop_swap(entry);
-        Ok(())
-    }
-
-    /// Brings in every page of an object that is in an area of swap; a ticket where one must be read first.
-    pub(crate) fn bring_object_in(
-        &self,
-        file: FileRef,
-        area: u8,
-    ) -> Result<Option<IoTicket>, Errno> {
-        loop {
-            let found = {
-                let pages = self.object(file).pages.read();
-                let in_area = |entry: &SwapEntry| entry.area == area;
-                pages
-                    .iter()
-                    .find(|entry| entry.value.swap().as_ref().is_some_and(in_area))
-                    .map(|entry| entry.range.first().number())
-            };
-            let Some(index) = found else { return Ok(None) };
-            match self.object_page(file, index)? {
-                ObjectPage::Ready(frame) => self.put_reference(frame),
-                ObjectPage::NeedIo(ticket) => return Ok(Some(ticket)),
-                ObjectPage::Beyond => self.forget_swapped_out(file, index)?,
-            }
-        }
     }
 
     /// Lets the tree name `to`, which the caller owns and which becomes a copy, instead of `from`, with a reference; `false`, and nothing is
@@ -679,19 +458,13 @@ impl<'m, E: Env> Mm<'m, E> {
         };
         let replaced = Page::new(page.page()).is_some_and(|index| {
             let mut pages = self.object(file).pages.write();
-            let here = pages
-                .get(index)
-                .is_some_and(|entry| entry.value.frame() == Some(from));
-            if !here || page.references() != 2 || page.mappings() != 0 {
+            if !names(&pages, index, from) || page.references() != 2 || page.mappings() != 0 {
                 return false;
             }
             if self.user(to).add_reference().is_err() {
                 return false;
             }
-            let kept = Some(Handle::of_frame(to));
-            let stored = pages
-                .store(PageRange::single(index), kept, &mut |_| {})
-                .is_ok();
+            let stored = set(&mut pages, index, Some(Handle::of_frame(to))).is_ok();
             if stored {
                 // SAFETY: `to` is the caller's, who holds a reference of `from`. Nobody maps that, and no reference is left but the
                 // caller's and the tree's: a write takes one under the tree's lock, which is held until the copy is whole.
@@ -705,4 +478,24 @@ impl<'m, E: Env> Mm<'m, E> {
         self.put_object(file);
         replaced
     }
+}
+
+/// Whether an object's tree has this frame at an index.
+pub(crate) fn names<N: ObjectAlloc<Node>>(pages: &Pages<N>, index: Page, frame: Frame) -> bool {
+    let entry = pages.get(index);
+    entry.is_some_and(|entry| entry.value.frame() == Some(frame))
+}
+
+/// Says what an object's tree has at an index: a page, a place in swap, or nothing.
+///
+/// # Errors
+///
+/// [`Errno::ENOMEM`]; nothing changed.
+pub(crate) fn set<N: ObjectAlloc<Node>>(
+    pages: &mut Pages<N>,
+    index: Page,
+    value: Option<Handle>,
+) -> Result<(), Errno> {
+    let stored = pages.store(PageRange::single(index), value, &mut |_| {});
+    stored.map_err(|_| Errno::ENOMEM)
 }

@@ -32,7 +32,6 @@ use kmem_paging::Entry;
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::fault::{Outcome, allows, needs_anon};
-use crate::flags::VmFlags;
 use crate::mm::Mm;
 use crate::mutants::mutant;
 use crate::space::AddressSpace;
@@ -136,8 +135,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let Some(vma) = state.vmas.get(page) else {
             return Ok(None);
         };
-        let is_memory = !vma.flags.intersects(VmFlags::IO | VmFlags::PFNMAP);
-        let may_copy = is_memory && !vma.shows_object() && allows(vma.flags, access);
+        let may_copy = vma.is_memory() && !vma.shows_object() && allows(vma.flags, access);
         if may_copy && needs_anon(&vma, Access::Write) {
             // The copy that a private page may become is anonymous.
             self.prepare_anon(&mut state, page);
@@ -153,8 +151,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         address: VirtAddr,
         access: Access,
     ) -> Result<Option<Frame>, PinError> {
-        let special = vma.flags.intersects(VmFlags::IO | VmFlags::PFNMAP);
-        if !allows(vma.flags, access) || special && !mutant!("device-memory-is-pinned") {
+        let is_memory = vma.is_memory() || mutant!("device-memory-is-pinned");
+        if !allows(vma.flags, access) || !is_memory {
             return Err(PinError::Fault(address));
         }
         let range = PageRange::single(page);

@@ -14,12 +14,13 @@
 //!
 //! Source: madvise(2); Linux `mm/truncate.c` (`truncate_inode_folio`).
 
-use kmem_hal::{Frame, PAGE_SIZE, Page, PageRange};
+use kmem_hal::{Frame, PAGE_SIZE, Page};
 
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::mm::Mm;
 use crate::object::FileRef;
+use crate::page_cache::{names, set};
 use crate::pin::PIN;
 
 /// How often a page is tried that a fault is just mapping.
@@ -77,14 +78,11 @@ impl<E: Env> Mm<'_, E> {
                 return false;
             }
             let mut pages = self.object(file).pages.write();
-            let here = pages
-                .get(at)
-                .is_some_and(|entry| entry.value.frame() == Some(frame));
+            let here = names(&pages, at, frame);
             // The tree's and the caller's, and those of pins.
             let alone = page.references() % PIN == 2 && page.mappings() == 0;
             if here && alone {
-                let stored = pages.store(PageRange::single(at), None, &mut |_| {});
-                if stored.is_err() {
+                if set(&mut pages, at, None).is_err() {
                     return false;
                 }
                 page.set_object(0, 0);

@@ -314,20 +314,13 @@ impl<'m, E: Env> Mm<'m, E> {
         }
         let payload = instead(&leaf)?;
         if shared {
-            // Every space to which the table may have come by fork.
-            let family = place.space.core().entry.family();
-            let own = |core: &Core<'m, E>| core.entry.family() == family;
-            self.announce(place.spaces, own, page);
-            // SAFETY: all tables that may lead here were announced, and are flushed before the handle is used: the list is locked, so
-            // there are no others.
-            let taken = unsafe { cursor.take_shared(page, frame, payload) };
-            cursor.release();
-            if mutant!("shared-entry-flushed-for-one") {
-                // SAFETY: announced above, as one of its own family.
-                unsafe { tables.resume_foreign(page) }.commit();
-            } else {
-                self.flush(place.spaces, own, page);
-            }
+            let taken = self.with_announced(place, shared, || {
+                // SAFETY: all tables that may lead here were announced, and are flushed before the handle is used: the list is
+                // locked, so there are no others.
+                let taken = unsafe { cursor.take_shared(page, frame, payload) };
+                cursor.release();
+                taken
+            });
             let taken = taken.map(|(leaf, mapping): (Leaf, PageRef)| {
                 self.put(mapping);
                 leaf
@@ -371,32 +364,53 @@ impl<'m, E: Env> Mm<'m, E> {
         let spaces = self.registry().lock();
         let _ = self.for_each_candidate(&spaces, identity, |place| {
             let tables = place.space.tables();
-            if let Ok(mut cursor) = tables.cursor(PageRange::single(place.page)) {
-                let family = place.space.core().entry.family();
-                let own = |core: &Core<'m, E>| core.entry.family() == family;
-                self.announce(&spaces, own, place.page);
-                let _ = cursor.clean_shared(place.page, frame);
-                cursor.release();
-                self.flush(&spaces, own, place.page);
+            let Ok(mut cursor) = tables.cursor(PageRange::single(place.page)) else {
+                return ControlFlow::Continue(());
+            };
+            // Another page's, or clean already, as a shared table's entry is after the first space that sees it: calls that take away, in part
+            // or whole, hold the space's lock until they have flushed, so no CPU remembers more.
+            let (entry, shared) = cursor.look(place.page);
+            let unclean =
+                |leaf: Leaf| leaf.frame == frame && (leaf.is_writable() || leaf.attributes.dirty);
+            if entry.leaf().is_some_and(unclean) {
+                self.with_announced(place, shared, || {
+                    let _ = cursor.clean_shared(place.page, frame);
+                    cursor.release();
+                });
             }
             ControlFlow::Continue(())
         });
     }
 
-    /// Announces that the entry of `page` changes in the tables of `who`; [`flush`](Self::flush) follows, of the same with the list still locked.
-    fn announce(&self, spaces: &First, who: impl Fn(&Core<'m, E>) -> bool, page: Page) {
-        let _ = self.for_each_space(spaces, who, |space| {
+    /// Changes a candidate's entry, which other spaces see if its table is `shared`: those to which that may have come by fork. The change
+    /// is announced in their tables before, and flushed in all of them when this returns.
+    #[inline(always)]
+    fn with_announced<R>(
+        &self,
+        place: &Candidate<'_, 'm, E>,
+        shared: bool,
+        change: impl FnOnce() -> R,
+    ) -> R {
+        let (spaces, page, here) = (place.spaces, place.page, place.space.core());
+        let is_here = |core: &Core<'m, E>| core::ptr::eq(core, here);
+        let sees = |core: &Core<'m, E>| match shared {
+            true => core.entry.family() == here.entry.family(),
+            false => is_here(core),
+        };
+        let _ = self.for_each_space(spaces, sees, |space| {
             core::mem::forget(space.tables().announce_foreign(page));
             ControlFlow::Continue(())
         });
-    }
-
-    fn flush(&self, spaces: &First, who: impl Fn(&Core<'m, E>) -> bool, page: Page) {
-        let _ = self.for_each_space(spaces, who, |space| {
-            // SAFETY: `announce` forgot one for each of these spaces: nobody joins the list or a family while it is locked.
+        let changed = change();
+        let flushed = |core: &Core<'m, E>| {
+            sees(core) && (is_here(core) || !mutant!("shared-entry-flushed-for-one"))
+        };
+        let _ = self.for_each_space(spaces, flushed, |space| {
+            // SAFETY: one was forgotten above for each of these spaces: nobody joins the list or a family while it is locked.
             unsafe { space.tables().resume_foreign(page) }.commit();
             ControlFlow::Continue(())
         });
+        changed
     }
 }
 

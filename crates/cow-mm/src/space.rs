@@ -483,6 +483,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         drop(self);
     }
 
+    /// So many pages from an address on; `None` where none begins there, or they are none or too many.
     pub(crate) fn user_range(&self, start: u64, pages: u64) -> Option<PageRange> {
         let first = Page::starting_at(VirtAddr::new(start))?;
         PageRange::with_count(first, pages)

@@ -113,18 +113,19 @@ impl<E: Env> AddressSpace<'_, E> {
         })
     }
 
-    /// Whether strings and pointers fit into the part of the stack that they may take.
+    /// Whether strings and pointers fit into the part of the stack that they may take (`bprm_stack_limits`).
     fn check_strings(&self, image: &Image<'_>) -> Result<(), Errno> {
         let quarter = self.limits().stack / 4;
         let most = quarter.clamp(STRINGS_LEAST, STRINGS_MOST);
-        let lists = [arguments(image), image.environment, &[image.path]];
-        let mut size = 0u64;
-        for string in lists.into_iter().flatten() {
+        let lists = [arguments(image), image.environment];
+        let pointers = lists.iter().map(|list| list.len() as u64).sum::<u64>();
+        let mut size = pointers.saturating_mul(self.class().word_size());
+        for string in lists.into_iter().flatten().chain([&image.path]) {
             let length = string.len() as u64 + 1;
             if length > STRING_MAX {
                 return Err(Errno::E2BIG);
             }
-            size = size.saturating_add(length + self.class().word_size());
+            size = size.saturating_add(length);
         }
         if size > most {
             return Err(Errno::E2BIG);

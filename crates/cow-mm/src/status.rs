@@ -110,16 +110,12 @@ impl<E: Env> AddressSpace<'_, E> {
     #[must_use]
     pub fn status(&self) -> Status {
         let usage = self.recount();
-        let (segments, peak) = {
-            let state = self.lock();
-            (state.segments, state.vmas.peak())
-        };
         let bytes = |pages: u64| pages * PAGE_SIZE;
         let rss = bytes(usage.rss_anon + usage.rss_file + usage.rss_shmem);
-        let rss_peak = {
+        let (segments, peak, rss_peak) = {
             let mut state = self.lock();
             state.rss_peak = state.rss_peak.max(rss);
-            state.rss_peak
+            (state.segments, state.vmas.peak(), state.rss_peak)
         };
         let exec = bytes(usage.exec);
         let code = segments.code_pages().min(exec);

@@ -108,9 +108,20 @@ impl<'m, E: Env> Mm<'m, E> {
     /// The page of an absent entry, if it is in memory all the same; the reference is the caller's. The entry may be gone meanwhile, and its
     /// slot another page's: [`AddressSpace::cached_swap`] is about an entry that stands.
     fn cached_swap(&self, payload: Payload) -> Option<Frame> {
-        let Some(Absent::Swapped(entry)) = Absent::of(payload) else {
-            return None;
-        };
+        match Absent::of(payload) {
+            Some(Absent::Swapped(entry)) => self.hold_cached(entry),
+            _ => None,
+        }
+    }
+
+    /// Whether the bytes of a slot are in memory as well.
+    pub(crate) fn is_in_swap_cache(&self, entry: SwapEntry) -> bool {
+        let frame = self.hold_cached(entry);
+        frame.inspect(|&frame| self.put_reference(frame)).is_some()
+    }
+
+    /// The page that the swap cache has for a slot, whole, with a reference.
+    fn hold_cached(&self, entry: SwapEntry) -> Option<Frame> {
         let frame = self.swap().slot(entry).frame?;
         let page = UserSlot::get(self.slot(frame))?;
         let here = self.swap().slot(entry).frame == Some(frame)

@@ -3,8 +3,11 @@
 //! Source: msync(2), mincore(2); Linux `mm/msync.c`, `mm/mincore.c`.
 
 use bitflags::bitflags;
-use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
+use kmem_hal::{PAGE_SIZE, Page, PageRange};
 
+use kmem_paging::Entry;
+
+use crate::absent::Absent;
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::VmFlags;
@@ -50,7 +53,8 @@ impl<E: Env> AddressSpace<'_, E> {
         if length == 0 {
             return Ok(());
         }
-        let range = pages(address, length).ok_or(Errno::ENOMEM)?;
+        let range = self.user_range(address, length / PAGE_SIZE);
+        let range = range.ok_or(Errno::ENOMEM)?;
         // No lock is held while pages are written, so mappings may come and go between the parts.
         let mut at = range.first();
         let mut hole = false;
@@ -112,7 +116,8 @@ impl<E: Env> AddressSpace<'_, E> {
 
     /// Says which pages of a range are in memory: one byte per page, bit 0.
     ///
-    /// A page of a file or of shared memory is in memory also where it is not mapped yet.
+    /// A page of a file or of shared memory is in memory also where it is not mapped yet, and one whose place is in swap while the swap cache
+    /// has it.
     ///
     /// # Errors
     ///
@@ -130,7 +135,8 @@ impl<E: Env> AddressSpace<'_, E> {
         if length == 0 {
             return Ok(());
         }
-        let range = pages(address, length.next_multiple_of(PAGE_SIZE)).ok_or(Errno::ENOMEM)?;
+        let range = self.user_range(address, length.div_ceil(PAGE_SIZE));
+        let range = range.ok_or(Errno::ENOMEM)?;
         if (vector.len() as u64) < range.count() {
             return Err(Errno::EFAULT);
         }
@@ -145,16 +151,19 @@ impl<E: Env> AddressSpace<'_, E> {
     }
 
     fn is_in_memory(&self, vma: &Vma, page: Page) -> bool {
-        self.leaf(page).is_some()
-            || vma
-                .file
-                .is_some_and(|file| self.mm().cached_page(file, vma.object_page(page)).is_some())
+        let payload = match self.tables().query(page) {
+            Entry::Leaf(_) => return true,
+            Entry::Payload(payload) => Absent::of(payload),
+            Entry::Empty => None,
+        };
+        let mm = self.mm();
+        match (payload, vma.file) {
+            (Some(Absent::Moving(_)), _) => true,
+            (Some(Absent::Swapped(entry)), _) => mm.is_in_swap_cache(entry),
+            (Some(Absent::Guard) | None, Some(file)) => {
+                mm.is_in_memory(file, vma.object_page(page))
+            }
+            (Some(Absent::Guard) | None, None) => false,
+        }
     }
-}
-
-fn pages(address: u64, length: u64) -> Option<PageRange> {
-    PageRange::with_count(
-        Page::starting_at(VirtAddr::new(address))?,
-        length / PAGE_SIZE,
-    )
 }

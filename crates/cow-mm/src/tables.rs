@@ -304,15 +304,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let Some(entry) = self.tables().lock_entry(page) else {
             return self.install_with_tables(page, mapping, attributes);
         };
-        let (error, mapping) = match entry.map(mapping, attributes) {
-            Ok(()) => return Ok(true),
-            Err(error) => error,
-        };
-        self.mm().put(mapping);
-        match error {
-            MapError::Occupied => Ok(false),
-            // A device's frame that this format cannot name.
-            _ => Err(Errno::EFAULT),
+        match entry.map(mapping, attributes) {
+            Ok(()) => Ok(true),
+            Err((error, mapping)) => self.not_installed(error, mapping),
         }
     }
 
@@ -326,30 +320,31 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         attributes: Attributes,
     ) -> Result<bool, Errno> {
         let Ok(mut cursor) = self.tables().cursor(PageRange::single(page)) else {
-            self.mm().put(mapping);
-            return Err(Errno::EFAULT);
+            return self.not_installed(MapError::OutOfRange, mapping);
         };
         let mut mapping = mapping;
         loop {
-            let error = match cursor.map(page, mapping, attributes) {
+            let (error, back) = match cursor.map(page, mapping, attributes) {
                 Ok(()) => return Ok(true),
-                Err((MapError::Shared, back)) => match self.unshare(&mut cursor, page) {
-                    Ok(()) => {
-                        mapping = back;
-                        continue;
-                    }
-                    Err(error) => (Err(error), back),
-                },
-                Err((MapError::Occupied, back)) => (Ok(false), back),
-                // A device's frame that this format cannot name.
-                Err((MapError::Unencodable | MapError::OutOfRange, back)) => {
-                    (Err(Errno::EFAULT), back)
-                }
-                Err((_, back)) => (Err(Errno::ENOMEM), back),
+                Err(refused) => refused,
             };
-            drop(cursor);
-            self.mm().put(error.1);
-            return error.0;
+            if error != MapError::Shared || self.unshare(&mut cursor, page).is_err() {
+                drop(cursor);
+                return self.not_installed(error, back);
+            }
+            mapping = back;
+        }
+    }
+
+    /// Gives up the mapping of a page that was not installed; `false` where another fault was faster.
+    fn not_installed(&self, error: MapError, mapping: PageRef) -> Result<bool, Errno> {
+        self.mm().put(mapping);
+        match error {
+            MapError::Occupied => Ok(false),
+            // A device's frame that this format cannot name.
+            MapError::Unencodable | MapError::OutOfRange => Err(Errno::EFAULT),
+            // No memory for a table, or for a copy of one that is shared.
+            _ => Err(Errno::ENOMEM),
         }
     }
 

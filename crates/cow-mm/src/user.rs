@@ -10,6 +10,7 @@ use crate::env::Env;
 use crate::mm::Mm;
 use crate::mutants::mutant;
 use crate::space::AddressSpace;
+use crate::vma::Vma;
 
 impl<E: Env> AddressSpace<'_, E> {
     /// Reads the program's memory.
@@ -60,36 +61,32 @@ impl<E: Env> AddressSpace<'_, E> {
             return None;
         }
         let state = self.lock();
-        let vma = state.vmas.get(page)?;
-        if let Some(payload) = self.payload_at(page) {
-            let frame = self.cached_swap(page, payload)?;
-            self.mm().read_frame(frame, offset, to);
-            self.mm().put_reference(frame);
-            return Some(());
-        }
-        let mm = self.mm();
-        let frame = match (self.hold_leaf(page).ok()?, vma.file) {
-            (Some((_, frame)), _) => {
-                mm.read_frame(frame, offset, to);
-                mm.put_reference(frame);
-                return Some(());
-            }
-            (None, None) => mm.zero_page(),
-            (None, Some(file)) => {
-                let index = vma.object_page(page);
-                if let Some(frame) = mm.get_cached(file, index) {
-                    mm.read_frame(frame, offset, to);
-                    mm.put_reference(frame);
-                    return Some(());
-                }
-                if mm.is_swapped_out(file, index) || !mm.info(file).is_shared_memory {
-                    return None;
-                }
-                mm.zero_page()
-            }
-        };
-        mm.read_frame(frame, offset, to);
+        let frame = self.hold_shown(&state.vmas.get(page)?, page)?;
+        self.mm().read_frame(frame, offset, to);
+        self.mm().put_reference(frame);
         Some(())
+    }
+
+    /// The frame whose bytes a program would read at a page of a VMA, with a reference, if it is in memory. The space's lock is held.
+    fn hold_shown(&self, vma: &Vma, page: Page) -> Option<Frame> {
+        let mm = self.mm();
+        if let Some(payload) = self.payload_at(page) {
+            return self.cached_swap(page, payload);
+        }
+        if let Some((_, frame)) = self.hold_leaf(page).ok()? {
+            return Some(frame);
+        }
+        if let Some(file) = vma.file {
+            let index = vma.object_page(page);
+            if let Some(frame) = mm.get_cached(file, index) {
+                return Some(frame);
+            }
+            if mm.is_swapped_out(file, index) || !mm.info(file).is_shared_memory {
+                return None;
+            }
+        }
+        mm.user(mm.zero_page()).add_reference().ok()?;
+        Some(mm.zero_page())
     }
 
     fn each_page(

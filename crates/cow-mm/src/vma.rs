@@ -113,6 +113,20 @@ impl Vma {
         self.flags.contains(VmFlags::MAYSHARE)
     }
 
+    /// Whether its pages are ordinary memory, of which each has its owner and its count: not a device's, nor `[vvar]`'s.
+    #[doc(alias = "check_vma_flags")]
+    pub(crate) const fn is_memory(&self) -> bool {
+        !self.flags.intersects(VmFlags::IO.union(VmFlags::PFNMAP))
+    }
+
+    /// Whether the kernel put its pages there, for good: a program that gives them up finds them again as they were.
+    pub(crate) const fn is_kernels(&self) -> bool {
+        matches!(
+            self.label,
+            Label::Vdso | Label::Vvar | Label::VvarClock | Label::Vsyscall
+        )
+    }
+
     /// Whether a write copies the page first.
     #[doc(alias = "is_cow_mapping")]
     #[must_use]

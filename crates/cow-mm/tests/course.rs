@@ -5,7 +5,7 @@ mod common;
 use std::collections::BTreeMap;
 
 use common::elf::{Builder, Part};
-use common::{PAGE, Program, World, check_counters, signal};
+use common::{PAGE, Program, RW, World, check_counters, signal};
 use kmem_cow_mm::{
     ExecError, Image, Layout, MapFlags, MapRequest, Mm, OpenFile, Outcome, Prot, Signal,
 };
@@ -13,7 +13,6 @@ use kmem_hal::{Frame, Page, VirtAddr};
 use kmem_mock_x86::{DiskImage, Machine, MemoryMap, Registers};
 use kmem_paging::format::{Format, X86Pae, X86TwoLevel};
 
-const RW: Prot = Prot::READ.union(Prot::WRITE);
 const RX: Prot = Prot::READ.union(Prot::EXEC);
 const AT: u64 = 0x1000_0000;
 

@@ -318,6 +318,20 @@ fn segments_over_the_stack_and_too_many_arguments() {
     let start = exec(&program, &image).unwrap();
     assert_eq!(word(&program, start.stack.as_u64()), 40_000);
     program.exit();
+    // A quarter of the stack's 8 MiB, to the byte: strings with their zeros, the path's too, and a pointer for each argument.
+    let part = vec![b'x'; 65_535];
+    let rest = (2 << 20) - 31 * 65_536 - 32 * 8 - 2 - 1;
+    for (length, refused) in [(rest, None), (rest + 1, Some(Errno::E2BIG))] {
+        let mut arguments = vec![&part[..]; 31];
+        arguments.push(&long[..length]);
+        let program = Program::new(shared(world));
+        let image = Image {
+            arguments: &arguments,
+            ..Image::new(file, b"x")
+        };
+        assert_eq!(exec(&program, &image).err(), refused);
+        program.exit();
+    }
 }
 
 /// A real, tiny program: exits with 42.

@@ -2,11 +2,10 @@
 
 mod common;
 
-use common::{PAGE, Program, World, check_counters, signal};
+use common::{PAGE, Program, RW, World, check_counters, signal};
 use kmem_cow_mm::{Advice, Errno, MapFlags, MapRequest, Prot, RemapFlags, Signal};
 use kmem_hal::{FaultCode, Page, VirtAddr};
 
-const RW: Prot = Prot::READ.union(Prot::WRITE);
 const AT: u64 = 0x1000_0000;
 
 fn is_guard(program: &Program, address: u64) -> bool {

@@ -2,14 +2,13 @@
 
 mod common;
 
-use common::{PAGE, Program, World, signal};
+use common::{PAGE, Program, RW, World, signal};
 use kmem_cow_mm::{
     Advice, DeviceMemory, Errno, Label, MapFlags, MapRequest, OpenFile, Prot, Signal,
 };
 use kmem_hal::FrameRange;
 use kmem_paging::MemoryType;
 
-const RW: Prot = Prot::READ.union(Prot::WRITE);
 const AT: u64 = 0x1000_0000;
 
 #[test]
@@ -127,6 +126,9 @@ fn the_kernels_pages_of_a_program_are_never_emptied() {
     program.store(AT, 7).unwrap();
     assert_eq!(space.madvise(AT, PAGE, Advice::DontNeed), Ok(()));
     assert_eq!(program.load(AT), Ok(7));
+    // To Linux they are no anonymous memory, whatever they are made of.
+    let free = space.madvise(AT, PAGE, Advice::Free);
+    assert_eq!(free, Err(Errno::EINVAL));
     program.exit();
 }
 

@@ -2,11 +2,10 @@
 
 mod common;
 
-use common::{PAGE, Program, World, check_counters, signal};
+use common::{PAGE, Program, RW, World, check_counters, signal};
 use kmem_cow_mm::{Errno, MapRequest, Prot, Signal};
 use kmem_mock_x86::manual::cr4;
 
-const RW: Prot = Prot::READ.union(Prot::WRITE);
 const AT: u64 = 0x7000_0000;
 
 #[test]

@@ -2,13 +2,12 @@
 
 mod common;
 
-use common::{PAGE, Program, World, check_counters};
+use common::{PAGE, Program, RW, World, check_counters};
 use kmem_cow_mm::{
     CommitPolicy, Errno, Label, Limits, LockAll, LockFlags, MapFlags, MapRequest, Overcommit, Prot,
     RemapFlags, VmFlags,
 };
 
-const RW: Prot = Prot::READ.union(Prot::WRITE);
 const AT: u64 = 0x7000_0000;
 
 fn limited(change: impl FnOnce(&mut Limits)) -> Program {
@@ -412,5 +411,24 @@ fn the_heap_leaves_a_page_free_below_what_follows() {
     assert_eq!(space.brk(0x61_0000), 0x60_0000);
     assert_eq!(space.brk(0x60_f000), 0x60_f000);
     assert_eq!(space.brk(0x60_0000), 0x60_0000);
+    program.exit();
+}
+
+/// Memory that can be written no more is promised no longer where it never was written; where it was, its pages are (`mprotect_fixup`).
+#[test]
+fn mprotect_takes_back_promises_of_what_was_never_written() {
+    let mm = World::new().mm();
+    let program = Program::new(mm);
+    for (written, promised) in [(false, 0), (true, 4)] {
+        let start = program.map(4);
+        assert_eq!(mm.committed(), 4);
+        if written {
+            program.store(start, 1).unwrap();
+        }
+        program.space.mprotect(start, 4 * PAGE, Prot::READ).unwrap();
+        assert_eq!(mm.committed(), promised);
+        program.space.munmap(start, 4 * PAGE).unwrap();
+        assert_eq!(mm.committed(), 0);
+    }
     program.exit();
 }

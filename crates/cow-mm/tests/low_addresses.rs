@@ -2,10 +2,9 @@
 
 mod common;
 
-use common::{PAGE, Program, World, signal};
-use kmem_cow_mm::{Errno, MapFlags, MapRequest, Prot, RemapFlags, Signal};
+use common::{PAGE, Program, RW, World, signal};
+use kmem_cow_mm::{Errno, MapFlags, MapRequest, RemapFlags, Signal};
 
-const RW: Prot = Prot::READ.union(Prot::WRITE);
 const AT: u64 = 0x1000_0000;
 const LOWEST: u64 = 0x1_0000;
 const MOVE: RemapFlags = RemapFlags::MAYMOVE.union(RemapFlags::FIXED);

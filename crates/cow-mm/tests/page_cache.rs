@@ -3,32 +3,19 @@
 mod common;
 
 use common::changing_file::ChangingFile;
-use common::{PAGE, Program, World, signal};
+use common::{PAGE, Program, RW, World, signal};
 use kmem_cow_mm::replacement::Fifo;
 use kmem_cow_mm::{
     Advice, Errno, Image, MapFlags, MapRequest, Mm, OpenFile, Prot, Reclaimer, Signal,
 };
 use kmem_hal::{Frame, IoError, IoState, IoTicket, Page, PageProvider, VirtAddr};
-use kmem_mock_x86::DiskImage;
+use kmem_mock_x86::{DiskImage, Machine, MemoryMap};
 use std::sync::atomic::{AtomicU64, Ordering};
-
-const RW: Prot = Prot::READ.union(Prot::WRITE);
 
 fn bytes(pages: u64) -> Vec<u8> {
     (0..pages * PAGE)
         .map(|at| (at / PAGE * 7 + at % 13) as u8)
         .collect()
-}
-
-fn map(program: &Program, file: OpenFile, pages: u64, prot: Prot, flags: MapFlags) -> u64 {
-    let request = MapRequest {
-        length: pages * PAGE,
-        prot,
-        flags,
-        file: Some(file),
-        ..MapRequest::anonymous(PAGE, prot)
-    };
-    program.space.mmap(&request).unwrap().as_u64()
 }
 
 fn on_disk(world: &World, image: &DiskImage<'_>, index: u64) -> u64 {
@@ -55,8 +42,8 @@ fn calls_and_mappings_share_pages() {
     let (image, file) = world.file(mm, &bytes(8));
     image.set_latency(2);
     let program = Program::new(mm);
-    let shared = map(&program, file, 8, RW, MapFlags::SHARED);
-    let private = map(&program, file, 8, RW, MapFlags::PRIVATE);
+    let shared = program.map_file(file, 8, RW, MapFlags::SHARED);
+    let private = program.map_file(file, 8, RW, MapFlags::PRIVATE);
     program.store(shared + 2 * PAGE, 0x1111).unwrap();
     let mut word = [0; 8];
     let read = |offset, word: &mut [u8]| loop {
@@ -101,7 +88,7 @@ fn a_page_that_was_written_back_is_dirty_again_at_the_next_write() {
     let mm = world.mm();
     let (image, file) = world.file(mm, &bytes(2));
     let program = Program::new(mm);
-    let start = map(&program, file, 2, RW, MapFlags::SHARED);
+    let start = program.map_file(file, 2, RW, MapFlags::SHARED);
     for value in 1..5 {
         program.store(start, value).unwrap();
         assert_eq!(mm.meminfo().dirty, 1);
@@ -130,8 +117,8 @@ fn pages_of_files_go_when_memory_is_short_and_dirty_ones_are_written_first() {
     let before = world.used_frames();
     let (image, file) = world.file(mm, &bytes(64));
     let program = Program::new(mm);
-    let start = map(&program, file, 64, RW, MapFlags::SHARED);
-    let text = map(&program, file, 64, Prot::READ, MapFlags::PRIVATE);
+    let start = program.map_file(file, 64, RW, MapFlags::SHARED);
+    let text = program.map_file(file, 64, Prot::READ, MapFlags::PRIVATE);
     for page in 0..64 {
         program.load(text + page * PAGE).unwrap();
     }
@@ -159,7 +146,7 @@ fn a_read_brings_its_neighbours() {
     let mm = world.mm();
     let (image, file) = world.file(mm, &bytes(64));
     let program = Program::new(mm);
-    let start = map(&program, file, 64, Prot::READ, MapFlags::PRIVATE);
+    let start = program.map_file(file, 64, Prot::READ, MapFlags::PRIVATE);
     // A page from which a window of 16 pages begins.
     let aligned = 16 - start / PAGE % 16;
     program.load(start + aligned * PAGE).unwrap();
@@ -183,6 +170,79 @@ fn a_read_brings_its_neighbours() {
     assert_eq!(image.transfers().0, reads + 8);
     program.exit();
     mm.close(file.file);
+}
+
+/// Whoever reads from front to back has more read ahead of him.
+#[test]
+fn a_sequential_reader_is_read_ahead_of() {
+    let world = World::new();
+    let mm = world.mm();
+    let (_, file) = world.file(mm, &bytes(64));
+    let program = Program::new(mm);
+    let start = program.map_file(file, 64, Prot::READ, MapFlags::SHARED);
+    let sequential = program.space.madvise(start, 64 * PAGE, Advice::Sequential);
+    sequential.unwrap();
+    program.load(start).unwrap();
+    assert_eq!(mm.cached_pages(file.file), 1 + 32);
+    program.exit();
+    mm.close(file.file);
+}
+
+/// What is large is not read whole because a program says that it will need it: the rest comes when it is touched.
+#[test]
+fn willneed_of_a_large_file_takes_two_megabytes() {
+    let world = World::new();
+    let mm = world.mm();
+    let (image, file) = world.file(mm, &bytes(1024));
+    let program = Program::new(mm);
+    let start = program.map_file(file, 1024, RW, MapFlags::SHARED);
+    let willneed = |page: u64, pages: u64| {
+        let (start, length) = (start + page * PAGE, pages * PAGE);
+        program.space.madvise(start, length, Advice::WillNeed)
+    };
+    assert_eq!(willneed(0, 1024), Ok(()));
+    assert_eq!(mm.cached_pages(file.file), 512);
+    assert_eq!(willneed(256, 768), Ok(()));
+    assert_eq!(mm.cached_pages(file.file), 768);
+    assert_eq!(image.transfers().0, 768, "none is read twice");
+    program.exit();
+    mm.close(file.file);
+}
+
+/// Write-back makes a page read-only where it is mapped, and flushes there: a family costs no flush of each member for each, whether its members
+/// have tables of their own or share one.
+#[test]
+fn write_back_flushes_the_spaces_that_map_the_page() {
+    let machine = Machine::builder().memory(MemoryMap::pc(16 << 20)).cpus(4);
+    let world = World::on(Box::leak(Box::new(machine.build().unwrap())));
+    let mm = world.mm();
+    for shared in [false, true] {
+        let (_, file) = world.file(mm, &bytes(1));
+        let parent = Program::new(mm);
+        let start = parent.map_file(file, 1, RW, MapFlags::SHARED);
+        if shared {
+            // Anonymous memory beside it: the child gets the table, and the file's page with it.
+            let beside = parent.map(1);
+            assert_eq!(beside >> 21, start >> 21);
+            parent.store(beside, 1).unwrap();
+        }
+        parent.store(start, 1).unwrap();
+        let children = [(); 3].map(|()| parent.fork().unwrap());
+        for (cpu, program) in children.iter().chain([&parent]).enumerate() {
+            program.run_on(cpu);
+            if !shared {
+                program.space.write_memory(start.into(), &[1]).unwrap();
+            }
+            assert!(program.frame_at(start).is_some());
+        }
+        let before = world.machine.stats().flushes;
+        mm.sync_file(file.file).unwrap();
+        let flushes = world.machine.stats().flushes - before;
+        assert_eq!(flushes, 4, "one for each space that maps it");
+        children.into_iter().for_each(Program::exit);
+        parent.exit();
+        mm.close(file.file);
+    }
 }
 
 fn shrinking(
@@ -212,8 +272,8 @@ fn a_file_that_shrinks_takes_its_pages_out_of_every_mapping() {
     let before = world.used_frames();
     let (provider, file) = shrinking(world, mm, 8);
     let program = Program::new(mm);
-    let shared = map(&program, file, 8, RW, MapFlags::SHARED);
-    let private = map(&program, file, 8, RW, MapFlags::PRIVATE);
+    let shared = program.map_file(file, 8, RW, MapFlags::SHARED);
+    let private = program.map_file(file, 8, RW, MapFlags::PRIVATE);
     for page in 0..8 {
         program.store(shared + page * PAGE, page + 1).unwrap();
         program.store(private + page * PAGE, page + 100).unwrap();
@@ -254,8 +314,7 @@ fn advice_about_pages_has_its_effect() {
     let mm = world.mm();
     world.disk(mm, 64);
     let program = Program::new(mm);
-    let request = MapRequest::anonymous(8 * PAGE, RW);
-    let start = program.space.mmap(&request).unwrap().as_u64();
+    let start = program.map(8);
     let present = |page: u64| {
         let page = Page::containing(VirtAddr::new(start + page * PAGE));
         program.space.frame_at(page).is_some()
@@ -323,7 +382,7 @@ fn a_handle_that_outlived_its_file_is_an_error_and_never_another_files() {
     let before = world.used_frames();
     let (_, old) = world.file(mm, &bytes(2));
     let program = Program::new(mm);
-    let start = map(&program, old, 2, RW, MapFlags::SHARED);
+    let start = program.map_file(old, 2, RW, MapFlags::SHARED);
     let again = mm.reopen(old.file);
     assert!(mm.close(old.file) && mm.close(again));
     // The mapping keeps it alive, and no handle can be closed that is none.
@@ -464,7 +523,7 @@ fn calls_that_wait_for_a_device_ask_the_kernel_to_wait() {
         writable: true,
     };
     let program = Program::new(mm);
-    let start = map(&program, file, 4, RW, MapFlags::SHARED);
+    let start = program.map_file(file, 4, RW, MapFlags::SHARED);
     // Each time that the device was asked, and had not finished, the kernel was asked to wait; and no more often.
     let waited = |what: &str, call: &dyn Fn()| {
         let before = (
@@ -515,7 +574,7 @@ fn a_truncation_waits_for_reads_that_are_under_way() {
     let (provider, file) = shrinking(world, mm, 8);
     provider.image.set_latency(6);
     let program = Program::new(mm);
-    let start = map(&program, file, 8, RW, MapFlags::SHARED);
+    let start = program.map_file(file, 8, RW, MapFlags::SHARED);
     program
         .space
         .madvise(start, 8 * PAGE, Advice::WillNeed)
@@ -531,6 +590,28 @@ fn a_truncation_waits_for_reads_that_are_under_way() {
     assert_eq!(world.used_frames(), before);
 }
 
+/// The page that the new end lies in is on its way when the file is cut: what the disk has behind the end is not seen when it arrives.
+#[test]
+fn a_truncation_empties_the_rest_of_a_page_that_is_being_read() {
+    let world = World::new();
+    let mm = world.mm();
+    let (provider, file) = shrinking(world, mm, 2);
+    provider.image.set_latency(6);
+    let program = Program::new(mm);
+    let start = program.map_file(file, 2, RW, MapFlags::SHARED);
+    let willneed = program.space.madvise(start, 2 * PAGE, Advice::WillNeed);
+    willneed.unwrap();
+    let (end, behind) = (PAGE + 64, start + PAGE + 64);
+    let word = |at: u64| u64::from_le_bytes(bytes(2)[at as usize..][..8].try_into().unwrap());
+    assert_ne!(word(end), 0);
+    provider.size.store(end, Ordering::SeqCst);
+    mm.truncate_file(file.file).unwrap();
+    assert_eq!(program.load(behind), Ok(0));
+    assert_eq!(program.load(behind - 8), Ok(word(end - 8)));
+    program.exit();
+    assert!(mm.close(file.file));
+}
+
 /// A pager may fail at once or late, for a read or a write, and have less than was mapped: the access is a bus error, and nothing else is.
 #[test]
 fn a_pager_that_fails_is_a_bus_error_and_is_asked_again() {
@@ -539,8 +620,8 @@ fn a_pager_that_fails_is_a_bus_error_and_is_asked_again() {
     let before = world.used_frames();
     let (provider, file) = shrinking(world, mm, 4);
     let program = Program::new(mm);
-    let start = map(&program, file, 4, RW, MapFlags::SHARED);
-    let copy = map(&program, file, 4, RW, MapFlags::PRIVATE);
+    let start = program.map_file(file, 4, RW, MapFlags::SHARED);
+    let copy = program.map_file(file, 4, RW, MapFlags::PRIVATE);
     let want = |page: u64| {
         let at = (page * PAGE) as usize;
         u64::from_le_bytes(bytes(4)[at..at + 8].try_into().unwrap())

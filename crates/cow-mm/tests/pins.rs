@@ -2,16 +2,9 @@
 
 mod common;
 
-use common::{PAGE, Program, World};
+use common::{PAGE, Program, RW, World};
 use kmem_cow_mm::{Advice, MapFlags, MapRequest, PinError, Prot, RemapFlags};
 use kmem_hal::{Access, VirtAddr};
-
-const READ_WRITE: Prot = Prot::READ.union(Prot::WRITE);
-
-fn map(program: &Program, pages: u64) -> u64 {
-    let request = MapRequest::anonymous(pages * PAGE, READ_WRITE);
-    program.space.mmap(&request).unwrap().as_u64()
-}
 
 fn word(bytes: [u8; 8]) -> u64 {
     u64::from_le_bytes(bytes)
@@ -23,7 +16,7 @@ fn word(bytes: [u8; 8]) -> u64 {
 fn a_child_with_a_read_pin_does_not_see_what_its_parent_writes_later() {
     let world = World::new();
     let parent = Program::new(world.mm());
-    let address = map(&parent, 1);
+    let address = parent.map(1);
     parent.store(address, 1).unwrap();
     let child = parent.fork().unwrap();
     {
@@ -50,7 +43,7 @@ fn a_child_with_a_read_pin_does_not_see_what_its_parent_writes_later() {
 fn a_pinned_page_stays_its_owners_over_fork() {
     let world = World::new();
     let parent = Program::new(world.mm());
-    let address = map(&parent, 2);
+    let address = parent.map(2);
     parent.store(address, 1).unwrap();
     parent.store(address + PAGE, 10).unwrap();
     {
@@ -96,7 +89,7 @@ fn a_pinned_page_stays_its_owners_over_fork() {
 fn a_pin_in_a_shared_table_makes_the_table_the_pinners() {
     let world = World::new();
     let parent = Program::new(world.mm());
-    let address = map(&parent, 4);
+    let address = parent.map(4);
     for page in 0..4 {
         parent.store(address + page * PAGE, page + 1).unwrap();
     }
@@ -129,7 +122,7 @@ fn a_pin_in_a_shared_table_makes_the_table_the_pinners() {
 fn a_pinned_page_that_moved_stays_its_owners() {
     let world = World::new();
     let parent = Program::new(world.mm());
-    let address = map(&parent, 1);
+    let address = parent.map(1);
     parent.store(address, 1).unwrap();
     {
         let pin = parent
@@ -164,7 +157,7 @@ fn a_write_through_a_pin_never_reaches_the_file_of_a_private_mapping() {
     let request = MapRequest {
         flags: MapFlags::PRIVATE,
         file: Some(file),
-        ..MapRequest::anonymous(PAGE, READ_WRITE)
+        ..MapRequest::anonymous(PAGE, RW)
     };
     let address = program.space.mmap(&request).unwrap().as_u64();
     let at = VirtAddr::new(address);
@@ -213,10 +206,7 @@ fn what_a_program_may_not_access_is_not_pinned() {
     assert_eq!(outcome, Err(PinError::Fault(beyond)));
     // The zero page is not pinned: what the program writes later is seen.
     let pin = program.space.pin(address, Access::Read).unwrap();
-    program
-        .space
-        .mprotect(address.as_u64(), PAGE, READ_WRITE)
-        .unwrap();
+    program.space.mprotect(address.as_u64(), PAGE, RW).unwrap();
     program.store(address.as_u64(), 5).unwrap();
     let mut bytes = [0; 8];
     pin.read(0, &mut bytes);
@@ -237,7 +227,7 @@ fn a_read_pin_of_a_read_only_shared_mapping_is_of_the_files_page() {
     let request = MapRequest {
         flags: MapFlags::SHARED,
         file: Some(file),
-        ..MapRequest::anonymous(PAGE, READ_WRITE)
+        ..MapRequest::anonymous(PAGE, RW)
     };
     let to_write = writer.space.mmap(&request).unwrap().as_u64();
     let file = kmem_cow_mm::OpenFile {

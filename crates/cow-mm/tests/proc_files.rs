@@ -2,11 +2,10 @@
 
 mod common;
 
-use common::{PAGE, Program, World};
+use common::{PAGE, Program, RW, World};
 use kmem_cow_mm::{Advice, Errno, LockFlags, MapFlags, MapRequest, PagemapEntry, Prot};
 use kmem_hal::{FaultCode, Page, VirtAddr};
 
-const RW: Prot = Prot::READ.union(Prot::WRITE);
 const AT: u64 = 0x7000_0000;
 
 fn anonymous(program: &Program, at: u64, pages: u64, prot: Prot) {

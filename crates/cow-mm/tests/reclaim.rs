@@ -2,42 +2,21 @@
 
 mod common;
 
-use common::{PAGE, Program, World};
+use common::{PAGE, Program, RW, World};
 use kmem_cow_mm::replacement::{Clock, Fifo, Generations, Replacement, TwoLists};
-use kmem_cow_mm::{Advice, MapFlags, MapRequest, Mm, Outcome, Prot, Reclaimer};
-use kmem_hal::{FrameRequest, FrameSink, FrameSource, Migrate, Mmu, Page, VirtAddr};
-use kmem_mock_x86::{Disk, Machine};
+use kmem_cow_mm::{Advice, MapFlags, MapRequest, Outcome, Reclaimer};
+use kmem_hal::{FrameRequest, FrameSink, FrameSource, Migrate, Page, VirtAddr};
+use kmem_mock_x86::Machine;
 use kmem_paging::Rights;
-
-const RW: Prot = Prot::READ.union(Prot::WRITE);
-
-fn swap(
-    world: &'static World,
-    mm: &'static Mm<'static, World>,
-    slots: usize,
-) -> &'static Disk<'static> {
-    world.disk(mm, slots)
-}
-
-fn map(program: &Program, pages: u64) -> u64 {
-    let request = MapRequest::anonymous(pages * PAGE, RW);
-    program.space.mmap(&request).unwrap().as_u64()
-}
-
-fn frame_of(program: &Program, address: u64) -> Option<kmem_hal::Frame> {
-    program
-        .space
-        .frame_at(Page::containing(VirtAddr::new(address)))
-}
 
 #[test]
 fn pages_go_to_swap_and_come_back() {
     let world = World::new();
     let mm = world.mm();
     let before = world.used_frames();
-    let disk = swap(world, mm, 256);
+    let disk = world.disk(mm, 256);
     let program = Program::new(mm);
-    let start = map(&program, 64);
+    let start = program.map(64);
     for page in 0..64 {
         program.store(start + page * PAGE, 0x1000 + page).unwrap();
     }
@@ -66,10 +45,10 @@ fn pages_go_to_swap_and_come_back() {
 fn a_page_on_its_way_out_comes_back_without_a_read() {
     let world = World::new();
     let mm = world.mm();
-    let disk = swap(world, mm, 16);
+    let disk = world.disk(mm, 16);
     disk.set_latency(3);
     let program = Program::new(mm);
-    let start = map(&program, 1);
+    let start = program.map(1);
     program.store(start, 7).unwrap();
     let made = Reclaimer::new(Fifo).reclaim(mm, 1);
     assert_eq!((made.freed, made.writing), (0, 1), "{made:?}");
@@ -88,9 +67,9 @@ fn shared_tables_are_changed_once_and_everybody_reads_the_same() {
     let world = World::new();
     let mm = world.mm();
     let before = world.used_frames();
-    swap(world, mm, 4096);
+    world.disk(mm, 4096);
     let parent = Program::new(mm);
-    let start = map(&parent, 1024);
+    let start = parent.map(1024);
     for page in 0..1024 {
         parent.store(start + page * PAGE, page + 1).unwrap();
     }
@@ -123,7 +102,7 @@ fn a_page_is_moved_under_everybody_who_maps_it() {
     let mm = world.mm();
     let before = world.used_frames();
     let parent = Program::new(mm);
-    let start = map(&parent, 8);
+    let start = parent.map(8);
     for page in 0..8 {
         parent.store(start + page * PAGE, page + 1).unwrap();
     }
@@ -132,7 +111,7 @@ fn a_page_is_moved_under_everybody_who_maps_it() {
     let frames = world.frames();
     for program in [&parent, &child] {
         for page in 0..8 {
-            let from = frame_of(program, start + page * PAGE).unwrap();
+            let from = program.frame_at(start + page * PAGE).unwrap();
             let to = frames.alloc(&FrameRequest::ONE).unwrap();
             let target = to.first();
             let entry = program
@@ -141,7 +120,7 @@ fn a_page_is_moved_under_everybody_who_maps_it() {
                 .query(Page::containing(VirtAddr::new(start + page * PAGE)));
             let old = mm.migrate(from, to).unwrap();
             assert_eq!(old.first(), from);
-            assert_eq!(frame_of(program, start + page * PAGE), Some(target));
+            assert_eq!(program.frame_at(start + page * PAGE), Some(target));
             let now = program
                 .space
                 .page_tables()
@@ -174,9 +153,9 @@ fn the_policies_keep_what_is_used() {
     fn run(policy: impl Replacement) -> u64 {
         let world = World::new();
         let mm = world.mm();
-        swap(world, mm, 256);
+        world.disk(mm, 256);
         let program = Program::new(mm);
-        let start = map(&program, 64);
+        let start = program.map(64);
         for page in 0..64 {
             program.store(start + page * PAGE, page).unwrap();
         }
@@ -185,7 +164,7 @@ fn the_policies_keep_what_is_used() {
         for round in 0..40 {
             for page in 0..16 {
                 let hot = start + page * PAGE;
-                missed += u64::from(frame_of(&program, hot).is_none());
+                missed += u64::from(program.frame_at(hot).is_none());
                 program.load(hot).unwrap();
             }
             for cold in 0..8 {
@@ -210,16 +189,16 @@ fn the_policies_keep_what_is_used() {
 fn locked_pages_stay_and_a_failed_write_loses_nothing() {
     let world = World::new();
     let mm = world.mm();
-    let disk = swap(world, mm, 16);
+    let disk = world.disk(mm, 16);
     let program = Program::new(mm);
-    let locked = map(&program, 2);
-    let start = map(&program, 2);
+    let locked = program.map(2);
+    let start = program.map(2);
     program.space.mlock(locked, PAGE).unwrap();
     program.store(locked, 1).unwrap();
     program.store(start, 2).unwrap();
     disk.fail_at(1);
     Reclaimer::new(Fifo).reclaim(mm, 16);
-    assert!(frame_of(&program, locked).is_some());
+    assert!(program.frame_at(locked).is_some());
     assert_eq!(program.load(start), Ok(2));
     assert_eq!(mm.events().write_errors, 1);
     // A read that fails is a bus error, and the next access tries again.
@@ -234,10 +213,10 @@ fn locked_pages_stay_and_a_failed_write_loses_nothing() {
 fn swapoff_brings_everything_back() {
     let world = World::new();
     let mm = world.mm();
-    let disk = swap(world, mm, 64);
+    let disk = world.disk(mm, 64);
     disk.set_latency(2);
     let program = Program::new(mm);
-    let start = map(&program, 32);
+    let start = program.map(32);
     for page in 0..32 {
         program.store(start + page * PAGE, page).unwrap();
     }
@@ -268,10 +247,7 @@ fn access<R>(
     access: impl Fn(kmem_mock_x86::VirtualCpu<'static>) -> Result<R, kmem_mock_x86::Fault>,
 ) -> R {
     let machine = program.space.mm().env().machine;
-    // SAFETY: the mock's kernel code does not run in the tables.
-    machine.on_cpu(0, || unsafe {
-        machine.load_root(program.space.root(), false)
-    });
+    program.run_on(0);
     loop {
         match access(machine.cpu(0).user()) {
             Ok(value) => return value,
@@ -293,12 +269,12 @@ fn a_working_set_twice_as_large_as_memory_keeps_its_contents() {
     let mm = world.mm();
     let before = world.used_frames();
     let room = world.free_frames();
-    let disk = swap(world, mm, 16384);
+    let disk = world.disk(mm, 16384);
     disk.set_latency(2);
     let pages = 2 * room;
     let mut reclaimer = Reclaimer::new(Clock);
     let parent = Program::new(mm);
-    let start = map(&parent, pages);
+    let start = parent.map(pages);
     let mut random = 12345u64;
     let mut next = move || {
         random = random
@@ -363,7 +339,7 @@ fn shared_memory_goes_to_swap_and_comes_back_for_everybody() {
     let world = World::new();
     let mm = world.mm();
     let before = world.used_frames();
-    let disk = swap(world, mm, 64);
+    let disk = world.disk(mm, 64);
     disk.set_latency(1);
     let parent = Program::new(mm);
     let request = MapRequest {
@@ -406,7 +382,7 @@ fn advice_passes_what_was_never_touched() {
     const LARGE: u64 = 32 << 40;
     let world = World::new();
     let mm = world.mm();
-    swap(world, mm, 16);
+    world.disk(mm, 16);
     let program = Program::new(mm);
     for flags in [MapFlags::PRIVATE, MapFlags::SHARED] {
         let request = MapRequest {
@@ -419,7 +395,7 @@ fn advice_passes_what_was_never_touched() {
         let advise = |advice| program.space.madvise(start, LARGE, advice).unwrap();
         advise(Advice::Cold);
         advise(Advice::PageOut);
-        assert_eq!(frame_of(&program, middle), None);
+        assert_eq!(program.frame_at(middle), None);
         let reads = world.disk(mm, 16).transfers().0;
         advise(Advice::WillNeed);
         assert_eq!(world.disk(mm, 16).transfers().0, reads + 1);
@@ -433,6 +409,110 @@ fn advice_passes_what_was_never_touched() {
     program.exit();
 }
 
+/// A page in swap is shared by all who have its entry: in tables of their own, or in one that a fork left shared.
+#[test]
+fn what_is_in_swap_counts_by_its_share() {
+    for copying in [false, true] {
+        let world = World::new();
+        let mm = world.mm();
+        world.disk(mm, 16);
+        let program = Program::new(mm);
+        let start = program.map(1);
+        program.store(start, 1).unwrap();
+        program.space.madvise(start, PAGE, Advice::PageOut).unwrap();
+        let share = || {
+            let resident = program.space.resident_in_all();
+            assert_eq!(resident.swap, PAGE);
+            resident.swap_pss()
+        };
+        assert_eq!(share(), PAGE);
+        let child = match copying {
+            true => program.space.fork_copying(),
+            false => program.space.fork(),
+        };
+        assert_eq!(share(), PAGE / 2);
+        child.unwrap().exit();
+        assert_eq!(share(), PAGE);
+        program.exit();
+    }
+}
+
+/// A page that was given up is still that when it has moved: there is no swap, and it goes.
+#[test]
+fn a_page_that_was_given_up_and_moved_goes_without_a_copy() {
+    let world = World::new();
+    let mm = world.mm();
+    let program = Program::new(mm);
+    let start = program.map(1);
+    program.store(start, 7).unwrap();
+    program.space.madvise(start, PAGE, Advice::Free).unwrap();
+    let to = world.frames().alloc(&FrameRequest::ONE).unwrap();
+    let old = mm.migrate(program.frame_at(start).unwrap(), to).unwrap();
+    world.frames().free(old);
+    Reclaimer::new(Fifo).reclaim(mm, 16);
+    assert_eq!(program.frame_at(start), None);
+    assert_eq!(program.load(start), Ok(0));
+    program.exit();
+}
+
+/// From the first call of `swap_off` on no page goes to the area, though the call is not done.
+#[test]
+fn an_area_that_is_being_emptied_takes_no_pages() {
+    let world = World::new();
+    let mm = world.mm();
+    let disk = world.disk(mm, 16);
+    let program = Program::new(mm);
+    let start = program.map(2);
+    program.store(start, 1).unwrap();
+    program.store(start + PAGE, 2).unwrap();
+    program.space.madvise(start, PAGE, Advice::PageOut).unwrap();
+    assert_eq!(program.frame_at(start), None);
+    disk.set_latency(3);
+    assert!(mm.swap_off(0).unwrap().is_some(), "the page is being read");
+    let pageout = program.space.madvise(start + PAGE, PAGE, Advice::PageOut);
+    pageout.unwrap();
+    assert!(program.frame_at(start + PAGE).is_some());
+    while mm.swap_off(0).unwrap().is_some() {}
+    assert_eq!(mm.meminfo().swap.total, 0);
+    assert_eq!(program.load(start), Ok(1));
+    program.exit();
+}
+
+/// A page counts as being in memory while the swap cache has it, whether it is mapped or not (`mincore_swap`).
+#[test]
+fn mincore_sees_the_swap_cache() {
+    for flags in [MapFlags::PRIVATE, MapFlags::SHARED] {
+        let world = World::new();
+        let mm = world.mm();
+        world.disk(mm, 16).set_latency(3);
+        let program = Program::new(mm);
+        let request = MapRequest {
+            flags: flags | MapFlags::ANONYMOUS,
+            ..MapRequest::anonymous(PAGE, RW)
+        };
+        let start = program.space.mmap(&request).unwrap().as_u64();
+        let in_memory = || {
+            let mut vector = [9];
+            program.space.mincore(start, PAGE, &mut vector).unwrap();
+            vector[0] == 1
+        };
+        assert!(!in_memory());
+        program.store(start, 7).unwrap();
+        assert!(in_memory());
+        program.space.madvise(start, PAGE, Advice::PageOut).unwrap();
+        assert_eq!(program.frame_at(start), None);
+        assert!(in_memory(), "it is being written");
+        while mm.poll_swap().is_some() {}
+        assert!(!in_memory());
+        let willneed = program.space.madvise(start, PAGE, Advice::WillNeed);
+        willneed.unwrap();
+        while mm.poll_swap().is_some() {}
+        assert!(in_memory(), "it was read and is not mapped");
+        assert_eq!(program.load(start), Ok(7));
+        program.exit();
+    }
+}
+
 #[test]
 fn emptied_tables_are_given_back_where_there_are_not_pages_enough() {
     let world = World::new();
@@ -443,7 +523,7 @@ fn emptied_tables_are_given_back_where_there_are_not_pages_enough() {
     let before = in_use();
     // A table for each page.
     let apart = 512 * PAGE;
-    let start = map(&program, 512 * 8);
+    let start = program.map(512 * 8);
     for table in 0..8 {
         program.store(start + table * apart, 1).unwrap();
     }

@@ -2,11 +2,9 @@
 
 mod common;
 
-use common::{PAGE, Program, World, signal};
+use common::{PAGE, Program, RW, World, signal};
 use kmem_cow_mm::{Advice, Errno, Image, MapFlags, MapRequest, Prot, RemapFlags, Signal};
 use kmem_hal::VirtAddr;
-
-const RW: Prot = Prot::READ.union(Prot::WRITE);
 
 #[test]
 fn memory_is_zero_until_written_and_gone_when_unmapped() {
@@ -14,11 +12,7 @@ fn memory_is_zero_until_written_and_gone_when_unmapped() {
     let mm = world.mm();
     let before = world.used_frames();
     let program = Program::new(mm);
-    let at = program
-        .space
-        .mmap(&MapRequest::anonymous(8 * PAGE, RW))
-        .unwrap()
-        .as_u64();
+    let at = program.map(8);
     assert_eq!(program.load(at + 3 * PAGE), Ok(0));
     assert_eq!(program.store(at + 3 * PAGE, 7), Ok(()));
     assert_eq!(program.load(at + 3 * PAGE), Ok(7));
@@ -35,11 +29,7 @@ fn fork_copies_on_write_in_both_directions() {
     let mm = world.mm();
     let before = world.used_frames();
     let parent = Program::new(mm);
-    let at = parent
-        .space
-        .mmap(&MapRequest::anonymous(3 * PAGE, RW))
-        .unwrap()
-        .as_u64();
+    let at = parent.map(3);
     for page in 0..3 {
         parent.store(at + page * PAGE, 100 + page).unwrap();
     }
@@ -53,8 +43,8 @@ fn fork_copies_on_write_in_both_directions() {
         (Ok(101), Ok(2))
     );
     assert_eq!(
-        parent.space.frame_at(page(at + 2 * PAGE)),
-        child.space.frame_at(page(at + 2 * PAGE))
+        parent.frame_at(at + 2 * PAGE),
+        child.frame_at(at + 2 * PAGE)
     );
     let grandchild = child.fork().unwrap();
     grandchild.store(at + 2 * PAGE, 3).unwrap();
@@ -65,9 +55,9 @@ fn fork_copies_on_write_in_both_directions() {
     child.exit();
     grandchild.exit();
     // Alone again: the page is reused, not copied.
-    let frame = parent.space.frame_at(page(at + 2 * PAGE));
+    let frame = parent.frame_at(at + 2 * PAGE);
     parent.store(at + 2 * PAGE, 9).unwrap();
-    assert_eq!(parent.space.frame_at(page(at + 2 * PAGE)), frame);
+    assert_eq!(parent.frame_at(at + 2 * PAGE), frame);
     parent.exit();
     assert_eq!(world.used_frames(), before);
 }
@@ -76,11 +66,7 @@ fn fork_copies_on_write_in_both_directions() {
 fn protection_is_enforced_at_once() {
     let world = World::new();
     let program = Program::new(world.mm());
-    let at = program
-        .space
-        .mmap(&MapRequest::anonymous(3 * PAGE, RW))
-        .unwrap()
-        .as_u64();
+    let at = program.map(3);
     program.store(at + PAGE, 5).unwrap();
     program.space.mprotect(at + PAGE, PAGE, Prot::READ).unwrap();
     assert_eq!(program.space.map_count(), 3);
@@ -226,6 +212,24 @@ fn mremap_moves_contents_and_dontneed_drops_them() {
     program.exit();
 }
 
+/// What stays mapped after `DONTUNMAP` has no pages: if all of the mapping was moved it has no reverse map either, and merges with what was never
+/// written (`dontunmap_complete`).
+#[test]
+fn a_mapping_whose_pages_were_all_moved_away_is_as_new() {
+    let program = Program::new(World::new().mm());
+    let flags = RemapFlags::MAYMOVE | RemapFlags::DONTUNMAP;
+    for (moved, is_new) in [(2, true), (1, false)] {
+        let old = program.map(2);
+        program.store(old, 1).unwrap();
+        let length = moved * PAGE;
+        program.space.mremap(old, length, length, flags, 0).unwrap();
+        let left = program.space.vma_at(VirtAddr::new(old)).unwrap();
+        assert_eq!(left.anon.is_none(), is_new);
+        assert_eq!(program.load(old), Ok(0));
+    }
+    program.exit();
+}
+
 #[test]
 fn the_heap_grows_and_shrinks_and_a_stack_grows_down() {
     let world = World::new();
@@ -291,6 +295,24 @@ fn a_stack_keeps_its_gap_only_to_memory_that_can_be_accessed() {
     program.exit();
 }
 
+/// A stack gets the place of its hint only where its gap below is free (`get_unmapped_area`).
+#[test]
+fn a_hint_for_a_stack_keeps_the_gap_below_it() {
+    let program = Program::new(World::new().mm());
+    let low = 0x1000_0000;
+    let below = MapRequest::anonymous(PAGE, RW).at(low);
+    program.space.mmap(&below).unwrap();
+    for (pages, taken) in [(2, false), (256, false), (257, true)] {
+        let hint = low + pages * PAGE;
+        let mut request = MapRequest::anonymous(PAGE, RW);
+        request.address = hint;
+        request.flags |= MapFlags::GROWSDOWN;
+        let at = program.space.mmap(&request).unwrap().as_u64();
+        assert_eq!(at == hint, taken, "{pages} pages above");
+    }
+    program.exit();
+}
+
 #[test]
 fn a_failed_call_changes_nothing() {
     let world = World::new();
@@ -315,11 +337,7 @@ fn a_failed_call_changes_nothing() {
         let before = world.used_frames();
         for fail_at in 0.. {
             let program = Program::new(mm);
-            let at = program
-                .space
-                .mmap(&MapRequest::anonymous(4 * PAGE, RW))
-                .unwrap()
-                .as_u64();
+            let at = program.map(4);
             for page in 0..4 {
                 program.store(at + page * PAGE, 10 + page).unwrap();
             }
@@ -434,144 +452,6 @@ fn every_space_has_the_kernels_half() {
 
 fn page(address: u64) -> kmem_hal::Page {
     kmem_hal::Page::containing(VirtAddr::new(address))
-}
-
-/// A table with a mapping that the child does not get, or gets empty, is copied entry by entry; those beside it are shared.
-#[test]
-fn tables_of_mappings_that_fork_treats_differently_are_not_shared() {
-    let world = World::new();
-    let mm = world.mm();
-    let before = world.used_frames();
-    let parent = Program::new(mm);
-    // Four leaf tables: kept | kept, not inherited, kept | wiped, kept | kept.
-    let (start, table) = (0x4000_0000, 512 * PAGE);
-    let request = MapRequest::anonymous(4 * table, RW).at(start);
-    parent.space.mmap(&request).unwrap();
-    let hidden = start + table + 7 * PAGE;
-    parent
-        .space
-        .madvise(hidden, 3 * PAGE, Advice::DontFork)
-        .unwrap();
-    let wiped = start + 2 * table;
-    parent
-        .space
-        .madvise(wiped, 5 * PAGE, Advice::WipeOnFork)
-        .unwrap();
-    let kept = [
-        start,
-        hidden - PAGE,
-        hidden + 3 * PAGE,
-        wiped + 5 * PAGE,
-        start + 3 * table,
-    ];
-    for at in kept.into_iter().chain([hidden, wiped]) {
-        parent.store(at, at).unwrap();
-    }
-    let child = parent.fork().unwrap();
-    for at in kept {
-        assert_eq!(child.load(at), Ok(at));
-        child.store(at, 1).unwrap();
-        assert_eq!(
-            parent.load(at),
-            Ok(at),
-            "the child wrote to its parent's page"
-        );
-        parent.store(at, at + 1).unwrap();
-        assert_eq!(child.load(at), Ok(1));
-    }
-    assert_eq!(child.load(hidden), Err(signal(Signal::MapError, hidden)));
-    assert_eq!(child.load(wiped), Ok(0));
-    assert_eq!(parent.load(wiped), Ok(wiped));
-    assert_eq!(child.space.recount().rss_anon, kept.len() as u64);
-    child.exit();
-    parent.exit();
-    assert_eq!(world.used_frames(), before);
-}
-
-/// munmap, DONTNEED and exit in tables that are shared, with no memory at all.
-#[test]
-fn unmapping_part_of_a_shared_table_needs_no_memory() {
-    let world = World::new();
-    let mm = world.mm();
-    let before = world.used_frames();
-    let parent = Program::new(mm);
-    let (start, table) = (0x4000_0000, 512 * PAGE);
-    parent
-        .space
-        .mmap(&MapRequest::anonymous(8 * table, RW).at(start))
-        .unwrap();
-    for page in (0..8 * 512).step_by(64) {
-        parent.store(start + page * PAGE, page).unwrap();
-    }
-    let child = parent.fork().unwrap();
-    let pages = |space: &kmem_cow_mm::AddressSpace<_>| space.recount().rss_anon;
-    assert_eq!((pages(&parent.space), pages(&child.space)), (64, 64));
-    // Both ends of the range lie in shared tables, and three whole ones in between.
-    let (from, length) = (start + table / 2, 4 * table);
-    world.plan.fail_from(1);
-    child.space.madvise(from, length, Advice::DontNeed).unwrap();
-    assert_eq!(pages(&child.space), 32);
-    world.plan.stop();
-    assert_eq!(pages(&parent.space), 64);
-    for page in (0..8 * 512).step_by(64) {
-        let kept = !(256..256 + 4 * 512).contains(&page);
-        let at = start + page * PAGE;
-        assert_eq!(parent.load(at), Ok(page));
-        assert_eq!(child.load(at), Ok(if kept { page } else { 0 }));
-    }
-    // Whole tables come and go without a copy.
-    let tables = child.space.recount().tables;
-    child.space.munmap(start + 6 * table, table).unwrap();
-    assert_eq!(child.space.recount().tables, tables - 1);
-    assert_eq!(parent.load(start + 6 * table), Ok(6 * 512));
-    world.plan.fail_from(1);
-    child.exit();
-    parent.exit();
-    world.plan.stop();
-    assert_eq!(world.used_frames(), before);
-}
-
-/// Spaces of 8 GiB and more share tables of tables.
-#[test]
-fn a_large_space_shares_tables_of_tables() {
-    let world = World::new();
-    let mm = world.mm();
-    let before = world.used_frames();
-    let parent = Program::new(mm);
-    let (start, gib) = (1u64 << 32, 1u64 << 30);
-    parent
-        .space
-        .mmap(&MapRequest::anonymous(9 * gib, RW).at(start))
-        .unwrap();
-    for index in 0..9 {
-        for page in [0, 1, 600] {
-            parent
-                .store(start + index * gib + page * PAGE, index)
-                .unwrap();
-        }
-    }
-    let child = parent.fork().unwrap();
-    // One table of tables for each gibibyte, as the parent has, and nothing is copied.
-    assert_eq!(child.space.recount().tables, parent.space.recount().tables);
-    assert_eq!(child.space.recount().rss_anon, 27);
-    child.store(start + PAGE, 100).unwrap();
-    parent.store(start + gib, 101).unwrap();
-    assert_eq!(parent.load(start + PAGE), Ok(0));
-    assert_eq!(child.load(start + gib), Ok(1));
-    assert_eq!(child.load(start + gib + 600 * PAGE), Ok(1));
-    // Six whole gibibytes, and parts of two more.
-    let grandchild = child.fork().unwrap();
-    grandchild.space.munmap(start + gib / 2, 7 * gib).unwrap();
-    assert_eq!(grandchild.space.recount().rss_anon, 6);
-    assert_eq!(child.space.recount().rss_anon, 27);
-    assert_eq!(grandchild.load(start + PAGE), Ok(100));
-    assert_eq!(child.load(start + 3 * gib), Ok(3));
-    child.exit();
-    assert_eq!(grandchild.load(start + 8 * gib), Ok(8));
-    parent.exit();
-    grandchild.store(start + 8 * gib, 9).unwrap();
-    grandchild.exit();
-    assert_eq!(world.used_frames(), before);
 }
 
 /// How libraries make a stack executable whose lower end they do not know: Linux `mm/mprotect.c` (`do_mprotect_pkey`).

@@ -21,6 +21,11 @@ use super::{PAGE, Program, World};
 /// Where the window of the steps lies.
 const BASE: u64 = 0x1000_0000;
 
+/// Errors of calls, and what the model says in their place.
+const HOLE: (Errno, Answer) = (Errno::ENOMEM, Answer::Hole);
+const INVALID: (Errno, Answer) = (Errno::EINVAL, Answer::Invalid);
+const FAILED: (Errno, Answer) = (Errno::EIO, Answer::BusError);
+
 fn address(page: u8) -> u64 {
     BASE + u64::from(page % WINDOW) * PAGE
 }
@@ -76,9 +81,20 @@ fn real(program: &Program, files: &[OracleFile; FILES], op: ProcessOp) -> Option
     let space = &program.space;
     let mm = space.mm();
     let file = |file: u8| &files[usize::from(file) % FILES];
-    let called = |result: Result<(), Errno>| match result {
-        Ok(()) => Some(Answer::Done),
-        Err(error) => panic!("{op:?} answered {error}"),
+    // Done, or an error that the model knows.
+    let called = |result: Result<(), Errno>, known: &[(Errno, Answer)]| {
+        let Err(error) = result else {
+            return Some(Answer::Done);
+        };
+        match known.iter().find(|(errno, _)| *errno == error) {
+            Some((_, answer)) => Some(*answer),
+            None => panic!("{op:?} answered {error}"),
+        }
+    };
+    // Done, or memory ran out.
+    let made = |result: Result<(), Errno>| match result {
+        Err(Errno::ENOMEM) => None,
+        result => called(result, &[]),
     };
     match op {
         ProcessOp::Map {
@@ -100,17 +116,11 @@ fn real(program: &Program, files: &[OracleFile; FILES], op: ProcessOp) -> Option
                 flags,
                 ..MapRequest::anonymous(length, prot(rights))
             };
-            match space.mmap(&request) {
-                Err(Errno::ENOMEM) => None,
-                other => called(other.map(|_| ())),
-            }
+            made(space.mmap(&request).map(|_| ()))
         }
         ProcessOp::Unmap { page, pages, .. } => {
             let (start, length) = range(page, pages);
-            match space.munmap(start, length) {
-                Err(Errno::ENOMEM) => None,
-                other => called(other),
-            }
+            made(space.munmap(start, length))
         }
         ProcessOp::Protect {
             page,
@@ -119,10 +129,7 @@ fn real(program: &Program, files: &[OracleFile; FILES], op: ProcessOp) -> Option
             ..
         } => {
             let (start, length) = range(page, pages);
-            match space.mprotect(start, length, prot(rights)) {
-                Err(Errno::ENOMEM) => Some(Answer::Hole),
-                other => called(other),
-            }
+            called(space.mprotect(start, length, prot(rights)), &[HOLE])
         }
         ProcessOp::Store { page, value, .. } => {
             match program.store(address(page), stored(page, value)) {
@@ -143,11 +150,10 @@ fn real(program: &Program, files: &[OracleFile; FILES], op: ProcessOp) -> Option
         }
         ProcessOp::DontNeed { page, pages, .. } => {
             let (start, length) = range(page, pages);
-            match space.madvise(start, length, Advice::DontNeed) {
-                Err(Errno::ENOMEM) => Some(Answer::Hole),
-                Err(Errno::EINVAL) => Some(Answer::Invalid),
-                other => called(other),
-            }
+            called(
+                space.madvise(start, length, Advice::DontNeed),
+                &[HOLE, INVALID],
+            )
         }
         ProcessOp::Move {
             page, pages, to, ..
@@ -156,11 +162,10 @@ fn real(program: &Program, files: &[OracleFile; FILES], op: ProcessOp) -> Option
             let flags = RemapFlags::MAYMOVE | RemapFlags::FIXED;
             let (to, room) = range(to, (length / PAGE) as u8);
             let to = if room == length { to } else { start };
-            match space.mremap(start, length, length, flags, to) {
-                Err(Errno::EINVAL) => Some(Answer::Invalid),
-                Err(Errno::EFAULT) => Some(Answer::NothingThere),
-                other => called(other.map(|_| ())),
-            }
+            called(
+                space.mremap(start, length, length, flags, to).map(|_| ()),
+                &[INVALID, (Errno::EFAULT, Answer::NothingThere)],
+            )
         }
         ProcessOp::MapFile {
             page,
@@ -183,10 +188,7 @@ fn real(program: &Program, files: &[OracleFile; FILES], op: ProcessOp) -> Option
                 offset: index_of(index) * PAGE,
                 ..MapRequest::anonymous(length, prot(rights))
             };
-            match space.mmap(&request) {
-                Err(Errno::ENOMEM) => None,
-                other => called(other.map(|_| ())),
-            }
+            made(space.mmap(&request).map(|_| ()))
         }
         ProcessOp::Truncate {
             file: number,
@@ -217,41 +219,32 @@ fn real(program: &Program, files: &[OracleFile; FILES], op: ProcessOp) -> Option
                 other => other,
             })
         }
-        ProcessOp::SyncFile { file: number } => match mm.sync_file(file(number).open.file) {
-            Err(Errno::EIO) => Some(Answer::BusError),
-            other => called(other),
-        },
+        ProcessOp::SyncFile { file: number } => {
+            called(mm.sync_file(file(number).open.file), &[FAILED])
+        }
         ProcessOp::Sync { page, pages, .. } => {
             let (start, length) = range(page, pages);
-            match space.msync(start, length) {
-                Err(Errno::ENOMEM) => Some(Answer::Hole),
-                Err(Errno::EIO) => Some(Answer::BusError),
-                other => called(other),
-            }
+            called(space.msync(start, length), &[HOLE, FAILED])
         }
         ProcessOp::Remove { page, pages, .. } => {
             let (start, length) = range(page, pages);
-            match space.madvise(start, length, Advice::Remove) {
-                Err(Errno::ENOMEM) => Some(Answer::Hole),
-                Err(Errno::EINVAL) => Some(Answer::Invalid),
-                Err(Errno::EACCES) => Some(Answer::Denied),
-                Err(Errno::EOPNOTSUPP) => Some(Answer::Unsupported),
-                other => called(other),
-            }
+            called(
+                space.madvise(start, length, Advice::Remove),
+                &[
+                    HOLE,
+                    INVALID,
+                    (Errno::EACCES, Answer::Denied),
+                    (Errno::EOPNOTSUPP, Answer::Unsupported),
+                ],
+            )
         }
         ProcessOp::Lock { page, pages, .. } => {
             let (start, length) = range(page, pages);
-            match space.mlock(start, length) {
-                Err(Errno::ENOMEM) => Some(Answer::Hole),
-                other => called(other),
-            }
+            called(space.mlock(start, length), &[HOLE])
         }
         ProcessOp::Unlock { page, pages, .. } => {
             let (start, length) = range(page, pages);
-            match space.munlock(start, length) {
-                Err(Errno::ENOMEM) => Some(Answer::Hole),
-                other => called(other),
-            }
+            called(space.munlock(start, length), &[HOLE])
         }
         ProcessOp::Fork { .. }
         | ProcessOp::Exit { .. }

@@ -13,13 +13,13 @@ pub mod oracle_files;
 use kept::keep;
 
 use kmem_cow_mm::{
-    AddressSpace, Counters, Env, FileRef, Layout, Mm, Object, OpenFile, Outcome, Signal,
-    SpaceMemory, SwapSlot, VmaMemory,
+    AddressSpace, Counters, Env, FileRef, Layout, MapFlags, MapRequest, Mm, Object, OpenFile,
+    Outcome, Prot, Signal, SpaceMemory, SwapSlot, VmaMemory,
 };
 use kmem_hal::lock::SpinWait;
 use kmem_hal::{
-    FrameRequest, FrameSink, FrameSlot, FrameSource, FrameTable, Mmu, SECTION_FRAMES, Section,
-    SingleGrace, VirtAddr,
+    Frame, FrameRequest, FrameSink, FrameSlot, FrameSource, FrameTable, Mmu, Page, SECTION_FRAMES,
+    Section, SingleGrace, VirtAddr,
 };
 use kmem_mock_x86::{Disk, DiskImage, FramePool, Machine};
 use kmem_paging::Parts;
@@ -28,6 +28,7 @@ use kmem_testkit::{FailPlan, Failing, HeapObjects};
 use kmem_vma_tree::Node;
 
 pub const PAGE: u64 = 4096;
+pub const RW: Prot = Prot::READ.union(Prot::WRITE);
 
 pub type Frames = Failing<'static, FramePool<'static>>;
 pub type Paging = Parts<
@@ -247,8 +248,39 @@ impl<F: Format> Program<F> {
         }
     }
 
+    /// Maps private memory that may be read and written; where it is.
+    pub fn map(&self, pages: u64) -> u64 {
+        let request = MapRequest::anonymous(pages * PAGE, RW);
+        self.space.mmap(&request).unwrap().as_u64()
+    }
+
+    /// The frame behind an address, if a page is mapped there.
+    pub fn frame_at(&self, address: u64) -> Option<Frame> {
+        self.space
+            .frame_at(Page::containing(VirtAddr::new(address)))
+    }
+
+    /// Maps the first pages of a file.
+    pub fn map_file(&self, file: OpenFile, pages: u64, prot: Prot, flags: MapFlags) -> u64 {
+        let request = MapRequest {
+            flags,
+            file: Some(file),
+            ..MapRequest::anonymous(pages * PAGE, prot)
+        };
+        self.space.mmap(&request).unwrap().as_u64()
+    }
+
     fn machine(&self) -> &'static Machine {
         self.space.mm().env().machine
+    }
+
+    /// Lets a CPU run the program until it runs another.
+    pub fn run_on(&self, cpu: usize) {
+        let machine = self.machine();
+        // SAFETY: the mock's kernel code does not run in the tables.
+        machine.on_cpu(cpu, || unsafe {
+            machine.load_root(self.space.root(), false)
+        });
     }
 
     /// The next access's CPU, which runs in this space from now on.
@@ -257,10 +289,7 @@ impl<F: Format> Program<F> {
         let cpu = self.turn.get() % machine.cpu_count();
         self.turn.set(cpu + 1);
         if machine.loaded_root(cpu) != self.space.root() {
-            // SAFETY: the mock's kernel code does not run in the tables.
-            machine.on_cpu(cpu, || unsafe {
-                machine.load_root(self.space.root(), false)
-            });
+            self.run_on(cpu);
         }
         cpu
     }

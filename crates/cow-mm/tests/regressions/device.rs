@@ -14,10 +14,9 @@ use kmem_hal::{
 use kmem_mock_x86::Device;
 use kmem_paging::{MemoryType, Rights};
 
-use super::common::{PAGE, Program, World, check_counters, signal};
+use super::common::{PAGE, Program, RW, World, check_counters, signal};
 use super::list::Regression;
 
-const RW: Prot = Prot::READ.union(Prot::WRITE);
 const REGISTERS: u64 = 0xfe00_0000;
 /// Video memory of the PC: in a section of the frame table, whose other frames are memory.
 const VIDEO: u64 = 0xa_0000;

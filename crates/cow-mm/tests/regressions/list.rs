@@ -10,9 +10,8 @@ use kmem_hal::{FaultCode, Frame, Page, PageFault, VirtAddr};
 use kmem_mock_x86::{Adversary, Machine, MemoryMap};
 use kmem_paging::Env as _;
 
-use super::common::{PAGE, Program, World, check_counters, signal};
+use super::common::{PAGE, Program, RW, World, check_counters, signal};
 
-const RW: Prot = Prot::READ.union(Prot::WRITE);
 const AT: u64 = 0x1000_0000;
 
 /// A run, and the faults on purpose that it must notice.

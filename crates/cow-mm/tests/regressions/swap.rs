@@ -1,14 +1,12 @@
 //! The list's part about memory that is short: what was lost, leaked or seen by the wrong process when pages went and came back.
 
 use kmem_cow_mm::replacement::{Clock, Fifo};
-use kmem_cow_mm::{Advice, MapFlags, MapRequest, Mm, Outcome, Prot, Reclaimer, Signal};
-use kmem_hal::{Access, Frame, FrameRequest, FrameSink, FrameSource, Migrate, Mmu, Page, VirtAddr};
+use kmem_cow_mm::{Advice, MapFlags, Mm, Outcome, Reclaimer, Signal};
+use kmem_hal::{Access, FrameRequest, FrameSink, FrameSource, Migrate, VirtAddr};
 use kmem_mock_x86::{Adversary, Machine, MemoryMap};
 
-use super::common::{PAGE, Program, World};
+use super::common::{PAGE, Program, RW, World};
 use super::list::Regression;
-
-const RW: Prot = Prot::READ.union(Prot::WRITE);
 
 /// All of them.
 pub const ALL: &[Regression] = &[
@@ -69,14 +67,14 @@ pub const ALL: &[Regression] = &[
     ),
 ];
 
-fn mapped(program: &Program, pages: u64) -> u64 {
-    let request = MapRequest::anonymous(pages * PAGE, RW);
-    program.space.mmap(&request).unwrap().as_u64()
-}
-
-fn frame_at(program: &Program, address: u64) -> Option<Frame> {
-    let page = Page::containing(VirtAddr::new(address));
-    program.space.frame_at(page)
+/// A program with so many pages of memory, and where they are; there are 16 slots of swap.
+fn swapping(pages: u64) -> (&'static World, &'static Mm<'static, World>, Program, u64) {
+    let world = World::new();
+    let mm = world.mm();
+    world.disk(mm, 16);
+    let program = Program::new(mm);
+    let start = program.map(pages);
+    (world, mm, program, start)
 }
 
 fn out(mm: &Mm<'static, World>) {
@@ -86,24 +84,16 @@ fn out(mm: &Mm<'static, World>) {
 }
 
 pub fn a_page_comes_back_from_swap_as_it_went() {
-    let world = World::new();
-    let mm = world.mm();
-    world.disk(mm, 16);
-    let program = Program::new(mm);
-    let start = mapped(&program, 1);
+    let (_, mm, program, start) = swapping(1);
     program.store(start, 0x5eed).unwrap();
     out(mm);
-    assert_eq!(frame_at(&program, start), None);
+    assert_eq!(program.frame_at(start), None);
     assert_eq!(program.load(start), Ok(0x5eed));
     program.exit();
 }
 
 pub fn a_copied_entry_of_swap_is_counted() {
-    let world = World::new();
-    let mm = world.mm();
-    world.disk(mm, 16);
-    let parent = Program::new(mm);
-    let start = mapped(&parent, 2);
+    let (_, mm, parent, start) = swapping(2);
     parent.store(start, 1).unwrap();
     parent.store(start + PAGE, 2).unwrap();
     out(mm);
@@ -112,7 +102,7 @@ pub fn a_copied_entry_of_swap_is_counted() {
     parent.store(start, 10).unwrap();
     parent.store(start + PAGE, 20).unwrap();
     let stranger = Program::new(mm);
-    let other = mapped(&stranger, 2);
+    let other = stranger.map(2);
     stranger.store(other, 666).unwrap();
     stranger.store(other + PAGE, 666).unwrap();
     out(mm);
@@ -126,11 +116,8 @@ pub fn a_copied_entry_of_swap_is_counted() {
 }
 
 pub fn a_failed_read_is_no_page() {
-    let world = World::new();
-    let mm = world.mm();
+    let (world, mm, program, start) = swapping(1);
     let disk = world.disk(mm, 16);
-    let program = Program::new(mm);
-    let start = mapped(&program, 1);
     program.store(start, 77).unwrap();
     out(mm);
     disk.set_latency(2);
@@ -160,20 +147,18 @@ pub fn an_entry_in_a_shared_table_is_flushed_for_all() {
     let world = World::on(machine);
     let mm = world.mm();
     let parent = Program::new(mm);
-    let start = mapped(&parent, 1);
+    let start = parent.map(1);
     parent.store(start, 1).unwrap();
     let child = parent.fork().unwrap();
     // Each runs on a processor of its own, which remembers where the page is.
     for (cpu, program) in [&parent, &child].into_iter().enumerate() {
-        machine.on_cpu(cpu, || {
-            // SAFETY: the mock's kernel code does not run in the tables.
-            unsafe { machine.load_root(program.space.root(), false) };
-            assert_eq!(machine.cpu(cpu).user().read_u64(start), Ok(1));
-        });
+        program.run_on(cpu);
+        let word = machine.on_cpu(cpu, || machine.cpu(cpu).user().read_u64(start));
+        assert_eq!(word, Ok(1));
     }
     let frames = world.frames();
     let to = frames.alloc(&FrameRequest::ONE).unwrap();
-    let old = mm.migrate(frame_at(&parent, start).unwrap(), to).unwrap();
+    let old = mm.migrate(parent.frame_at(start).unwrap(), to).unwrap();
     // The frame is somebody else's now.
     let there = old.first().start().as_u64();
     assert!(machine.memory().write(there, &666u64.to_le_bytes()));
@@ -191,12 +176,7 @@ pub fn no_dirty_bit_is_lost_by_write_back() {
     let mm = world.mm();
     let (_, file) = world.file(mm, &[0; 4096]);
     let program = Program::new(mm);
-    let request = MapRequest {
-        flags: MapFlags::SHARED,
-        file: Some(file),
-        ..MapRequest::anonymous(PAGE, RW)
-    };
-    let start = program.space.mmap(&request).unwrap().as_u64();
+    let start = program.map_file(file, 1, RW, MapFlags::SHARED);
     program.store(start, 1).unwrap();
     program.space.msync(start, PAGE).unwrap();
     program.store(start, 2).unwrap();
@@ -213,11 +193,7 @@ pub fn no_dirty_bit_is_lost_by_write_back() {
 }
 
 pub fn what_is_written_after_madv_free_stays() {
-    let world = World::new();
-    let mm = world.mm();
-    world.disk(mm, 16);
-    let program = Program::new(mm);
-    let start = mapped(&program, 1);
+    let (_, mm, program, start) = swapping(1);
     program.store(start, 1).unwrap();
     program.space.madvise(start, PAGE, Advice::Free).unwrap();
     program.store(start, 2).unwrap();
@@ -228,11 +204,7 @@ pub fn what_is_written_after_madv_free_stays() {
 
 /// A write of the kernel's sets no dirty bit of the processor's: `process_vm_writev`, `ptrace`, a signal's frame.
 pub fn what_the_kernel_writes_after_madv_free_stays() {
-    let world = World::new();
-    let mm = world.mm();
-    world.disk(mm, 16);
-    let program = Program::new(mm);
-    let start = mapped(&program, 2);
+    let (_, mm, program, start) = swapping(2);
     program.store(start, 1).unwrap();
     program.store(start + PAGE, 1).unwrap();
     program.store(start + PAGE + 8, 9).unwrap();
@@ -257,11 +229,7 @@ pub fn what_the_kernel_writes_after_madv_free_stays() {
 
 /// As above, through a pin, which is gone when memory gets short.
 pub fn what_a_pin_writes_after_madv_free_stays() {
-    let world = World::new();
-    let mm = world.mm();
-    world.disk(mm, 16);
-    let program = Program::new(mm);
-    let start = mapped(&program, 1);
+    let (_, mm, program, start) = swapping(1);
     program.store(start, 1).unwrap();
     program.space.madvise(start, PAGE, Advice::Free).unwrap();
     let pin = program.space.pin(VirtAddr::new(start), Access::Write);
@@ -274,29 +242,22 @@ pub fn what_a_pin_writes_after_madv_free_stays() {
 }
 
 pub fn locked_memory_is_not_reclaimed() {
-    let world = World::new();
-    let mm = world.mm();
-    world.disk(mm, 16);
-    let program = Program::new(mm);
-    let start = mapped(&program, 1);
+    let (_, mm, program, start) = swapping(1);
     program.space.mlock(start, PAGE).unwrap();
     program.store(start, 1).unwrap();
     for _ in 0..4 {
         Reclaimer::new(Clock).reclaim(mm, 16);
         out(mm);
     }
-    assert!(frame_at(&program, start).is_some());
+    assert!(program.frame_at(start).is_some());
     program.exit();
 }
 
 pub fn a_moved_page_takes_its_bytes_along() {
-    let world = World::new();
-    let mm = world.mm();
-    let program = Program::new(mm);
-    let start = mapped(&program, 1);
+    let (world, mm, program, start) = swapping(1);
     program.store(start, 1234).unwrap();
     let to = world.frames().alloc(&FrameRequest::ONE.zeroed()).unwrap();
-    let old = mm.migrate(frame_at(&program, start).unwrap(), to).unwrap();
+    let old = mm.migrate(program.frame_at(start).unwrap(), to).unwrap();
     world.frames().free(old);
     assert_eq!(program.load(start), Ok(1234));
     program.exit();
@@ -304,11 +265,7 @@ pub fn a_moved_page_takes_its_bytes_along() {
 
 /// L1TF (CVE-2018-3620): a processor that looks past "not present" reads what the address bits name, if there is such memory.
 pub fn an_entry_of_swap_names_no_memory() {
-    let world = World::new();
-    let mm = world.mm();
-    world.disk(mm, 16);
-    let program = Program::new(mm);
-    let start = mapped(&program, 1);
+    let (world, mm, program, start) = swapping(1);
     program.store(start, 1).unwrap();
     out(mm);
     // The last level's entry, as it stands in memory.
