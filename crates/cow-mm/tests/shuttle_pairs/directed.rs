@@ -3,11 +3,14 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kmem_cow_mm::{Advice, Layout, MapFlags, MapRequest, PinError, RemapFlags};
+use kmem_cow_mm::replacement::{Replacement, Verdict};
+use kmem_cow_mm::{Advice, Layout, MapFlags, MapRequest, PinError, Reclaimer, RemapFlags};
 use kmem_hal::{Access, FrameRequest, FrameSink, FrameSource, Migrate, Page, VirtAddr};
+use shuttle::sync::mpsc::{Sender, channel};
 
 use super::kernel::{Kernel, SLOTS, Space};
-use super::{ANON, ELSEWHERE, PAGE, RW, SHARED, access, exit, run_schedules};
+use super::stops::Stops;
+use super::{ANON, ELSEWHERE, PAGE, RW, SHARED, access, exit, run, run_schedules};
 
 /// The kernel, with that many slots of swap: with one, a slot that is given up is the next page's at once.
 fn kernel(slots: usize) -> Kernel {
@@ -138,4 +141,91 @@ fn shuttle_a_page_that_goes_home_while_it_moves_arrives() {
         end(kernel, space);
     };
     run_schedules("home while it moves".into(), 1, 500, body);
+}
+
+/// A page of the swap cache that came back is sent out again, while its slot is given up and becomes another page's: it goes there only where the
+/// slot, once counted, still names it.
+#[test]
+fn shuttle_a_page_of_the_swap_cache_does_not_go_to_a_slot_that_is_anothers() {
+    let body = || {
+        let kernel = kernel(1);
+        let space = Arc::new(Space::new(kernel.mm, Layout::x86_64()).unwrap());
+        map(&space, ANON, 2, MapFlags::PRIVATE);
+        access(kernel, &space, ANON, Some(1)).unwrap();
+        space.madvise(ANON, PAGE, Advice::PageOut).unwrap();
+        access(kernel, &space, ANON + PAGE, Some(2)).unwrap();
+        // The child's entry keeps the slot when the page comes back to its parent.
+        let child = space.fork_copying().unwrap();
+        assert_eq!(access(kernel, &space, ANON, None), Ok(1));
+        assert_eq!(kernel.mm.meminfo().swap.cached, 1);
+        let other = space.clone();
+        let evictor = shuttle::thread::spawn(move || {
+            other.madvise(ANON, PAGE, Advice::PageOut).unwrap();
+        });
+        let other = space.clone();
+        let taker = shuttle::thread::spawn(move || {
+            exit(kernel, child);
+            other.madvise(ANON + PAGE, PAGE, Advice::PageOut).unwrap();
+        });
+        evictor.join().unwrap();
+        taker.join().unwrap();
+        assert_eq!(access(kernel, &space, ANON, None), Ok(1));
+        assert_eq!(access(kernel, &space, ANON + PAGE, None), Ok(2));
+        end(kernel, space);
+    };
+    assert!(run(Stops::default(), body) > 50);
+}
+
+/// Evicts every page, and says so before.
+struct Announcing(Sender<()>);
+
+impl Replacement for Announcing {
+    fn judge(&mut self, _age: u16, _used: bool) -> Verdict {
+        let _ = self.0.send(());
+        Verdict::Evict
+    }
+}
+
+/// The kernel reads a page in a table that a fork left shared. Reclaim, which has judged the page before, takes it out of there without a lock of
+/// the reader's space; its frame is nobody else's before the bytes are read.
+#[test]
+fn shuttle_what_the_kernel_reads_stays_its_page_until_it_is_read() {
+    let body = || {
+        let kernel = kernel(SLOTS);
+        let parent = Arc::new(Space::new(kernel.mm, Layout::x86_64()).unwrap());
+        map(&parent, ANON, 1, MapFlags::PRIVATE);
+        access(kernel, &parent, ANON, Some(1)).unwrap();
+        let child = Arc::new(parent.fork().unwrap());
+        let frame = parent.frame_at(Page::containing(VirtAddr::new(ANON)));
+        let frame = frame.unwrap();
+        let stops = &kernel.tables().stops_at_the_map;
+        stops.store(true, Ordering::SeqCst);
+        let (judged, wait) = channel();
+        let space = child.clone();
+        let reader = shuttle::thread::spawn(move || {
+            wait.recv().unwrap();
+            let mut bytes = [0; 8];
+            space.read_memory(VirtAddr::new(ANON), &mut bytes).unwrap();
+            assert_eq!(u64::from_le_bytes(bytes), 1, "another's page was read");
+        });
+        let evictor = shuttle::thread::spawn(move || {
+            Reclaimer::new(Announcing(judged)).reclaim(kernel.mm, 1);
+            // Whoever gets the frame writes to it.
+            let frames = &kernel.tables().frames;
+            let taken: Vec<_> =
+                std::iter::from_fn(|| frames.alloc(&FrameRequest::ONE).ok()).collect();
+            if taken.iter().any(|taken| taken.first() == frame) {
+                let at = frame.start().as_u64();
+                assert!(kernel.hardware.0.memory().write(at, &[0xff; 8]));
+            }
+            taken.into_iter().for_each(|frame| frames.free(frame));
+        });
+        reader.join().unwrap();
+        evictor.join().unwrap();
+        stops.store(false, Ordering::SeqCst);
+        assert_eq!(access(kernel, &child, ANON, None), Ok(1));
+        exit(kernel, Arc::into_inner(child).unwrap());
+        end(kernel, parent);
+    };
+    assert!(run(Stops::default(), body) > 10);
 }

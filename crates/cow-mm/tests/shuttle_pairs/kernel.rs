@@ -1,5 +1,7 @@
 //! What the schedules run on: the mock machine with a CPU for each thread of the model, page tables, swap, and one `Mm`.
 
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use kmem_cow_mm::{AddressSpace, Mm, Parts, SpaceMemory, SwapSlot, VmaMemory};
 use kmem_hal::lock::{IrqSafe, SpinWait};
 use kmem_hal::sync::CachePadded;
@@ -80,6 +82,9 @@ pub struct Tables {
     pub grace: Epochs,
     slots: SlotArena,
     cache: TableCache,
+    /// Whether each use of the map of memory is a step of its own, so that a thread may stand still before it looks at bytes.
+    pub stops_at_the_map: AtomicBool,
+    step: shuttle::sync::atomic::AtomicBool,
 }
 
 // SAFETY: E1: fields never change; E2: one frame table for all frames of the machine; E3: the machine's MMU walks the machine's memory;
@@ -93,6 +98,9 @@ unsafe impl kmem_paging::Env for Tables {
     type Trace = NoTrace;
 
     fn map(&self) -> &Machine {
+        if self.stops_at_the_map.load(Ordering::Relaxed) {
+            let _ = self.step.load(Ordering::SeqCst);
+        }
         self.hardware.0
     }
     fn frames(&self) -> &FramePool<'static> {
@@ -168,6 +176,8 @@ impl Kernel {
             grace: Epochs::new(hardware),
             slots: SlotArena::new(frames),
             cache: TableCache::new(8),
+            stops_at_the_map: AtomicBool::new(false),
+            step: shuttle::sync::atomic::AtomicBool::new(false),
         };
         // SAFETY: the table covers the machine's memory, whose MMU walks the tables; the world is never moved.
         let world = forever(unsafe {
