@@ -255,6 +255,44 @@ fn a_claim_that_fails_leaves_everything_as_it_was() {
 }
 
 /// Memory that may be plugged in later is listed and reserved at boot, so that there are tables for it.
+/// Pages of which each is pinned the first times that it is to move.
+struct Pinning<'a>(&'a Pages<'a>, u32, RefCell<BTreeMap<u64, u32>>);
+
+impl Migrate for Pinning<'_> {
+    fn migrate(
+        &self,
+        from: Frame,
+        to: OwnedFrame,
+    ) -> Result<OwnedFrame, (MigrateError, OwnedFrame)> {
+        let mut asked = self.2.borrow_mut();
+        let asked = asked.entry(from.number()).or_default();
+        *asked += 1;
+        if *asked <= self.1 {
+            return Err((MigrateError::Pinned, to));
+        }
+        self.0.migrate(from, to)
+    }
+}
+
+#[test]
+fn a_pin_that_ends_soon_is_waited_for() {
+    let window = Window::new(FRAMES << 12, FRAMES << 12);
+    let buddy = boot(&window);
+    let pages = Pages::new(&window, &buddy);
+    pages.fill();
+    let range = FrameRange::from_numbers(0x400, 0x410).unwrap();
+    for frame in 0x600..0x620 {
+        pages.remove(frame);
+    }
+    let claim = |times| buddy.claim(range, &Pinning(&pages, times, RefCell::default()));
+    assert_eq!(claim(9), Err(ClaimError::Pinned(range.first())));
+    let claimed = claim(2).unwrap();
+    assert_eq!(claimed.range(), range);
+    pages.check();
+    buddy.free_range(claimed).unwrap();
+    buddy.check().unwrap();
+}
+
 #[test]
 fn memory_is_plugged_in_and_out() {
     let window = Window::new(FRAMES << 12, FRAMES << 12);

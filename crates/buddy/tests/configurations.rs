@@ -11,9 +11,9 @@ use kmem_buddy::{
     Reservation, ZoneKind, ZoneLimits,
 };
 use kmem_hal::{
-    AllocError, Cpu, CpuId, CpuSet, Frame, FrameRequest, FrameSink, FrameSource, NoCpuCall,
-    NoPressure, NodeId, NodePolicy, Order, OwnedFrame, PhysAddr, PhysMap, Pressure, PressureLevel,
-    SingleCpu, Spin,
+    AllocError, Cpu, CpuId, CpuSet, Frame, FrameRange, FrameRequest, FrameSink, FrameSource,
+    NoCpuCall, NoPressure, NodeId, NodePolicy, Order, OwnedFrame, PhysAddr, PhysMap, Pressure,
+    PressureLevel, SingleCpu, Spin,
 };
 use proptest::prelude::*;
 
@@ -370,6 +370,61 @@ fn a_reserved_run_across_many_nodes_comes_back_whole() {
     assert_eq!(freed, (RUN.1 - RUN.0) >> 12);
     buddy.check().unwrap();
     assert_eq!(buddy.recount().free, buddy.mem_info().total);
+}
+
+/// As may many runs in one zone.
+#[test]
+fn many_reserved_runs_come_back_whole() {
+    let window = Window::new(64 * MIB, 64 * MIB);
+    let mut map = map(&[(0, 64 * MIB)]);
+    let runs = || (1..50u64).map(|run| run * MIB);
+    for base in runs() {
+        map.reserve(PhysAddr::new(base), 0x2000, Reservation::InitSections)
+            .unwrap();
+    }
+    let buddy = machine(&window);
+    let config = Config::new().limits(ZoneLimits::NORMAL_ONLY);
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    for base in runs() {
+        let first = Frame::new(base >> 12).unwrap();
+        // SAFETY: the wrong free is what is tested.
+        let wrong = unsafe { OwnedFrame::from_raw(first, Order::ZERO) };
+        assert!(buddy.try_free(wrong).is_err(), "{base:#x}");
+    }
+    // SAFETY: nobody uses the simulated sections.
+    let freed = unsafe { buddy.release(Reservation::InitSections) };
+    assert_eq!(freed, 2 * runs().count() as u64);
+    buddy.check().unwrap();
+}
+
+/// Each release from the middle of a run cuts it, as often as the list has room; what lies at its ends needs none.
+#[test]
+fn a_full_list_of_reserved_runs_lets_ends_go() {
+    let window = Window::new(64 * MIB, 64 * MIB);
+    let mut map = map(&[(0, 64 * MIB)]);
+    map.reserve(PhysAddr::new(16 * MIB), 16 * MIB, Reservation::Initrd)
+        .unwrap();
+    let buddy = machine(&window);
+    let config = Config::new().limits(ZoneLimits::NORMAL_ONLY);
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    let (first, end) = (16 << 8, 32 << 8);
+    // SAFETY: nobody uses the simulated initrd.
+    let release = |frame: u64| unsafe {
+        buddy.release_range(FrameRange::from_numbers(frame, frame + 1).unwrap())
+    };
+    let mut cut = first + 1;
+    while release(cut).is_ok() {
+        cut += 2;
+    }
+    assert!((first + 24..first + 64).contains(&cut), "{cut:#x}");
+    for frame in [end - 1, end - 2, cut - 1, first] {
+        assert_eq!(release(frame), Ok(1), "{frame:#x}");
+    }
+    // A place has become free.
+    assert_eq!(release(cut + 1), Ok(1));
+    buddy.check().unwrap();
 }
 
 /// Notes of which nodes it was told that memory is short.

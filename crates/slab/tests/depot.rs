@@ -97,6 +97,10 @@ fn what_leaves_a_depot_makes_room_in_it() {
     let figures = info(&system);
     let (array, slab) = (figures.array, figures.objects_per_slab);
     let mut objects = take(&system, 8 * slab);
+    // What was kept for a stream ends.
+    give(&system, objects.pop());
+    system.shrink();
+    objects.extend(take(&system, 1));
     assert_eq!(info(&system).in_slabs, 0);
     // Two arrays stay at the CPU, the third goes to the depot.
     while info(&system).in_depot == 0 {
