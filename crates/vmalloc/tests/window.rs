@@ -261,6 +261,20 @@ fn large_areas_get_large_leaves_while_there_are_any() {
 }
 
 #[test]
+fn a_batch_is_counted_in_leaves_of_every_size() {
+    on_machine(1 << 14, |_, vmalloc, _| {
+        assert_eq!(vmalloc.batch_leaves(), 96);
+        // Two large leaves wait; one and a hundred small ones make a batch.
+        let large = vmalloc.alloc(4 << 20).unwrap();
+        vmalloc.free(large).unwrap();
+        assert!(vmalloc.info().to_string().contains("unpurged"));
+        let mixed = vmalloc.alloc((2 << 20) + 100 * 4096).unwrap();
+        vmalloc.free(mixed).unwrap();
+        assert_eq!(vmalloc.info().to_string(), "");
+    });
+}
+
+#[test]
 fn borrowed_frames_stay_their_owners() {
     on_machine(64, |machine, vmalloc, _| {
         let frames = vmalloc.table().env().frames();
