@@ -166,7 +166,8 @@ pub fn a_merge_wants_frames_in_order() {
     }
 }
 
-/// CPU 1 writes to one part while CPU 0 merges: what it wrote is dirty afterwards, whenever it came.
+/// CPU 1 writes to one part while CPU 0 merges: what it wrote is dirty afterwards, whenever it came. CPU 1 knows the way to the table of the
+/// parts, so that it finds the part, and sets its bit, as long as it was not told.
 pub fn a_write_during_a_merge_is_kept() {
     let came_meanwhile = Cell::new(0);
     for delay in 0..24 {
@@ -180,6 +181,7 @@ pub fn a_write_during_a_merge_is_kept() {
         cursor.release();
         gather.commit(drop);
         drop((cursor, gather));
+        assert!(room.touch(1, 0x600, AccessKind::Read).is_some());
         let mut scheduler = Scheduler::new(room.env.machine, delay);
         let begun = Cell::new(false);
         scheduler.spawn(0, || {
