@@ -428,6 +428,32 @@ fn batches_give_what_there_is() {
     );
 }
 
+/// Frames that a batch cannot fill with zeros go back, with all that it took beside them.
+#[test]
+fn a_batch_gives_what_it_could_fill_with_zeros() {
+    let window = Window::new(16 << 20, 16 << 20);
+    let buddy = boot(&window, 16);
+    let zeroed = FrameRequest::ONE.movable().zeroed();
+    let before = buddy.recount().free + buddy.recount().cached;
+    for reach in (0..=16 << 8).step_by(64) {
+        window.set_reach(reach);
+        let mut frames = Vec::new();
+        let outcome = buddy.alloc_bulk(&zeroed, 100, |frame| frames.push(frame));
+        match outcome {
+            Ok(given) => assert_eq!(given, frames.len()),
+            Err(error) => assert_eq!((error, frames.len()), (AllocError::Busy, 0)),
+        }
+        assert!(frames.iter().all(|frame| frame.first().number() < reach));
+        assert_eq!(outcome == Ok(100), reach == 16 << 8, "below {reach}");
+        buddy.check().unwrap();
+        buddy.free_bulk(frames);
+        let recount = buddy.recount();
+        assert_eq!(recount.free + recount.cached, before);
+    }
+    buddy.drain_local();
+    all_free(&buddy);
+}
+
 #[test]
 fn early_pieces_are_handed_over() {
     use kmem_buddy::EarlyAllocator;
