@@ -8,16 +8,18 @@ use std::alloc::Layout;
 use std::hint::black_box;
 
 use kmem::hal::{
-    Cpu, FixedPool, FrameRequest, FrameSink, FrameSource, Lock, ObjectAlloc, OffsetMap, Order,
-    Page, PageRange, SingleCpu, Spin,
+    Cpu, DeviceFrame, FixedPool, Frame, FrameRequest, FrameSink, FrameSource, Lock, ObjectAlloc,
+    OffsetMap, Order, Page, PageRange, SingleCpu, Spin,
 };
+use kmem::paging::format::X86_64;
+use kmem::paging::{ChangeError, PageTable, Parts, Rights};
 use kmem::vma_tree::{GapRequest, Node, RangeTree};
 use kmem::{BootMap, Config, Heap, PhysAddr, RegionKind};
 use kmem_benches::mixed::pairs;
-use kmem_benches::platform::{Region, buddy};
+use kmem_benches::platform::{NoWalks, Region, ThreadCpus, buddy, frame_table, grace};
+use kmem_benches::valgrind::skip_interrupt_flag;
 
-/// A machine of 64 MiB on one CPU. Its lock is the plain one: the default asks for the privilege level, by an instruction
-/// that valgrind does not know. Page tables, which use the default lock, cannot be counted for that reason.
+/// A machine of 64 MiB on one CPU, with the plain lock.
 type Machine = Heap<OffsetMap, SingleCpu, Spin>;
 // SAFETY: one thread runs.
 static HEAP: Machine = Heap::with(OffsetMap::unset(), unsafe { SingleCpu::new() });
@@ -120,6 +122,66 @@ fn ranges(what: &str) {
     });
 }
 
+/// Pages that are mapped, looked up, faulted on and unmapped.
+fn pages(what: &str) {
+    skip_interrupt_flag();
+    let region = Region::leak(1 << 14);
+    let (frames, cpus) = (buddy(region), ThreadCpus::all());
+    // SAFETY: the only frame table of the region, and no MMU walks.
+    let env = unsafe { Parts::new(region, frames, NoWalks, grace(), cpus, frame_table(region)) };
+    let env = env.with_cache(64);
+    let table = PageTable::<X86_64, _, DeviceFrame>::new(&env).expect("a root");
+    let _ = table.root();
+    let first = Page::from_number(1 << 20);
+    let range = PageRange::with_count(first, N as u64).expect("pages");
+    let frame = |page: Page| {
+        let number = (1 << 24) + page.number();
+        DeviceFrame::new(Frame::from_number(number), Order::ZERO).expect("a frame")
+    };
+    let mut cursor = table.cursor(range).expect("the lower half");
+    let mut gather = table.gather::<32>();
+    let mut map = || {
+        for page in range.iter() {
+            let mapped = cursor.map(page, frame(page), black_box(Rights::USER_DATA));
+            mapped.expect("tables");
+        }
+    };
+    if what == "map" {
+        return measured(&mut map);
+    }
+    map();
+    match what {
+        "translate" => {
+            drop(cursor);
+            measured(&mut || {
+                for page in range.iter() {
+                    black_box(table.translate(black_box(page).start()));
+                }
+            });
+        }
+        "fault" => {
+            drop(cursor);
+            measured(&mut || {
+                for page in range.iter() {
+                    let mut entry = table.lock_entry(black_box(page)).expect("a table");
+                    assert!(entry.relax(Rights::USER_DATA, true));
+                }
+            });
+        }
+        _ => measured(&mut || {
+            let mut rest = Some(black_box(range));
+            while let Some(part) = rest {
+                rest = match cursor.unmap(part, &mut gather) {
+                    Err(ChangeError::Full { next }) => PageRange::new(next, range.last()),
+                    done => done.map(|_| None).expect("the range is the cursor's"),
+                };
+                cursor.release();
+                gather.commit(drop);
+            }
+        }),
+    }
+}
+
 /// Operations in one workload.
 const N: usize = 1000;
 
@@ -172,6 +234,10 @@ const WORKLOADS: &[Workload] = &[
     ("vma/lookup", || ranges("get")),
     ("vma/gap_up", || ranges("gap")),
     ("vma/insert", || ranges("store")),
+    ("paging/map", || pages("map")),
+    ("paging/translate", || pages("translate")),
+    ("paging/fault", || pages("fault")),
+    ("paging/unmap", || pages("unmap")),
 ];
 
 fn main() {

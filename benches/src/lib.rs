@@ -25,3 +25,4 @@ pub mod output;
 pub mod platform;
 pub mod rng;
 pub mod stats;
+pub mod valgrind;
