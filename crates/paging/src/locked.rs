@@ -147,7 +147,8 @@ impl<F: Format, E: Env, H: FrameHandle> LockedEntry<'_, F, E, H> {
     }
 
     /// Gives a leaf rights that take nothing away from it, and marks it accessed, with `dirty` written to as well; `false`, and nothing changes,
-    /// where there is no leaf, it would lose something, or it would become global.
+    /// where there is no leaf, it would lose something, or one that grants access would become global or, where a CPU may refuse for what it
+    /// remembers, the user's.
     ///
     /// On x86 nobody has to be told. Where a CPU may refuse for what it remembers (RISC-V, AArch64), every CPU is told before this returns.
     ///

@@ -171,3 +171,26 @@ fn a_table_that_is_made_is_told_as_one() {
     assert!(told(&room, 0x1000), "a move");
     gather.commit(drop);
 }
+
+/// Who fills an entry of a table of which not every CPU was told yet says that there is a table, too.
+#[test]
+fn a_table_that_is_not_told_yet_is_told_by_who_comes_into_it() {
+    let room: &'static Room = Box::leak(Box::new(Room::new()));
+    let data = Attributes::new(Rights::USER_DATA);
+    room.map(0x400, data);
+    room.flushed();
+    let other = || room.map(0xfff, Attributes::new(Rights::USER_DATA));
+    *room.machine.flushes.1.lock().unwrap() = Some(Box::new(other));
+    // A table that is built is open to others at once; there are frames for a part of it.
+    let mut frames = 0x8_1000..0x8_1100;
+    let mut cursor = room.table.cursor(pages(0, 1 << 20)).unwrap();
+    let mapped = cursor.map_range(pages(0xe00, 512), Order::ZERO, data, |_, _| {
+        frames.next().map(frame)
+    });
+    assert!(mapped.is_err(), "the frames end");
+    drop(cursor);
+    assert!(room.table.query(at(0xfff)).leaf().is_some(), "it came");
+    let flushed = room.flushed();
+    let mut tables = flushed.iter().filter(|request| request.tables_freed);
+    assert!(tables.any(|request| covers(request, 0xfff)), "{flushed:?}");
+}

@@ -94,10 +94,17 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     /// Puts a finished table, or a branch of tables, into the empty entry of `page` in a locked one.
     #[inline(always)]
     pub(super) fn attach(&self, parent: &Node<'t, F>, page: Page, table: &Node<'t, F>) {
+        if F::CACHES_ABSENT {
+            // Who comes into the table before all CPUs were told of it must not tell them of its entry alone.
+            self.table.announce();
+        }
         let word = self.link(parent, page, table);
         let index = index_at::<F>(page.number(), parent.level);
         self.table.mirror(parent, index, word);
-        self.table.tell_made(page);
+        if F::CACHES_ABSENT {
+            self.table.tell_made(page);
+            self.table.retract();
+        }
     }
 
     /// Puts a finished table into the empty entry of `page` in another, locked or private; gives the entry's word.

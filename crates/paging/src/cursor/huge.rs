@@ -98,6 +98,10 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         let entries = level::<F>(table.level).entries();
         let part = level::<F>(table.level).order();
         gather.announce();
+        // While it is private (`N1`): others unmap in it as soon as it is there.
+        table.add_live(entries as u32 - u32::from(mutant!("split-counts-one-less")));
+        self.table.note_level(table.level);
+        self.table.count_table(table.frame, table.level);
         let leaf = loop {
             let Entry::Leaf(leaf) = decode::<F>(page, node.level, word) else {
                 unreachable!("checked above, and the table is locked")
@@ -120,11 +124,8 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
                 Err(found) => word = found,
             }
         };
-        table.add_live(entries as u32 - u32::from(mutant!("split-counts-one-less")));
-        self.table.note_level(table.level);
         let global = leaf.attributes.rights.contains(Rights::GLOBAL);
         gather.note(Stale::leaf(leaf.range(), global));
-        self.table.count_table(table.frame, table.level);
         Ok(())
     }
 

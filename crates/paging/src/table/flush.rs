@@ -6,6 +6,9 @@
 //!   retract    `unflushed` - 1
 //! ```
 //!
+//! A change of one leaf that is flushed under its table's lock ([`flush_now`](PageTable::flush_now)) is not announced: whoever could build on
+//! it waits for that lock.
+//!
 //! - Where other changes are not flushed yet, a flush drops everything (`G1` of the gather), and who fills a hole flushes it
 //!   ([`settle`](PageTable::settle)).
 //! - A table that lends its upper part is under the tags of all spaces, so its flushes go to every CPU.
@@ -52,13 +55,11 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         }
     }
 
-    /// Tells the CPUs, where they remember absent entries, that a table leads to `page` since now: whoever fills an entry of it tells them of that
-    /// alone ([`settle`](Self::settle)).
-    #[inline(always)]
+    /// Tells the CPUs, which remember absent entries, that a table leads to `page` since now: whoever fills an entry of it tells them of that
+    /// alone ([`settle`](Self::settle)). The caller has announced it.
+    #[inline]
     pub(crate) fn tell_made(&self, page: Page) {
-        if F::CACHES_ABSENT {
-            self.flush_filled(PageRange::single(page), 1, true);
-        }
+        self.flush_filled(PageRange::single(page), 1, true);
     }
 
     #[cold]
@@ -70,7 +71,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             global: true,
             local: true,
         };
-        self.flush(Some(stale), table, 0);
+        self.flush(Some(stale), table, usize::from(table));
     }
 
     /// Drops translations on every CPU that may hold them, and waits. `own` is how many of the unflushed gathers are the

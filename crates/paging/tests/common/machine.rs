@@ -115,14 +115,21 @@ impl FrameSink for Frames {
     }
 }
 
-/// Writes down what it is asked to flush.
+/// Writes down what it is asked to flush. Once, somebody else may come before a flush that drops entries above the leaves.
 #[derive(Default)]
-pub struct Flushes(pub Mutex<Vec<FlushRequest>>);
+pub struct Flushes(
+    pub Mutex<Vec<FlushRequest>>,
+    pub Mutex<Option<Box<dyn FnOnce() + Send>>>,
+);
 
 // SAFETY: M1 to M4: no CPU walks these tables.
 unsafe impl Mmu for Flushes {
     unsafe fn load_root(&self, _root: Root, _keep: bool) {}
     fn flush_local(&self, request: &FlushRequest) {
+        if request.tables_freed {
+            let meanwhile = self.1.lock().unwrap().take();
+            meanwhile.into_iter().for_each(|come| come());
+        }
         self.0.lock().unwrap().push(*request);
     }
 }
