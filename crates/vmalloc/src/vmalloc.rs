@@ -251,12 +251,16 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
                 self.extend_areas()?;
                 continue;
             }
+            let mut refused = VmallocError::NoSpace;
             if state.spare_nodes().count() < state.tree.nodes_for(2) {
                 drop(state);
-                self.add_node()?;
-                continue;
-            }
-            if let Some(range) = state.tree.find_gap_up(&gap) {
+                match self.add_node() {
+                    Ok(()) => continue,
+                    // Areas that end give theirs.
+                    Err(error) => refused = error,
+                }
+                state = self.state.lock();
+            } else if let Some(range) = state.tree.find_gap_up(&gap) {
                 let at = state.areas.take().ok_or(VmallocError::Memory)?;
                 let area = made.area(request, range);
                 state.areas.set(at, area);
@@ -277,7 +281,7 @@ impl<'a, F: Format, E: Env, N: ObjectAlloc<Node>, L: RawLock> Vmalloc<'a, F, E, 
                 // Addresses are about to come free on another CPU.
                 self.table.env().relax();
             } else if !erased {
-                return Err(VmallocError::NoSpace);
+                return Err(refused);
             }
         }
     }
