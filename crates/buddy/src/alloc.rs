@@ -242,11 +242,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     ) -> Result<usize, AllocError> {
         let node = match request.node {
             NodePolicy::Strict(node) | NodePolicy::Preferred(node) => node,
-            _ => {
-                let pin = self.cpu.pin();
-                let area = state.area(pin.id());
-                NodeId::new(area.map_or(0, |area| area.node.get() as u16))
-            }
+            _ => state.memory_node_of(self.cpu.pin().id()),
         };
         let mut nested = false;
         let mut look = |level| match self.attempt(state, request, level, out) {

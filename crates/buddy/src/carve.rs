@@ -19,7 +19,7 @@ pub(crate) const fn tight<T>(count: usize) -> u64 {
     (size_of::<T>() as u64 * count as u64).next_multiple_of(WORD)
 }
 
-/// Memory that is handed out in parts, each on lines of its own.
+/// Memory that is handed out in parts: each on lines of its own, those of a [`block`](Self::block) in a row.
 #[derive(Debug)]
 pub struct Carving {
     next: NonNull<u8>,

@@ -219,16 +219,19 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
-    /// As [`borrow`](Self::borrow) for a node that is preferred; in need, what this CPU's arrays hold is as good as any.
+    /// As [`borrow`](Self::borrow) for a node that is preferred; in need, what this CPU and its node hold is as good as any.
     fn borrow_past_arrays(
         &self,
         cache: &RawCache<P::Lock>,
         home: &CacheNode<P::Lock>,
         now: bool,
     ) -> Option<NonNull<u8>> {
-        // SAFETY: the row of a cache of this system.
-        if now && let Some(object) = unsafe { self.pop_local(cache.row, cache.column) } {
-            return Some(object);
+        if now {
+            // SAFETY: the row of a cache of this system.
+            let loaded = unsafe { self.pop_local(cache.row, cache.column) };
+            if let Some(object) = loaded.or_else(|| self.alloc_cached(cache)) {
+                return Some(object);
+            }
         }
         (now || home.borrows(1)).then(|| {
             self.borrow_by_distance(cache, home, |node| self.alloc_from_depot(cache, node))

@@ -86,7 +86,7 @@ impl<P: Platform> SlabSystem<P> {
     }
 
     /// An object that the cache holds already, on this CPU or its node.
-    fn alloc_cached(&self, cache: &RawCache<P::Lock>) -> Option<NonNull<u8>> {
+    pub(crate) fn alloc_cached(&self, cache: &RawCache<P::Lock>) -> Option<NonNull<u8>> {
         // SAFETY: a cache exists, so the system is ready.
         let pin = unsafe { self.platform_unchecked() }.cpu().pin();
         let node = self.node_of_cpu(cache, pin.id());

@@ -1,4 +1,4 @@
-//! The table's memory, and which entry a frame has.
+//! Which entry of the table a frame has.
 
 use kmem_hal::sync::AtomicPtr;
 
