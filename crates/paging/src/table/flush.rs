@@ -87,6 +87,11 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         // A lent table's translations sit under the tags of all spaces, where only a flush of everything reaches those
         // that are not global, and paging-structure caches.
         let everywhere = lent && (tables_freed || stale.is_none_or(|stale| stale.local));
+        // Holes are remembered page by page, from when there was a table of small leaves.
+        let stale = stale.map(|stale| Stale {
+            stride: if F::CACHES_ABSENT { 1 } else { stale.stride },
+            ..stale
+        });
         let scope = match stale {
             Some(Stale { range, stride, .. })
                 if !others
