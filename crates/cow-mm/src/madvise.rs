@@ -273,7 +273,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 }
 
-/// Changes a part of a mapping as advice says: what there is no room for now may be tried again, as in Linux (`madvise_vma_behavior`).
+/// Changes a part of a mapping as advice says: what there is no room for may be tried again, as in Linux (`madvise_vma_behavior`).
 ///
 /// # Errors
 ///

@@ -96,11 +96,17 @@ pub unsafe trait PhysMap {
 
     /// The frame's words as atomics: served from a constructed arena, since loom's atomics have another size.
     ///
+    /// # Panics
+    ///
+    /// Where the map has no such arena: no model can use it for tables.
+    ///
     /// # Safety
     ///
     /// As in the other builds.
     #[cfg(loom)]
-    unsafe fn words(&self, frame: Frame) -> &[AtomicU64];
+    unsafe fn words(&self, frame: Frame) -> &[AtomicU64] {
+        panic!("no constructed arena for {frame:?}: give the model a map of its own")
+    }
 
     /// The frame's 1024 words of 32 bits as atomics: a table of x86's two-level format.
     ///
@@ -118,11 +124,17 @@ pub unsafe trait PhysMap {
 
     /// The frame's words as atomics: served from a constructed arena.
     ///
+    /// # Panics
+    ///
+    /// As [`words`](Self::words).
+    ///
     /// # Safety
     ///
     /// As in the other builds.
     #[cfg(loom)]
-    unsafe fn words32(&self, frame: Frame) -> &[AtomicU32];
+    unsafe fn words32(&self, frame: Frame) -> &[AtomicU32] {
+        panic!("no constructed arena for {frame:?}: give the model a map of its own")
+    }
 
     /// Fills `range` with zeros.
     ///
@@ -252,17 +264,5 @@ unsafe impl PhysMap for OffsetMap {
     fn to_phys(&self, pointer: *const u8) -> PhysAddr {
         let offset = self.offset.load(Ordering::Relaxed);
         PhysAddr::new(pointer.expose_provenance().wrapping_sub(offset) as u64)
-    }
-
-    #[cfg(loom)]
-    #[inline]
-    unsafe fn words(&self, _frame: Frame) -> &[AtomicU64] {
-        unimplemented!("an offset map has no constructed arena: give the model a map of its own")
-    }
-
-    #[cfg(loom)]
-    #[inline]
-    unsafe fn words32(&self, _frame: Frame) -> &[AtomicU32] {
-        unimplemented!("an offset map has no constructed arena: give the model a map of its own")
     }
 }

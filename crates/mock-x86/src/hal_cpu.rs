@@ -11,11 +11,6 @@ use std::marker::PhantomData;
 use kmem_hal::{
     Clock, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FrameRange, PhysAddr, PhysMap, Rng,
 };
-#[cfg(loom)]
-use kmem_hal::{
-    Frame,
-    sync::{AtomicU32, AtomicU64},
-};
 
 use crate::machine::Machine;
 use crate::manual::rflags;
@@ -95,16 +90,6 @@ unsafe impl PhysMap for Machine {
                 .to_phys(pointer)
                 .expect("not a pointer into the machine's memory"),
         )
-    }
-
-    #[cfg(loom)]
-    unsafe fn words(&self, _frame: Frame) -> &[AtomicU64] {
-        unimplemented!("the mock machine has no constructed arena: give the model a map of its own")
-    }
-
-    #[cfg(loom)]
-    unsafe fn words32(&self, _frame: Frame) -> &[AtomicU32] {
-        unimplemented!("the mock machine has no constructed arena: give the model a map of its own")
     }
 }
 

@@ -54,7 +54,9 @@ impl Room {
 /// Whether a flush reaches the leaf of this page.
 fn covers(request: &FlushRequest, page: u64) -> bool {
     match request.scope {
-        FlushScope::Pages { range, .. } => range.contains(at(page)),
+        FlushScope::Pages { range, stride } => {
+            range.contains(at(page)) && (page - range.first().number()).is_multiple_of(stride)
+        }
         _ => true,
     }
 }
@@ -193,4 +195,49 @@ fn a_table_that_is_not_told_yet_is_told_by_who_comes_into_it() {
     let flushed = room.flushed();
     let mut tables = flushed.iter().filter(|request| request.tables_freed);
     assert!(tables.any(|request| covers(request, 0xfff)), "{flushed:?}");
+}
+
+/// What was a hole is remembered page by page, from when there was a table of small leaves.
+#[test]
+fn a_huge_leaf_is_told_of_at_each_of_its_pages() {
+    let room = Room::new();
+    let data = Attributes::new(Rights::USER_DATA);
+    let huge = pages(0x400, 512);
+    let mut gather = room.table.gather::<1>();
+    let mut unmap = |range| {
+        let mut cursor = room.table.cursor(huge).unwrap();
+        cursor.unmap(range, &mut gather).unwrap();
+        cursor.release();
+        gather.commit(drop);
+        room.flushed();
+    };
+    let told = || {
+        let flushed = room.flushed();
+        assert!(
+            flushed.iter().any(|request| covers(request, 0x416)),
+            "{flushed:?}"
+        );
+    };
+    let block = || DeviceFrame::new(Frame::from_number(0x8_0000), Order::HUGE_2M).unwrap();
+    // Filled where small leaves were.
+    room.map(0x400, data);
+    unmap(pages(0x400, 1));
+    let mut cursor = room.table.cursor(huge).unwrap();
+    cursor.map(at(0x400), block(), data).unwrap();
+    drop(cursor);
+    told();
+    // Moved to where they were.
+    unmap(huge);
+    room.map(0x400, data);
+    unmap(pages(0x400, 1));
+    let mut cursor = room.table.cursor(pages(0x800, 512)).unwrap();
+    cursor.map(at(0x800), block(), data).unwrap();
+    drop(cursor);
+    room.flushed();
+    let mut gather = room.table.gather::<1>();
+    room.table
+        .move_range(pages(0x800, 512), at(0x400), &mut gather)
+        .unwrap();
+    gather.commit(drop);
+    told();
 }

@@ -367,6 +367,34 @@ fn nodes_change_hands_with_no_lock_held_and_ending_areas_needs_none() {
     nodes.objects.assert_all_free();
 }
 
+/// Areas that are kept for the next of their size give their nodes to who gets none.
+#[test]
+fn areas_that_ended_give_their_nodes_where_there_are_no_others() {
+    let (_, table) = table(Arena::FIRST, 512);
+    let nodes = nodes();
+    let kernel = with_nodes(table, 1 << 14, nodes);
+    let window = |bytes| kernel.ioremap(PhysAddr::new(0xfee0_0000), bytes, MemoryType::Uncached);
+    let mut areas: Vec<_> = (0..3000).map(|_| window(PAGE_SIZE).unwrap()).collect();
+    nodes.refuses.set(true);
+    let refused = loop {
+        match window(2 * PAGE_SIZE) {
+            Ok(area) => areas.push(area),
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(refused, VmallocError::Memory);
+    // Few enough that all are kept for the next of their size, in the tree.
+    for area in areas.drain(..400) {
+        kernel.free(area).unwrap();
+    }
+    areas.push(window(2 * PAGE_SIZE).unwrap());
+    for area in areas {
+        kernel.free(area).unwrap();
+    }
+    drop(kernel);
+    nodes.objects.assert_all_free();
+}
+
 #[test]
 fn memory_for_a_purge_is_asked_for_before_its_turn() {
     let (env, kernel) = kernel(FrameRequest::ONE);

@@ -287,7 +287,6 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         gather.push_table(&table);
         if F::CACHES_ABSENT {
             // Since the flush the page was absent, until the leaf was stored.
-            stale.stride = order.frames();
             gather.note(stale);
         }
         Ok(())
