@@ -375,6 +375,30 @@ fn a_preferred_node_that_is_short_does_not_take_a_slab_for_each_object() {
     }
 }
 
+/// Where memory is out, the spare array serves as the loaded one does, and nothing is taken apart for it.
+#[test]
+fn in_need_a_cpus_spare_array_serves_who_prefers_a_node() {
+    for nodes in [1, 2] {
+        let m = start(6144, nodes, 1);
+        let info = || m.info("kmalloc-32");
+        let filling = m.take(3 * IN_ARRAYS, 32);
+        m.give(filling);
+        let frames: Vec<_> = (0..nodes).map(|node| m.exhaust(node)).collect();
+        let mut held = Vec::new();
+        let prefer = NodePolicy::Preferred(NodeId::new(nodes - 1));
+        // Both arrays are full, as frees go on to the depot. What lies there is used first.
+        assert!(info().in_depot + info().in_slabs > 0);
+        while info().in_arrays > 0 {
+            let before = info().in_arrays;
+            held.push(m.system.kmalloc_node(32, Flags::empty(), prefer).unwrap());
+            assert!(info().in_arrays + 1 >= before, "of {before}");
+        }
+        frames.into_iter().for_each(|frames| m.restore(frames));
+        m.give(held);
+        m.end();
+    }
+}
+
 #[test]
 fn a_node_that_nobody_knows_may_be_preferred() {
     for nodes in [1, 2, 3] {

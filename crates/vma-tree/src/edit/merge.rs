@@ -30,6 +30,16 @@ pub(super) fn part_above<V: Value>(entry: Entry<V>, page: Page) -> Option<Entry<
     entry.clipped(PageRange::new(page.checked_add(1)?, entry.last())?)
 }
 
+/// Two entries that touch, as one with this value.
+#[inline(always)]
+fn joined<V: Value>(below: &Entry<V>, above: &Entry<V>, value: V) -> Entry<V> {
+    entry(Raw {
+        first: below.first().number(),
+        last: above.last().number(),
+        value: value.to_word(),
+    })
+}
+
 /// Lets `middle` grow over `below`, which touches it, where the rule says so.
 #[inline(always)]
 fn join_below<V: Value, M>(middle: &mut Entry<V>, below: &Entry<V>, merge: &mut M) -> bool
@@ -39,11 +49,7 @@ where
     let Some(value) = merge(below, middle) else {
         return false;
     };
-    *middle = entry(Raw {
-        first: below.first().number(),
-        last: middle.last().number(),
-        value: value.to_word(),
-    });
+    *middle = joined(below, middle, value);
     true
 }
 
@@ -56,11 +62,7 @@ where
     let Some(value) = merge(middle, above) else {
         return false;
     };
-    *middle = entry(Raw {
-        first: middle.first().number(),
-        last: above.last().number(),
-        value: value.to_word(),
-    });
+    *middle = joined(middle, above, value);
     true
 }
 

@@ -24,35 +24,10 @@ pub fn bits_set_meanwhile_are_kept() {
         gather.commit(drop);
     };
     let leaf = || room.table.query(at(0x400)).leaf().unwrap();
-    // A change that looks twice.
-    let mut looks = 0;
-    let mut gather = room.table.gather::<1>();
-    room.table
-        .cursor(range)
-        .unwrap()
-        .update(range, &mut gather, |leaf| {
-            looks += 1;
-            if looks == 1 {
-                assert!(room.write(1, 0x400).is_some());
-            }
-            Some(leaf.attributes.write_protected())
-        })
-        .unwrap();
-    gather.commit(drop);
-    assert_eq!(looks, 2, "once before the write, once after it");
-    assert!(leaf().attributes.dirty && leaf().attributes.accessed && !leaf().is_writable());
-    // The same with a page that was accessed before and is clean: only D is still to come.
-    for first in [AccessKind::Read, AccessKind::Write] {
-        room.protect(range, Rights::USER_DATA);
-        clean();
-        room.touch(0, 0x400, first);
-        let mut cursor = room.table.cursor(range).unwrap();
-        cursor
-            .harvest(range, Harvest::DIRTY, &mut gather, |_| {})
-            .unwrap();
-        drop(cursor);
-        gather.commit(drop);
+    // A change that looks twice, as another CPU writes between; how often it looked.
+    let change = || {
         let mut looks = 0;
+        let mut gather = room.table.gather::<1>();
         room.table
             .cursor(range)
             .unwrap()
@@ -65,6 +40,23 @@ pub fn bits_set_meanwhile_are_kept() {
             })
             .unwrap();
         gather.commit(drop);
+        looks
+    };
+    assert_eq!(change(), 2, "once before the write, once after it");
+    assert!(leaf().attributes.dirty && leaf().attributes.accessed && !leaf().is_writable());
+    // The same with a page that was accessed before and is clean: only D is still to come.
+    let mut gather = room.table.gather::<1>();
+    for first in [AccessKind::Read, AccessKind::Write] {
+        room.protect(range, Rights::USER_DATA);
+        clean();
+        room.touch(0, 0x400, first);
+        let mut cursor = room.table.cursor(range).unwrap();
+        cursor
+            .harvest(range, Harvest::DIRTY, &mut gather, |_| {})
+            .unwrap();
+        drop(cursor);
+        gather.commit(drop);
+        change();
         assert!(leaf().attributes.dirty, "a write while D was clear");
     }
     // Forking asks once, and a CPU writes while it does.
