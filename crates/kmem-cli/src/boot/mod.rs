@@ -16,26 +16,27 @@ pub mod forks;
 pub mod kernel_areas;
 pub mod machine;
 pub mod picture;
+mod programs;
 pub mod recount;
 pub mod swap;
+mod waiting;
 
+pub use waiting::{Waiting, open_traces};
+
+use crate::Status;
 use crate::args::Boot;
 use crate::elf::Image;
 use crate::embedded;
 use crate::input::map::{self, MemoryMap};
-use crate::input::{InputError, lines::Source, oracle, trace};
+use crate::input::{InputError, lines::Source};
 use crate::output::units::{bytes, grouped};
 use crate::output::{Checks, Stages};
-use crate::replay::Outcome;
-use crate::replay::mm::MmUnderTest;
-use crate::replay::trace_run::TraceRun;
 use crate::report::Report;
 use crate::say;
 use crate::world::counted::Counted;
 use crate::world::process::Process;
 use crate::world::types::Source as Books;
 use crate::world::{self, World, forever};
-use crate::{Status, replay};
 use kmem_cow_mm::Usage;
 use kmem_hal::PAGE_SIZE;
 use kmem_mock_x86::Tracked;
@@ -45,8 +46,6 @@ use std::fmt::Write;
 pub const DEFAULT_MAP: &str = "firecracker-24g";
 /// Processors of the machine: a child runs on another one than its parent, so that flushes have to travel.
 const CPUS: usize = 2;
-/// Pages over which processes fork and write.
-const FORK_PAGES: usize = 512;
 /// Bytes that a boot needs beside the program and the frame table: kernel image, tables, forks, the recorded programs.
 const NEED: u64 = 14 << 20;
 
@@ -94,63 +93,6 @@ pub fn default_map() -> Result<Source, InputError> {
             DEFAULT_MAP,
             "is not embedded",
         )),
-    }
-}
-
-/// A recorded program that waits for its turn.
-pub struct Waiting {
-    /// The file's name without its folder.
-    pub name: String,
-    /// Its lines from the second on.
-    pub reader: trace::Reader,
-}
-
-/// Opens the traces that were named, or all embedded ones; reads each to its end, so that a broken one is refused before
-/// anything runs.
-///
-/// # Errors
-/// The first one that cannot be read.
-pub fn open_traces(files: &[String]) -> Result<Vec<Waiting>, InputError> {
-    let open = |name: &str, source: Source| -> Result<Waiting, InputError> {
-        Ok(Waiting {
-            name: replay::short_name(name).to_string(),
-            reader: reader(source)?,
-        })
-    };
-    if files.is_empty() {
-        return embedded::TRACES
-            .iter()
-            .map(|t| open(t.name, t.open()?))
-            .collect();
-    }
-    let mut out = Vec::new();
-    for file in files {
-        if file != "-" {
-            let mut dry = reader(Source::open(file)?)?;
-            while dry.next_event()?.is_some() {}
-        }
-        out.push(open(file, Source::open(file)?)?);
-    }
-    Ok(out)
-}
-
-fn reader(mut source: Source) -> Result<trace::Reader, InputError> {
-    let name = source.name().to_string();
-    let first = source.next_strict()?;
-    let at = crate::input::field::At {
-        file: &name,
-        line: 1,
-    };
-    match oracle::kind(at, first.as_deref())? {
-        oracle::RunKind::Trace => trace::Reader::new(source, &first.unwrap_or_default()),
-        oracle::RunKind::Fuzz => {
-            let heading = first.unwrap_or_default();
-            Err(at.error(
-                "heading",
-                &heading,
-                "is a fuzz file; boot runs traces, replay runs both",
-            ))
-        }
     }
 }
 
@@ -406,223 +348,6 @@ impl Running {
             "tags of frames",
         );
         made
-    }
-
-    /// The program, the recorded programs, the forks; prints what Linux would print while all of it is there.
-    fn user_land(
-        &mut self,
-        world: &'static World,
-        image: &Image,
-        traces: Vec<Waiting>,
-    ) -> Result<(), InputError> {
-        let mut init = match Process::new(world) {
-            Ok(process) => process,
-            Err(e) => {
-                self.checks
-                    .holds("first process", false, "an address space", e.name());
-                return Ok(());
-            }
-        };
-        self.exec(&mut init, image);
-        world.settle();
-        let before_runs = figures::Tags::of(world);
-        for waiting in traces {
-            self.trace(world, waiting)?;
-        }
-        world.settle();
-        let after_runs = figures::Tags::of(world);
-        let (before, after) = (before_runs.without_slab(), after_runs.without_slab());
-        self.checks.equal(
-            "pages after the programs' exits",
-            after,
-            before,
-            "pages",
-            "before the first of them",
-        );
-        self.forks(world, &mut init);
-        self.swap(world, &mut init);
-        self.figures(world, &init);
-        Ok(())
-    }
-
-    fn exec(&mut self, init: &mut Process, image: &Image) {
-        let stage = self.stages.start("exec", image.file_pages());
-        let started = init.exec(image, &["kmem", "boot"]);
-        let compared = started
-            .clone()
-            .and_then(|_| exec::compare(init, image, &mut |page| stage.progress(page)));
-        let faults = init.counts().faults;
-        stage.done(&format!(
-            "{}, faulted in by {} page faults",
-            image.name,
-            grouped(faults)
-        ));
-        match (started, compared) {
-            (Ok(start), Ok(done)) => {
-                self.checks.address(
-                    "base address",
-                    start.bias,
-                    image.base,
-                    "Linux without randomisation",
-                );
-                self.checks.address(
-                    "entry",
-                    start.entry.as_u64(),
-                    image.entry,
-                    "the file's header",
-                );
-                let wanted = image.pages() * PAGE_SIZE;
-                self.checks.equal(
-                    "bytes equal to the file",
-                    done.bytes,
-                    wanted,
-                    "bytes",
-                    "the file's program headers",
-                );
-                let mut argc = [0; 8];
-                let read = init.read(start.stack.as_u64(), &mut argc).is_ok();
-                self.checks.equal(
-                    "argc on the stack",
-                    u64::from_le_bytes(argc),
-                    if read { 2 } else { u64::MAX },
-                    "",
-                    "kmem boot",
-                );
-            }
-            (Err(why), _) | (_, Err(why)) => {
-                self.checks
-                    .holds("the program in memory", false, "equal to its file", &why);
-            }
-        }
-    }
-
-    fn trace(&mut self, world: &'static World, waiting: Waiting) -> Result<(), InputError> {
-        let name = waiting.name;
-        let stage = self.stages.start(&format!("run {name}"), 0);
-        let mm = match Process::new(world) {
-            Ok(mm) => mm,
-            Err(e) => {
-                stage.done("no address space");
-                self.checks
-                    .holds(&name, false, "an address space", e.name());
-                return Ok(());
-            }
-        };
-        let mut run = TraceRun::new(waiting.reader, mm);
-        let outcome = loop {
-            stage.progress(run.calls() as u64);
-            if let Some(outcome) = run.step()? {
-                break outcome;
-            }
-        };
-        let (calls, checkpoints, faults) =
-            (run.calls(), run.checkpoints(), run.mm().counts().faults);
-        let usage = run.mm().space().recount();
-        stage.done(&format!(
-            "{} calls, {} page faults, {} mappings of {} at exit, {} resident",
-            grouped(calls as u64),
-            grouped(faults),
-            usage.mappings,
-            bytes(usage.total * PAGE_SIZE),
-            bytes((usage.rss_anon + usage.rss_file + usage.rss_shmem) * PAGE_SIZE)
-        ));
-        match outcome {
-            Outcome::Pass { .. } => {
-                let list = format!("Linux's, at {checkpoints} checkpoints");
-                self.checks.holds(
-                    &format!("{name}: list of mappings"),
-                    true,
-                    &list,
-                    "the same",
-                );
-            }
-            Outcome::Fail {
-                line,
-                expected,
-                got,
-            } => {
-                self.checks
-                    .holds(&format!("{name}: line {line}"), false, &expected, &got);
-            }
-        }
-        Ok(())
-    }
-
-    fn forks(&mut self, world: &World, init: &mut Process) {
-        let stage = self.stages.start("fork and write", 0);
-        let before = (init.counts().faults, world.source().ledger(|l| l.given));
-        // Below the image, where nothing is.
-        let done = forks::run(init, 0x1000_0000, FORK_PAGES);
-        let faults = init.counts().faults - before.0;
-        let given = world.source().ledger(|l| l.given) - before.1;
-        let children = done.as_ref().map_or(0, |d| d.children);
-        stage.done(&format!(
-            "{children} children over {FORK_PAGES} pages, {} page faults, {} frames taken for copies and tables",
-            grouped(faults),
-            grouped(given)
-        ));
-        match done {
-            Ok(d) => {
-                let text = format!("{} words, each its writer's own", grouped(d.compared));
-                self.checks.holds(
-                    "words read by parent and children",
-                    true,
-                    &text,
-                    &grouped(d.compared),
-                );
-            }
-            Err(why) => {
-                self.checks.holds(
-                    "words read by parent and children",
-                    false,
-                    "each its writer's own",
-                    &why,
-                );
-            }
-        }
-    }
-
-    /// Pages go to swap and come back, and some get other frames; every figure beside what the device and the tables say.
-    fn swap(&mut self, world: &'static World, init: &mut Process) {
-        let stage = self.stages.start("reclaim and swap", 0);
-        let outcome = swap::run(world, init, 0x1000_0000);
-        let made = match outcome {
-            Ok(made) => made,
-            Err(why) => {
-                stage.done("stopped");
-                self.checks
-                    .holds("pages in swap", false, "each as it was written", &why);
-                return;
-            }
-        };
-        stage.done(&format!(
-            "{} pages reclaimed of {} looked at, {} written to swap, {} read back ({} ahead), {} moved",
-            grouped(made.events.freed),
-            grouped(made.events.scanned),
-            grouped(made.events.swapped_out),
-            grouped(made.events.swapped_in),
-            grouped(made.events.read_ahead),
-            grouped(made.events.moved)
-        ));
-        for figure in made.figures {
-            let swap::Figure {
-                what,
-                said,
-                recount,
-                unit,
-                of,
-            } = figure;
-            self.checks.equal(what, said, recount, unit, of);
-        }
-        let text = format!("{} words, each as it was written", grouped(made.compared));
-        self.checks.holds(
-            "words read out of swap",
-            true,
-            &text,
-            &grouped(made.compared),
-        );
-        self.report
-            .section("/proc/meminfo while pages were in swap", made.meminfo);
     }
 
     fn figures(&mut self, world: &'static World, init: &Process) {
