@@ -4,7 +4,7 @@
 //! segment must be found anyway; a double free or a wrong order when the block's bits are set. A wrong block is never
 //! reused: [`Buddy::misuse`] tells.
 
-use kmem_hal::sync::Ordering;
+use kmem_hal::sync::{AtomicU8, Ordering};
 use kmem_hal::{Cpu, CpuCall, Frame, FrameSink, Order, OwnedFrame, PhysMap, Pressure, RawLock};
 
 use crate::buddy::{Buddy, needs_no_reach};
@@ -94,8 +94,10 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
             return Err(FreeError::Foreign);
         }
         let zone = &state.zones[segment.zone as usize];
-        let flags = zone.types[segment.block_of(first)].load(Ordering::Relaxed);
-        if flags & UNMANAGED != 0
+        // A block above order 9 is of several page blocks.
+        let blocks = segment.block_of(first)..=segment.block_of(first + (1 << order) - 1);
+        let unmanaged = |byte: &AtomicU8| byte.load(Ordering::Relaxed) & UNMANAGED != 0;
+        if zone.types[blocks].iter().any(unmanaged)
             && !segment.is_clean(first, 1 << order)
             && !is_managed(state, zone, first, order)
         {
