@@ -98,6 +98,7 @@ pub(crate) unsafe fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
     let failed = |reason| InitError::Metadata { bytes, reason };
     // SAFETY: X1, by contract.
     let piece = unsafe { EarlyAllocator::new(map, memory) }
+        .for_tables()
         .alloc(bytes, PAGE_SIZE)
         .map_err(failed)?;
     let next = NonNull::new(memory.to_ptr(piece)).ok_or(InitError::NoMemory)?;

@@ -369,12 +369,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let mut freed = 0;
         loop {
             let next = self.with_reserved(state, |reserved| {
-                let part = reserved
-                    .iter()
-                    .filter(|run| run.why == why)
-                    .filter_map(|run| FrameRange::from_numbers(run.first, run.end))
-                    .find_map(|run| difference(run, state.metadata).next())?;
-                release_run(state, reserved, part.first().number(), part.end_number())
+                let run = reserved.iter().find(|run| run.why == why)?;
+                release_run(state, reserved, (run.first, run.end), |of| of == why)
             });
             match next {
                 Some(frames) => freed += frames,
@@ -397,11 +393,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     #[doc(alias = "free_reserved_area")]
     pub unsafe fn release_range(&self, range: FrameRange) -> Result<u64, FreeError> {
         let state = self.state().ok_or(FreeError::NotInitialised)?;
-        if !range.intersection(state.metadata).is_empty() {
-            return Err(FreeError::Foreign);
-        }
+        let run = (range.first().number(), range.end_number());
         let freed = self.with_reserved(state, |reserved| {
-            release_run(state, reserved, range.first().number(), range.end_number())
+            release_run(state, reserved, run, |_| true)
         });
         watermark::set_up(state);
         freed.ok_or(FreeError::Foreign)
@@ -470,14 +464,14 @@ fn clear_flags<L: RawLock + 'static>(
     });
 }
 
-/// Takes `first..end` off the reserved list and frees what no other run touches; `None` where it is not reserved.
+/// Takes `first..end` off what is reserved for what `of` names and frees what no other run touches; `None` where it is not reserved.
 fn release_run<L: RawLock + 'static>(
     state: &State<L>,
     reserved: &Reserved,
-    first: u64,
-    end: u64,
+    (first, end): (u64, u64),
+    of: impl Fn(Reservation) -> bool,
 ) -> Option<u64> {
-    if first >= end || !reserved.change(|reserved| reserved.remove(first, end)) {
+    if first >= end || !reserved.change(|reserved| reserved.remove(first, end, of)) {
         return None;
     }
     let range = FrameRange::from_numbers(first, end)?;

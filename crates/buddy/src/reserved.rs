@@ -130,9 +130,13 @@ impl Reserved {
         free.inspect(|slot| slot.set(run)).is_some()
     }
 
-    /// Takes `first..end` off the run that wholly contains it; `false` where none does or there is no room.
-    pub fn remove(&self, first: u64, end: u64) -> bool {
-        let holds = |run: ReservedRun| run.first <= first && end <= run.end;
+    /// Takes `first..end` off a run that wholly contains it and is reserved for what `of` names, the allocator's own tables apart;
+    /// `false` where there is none or no room.
+    pub fn remove(&self, first: u64, end: u64, of: impl Fn(Reservation) -> bool) -> bool {
+        let holds = |run: ReservedRun| {
+            let freed = run.why != Reservation::Tables && of(run.why);
+            freed && run.first <= first && end <= run.end
+        };
         let holder = self.slots.iter().find(|slot| holds(slot.run()));
         let Some(slot) = holder.filter(|_| first < end) else {
             return false;

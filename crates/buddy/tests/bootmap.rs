@@ -177,3 +177,18 @@ proptest! {
         prop_assert_eq!(mine, free);
     }
 }
+
+#[test]
+fn a_slice_of_values_without_bytes_has_its_length() {
+    let mut map: BootMap = BootMap::new();
+    map.push(pa(0), 1 << 20, RegionKind::Usable).unwrap();
+    // SAFETY: only addresses are computed here, and nothing is accessed.
+    let memory = unsafe { OffsetMap::new(0, 256) };
+    // SAFETY: X1: the memory of this map is nobody's.
+    let mut early = unsafe { EarlyAllocator::new(&mut map, &memory) };
+    let mut made = 0;
+    let units = early.alloc_slice(5, |_| made += 1).unwrap();
+    assert_eq!((units.len(), made), (5, 5));
+    assert_eq!(early.alloc_slice(0, |_| 7u32).unwrap().len(), 0);
+    assert_eq!(early.map().free_frames(), 255);
+}

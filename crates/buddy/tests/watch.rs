@@ -4,7 +4,7 @@ mod common;
 
 use common::window::Window;
 use kmem_buddy::{
-    Audit, BootMap, ClaimError, Config, FreeError, InitError, Owner, PageOwner, RegionKind,
+    Audit, BootMap, ClaimError, Config, EarlyAllocator, FreeError, InitError, Owner, PageOwner, RegionKind,
     Reservation, Watch, WatchedBuddy, ZoneLimits,
 };
 use kmem_hal::{
@@ -12,6 +12,7 @@ use kmem_hal::{
     MigrateError, NodeId, Order, OwnedFrame, PhysAddr, PhysMap, SingleCpu, Spin,
 };
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 
 type Machine<'a, W> = WatchedBuddy<&'a Window, SingleCpu, W, Spin>;
 
@@ -488,4 +489,49 @@ proptest! {
         prop_assert_eq!(buddy.recount().free, buddy.mem_info().total);
         buddy.check().unwrap();
     }
+}
+
+#[test]
+fn the_table_is_never_released() {
+    let window = window();
+    let mut map: BootMap = BootMap::new();
+    map.push(PhysAddr::new(0), END << 12, RegionKind::Usable)
+        .unwrap();
+    let memory = &window;
+    // SAFETY: X1: the test's own memory, and no allocator has started.
+    let early = unsafe { EarlyAllocator::new(&mut map, &memory) }
+        .alloc_frames(3, 1)
+        .unwrap();
+    // SAFETY: one thread.
+    let buddy = Machine::<Audit>::new(memory, unsafe { SingleCpu::new() });
+    let config = Config::new().min_free_kib(0).reserve_ratio([0; 5]);
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    let total = buddy.mem_info().total;
+    let mut held = Vec::new();
+    while let Ok(frame) = buddy.alloc(&FrameRequest::ONE.movable()) {
+        held.push(frame);
+    }
+    let own: Vec<FrameRange> = {
+        let known: BTreeSet<u64> = held.iter().map(|f| f.first().number()).collect();
+        (1..END)
+            .filter(|frame| !known.contains(frame))
+            .map(|frame| FrameRange::from_numbers(frame, frame + 1).unwrap())
+            .filter(|&frame| !early.contains_range(frame))
+            .collect()
+    };
+    assert!(own.len() as u64 > buddy.metadata().count());
+    for frame in own {
+        // SAFETY: none; it is to be refused.
+        let refused = unsafe { buddy.release_range(frame) };
+        assert_eq!(refused, Err(FreeError::Foreign), "{frame:?}");
+    }
+    // SAFETY: nobody uses the early piece; the tables are to be left out.
+    unsafe {
+        assert_eq!(buddy.release(Reservation::Early), 3);
+        assert_eq!(buddy.release(Reservation::Tables), 0);
+    }
+    assert_eq!(buddy.mem_info().total, total + 3);
+    buddy.free_bulk(held);
+    buddy.check().unwrap();
 }

@@ -13,10 +13,12 @@
 //! - `I2`: memory from `alloc_slice` is initialised before a reference to it exists.
 
 use core::mem::size_of;
+use core::ptr::NonNull;
 
 use kmem_hal::{FrameRange, PAGE_SIZE, PhysAddr, PhysMap};
 
 use super::error::EarlyError;
+use super::kind::Reservation;
 use super::map::BootMap;
 
 /// Carves memory out of a boot map.
@@ -55,6 +57,7 @@ pub struct EarlyAllocator<'a, M, const N: usize = 256> {
     map: &'a mut BootMap<N>,
     memory: &'a M,
     limit: u64,
+    why: Reservation,
 }
 
 impl<'a, M: PhysMap, const N: usize> EarlyAllocator<'a, M, N> {
@@ -70,7 +73,14 @@ impl<'a, M: PhysMap, const N: usize> EarlyAllocator<'a, M, N> {
             map,
             memory,
             limit: u64::MAX,
+            why: Reservation::Early,
         }
+    }
+
+    /// Allocates tables of the allocator that follows, which it never frees.
+    pub(crate) fn for_tables(mut self) -> Self {
+        self.why = Reservation::Tables;
+        self
     }
 
     /// Allocates below `limit` (bytes, exclusive) only.
@@ -124,7 +134,7 @@ impl<'a, M: PhysMap, const N: usize> EarlyAllocator<'a, M, N> {
         });
         let at = best.ok_or(EarlyError::NoSpace { bytes, limit: high })?;
         self.map
-            .insert_early(at, at + bytes)
+            .insert_taken(at, at + bytes, self.why)
             .map_err(|_| EarlyError::Full { capacity: N })?;
         Ok(PhysAddr::new(at))
     }
@@ -160,15 +170,16 @@ impl<'a, M: PhysMap, const N: usize> EarlyAllocator<'a, M, N> {
                 bytes: u64::MAX,
                 limit: self.limit,
             })?;
-        if bytes == 0 {
-            return Ok(&mut []);
-        }
         let align = align_of::<T>() as u64;
-        let at = self.alloc(bytes, align.max(8))?;
-        let first = self.memory.to_ptr(at).cast::<T>();
+        let first = if bytes == 0 {
+            NonNull::dangling().as_ptr()
+        } else {
+            let at = self.alloc(bytes, align.max(8))?;
+            self.memory.to_ptr(at).cast::<T>()
+        };
         for index in 0..count {
             // SAFETY: I1: the memory is in reach, so by P1 valid for writes and contiguous, and by X1 nobody else's;
-            // `alloc` aligned it (pages are aligned in both spaces, P1).
+            // `alloc` aligned it (pages are aligned in both spaces, P1). Values without bytes need an aligned pointer only.
             unsafe { first.add(index).write(make(index)) };
         }
         // SAFETY: I2: all `count` values were just written; the reservation keeps the memory for ever.
@@ -190,7 +201,7 @@ impl<'a, M: PhysMap, const N: usize> EarlyAllocator<'a, M, N> {
     pub unsafe fn free(&mut self, base: PhysAddr, bytes: u64) -> Result<(), EarlyError> {
         let start = base.as_u64();
         self.map
-            .remove_early(start, start.saturating_add(bytes))
+            .remove_taken(start, start.saturating_add(bytes), self.why)
             .map_err(|_| EarlyError::Full { capacity: N })
     }
 }

@@ -99,6 +99,8 @@ pub enum Reservation {
     Early,
     /// Anything else that must not be touched.
     Other,
+    /// The page-frame allocator's own tables: never freed, not even by [`release`](crate::Buddy::release).
+    Tables,
 }
 
 impl Reservation {
@@ -110,6 +112,7 @@ impl Reservation {
             2 => Self::KernelImage,
             3 => Self::InitSections,
             4 => Self::Early,
+            6 => Self::Tables,
             _ => Self::Other,
         }
     }
@@ -130,6 +133,7 @@ impl fmt::Display for Reservation {
             Self::InitSections => "init sections",
             Self::Early => "early allocations",
             Self::Other => "reserved",
+            Self::Tables => "allocator",
         })
     }
 }

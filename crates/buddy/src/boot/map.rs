@@ -367,12 +367,22 @@ impl<const N: usize> BootMap<N> {
         }
     }
 
-    pub(super) fn insert_early(&mut self, start: u64, end: u64) -> Result<(), usize> {
-        self.reservations.insert(start, end, Reservation::Early)
+    pub(super) fn insert_taken(
+        &mut self,
+        start: u64,
+        end: u64,
+        why: Reservation,
+    ) -> Result<(), usize> {
+        self.reservations.insert(start, end, why)
     }
 
-    pub(super) fn remove_early(&mut self, start: u64, end: u64) -> Result<(), usize> {
-        self.reservations.remove(start, end, Reservation::Early)
+    pub(super) fn remove_taken(
+        &mut self,
+        start: u64,
+        end: u64,
+        why: Reservation,
+    ) -> Result<(), usize> {
+        self.reservations.remove(start, end, why)
     }
 
     /// Pieces of regions now.

@@ -108,6 +108,7 @@ impl<M: PhysMap, C: Cpu, W: Watch, L: RawLock + 'static, K: CpuCall, P: Pressure
         let bytes = room::<Run>(runs) + room::<Table<W>>(1) + W::bytes(count);
         // SAFETY: X1, by contract.
         let base = unsafe { EarlyAllocator::new(map, self.buddy.memory()) }
+            .for_tables()
             .alloc(bytes, LINE)
             .map_err(|reason| InitError::Metadata { bytes, reason })?;
         let memory = NonNull::new(self.buddy.memory().to_ptr(base)).ok_or(InitError::NoMemory)?;
@@ -137,7 +138,7 @@ impl<M: PhysMap, C: Cpu, W: Watch, L: RawLock + 'static, K: CpuCall, P: Pressure
         unsafe { self.buddy.init(map, config) }.inspect_err(|_| {
             self.table.store(core::ptr::null_mut(), Ordering::Release);
             // SAFETY: X1, by contract: the allocator that was to follow has not started.
-            let mut early = unsafe { EarlyAllocator::new(map, self.buddy.memory()) };
+            let mut early = unsafe { EarlyAllocator::new(map, self.buddy.memory()) }.for_tables();
             // SAFETY: nothing was allocated, and so nobody has looked at the table.
             let _ = unsafe { early.free(base, bytes) };
         })
