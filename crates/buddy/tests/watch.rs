@@ -4,8 +4,8 @@ mod common;
 
 use common::window::Window;
 use kmem_buddy::{
-    Audit, BootMap, ClaimError, Config, EarlyAllocator, FreeError, InitError, Owner, PageOwner, RegionKind,
-    Reservation, Watch, WatchedBuddy, ZoneLimits,
+    Audit, BootMap, ClaimError, Config, EarlyAllocator, FreeError, InitError, Owner, PageOwner,
+    RegionKind, Reservation, Watch, WatchedBuddy, ZoneLimits,
 };
 use kmem_hal::{
     AllocError, CpuId, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Migrate,
@@ -534,4 +534,65 @@ fn the_table_is_never_released() {
     assert_eq!(buddy.mem_info().total, total + 3);
     buddy.free_bulk(held);
     buddy.check().unwrap();
+}
+
+#[test]
+fn bulk_calls_are_watched() {
+    let window = window();
+    let buddy: Machine<'_, (Audit, PageOwner)> = boot(&window);
+    let mut frames = Vec::new();
+    let given = buddy.alloc_bulk(&FrameRequest::ONE, 70, |frame| frames.push(frame));
+    assert_eq!(given, Ok(70));
+    let line = line!() - 2;
+    assert!(
+        frames
+            .iter()
+            .all(|frame| buddy.owner_of(frame.first()).unwrap().line() == line)
+    );
+    // Freed alone and together, and once more.
+    let alone = frames.pop().unwrap();
+    assert_eq!(buddy.try_free(alone), Ok(()));
+    let numbers: Vec<u64> = frames.iter().map(|frame| frame.first().number()).collect();
+    let total = buddy.recount().managed;
+    buddy.free_bulk(frames);
+    assert_eq!(buddy.misuse(), None);
+    assert_eq!(buddy.owner_of(Frame::new(numbers[0]).unwrap()), None);
+    buddy.free_bulk(numbers.iter().map(|&number| forged(number, 0)));
+    let misuse = buddy.misuse().unwrap();
+    assert_eq!((misuse.error, misuse.count), (FreeError::DoubleFree, 69));
+    buddy.drain_local();
+    assert_eq!(buddy.recount().free, total);
+    buddy.check().unwrap();
+}
+
+/// A call that goes past the policy by `Deref` gives what cannot be freed, or takes what nobody had.
+#[test]
+fn every_call_that_gives_or_takes_frames_is_watched() {
+    const CALLS: [&str; 7] = [
+        include_str!("../src/buddy.rs"),
+        include_str!("../src/batch.rs"),
+        include_str!("../src/range.rs"),
+        include_str!("../src/free.rs"),
+        include_str!("../src/cpus.rs"),
+        include_str!("../src/claim.rs"),
+        include_str!("../src/classic.rs"),
+    ];
+    let watched = include_str!("../src/watch/watched.rs");
+    let mut seen = 0;
+    for call in CALLS
+        .into_iter()
+        .flat_map(|source| source.split("\n    pub "))
+    {
+        let signature = call.split('{').next().unwrap();
+        let Some((_, rest)) = signature.split_once("fn ") else {
+            continue;
+        };
+        let moves = ["Owned", "NonNull", "Migrate"];
+        if rest.contains("&self") && moves.iter().any(|word| rest.contains(word)) {
+            let name = rest.split(['(', '<']).next().unwrap();
+            assert!(watched.contains(&format!("fn {name}")), "{name}");
+            seen += 1;
+        }
+    }
+    assert!(seen >= 15, "{seen}");
 }

@@ -222,6 +222,36 @@ impl<M: PhysMap, C: Cpu, W: Watch, L: RawLock + 'static, K: CpuCall, P: Pressure
         }
     }
 
+    /// As [`Buddy::alloc_bulk`].
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`] where not even the first block could be given.
+    #[track_caller]
+    pub fn alloc_bulk(
+        &self,
+        request: &FrameRequest,
+        count: usize,
+        mut give: impl FnMut(OwnedFrame),
+    ) -> Result<usize, AllocError> {
+        let by = Location::caller();
+        self.buddy.alloc_bulk(request, count, |frame| {
+            self.taken(&frame, by);
+            give(frame);
+        })
+    }
+
+    /// As [`Buddy::free_bulk`]; a wrong free is noted and changes nothing.
+    pub fn free_bulk(&self, blocks: impl IntoIterator<Item = OwnedFrame>) {
+        let right = |block: &OwnedFrame| {
+            let given = self.give(block.first(), block.order());
+            given
+                .inspect_err(|&error| self.refuse(error, block.first(), block.order()))
+                .is_ok()
+        };
+        self.buddy.free_bulk(blocks.into_iter().filter(right));
+    }
+
     /// As [`Buddy::alloc_range`].
     ///
     /// # Errors
@@ -467,11 +497,7 @@ unsafe impl<M: PhysMap, C: Cpu, W: Watch, L: RawLock + 'static, K: CpuCall, P: P
         count: usize,
         give: &mut dyn FnMut(OwnedFrame),
     ) -> Result<usize, AllocError> {
-        let by = Location::caller();
-        self.buddy.alloc_batch(request, count, &mut |frame| {
-            self.taken(&frame, by);
-            give(frame);
-        })
+        self.alloc_bulk(request, count, give)
     }
 
     kmem_hal::forward_nodes!(buddy);
@@ -488,15 +514,7 @@ impl<M: PhysMap, C: Cpu, W: Watch, L: RawLock + 'static, K: CpuCall, P: Pressure
     }
 
     fn free_batch(&self, next: &mut dyn FnMut() -> Option<OwnedFrame>) {
-        self.buddy.free_batch(&mut || {
-            loop {
-                let frame = next()?;
-                match self.give(frame.first(), frame.order()) {
-                    Ok(()) => return Some(frame),
-                    Err(error) => self.refuse(error, frame.first(), frame.order()),
-                }
-            }
-        });
+        self.free_bulk(core::iter::from_fn(next));
     }
 }
 
