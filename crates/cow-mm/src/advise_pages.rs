@@ -77,13 +77,19 @@ impl<E: Env> AddressSpace<'_, E> {
     #[inline(never)]
     fn forget_swapped(&self, range: PageRange) {
         let mut next = Some(range.first());
-        while let Some((page, _)) = next.and_then(|from| self.next_payload(from, range)) {
+        let is_swapped = |payload| matches!(Absent::of(payload), Some(Absent::Swapped(_)));
+        while let Some((page, payload)) = next.and_then(|from| self.next_payload(from, range)) {
             let single = PageRange::single(page);
-            if let Ok(mut cursor) = self.tables().cursor(single) {
+            // Guard regions stay, and pages on their way to another frame.
+            if is_swapped(payload)
+                && let Ok(mut cursor) = self.tables().cursor(single)
+            {
                 let mut gather = self.tables().gather::<1>();
                 // A page that came back meanwhile stays as it is.
                 let mut gone = None;
-                if let (Entry::Payload(_), false) = cursor.look(page) {
+                if let (Entry::Payload(payload), false) = cursor.look(page)
+                    && is_swapped(payload)
+                {
                     let _ = cursor.unmap_with(single, &mut gather, |cleared| {
                         if let Cleared::Payload(_, payload) = cleared {
                             gone = Some(payload);

@@ -159,11 +159,11 @@ impl<'m, E: Env> Mm<'m, E> {
                     let first = Page::new(vma.range.first().number().saturating_add(kept));
                     let gone = first.and_then(|first| PageRange::new(first, vma.range.last()));
                     let Some(gone) = gone else { continue };
-                    if let Err(error) = space.own_ends(gone) {
+                    // Guard regions are the mapping's, not the file's (`zap_drop_markers`).
+                    if let Err(error) = space.empty(&state, gone) {
                         outcome = Err(error);
                         return ControlFlow::Break(());
                     }
-                    space.zap(gone);
                 }
                 ControlFlow::Continue(())
             },

@@ -103,7 +103,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// # Errors
     ///
-    /// [`Errno::EAGAIN`] where not even the frames set aside for it are left.
+    /// [`Errno::ENOMEM`] where not even the frames set aside for it are left.
     #[inline(never)]
     pub(crate) fn empty(&self, state: &State<'m, E>, part: PageRange) -> Result<(), Errno> {
         let mut at = Some(part.first());
@@ -117,7 +117,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 None => Some(part.last()),
             };
             if let Some(range) = last.and_then(|last| PageRange::new(first, last)) {
-                self.own_ends(range).map_err(|_| Errno::EAGAIN)?;
+                self.own_ends(range)?;
                 self.zap(range);
             }
             at = guard.and_then(|guard| guard.checked_add(1));

@@ -79,7 +79,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 }
                 return match vma.is_kernels() {
                     true => Ok(()),
-                    false => self.empty(state, part),
+                    false => self.empty(state, part).map_err(|_| Errno::EAGAIN),
                 };
             }
             Advice::GuardInstall => return self.install_guards(state, vma, part),

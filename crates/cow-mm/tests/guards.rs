@@ -2,9 +2,13 @@
 
 mod common;
 
+use common::changing_file::ChangingFile;
+use common::kept::keep;
 use common::{PAGE, Program, RW, World, check_counters, signal};
-use kmem_cow_mm::{Advice, Errno, MapFlags, MapRequest, Prot, RemapFlags, Signal};
+use kmem_cow_mm::{Advice, Errno, MapFlags, MapRequest, OpenFile, Prot, RemapFlags, Signal};
 use kmem_hal::{FaultCode, Page, VirtAddr};
+use kmem_mock_x86::DiskImage;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 const AT: u64 = 0x1000_0000;
 
@@ -59,6 +63,8 @@ fn a_guard_region_faults_until_it_is_removed() {
         Err(Errno::EFAULT)
     );
     // Advice and rights come and go, the guards stay.
+    space.madvise(AT, 8 * PAGE, Advice::Free).unwrap();
+    assert_eq!(guards(&program, AT, 8), [2, 3]);
     space.madvise(AT, 8 * PAGE, Advice::DontNeed).unwrap();
     space.mprotect(AT, 8 * PAGE, Prot::READ).unwrap();
     space.mprotect(AT, 8 * PAGE, RW).unwrap();
@@ -138,4 +144,54 @@ fn files_and_shared_memory_have_guards_too() {
     }
     program.exit();
     mm.close(open.file);
+}
+
+/// A file that ends where a guard region is takes its pages along, and not the guards.
+#[test]
+fn a_file_that_becomes_shorter_leaves_guards_where_they_are() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let provider: &'static ChangingFile = keep(Box::new(ChangingFile {
+        image: DiskImage::from_bytes(world.machine, &[7; 8 * 4096]),
+        size: AtomicU64::new(8 * PAGE),
+    }));
+    let open = OpenFile {
+        file: mm.open_file(provider, "/data", 0).unwrap(),
+        readable: true,
+        writable: true,
+    };
+    let program = Program::new(mm);
+    for (number, kind) in [(0, MapFlags::PRIVATE), (1, MapFlags::SHARED)] {
+        let request = MapRequest {
+            address: AT + number * 16 * PAGE,
+            flags: kind | MapFlags::FIXED,
+            file: Some(open),
+            ..MapRequest::anonymous(8 * PAGE, RW)
+        };
+        let at = program.space.mmap(&request).unwrap().as_u64();
+        for page in 0..8 {
+            program.store(at + page * PAGE, page).unwrap();
+        }
+        let guard = at + 5 * PAGE;
+        let install = Advice::GuardInstall;
+        program.space.madvise(guard, PAGE, install).unwrap();
+    }
+    let child = program.fork().unwrap();
+    provider.size.store(4 * PAGE, Ordering::SeqCst);
+    mm.truncate_file(open.file).unwrap();
+    for program in [&program, &child] {
+        for at in [AT, AT + 16 * PAGE] {
+            let beyond = at + 6 * PAGE;
+            let refused = Err(signal(Signal::BusError, beyond));
+            assert_eq!(program.load(beyond), refused);
+            assert_eq!(guards(program, at, 6), [5]);
+        }
+        // The pages before the end, of both mappings.
+        assert_eq!(program.space.recount().rss_anon, 4);
+    }
+    child.exit();
+    program.exit();
+    mm.close(open.file);
+    assert_eq!(world.used_frames(), before);
 }
