@@ -1,4 +1,4 @@
-//! Reading and writing files through their page cache, and files that become shorter.
+//! Reading and writing files through their page cache, and files that become shorter or longer.
 //!
 //! What a program reads and writes by calls and what it sees in its mappings are the same frames.
 //!
@@ -40,7 +40,7 @@ impl<'m, E: Env> Mm<'m, E> {
     }
 
     /// Writes bytes of a file from `offset` on, in its page cache, from where they are written back. A file does not grow by it: that is the
-    /// file system's business.
+    /// file system's business, which says so to [`extend_file`](Self::extend_file).
     ///
     /// # Errors
     ///
@@ -129,6 +129,27 @@ impl<'m, E: Env> Mm<'m, E> {
         let inside = (size % PAGE_SIZE) as usize;
         if inside > 0 {
             self.zero_tail(file, size / PAGE_SIZE, inside);
+        }
+        Ok(())
+    }
+
+    /// Takes note that a file's end, which was at `from` bytes, has moved up. Of the page that the old end is in, the bytes beyond it become
+    /// zero: whatever programs stored there through mappings was no part of the file.
+    ///
+    /// The provider says the new size already. Who makes files longer calls this before anybody is told of it: what is written beyond the old
+    /// end before this returns may become zero as well.
+    ///
+    /// Context: as [`truncate_file`](Self::truncate_file).
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EBADF`] where the file is gone.
+    #[doc(alias = "pagecache_isize_extended")]
+    pub fn extend_file(&self, file: FileRef, from: u64) -> Result<(), Errno> {
+        let _held = self.hold(file)?;
+        let inside = (from % PAGE_SIZE) as usize;
+        if inside > 0 {
+            self.zero_tail(file, from / PAGE_SIZE, inside);
         }
         Ok(())
     }

@@ -386,6 +386,11 @@ impl<'m, E: Env> Mm<'m, E> {
         unsafe { pointer.add(start).write_bytes(0, length) }
     }
 
+    /// Fills a frame with zeros from an offset on.
+    pub(crate) fn zero_frame_from(&self, frame: Frame, offset: usize) {
+        self.zero_frame(frame, offset, kmem_hal::PAGE_SIZE as usize);
+    }
+
     /// The frames that all spaces may be told to use: what the map reaches.
     #[must_use]
     pub fn reach(&self) -> FrameRange {

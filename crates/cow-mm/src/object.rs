@@ -207,8 +207,9 @@ impl<'m, E: Env> Mm<'m, E> {
     /// Gives an open handle back; `false`, and nothing is changed, where there is none to give back. Mappings keep the object alive. Handles are
     /// counted and not told apart: who gives one back twice takes another's.
     ///
-    /// With the last of both the cache goes. Transfers that are under way are waited for; pages that are dirty are not written, so
-    /// [`sync_file`](Self::sync_file) comes first where their bytes are to last.
+    /// With the last of both, whichever it is, the cache goes: pages that are dirty are written first, and transfers waited for. A write that
+    /// fails then is only counted ([`Events::write_errors`](crate::Events)); [`sync_file`](Self::sync_file) before tells of it. What is
+    /// written through a [`Pin`](crate::Pin) after that reaches nobody.
     pub fn close(&self, file: FileRef) -> bool {
         let Ok(_held) = self.hold(file) else {
             return false;
@@ -327,7 +328,7 @@ impl<'m, E: Env> Mm<'m, E> {
         self.object(file).references.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Takes a reference away; the last one ends the object and frees its pages, once the provider has let go of them.
+    /// Takes a reference away; the last one ends the object and frees its pages, once the provider has their bytes and has let go of them.
     pub(crate) fn put_object(&self, file: FileRef) {
         if self.object(file).references.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;

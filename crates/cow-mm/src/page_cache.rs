@@ -248,7 +248,8 @@ impl<'m, E: Env> Mm<'m, E> {
         Ok(())
     }
 
-    /// Fills a page with zeros from an offset on, if the tree has it; one that is on its way when it is there.
+    /// Fills a page with zeros from an offset on, if the tree has it; one that is on its way when it is there. The provider gets the zeros too,
+    /// with the next write-back.
     pub(crate) fn zero_tail(&self, file: FileRef, index: u64, from: usize) {
         let object = self.object(file);
         let Some(page) = Page::new(index) else { return };
@@ -257,13 +258,21 @@ impl<'m, E: Env> Mm<'m, E> {
             let Some(frame) = pages.get(page).and_then(|entry| entry.value.frame()) else {
                 return;
             };
-            let Some(ticket) = self.pending_read(object, page, frame) else {
-                // The tree's lock keeps its reference of the page.
-                self.zero_frame(frame, from, PAGE_SIZE as usize - from);
-                return;
+            // The tree's lock keeps its reference of the page.
+            let slot = self.slot(frame);
+            let waits = match self.pending_read(object, page, frame) {
+                Some(ticket) => Waits::ForTransfer(ticket),
+                None if slot.try_lock() => {
+                    self.zero_frame_from(frame, from);
+                    slot.set_flags(SlotFlags::DIRTY);
+                    slot.unlock();
+                    return;
+                }
+                // An eviction, a move or a write-back, which may have asked for the size before that changed.
+                None => Waits::ForLock,
             };
             drop(pages);
-            self.env().wait(ticket);
+            self.wait_for(waits);
         }
     }
 
@@ -327,9 +336,10 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
-    /// Waits until the provider has let go of every page of an object that nobody else reaches any more.
+    /// Writes what is dirty of an object that nobody else reaches any more, and waits until the provider has let go of every page. Bytes
+    /// whose write fails are lost; the failure is counted.
     ///
-    /// Takes no page's lock: who evicts a page may hold it, and the object's last reference.
+    /// Takes no lock: nobody maps the pages, and who evicts one may hold its lock, and the object's last reference.
     pub(crate) fn end_transfers(&self, object: &Object<E::Nodes, E::Lock>) {
         if self.provider(object).is_none() {
             return;
@@ -341,7 +351,13 @@ impl<'m, E: Env> Mm<'m, E> {
             while let Some(ticket) = self.pending_write(object, frame) {
                 self.env().wait(ticket);
             }
-            while let Some(ticket) = self.pending_read(object, entry.range.first(), frame) {
+            let index = entry.range.first();
+            while let Ok(IoState::Pending(ticket)) =
+                self.write_locked(object, index.number(), frame)
+            {
+                self.env().wait(ticket);
+            }
+            while let Some(ticket) = self.pending_read(object, index, frame) {
                 self.env().wait(ticket);
             }
         }

@@ -6,13 +6,15 @@
 //! ```
 //!
 //! Invariants (`I2` and `I3` of the page cache)
-//! - `W1`: whoever starts a page's write holds the page's lock; nobody waits for a device with it.
+//! - `W1`: whoever starts a page's write holds the page's lock, or the object's last reference; nobody waits for a device with that lock.
 //! - `W2`: `DIRTY` goes before the mappings are made clean, and comes back where the provider failed.
+//! - `W3`: the bytes beyond the file's end are zero when a write is submitted. The size is asked for with the page's lock held, which
+//!   [`Mm::extend_file`] takes: so nothing is zeroed that was written after the file grew.
 //!
 //! Source: Linux `mm/page-writeback.c` (`folio_clear_dirty_for_io`, `filemap_write_and_wait_range`).
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{Frame, IoError, IoState, IoTicket, PageRange, SlotFlags};
+use kmem_hal::{Frame, IoError, IoState, IoTicket, PAGE_SIZE, PageRange, SlotFlags};
 
 use crate::env::Env;
 use crate::errno::Errno;
@@ -80,7 +82,7 @@ impl<E: Env> Mm<'_, E> {
         })
     }
 
-    /// As [`write_page`](Self::write_page), with the page's lock held.
+    /// As [`write_page`](Self::write_page), with the page's lock held, or the object to the caller alone.
     pub(crate) fn write_locked(
         &self,
         object: &Object<E::Nodes, E::Lock>,
@@ -108,6 +110,11 @@ impl<E: Env> Mm<'_, E> {
         // Off first: what is written after the mappings are made clean faults, and says "dirty" again.
         slot.clear_flags(SlotFlags::DIRTY);
         self.clean_mappings(frame);
+        // What programs stored beyond the end through mappings is nobody's, and must not come back when the file grows.
+        let size = object.size();
+        if index == size / PAGE_SIZE {
+            self.zero_frame_from(frame, (size % PAGE_SIZE) as usize);
+        }
         slot.set_flags(SlotFlags::WRITEBACK);
         self.count(|counts| &counts.written_back);
         self.note_write(frame, provider.write(index, frame))

@@ -50,6 +50,10 @@ impl core::error::Error for IoError {}
 
 /// The pages of a file, by index.
 ///
+/// What of a page lies past the file's end is zero when its write is submitted; programs that map the page may store there until the write is
+/// done. So a file that grows shows zeros where its old end was, whether a provider keeps whole pages or the bytes of the file alone, if its
+/// cache is told (`Mm::extend_file` of `kmem-cow-mm`).
+///
 /// # Safety
 ///
 /// - `W1`: from submission of a read until it is done, only the provider writes to the frame.

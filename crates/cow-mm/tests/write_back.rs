@@ -1,0 +1,146 @@
+//! What was written to a file reaches its provider whoever lets go of it last, and nothing beyond the file's end does.
+
+mod common;
+
+use common::changing_file::ChangingFile;
+use common::kept::keep;
+use common::{PAGE, Program, RW, World};
+use kmem_cow_mm::{MapFlags, Mm, OpenFile, Prot};
+use kmem_mock_x86::DiskImage;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// A file of so many bytes, on a disk with room for more.
+fn file_of(
+    world: &'static World,
+    mm: &'static Mm<'static, World>,
+    size: u64,
+) -> (&'static ChangingFile, OpenFile) {
+    let room = vec![7; 4 * PAGE as usize];
+    let provider: &'static ChangingFile = keep(Box::new(ChangingFile {
+        image: DiskImage::from_bytes(world.machine, &room),
+        size: AtomicU64::new(size),
+    }));
+    let open = OpenFile {
+        file: mm.open_file(provider, "/data", 0).unwrap(),
+        readable: true,
+        writable: true,
+    };
+    (provider, open)
+}
+
+/// The word at an offset of a file, as somebody reads it who opens it anew.
+fn reopened(mm: &'static Mm<'static, World>, provider: &'static ChangingFile, offset: u64) -> u64 {
+    let file = mm.open_file(provider, "/data", 0).unwrap();
+    let mut word = [0; 8];
+    while mm.read_file(file, offset, &mut word).unwrap().bytes < 8 {}
+    assert!(mm.close(file));
+    u64::from_le_bytes(word)
+}
+
+#[test]
+fn who_lets_go_of_a_file_last_writes_it() {
+    for (latency, exits) in [(0, false), (3, false), (0, true), (3, true)] {
+        let world = World::new();
+        let mm = world.mm();
+        let before = world.used_frames();
+        let (provider, file) = file_of(world, mm, 4 * PAGE);
+        provider.image.set_latency(latency);
+        let program = Program::new(mm);
+        let start = program.map_file(file, 4, RW, MapFlags::SHARED);
+        program.store(start, 1).unwrap();
+        assert!(mm.close(file.file), "mapped, and closed");
+        program.store(start + 2 * PAGE, 2).unwrap();
+        let written = mm.events().written_back;
+        if exits {
+            program.exit();
+        } else {
+            program.space.munmap(start, 4 * PAGE).unwrap();
+            program.exit();
+        }
+        assert_eq!(mm.events().written_back - written, 2, "clean pages are not");
+        assert_eq!(reopened(mm, provider, 0), 1);
+        assert_eq!(reopened(mm, provider, 2 * PAGE), 2);
+        assert_eq!(world.used_frames(), before);
+    }
+}
+
+#[test]
+fn who_closes_a_file_that_nobody_maps_writes_it() {
+    let world = World::new();
+    let mm = world.mm();
+    let (provider, file) = file_of(world, mm, 2 * PAGE);
+    while mm.write_file(file.file, PAGE, &[9; 8]).unwrap().bytes < 8 {}
+    assert!(mm.close(file.file));
+    assert_eq!(reopened(mm, provider, PAGE), 0x0909_0909_0909_0909);
+}
+
+#[test]
+fn a_last_write_that_fails_is_counted() {
+    let world = World::new();
+    let mm = world.mm();
+    let before = world.used_frames();
+    let (provider, file) = file_of(world, mm, 2 * PAGE);
+    let program = Program::new(mm);
+    let start = program.map_file(file, 2, RW, MapFlags::SHARED);
+    program.store(start, 1).unwrap();
+    program.store(start + PAGE, 2).unwrap();
+    assert!(mm.close(file.file));
+    provider.image.fail_at(1);
+    program.exit();
+    assert_eq!(mm.events().write_errors, 1);
+    assert_eq!(reopened(mm, provider, PAGE), 2, "the others are written");
+    assert_eq!(world.used_frames(), before);
+}
+
+#[test]
+fn bytes_beyond_the_end_do_not_come_back_when_a_file_grows() {
+    let world = World::new();
+    let mm = world.mm();
+    let (provider, file) = file_of(world, mm, 100);
+    let program = Program::new(mm);
+    let start = program.map_file(file, 1, RW, MapFlags::SHARED);
+    program.store(start + 8, 5).unwrap();
+    program.store(start + 2000, 6).unwrap();
+    program.space.msync(start, PAGE).unwrap();
+    assert!(mm.close(file.file));
+    program.exit();
+    provider.size.store(PAGE, Ordering::SeqCst);
+    assert_eq!(reopened(mm, provider, 8), 5);
+    assert_eq!(reopened(mm, provider, 2000), 0);
+}
+
+#[test]
+fn a_file_that_grows_shows_zeros_though_its_page_is_mapped() {
+    let world = World::new();
+    let mm = world.mm();
+    let (provider, file) = file_of(world, mm, 100);
+    let program = Program::new(mm);
+    let start = program.map_file(file, 2, RW, MapFlags::SHARED);
+    let other = program.map_file(file, 2, Prot::READ, MapFlags::PRIVATE);
+    program.store(start + 8, 5).unwrap();
+    program.store(start + 2000, 6).unwrap();
+    provider.image.set_latency(3);
+    provider.size.store(2 * PAGE, Ordering::SeqCst);
+    mm.extend_file(file.file, 100).unwrap();
+    for at in [start, other] {
+        assert_eq!(program.load(at + 8), Ok(5));
+        assert_eq!(program.load(at + 2000), Ok(0));
+    }
+    // What is written from now on is the file's.
+    program.store(start + 3000, 7).unwrap();
+    mm.sync_file(file.file).unwrap();
+    assert!(mm.close(file.file));
+    program.exit();
+    assert_eq!(reopened(mm, provider, 2000), 0);
+    assert_eq!(reopened(mm, provider, 3000), 7);
+    // One that ended with a page has nothing behind its end.
+    let (provider, file) = file_of(world, mm, PAGE);
+    provider.size.store(2 * PAGE, Ordering::SeqCst);
+    mm.extend_file(file.file, PAGE).unwrap();
+    assert_eq!(mm.cached_pages(file.file), 0);
+    assert!(mm.close(file.file));
+    assert_eq!(
+        mm.extend_file(file.file, 100),
+        Err(kmem_cow_mm::Errno::EBADF)
+    );
+}
