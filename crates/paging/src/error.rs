@@ -67,6 +67,11 @@ pub enum ChangeError {
     },
     /// No frame for the table that a huge leaf must be split into. Nothing changed.
     Memory(AllocError),
+    /// A huge leaf that the range covers in part cannot be split, as no smaller leaf can name its frames (PSE-36 above 4 GiB). Nothing changed.
+    Indivisible {
+        /// The first page of the leaf.
+        at: Page,
+    },
     /// The format cannot say what a leaf should become. What is below `at` was done.
     Unencodable {
         /// The page of the leaf.
@@ -92,6 +97,11 @@ pub enum MoveError {
     Occupied,
     /// No frame for a table. Nothing changed.
     Memory(AllocError),
+    /// A huge leaf that cannot be moved whole cannot be split, as no smaller leaf can name its frames (PSE-36 above 4 GiB). Nothing changed.
+    Indivisible {
+        /// The first page of the leaf.
+        at: Page,
+    },
     /// The table of page `at` is shared with another space: [`unshare`](crate::Cursor::unshare) it first. Nothing changed.
     Shared {
         /// A page of the table.
@@ -107,7 +117,8 @@ pub enum HugeError {
     OutOfRange,
     /// The gather belongs to another table.
     ForeignGather,
-    /// There is no leaf of that order to split, or no full table of equal, consecutive leaves to merge.
+    /// There is no leaf of that order to split, or none whose frames smaller leaves can name (PSE-36 above 4 GiB); or no full table of equal,
+    /// consecutive leaves to merge.
     NotPossible,
     /// No frame for a table.
     Memory(AllocError),
@@ -154,8 +165,8 @@ pub enum ForkError {
     Range(RangeError),
     /// No frame for the child's tables. Nothing changed.
     Memory(AllocError),
-    /// The callback stopped, or the child had something mapped, at this page, or other spaces share the table of a huge leaf that would have
-    /// to be split. What is below was copied.
+    /// The callback stopped, or the child had something mapped, at this page, or a huge leaf would have to be split that cannot be, or whose table
+    /// other spaces share. What is below was copied.
     Stopped {
         /// The first page that was not copied.
         at: Page,
@@ -215,6 +226,7 @@ errors! {
         Self::ForeignGather => "the gather belongs to another table";
         Self::Full { next } => "the gather is full at page {}", next;
         Self::Memory(error) => "no frame to split a huge leaf: {}", error;
+        Self::Indivisible { at } => "the huge leaf of page {} has frames that small leaves cannot name", at;
         Self::Unencodable { at } => "the page-table format cannot express the change at page {}", at;
         Self::Shared { at } => "the table of page {} is shared with another space", at;
     }
@@ -223,6 +235,7 @@ errors! {
         Self::ForeignGather => "the gather belongs to another table";
         Self::Occupied => "something is mapped at the target";
         Self::Memory(error) => "no frame for a page table: {}", error;
+        Self::Indivisible { at } => "the huge leaf of page {} has frames that small leaves cannot name", at;
         Self::Shared { at } => "the table of page {} is shared with another space", at;
     }
     HugeError {

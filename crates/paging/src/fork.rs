@@ -21,7 +21,7 @@ use kmem_hal::{Page, PageRange, Trace, TraceEvent};
 
 use crate::attributes::{Attributes, Leaf, Payload};
 use crate::cursor::{
-    Change, Cursor, Divisible, Restricted, Unencodable, change_entry, mark_shared,
+    Change, Cursor, Divisible, Restricted, SplitError, Unencodable, change_entry, mark_shared,
 };
 use crate::env::Env;
 use crate::error::{ForkError, HugeError};
@@ -246,14 +246,17 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
         let mut parent = Cursor::new(self, range);
         let mut child = Cursor::new(child, range);
         let memory = |error| (ForkError::Memory(error), None);
-        let cuts = parent.reserve_cuts().map_err(memory)?;
+        let at = range.first();
+        let cuts = parent.reserve_cuts().map_err(|error| match error {
+            SplitError::Memory(error) => memory(error),
+            SplitError::Indivisible(_) => (ForkError::Stopped { at }, None),
+        })?;
         if most == 0 && !mutant!("fork-reserves-nothing") {
             child
                 .fill_reserve(parent.tables_in_range() + cuts)
                 .map_err(memory)?;
         }
         if cuts > 0 && !mutant!("fork-cuts-no-leaf") {
-            let at = range.first();
             parent.cut_ends(gather).map_err(|error| match error {
                 HugeError::Memory(error) => memory(error),
                 _ => (ForkError::Stopped { at }, None),

@@ -121,6 +121,7 @@ fn trials() -> Vec<Trial> {
     random(Kind::Pae, 2, 200);
     random(Kind::TwoLevel, 3, 200);
     random(Kind::La57, 4, 200);
+    random(Kind::Pse36, 6, 200);
     random(Kind::Absent, 5, 200);
     for &(name, run) in directed::ALL {
         trials.push((name.to_owned(), Box::new(move |_| run())));

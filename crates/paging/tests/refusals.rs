@@ -7,10 +7,10 @@
 mod machine;
 
 use kmem_hal::{DeviceFrame, Frame, Order, Page, PageRange, VirtAddr};
-use kmem_paging::format::{Format, X86_64, X86TwoLevel};
+use kmem_paging::format::{Format, X86_64, X86Pse36, X86TwoLevel};
 use kmem_paging::{
-    Attributes, ChangeError, Entry, ForkStep, MapError, PageTable, Payload, RangeError, Rights,
-    TableError, UnshareError, UnshareStep,
+    Attributes, ChangeError, Entry, ForkError, ForkStep, HugeError, MapError, MoveError, PageTable,
+    Payload, RangeError, Rights, TableError, UnshareError, UnshareStep,
 };
 use machine::{Machine, TestEnv};
 
@@ -356,4 +356,74 @@ fn a_page_beyond_the_format_is_not_the_page_below_it() {
         RangeError::NotCanonical
     );
     finish(&machine, [table]);
+}
+
+/// With PSE-36 a leaf of 4 MiB names frames that no small leaf can name: it is unmapped, protected and moved whole, or not at all.
+#[test]
+fn a_leaf_whose_parts_cannot_be_named_is_not_split() {
+    let machine = Machine::new(64);
+    let table = TableOf::<X86Pse36>::new(machine.env()).unwrap();
+    let child = TableOf::<X86Pse36>::new(machine.env()).unwrap();
+    let (first, size) = (0x800, 1 << 10);
+    let high = Frame::from_number(1 << 20);
+    let order = Order::new(10).unwrap();
+    let both = pages(first, 2 * size);
+    let block = |frame| DeviceFrame::new(frame, order).unwrap();
+    let mut cursor = table.cursor(both).unwrap();
+    cursor
+        .map(page(first), block(high), Rights::USER_DATA)
+        .unwrap();
+    cursor
+        .map(
+            page(first + size),
+            block(Frame::from_number((1 << 20) - size)),
+            Rights::USER_DATA,
+        )
+        .unwrap();
+    let mut gather = table.gather::<8>();
+    let at = page(first);
+    assert_eq!(cursor.split(at, &mut gather), Err(HugeError::NotPossible));
+    let refused = Err(ChangeError::Indivisible { at });
+    // One page, the beginning, and the end of a range that goes on.
+    for part in [
+        pages(first + 7, 1),
+        pages(first, 7),
+        pages(first + 7, 2 * size - 7),
+    ] {
+        assert_eq!(cursor.protect(part, Rights::READ, &mut gather), refused);
+        assert_eq!(cursor.unmap(part, &mut gather), refused);
+        assert_eq!(
+            cursor.update(part, &mut gather, |leaf| Some(leaf.attributes)),
+            refused
+        );
+        cursor.release();
+        let step = |_| ForkStep::Stop;
+        let forked = table.fork_into(&child, part, &mut gather, step);
+        let at = part.first();
+        assert_eq!(forked, Err((ForkError::Stopped { at }, None)));
+    }
+    // To where it fits whole but for the end, and to where it would have to be cut all over.
+    for (count, to) in [(size - 1, 0x4000), (2 * size, 0x4001)] {
+        let moved = table.move_range(pages(first, count), page(to), &mut gather);
+        assert_eq!(moved, Err(MoveError::Indivisible { at }));
+    }
+    let found = table.query(at).leaf().unwrap();
+    assert_eq!((found.frame, found.order), (high, order));
+    assert!(gather.is_empty() && found.is_writable());
+    assert_eq!((table.table_count(), child.table_count()), (1, 1));
+    // Whole, and below 4 GiB, everything goes.
+    let moved = table.move_range(pages(first, size), page(0x4000), &mut gather);
+    assert_eq!(moved, Ok(size));
+    let last = first + 2 * size - 1;
+    assert_eq!(cursor.unmap(pages(last, 1), &mut gather), Ok(1));
+    drop(cursor);
+    gather.commit(drop);
+    drop(gather);
+    let leaf = table.query(page(last - 1)).leaf().unwrap();
+    assert_eq!(leaf.frame.number(), (1 << 20) - 2);
+    for table in [table, child] {
+        table.destroy(|_, _| {}, |_, _| {});
+    }
+    kmem_paging::TableCache::shrink(machine.env(), usize::MAX);
+    assert_eq!(machine.frames.out(), 0, "tables leaked");
 }

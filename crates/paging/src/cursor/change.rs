@@ -216,7 +216,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     ///
     /// # Errors
     ///
-    /// [`ChangeError::Memory`] where a huge leaf cannot be split; nothing changed. [`ChangeError::Unencodable`] where the
+    /// [`ChangeError::Memory`] and [`ChangeError::Indivisible`] where a huge leaf cannot be split; nothing changed. [`ChangeError::Unencodable`] where the
     /// format cannot say what `change` asked for, and [`ChangeError::Shared`] where another space shares the table; what is below was
     /// changed. The others change nothing; it is never [`ChangeError::Full`].
     ///
@@ -296,8 +296,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
                 Step::Done => return Ok(pages),
                 Step::Next(next) => page = next,
                 Step::Split(next) => {
-                    self.split_held(Page::from_number(next), gather)
-                        .map_err(ChangeError::Memory)?;
+                    self.split_held(Page::from_number(next), gather)?;
                     page = next;
                 }
                 Step::Unencodable(at) => {

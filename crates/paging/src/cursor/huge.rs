@@ -11,9 +11,9 @@
 use kmem_hal::{AllocError, DeviceFrame, Frame, FrameHandle, Order, OwnedFrame, Page, PageRange};
 
 use super::Cursor;
-use crate::attributes::{Attributes, Rights};
+use crate::attributes::{Attributes, Leaf, Rights};
 use crate::env::Env;
-use crate::error::HugeError;
+use crate::error::{ChangeError, HugeError, MoveError};
 use crate::format::{Format, Kind, leaf_level, level};
 use crate::gather::{Gather, Stale};
 use crate::mutants::mutant;
@@ -37,6 +37,59 @@ pub unsafe trait Divisible: FrameHandle {}
 unsafe impl Divisible for OwnedFrame {}
 // SAFETY: D1: nothing is owned.
 unsafe impl Divisible for DeviceFrame {}
+
+/// Why a huge leaf is not split.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum SplitError {
+    /// No frame for the table.
+    Memory(AllocError),
+    /// Smaller leaves cannot say what that of this page says: their frames are too high (PSE-36).
+    Indivisible(Page),
+}
+
+impl From<AllocError> for SplitError {
+    fn from(error: AllocError) -> Self {
+        Self::Memory(error)
+    }
+}
+
+impl From<SplitError> for HugeError {
+    fn from(error: SplitError) -> Self {
+        match error {
+            SplitError::Memory(error) => Self::Memory(error),
+            SplitError::Indivisible(_) => Self::NotPossible,
+        }
+    }
+}
+
+impl From<SplitError> for ChangeError {
+    fn from(error: SplitError) -> Self {
+        match error {
+            SplitError::Memory(error) => Self::Memory(error),
+            SplitError::Indivisible(at) => Self::Indivisible { at },
+        }
+    }
+}
+
+impl From<SplitError> for MoveError {
+    fn from(error: SplitError) -> Self {
+        match error {
+            SplitError::Memory(error) => Self::Memory(error),
+            SplitError::Indivisible(at) => Self::Indivisible { at },
+        }
+    }
+}
+
+/// Whether leaves of level `part` can say what a larger one says.
+pub(super) fn check_parts<F: Format>(leaf: &Leaf, part: usize) -> Result<(), SplitError> {
+    let last = leaf.order.frames() - level::<F>(part).order().frames();
+    let last = Frame::from_number(leaf.frame.number() + last);
+    if F::can_encode(part, last, &leaf.attributes) || mutant!("split-cuts-frames-off") {
+        Ok(())
+    } else {
+        Err(SplitError::Indivisible(leaf.page))
+    }
+}
 
 impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// Splits the huge leaf that covers `page` into leaves of the next smaller size. Translations stay as they are.
@@ -79,7 +132,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         if node.level == 1 || node.kind(word) != Kind::Leaf {
             return Err(HugeError::NotPossible);
         }
-        self.split_held(page, gather).map_err(HugeError::Memory)
+        Ok(self.split_held(page, gather)?)
     }
 
     /// Splits the leaf of `page` in the held table, which is above level 1.
@@ -87,12 +140,15 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         &mut self,
         page: Page,
         gather: &mut Gather<'_, F, E, H, N>,
-    ) -> Result<(), AllocError> {
+    ) -> Result<(), SplitError> {
         let node = self.seek(page, 1);
         let index = index_at::<F>(page.number(), node.level);
         let mut word = node.load(index);
         if node.level == 1 || node.kind(word) != Kind::Leaf {
             return Ok(());
+        }
+        if let Entry::Leaf(leaf) = decode::<F>(page, node.level, word) {
+            check_parts::<F>(&leaf, node.level - 1)?;
         }
         let table = self.make_table(node.level - 1, page)?;
         let entries = level::<F>(table.level).entries();
@@ -129,9 +185,9 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         Ok(())
     }
 
-    /// Takes the frames for the tables that `range`'s two ends need, where they cut huge leaves.
+    /// Takes the frames for the tables that `range`'s two ends need, where they cut huge leaves, which can be split.
     #[inline(always)]
-    pub(super) fn reserve_splits(&mut self, range: PageRange) -> Result<(), AllocError> {
+    pub(super) fn reserve_splits(&mut self, range: PageRange) -> Result<(), SplitError> {
         if self.held_leaves(range).is_some() {
             // A leaf table: nothing huge is in the range.
             return Ok(());
@@ -139,17 +195,17 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         self.reserve_splits_slowly(range)
     }
 
-    fn reserve_splits_slowly(&mut self, range: PageRange) -> Result<(), AllocError> {
-        let first = self.splits_at(range.first(), range.first().number());
-        let last = self.splits_at(range.last(), range.last().number().wrapping_add(1));
+    fn reserve_splits_slowly(&mut self, range: PageRange) -> Result<(), SplitError> {
+        let first = self.splits_at(range.first(), range.first().number())?;
+        let last = self.splits_at(range.last(), range.last().number().wrapping_add(1))?;
         if first + last == 0 || mutant!("split-reserves-nothing") {
             return Ok(());
         }
-        self.reserve.fill::<F>(first + last)
+        Ok(self.reserve.fill::<F>(first + last)?)
     }
 
     /// Takes the frames for the tables that the two ends of the cursor's range need, where they cut huge leaves; gives how many.
-    pub(crate) fn reserve_cuts(&mut self) -> Result<usize, AllocError> {
+    pub(crate) fn reserve_cuts(&mut self) -> Result<usize, SplitError> {
         self.reserve_splits(self.range)?;
         Ok(self.reserve.length())
     }
@@ -171,8 +227,8 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         Ok(())
     }
 
-    /// How many tables it takes until `boundary` is between two leaves at `page`.
-    fn splits_at(&self, page: Page, boundary: u64) -> usize {
+    /// How many tables it takes until `boundary` is between two leaves at `page`, where those can be split.
+    pub(super) fn splits_at(&self, page: Page, boundary: u64) -> Result<usize, SplitError> {
         let levels = self.table.levels();
         let cuts = |number| {
             let level = level::<F>(number);
@@ -180,17 +236,20 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         };
         if !(2..=levels).any(cuts) {
             // Aligned for every leaf that there may be.
-            return 0;
+            return Ok(0);
         }
         let Entry::Leaf(leaf) = self.table.query(page) else {
-            return 0;
+            return Ok(0);
         };
-        let Some(top) = leaf_level::<F>(levels, leaf.order) else {
-            return 0;
-        };
-        (2..=top)
-            .filter(|&number| boundary & (level::<F>(number).order().frames() - 1) != 0)
-            .count()
+        let top = leaf_level::<F>(levels, leaf.order).unwrap_or(1);
+        let mut tables = 0;
+        for number in 2..=top {
+            if boundary & (level::<F>(number).order().frames() - 1) != 0 {
+                check_parts::<F>(&leaf, number - 1)?;
+                tables += 1;
+            }
+        }
+        Ok(tables)
     }
 
     /// Puts one leaf of `order` where a full table of leaves of the next smaller size is, that map consecutive frames of

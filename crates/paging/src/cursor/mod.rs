@@ -52,6 +52,7 @@ use kmem_hal::{Frame, FrameHandle, Grace, Page, PageRange};
 pub use foreign::ForeignFlush;
 pub use harvest::{Harvest, Harvested};
 pub use huge::Divisible;
+pub(crate) use huge::SplitError;
 pub(crate) use leaf::{Change, Restricted, Unencodable, change_entry};
 pub use map::MapStopped;
 pub use replace::Replaced;

@@ -8,11 +8,12 @@
 //!
 //! Context: the caller keeps faults and other changes away from both ranges (the address space's write lock).
 
-use kmem_hal::{Order, Page, PageRange, Trace, TraceEvent};
+use kmem_hal::{Frame, Order, Page, PageRange, Trace, TraceEvent};
 
+use super::huge::{SplitError, check_parts};
 use super::share::Shared;
 use super::{Cursor, Divisible, Run};
-use crate::attributes::Rights;
+use crate::attributes::{Leaf, Rights};
 use crate::env::Env;
 use crate::error::{MapError, MoveError};
 use crate::format::{Format, Kind, leaf_level, level};
@@ -70,7 +71,7 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
         sink.release();
         source.own_range()?;
         sink.own_range()?;
-        let splits = source.splits_to_move(target);
+        let splits = source.splits_to_move(target)?;
         source.fill_reserve(splits).map_err(MoveError::Memory)?;
         sink.fill_reserve(if mutant!("move-forgets-tables") {
             0
@@ -161,11 +162,13 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         }
     }
 
-    /// How many tables it takes to split every huge leaf that cannot be moved whole to `target`.
-    fn splits_to_move(&mut self, target: PageRange) -> usize {
+    /// How many tables it takes to split every huge leaf that cannot be moved whole to `target`, where each can be split.
+    fn splits_to_move(&mut self, target: PageRange) -> Result<usize, SplitError> {
         let from = self.range;
         let distance = target.first().number().wrapping_sub(from.first().number());
         let levels = self.table.levels();
+        self.splits_at(from.first(), from.first().number())?;
+        self.splits_at(from.last(), from.last().number().wrapping_add(1))?;
         let mut splits = 0;
         self.move_to(from.first());
         while let Some(run) = self.next_run() {
@@ -179,10 +182,18 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             let Some(number) = leaf_level::<F>(levels, first.order) else {
                 continue;
             };
+            // The one with the highest frames.
+            let before = range.count() - first.order.frames();
+            let last = Leaf {
+                page: Page::from_number(first.page.number() + before),
+                frame: Frame::from_number(first.frame.number() + before),
+                ..first
+            };
             // Down to the size that fits the distance, everywhere ...
             let mut tables = leaves;
             for number in (2..=number).rev() {
                 if distance & (level::<F>(number).order().frames() - 1) != 0 {
+                    check_parts::<F>(&last, number - 1)?;
                     splits += tables;
                     tables *= level::<F>(number - 1).entries();
                 }
@@ -193,7 +204,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             }
         }
         self.release();
-        splits
+        Ok(splits)
     }
 
     /// Splits every huge leaf that cannot be moved whole to `target`.
@@ -221,8 +232,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             };
             let whole = from.contains_range(leaf.range());
             if leaf.order > Order::ZERO && (!whole || distance & (leaf.order.frames() - 1) != 0) {
-                self.split_held(Page::from_number(page), gather)
-                    .map_err(MoveError::Memory)?;
+                self.split_held(Page::from_number(page), gather)?;
                 continue;
             }
             if leaf.range().last() >= from.last() {

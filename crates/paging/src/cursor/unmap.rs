@@ -171,7 +171,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     /// # Errors
     ///
     /// [`ChangeError::Full`] where the gather has no room: commit it and call again from `next`.
-    /// [`ChangeError::Memory`] where a huge leaf cannot be split; nothing changed. [`ChangeError::Shared`] where another space shares a table
+    /// [`ChangeError::Memory`] and [`ChangeError::Indivisible`] where a huge leaf cannot be split; nothing changed. [`ChangeError::Shared`] where another space shares a table
     /// of the range: what is below its page was done. The others change nothing.
     ///
     /// # Examples
@@ -222,7 +222,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         if !gather.belongs_to(self.table) {
             return Err(ChangeError::ForeignGather);
         }
-        self.reserve_splits(range).map_err(ChangeError::Memory)
+        Ok(self.reserve_splits(range)?)
     }
 
     /// Clears what one table has of the range from `page` on; gives where to go on.
@@ -242,8 +242,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             self.clear(&node, page, range, gather, visit, pages)
         };
         if let Step::Split(page) = step {
-            self.split_held(Page::from_number(page), gather)
-                .map_err(ChangeError::Memory)?;
+            self.split_held(Page::from_number(page), gather)?;
         } else if node.live() == 0 && node.level < self.table.levels() {
             self.prune(gather);
         }

@@ -19,11 +19,13 @@ mod world;
 
 use kmem_hal::{FrameRequest, FrameSink, FrameSource, Mmu, Order, Page, PageRange};
 use kmem_mock_x86::{AccessKind, Registers};
-use kmem_paging::format::{Format, X86_64, X86_64La57, X86Pae, X86TwoLevel};
-use kmem_paging::{Cleared, ForkItem, ForkStep, RangeError, Rights, TableCache, TableError};
+use kmem_paging::format::{Format, X86_64, X86_64La57, X86Pae, X86Pse36, X86TwoLevel};
+use kmem_paging::{
+    ChangeError, Cleared, ForkItem, ForkStep, RangeError, Rights, TableCache, TableError,
+};
 
 use modes::Kind;
-use world::{Table, World, env};
+use world::{Table, World, env, env_with};
 
 fn agree<F: Format>(registers: Registers) {
     for seed in 0..6 {
@@ -64,6 +66,79 @@ fn pae_agrees_with_the_manual() {
 #[test]
 fn two_levels_agree_with_the_manual() {
     agree::<X86TwoLevel>(Kind::TwoLevel.registers());
+}
+
+/// Leaves of 4 MiB above 4 GiB, beside pages that come and go below: as a whole they do what others do, and no part of them is changed.
+#[test]
+fn leaves_above_4_gib_agree_with_the_manual() {
+    for seed in 0..6 {
+        let memory = modes::memory::<X86Pse36>();
+        let env = env_with(memory, Kind::Pse36.registers(), 2, seed, 0);
+        let mut world = World::<X86Pse36>::new(env, seed);
+        let all = world.range(0x8_0000, 1 << 10);
+        let block = FrameRequest::new(Order::new(10).unwrap());
+        let mut low = Vec::new();
+        let high = loop {
+            let block = env.pool.alloc(&block).unwrap();
+            if block.first().number() >= 1 << 20 {
+                break block;
+            }
+            low.push(block);
+        };
+        low.into_iter().for_each(|block| env.pool.free(block));
+        let base = high.first().number();
+        let mut cursor = world.table.cursor(all).unwrap();
+        cursor
+            .map(all.first(), high, Rights::USER_DATA)
+            .map_err(|(error, _)| error)
+            .unwrap();
+        drop(cursor);
+        agree_high(&mut world, all, Some((base, Rights::USER_DATA)));
+        let mut gather = world.table.gather::<4>();
+        let one = world.range(all.first().number() + 7, 1);
+        let refused = Err(ChangeError::Indivisible { at: all.first() });
+        let mut cursor = world.table.cursor(all).unwrap();
+        assert_eq!(cursor.protect(one, Rights::USER_CODE, &mut gather), refused);
+        assert_eq!(cursor.unmap(one, &mut gather), refused);
+        drop(cursor);
+        gather.commit(drop);
+        drop(gather);
+        agree_high(&mut world, all, Some((base, Rights::USER_DATA)));
+        let mut gather = world.table.gather::<4>();
+        let mut cursor = world.table.cursor(all).unwrap();
+        let protected = cursor.protect(all, Rights::USER_CODE, &mut gather);
+        assert_eq!(protected, Ok(all.count()));
+        drop(cursor);
+        gather.commit(drop);
+        drop(gather);
+        agree_high(&mut world, all, Some((base, Rights::USER_CODE)));
+        let mut gather = world.table.gather::<4>();
+        let unmapped = world.table.cursor(all).unwrap().unmap(all, &mut gather);
+        assert_eq!(unmapped, Ok(all.count()));
+        gather.commit_to(&env.pool);
+        drop(gather);
+        agree_high(&mut world, all, None);
+        world.finish();
+    }
+}
+
+/// What CPUs see of the block in `all`, while pages elsewhere come and go.
+fn agree_high(world: &mut World<X86Pse36>, all: PageRange, block: Option<(u64, Rights)>) {
+    for offset in [0, 1, 7, 512, 1023] {
+        let page = all.first().number() + offset;
+        if let Some((base, rights)) = block {
+            world.model.insert(page, (base + offset, rights));
+        }
+        for cpu in 0..2 {
+            world.check(cpu, page, AccessKind::Write, true);
+            world.check(cpu, page, AccessKind::Read, true);
+        }
+        world.model.remove(&page);
+    }
+    for _ in 0..40 {
+        world.step();
+        world.access();
+    }
 }
 
 #[test]

@@ -15,8 +15,18 @@ pub(super) type Table<F> = PageTable<F, &'static MockEnv, OwnedFrame>;
 const FIRST_FRAME: u64 = 0x400;
 
 pub(super) fn env(registers: Registers, cpus: usize, seed: u64, cache: usize) -> &'static MockEnv {
+    env_with(MemoryMap::pc(64 << 20), registers, cpus, seed, cache)
+}
+
+pub(super) fn env_with(
+    memory: MemoryMap,
+    registers: Registers,
+    cpus: usize,
+    seed: u64,
+    cache: usize,
+) -> &'static MockEnv {
     let machine = Machine::builder()
-        .memory(MemoryMap::pc(64 << 20))
+        .memory(memory)
         .cpus(cpus)
         .registers(registers)
         .seed(seed)

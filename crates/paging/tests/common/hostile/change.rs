@@ -7,7 +7,7 @@ use kmem_hal::{FrameSink, Order};
 use kmem_paging::format::Format;
 use kmem_paging::{Attributes, ChangeError, Cleared, Entry, Harvest, Harvested, MapError};
 
-use super::model::{Item, expressed, find, inside, same};
+use super::model::{Item, expressed, find, inside, refuses_cuts, same};
 use super::{World, at, pages};
 
 impl<F: Format> World<F> {
@@ -36,12 +36,10 @@ impl<F: Format> World<F> {
                     self.spaces[space].waiting.clear();
                     first = next.number();
                 }
-                Err(ChangeError::Memory(_)) => {
+                Err(error) => {
                     drop(gather);
-                    self.unchanged(space);
-                    return;
+                    return self.refused(space, page, count, error);
                 }
-                Err(other) => panic!("{other}"),
             }
         }
         let of = &mut self.spaces[space];
@@ -65,6 +63,18 @@ impl<F: Format> World<F> {
         self.settle(space, gather, from, to - from);
     }
 
+    /// A change of a range that was refused for want of memory, or for a leaf that cannot be split, changed nothing.
+    fn refused(&self, space: usize, page: u64, count: u64, error: ChangeError) {
+        if let ChangeError::Indivisible { at } = error {
+            let model = &self.spaces[space].model;
+            let cuts = [page, page + count];
+            assert!(refuses_cuts::<F>(model, cuts, at.number()), "{error}");
+        } else {
+            assert!(matches!(error, ChangeError::Memory(_)), "{error}");
+        }
+        self.unchanged(space);
+    }
+
     /// Changes rights alone, or everything.
     pub(super) fn change(&mut self, space: usize, page: u64, count: u64, rights_only: bool) {
         let attributes = self.attributes();
@@ -86,9 +96,8 @@ impl<F: Format> World<F> {
         };
         drop(cursor);
         if let Err(error) = result {
-            assert!(matches!(error, ChangeError::Memory(_)), "{error}");
             drop(gather);
-            return self.unchanged(space);
+            return self.refused(space, page, count, error);
         }
         for (first, item) in inside::<F>(&mut of.model, page, count) {
             if let Item::Leaf {
@@ -217,10 +226,9 @@ impl<F: Format> World<F> {
         });
         drop(cursor);
         if let Err((error, found)) = result {
-            assert!(matches!(error, ChangeError::Memory(_)), "{error}");
             assert_eq!(found, Harvested::default());
             drop(gather);
-            return self.unchanged(space);
+            return self.refused(space, page, count, error);
         }
         for (first, item) in inside::<F>(&mut of.model, page, count) {
             if let Item::Leaf {

@@ -1,12 +1,13 @@
 // Operations that fill pages: one page, a huge one, a range, a page in place of another, a payload. What is refused is refused for the
 // reason that the flat map gives, and want of memory changes nothing.
 
-use kmem_hal::{Frame, FrameRequest, FrameSink, FrameSource, Order, OwnedFrame};
+use kmem_hal::{Frame, FrameSink, FrameSource, Order, OwnedFrame};
 use kmem_paging::format::Format;
 use kmem_paging::{
     Attributes, ChangeError, Entry, MapError, MemoryType, Payload, Replaced, Rights, SoftBit,
 };
 
+use super::super::modes::request;
 use super::model::{Item, expressed, find, is_free, same};
 use super::{NO_ACCESS_KEY, NO_WRITE_KEY, World, at, pages};
 
@@ -60,7 +61,7 @@ impl<F: Format> World<F> {
     /// A frame of the caller's, which the fuse does not count.
     pub(super) fn alloc(&self, order: Order) -> Option<OwnedFrame> {
         self.env.pool.set_fuse(None);
-        let frame = self.env.pool.alloc(&FrameRequest::new(order)).ok();
+        let frame = self.env.pool.alloc(&request::<F>(order)).ok();
         self.env.pool.set_fuse(self.fuse);
         frame
     }
@@ -149,7 +150,7 @@ impl<F: Format> World<F> {
         let mut given = Vec::new();
         let mut cursor = of.table.cursor(range).unwrap();
         let result = cursor.map_range(range, Order::ZERO, attributes, |page, _| {
-            let frame = env.pool.alloc(&FrameRequest::ONE).ok()?;
+            let frame = env.pool.alloc(&request::<F>(Order::ZERO)).ok()?;
             given.push((page.number(), frame.first().number()));
             Some(frame)
         });

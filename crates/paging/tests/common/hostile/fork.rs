@@ -2,10 +2,11 @@
 
 use std::cell::Cell;
 
-use kmem_hal::{FrameRequest, FrameSink, FrameSource};
+use kmem_hal::{FrameSink, FrameSource};
 use kmem_paging::format::Format;
 use kmem_paging::{ForkError, ForkItem, ForkStep, Run};
 
+use super::super::modes::request;
 use super::model::{Item, Model, expressed, inside, same};
 use super::{Table, World, pages};
 
@@ -40,7 +41,7 @@ impl<F: Format> World<F> {
                 ForkItem::Leaf(leaf) => {
                     // Frames of pages are the caller's: the fuse is for tables.
                     env.pool.set_fuse(None);
-                    let frame = env.pool.alloc(&FrameRequest::new(leaf.order));
+                    let frame = env.pool.alloc(&request::<F>(leaf.order));
                     env.pool.set_fuse(fuse.map(|_| 0));
                     let Ok(handle) = frame else {
                         out_of_frames.set(true);

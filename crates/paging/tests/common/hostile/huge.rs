@@ -4,7 +4,9 @@ use kmem_hal::Order;
 use kmem_paging::format::Format;
 use kmem_paging::{HugeError, MoveError};
 
-use super::model::{Item, expressed, find, inside, is_free, mergeable, split_item};
+use super::model::{
+    Item, expressed, find, inside, is_free, mergeable, refuses_cuts, refuses_splits, split_item,
+};
 use super::{World, at, pages};
 
 impl<F: Format> World<F> {
@@ -20,7 +22,9 @@ impl<F: Format> World<F> {
             (Ok(()), Some((first, Item::Leaf { order, .. }))) if order > Order::ZERO => {
                 split_item::<F>(&mut of.model, first);
             }
-            (Err(HugeError::NotPossible), Some((_, item))) => assert_eq!(item.pages(), 1),
+            (Err(HugeError::NotPossible), Some((_, item))) => {
+                assert!(item.pages() == 1 || refuses_splits::<F>(&item));
+            }
             (Err(HugeError::NotPossible), None) | (Err(HugeError::Memory(_)), _) => {}
             other => panic!("{other:?}"),
         }
@@ -92,7 +96,18 @@ impl<F: Format> World<F> {
                 of.model.insert(first.wrapping_add(distance), item);
             }
         } else if apart && fits && is_free(&of.model, to, count) {
-            assert!(matches!(result, Err(MoveError::Memory(_))), "{result:?}");
+            match result {
+                Err(MoveError::Indivisible { at }) => {
+                    let distance = to.wrapping_sub(page);
+                    let (first, item) = find(&of.model, at.number()).unwrap();
+                    let cuts = [page, page + count];
+                    assert!(
+                        refuses_cuts::<F>(&of.model, cuts, first)
+                            || refuses_splits::<F>(&item) && distance & (item.pages() - 1) != 0
+                    );
+                }
+                other => assert!(matches!(other, Err(MoveError::Memory(_))), "{other:?}"),
+            }
             drop(gather);
             return self.unchanged(space);
         }

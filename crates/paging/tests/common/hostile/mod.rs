@@ -22,11 +22,12 @@ mod model;
 use std::collections::BTreeSet;
 
 use kmem_hal::{Asid, Mmu, OwnedFrame, Page, PageRange};
-use kmem_mock_x86::{Adversary, Machine, MemoryMap, Registers, SeededRng, Stats};
+use kmem_mock_x86::{Adversary, Machine, Registers, SeededRng, Stats};
 use kmem_paging::format::Format;
 use kmem_paging::{Gather, PageTable, TableCache};
 
 use super::hostile_env::{Caller, HostileEnv};
+use super::modes::memory;
 use model::Model;
 
 pub type Table<F> = PageTable<F, &'static HostileEnv, OwnedFrame>;
@@ -109,7 +110,7 @@ fn pages(first: u64, count: u64) -> PageRange {
 impl<F: Format> World<F> {
     pub fn new(setup: Setup, seed: u64) -> Self {
         let machine = Machine::builder()
-            .memory(MemoryMap::pc(64 << 20))
+            .memory(memory::<F>())
             .cpus(setup.cpus)
             .registers(Registers {
                 pkru: 1 << (2 * NO_ACCESS_KEY) | 2 << (2 * NO_WRITE_KEY),

@@ -8,6 +8,8 @@ use kmem_hal::Order;
 use kmem_paging::format::Format;
 use kmem_paging::{Attributes, Leaf, Rights};
 
+use super::super::modes::names_high_frames_huge;
+
 /// What a page has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Item {
@@ -56,6 +58,10 @@ pub(super) fn split_item<F: Format>(model: &mut Model, first: u64) {
     else {
         panic!("no leaf to split")
     };
+    assert!(
+        !is_indivisible::<F>(frame, order),
+        "leaf of page {first:#x}"
+    );
     let orders = orders::<F>(F::LEVELS.len());
     let position = orders.iter().position(|&other| other == order).unwrap();
     let part = orders[position - 1];
@@ -69,6 +75,25 @@ pub(super) fn split_item<F: Format>(model: &mut Model, first: u64) {
         };
         model.insert(first + offset, item);
     }
+}
+
+/// Whether no smaller leaf can name the frames of a huge one.
+fn is_indivisible<F: Format>(frame: u64, order: Order) -> bool {
+    order > Order::ZERO && names_high_frames_huge::<F>() && frame >= 1 << 20
+}
+
+/// Whether one of the cuts between pages falls into a leaf that cannot be split: the one at `found`.
+pub(super) fn refuses_cuts<F: Format>(model: &Model, cuts: [u64; 2], found: u64) -> bool {
+    let Some(&Item::Leaf { frame, order, .. }) = model.get(&found) else {
+        return false;
+    };
+    let inside = |cut: u64| cut > found && cut - found < order.frames();
+    is_indivisible::<F>(frame, order) && cuts.into_iter().any(inside)
+}
+
+/// Whether a leaf is huge and cannot be split.
+pub(super) fn refuses_splits<F: Format>(item: &Item) -> bool {
+    matches!(*item, Item::Leaf { frame, order, .. } if is_indivisible::<F>(frame, order))
 }
 
 /// Cuts leaves at `page`, as operations do at the ends of their ranges.
