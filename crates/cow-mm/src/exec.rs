@@ -10,8 +10,9 @@
 //!                                                 stack (see `stack.rs`)
 //! ```
 //!
-//! Segments are mapped, not read: pages come by faults. All headers, the interpreter's too, are read and checked before anything
-//! is changed: up to there a malformed image leaves the space empty. Later errors kill the program, as in Linux.
+//! Segments are mapped, not read: pages come by faults. All headers, the interpreter's too, are read once, into a frame for each table
+//! ([`ProgramHeaders`]), and checked before anything is changed: up to there a malformed image leaves the space empty. Later errors kill
+//! the program, as in Linux.
 //!
 //! Images are of the class that the space's addresses have room for: up to 4 GiB ELF32 for Intel386, else ELF64 for x86-64.
 //!
@@ -21,16 +22,15 @@ use core::fmt;
 
 use kmem_hal::{IoTicket, PAGE_SIZE, VirtAddr};
 
-use crate::elf::{Class, ENTRY_SIZE, Entry, HEADER_SIZE, Header, Segment};
+use crate::elf::{Class, Entry, HEADER_SIZE, Header, Segment};
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{MapFlags, Prot};
 use crate::mmap::{MapRequest, OpenFile};
 use crate::page_cache::ObjectPage;
+use crate::program_headers::ProgramHeaders;
 use crate::space::{AddressSpace, Segments};
 
-/// Segments that an image may have.
-const MAX_SEGMENTS: usize = 16;
 /// The longest path of an interpreter, with its zero (`PATH_MAX`).
 const PATH_MAX: u64 = 4096;
 
@@ -119,29 +119,29 @@ pub(crate) struct Program {
 }
 
 /// What the headers of an image say, checked.
-#[derive(Default)]
-struct Headers {
+struct Headers<'m, E: Env> {
     program: Program,
     position_independent: bool,
-    segments: [Segment; MAX_SEGMENTS],
-    used: usize,
+    table: ProgramHeaders<'m, E>,
     /// The path of the interpreter: where in the file, and how long with its zero.
     interpreter: Option<(u64, u64)>,
     /// What the image says of its stack.
     stack: Option<Prot>,
 }
 
-impl Headers {
-    fn segments(&self) -> &[Segment] {
-        self.segments.get(..self.used).unwrap_or_default()
+impl<E: Env> Headers<'_, E> {
+    fn segments(&self) -> impl Iterator<Item = Segment> {
+        self.table.entries().filter_map(|entry| match entry {
+            Entry::Load(segment) => Some(segment),
+            _ => None,
+        })
     }
 
     /// From the first page of the lowest segment to the end of the highest.
     fn span(&self) -> (u64, u64) {
-        let low = self.segments().iter().map(|segment| segment.address).min();
+        let low = self.segments().map(|segment| segment.address).min();
         let high = self
             .segments()
-            .iter()
             .map(|segment| segment.address + segment.memory_size)
             .max();
         (low.unwrap_or(0) & !(PAGE_SIZE - 1), high.unwrap_or(0))
@@ -150,7 +150,6 @@ impl Headers {
     /// The largest alignment that a segment asks for (`maximum_alignment`).
     fn alignment(&self) -> u64 {
         self.segments()
-            .iter()
             .map(|segment| segment.alignment)
             .filter(|alignment| alignment.is_power_of_two())
             .max()
@@ -174,14 +173,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             return Err(Errno::EINVAL.into());
         }
         let _held = self.mm().hold(image.file.file)?;
-        let mut headers = Headers::default();
-        self.read_headers(image.file, &mut headers)?;
+        let headers = self.read_headers(image.file)?;
         let interpreter = image.interpreter.filter(|_| headers.interpreter.is_some());
         let _held = interpreter.map(|file| self.mm().hold(file.file));
         let _held = _held.transpose()?;
-        if let Some(file) = interpreter {
-            self.check_interpreter(file)?;
-        }
+        let interpreter = match interpreter {
+            Some(file) => Some((file, self.interpreter_headers(file)?)),
+            None => None,
+        };
         let executable = match headers.stack {
             Some(prot) => prot.contains(Prot::EXEC),
             // Old 32-bit programs say nothing, and may execute their stack.
@@ -206,9 +205,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         };
         let program = headers.program;
         let segments = bounds(&headers, bias);
-        if let Some(file) = interpreter {
-            // One set of headers stands on the stack, not two.
-            (start.entry, start.interpreter) = self.map_interpreter(file, &mut headers)?;
+        if let Some((file, headers)) = interpreter {
+            let bias = self.map_image(file, &headers)?;
+            start.entry = VirtAddr::new(bias.wrapping_add(headers.program.entry));
+            start.interpreter = bias;
         }
         if start.entry.as_u64() >= self.layout().task_size {
             return Err(Errno::EINVAL.into());
@@ -231,8 +231,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// As [`exec`](Self::exec); [`Errno::ENAMETOOLONG`] where `path` is too short.
     pub fn interpreter(&self, file: OpenFile, path: &mut [u8]) -> Result<Option<usize>, ExecError> {
         let _held = self.mm().hold(file.file)?;
-        let mut headers = Headers::default();
-        self.read_headers(file, &mut headers)?;
+        let headers = self.read_headers(file)?;
         let Some((offset, length)) = headers.interpreter else {
             return Ok(None);
         };
@@ -254,40 +253,31 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         (self.layout().task_size / 3 * 2) & !(alignment - 1)
     }
 
-    /// Fills `headers` in place, whatever they held: returned by value they would stand on the stack more than once.
     #[inline(never)]
-    fn read_headers(&self, file: OpenFile, headers: &mut Headers) -> Result<(), ExecError> {
+    fn read_headers(&self, file: OpenFile) -> Result<Headers<'m, E>, ExecError> {
         let class = self.class();
         let mut bytes = [0; HEADER_SIZE];
         let bytes = &mut bytes[..class.header_size()];
         self.read_file(file, 0, bytes)?;
         let header = Header::parse(class, bytes)?;
-        headers.program = Program {
-            entry: header.entry,
-            count: header.count,
-            table_address: 0,
-        };
-        headers.position_independent = header.position_independent;
-        (headers.used, headers.interpreter, headers.stack) = (0, None, None);
-        for index in 0..header.count {
-            let mut bytes = [0; ENTRY_SIZE];
-            let bytes = &mut bytes[..class.entry_size()];
-            let at = (header.table)
-                .checked_add(index * class.entry_size() as u64)
-                .ok_or(Errno::ENOEXEC)?;
-            self.read_file(file, at, bytes)?;
-            match Entry::parse(class, bytes)? {
+        let table = ProgramHeaders::read(self.mm(), class, header.count, |index, bytes| {
+            let at = index * class.entry_size() as u64;
+            let at = header.table.checked_add(at).ok_or(Errno::ENOEXEC)?;
+            self.read_file(file, at, bytes)
+        })?;
+        let (mut table_address, mut any) = (0, false);
+        let (mut interpreter, mut stack) = (None, None);
+        for entry in table.entries() {
+            match entry {
                 Entry::Load(segment) => {
                     self.check_segment(&segment)?;
-                    let place = headers.segments.get_mut(headers.used);
-                    *place.ok_or(Errno::ENOEXEC)? = segment;
-                    headers.used += 1;
+                    any = true;
                     let inside = header.table.wrapping_sub(segment.offset);
                     if segment.offset <= header.table && inside < segment.file_size {
-                        headers.program.table_address = segment.address + inside;
+                        table_address = segment.address + inside;
                     }
                 }
-                Entry::Interpreter { offset, length } if headers.interpreter.is_none() => {
+                Entry::Interpreter { offset, length } if interpreter.is_none() => {
                     if !(2..=PATH_MAX).contains(&length) {
                         return Err(Errno::ENOEXEC.into());
                     }
@@ -297,57 +287,53 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                     if last != [0] {
                         return Err(Errno::ENOEXEC.into());
                     }
-                    headers.interpreter = Some((offset, length));
+                    interpreter = Some((offset, length));
                 }
-                Entry::Stack(prot) => headers.stack = Some(prot),
+                Entry::Stack(prot) => stack = Some(prot),
                 Entry::Interpreter { .. } | Entry::Other => {}
             }
         }
-        if headers.used == 0 {
+        if !any {
             return Err(Errno::EINVAL.into());
         }
-        Ok(())
+        Ok(Headers {
+            program: Program {
+                entry: header.entry,
+                count: header.count,
+                table_address,
+            },
+            position_independent: header.position_independent,
+            table,
+            interpreter,
+            stack,
+        })
     }
 
-    /// Whether a segment is one that can be mapped: Linux's own checks, and that file and memory are alike inside of a page.
+    /// Whether a segment is one that can be mapped: Linux's own checks, and that what is mapped of the file lies alike inside of a page there and
+    /// in memory.
     fn check_segment(&self, segment: &Segment) -> Result<(), Errno> {
         let task_size = self.layout().task_size;
         let wrong = segment.file_size > segment.memory_size
             || segment.memory_size > task_size
             || segment.address > task_size - segment.memory_size
-            || segment.offset % PAGE_SIZE != segment.address % PAGE_SIZE
+            || segment.file_size > 0 && segment.offset % PAGE_SIZE != segment.address % PAGE_SIZE
             || segment.offset.checked_add(segment.file_size).is_none();
         if wrong { Err(Errno::EINVAL) } else { Ok(()) }
     }
 
-    #[inline(never)]
-    fn check_interpreter(&self, file: OpenFile) -> Result<(), ExecError> {
-        let mut headers = Headers::default();
-        self.read_headers(file, &mut headers)
-            .map_err(|error| match error {
-                ExecError::Errno(Errno::ENOEXEC) => Errno::ELIBBAD.into(),
-                error => error,
-            })
-    }
-
-    #[inline(never)]
-    fn map_interpreter(
-        &self,
-        file: OpenFile,
-        headers: &mut Headers,
-    ) -> Result<(VirtAddr, u64), ExecError> {
-        self.read_headers(file, headers)?;
+    /// Reads the headers of an image that is an interpreter.
+    fn interpreter_headers(&self, file: OpenFile) -> Result<Headers<'m, E>, ExecError> {
+        let mut headers = self.read_headers(file).map_err(|error| match error {
+            ExecError::Errno(Errno::ENOEXEC) => Errno::ELIBBAD.into(),
+            error => error,
+        })?;
         // It is placed as a mapping without an address, whatever it asks of an interpreter of its own.
         headers.interpreter = None;
-        let bias = self.map_image(file, headers)?;
-        Ok((
-            VirtAddr::new(bias.wrapping_add(headers.program.entry)),
-            bias,
-        ))
+        Ok(headers)
     }
 
     /// Maps an image's segments; gives what was added to their addresses.
-    fn map_image(&self, file: OpenFile, headers: &Headers) -> Result<u64, Errno> {
+    fn map_image(&self, file: OpenFile, headers: &Headers<'m, E>) -> Result<u64, Errno> {
         let (low, high) = headers.span();
         let bias = if !headers.position_independent {
             0
@@ -364,7 +350,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             if start > task_size || segment.memory_size > task_size - start {
                 return Err(Errno::EINVAL);
             }
-            self.map_segment(file, segment, start, first)?;
+            self.map_segment(file, &segment, start, first)?;
             first = false;
         }
         Ok(bias)
@@ -460,7 +446,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 }
 
 /// Where code and data lie (`start_code` and so on).
-fn bounds(headers: &Headers, bias: u64) -> Segments {
+fn bounds<E: Env>(headers: &Headers<'_, E>, bias: u64) -> Segments {
     let (mut code, mut data) = ((u64::MAX, 0), (0, 0));
     for segment in headers.segments() {
         let start = bias.wrapping_add(segment.address);

@@ -44,6 +44,7 @@ mod page_tables;
 mod pagemap;
 mod pin;
 mod place;
+mod program_headers;
 mod punch;
 mod reclaim;
 mod registry;

@@ -362,8 +362,13 @@ impl<'m, E: Env> Mm<'m, E> {
 
     /// Reads the bytes of a frame that the caller keeps referenced.
     pub(crate) fn read_frame(&self, frame: Frame, offset: usize, to: &mut [u8]) {
+        Self::read_frame_of(self.env, frame, offset, to);
+    }
+
+    /// As [`read_frame`](Self::read_frame), of an environment's frame.
+    pub(crate) fn read_frame_of(env: &E, frame: Frame, offset: usize, to: &mut [u8]) {
         let (start, length) = clip(offset, to.len());
-        let pointer = self.env.paging().map().to_ptr(frame.start());
+        let pointer = env.paging().map().to_ptr(frame.start());
         // SAFETY: E2 and P1: the frame's bytes are valid; `clip` keeps to the page.
         unsafe {
             core::ptr::copy_nonoverlapping(pointer.add(start).cast_const(), to.as_mut_ptr(), length)

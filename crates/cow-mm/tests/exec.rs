@@ -4,7 +4,7 @@ mod common;
 
 use common::elf::{Builder, Part};
 use common::{PAGE, Program, World};
-use kmem_cow_mm::{Errno, ExecError, Image, OpenFile, Start};
+use kmem_cow_mm::{Errno, ExecError, Image, Layout, OpenFile, Start};
 use kmem_hal::VirtAddr;
 use proptest::prelude::*;
 
@@ -479,5 +479,83 @@ fn an_image_above_its_place_is_moved_down() {
         program.space.heap().start,
         start.bias.wrapping_add(0x7000_0040_6000)
     );
+    program.exit();
+}
+
+/// An image with as many segments as a page of program headers has room for, one after the other.
+fn image_of(wide: bool, segments: u64) -> Vec<u8> {
+    let mut parts = vec![TEXT];
+    parts.extend((1..segments).map(|number| Part {
+        offset: 0x1800 + number * 8,
+        address: 0x50_0800 + number * PAGE + number * 8,
+        file_size: 8,
+        memory_size: 8,
+        rights: 6,
+    }));
+    parts[1..].iter_mut().for_each(|part| part.offset += PAGE);
+    Builder::new(wide, &parts).build()
+}
+
+#[test]
+fn an_image_may_have_a_page_of_program_headers() {
+    // One more is about the stack.
+    for (layout, wide, most) in [
+        (Layout::x86_64(), true, 72),
+        (Layout::x86_32_legacy(), false, 127),
+    ] {
+        let world = World::new();
+        let mm = world.mm();
+        let before = world.used_frames();
+        for (segments, outcome) in [
+            (17, Ok(())),
+            (most, Ok(())),
+            (most + 1, Err(Errno::ENOEXEC)),
+        ] {
+            let program = Program::with_layout(mm, layout);
+            let bytes = image_of(wide, segments);
+            let (_, file) = world.file(mm, &bytes);
+            let image = Image::new(file, b"/bin/many");
+            assert_eq!(exec(&program, &image).map(|_| ()), outcome, "{segments}");
+            if outcome.is_ok() {
+                let last = 0x50_0800 + (segments - 1) * (PAGE + 8);
+                let at = 0x2800 + (segments - 1) * 8;
+                let want = &bytes[at as usize..][..8];
+                assert_eq!(word(&program, last).to_le_bytes(), want);
+            }
+            program.exit();
+            assert!(mm.close(file.file));
+        }
+        assert_eq!(world.used_frames(), before);
+    }
+}
+
+/// A segment without bytes in the file may say that they lie anywhere.
+#[test]
+fn a_segment_without_a_part_of_the_file_is_memory() {
+    let world = World::new();
+    let bss = Part {
+        offset: 0x123,
+        address: 0x41_0010,
+        file_size: 0,
+        memory_size: 0x2000,
+        rights: 6,
+    };
+    let bytes = Builder::new(true, &[TEXT, bss]).build();
+    let program = Program::new(shared(world));
+    let image = Image::new(open(world, &bytes), b"/bin/bss");
+    exec(&program, &image).unwrap();
+    assert_eq!(word(&program, 0x41_0010), 0);
+    program.store(0x41_2008, 1).unwrap();
+    assert!(program.store(0x41_3000, 1).is_err());
+    program.exit();
+    // With one they have to lie alike.
+    let bss = Part {
+        file_size: 8,
+        ..bss
+    };
+    let bytes = Builder::new(true, &[TEXT, bss]).build();
+    let program = Program::new(shared(world));
+    let image = Image::new(open(world, &bytes), b"/bin/bss");
+    assert_eq!(exec(&program, &image), Err(Errno::EINVAL));
     program.exit();
 }

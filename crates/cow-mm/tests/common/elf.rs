@@ -24,8 +24,8 @@ pub struct Builder {
     pub size: usize,
 }
 
-/// Where the interpreter's path lies in the file.
-const PATH: usize = 0x300;
+/// Bytes behind the table of program headers for the interpreter's path.
+const PATH_ROOM: usize = 0x100;
 
 impl Builder {
     pub fn new(wide: bool, parts: &[Part]) -> Self {
@@ -42,16 +42,19 @@ impl Builder {
     }
 
     pub fn build(&self) -> Vec<u8> {
-        let mut bytes: Vec<u8> = (0..self.size.max(0x400))
+        let (header, entry) = if self.wide { (64, 56) } else { (52, 32) };
+        let count = self.parts.len() + 2;
+        let path_at = (header + count * usize::from(entry)).max(0x300);
+        let room = path_at + PATH_ROOM;
+        let mut bytes: Vec<u8> = (0..self.size.max(room))
             .map(|at| (at / 16 % 251) as u8 | 1)
             .collect();
-        bytes[..0x400].fill(0);
-        let (header, entry) = if self.wide { (64, 56) } else { (52, 32) };
+        bytes[..room].fill(0);
         let mut entries = Vec::new();
         if let Some(path) = self.interpreter {
-            bytes[PATH..PATH + path.len()].copy_from_slice(path.as_bytes());
+            bytes[path_at..path_at + path.len()].copy_from_slice(path.as_bytes());
             let length = path.len() as u64 + 1;
-            let at = PATH as u64;
+            let at = path_at as u64;
             entries.push((3u32, 4u32, at, at, length, length, 1u64));
         }
         for part in &self.parts {
@@ -70,7 +73,7 @@ impl Builder {
         half(&mut head, if self.wide { 62 } else { 3 });
         head.extend(1u32.to_le_bytes());
         self.word(&mut head, self.entry);
-        self.word(&mut head, header);
+        self.word(&mut head, header as u64);
         self.word(&mut head, 0);
         head.extend(0u32.to_le_bytes());
         for value in [header as u16, entry, entries.len() as u16, 0, 0, 0] {
@@ -89,7 +92,7 @@ impl Builder {
             }
             self.word(&mut head, alignment);
         }
-        assert!(head.len() <= PATH);
+        assert!(head.len() <= path_at);
         bytes[..head.len()].copy_from_slice(&head);
         bytes
     }
