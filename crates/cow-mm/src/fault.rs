@@ -313,9 +313,19 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     #[doc(alias = "do_anonymous_page")]
     fn first_touch(&self, vma: &Vma, page: Page, address: VirtAddr) -> Result<(), Stop> {
         let attributes = attributes(vma.flags).accessed().dirty();
-        let mapping = self
+        let made = self
             .mm()
-            .new_anonymous(self.family(), vma.object_page(page), None)?;
+            .new_anonymous(self.family(), vma.object_page(page), None);
+        let mapping = match made {
+            Ok(mapping) => mapping,
+            // What stands there may need no memory: a page in the swap cache, or a guard region.
+            Err(error) => {
+                return match self.tables().query(page) {
+                    Entry::Empty => Err(error.into()),
+                    _ => self.fault_page(vma, page, address, Access::Write),
+                };
+            }
+        };
         match self.install(page, mapping, attributes)? {
             true => Ok(()),
             // Something is, or what was there was swapped out.

@@ -195,3 +195,21 @@ fn a_file_that_becomes_shorter_leaves_guards_where_they_are() {
     mm.close(open.file);
     assert_eq!(world.used_frames(), before);
 }
+
+/// A write to a guard region is a signal even where no frame is left for a page that it will not get.
+#[test]
+fn a_guard_region_needs_no_memory_to_say_no() {
+    let world = World::new();
+    let program = Program::new(world.mm());
+    let start = program.map(2);
+    program.store(start + PAGE, 1).unwrap();
+    program
+        .space
+        .madvise(start, PAGE, Advice::GuardInstall)
+        .unwrap();
+    world.plan.fail_from(1);
+    let refused = Err(signal(Signal::MapError, start));
+    assert_eq!(program.store(start, 1), refused);
+    world.plan.stop();
+    program.exit();
+}

@@ -537,3 +537,25 @@ fn emptied_tables_are_given_back_where_there_are_not_pages_enough() {
     assert!(made.tables >= 5, "{made:?}");
     assert!(in_use() <= before, "{made:?}");
 }
+
+/// A write to a page in swap that is in memory still maps it, though no frame is left for the page of zeros that a first touch would need.
+#[test]
+fn a_page_in_the_swap_cache_comes_back_without_memory() {
+    let world = World::new();
+    let mm = world.mm();
+    let disk = world.disk(mm, 16);
+    disk.set_latency(1000);
+    let program = Program::new(mm);
+    let start = program.map(1);
+    program.store(start, 7).unwrap();
+    assert_eq!(Reclaimer::new(Fifo).reclaim(mm, 1).writing, 1);
+    assert_eq!(program.frame_at(start), None);
+    world.plan.fail_from(1);
+    // The write itself needs a copy, as the page is being written.
+    assert_eq!(program.store(start, 8), Err(Outcome::OutOfMemory));
+    assert!(program.frame_at(start).is_some());
+    world.plan.stop();
+    assert_eq!(program.load(start), Ok(7));
+    program.store(start, 8).unwrap();
+    program.exit();
+}
