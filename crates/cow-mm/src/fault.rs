@@ -265,7 +265,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             if let Some(written) = self.mm().counted(leaf.frame) {
                 written.slot().set_flags(SlotFlags::DIRTY);
             }
-        } else if !self.mm().is_exclusive(leaf.frame) {
+        } else if !self.mm().is_exclusive(leaf.frame, || entry.pins()) {
             self.copy_page(entry, vma, page, leaf.frame)?;
             return Ok(());
         }

@@ -10,7 +10,7 @@
 //!   counted (`device.rs`).
 //! - `I2`: the zero page always has a reference of the `Mm`'s own, so no mapping's end frees it.
 //! - `I3`: an anonymous page is exclusive while it has one mapping and that mapping's reference only; or pins, and was exclusive (`EXCLUSIVE`)
-//!   when it got the first. Whether the mapping is one space's alone its table says: a shared table's leaves are mapped once and seen by
+//!   when it got the first; its table counts them then. Whether the mapping is one space's alone its table says: a shared table's leaves are mapped once and seen by
 //!   many. So a second mapping costs one count, and the bit may stay.
 
 use core::marker::PhantomData;
@@ -282,14 +282,15 @@ impl<'m, E: Env> Mm<'m, E> {
         Some((PageRef { frame }, anonymous))
     }
 
-    /// Whether a page is its mapper's alone: the licence to write to it in place, and to pin it.
+    /// Whether a page is its mapper's alone: the licence to write to it in place, and to pin it. `pins` says how many pins its table counts:
+    /// so many references that they could be a pin's are one only where that has some.
     ///
     /// The caller holds the lock of the table that maps it, and every table that leads there is its own space's: so nobody
     /// maps the page anew meanwhile.
     #[doc(alias = "PageAnonExclusive")]
     #[doc(alias = "wp_can_reuse_anon_folio")]
     #[inline]
-    pub(crate) fn is_exclusive(&self, frame: Frame) -> bool {
+    pub(crate) fn is_exclusive(&self, frame: Frame, pins: impl FnOnce() -> u32) -> bool {
         let page = self.user(frame);
         let shared = page.mappings() != 1 && !mutant!("shared-stays-exclusive");
         if page.slot().tag() != FrameTag::Anon || shared {
@@ -305,7 +306,7 @@ impl<'m, E: Env> Mm<'m, E> {
                 true
             }
             // Pinned while it was exclusive; whoever else looks at it, it stays with its pins.
-            PIN.. => exclusive,
+            PIN.. => exclusive && pins() > 0,
             _ => mutant!("reuse-ignores-references"),
         }
     }

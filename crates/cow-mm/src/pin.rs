@@ -170,7 +170,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             // Linux: `gup_must_unshare` asks `is_cow_mapping`.
             if vma.shows_object() {
                 self.mm().add_pin(leaf.frame)?;
-            } else if self.mm().is_exclusive(leaf.frame) {
+            } else if self.mm().is_exclusive(leaf.frame, || cursor.pins(page)) {
                 self.mm().add_pin(leaf.frame)?;
                 if cursor.add_pins(page, 1).is_err() {
                     self.mm().sub_pin(leaf.frame);

@@ -3,8 +3,10 @@
 mod common;
 
 use common::{PAGE, Program, RW, World};
+use kmem_cow_mm::Env as _;
 use kmem_cow_mm::{Advice, MapFlags, MapRequest, PinError, Prot, RemapFlags};
 use kmem_hal::{Access, VirtAddr};
+use kmem_paging::Env as _;
 
 fn word(bytes: [u8; 8]) -> u64 {
     u64::from_le_bytes(bytes)
@@ -254,4 +256,51 @@ fn a_read_pin_of_a_read_only_shared_mapping_is_of_the_files_page() {
     assert_eq!(vma.anon, None);
     reader.exit();
     writer.exit();
+}
+
+/// Who looks at a page a thousand times over has not pinned it: were it taken for pinned, a write would reach all of them.
+#[test]
+fn a_thousand_references_are_no_pin() {
+    let world = World::new();
+    let parent = Program::new(world.mm());
+    let address = parent.map(2);
+    parent.store(address, 1).unwrap();
+    // A child with a table of its own: the page is mapped twice for a while, and becomes writable again only by a fault.
+    let had_a_child = || {
+        let child = parent.fork().unwrap();
+        child.store(address + PAGE, 9).unwrap();
+        child.exit();
+    };
+    had_a_child();
+    let frame = parent.frame_at(address).unwrap();
+    let slot = world.paging().slots().slot(frame).unwrap();
+    let page = slot.as_user().unwrap();
+    for _ in 0..1023 {
+        page.add_reference().unwrap();
+    }
+    parent.store(address, 2).unwrap();
+    assert_ne!(parent.frame_at(address), Some(frame), "written in place");
+    let copy = parent.frame_at(address).unwrap();
+    // With a pin the page stays where it is, whoever looks at it.
+    had_a_child();
+    {
+        let at = VirtAddr::new(address);
+        let pin = parent.space.pin(at, Access::Read).unwrap();
+        assert_eq!(parent.frame_at(address), Some(copy));
+        let slot = world.paging().slots().slot(copy).unwrap();
+        let looked = slot.as_user().unwrap();
+        for _ in 0..1023 {
+            looked.add_reference().unwrap();
+        }
+        parent.store(address, 3).unwrap();
+        assert_eq!(parent.frame_at(address), Some(pin.frame()));
+        for _ in 0..1023 {
+            looked.sub_reference().unwrap();
+        }
+    }
+    parent.exit();
+    for _ in 0..1022 {
+        page.sub_reference().unwrap();
+    }
+    assert_eq!(page.references(), 1, "the test's own");
 }

@@ -146,6 +146,12 @@ impl<F: Format, E: Env, H: FrameHandle> LockedEntry<'_, F, E, H> {
         decode::<F>(self.page, 1, self.load())
     }
 
+    /// How many pins the page's table counts ([`Cursor::add_pins`](crate::Cursor::add_pins)).
+    #[must_use]
+    pub fn pins(&self) -> u32 {
+        self.node.slot.as_table().map_or(0, |slot| slot.pins())
+    }
+
     /// Gives a leaf rights that take nothing away from it, and marks it accessed, with `dirty` written to as well; `false`, and nothing changes,
     /// where there is no leaf, it would lose something, or one that grants access would become global or, where a CPU may refuse for what it
     /// remembers, the user's.

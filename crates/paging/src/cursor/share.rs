@@ -123,6 +123,16 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         Ok(())
     }
 
+    /// How many pins the leaf table of `page` counts; 0 where there is none.
+    pub fn pins(&mut self, page: Page) -> u32 {
+        if !self.range().contains(page) {
+            return 0;
+        }
+        let node = self.seek(page, 1);
+        let slot = node.slot.as_table().filter(|_| node.level == 1);
+        slot.map_or(0, |slot| slot.pins())
+    }
+
     /// Takes pins back that the leaf table of `page` counted, if it is there and counted as many.
     pub fn sub_pins(&mut self, page: Page, pins: u32) {
         if !self.range().contains(page) {
