@@ -126,12 +126,11 @@ impl<P: Platform> SlabSystem<P> {
 
     /// Empties the spare array into the slabs.
     fn flush_spare(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>) {
-        let spare = busy.replace_spare(ptr::null_mut());
-        if let Some(array) = NonNull::new(spare) {
-            // SAFETY: the head owned the array, and it is this call's now; the busy flag is set.
-            busy.add_given(unsafe { self.flush_array(cache, array) });
-        }
-        busy.replace_spare(spare);
+        let (slots, n) = (busy.spare_slots(), busy.head().spare_len());
+        busy.set_spare_len(0);
+        busy.add_given(n);
+        // SAFETY: the first `n` slots held the head's objects, which are this call's now; nobody looks at the slots while the flag is set.
+        unsafe { self.flush(cache, slots, n) };
     }
 
     /// Empties both arrays into the slabs if a drain was asked for since the last time.
@@ -286,6 +285,11 @@ impl<P: Platform> SlabSystem<P> {
                 retire(&mut depot, cache.keep_empty())
             }
         };
+        self.give_slabs_back(cache, retired, |bury| {
+            bury(&mut node.depot.lock()); // I1: busy is set, or alone
+            true
+        });
+        // Last, as a report may unwind.
         for at in 0..twice {
             // SAFETY: written above.
             let address = unsafe { *slots.add(at) }.addr();
@@ -297,10 +301,6 @@ impl<P: Platform> SlabSystem<P> {
                 },
             );
         }
-        self.give_slabs_back(cache, retired, |bury| {
-            bury(&mut node.depot.lock()); // I1: busy is set, or alone
-            true
-        });
     }
 
     /// Replaces each pointer by its slab's descriptor and writes its number there to `numbers`; answers how many are left.

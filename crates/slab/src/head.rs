@@ -15,7 +15,8 @@
 //!   and takes another way. `busy` is 0 again when the nested context returns, so that the flag is only ever seen set by
 //!   contexts that interrupted its owner.
 //! - `I3`: `top` is between `base` and `end`, which are the first slot of the loaded array and the one behind its last. The count of the
-//!   spare array is in the head as well, as other CPUs read it, and nobody but the owner may look into an array. There is a spare array exactly while there is a loaded one.
+//!   spare array is in the head as well, as other CPUs read it, and nobody but the owner may look into an array. There is a spare array exactly while there is a loaded one,
+//!   also while something is called that may unwind (a report of a misuse): what is on its way to the slabs is counted out of an array first.
 //! - `I4`: `allocs - frees` of a head is `net - cached`: objects that came from depot and slabs minus those that went there, minus
 //!   those still here. So one counter on the fast path is enough.
 
@@ -225,19 +226,19 @@ impl Busy<'_> {
         count
     }
 
-    /// Exchanges the loaded array and the spare one. There are arrays.
+    /// Exchanges the loaded array and the spare one, if there are arrays.
     #[inline]
     pub fn swap(&self) {
         let head = self.0;
         let (loaded, n) = (self.loaded(), head.loaded_len());
         let spare = NonNull::new(head.spare.get());
         // SAFETY: the head owns both arrays while busy (I2).
-        if let (Some(loaded), Some(spare)) = (unsafe { loaded.as_ref() }, spare) {
-            loaded.set_len(n);
+        if let (Some(array), Some(spare)) = (unsafe { loaded.as_ref() }, spare) {
+            array.set_len(n);
             self.load(spare);
+            head.spare.set(loaded);
+            head.spare_len.set(n as u16);
         }
-        head.spare.set(loaded);
-        head.spare_len.set(n as u16);
     }
 
     /// The loaded array, null where there is none; the head keeps its count.
@@ -267,6 +268,28 @@ impl Busy<'_> {
     pub fn set_loaded_len(&self, n: usize) {
         debug_assert!(n <= self.0.capacity());
         self.0.top.set(self.0.base.get().wrapping_add(n));
+    }
+
+    /// The first slot of the spare array; null where there is none.
+    #[inline]
+    pub fn spare_slots(&self) -> *mut Slot {
+        let spare = self.0.spare.get();
+        if spare.is_null() {
+            return ptr::null_mut();
+        }
+        // SAFETY: the head owns the array while busy (I2).
+        unsafe { Array::slots(spare) }
+    }
+
+    /// Notes that the spare array, if there is one, holds its first `n` slots.
+    #[inline]
+    pub fn set_spare_len(&self, n: usize) {
+        // SAFETY: the head owns the array while busy (I2).
+        if let Some(spare) = unsafe { self.0.spare.get().as_ref() } {
+            debug_assert!(n <= spare.capacity());
+            spare.set_len(n);
+            self.0.spare_len.set(n as u16);
+        }
     }
 
     /// Exchanges the spare array for another that the caller owns, null or its count noted; the old one, its count noted, is the caller's.

@@ -23,12 +23,12 @@
 //! Cost: on a machine with one node a branch in the slow paths; the node lies in the cache itself. With more, two loads an object when an
 //! array leaves a CPU. The fast paths are the same.
 
-use core::ptr::{self, NonNull};
+use core::ptr::NonNull;
 
 use kmem_hal::sync::{AtomicPtr, LocalU32, Ordering};
 use kmem_hal::{Cpu, CpuId, FrameSource, Lock, NodeId, NodePolicy, RawLock};
 
-use crate::array::{Array, Slot};
+use crate::array::Slot;
 use crate::depot::Depot;
 use crate::geometry::Geometry;
 use crate::head::{Busy, COLUMNS};
@@ -291,14 +291,12 @@ impl<P: Platform> SlabSystem<P> {
     ) -> &'c CacheNode<P::Lock> {
         // SAFETY: a cache exists, so the system is ready.
         let platform = unsafe { self.platform_unchecked() };
-        let spare = busy.replace_spare(ptr::null_mut());
-        // SAFETY: the head owned it, and it is this call's now.
-        let Some(array) = (unsafe { spare.as_ref() }) else {
+        let (slots, n) = (busy.spare_slots(), busy.head().spare_len());
+        if slots.is_null() {
             return own;
-        };
-        let n = array.len();
-        // SAFETY: the first `n` slots hold objects, and the array is this call's.
-        let objects = unsafe { core::slice::from_raw_parts_mut(Array::slots(spare), n) };
+        }
+        // SAFETY: the first `n` slots hold objects, and nobody else looks into the head's array while the flag is set.
+        let objects = unsafe { core::slice::from_raw_parts_mut(slots, n) };
         // What is no object of the cache stays where it is: the flush tells.
         let node_of = |&object: &Slot| match Self::slab_of(platform, object) {
             Some(slab) if slab.cache() == cache.opaque() => slab.node(),
@@ -307,11 +305,10 @@ impl<P: Platform> SlabSystem<P> {
         let id = node_of_most(objects.iter().map(node_of), own.id);
         let kept = partition(objects, |object| node_of(object) == id);
         let foreign = &mut objects[kept..];
-        array.set_len(kept);
+        busy.set_spare_len(kept);
         busy.add_given(foreign.len());
         // SAFETY: the slots hold pointers that left the array; the busy flag is set.
         unsafe { self.flush(cache, foreign.as_mut_ptr(), foreign.len()) };
-        busy.replace_spare(spare);
         cache.node(id)
     }
 }

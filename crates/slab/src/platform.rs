@@ -61,7 +61,8 @@ pub unsafe trait Platform {
 
     /// Told of a misuse that was found. A kernel prints or panics; the default only lets it be counted.
     ///
-    /// May be called with a CPU pinned, and with interrupts off.
+    /// May be called with a CPU pinned, and with interrupts off. After a panic that is caught every object still has one owner at most; those that
+    /// the call was about to give back to their slabs may be lost.
     fn misuse(&self, misuse: &Misuse) {
         let _ = misuse;
     }

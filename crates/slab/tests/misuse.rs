@@ -4,10 +4,13 @@ mod common;
 
 use std::alloc::Layout;
 use std::collections::HashSet;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::ptr::NonNull;
+use std::sync::atomic::Ordering;
 
-use common::system;
-use kmem_slab::Flags;
+use common::hardened::World;
+use common::{run_as, system};
+use kmem_slab::{Check, Flags, Plain, Poison, Policy, Quarantine, Redzone};
 
 fn misuses(system: &common::System) -> u64 {
     let mut sum = 0;
@@ -124,4 +127,88 @@ fn pages_freed_twice_are_strangers() {
         system.kfree(pages.as_ptr());
     }
     assert_eq!(misuses(&system), 1);
+}
+
+/// Objects come and go on two CPUs; number `at` is freed twice, the second time `later`, and each report panics. The caller of
+/// whatever call it came from goes on. How many reports there were.
+fn goes_on_after_panics<H: Policy>(nodes: u16, size: usize, at: usize, later: usize) -> usize {
+    let world: World<H> = World::with_nodes(nodes);
+    let layout = Layout::from_size_align(size, 8).unwrap();
+    let take = || world.system.kmalloc_layout(layout, Flags::empty()).unwrap();
+    let mut of_first: Vec<_> = (0..30).map(|_| take()).collect();
+    run_as(1);
+    let mut of_second: Vec<_> = (0..80).map(|_| take()).collect();
+    // Number 0, 4, 8 .. are the other CPU's.
+    let next = |at: usize| {
+        if at.is_multiple_of(4) {
+            of_first.pop()
+        } else {
+            of_second.pop()
+        }
+    };
+    let mut frees: Vec<_> = (0..100).filter_map(next).collect();
+    frees.insert(at + later, frees[at]);
+
+    world.panics.store(true, Ordering::Relaxed);
+    std::panic::set_hook(Box::new(|_| {}));
+    for object in frees {
+        // SAFETY: live allocations of this layout; the second free of the first is the misuse under test.
+        let free = || unsafe { world.system.kfree_layout(object, layout) };
+        let _ = catch_unwind(AssertUnwindSafe(free));
+        // What is called next meets what the panic left behind.
+        // SAFETY: a live allocation.
+        let pair = || unsafe { world.system.kfree_layout(take(), layout) };
+        let _ = catch_unwind(AssertUnwindSafe(pair));
+    }
+    let _ = catch_unwind(AssertUnwindSafe(|| world.system.shrink()));
+    run_as(0);
+    let _ = catch_unwind(AssertUnwindSafe(|| world.system.shrink()));
+    let _ = std::panic::take_hook();
+    world.panics.store(false, Ordering::Relaxed);
+
+    let mut owned: HashSet<_> = of_first.into_iter().chain(of_second).collect();
+    for cpu in 0..2 {
+        run_as(cpu);
+        for _ in 0..100 {
+            assert!(owned.insert(take()), "an object has two owners");
+        }
+    }
+    for &object in &owned {
+        // SAFETY: live allocations.
+        unsafe { world.system.kfree(object.as_ptr()) };
+    }
+    for cpu in 0..2 {
+        run_as(cpu);
+        world.system.shrink();
+    }
+    let check = |info: &kmem_slab::CacheInfo| {
+        // A CPU's two arrays that were on their way to the slabs may be lost, and the object whose free was not finished.
+        assert!(info.active_objects <= 8 + 8 + 1, "{info:?}");
+    };
+    world.system.caches(check).unwrap();
+    run_as(0);
+    world.seen().len()
+}
+
+/// Of [`goes_on_after_panics`], for second frees that are found in either array of a CPU, in the depot and at a drain.
+fn go_on_after_panics<H: Policy>() {
+    for (nodes, at, later) in [(1, 1), (2, 1), (1, 20), (2, 20)]
+        .into_iter()
+        .flat_map(|(nodes, later)| (0..80).step_by(8).map(move |at| (nodes, at, later)))
+    {
+        let reports = goes_on_after_panics::<H>(nodes, 8000, at, later);
+        assert_eq!(reports, 1, "{nodes} nodes, {at}, {later} later");
+    }
+}
+
+#[test]
+fn a_report_that_panics_gives_no_object_two_owners() {
+    go_on_after_panics::<Plain>();
+}
+
+#[test]
+fn a_report_that_panics_gives_no_object_two_owners_with_policies() {
+    go_on_after_panics::<Check>();
+    go_on_after_panics::<(Redzone, Poison)>();
+    go_on_after_panics::<Quarantine<16>>();
 }

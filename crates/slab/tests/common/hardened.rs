@@ -3,6 +3,7 @@
 use std::alloc::Layout;
 use std::marker::PhantomData;
 use std::ptr::NonNull;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
 use kmem_hal::{AllocError, FrameTable, LargeSource, OffsetMap, Spin};
@@ -14,6 +15,7 @@ use super::{Arena, TestParts, ThreadCpu, parts, run_as};
 pub struct Hardened<H> {
     parts: TestParts,
     log: Arc<Mutex<Vec<Misuse>>>,
+    panics: Arc<AtomicBool>,
     refused: Arc<Mutex<Vec<usize>>>,
     large: Pages,
     policy: PhantomData<fn() -> H>,
@@ -92,6 +94,7 @@ unsafe impl<H: Policy> Platform for Hardened<H> {
     }
     fn misuse(&self, misuse: &Misuse) {
         self.log.lock().unwrap().push(*misuse);
+        assert!(!self.panics.load(Ordering::Relaxed), "{misuse}");
     }
 }
 
@@ -100,6 +103,8 @@ pub struct World<H: Policy> {
     pub arena: &'static Arena,
     pub system: SlabSystem<Hardened<H>>,
     log: Arc<Mutex<Vec<Misuse>>>,
+    /// Whether a report of a misuse panics.
+    pub panics: Arc<AtomicBool>,
     pub refused: Arc<Mutex<Vec<usize>>>,
 }
 
@@ -113,11 +118,13 @@ impl<H: Policy> World<H> {
         run_as(0);
         let arena = Arena::with_nodes(2048, nodes);
         let (log, refused) = (Arc::default(), Arc::default());
+        let panics = Arc::default();
         let system = SlabSystem::new();
         system
             .init(Hardened {
                 parts: parts(arena, 2),
                 log: Arc::clone(&log),
+                panics: Arc::clone(&panics),
                 refused: Arc::clone(&refused),
                 large: Pages(Mutex::default()),
                 policy: PhantomData,
@@ -127,6 +134,7 @@ impl<H: Policy> World<H> {
             arena,
             system,
             log,
+            panics,
             refused,
         }
     }
