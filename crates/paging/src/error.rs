@@ -139,7 +139,7 @@ pub enum UnshareError {
     Full,
     /// No frame for the copy.
     Memory(AllocError),
-    /// The callback stopped.
+    /// The callback stopped, or answered for a leaf without a handle of its block, or for a payload with a handle.
     Stopped,
     /// A table has as many sharers as can be counted.
     Saturated,

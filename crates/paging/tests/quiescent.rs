@@ -8,7 +8,7 @@ mod mock;
 use kmem_hal::{Asid, FrameRequest, FrameSink, FrameSource, Mmu, OwnedFrame, Page, PageRange};
 use kmem_mock_x86::{Adversary, Machine, MemoryMap, Registers};
 use kmem_paging::format::{Format, X86_64};
-use kmem_paging::{ChangeError, Entry, PageTable, QuiesceError, Rights, UnshareStep};
+use kmem_paging::{ChangeError, Entry, ForkItem, PageTable, QuiesceError, Rights, UnshareStep};
 use mock::MockEnv;
 
 type Table = PageTable<X86_64, &'static MockEnv, OwnedFrame>;
@@ -164,8 +164,15 @@ fn a_shared_table_is_refused_until_it_is_alone() {
     let copied = cursor.unshare(
         range.first(),
         &mut gather,
-        |_| UnshareStep::Protected(env.pool.alloc(&FrameRequest::ONE).unwrap()),
-        |frame| env.pool.free(frame),
+        |item| match item {
+            ForkItem::Leaf(leaf) => {
+                // SAFETY: O1 to O3: as if the frame were counted; neither is given back.
+                let again = unsafe { OwnedFrame::from_raw(leaf.frame, leaf.order) };
+                UnshareStep::Protected(again)
+            }
+            ForkItem::Payload(..) => UnshareStep::Stop,
+        },
+        |_| panic!("the copy is finished"),
     );
     assert_eq!(copied, Ok(true));
     drop(cursor);

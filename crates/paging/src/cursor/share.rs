@@ -66,13 +66,13 @@ impl From<AllocError> for UnshareError {
 /// What [`Cursor::unshare`] does about an entry.
 #[derive(Debug, PartialEq, Eq)]
 pub enum UnshareStep<H> {
-    /// The copy gets a leaf for this handle: another reference to the frame. Both sides lose the right to write.
+    /// The copy gets a leaf for this handle: another reference to the same block. Both sides lose the right to write.
     Protected(H),
-    /// The copy gets a leaf for this handle. Both sides keep their rights: the pages are shared memory.
+    /// The copy gets a leaf for this handle, of the same block. Both sides keep their rights: the pages are shared memory.
     Kept(H),
     /// The copy gets the payload too.
     Payload,
-    /// The copy gets nothing here.
+    /// The copy gets nothing here; what CPUs remember of a leaf is flushed.
     Skip,
     /// Stop here: a reference could not be counted.
     Stop,
@@ -211,7 +211,8 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     ///
     /// # Errors
     ///
-    /// [`UnshareError`]. Handles that `step` had given for a copy that was not finished go to `undo`.
+    /// [`UnshareError`]. Handles that `step` had given for a copy that was not finished go to `undo`, as does one that stands for another block than
+    /// the leaf that `step` was asked about.
     ///
     /// # Examples
     ///
@@ -316,19 +317,30 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         let first = super::attach::first_page::<F>(table.level, page);
         let outcome = copy_table(env, &table, &copy, first, step);
         table.unlock();
-        if let Err(error) = outcome {
-            self.take_back(&copy, undo);
-            self.unmake_table(copy);
-            return Err(error);
-        }
+        let lost = match outcome {
+            Ok(lost) => lost,
+            Err((error, refused)) => {
+                refused.into_iter().for_each(&mut undo.0);
+                self.take_back(&copy, undo);
+                self.unmake_table(copy);
+                return Err(error);
+            }
+        };
         gather.announce();
         // The old entry lost no dirty bit: it points to a table.
         parent.store(index, F::table(parent.level, copy.frame));
-        // The other pages' translations stay right: the same frames, not to be written to. What must go are the paths to the table.
+        // The translations of what was copied stay right: the same frames, not to be written to. What must go are the paths to the table.
         gather.note(Stale::leaf(
             PageRange::single(page),
             self.table.may_be_global(),
         ));
+        if lost && !mutant!("share-lost-not-noted") {
+            // But for what the copy lacks: once the share is given up, the other side frees it without a word to this space.
+            let level = level::<F>(table.level);
+            let last = first.number() + ((1u64 << (level.shift + level.bits)) - 1);
+            let global = self.table.may_be_global();
+            gather.note_pages(first.number(), last, 1, global, true);
+        }
         gather.push_share(table.frame, table.level);
         Ok(true)
     }
@@ -397,7 +409,8 @@ pub(crate) fn mark_shared<F: Format>(
     }
 }
 
-/// Writes a copy of a locked table, which covers from `first`, into a private one, of which every word is written.
+/// Writes a copy of a locked table, which covers from `first`, into a private one, of which every word is written; gives whether a leaf that
+/// CPUs may use is missing there. With the error comes a handle that was none of the copied block's.
 #[inline(always)]
 fn copy_table<F: Format, E: Env, H: Divisible>(
     env: &E,
@@ -405,7 +418,7 @@ fn copy_table<F: Format, E: Env, H: Divisible>(
     copy: &Node<'_, F>,
     first: Page,
     step: &mut impl FnMut(ForkItem) -> UnshareStep<H>,
-) -> Result<(), UnshareError> {
+) -> Result<bool, (UnshareError, Option<H>)> {
     if table.level == 1 {
         // Every shift is a constant.
         copy_words(env, table, copy, first, 1, step)
@@ -422,17 +435,18 @@ fn copy_words<F: Format, E: Env, H: Divisible>(
     first: Page,
     number: usize,
     step: &mut impl FnMut(ForkItem) -> UnshareStep<H>,
-) -> Result<(), UnshareError> {
+) -> Result<bool, (UnshareError, Option<H>)> {
     let shift = level::<F>(number).shift;
     let count = level::<F>(number).entries();
     let mut live = 0;
-    let mut outcome = Ok(());
+    let mut lost = false;
+    let mut failed = None;
     let mut done = count;
     let entries = table.entries(0, count);
     let copies = copy.entries(0, count);
     let mut slots = Slots::new(env);
     for (index, (entry, into)) in entries.iter().zip(copies).enumerate() {
-        let mut word = F::Word::load(entry);
+        let word = F::Word::load(entry);
         let copied = if word == 0 {
             0
         } else if F::is_table(number, word) {
@@ -443,43 +457,19 @@ fn copy_words<F: Format, E: Env, H: Divisible>(
                 None
             };
             let Some(shared) = shared else {
-                outcome = Err(UnshareError::Saturated);
+                failed = Some((UnshareError::Saturated, None));
                 done = index;
                 break;
             };
             shared
         } else {
             let page = Page::from_number(first.number() + ((index as u64) << shift));
-            let answer = match decode::<F>(page, number, word) {
-                Entry::Leaf(leaf) => step(ForkItem::Leaf(leaf)),
-                Entry::Payload(payload) => step(ForkItem::Payload(page, payload)),
-                Entry::Empty => UnshareStep::Skip,
-            };
-            match answer {
-                UnshareStep::Skip => 0,
-                UnshareStep::Stop => {
-                    outcome = Err(UnshareError::Stopped);
+            match copy_entry::<F, H>(number, entry, page, word, step, &mut lost) {
+                Ok(copied) => copied,
+                Err(stopped) => {
+                    failed = Some(stopped);
                     done = index;
                     break;
-                }
-                UnshareStep::Payload => word,
-                UnshareStep::Protected(handle) => {
-                    let _ = handle.into_entry();
-                    loop {
-                        let new = F::write_protected(number, word);
-                        if new == word || mutant!("share-copy-keeps-write") {
-                            break word;
-                        }
-                        // The others may have it loaded.
-                        match node::change::<F, Live>(entry, word, new) {
-                            Ok(()) => break new,
-                            Err(found) => word = found,
-                        }
-                    }
-                }
-                UnshareStep::Kept(handle) => {
-                    let _ = handle.into_entry();
-                    word
                 }
             }
         };
@@ -490,5 +480,67 @@ fn copy_words<F: Format, E: Env, H: Divisible>(
         F::Word::store(into, 0);
     }
     copy.add_live(live);
-    outcome
+    match failed {
+        Some(failed) => Err(failed),
+        None => Ok(lost),
+    }
+}
+
+/// The word of a copy for an entry of a locked table that is no table, as `step` says; notes in `lost` where CPUs may use a leaf that the copy
+/// lacks.
+#[inline(always)]
+fn copy_entry<F: Format, H: Divisible>(
+    number: usize,
+    entry: &node::Entry<F>,
+    page: Page,
+    mut word: u64,
+    step: &mut impl FnMut(ForkItem) -> UnshareStep<H>,
+    lost: &mut bool,
+) -> Result<u64, (UnshareError, Option<H>)> {
+    let item = match decode::<F>(page, number, word) {
+        Entry::Leaf(leaf) => ForkItem::Leaf(leaf),
+        Entry::Payload(payload) => ForkItem::Payload(page, payload),
+        Entry::Empty => return Ok(0),
+    };
+    match step(item) {
+        UnshareStep::Skip => {
+            *lost |= F::is_present(number, word);
+            Ok(0)
+        }
+        UnshareStep::Payload if matches!(item, ForkItem::Payload(..)) => Ok(word),
+        // A leaf stands for a handle.
+        UnshareStep::Payload | UnshareStep::Stop => Err((UnshareError::Stopped, None)),
+        UnshareStep::Protected(handle) => {
+            put_in(handle, &item)?;
+            loop {
+                let new = F::write_protected(number, word);
+                if new == word || mutant!("share-copy-keeps-write") {
+                    return Ok(word);
+                }
+                // The others may have it loaded.
+                match node::change::<F, Live>(entry, word, new) {
+                    Ok(()) => return Ok(new),
+                    Err(found) => word = found,
+                }
+            }
+        }
+        UnshareStep::Kept(handle) => {
+            put_in(handle, &item)?;
+            Ok(word)
+        }
+    }
+}
+
+/// Turns a handle into the leaf that it stands for; gives it back where it stands for another block.
+#[inline(always)]
+fn put_in<H: FrameHandle>(handle: H, item: &ForkItem) -> Result<(), (UnshareError, Option<H>)> {
+    let (frame, order) = handle.into_entry();
+    match item {
+        ForkItem::Leaf(leaf) if (leaf.frame, leaf.order) == (frame, order) => Ok(()),
+        _ => {
+            // SAFETY: H2: the numbers came from `into_entry` above, and no entry got them.
+            let handle = unsafe { H::from_entry(frame, order) };
+            Err((UnshareError::Stopped, Some(handle)))
+        }
+    }
 }

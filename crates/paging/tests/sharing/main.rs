@@ -11,15 +11,17 @@ mod changes;
 mod refs;
 mod world;
 
+use kmem_hal::Order;
+use kmem_paging::format::X86_64;
 use kmem_paging::{
-    Attributes, ChangeError, ForkError, ForkItem, ForkStep, Harvest, Harvested, Rights, TableCache,
-    TableError, UnshareError, UnshareStep,
+    Attributes, ChangeError, ForkError, ForkItem, ForkStep, Harvest, Harvested, Payload, Rights,
+    TableCache, TableError, UnshareError, UnshareStep,
 };
 use machine::Machine;
 use proptest::prelude::*;
 
 use refs::{COUNTS, Ref};
-use world::{ALL, FIRST, PAGES, Space, Table, World, page, span};
+use world::{ALL, FIRST, PAGES, PAYLOAD, Space, Table, World, page, span};
 
 proptest! {
     #![proptest_config(ProptestConfig { cases: 12, failure_persistence: None, ..ProptestConfig::default() })]
@@ -124,6 +126,68 @@ fn a_copy_without_memory_or_references_changes_nothing() {
     world.compare();
     let handles = COUNTS.with_borrow(|counts| counts.values().sum::<u32>());
     assert_eq!(handles, 600);
+    world.finish();
+}
+
+/// A copy's leaf stands for a handle of its own, of the block that it maps: anything else is refused, and the handle comes back.
+#[test]
+fn a_copy_is_made_of_references_to_what_is_copied() {
+    let mut world = World::new();
+    world.map(0, FIRST, 2);
+    let payload = Payload::new::<X86_64>(7).unwrap();
+    let table = &world.spaces[0].table;
+    let mut cursor = table.cursor(span(FIRST, PAGES)).unwrap();
+    cursor.map_payload(page(FIRST + 2), payload).unwrap();
+    drop(cursor);
+    world.spaces[0].model.insert(FIRST + 2, PAYLOAD | 7);
+    world.fork(0, 1, FIRST, PAGES);
+    let table = &world.spaces[1].table;
+    let stray = 1 << 20;
+    let other = |item| match item {
+        ForkItem::Leaf(leaf) => Some((leaf, leaf.page == page(FIRST + 1))),
+        ForkItem::Payload(..) => None,
+    };
+    let answers: [&dyn Fn(ForkItem) -> UnshareStep<Ref>; 6] = [
+        // A leaf without a handle.
+        &|item| match other(item) {
+            Some((_, true)) => UnshareStep::Payload,
+            _ => Ref::copied(item),
+        },
+        // Another frame, another size, and both ways to keep it.
+        &|item| match other(item) {
+            Some((_, true)) => UnshareStep::Protected(Ref::new(stray)),
+            _ => Ref::copied(item),
+        },
+        &|item| match other(item) {
+            Some((_, true)) => UnshareStep::Kept(Ref::new(stray)),
+            _ => Ref::copied(item),
+        },
+        &|item| match other(item) {
+            Some((leaf, true)) => {
+                UnshareStep::Protected(Ref::block(leaf.frame.number() & !1, Order::new(1).unwrap()))
+            }
+            _ => Ref::copied(item),
+        },
+        // A handle for what has none.
+        &|item| match other(item) {
+            None => UnshareStep::Protected(Ref::new(stray)),
+            _ => Ref::copied(item),
+        },
+        &|item| match other(item) {
+            None => UnshareStep::Kept(Ref::new(stray)),
+            _ => Ref::copied(item),
+        },
+    ];
+    let before = COUNTS.with_borrow(Clone::clone);
+    for answer in answers {
+        let mut gather = table.gather::<4>();
+        let mut cursor = table.cursor(span(FIRST, PAGES)).unwrap();
+        let failed = cursor.unshare(page(FIRST), &mut gather, answer, Ref::give_back);
+        assert_eq!(failed, Err(UnshareError::Stopped));
+        drop((cursor, gather));
+        assert_eq!(COUNTS.with_borrow(Clone::clone), before);
+    }
+    world.compare();
     world.finish();
 }
 

@@ -87,6 +87,10 @@ pub const ALL: &[(&str, fn())] = &[
         sharing::tables_below_a_shared_one_are_counted,
     ),
     (
+        "what a copy leaves out is flushed",
+        sharing::what_a_copy_leaves_out_is_flushed,
+    ),
+    (
         "a fork cuts huge leaves at its ends",
         sharing::a_fork_cuts_huge_leaves_at_its_ends,
     ),

@@ -2,7 +2,7 @@
 use kmem_hal::{DeviceFrame, Frame, Mmu, Order, OwnedFrame, Page};
 use kmem_mock_x86::AccessKind;
 use kmem_paging::format::X86_64;
-use kmem_paging::{ForkError, ForkItem, ForkStep, HugeError, PageTable, Rights};
+use kmem_paging::{ForkError, ForkItem, ForkStep, HugeError, PageTable, Rights, UnshareStep};
 
 use super::super::hostile_env::HostileEnv;
 use super::room::Room;
@@ -171,6 +171,47 @@ pub fn tables_below_a_shared_one_are_counted() {
     assert_eq!(empty(&child, FIRST, 1 << 18), 514);
     assert_eq!(child.table_count(), 1);
     child.destroy(|_, _| {}, |_, _| {});
+    room.finish();
+}
+
+/// A page that a copy leaves out is gone for every CPU of its space, however far it lies from the page that asked for the copy: the
+/// other side may free it without a word to this one.
+pub fn what_a_copy_leaves_out_is_flushed() {
+    let room = Room::new();
+    let (kept, left_out) = (0x400, 0x5ff);
+    let frames = [kept, left_out].map(|page| room.map(page, Rights::USER_DATA));
+    let child = room.fork(0x400, 512, 1);
+    room.load(&child);
+    for (page, frame) in [kept, left_out].into_iter().zip(frames) {
+        assert_eq!(room.touch(1, page, AccessKind::Read), Some(frame));
+    }
+    let mut gather = child.gather::<1>();
+    let copied = child.cursor(pages(0x400, 512)).unwrap().unshare(
+        at(kept),
+        &mut gather,
+        |item| match item {
+            ForkItem::Leaf(leaf) if leaf.page == at(kept) => {
+                // SAFETY: O1 to O3: the child's reference, which is forgotten when it is unmapped.
+                let again = unsafe { OwnedFrame::from_raw(leaf.frame, leaf.order) };
+                UnshareStep::Protected(again)
+            }
+            _ => UnshareStep::Skip,
+        },
+        |_| {},
+    );
+    assert_eq!(copied, Ok(true));
+    gather.commit(drop);
+    drop(gather);
+    room.quiet();
+    assert_eq!(room.touch(1, left_out, AccessKind::Read), None);
+    assert_eq!(room.touch(1, kept, AccessKind::Read), Some(frames[0]));
+    // The parent, which is alone with the page, unmaps and frees it.
+    room.unmap(pages(left_out, 1));
+    room.quiet();
+    assert_eq!(empty(&child, 0x400, 512), 1);
+    room.load(&room.table);
+    child.destroy(|_, _| panic!("it has nothing"), |_, _| {});
+    room.unmap(pages(kept, 1));
     room.finish();
 }
 
