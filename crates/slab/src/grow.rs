@@ -6,8 +6,8 @@ use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
 use kmem_hal::{
-    AllocError, Cpu, Frame, FrameRequest, FrameSource, FrameTag, NodeId, NodePolicy, Order,
-    PhysMap, TraceEvent,
+    AllocError, Context, Cpu, Frame, FrameRequest, FrameSource, FrameTag, NodeId, NodePolicy,
+    Order, PhysMap, TraceEvent,
 };
 
 use crate::block;
@@ -80,15 +80,20 @@ impl<P: Platform> SlabSystem<P> {
         // SAFETY: a cache exists, so the system is ready.
         let platform = unsafe { self.platform_unchecked() };
         let geometry = cache.geometry();
-        // Large slabs waste less; a fragmented machine still gets small ones.
+        // Large slabs waste less; a fragmented machine still gets small ones. Nobody reclaims for more than the smallest, nor takes more from the
+        // reserves (Linux, mm/slub.c, allocate_slab).
         let least = geometry.least_order();
         let mut order = geometry.order();
         let (frame, memory) = loop {
-            let request = FrameRequest {
+            let mut request = FrameRequest {
                 order,
                 zeroed: false,
                 ..*request
             };
+            if order > least {
+                request.context = request.context.min(Context::NoReclaim);
+                request.reserve = false;
+            }
             match block::take_for(platform, &request, FrameTag::Slab) {
                 Ok(block) => break block,
                 Err(error) if order <= least => return Err(error),

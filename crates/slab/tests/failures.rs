@@ -2,8 +2,12 @@
 
 mod common;
 
+use std::sync::Mutex;
+
 use common::Arena;
-use kmem_hal::{OffsetMap, Spin};
+use kmem_hal::{
+    AllocError, Context, FrameRequest, FrameSink, FrameSource, OffsetMap, Order, OwnedFrame, Spin,
+};
 use kmem_slab::{Cache, Flags, Parts, SlabSystem};
 use kmem_testkit::{FailingSource, every_failure};
 
@@ -60,4 +64,72 @@ fn every_request_may_fail(arena: &'static Arena) {
         arena.check_slots();
     });
     assert!(places > 30, "{places} requests");
+}
+
+/// Memory in pieces of at most `largest`; remembers what it was asked for.
+struct Fragmented {
+    arena: &'static Arena,
+    largest: Order,
+    asked: Mutex<Vec<FrameRequest>>,
+}
+
+// SAFETY: the arena's frames.
+unsafe impl FrameSource for &Fragmented {
+    fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
+        self.asked.lock().unwrap().push(*request);
+        if request.order > self.largest {
+            return Err(AllocError::OutOfMemory);
+        }
+        self.arena.alloc(request)
+    }
+}
+
+impl FrameSink for &Fragmented {
+    fn free(&self, frame: OwnedFrame) {
+        self.arena.free(frame);
+    }
+}
+
+/// A large slab only saves memory: nobody reclaims for it or takes it from the reserves while a smaller one will do.
+#[test]
+fn only_the_smallest_slab_is_worth_reclaim_and_the_reserves() {
+    let flags = [
+        (Flags::empty(), Context::Atomic, Context::Atomic),
+        (Flags::NO_RECLAIM, Context::NoReclaim, Context::NoReclaim),
+        (Flags::NO_IO, Context::NoReclaim, Context::NoIo),
+        (Flags::MAY_WAIT, Context::NoReclaim, Context::MayWait),
+    ];
+    for (size, least) in [(700, 0), (6000, 1)] {
+        for (flags, before, last) in flags {
+            let least = Order::new(least).unwrap();
+            let source = Fragmented {
+                arena: Arena::new(1024),
+                largest: least,
+                asked: Mutex::default(),
+            };
+            // SAFETY: map and table cover the arena.
+            let parts: Parts<_, OffsetMap, _, Spin> = unsafe {
+                let (map, table) = (source.arena.map(), source.arena.table);
+                Parts::new(&source, map, common::ThreadCpu(1), table)
+            };
+            let mut system = SlabSystem::new();
+            system.init(parts).unwrap();
+            source.asked.lock().unwrap().clear();
+            let object = system.kmalloc(size, flags | Flags::RESERVE).unwrap();
+            // What the slab is not made of, descriptors and arrays, is asked for from any context.
+            let asked = source.asked.lock().unwrap().clone();
+            let slab = asked.iter().position(|request| request.reserve);
+            let slab = slab.expect("the smallest slab may come from the reserves");
+            let (larger, smallest) = (&asked[..slab], asked[slab]);
+            assert_eq!((smallest.order, smallest.context), (least, last));
+            assert!(larger.iter().filter(|larger| larger.order > least).count() > 0);
+            for request in larger.iter().filter(|larger| larger.order > least) {
+                assert_eq!(request.context, before, "{flags:?}: {request:?}");
+            }
+            // SAFETY: allocated above.
+            unsafe { system.kfree(object.as_ptr()) };
+            system.teardown().unwrap();
+            assert_eq!(source.arena.used(), 0);
+        }
+    }
 }
