@@ -39,6 +39,9 @@ bitflags! {
         const SHARED = 0x01;
         /// Writes are the process's own.
         const PRIVATE = 0x02;
+        /// Type 8: private memory whose pages may go at any time, and read as zeros then. Never in a child, a core dump or swap, and never
+        /// counted against the commit limit (Linux 6.11 and later).
+        const DROPPABLE = 0x08;
         /// Exactly at the address given; what is there goes.
         const FIXED = 0x10;
         /// No file.
@@ -69,7 +72,7 @@ bitflags! {
 }
 
 impl MapFlags {
-    /// The low four bits are a number, not a set: 1 shared, 2 private, 3 shared with flags validated.
+    /// The low four bits are a number, not a set: 1 shared, 2 private, 3 shared with flags validated, 8 droppable.
     pub const TYPE_MASK: u32 = 0x0f;
     /// `MAP_SHARED_VALIDATE`.
     pub const SHARED_VALIDATE: u32 = 0x03;
@@ -79,7 +82,7 @@ impl MapFlags {
         Self::all().difference(Self::FIXED_NOREPLACE).bits() | 0x80 | 0x7c00_0000,
     );
 
-    /// The type of mapping: 1, 2 or 3 where it is one that exists.
+    /// The type of mapping: 1, 2, 3 or 8 where it is one that exists.
     #[must_use]
     pub const fn map_type(self) -> u32 {
         self.bits() & Self::TYPE_MASK
@@ -157,6 +160,10 @@ bitflags! {
         const MAYBE_GUARD = 1 << 28;
         /// Accesses may have effects: device memory.
         const IO = 1 << 29;
+        /// Its pages may go at any time ([`MapFlags::DROPPABLE`]).
+        const DROPPABLE = 1 << 30;
+        /// What it maps stays mapped as it is ([`mseal`](crate::AddressSpace::mseal)).
+        const SEALED = 1 << 31;
     }
 }
 

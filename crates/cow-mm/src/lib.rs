@@ -50,6 +50,7 @@ mod reclaim;
 mod registry;
 pub mod replacement;
 mod rmap;
+mod seal;
 mod shmem;
 mod smaps;
 mod space;

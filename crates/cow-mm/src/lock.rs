@@ -193,7 +193,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 }
 
-/// Changes the lock flags of a part of a mapping; mappings of what is no ordinary memory have none (`mlock_fixup`).
+/// Changes the lock flags of a part of a mapping; mappings of what is no ordinary memory, or may go at any time, have none (`mlock_fixup`).
 fn set_lock_flags<E: Env>(
     state: &mut State<'_, E>,
     vma: &Vma,
@@ -201,7 +201,8 @@ fn set_lock_flags<E: Env>(
     flags: VmFlags,
 ) -> Result<(), Errno> {
     let flags = vma.flags.difference(VmFlags::LOCKED_MASK) | flags;
-    if flags != vma.flags && !vma.flags.intersects(VmFlags::SPECIAL) {
+    let never = VmFlags::SPECIAL | VmFlags::DROPPABLE;
+    if flags != vma.flags && !vma.flags.intersects(never) {
         let room = state.room();
         let mut edit = state.vmas.edit()?;
         edit.modify(part, room, |new| new.flags = flags)?;

@@ -10,6 +10,7 @@ use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{Advice, VmFlags};
 use crate::merge::Candidate;
+use crate::seal::is_sealed_against;
 use crate::space::{AddressSpace, State};
 use crate::vma::Vma;
 
@@ -22,7 +23,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// [`Errno::EINVAL`] for an unaligned address, a length that wraps, or advice that the mapping cannot take;
     /// [`Errno::ENOMEM`] where there was a hole: the advice was applied to the rest; [`Errno::EAGAIN`] where
-    /// no memory is left for a change of mappings, or there are too many of them; [`Errno::EPERM`] for advice that needs a capability.
+    /// no memory is left for a change of mappings, or there are too many of them; [`Errno::EPERM`] for advice that needs a capability, or
+    /// would take away what is [sealed](Self::mseal).
     #[doc(alias = "do_madvise")]
     pub fn madvise(&self, address: u64, length: u64, advice: Advice) -> Result<(), Errno> {
         let Some(range) = self.advised_range(address, length)? else {
@@ -63,7 +65,11 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         part: PageRange,
         advice: Advice,
     ) -> Result<(), Errno> {
+        if is_sealed_against(vma, advice) {
+            return Err(Errno::EPERM);
+        }
         let special = vma.flags.intersects(VmFlags::SPECIAL);
+        let droppable = vma.flags.contains(VmFlags::DROPPABLE);
         let locked = vma.flags.contains(VmFlags::LOCKED);
         let (on, off) = match advice {
             Advice::Free => {
@@ -108,12 +114,15 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 return Err(Errno::EINVAL);
             }
             Advice::WipeOnFork => (VmFlags::WIPEONFORK, VmFlags::empty()),
+            Advice::KeepOnFork if droppable => return Err(Errno::EINVAL),
             Advice::KeepOnFork => (VmFlags::empty(), VmFlags::WIPEONFORK),
             Advice::DontDump => (VmFlags::DONTDUMP, VmFlags::empty()),
-            Advice::DoDump if special => return Err(Errno::EINVAL),
+            Advice::DoDump if special || droppable => return Err(Errno::EINVAL),
             Advice::DoDump => (VmFlags::empty(), VmFlags::DONTDUMP),
-            // What is shared anyway is passed over (`vma_ksm_compatible`).
-            Advice::Mergeable if special || vma.flags.contains(VmFlags::MAYSHARE) => return Ok(()),
+            // What is shared anyway, or goes anyway, is passed over (`vma_ksm_compatible`).
+            Advice::Mergeable if special || droppable || vma.flags.contains(VmFlags::MAYSHARE) => {
+                return Ok(());
+            }
             Advice::Mergeable => (VmFlags::MERGEABLE, VmFlags::empty()),
             Advice::Unmergeable => (VmFlags::empty(), VmFlags::MERGEABLE),
             Advice::HugePage => (VmFlags::HUGEPAGE, VmFlags::NOHUGEPAGE),

@@ -15,7 +15,7 @@
 
 use core::marker::PhantomData;
 
-use kmem_hal::sync::{AtomicU32, AtomicU64, Ordering};
+use kmem_hal::sync::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 use kmem_hal::{
     Frame, FrameHandle, FrameRange, FrameRequest, FrameSink, FrameSlot, FrameSource, FrameTag,
     Order, OwnedFrame, PhysMap, SleepLock, SlotFlags, UserSlot,
@@ -68,6 +68,8 @@ pub struct Mm<'m, E: Env> {
     counts: Counts,
     numbers: AtomicU32,
     anon_ids: AtomicU64,
+    /// Whether there has been a droppable mapping.
+    droppable: AtomicBool,
 }
 
 /// One mapping of a page: what a leaf of a user table stands for (`I1`).
@@ -124,6 +126,7 @@ impl<'m, E: Env> Mm<'m, E> {
             counts: Counts::default(),
             numbers: AtomicU32::new(1),
             anon_ids: AtomicU64::new(1),
+            droppable: AtomicBool::new(false),
         };
         let zero = mm.new_page(FrameTag::File, 0, 0, &FrameRequest::ONE.zeroed())?;
         Ok(Self { zero, ..mm })
@@ -190,6 +193,16 @@ impl<'m, E: Env> Mm<'m, E> {
 
     pub(crate) fn counts(&self) -> &Counts {
         &self.counts
+    }
+
+    /// Notes that a mapping is made whose pages may go at any time.
+    pub(crate) fn note_droppable(&self) {
+        self.droppable.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether there may be a page of such a mapping.
+    pub(crate) fn has_droppable(&self) -> bool {
+        self.droppable.load(Ordering::Relaxed)
     }
 
     /// A number for an object or a family. They come again after 2^32, but never 0, which is the zero page's.

@@ -13,6 +13,7 @@ use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
 
 use crate::commit::Overcommit;
 use crate::counters::Counters;
+use crate::elf::Class;
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{MapFlags, Prot, VmFlags};
@@ -270,8 +271,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             .flags
             .intersects(MapFlags::FIXED | MapFlags::FIXED_NOREPLACE);
         if !fixed {
-            let huge_align = request.flags.contains(MapFlags::ANONYMOUS)
-                && request.flags.map_type() == MapFlags::PRIVATE.bits();
+            let is_private = matches!(request.flags.map_type(), 2 | DROPPABLE);
+            let huge_align = request.flags.contains(MapFlags::ANONYMOUS) && is_private;
             let placement = Placement {
                 hint: request.address,
                 pages,
@@ -344,6 +345,19 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 flags |= VmFlags::SHARED | VmFlags::MAYSHARE;
                 offset = 0;
             }
+            (DROPPABLE, None) => {
+                if self.class() == Class::Elf32 {
+                    // No flag is left for it in 32 bits.
+                    return Err(Errno::EOPNOTSUPP);
+                }
+                if growsdown || request.flags.contains(MapFlags::LOCKED) {
+                    return Err(Errno::EINVAL);
+                }
+                flags |= VmFlags::DROPPABLE | VmFlags::NORESERVE;
+                flags |= VmFlags::WIPEONFORK | VmFlags::DONTDUMP;
+                offset = range.first().number();
+                self.mm().note_droppable();
+            }
             (2, None) => offset = range.first().number(),
             _ => return Err(Errno::EINVAL),
         }
@@ -415,6 +429,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         outcome
     }
 }
+
+/// The type of mappings whose pages may go.
+const DROPPABLE: u32 = MapFlags::DROPPABLE.bits();
 
 /// The highest page of a file at which a mapping of `pages` may begin: a file has 2^63 - 1 bytes at most (`file_mmap_ok`).
 fn last_offset(pages: u64) -> u64 {

@@ -133,6 +133,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     fn remapped_vma(&self, state: &State<'m, E>, remap: &Remap) -> Result<Vma, Errno> {
         let page = Page::containing(VirtAddr::new(remap.address));
         let vma = state.vmas.get(page).ok_or(Errno::EFAULT)?;
+        if vma.flags.contains(VmFlags::SEALED) {
+            return Err(Errno::EPERM);
+        }
         let moves = remap
             .flags
             .intersects(RemapFlags::FIXED | RemapFlags::DONTUNMAP);
@@ -257,6 +260,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         {
             let from = at.max(vma.range.first().start().as_u64());
             let until = end.min(vma.range.last().start().as_u64() + PAGE_SIZE);
+            if vma.flags.contains(VmFlags::SEALED) {
+                return Err(Errno::EPERM);
+            }
             if keep && vma.flags.intersects(VmFlags::SPECIAL) {
                 return Err(Errno::EINVAL);
             }

@@ -19,7 +19,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// # Errors
     ///
     /// [`Errno::EINVAL`] for an unaligned address, no length, or a range beyond the user addresses;
-    /// [`Errno::ENOMEM`] where a split would pass the limit on mappings or finds no memory. Nothing changes then.
+    /// [`Errno::ENOMEM`] where a split would pass the limit on mappings or finds no memory. Nothing changes then. [`Errno::EPERM`] where
+    /// something in the range is [sealed](Self::mseal): the mapping that the range begins in may be cut there.
     #[doc(alias = "do_munmap")]
     pub fn munmap(&self, address: u64, length: u64) -> Result<(), Errno> {
         let mut state = self.lock();
@@ -72,7 +73,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// # Errors
     ///
     /// [`Errno::EINVAL`] for an unaligned address, bits that are no protection, and [`Prot::GROWSDOWN`] where no stack is;
-    /// [`Errno::ENOMEM`] where a page is not mapped, no memory is left, or there are too many mappings; [`Errno::EACCES`] where the file's mode forbids it.
+    /// [`Errno::ENOMEM`] where a page is not mapped, no memory is left, or there are too many mappings; [`Errno::EACCES`] where the file's mode forbids it;
+    /// [`Errno::EPERM`] for what is [sealed](Self::mseal).
     pub fn mprotect(&self, address: u64, length: u64, prot: Prot) -> Result<(), Errno> {
         self.protect(address, length, prot, None)
     }
@@ -141,6 +143,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         flags = flags.with_key(key.unwrap_or(vma.flags.key()));
         if !may_have(vma.flags, prot) {
             return Err(Errno::EACCES);
+        }
+        if vma.flags.contains(VmFlags::SEALED) {
+            return Err(Errno::EPERM);
         }
         if flags == vma.flags {
             return Ok(false);

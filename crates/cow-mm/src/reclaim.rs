@@ -8,6 +8,7 @@
 //!      anonymous ── slot of swap ──> out of every table, entries name the slot ── write ── done ──> free
 //!      shared memory ── the same, and its object's tree names the slot
 //!      anonymous, lazily freed and not written since ──> out of every table ──> free
+//!      of a droppable mapping ──> the same, written or not
 //! ```
 //!
 //! A page that is being written stays in the swap cache, and a fault maps it back without I/O.
@@ -236,6 +237,7 @@ impl<E: Env> Mm<'_, E> {
             FrameTag::Anon if page.slot().flags().contains(LAZY_FREE) => {
                 self.evict_lazily_freed(frame, page)
             }
+            FrameTag::Anon if self.is_droppable(frame) => self.evict_droppable(frame, page),
             FrameTag::Anon => self.evict_anonymous(frame, page),
             _ => self.evict_of_file(frame, page),
         }
@@ -255,6 +257,24 @@ impl<E: Env> Mm<'_, E> {
                 Evicted::Kept
             }
             Ok(true) => Evicted::Freed,
+        }
+    }
+
+    /// Whether a page is one of a mapping whose pages may go at any time. Costs a look at its mappings once there has been such a mapping.
+    fn is_droppable(&self, frame: Frame) -> bool {
+        self.has_droppable() && self.look_at_mappings(frame, false).droppable
+    }
+
+    /// A page that may go at any time ([`MapFlags::DROPPABLE`](crate::MapFlags::DROPPABLE)): without its bytes.
+    fn evict_droppable(&self, frame: Frame, page: UserSlot<'_>) -> Evicted {
+        let spaces = self.registry().lock();
+        let unmapped = self.unmap_everywhere(&spaces, frame, |_| match self.pins_of(frame) {
+            0 => Ok(None),
+            _ => Err(Refused::Pinned),
+        });
+        match unmapped.is_ok() && page.mappings() == 0 {
+            true => Evicted::Freed,
+            false => Evicted::Kept,
         }
     }
 

@@ -71,6 +71,8 @@ pub(crate) struct Looked {
     pub locked: bool,
     /// Whether the table of one is shared.
     pub shared: bool,
+    /// Whether a mapping lets its pages go at any time.
+    pub droppable: bool,
 }
 
 /// Why a leaf stays.
@@ -227,6 +229,7 @@ impl<'m, E: Env> Mm<'m, E> {
             looked.shared |= shared;
             looked.dirty |= leaf.attributes.dirty;
             looked.locked |= place.vma.flags.contains(VmFlags::LOCKED);
+            looked.droppable |= place.vma.flags.contains(VmFlags::DROPPABLE);
             looked.accessed |= leaf.attributes.accessed;
             if forget && (leaf.attributes.accessed || shared) {
                 cursor.clear_accessed(place.page);

@@ -135,7 +135,7 @@ fn amounts(f: &mut fmt::Formatter<'_>, resident: &Resident, rollup: bool) -> fmt
 }
 
 /// The letters of `VmFlags`, in the order of Linux's bits.
-const LETTERS: [(VmFlags, &str); 25] = [
+const LETTERS: [(VmFlags, &str); 27] = [
     (VmFlags::READ, "rd"),
     (VmFlags::WRITE, "wr"),
     (VmFlags::EXEC, "ex"),
@@ -161,4 +161,6 @@ const LETTERS: [(VmFlags, &str); 25] = [
     (VmFlags::HUGEPAGE, "hg"),
     (VmFlags::NOHUGEPAGE, "nh"),
     (VmFlags::MERGEABLE, "mg"),
+    (VmFlags::DROPPABLE, "dp"),
+    (VmFlags::SEALED, "sl"),
 ];
