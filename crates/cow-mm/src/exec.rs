@@ -26,6 +26,7 @@ use crate::elf::{Class, Entry, HEADER_SIZE, Header, Segment};
 use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{MapFlags, Prot};
+use crate::layout::image_base;
 use crate::mmap::{MapRequest, OpenFile};
 use crate::page_cache::ObjectPage;
 use crate::program_headers::ProgramHeaders;
@@ -191,12 +192,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let bias = self.map_image(image.file, &headers)?;
         let (_, end) = headers.span();
         let is_static = headers.interpreter.is_none();
-        self.set_heap(if headers.position_independent && is_static {
+        let behind = if headers.position_independent && is_static {
             // The image is where mappings are: its heap gets the place of an image.
-            self.image_base(PAGE_SIZE)
+            image_base(self.layout().task_size)
         } else {
             bias.wrapping_add(end).next_multiple_of(PAGE_SIZE)
-        });
+        };
+        self.set_heap(behind.saturating_add(self.layout().heap_gap));
         let mut start = Start {
             entry: VirtAddr::new(bias.wrapping_add(headers.program.entry)),
             stack: VirtAddr::new(0),
@@ -242,15 +244,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     pub(crate) fn class(&self) -> Class {
-        match self.layout().task_size <= 1 << 32 {
+        match self.layout().is_narrow() {
             true => Class::Elf32,
             false => Class::Elf64,
         }
-    }
-
-    /// Where position-independent images go without randomness: two thirds up (`ELF_ET_DYN_BASE`).
-    fn image_base(&self, alignment: u64) -> u64 {
-        (self.layout().task_size / 3 * 2) & !(alignment - 1)
     }
 
     #[inline(never)]
@@ -338,7 +335,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let bias = if !headers.position_independent {
             0
         } else if headers.interpreter.is_some() {
-            self.image_base(headers.alignment()).wrapping_sub(low)
+            (self.layout().image_base & !(headers.alignment() - 1)).wrapping_sub(low)
         } else {
             self.free_place(high - low, headers.alignment())?
                 .wrapping_sub(low)

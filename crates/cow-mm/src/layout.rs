@@ -12,9 +12,19 @@
 //!        1_0000  floor                         1_0000  floor
 //! ```
 //!
-//! Source: Linux `arch/x86/mm/mmap.c` (`mmap_base`, `arch_pick_mmap_layout`), `TASK_UNMAPPED_BASE` = task size / 3.
+//! [`Layout::randomised`] moves each part by a random number of pages, so that nobody knows an address by heart:
+//!
+//! | part | 64-bit | 32-bit | in Linux |
+//! |---|---|---|---|
+//! | mappings (`mmap_base` down, `bottom_up_base` up) | 28 bits | 8 bits | `arch_mmap_rnd`, `CONFIG_ARCH_MMAP_RND_BITS`, `.._COMPAT_BITS` |
+//! | position-independent images, up | 28 bits | 8 bits | the same, drawn again (`load_elf_binary`) |
+//! | stack, down | 22 bits | 11 bits | `randomize_stack_top`, `__STACK_RND_MASK` |
+//! | heap, behind the image | 1 GiB | 32 MiB | `arch_randomize_brk` |
+//!
+//! Source: Linux `arch/x86/mm/mmap.c` (`mmap_base`, `arch_pick_mmap_layout`, `stack_maxrandom_size`), `TASK_UNMAPPED_BASE` = task size / 3,
+//! `arch/x86/include/asm/elf.h`.
 
-use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
+use kmem_hal::{PAGE_SIZE, Page, PageRange, Rng, VirtAddr};
 
 use crate::mutants::mutant;
 
@@ -46,7 +56,13 @@ pub struct Layout {
     pub stack_top: u64,
     /// Bytes below the strings that exec maps for the stack at once; from there it grows.
     pub stack_room: u64,
-    /// The stack's size limit in bytes (`RLIMIT_STACK`).
+    /// Where position-independent images with an interpreter go: their first page, at most so much lower as their alignment asks for
+    /// (`ELF_ET_DYN_BASE`).
+    pub image_base: u64,
+    /// Bytes between an image's end and the heap, whole pages.
+    pub heap_gap: u64,
+    /// The stack's size limit in bytes that a new space has (`RLIMIT_STACK`), and for which mappings leave room
+    /// ([`with_stack_limit`](Self::with_stack_limit)).
     pub stack_limit: u64,
     /// Whether searches for huge multiples align to 2 MiB (transparent huge pages are built in).
     pub huge_align: bool,
@@ -65,9 +81,70 @@ impl Layout {
             low_window: pages(0x4000_0000, 0x8000_0000),
             stack_top: task_size,
             stack_room: 128 << 10,
+            image_base: image_base(task_size),
+            heap_gap: 0,
             stack_limit: 8 << 20,
             huge_align: true,
         }
+    }
+
+    /// The same with another limit on the stack, which mappings leave room for: what exec does with the limit of the process that calls it.
+    #[must_use]
+    pub fn with_stack_limit(mut self, bytes: u64) -> Self {
+        self.stack_limit = bytes;
+        if self.mmap_base.is_some() {
+            self.mmap_base = Some(mmap_base(self.task_size, bytes));
+        }
+        self
+    }
+
+    /// The same with every part elsewhere: one layout for each exec. How far a part moves at most the module says; below the stack there is
+    /// room for its limit wherever it is.
+    ///
+    /// Of a layout that is random already this makes no better one: the numbers add up.
+    ///
+    /// # Examples
+    ///
+    /// ```
+    /// use kmem_cow_mm::Layout;
+    /// use kmem_hal::Rng;
+    ///
+    /// struct Hardware;
+    /// impl Rng for Hardware {
+    ///     fn next_u64(&self) -> u64 {
+    ///         0x0123_4567_89ab_cdef // A kernel asks its generator.
+    ///     }
+    /// }
+    ///
+    /// let layout = Layout::x86_64().randomised(&Hardware);
+    /// assert!(layout.stack_top < Layout::x86_64().stack_top);
+    /// ```
+    #[doc(alias = "ASLR")]
+    #[doc(alias = "randomize_va_space")]
+    #[must_use]
+    pub fn randomised(mut self, rng: &(impl Rng + ?Sized)) -> Self {
+        let (mappings, stack, heap) = match self.is_narrow() {
+            true => (1 << 8, 1 << 11, (32 << 20) / PAGE_SIZE),
+            false => (1 << 28, 1 << 22, (1 << 30) / PAGE_SIZE),
+        };
+        let below = |pages: u64| rng.next_u64() % pages * PAGE_SIZE;
+        let moved = below(mappings);
+        if self.mmap_base.is_some() {
+            // Room for the stack wherever it ends.
+            let room = self.stack_limit.saturating_add(stack * PAGE_SIZE);
+            self.mmap_base = Some(mmap_base(self.task_size, room) - moved);
+        }
+        self.bottom_up_base += moved;
+        self.image_base += below(mappings);
+        self.stack_top -= below(stack);
+        // A page at least, so that a heap is no image's data.
+        self.heap_gap += below(heap) + PAGE_SIZE;
+        self
+    }
+
+    /// Whether addresses have 32 bits.
+    pub(crate) fn is_narrow(&self) -> bool {
+        self.task_size <= 1 << 32
     }
 
     /// Whether a page is one of the first, which nobody may map (`vm.mmap_min_addr`).
@@ -89,6 +166,8 @@ impl Layout {
             low_window: pages(0x4000_0000, 0x8000_0000),
             stack_top: task_size,
             stack_room: 0,
+            image_base: image_base(task_size),
+            heap_gap: 0,
             stack_limit: 8 << 20,
             huge_align: false,
         }
@@ -129,6 +208,11 @@ pub const fn mmap_base(task_size: u64, stack_limit: u64) -> u64 {
         gap
     };
     (task_size - gap).next_multiple_of(PAGE_SIZE)
+}
+
+/// Where position-independent images go without randomness: two thirds up (`ELF_ET_DYN_BASE`).
+pub(crate) const fn image_base(task_size: u64) -> u64 {
+    task_size / 3 * 2 / PAGE_SIZE * PAGE_SIZE
 }
 
 fn pages(low: u64, high: u64) -> PageRange {

@@ -30,7 +30,7 @@ pub struct Limits {
     pub data: u64,
     /// What `data` may be raised to: where `data` is 0, this limits in its place, as in Linux.
     pub data_hard: u64,
-    /// The stack (`RLIMIT_STACK`).
+    /// The stack (`RLIMIT_STACK`): that of the [layout](crate::Layout::stack_limit) at first.
     pub stack: u64,
     /// Locked memory (`RLIMIT_MEMLOCK`).
     pub locked: u64,

@@ -265,7 +265,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             let state = State {
                 vmas: VmaSet::new(NonNull::from(&(*core).vmas)),
                 brk: Brk::default(),
-                limits: Limits::default(),
+                limits: Limits {
+                    stack: layout.stack_limit,
+                    ..Limits::default()
+                },
                 default_flags: VmFlags::empty(),
                 segments: Segments::default(),
                 keys: Keys::default(),
