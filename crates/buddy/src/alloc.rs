@@ -272,7 +272,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         self.pressure.pressure(node, PressureLevel::Min, request);
         let mut retries = 0;
         loop {
-            let found = self.look_honestly(state, || look(Mark::Min).break_value());
+            let found = self.look_honestly(state, |_| look(Mark::Min).break_value());
             let drained = match found {
                 Ok(result) => return result,
                 Err(drained) => drained,

@@ -47,6 +47,8 @@ pub enum ClaimError {
     Busy,
     /// This frame belongs to nobody who could move it.
     NotMovable(Frame),
+    /// Nobody says that this frame is his: it may be free, in the cache of a CPU that could not be asked.
+    NotAsked(Frame),
     /// This frame is pinned.
     Pinned(Frame),
     /// No frame was left to move this one to.
@@ -62,6 +64,10 @@ impl fmt::Display for ClaimError {
             Self::Foreign => f.write_str("not memory of one zone of this allocator"),
             Self::Busy => f.write_str("somebody else is emptying it"),
             Self::NotMovable(frame) => write!(f, "frame {frame} belongs to no movable owner"),
+            Self::NotAsked(frame) => write!(
+                f,
+                "frame {frame} may be in the cache of a CPU that could not be asked"
+            ),
             Self::Pinned(frame) => write!(f, "frame {frame} is pinned"),
             Self::OutOfMemory(frame) => write!(f, "no memory to move frame {frame} to"),
             Self::NoRoom => f.write_str("no place in the area can be emptied"),
@@ -128,6 +134,18 @@ impl Core {
         true
     }
 
+    /// Makes the blocks of `first..end`, which are whole, a CMA area's; `false`, and nothing done, where they are not free.
+    fn lend(&mut self, segment: &Segment, first: u64, end: u64) -> bool {
+        let free =
+            self.is_uniform(segment, first, end, true) && self.is_takeable(segment, first, end);
+        if free {
+            for block in segment.block_of(first)..=segment.block_of(end - 1) {
+                self.set_type(segment, block, MigrateType::Cma);
+            }
+        }
+        free
+    }
+
     fn restore(&mut self, segment: &Segment, first: u64, end: u64) {
         for block in segment.block_of(first)..=segment.block_of(end - 1) {
             self.restore_block(segment, block);
@@ -183,25 +201,22 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if !first.is_multiple_of(BLOCK_FRAMES) || !end.is_multiple_of(BLOCK_FRAMES) {
             return Err(PlaceError::Foreign);
         }
-        if self.drain() != Drained::All {
-            return Err(PlaceError::Busy);
-        }
-        let lent = self.in_zone(state, segment, |core| {
-            let plain =
-                |block| !matches!(core.type_of(block), MigrateType::Cma | MigrateType::Isolate);
-            let blocks = segment.block_of(first)..segment.block_of(end - 1) + 1;
-            let free = core.is_uniform(segment, first, end, true) && blocks.clone().all(plain);
-            if free {
-                for block in blocks {
-                    core.set_type(segment, block, MigrateType::Cma);
-                }
+        let lend = |drained| {
+            // A CPU that was not asked may remember a block of the range.
+            if drained != Drained::All {
+                return Some(Err(PlaceError::Busy));
             }
-            free
-        });
-        match lent {
-            Ok(true) => Ok(CmaArea { name, range }),
-            Ok(false) => Err(PlaceError::InUse),
-            Err(_) => Err(PlaceError::Busy),
+            let lent = self.in_zone(state, segment, |core| core.lend(segment, first, end));
+            match lent {
+                Ok(true) => Some(Ok(CmaArea { name, range })),
+                Ok(false) => None,
+                Err(_) => Some(Err(PlaceError::Busy)),
+            }
+        };
+        match self.look_honestly(state, lend) {
+            Ok(result) => result,
+            Err(Drained::All) => Err(PlaceError::InUse),
+            Err(Drained::Here) => Err(PlaceError::InUseHere),
         }
     }
 
@@ -211,7 +226,10 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     ///
     /// # Errors
     ///
-    /// [`ClaimError`]; nothing was taken then.
+    /// [`ClaimError`]; nothing was taken then. [`ClaimError::NoRoom`] where nothing in the area can be emptied; where that is because
+    /// somebody else is emptying some of it, or a CPU could not be asked, the error says so.
+    ///
+    /// Source: Linux mm/cma.c `cma_alloc`, which goes on at `EBUSY`.
     #[doc(alias = "cma_alloc")]
     pub fn cma_claim(
         &self,
@@ -227,32 +245,50 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             return Err(ClaimError::NoRoom);
         }
         let round = |at: u64| (at + align.frames() - 1) & !(align.frames() - 1);
+        let first = round(area.range.first().number());
+        if frames == 0 || first + frames > end {
+            return Err(ClaimError::NoRoom);
+        }
         // A place where nothing has to move, if there is one.
-        let mut at = round(area.range.first().number());
-        while frames > 0 && at + frames <= end {
+        let mut free = first;
+        while free + frames <= end {
             let taken = self.in_zone(state, segment, |core| {
-                core.next_taken(segment, at, at + frames)
+                core.next_taken(segment, free, free + frames)
             })?;
             match taken {
                 None => break,
-                Some(taken) => at = round(taken + 1),
+                Some(taken) => free = round(taken + 1),
             }
         }
-        if frames == 0 || at + frames > end {
-            at = round(area.range.first().number());
+        if free + frames > end {
+            free = first;
         }
         // Otherwise the first place that can be emptied; whatever stands in the way is stepped over.
-        while frames > 0 && at + frames <= end {
-            let range = FrameRange::from_numbers(at, at + frames).ok_or(ClaimError::Foreign)?;
-            match self.claim(range, migrate) {
-                Ok(claimed) => return Ok(claimed),
-                Err(ClaimError::NotMovable(frame) | ClaimError::Pinned(frame)) => {
-                    at = round(frame.number() + 1);
-                }
-                Err(error) => return Err(error),
+        let mut refusal = ClaimError::NoRoom;
+        for (from, stop) in [(free, end), (first, free)] {
+            let mut at = from;
+            while at < stop && at + frames <= end {
+                let range = FrameRange::from_numbers(at, at + frames).ok_or(ClaimError::Foreign)?;
+                let after = match self.claim(range, migrate) {
+                    Ok(claimed) => return Ok(claimed),
+                    Err(ClaimError::NotMovable(frame) | ClaimError::Pinned(frame)) => {
+                        frame.number()
+                    }
+                    Err(error @ ClaimError::NotAsked(frame)) => {
+                        refusal = error;
+                        frame.number()
+                    }
+                    // Somebody else empties a page block of it: on to the next one.
+                    Err(ClaimError::Busy) => {
+                        refusal = ClaimError::Busy;
+                        at | (BLOCK_FRAMES - 1)
+                    }
+                    Err(error) => return Err(error),
+                };
+                at = round(after + 1);
             }
         }
-        Err(ClaimError::NoRoom)
+        Err(refusal)
     }
 
     /// Empties and takes exactly the frames of `range`.
@@ -284,8 +320,16 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if !self.in_zone(state, segment, |core| core.isolate(segment, first, end))? {
             return Err(ClaimError::Busy);
         }
-        self.drain();
-        let emptied = self.empty(state, segment, (first, end), migrate, moved);
+        let drained = self.drain();
+        let emptied = self
+            .empty(state, segment, (first, end), migrate, moved)
+            .map_err(|error| match error {
+                // No owner spoke for the frame, and not everybody was asked for free ones.
+                ClaimError::NotMovable(frame) if drained == Drained::Here => {
+                    ClaimError::NotAsked(frame)
+                }
+                error => error,
+            });
         // Nested calls never get here: what isolated the blocks had the lock, and waits for it again.
         self.in_zone(state, segment, |core| {
             let free = emptied.is_ok() && core.is_uniform(segment, first, end, true);
@@ -340,9 +384,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
                     self.free(target);
                     match reason {
                         MigrateError::Gone | MigrateError::Pinned if tries < RETRIES => {}
-                        MigrateError::Gone | MigrateError::Pinned => {
-                            return Err(ClaimError::Pinned(frame));
-                        }
+                        MigrateError::Pinned => return Err(ClaimError::Pinned(frame)),
                         MigrateError::OutOfMemory => return Err(ClaimError::OutOfMemory(frame)),
                         _ => return Err(ClaimError::NotMovable(frame)),
                     }

@@ -128,8 +128,10 @@ pub enum PlaceError {
     NotInitialised,
     /// Not wholly memory of one zone of this allocator.
     Foreign,
-    /// Some of it is in use (or in the cache of a CPU that could not be asked).
+    /// Some of it is in use.
     InUse,
+    /// Some of it is in use, or in the cache of a CPU that could not be asked.
+    InUseHere,
     /// A nested call met a state that only the interrupted code can finish, or a CPU that had to be asked could not be.
     Busy,
 }
@@ -140,6 +142,7 @@ impl fmt::Display for PlaceError {
             Self::NotInitialised => "the allocator has not been initialised",
             Self::Foreign => "not memory of one zone of this allocator",
             Self::InUse => "some of it is in use",
+            Self::InUseHere => "some of it is in use or in the cache of a CPU that could not be asked",
             Self::Busy => "the allocator is busy in the code that was interrupted, or a CPU could not be asked",
         })
     }

@@ -90,7 +90,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if let Some(result) = look() {
             return result;
         }
-        match self.look_honestly(state, look) {
+        match self.look_honestly(state, |_| look()) {
             Ok(result) => result,
             Err(Drained::All) => Err(AllocError::OutOfMemory),
             Err(Drained::Here) => Err(AllocError::OutOfMemoryHere),
@@ -295,34 +295,42 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     /// ```
     pub fn alloc_range_at(&self, range: FrameRange) -> Result<OwnedRange, PlaceError> {
         let state = self.state().ok_or(PlaceError::NotInitialised)?;
-        for last_try in [false, true] {
-            let pin = self.cpu.pin();
-            let area = state.area(pin.id());
-            let (first, end) = (range.first().number(), range.end_number());
-            let segment = self
-                .segment(state, area, first)
-                .filter(|part| !range.is_empty() && part.contains(first, end - first))
-                .ok_or(PlaceError::Foreign)?;
-            let zone = &state.zones[segment.zone as usize];
-            let taken = self.locked(area, zone, |core| {
-                let free = core.is_uniform(segment, first, end, true)
-                    && core.is_takeable(segment, first, end);
-                if free {
-                    core.mark_range(segment, first, end, false);
-                }
-                free
-            });
-            self.settle(state, area);
-            match taken {
-                None => return Err(PlaceError::Busy),
-                Some(true) => return Ok(OwnedRange(range)),
-                Some(false) if last_try => break,
-                Some(false) => {}
-            }
-            drop(pin);
-            self.drain();
+        let look = || self.take_at(state, range).transpose();
+        if let Some(result) = look() {
+            return result;
         }
-        Err(PlaceError::InUse)
+        match self.look_honestly(state, |_| look()) {
+            Ok(result) => result,
+            Err(Drained::All) => Err(PlaceError::InUse),
+            Err(Drained::Here) => Err(PlaceError::InUseHere),
+        }
+    }
+
+    /// Takes the frames of `range` where all of them are in the zone.
+    fn take_at(
+        &self,
+        state: &State<L>,
+        range: FrameRange,
+    ) -> Result<Option<OwnedRange>, PlaceError> {
+        let pin = self.cpu.pin();
+        let area = state.area(pin.id());
+        let (first, end) = (range.first().number(), range.end_number());
+        let segment = self
+            .segment(state, area, first)
+            .filter(|part| !range.is_empty() && part.contains(first, end - first))
+            .ok_or(PlaceError::Foreign)?;
+        let zone = &state.zones[segment.zone as usize];
+        let taken = self.locked(area, zone, |core| {
+            let free =
+                core.is_uniform(segment, first, end, true) && core.is_takeable(segment, first, end);
+            if free {
+                core.mark_range(segment, first, end, false);
+            }
+            free
+        });
+        self.settle(state, area);
+        let taken = taken.ok_or(PlaceError::Busy)?;
+        Ok(taken.then_some(OwnedRange(range)))
     }
 
     /// Runs `f` with the list of reserved runs; interrupts of this CPU will not wait for it.

@@ -47,7 +47,8 @@ impl<L: RawLock + 'static> State<L> {
 }
 
 impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M, C, L, K, P> {
-    /// Empties all arrays and looks until `look` finds something or nothing came back meanwhile.
+    /// Empties all arrays and looks until `look` finds something or nothing came back meanwhile. `look` is told whose arrays are empty,
+    /// and stay so until it returns.
     ///
     /// # Errors
     ///
@@ -55,14 +56,14 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     pub(crate) fn look_honestly<R>(
         &self,
         state: &State<L>,
-        mut look: impl FnMut() -> Option<R>,
+        mut look: impl FnMut(Drained) -> Option<R>,
     ) -> Result<R, Drained> {
         state.refusing.fetch_add(1, Ordering::SeqCst);
         let drained = self.drain();
         let mut result = Err(Drained::Here);
         for _ in 0..LOOKS {
             let before = state.gives.load(Ordering::Acquire);
-            if let Some(found) = look() {
+            if let Some(found) = look(drained) {
                 result = Ok(found);
                 break;
             }

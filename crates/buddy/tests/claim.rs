@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use common::NoOwner;
 use common::window::Window;
 use kmem_buddy::{
-    BootMap, Buddy, ClaimError, Config, Emptying, PlaceError, RegionKind, Reservation, ZoneLimits,
+    BootMap, Buddy, ClaimError, CmaArea, Config, Emptying, PlaceError, RegionKind, Reservation,
+    ZoneLimits,
 };
 use kmem_hal::{
     Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Migrate, MigrateError, Order,
@@ -415,4 +416,71 @@ fn compaction_makes_every_block_that_there_can_be() {
     );
     buddy.check().unwrap();
     assert_eq!(buddy.misuse(), None);
+}
+
+/// While a page of one claim moves, somebody else claims from the same area.
+struct Meanwhile<'a>(&'a Pages<'a>, RefCell<Option<Box<dyn FnOnce() + 'a>>>);
+
+impl Migrate for Meanwhile<'_> {
+    fn migrate(
+        &self,
+        from: Frame,
+        to: OwnedFrame,
+    ) -> Result<OwnedFrame, (MigrateError, OwnedFrame)> {
+        let then = self.1.borrow_mut().take();
+        if let Some(then) = then {
+            then();
+        }
+        self.0.migrate(from, to)
+    }
+}
+
+#[test]
+fn a_claim_steps_over_what_somebody_else_is_emptying() {
+    let window = Window::new(FRAMES << 12, FRAMES << 12);
+    let buddy = boot(&window);
+    let range = FrameRange::from_numbers(0x1000, 0x1600).unwrap();
+    let area = buddy.cma_area("camera", range).unwrap();
+    let users = Pages::new(&window, &buddy);
+    let fill_area = || {
+        let kernel: Vec<_> = std::iter::from_fn(|| buddy.alloc(&FrameRequest::ONE).ok()).collect();
+        users.fill();
+        buddy.free_bulk(kernel);
+        buddy.drain_all();
+    };
+    fill_area();
+    let one = |area: &CmaArea, frames| buddy.cma_claim(area, frames, Order::HUGE_2M, &users);
+    let others = RefCell::new(Vec::new());
+    let also = || {
+        others.borrow_mut().push(one(&area, 0x200).unwrap());
+        others.borrow_mut().push(one(&area, 0x200).unwrap());
+        assert_eq!(one(&area, 0x200), Err(ClaimError::Busy));
+    };
+    let busy = FrameRange::from_numbers(0x1000, 0x1200).unwrap();
+    let moving = Meanwhile(&users, RefCell::new(Some(Box::new(also))));
+    let claimed = buddy.claim(busy, &moving).unwrap();
+    assert!(moving.1.borrow().is_none());
+    drop(moving);
+    for other in others.into_inner() {
+        buddy.free_range(other).unwrap();
+    }
+    buddy.free_range(claimed).unwrap();
+    users.check();
+    buddy.check().unwrap();
+    fill_area();
+    // The place that is free is in a block that is being emptied; those before it are looked at as well.
+    (0x1400..0x1500).for_each(|frame| users.remove(frame));
+    buddy.drain_all();
+    let busy = FrameRange::from_numbers(0x1400, 0x1600).unwrap();
+    let found = RefCell::new(None);
+    let also = || *found.borrow_mut() = Some(buddy.cma_claim(&area, 0x100, Order::ZERO, &users));
+    let moving = Meanwhile(&users, RefCell::new(Some(Box::new(also))));
+    let claimed = buddy.claim(busy, &moving).unwrap();
+    drop(moving);
+    let other = found.into_inner().unwrap().unwrap();
+    assert_eq!(other.range().first().number(), 0x1000);
+    buddy.free_range(other).unwrap();
+    buddy.free_range(claimed).unwrap();
+    users.check();
+    buddy.check().unwrap();
 }

@@ -4,12 +4,15 @@ mod common;
 
 use std::cell::{Cell, RefCell};
 
+use common::NoOwner;
 use common::window::Window;
-use kmem_buddy::{BootMap, Buddy, Config, FreeError, PlaceError, RegionKind, ZoneLimits};
+use kmem_buddy::{
+    BootMap, Buddy, ClaimError, Config, FreeError, PlaceError, RegionKind, ZoneLimits,
+};
 use kmem_hal::{
-    AllocError, Context, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, FrameRange, FrameRequest,
-    FrameSink, FrameSource, NoCpuCall, NoPressure, NodeId, Order, OwnedFrame, PhysAddr, Pressure,
-    PressureLevel, RawLock, Spin,
+    AllocError, Context, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, Frame, FrameRange,
+    FrameRequest, FrameSink, FrameSource, NoCpuCall, NoPressure, NodeId, Order, OwnedFrame,
+    PhysAddr, Pressure, PressureLevel, RawLock, Spin,
 };
 
 thread_local! {
@@ -208,6 +211,60 @@ fn cpus_come_and_go() {
     assert_eq!(info.cached, 0);
     // Its area holds one page.
     assert_eq!(info.free, total - 1);
+    buddy.check().unwrap();
+}
+
+/// A frame that is free in the array of another CPU, and the page block around it, which is neither the first one nor the last.
+fn hidden<K: CpuCall>(
+    buddy: &Buddy<&'static Window, Played, Spin, K, NoPressure>,
+) -> (Frame, FrameRange) {
+    Played::become_cpu(1);
+    let frame = loop {
+        let frame = buddy.alloc(&FrameRequest::ONE.movable()).unwrap();
+        if (512..(1 << 14) - 512).contains(&frame.first().number()) {
+            break frame;
+        }
+    };
+    let first = frame.first();
+    buddy.free(frame);
+    Played::become_cpu(0);
+    let block = FrameRange::of_order(first.align_down(Order::HUGE_2M), Order::HUGE_2M);
+    (first, block.unwrap())
+}
+
+#[test]
+fn what_another_cpu_may_have_free_is_not_said_to_be_in_use() {
+    let alone = boot::<_, _, Spin>(1 << 14, NoCpuCall, NoPressure, &config());
+    let (frame, block) = hidden(alone);
+    assert_eq!(
+        alone.alloc_at(frame, Order::ZERO).unwrap_err(),
+        PlaceError::InUseHere
+    );
+    assert_eq!(
+        alone.alloc_range_at(block).unwrap_err(),
+        PlaceError::InUseHere
+    );
+    // Nobody owns it, and so nobody moves it: it is neither pinned nor somebody's who does not move.
+    let lowest = |error| match error {
+        ClaimError::NotAsked(frame) => block.contains(frame),
+        _ => false,
+    };
+    let error = alone.claim(block, &NoOwner).unwrap_err();
+    assert!(lowest(error), "{error:?}");
+    alone.check().unwrap();
+
+    let buddy = boot::<_, _, Spin>(1 << 14, Played, NoPressure, &config());
+    let (frame, _) = hidden(buddy);
+    let taken = buddy.alloc_at(frame, Order::ZERO).unwrap();
+    assert_eq!(
+        buddy.alloc_at(frame, Order::ZERO),
+        Err(PlaceError::InUse),
+        "all were asked"
+    );
+    buddy.free(taken);
+    let (_, block) = hidden(buddy);
+    let claimed = buddy.claim(block, &NoOwner).unwrap();
+    buddy.free_range(claimed).unwrap();
     buddy.check().unwrap();
 }
 

@@ -9,7 +9,7 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64 as Plain;
 
-use kmem_buddy::{BootMap, Buddy, Config, RegionKind, ZoneLimits};
+use kmem_buddy::{BootMap, Buddy, Config, PlaceError, RegionKind, ZoneLimits};
 use kmem_hal::sync::{AtomicU32, AtomicU64};
 use kmem_hal::{
     AllocError, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, Frame, FrameRange, FrameRequest,
@@ -35,6 +35,8 @@ enum Call {
     Refused {
         order: u8,
     },
+    /// The frames of these bits were asked for by place, and some are in use.
+    InUse(u8),
     Free(u8),
 }
 
@@ -59,6 +61,7 @@ fn apply(free: u8, call: Call) -> Option<u8> {
     match call {
         Call::Alloc(bits) => (free & bits == bits).then_some(free & !bits),
         Call::Refused { order } => (!has_run(free, order)).then_some(free),
+        Call::InUse(bits) => (free & bits != bits).then_some(free),
         Call::Free(bits) => (free & bits == 0).then_some(free | bits),
     }
 }
@@ -219,9 +222,9 @@ fn boot() -> (&'static Machine, &'static Bus) {
     (buddy, bus)
 }
 
-fn bits(frame: &OwnedFrame) -> u8 {
-    let run = (1u16 << frame.range().count()) - 1;
-    (run << (frame.first().number() - ISLAND)) as u8
+fn bits(range: FrameRange) -> u8 {
+    let run = (1u16 << range.count()) - 1;
+    (run << (range.first().number() - ISLAND)) as u8
 }
 
 /// One CPU's calls; what it holds at the end is freed by nobody.
@@ -241,15 +244,29 @@ fn play(
         let began = tick();
         let call = if !held.is_empty() && random.gen_range(0..5) < 2 {
             let frame = held.swap_remove(random.gen_range(0..held.len()));
-            let call = Call::Free(bits(&frame));
+            let call = Call::Free(bits(frame.range()));
             buddy.free(frame);
             call
+        } else if random.gen_range(0..3) == 0 {
+            // By place: a block, or a range that is none.
+            let count = [1, 2, 3, 4][random.gen_range(0..4)];
+            let first = ISLAND + random.gen_range(0..=SIZE - count);
+            let range = FrameRange::from_numbers(first, first + count).unwrap();
+            match buddy.alloc_range_at(range) {
+                Ok(taken) => {
+                    held.extend(taken.into_blocks(Order::ZERO));
+                    Call::Alloc(bits(range))
+                }
+                Err(PlaceError::InUse) => Call::InUse(bits(range)),
+                Err(PlaceError::InUseHere) => continue, // promises nothing
+                Err(error) => panic!("{error}"),
+            }
         } else {
             let order = random.gen_range(0..4u8);
             let request = FrameRequest::new(Order::new(order).unwrap());
             match buddy.alloc(&request.movable()) {
                 Ok(frame) => {
-                    let call = Call::Alloc(bits(&frame));
+                    let call = Call::Alloc(bits(frame.range()));
                     held.push(frame);
                     call
                 }
@@ -287,7 +304,7 @@ fn refusals_are_honest(iterations: usize, cpus: u32, calls: usize) {
         history.sort_by_key(|event| event.began);
         let refusals = history
             .iter()
-            .filter(|event| matches!(event.call, Call::Refused { .. }));
+            .filter(|event| matches!(event.call, Call::Refused { .. } | Call::InUse(_)));
         count.fetch_add(
             refusals.count() as u64,
             std::sync::atomic::Ordering::Relaxed,
