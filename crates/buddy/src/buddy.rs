@@ -141,7 +141,7 @@ impl<M, C, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     }
 }
 
-impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
+impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     /// The area of the CPU that the caller is pinned to; `None` before `init` and where the CPU is not online.
     #[inline(always)]
     pub(crate) fn own_area(&self, pin: &Pinned<'_, C>) -> Option<&CpuArea> {
@@ -188,7 +188,7 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     /// The flag of this CPU, which has no area.
     #[cold]
     #[inline(never)]
-    fn bare_flag(&self) -> Option<&'static LocalBool> {
+    pub(crate) fn bare_flag(&self) -> Option<&'static LocalBool> {
         let cpu = self.cpu.pin().id();
         self.state()?.bare.get(cpu.index())
     }

@@ -17,6 +17,7 @@ use crate::carve::{Carving, room, tight};
 use crate::config::Config;
 use crate::cpu_cache::{CpuArea, ZoneCache};
 use crate::error::InitError;
+use crate::pending::Pending;
 use crate::plan::{ZonePlan, area_room, for_each_run, plan, zone_plans};
 use crate::reserved::{Reserved, ReservedRun, ReservedSlot};
 use crate::state::{State, cut, nearest};
@@ -210,7 +211,7 @@ pub(crate) unsafe fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
             misuse_count: AtomicU64::new(0),
             misuse_last: AtomicU64::new(0),
             misuse_kind: AtomicU32::new(0),
-            lost: AtomicU64::new(0),
+            pending: Pending::new(),
             refusing: AtomicU32::new(0),
             gives: AtomicU64::new(0),
             metadata: FrameRange::touching(piece, bytes),

@@ -53,7 +53,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         drop(arrays);
         self.settle(state, Some(area));
         // Blocks that wait for an interrupted call are in no zone.
-        all && !area.has_pending()
+        all && state.pending.is_empty()
     }
 
     /// Empties this CPU's arrays into the zones; `false` where the caller interrupted their user.

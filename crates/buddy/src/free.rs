@@ -4,7 +4,7 @@
 //! segment must be found anyway; a double free or a wrong order when the block's bits are set. A wrong block is never
 //! reused: [`Buddy::misuse`] tells.
 
-use kmem_hal::sync::{AtomicU8, Ordering};
+use kmem_hal::sync::{AtomicU8, LocalBool, Ordering};
 use kmem_hal::{Cpu, CpuCall, Frame, FrameSink, Order, OwnedFrame, PhysMap, Pressure, RawLock};
 
 use crate::buddy::{Buddy, needs_no_reach};
@@ -39,7 +39,7 @@ fn is_managed<L: RawLock + 'static>(
         .is_managed(first, end, !needs_no_reach(zone.kind))
 }
 
-impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
+impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     /// The segment of a frame; the last one used is tried first.
     #[inline]
     pub(crate) fn segment(
@@ -70,13 +70,24 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     /// Gives blocks that nested calls left behind to their zones, once the lock is free again.
     #[inline]
     pub(crate) fn settle(&self, state: &State<L>, area: Option<&CpuArea>) {
-        let Some(area) = area else { return };
-        while area.has_pending() && !area.is_holding() {
-            area.take_pending(|first, order| {
-                if let Err(error) = self.give_direct(state, Some(area), first, order) {
+        // Another call may have taken them and be on its way to the zones with them: nobody waits for that.
+        while !state.pending.is_empty() && !self.is_holding(area) {
+            let any = state.pending.take(&self.memory, |first, order| {
+                if let Err(error) = self.give_direct(state, area, first, order) {
                     self.note_misuse(state, error, first, order);
                 }
             });
+            if !any {
+                break;
+            }
+        }
+    }
+
+    /// Whether the call interrupted one that is inside a zone's lock, or about to be.
+    fn is_holding(&self, area: Option<&CpuArea>) -> bool {
+        match area {
+            Some(area) => area.is_holding(),
+            None => self.bare_flag().is_some_and(LocalBool::get),
         }
     }
 
@@ -114,18 +125,12 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
             core.mark_range(segment, first, end, true);
             Ok(())
         });
-        state.gave();
-        match given {
-            Some(result) => Ok(result?),
-            None => {
-                // A nested call that must not wait: the interrupted call takes the block along.
-                let left = area.is_some_and(|area| area.leave_pending(first, order));
-                if !left {
-                    state.lost.fetch_add(1 << order, Ordering::Relaxed);
-                }
-                Ok(())
-            }
+        if given.is_none() {
+            // A nested call that must not wait: the interrupted call takes the block along.
+            state.pending.leave(&self.memory, first, order);
         }
+        state.gave();
+        Ok(given.unwrap_or(Ok(()))?)
     }
 
     /// Gives the oldest `count` blocks of an array (its number and order) back to the zone; `false` where the lock could not be had.

@@ -28,6 +28,7 @@ mod cpu_cache;
 mod cpus;
 mod error;
 mod free;
+mod pending;
 mod plan;
 #[cfg(loom)]
 #[doc(hidden)]

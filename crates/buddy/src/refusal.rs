@@ -68,7 +68,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
                 break;
             }
             if state.gives.load(Ordering::Acquire) == before {
-                result = Err(drained);
+                // What a nested call left to those it interrupted is in no zone.
+                let all = state.pending.is_empty();
+                result = Err(if all { drained } else { Drained::Here });
                 break;
             }
         }

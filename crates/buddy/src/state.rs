@@ -4,6 +4,7 @@ use kmem_hal::sync::{AtomicPtr, AtomicU32, AtomicU64, LocalBool, Ordering};
 use kmem_hal::{CpuId, Frame, FrameRange, Lock, NodeId, PhysAddr, RawLock};
 
 use crate::cpu_cache::CpuArea;
+use crate::pending::Pending;
 use crate::reserved::Reserved;
 use crate::zone::Zone;
 use crate::zone::segment::Segment;
@@ -28,8 +29,8 @@ pub(crate) struct State<L: 'static> {
     pub misuse_count: AtomicU64,
     pub misuse_last: AtomicU64,
     pub misuse_kind: AtomicU32,
-    /// Blocks that nested calls freed and that found no place to wait.
-    pub lost: AtomicU64,
+    /// Blocks that nested calls freed.
+    pub pending: Pending,
     /// How many calls are about to refuse: meanwhile arrays stay empty (see [`crate::refusal`]).
     pub refusing: AtomicU32,
     /// Counts what came to the zones while somebody was about to refuse.

@@ -6,7 +6,6 @@
 //!     hot       the block that came back last   slots   [ o0 unmovable | o0 movable | .. | o9 ]
 //!     window    where frees go without a search
 //!     holding   a call has a zone lock             bare: the same, from the time before the CPU had an area
-//!     pending   blocks freed by nested calls that could not get the lock
 //! ```
 //!
 //! A hit takes the hot block, or pops or pushes a 32-bit number: the frame's distance from the zone's start. Half an array moves from
@@ -17,19 +16,19 @@
 //!   nested call that finds `busy` set leaves them alone and goes to the zone.
 //! - `I2`: whoever takes a zone's lock has set `holding` of the CPU that it runs on (`bare` where that has no area), views and those who
 //!   empty the arrays of another CPU too. A nested call that finds it set never spins: it tries the lock, and if that fails it refuses an
-//!   allocation or leaves a freed block in `pending`, which the interrupted call empties before it returns.
+//!   allocation or leaves a freed block in the pool of
+//!   [`crate::pending`], which the interrupted call empties before it returns.
 //! - `I3`: blocks in arrays, and the hot one, are allocated as far as the zone knows.
 //! - `I4`: a block is lent from an array, or when it is hot, so that it is of a zone that served plain requests of its type. Emptying
 //!   the arrays forgets what was lent.
 //!
-//! Costs: 3.3 KiB a CPU and zone, half a KiB a CPU. A hit is some twenty instructions, none of them locked.
+//! Costs: 3.3 KiB a CPU and zone, a quarter KiB a CPU. A hit is some twenty instructions, none of them locked.
 
 mod arrays;
 mod zone_cache;
 
 use kmem_hal::sync::{
-    AtomicBool, AtomicU8, AtomicU64, LocalBool, LocalPtr, LocalU32, LocalU64, LocalUsize, Ordering,
-    compiler_fence,
+    AtomicU8, LocalBool, LocalPtr, LocalU32, LocalU64, LocalUsize, Ordering, compiler_fence,
 };
 
 use crate::zone::segment::Segment;
@@ -40,11 +39,6 @@ pub(crate) use zone_cache::{
     order_limit, stack_of,
 };
 
-/// Blocks that nested calls may leave behind.
-#[cfg(not(loom))]
-const PENDING: usize = 32;
-#[cfg(loom)]
-const PENDING: usize = 2;
 /// What belongs to one CPU.
 ///
 /// ```text
@@ -65,7 +59,6 @@ pub(crate) struct CpuArea {
     /// Its first frame.
     hot_first: LocalU64,
     pub holding: LocalBool,
-    pending_any: AtomicBool,
     /// Allocations that were not for the hot block.
     missed: LocalU32,
     /// The type of the block that was freed last: less than `CACHED_TYPES`.
@@ -87,7 +80,6 @@ pub(crate) struct CpuArea {
     pub nested: LocalU64,
     /// Stands for `holding` where a call began before the area was there.
     bare: Option<&'static LocalBool>,
-    pending: [AtomicU64; PENDING],
     pub caches: &'static [ZoneCache],
 }
 
@@ -110,7 +102,6 @@ impl CpuArea {
             hot_first: LocalU64::new(0),
             missed: LocalU32::new(0),
             holding: LocalBool::new(false),
-            pending_any: AtomicBool::new(false),
             window_type: LocalU32::new(0),
             node: LocalU32::new(node),
             current: first.map(current),
@@ -123,7 +114,6 @@ impl CpuArea {
             interleave: LocalU32::new(0),
             nested: LocalU64::new(0),
             bare,
-            pending: core::array::from_fn(|_| AtomicU64::new(0)),
             caches,
         }
     }
@@ -182,35 +172,6 @@ impl CpuArea {
     pub fn is_holding(&self) -> bool {
         self.holding.get() || self.bare.is_some_and(LocalBool::get)
     }
-
-    /// Leaves a block for the interrupted call (`I2`); `false` where there is no room.
-    pub fn leave_pending(&self, first: u64, order: usize) -> bool {
-        let entry = first << 8 | (order as u64) << 1 | 1;
-        let left = self.pending.iter().any(|slot| {
-            slot.compare_exchange(0, entry, Ordering::AcqRel, Ordering::Relaxed)
-                .is_ok()
-        });
-        self.pending_any.store(true, Ordering::Release);
-        left
-    }
-
-    /// Whether nested calls left blocks.
-    #[inline]
-    pub fn has_pending(&self) -> bool {
-        self.pending_any.load(Ordering::Relaxed)
-    }
-
-    /// Takes what nested calls left: first frame and order.
-    pub fn take_pending(&self, mut give: impl FnMut(u64, usize)) {
-        self.pending_any.store(false, Ordering::Relaxed);
-        compiler_fence(Ordering::SeqCst);
-        for slot in &self.pending {
-            let entry = slot.swap(0, Ordering::AcqRel);
-            if entry != 0 {
-                give(entry >> 8, (entry >> 1 & 0x7f) as usize);
-            }
-        }
-    }
 }
 
 /// Notes whether the CPU of this flag is inside a zone lock (`I2`).
@@ -222,9 +183,6 @@ pub(crate) fn set_holding(flag: &LocalBool, holding: bool) {
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
-    extern crate std;
-    use std::vec::Vec;
-
     use super::*;
 
     #[test]
@@ -242,22 +200,5 @@ mod tests {
         drop(outer);
         assert!(area.enter().is_some());
         assert_eq!(area.nested.get(), 2);
-    }
-
-    #[test]
-    fn pending_blocks_wait_until_they_are_taken() {
-        let area = CpuArea::new(0, None, &[], [None; 3]);
-        for first in 0..PENDING as u64 {
-            assert!(area.leave_pending(first << 3, 3));
-        }
-        assert!(!area.leave_pending(1 << 20, 0), "there is no room for more");
-        assert!(area.has_pending());
-        let mut seen = Vec::new();
-        area.take_pending(|first, order| seen.push((first, order)));
-        assert_eq!(
-            seen,
-            (0..PENDING as u64).map(|n| (n << 3, 3)).collect::<Vec<_>>()
-        );
-        assert!(!area.has_pending());
     }
 }

@@ -11,7 +11,7 @@ mod picture;
 mod show_mem;
 mod zoneinfo;
 
-use kmem_hal::{Cpu, CpuId, NodeId, RawLock};
+use kmem_hal::{Cpu, CpuId, NodeId, PhysMap, RawLock};
 
 use crate::buddy::Buddy;
 use crate::cpu_cache::{CpuArea, ZoneCache};
@@ -204,7 +204,7 @@ fn figures<L: RawLock + 'static>(look: Look<'_, L>, index: usize, zone: &Zone<L>
     }
 }
 
-impl<M, C: Cpu, L: RawLock + 'static, K, P> Holder for Buddy<M, C, L, K, P> {
+impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Holder for Buddy<M, C, L, K, P> {
     fn hold(&self, f: &mut dyn FnMut()) {
         match self.state() {
             Some(state) => self.holding(state, f),
@@ -213,7 +213,7 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Holder for Buddy<M, C, L, K, P> {
     }
 }
 
-impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
+impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     fn look(&self) -> Option<Look<'_, L>> {
         let state = self.state()?;
         Some(Look {
@@ -288,11 +288,10 @@ impl<M, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
 
     /// Frames that nested calls freed and for which there was no place to wait: out of use until the next boot.
     ///
-    /// 0 unless an interrupted call was interrupted more often than it has places for, or a call on a CPU without arrays, which has no such
-    /// place, was interrupted by a free while another CPU held the zone's lock (see [the crate](crate)).
+    /// 0 unless NMIs freed more than 32 blocks of memory that is not mapped while the calls that they interrupted held locks; there is
+    /// room for any number of mapped ones (see [the crate](crate)).
     pub fn lost(&self) -> u64 {
-        let lost = |state: &'static State<L>| state.lost.load(kmem_hal::sync::Ordering::Relaxed);
-        self.state().map_or(0, lost)
+        self.state().map_or(0, |state| state.pending.lost())
     }
 
     /// The allocator's lines of /proc/meminfo.

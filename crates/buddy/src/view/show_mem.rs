@@ -98,7 +98,7 @@ impl<L: RawLock> fmt::Display for ShowMem<'_, L> {
         writeln!(f, "{high} pages HighMem/MovableOnly")?;
         writeln!(f, "{} pages reserved", present - info.total)?;
         writeln!(f, "{} pages cma reserved", info.cma_total)?;
-        let lost = look.state.lost.load(kmem_hal::sync::Ordering::Relaxed);
+        let lost = look.state.pending.lost();
         let misuse = look
             .state
             .misuse_count
