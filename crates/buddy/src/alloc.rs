@@ -298,7 +298,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     }
 
     /// Lets the request have what was kept from it; whether that was anything.
-    fn release_high_atomic(&self, state: &State<L>, wanted: &Wanted) -> bool {
+    pub(crate) fn release_high_atomic(&self, state: &State<L>, wanted: &Wanted) -> bool {
         let pin = self.cpu.pin();
         let area = state.area(pin.id());
         let mut any = false;

@@ -18,6 +18,7 @@ use crate::watermark;
 use crate::zone::Mark;
 use crate::zone::bits::{BLOCK_FRAMES, WHOLE};
 use crate::zone::core::Core;
+use crate::zone::kind::MigrateType;
 use crate::zone::segment;
 
 /// The sole ownership of a run of frames of any length.
@@ -90,10 +91,15 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if let Some(result) = look() {
             return result;
         }
-        match self.look_honestly(state, |_| look()) {
-            Ok(result) => result,
-            Err(Drained::All) => Err(AllocError::OutOfMemory),
-            Err(Drained::Here) => Err(AllocError::OutOfMemoryHere),
+        loop {
+            let refusal = match self.look_honestly(state, |_| look()) {
+                Ok(result) => return result,
+                Err(Drained::All) => AllocError::OutOfMemory,
+                Err(Drained::Here) => AllocError::OutOfMemoryHere,
+            };
+            if !self.release_high_atomic(state, &wanted) {
+                return Err(refusal);
+            }
         }
     }
 
@@ -109,23 +115,22 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let node = self.node_for(state, area, node);
         for &index in state.list(node) {
             let zone = &state.zones[usize::from(index)];
-            let mark = if wanted.reserve {
-                0
-            } else {
-                zone.mark(Mark::Min)
-            };
-            if !wanted.admits(zone) || zone.spare(mark, wanted.highest, wanted.movable) < frames {
+            if !wanted.admits(zone) || wanted.spare(zone, Mark::Min) < frames {
                 continue;
             }
             let found = self.locked(area, zone, |core| {
-                let first =
-                    core.find_range(frames, align.frames(), wanted.limit, wanted.movable)?;
+                let first = core.find_range(frames, align.frames(), wanted.limit, |migrate| {
+                    wanted.may_use(migrate)
+                })?;
                 core.mark_found(first, frames);
                 let segment = segment::find(core.segments, first)?;
                 let mut at = first.next_multiple_of(BLOCK_FRAMES);
                 while at + BLOCK_FRAMES <= first + frames {
                     let block = segment.block_of(at);
-                    if core.type_of(block) != crate::zone::kind::MigrateType::Cma {
+                    if !matches!(
+                        core.type_of(block),
+                        MigrateType::Cma | MigrateType::HighAtomic
+                    ) {
                         core.set_type(segment, block, wanted.migrate);
                     }
                     at += BLOCK_FRAMES;

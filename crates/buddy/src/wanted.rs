@@ -111,6 +111,16 @@ impl Wanted {
         self.atomic && self.order > 0 && !self.movable
     }
 
+    /// Whether frames of blocks of this type may serve it, where it is served by place and not by type.
+    pub fn may_use(&self, migrate: MigrateType) -> bool {
+        match migrate {
+            MigrateType::Isolate => false,
+            MigrateType::Cma => self.movable,
+            MigrateType::HighAtomic => self.atomic,
+            _ => true,
+        }
+    }
+
     /// Takes one block at the min watermark for a request that cannot wait; as [`take`](Self::take).
     ///
     /// The page blocks that are kept for large ones serve these first, and single frames where nothing else is left. A block that
@@ -185,7 +195,9 @@ impl Wanted {
             return Some(first);
         }
         let frames = 1 << self.order;
-        let first = core.find_range(frames, 1 << self.align, self.limit, self.movable)?;
+        let first = core.find_range(frames, 1 << self.align, self.limit, |migrate| {
+            self.may_use(migrate)
+        })?;
         core.mark_found(first, frames);
         Some(first)
     }

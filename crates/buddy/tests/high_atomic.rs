@@ -6,8 +6,8 @@ mod common;
 use common::window::Window;
 use kmem_buddy::{BootMap, Buddy, Config, RegionKind, ZoneLimits};
 use kmem_hal::{
-    AllocError, Context, FrameRequest, FrameSink, FrameSource, Order, OwnedFrame, PhysAddr,
-    SingleCpu, Spin,
+    AllocError, Context, FrameRange, FrameRequest, FrameSink, FrameSource, Order, OwnedFrame,
+    PhysAddr, SingleCpu, Spin,
 };
 
 type Machine = Buddy<&'static Window, SingleCpu, Spin>;
@@ -138,5 +138,73 @@ fn a_single_frame_that_cannot_wait_gets_the_last_of_a_kept_block() {
     }
     buddy.drain_local();
     assert!(buddy.recount().free <= min / 2 + 1);
+    end(buddy, held);
+}
+
+/// A page block that is kept, and a machine that is short of memory.
+fn short(held: &mut Vec<OwnedFrame>) -> (&'static Machine, FrameRange) {
+    let buddy = boot(1 << 16);
+    run_low(buddy, held);
+    let first = buddy.alloc(&urgent(5)).unwrap();
+    assert_eq!(kept(buddy), 1);
+    let block = first.first().align_down(Order::HUGE_2M);
+    held.push(first);
+    (buddy, FrameRange::of_order(block, Order::HUGE_2M).unwrap())
+}
+
+#[test]
+fn ranges_for_callers_that_can_wait_leave_kept_blocks_alone() {
+    for align in [0, 5] {
+        let mut held = Vec::new();
+        let (buddy, block) = short(&mut held);
+        // The highest blocks come first, so that the kept one is the lowest that has anything.
+        let align = Order::new(align).unwrap();
+        let mut refused = None;
+        while refused.is_none() {
+            match buddy.alloc_range(24, align, &waiting(0)) {
+                Ok(range) => {
+                    let of_it = !range.range().intersection(block).is_empty();
+                    assert!(!of_it || kept(buddy) == 0, "{range:?} of {block:?}");
+                    held.extend(range.into_blocks(Order::MAX_BUDDY));
+                }
+                Err(error) => refused = Some(error),
+            }
+        }
+        assert_eq!(refused, Some(AllocError::OutOfMemory));
+        assert_eq!(kept(buddy), 0, "refused before it was let go");
+        end(buddy, held);
+    }
+    // Single frames of an alignment beyond their order are found by place as well.
+    let mut held = Vec::new();
+    let (buddy, block) = short(&mut held);
+    loop {
+        let request = waiting(0).aligned(Order::new(3).unwrap());
+        match buddy.alloc(&request) {
+            Ok(frame) => {
+                let of_it = block.contains(frame.first());
+                assert!(!of_it || kept(buddy) == 0, "{frame:?} of {block:?}");
+                held.push(frame);
+            }
+            Err(error) => break assert_eq!(error, AllocError::OutOfMemory),
+        }
+    }
+    assert_eq!(kept(buddy), 0);
+    end(buddy, held);
+}
+
+#[test]
+fn kept_frames_count_as_used_for_others() {
+    let mut held = Vec::new();
+    let (buddy, _) = short(&mut held);
+    let before = held.len();
+    loop {
+        held.push(buddy.alloc(&waiting(0)).unwrap());
+        let zone = buddy.zones().next().unwrap();
+        if kept(buddy) == 0 {
+            break;
+        }
+        assert!(zone.free >= zone.marks[0] + 512, "{} are free", zone.free);
+    }
+    assert!(held.len() > before + 1);
     end(buddy, held);
 }

@@ -183,6 +183,7 @@ pub(crate) fn set_holding(flag: &LocalBool, holding: bool) {
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
+    extern crate std;
     use super::*;
 
     #[test]
@@ -200,5 +201,31 @@ mod tests {
         drop(outer);
         assert!(area.enter().is_some());
         assert_eq!(area.nested.get(), 2);
+    }
+
+    /// A hot block that nobody asks for keeps others from being lent; it goes away after as many allocations as it has patience for.
+    #[test]
+    fn a_hot_block_that_nobody_asks_for_is_put_away() {
+        let mut place = std::boxed::Box::new(core::mem::MaybeUninit::uninit());
+        ZoneCache::build(&mut place, 0);
+        // SAFETY: `build` wrote all of it.
+        let cache = unsafe { place.assume_init() };
+        let caches: &'static [ZoneCache] = std::slice::from_ref(std::boxed::Box::leak(cache));
+        let migrate = crate::zone::kind::MigrateType::Unmovable;
+        for (order, count) in [(0, 128), (3, 1)] {
+            let stack = stack_of(order, migrate as usize);
+            caches[0].set_limit(stack, count);
+            (0..count).for_each(|entry| assert!(caches[0].push(stack, entry << order)));
+        }
+        let area = CpuArea::new(0, None, caches, [Some(&caches[0]); 3]);
+        let arrays = area.enter().unwrap();
+        let block = arrays.pop(3, migrate).unwrap();
+        assert!(arrays.push(block, 3), "what comes back at once is kept");
+        for taken in 1..64 {
+            assert!(arrays.pop(0, migrate).is_some(), "{taken}");
+        }
+        assert_eq!(arrays.pop(0, migrate), None, "the slow path puts it away");
+        assert_eq!(arrays.take_hot(), Some((block, 3, migrate as usize)));
+        assert!(arrays.pop(0, migrate).is_some());
     }
 }

@@ -64,14 +64,20 @@ impl Core {
     }
 
     /// The lowest run of `count` free frames that starts at a multiple of `align` frames (a power of two), ends at or below `limit`
-    /// and avoids blocks that lend (`Cma`, unless `movable`) or are isolated.
-    pub fn find_range(&self, count: u64, align: u64, limit: u64, movable: bool) -> Option<u64> {
+    /// and lies in blocks of types that are `allowed`.
+    pub fn find_range(
+        &self,
+        count: u64,
+        align: u64,
+        limit: u64,
+        allowed: impl Fn(MigrateType) -> bool,
+    ) -> Option<u64> {
         for segment in self.segments {
             let end = segment.end.min(limit);
             let mut at = segment.first;
             while at < end {
-                let start = self.next_in(segment, at, end, true, movable);
-                let stop = self.next_in(segment, start, end, false, movable);
+                let start = self.next_in(segment, at, end, true, &allowed);
+                let stop = self.next_in(segment, start, end, false, &allowed);
                 let aligned = (start + align - 1) & !(align - 1);
                 if aligned < stop && stop - aligned >= count {
                     return Some(aligned);
@@ -83,23 +89,22 @@ impl Core {
     }
 
     /// The first frame at or after `at` that is free and allowed (`free`), or that is not; `end` where there is none.
-    pub(super) fn next_in(
+    fn next_in(
         &self,
         segment: &Segment,
         mut at: u64,
         end: u64,
         free: bool,
-        movable: bool,
+        allowed: impl Fn(MigrateType) -> bool,
     ) -> u64 {
         while at < end {
             let block = segment.block_of(at);
-            let allowed = match self.type_of(block) {
-                MigrateType::Isolate => false,
-                MigrateType::Cma => movable,
-                _ => true,
-            };
             let word = self.words[block * WORDS + (at % BLOCK_FRAMES) as usize / 64];
-            let word = if allowed { word } else { 0 };
+            let word = if allowed(self.type_of(block)) {
+                word
+            } else {
+                0
+            };
             let sought = (if free { word } else { !word }) >> (at % 64);
             if sought != 0 {
                 return end.min(at + u64::from(sought.trailing_zeros()));
