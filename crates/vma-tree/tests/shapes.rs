@@ -35,6 +35,36 @@ fn descending_leaves_are_nearly_full() {
     fill(&mut tree, (0..3000).rev());
     let stats = tree.stats();
     assert!(stats.fill_percent() >= 80, "{stats}");
+    assert!(stats.height <= 4, "{stats}");
+    assert!(stats.centibytes_per_range() < 2050, "{stats}");
+}
+
+/// A descending tree is as high as leaves of 14 ranges and nodes of 13 children make it, also where it lies above leaves that it cannot
+/// share.
+#[test]
+fn a_descending_tree_is_no_level_too_high() {
+    for (giants, ranges, height) in [(0, 10_000, 4), (0, 2000, 3), (5, 1900, 3), (17, 1700, 3)] {
+        let heap = Heap::default();
+        let mut tree = Tree::new_in(&heap);
+        // Too long to share a leaf.
+        let long = 1_u64 << 44;
+        for i in 0..giants {
+            let giant = count(i * long, long);
+            tree.store(giant, Some(i), &mut |_| ()).unwrap();
+        }
+        for i in (0..ranges).rev() {
+            let range = count(giants * long + 4 * i, 3);
+            tree.store(range, Some(i), &mut |_| ()).unwrap();
+        }
+        tree.check().unwrap();
+        let stats = tree.stats();
+        assert_eq!(stats.height, height, "{giants} below {ranges}: {stats}");
+        let nodes = (stats.leaves + stats.inner) as u64;
+        assert!(
+            100 * (nodes - giants) < 8 * ranges,
+            "{giants} below {ranges}: {stats}"
+        );
+    }
 }
 
 #[test]

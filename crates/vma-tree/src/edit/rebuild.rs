@@ -63,6 +63,8 @@ pub(super) enum Drawn {
 struct Row<const W: usize> {
     children: List<Child<W>, GROUPS>,
     drawn: Drawn,
+    /// Whether a descending series of new ranges is what split them: nodes above are split for it too.
+    descends: bool,
 }
 
 impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
@@ -122,8 +124,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 let mut all = List::<Child<W>, GROUPS>::new();
                 all.extend(&row.children);
                 row = Row {
-                    children: self.write_inners(&all, false, &mut taken)?,
+                    children: self.write_inners(&all, (Shape::Even, 0), &mut taken)?,
                     drawn: Drawn::Nothing,
+                    descends: false,
                 };
                 levels += 1;
             }
@@ -238,7 +241,13 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             });
             from_page = last.wrapping_add(1);
         }
-        Ok((Row { children, drawn }, high))
+        let descends = shape == Shape::HighFull;
+        let row = Row {
+            children,
+            drawn,
+            descends,
+        };
+        Ok((row, high))
     }
 
     /// The new nodes of `level`, whose children from one path to the other are replaced by `below`.
@@ -279,18 +288,26 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             let top = parent.last_of(slot, after.bounds(level + 1).1);
             all.extend_node(parent, slot, top);
         }
-        let ascending = end == right.children() && high == Page::MAX.number();
+        let descends = below.descends && drawn == Drawn::Nothing;
+        let shape = if end == right.children() && high == Page::MAX.number() {
+            Shape::LowFull
+        } else if descends {
+            Shape::HighFull
+        } else {
+            Shape::Even
+        };
         Ok(Row {
-            children: self.write_inners(&all, ascending, taken)?,
+            children: self.write_inners(&all, (shape, start), taken)?,
             drawn,
+            descends,
         })
     }
 
-    /// Writes a row of children into as few nodes as hold them.
+    /// Writes a row of children into as few nodes as hold them. What is new begins with child `at`.
     fn write_inners(
         &self,
         all: &[Child<W>],
-        ascending: bool,
+        (shape, at): (Shape, usize),
         taken: &mut Taken<'_, V, A, S, W>,
     ) -> Result<List<Child<W>, GROUPS>, AllocError> {
         let mut nodes = List::new();
@@ -299,10 +316,11 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let mut rest = all;
         for left in (1..=count).rev() {
             let even = rest.len().div_ceil(left);
-            let size = if ascending && left > 1 {
-                full.min(rest.len() - 1).max(even)
-            } else {
-                even
+            let size = match shape {
+                Shape::LowFull if left > 1 => full.min(rest.len() - 1).max(even),
+                // What lies below the series is left behind; from then on a lone child is, in which it goes on.
+                Shape::HighFull if count == 2 && left > 1 => at.clamp(rest.len() - full, full),
+                _ => even,
             };
             let (group, others) = rest.split_at(size);
             rest = others;
@@ -366,7 +384,7 @@ impl<const W: usize, const N: usize> List<Child<W>, N> {
     }
 }
 
-/// Which leaf of a split is left nearly full.
+/// Which node of a split is left nearly full.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Shape {
     Even,
