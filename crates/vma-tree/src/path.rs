@@ -13,6 +13,9 @@ use crate::node::{Leaf, Node, NodePtr, from_word};
 /// More levels than a tree in any memory has: with 4 children at least, 16 levels are 2^32 nodes or 1 TiB of them.
 pub(crate) const MAX_HEIGHT: usize = 16;
 
+/// More nodes than a tree in any memory has.
+pub(crate) const MAX_NODES: u64 = 1 << 32;
+
 /// The low bits of the root's word: the number of levels.
 pub(crate) const HEIGHT_MASK: u64 = 63;
 

@@ -5,7 +5,7 @@ use core::fmt;
 use kmem_hal::{AllocError, ObjectAlloc, PageRange};
 
 use crate::node::Node;
-use crate::path::MAX_HEIGHT;
+use crate::path::{MAX_HEIGHT, MAX_NODES};
 use crate::stock::{Exclusive, Sharing};
 use crate::store::Removed;
 use crate::tree::RangeTree;
@@ -19,6 +19,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     ///
     /// One store takes up to three nodes a level before it gives any back. After it the tree is larger by at most two
     /// leaves and one node for each level above; what it took out is spare again, unless readers may look at it.
+    ///
+    /// `usize::MAX` where it is more than that.
     #[must_use]
     pub fn nodes_for(&self, stores: usize) -> usize {
         if stores == 0 {
@@ -33,13 +35,15 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             children - 1
         };
         let height = self.height().max(1);
-        let levels = (height + (stores - 1).div_ceil(growth)).min(MAX_HEIGHT);
+        let more = (stores - 1).div_ceil(growth);
+        let levels = height.saturating_add(more).min(MAX_HEIGHT);
         // What one store takes before it gives anything back: three nodes a level, and two for one more level.
         let one = 3 * levels + 2;
         if S::SHARED {
-            stores * one
+            stores.saturating_mul(one)
         } else {
-            one + (stores - 1) * (levels + 1) + (levels - height)
+            let others = (stores - 1).saturating_mul(levels + 1);
+            others.saturating_add(one + (levels - height))
         }
     }
 }
@@ -82,7 +86,10 @@ impl<'t, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Reserved
     /// The caller is the one writer for as long as the value lives.
     pub(crate) fn new(tree: &'t RangeTree<V, A, S, W>, stores: usize) -> Result<Self, AllocError> {
         let held = tree.stock.hold.get();
-        let need = held + tree.nodes_for(stores);
+        let need = held.saturating_add(tree.nodes_for(stores));
+        if need as u64 > MAX_NODES {
+            return Err(AllocError::Unsatisfiable);
+        }
         tree.stock.hold.set(need);
         let reserved = Self { tree, stores, held };
         // On failure dropping `reserved` gives back what was taken.

@@ -75,7 +75,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, const W: usize> RangeTree<V, A, Exclusiv
     ///
     /// # Errors
     ///
-    /// [`AllocError`] where there are too few nodes; the tree is unchanged and those taken are given back.
+    /// [`AllocError`] where there are too few nodes; the tree is unchanged and those taken are given back. At once, and none is taken,
+    /// where it is more than 2^32 nodes (1 TiB).
     #[doc(alias = "mas_preallocate")]
     #[doc(alias = "vma_iter_prealloc")]
     pub fn reserve(

@@ -40,23 +40,37 @@ fn any_request() -> impl Strategy<Value = Request> {
         3 => (0_u64..500, 1_u64..300).prop_map(|(first, pages)| count(first, pages)),
         1 => (1_u64..400).prop_map(|first| pages(first, Page::MAX.number())),
     ];
-    let alignment = prop_oneof![Just(1_u64), Just(2), Just(4), Just(16), Just(512), Just(3)];
+    let alignment = prop_oneof![
+        6 => prop::sample::select(vec![1_u64, 2, 4, 16, 512, 3]),
+        1 => (0_u32..64).prop_map(|bit| 1 << bit),
+        1 => 1_u64..,
+        1 => Just(u64::MAX),
+    ];
     (
         limits,
         1_u64..40,
         alignment,
         any::<u64>(),
         any::<bool>(),
-        0_u32..40,
+        0_u32..42,
     )
         .prop_map(|(limits, pages, alignment, offset, sure, shift)| {
-            let pages = if shift > 35 { pages << shift } else { pages };
+            let pages = match shift {
+                36..40 => pages << shift,
+                40 => u64::MAX - pages,
+                41 => Page::LIMIT - pages,
+                _ => pages,
+            };
             Request {
                 limits,
                 pages,
                 alignment,
                 offset: offset % alignment,
-                at_least: if sure { pages + alignment - 1 } else { pages },
+                at_least: if sure {
+                    pages.saturating_add(alignment - 1)
+                } else {
+                    pages
+                },
             }
         })
 }

@@ -653,3 +653,78 @@ fn a_merge_shows_what_was_inside_the_range() {
     run::<11>();
     run::<8>();
 }
+
+/// Leaves whose ranges become few by merging are joined, as they are where ranges are taken out.
+#[test]
+fn leaves_emptied_by_merging_are_joined() {
+    let heap = Heap::default();
+    let entry = |i| Entry {
+        range: count(4 * i, 3),
+        value: 1,
+    };
+    let ranges = 6000;
+    let mut tree = RangeTree::<u64, _>::build_in(&heap, (0..ranges).map(entry)).unwrap();
+    let before = tree.stats();
+    let in_leaf = before.ranges.div_ceil(before.leaves) as u64;
+    assert!(in_leaf > 10);
+    // Every hole inside a leaf is filled with what lies on both sides; those between leaves stay.
+    for i in (1..ranges).filter(|i| i % in_leaf != 0) {
+        tree.store_merged(count(4 * i - 1, 1), 1, &mut |_| ())
+            .unwrap();
+        if i % 500 == 0 {
+            tree.check().unwrap();
+        }
+    }
+    tree.check().unwrap();
+    let stats = tree.stats();
+    assert_eq!(stats.ranges as u64, ranges.div_ceil(in_leaf));
+    assert!(
+        stats.leaves * 4 <= stats.ranges,
+        "{} leaves became\n{stats}",
+        before.leaves
+    );
+}
+
+/// An alignment near the end of what a word holds is an alignment like any other.
+#[test]
+fn a_huge_alignment_is_no_sum() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    tree.store(count(0, 10), Some(0), &mut |_| ()).unwrap();
+    for alignment in [u64::MAX, u64::MAX - 5, 1 << 63] {
+        let only_zero = GapRequest::new(1).aligned(alignment, 0);
+        assert_eq!(tree.find_gap_up(&only_zero), None);
+        assert_eq!(tree.find_gap_down(&only_zero), None);
+        let one_page = GapRequest::new(1).aligned(alignment, 77);
+        let place = Some(PageRange::single(page(77)));
+        assert_eq!(tree.find_gap_up(&one_page), place);
+        assert_eq!(tree.find_gap_down(&one_page), place);
+        let beyond = GapRequest::new(1).aligned(alignment, alignment - 1);
+        assert_eq!(tree.find_gap_up(&beyond), None);
+        assert_eq!(tree.find_gap_down(&beyond), None);
+    }
+}
+
+/// A reservation of more than any memory has is refused before a node is taken.
+#[test]
+fn a_reservation_beyond_all_memory_takes_nothing() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    fill(&mut tree, 0..100);
+    // SAFETY: one thread runs the test.
+    let grace = unsafe { SingleGrace::new() };
+    let mut shared: SharedTree<u64, &Heap, &SingleGrace> = SharedTree::new_in(&heap, &grace);
+    let (mut writer, _) = shared.split();
+    writer.store(count(0, 1), Some(0), &mut |_| ()).unwrap();
+    let taken = heap.total.get();
+    heap.left.set(Some(10_000));
+    for bits in [40, 60, 62, 63] {
+        for stores in [1_usize << bits, (1 << bits) + 1, usize::MAX >> (63 - bits)] {
+            assert!(writer.nodes_for(stores) >= stores);
+            assert!(writer.reserve(stores).is_err(), "{stores} stores");
+            assert!(tree.nodes_for(stores) >= stores);
+            assert!(tree.reserve(stores).is_err(), "{stores} stores");
+        }
+    }
+    assert_eq!(heap.total.get(), taken);
+}

@@ -159,7 +159,9 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             value: middle.value.to_word(),
         };
         if lower && upper {
-            if leaf.fits_pages(grown.last - grown.first) {
+            // A leaf that would hold too little is joined with its neighbour below.
+            let enough = leaf.count() > Node::<W>::LEAF_LOW || path.height() == 1;
+            if enough && leaf.fits_pages(grown.last - grown.first) {
                 self.heal(path, hole, grown)?;
                 return Ok(true);
             }

@@ -75,6 +75,17 @@ impl GapRequest {
         self.pages
     }
 
+    /// How far up it is from one remainder to the other.
+    #[inline(always)]
+    fn distance(&self, from: u64, to: u64) -> u64 {
+        if from <= to {
+            to - from
+        } else {
+            // No sum: it could be beyond what a word holds.
+            self.alignment - (from - to)
+        }
+    }
+
     /// The lowest place for the request in the free range `usable`.
     #[must_use]
     #[inline]
@@ -84,7 +95,7 @@ impl GapRequest {
             let place = PageRange::with_count(usable.first(), self.pages)?;
             return (place.last() <= usable.last()).then_some(place);
         }
-        let up = (self.offset + self.alignment - first % self.alignment) % self.alignment;
+        let up = self.distance(first % self.alignment, self.offset);
         let place = PageRange::with_count(Page::new(first.checked_add(up)?)?, self.pages)?;
         (place.last() <= usable.last()).then_some(place)
     }
@@ -98,7 +109,7 @@ impl GapRequest {
             let first = Page::new(highest)?;
             return (first >= usable.first()).then_some(PageRange::with_count(first, self.pages)?);
         }
-        let down = (highest % self.alignment + self.alignment - self.offset) % self.alignment;
+        let down = self.distance(self.offset, highest % self.alignment);
         let first = Page::new(highest.checked_sub(down)?)?;
         (first >= usable.first()).then_some(PageRange::with_count(first, self.pages)?)
     }

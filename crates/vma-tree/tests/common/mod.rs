@@ -175,11 +175,14 @@ impl Model {
             if high < low {
                 return None;
             }
-            let step = request.alignment;
-            let lowest = low + (request.offset + step - low % step) % step;
-            let highest = high.checked_sub((high % step + step - request.offset) % step)?;
+            // In signed numbers of twice the width, where nothing overflows.
+            let (step, offset) = (i128::from(request.alignment), i128::from(request.offset));
+            let (low, high) = (i128::from(low), i128::from(high));
+            let lowest = low + (offset - low).rem_euclid(step);
+            let highest = high - (high - offset).rem_euclid(step);
             let first = if up { lowest } else { highest };
-            (first >= low && first <= high).then(|| count(first, request.pages))
+            (first >= low && first <= high)
+                .then(|| count(u64::try_from(first).unwrap(), request.pages))
         };
         let gaps = self.gaps(request.limits);
         if up {
