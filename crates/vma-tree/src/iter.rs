@@ -63,6 +63,18 @@ pub struct Iter<'a, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing = Exclusive, c
 
 impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
     /// The entries, ascending.
+    ///
+    /// The tree is not edited meanwhile; for that there is a [cursor](RangeTree::cursor_mut).
+    ///
+    /// ```compile_fail,E0502
+    /// # use kmem_hal::{ObjectAlloc, PageRange};
+    /// # use kmem_vma_tree::{Node, RangeTree};
+    /// fn clear_all<A: ObjectAlloc<Node>>(tree: &mut RangeTree<u32, A>) {
+    ///     for entry in tree.iter() {
+    ///         tree.store(entry.range, None, &mut |_| ()).unwrap();
+    ///     }
+    /// }
+    /// ```
     #[must_use]
     #[inline]
     #[doc(alias = "mt_for_each")]

@@ -321,6 +321,18 @@ impl<V: Lockable, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> ReadSection
     /// assert!(section.lookup_locked(&space, Page::ZERO).is_ok());
     /// # Ok::<(), kmem_hal::AllocError>(())
     /// ```
+    ///
+    /// The guard does not outlive its section:
+    ///
+    /// ```compile_fail,E0505
+    /// # use kmem_hal::{Grace, ObjectAlloc, Page};
+    /// # use kmem_vma_tree::{Lockable, Node, ReadSection, SpaceSeq};
+    /// fn fault<V: Lockable, A: ObjectAlloc<Node>, G: Grace>(section: ReadSection<'_, V, A, G>, space: &SpaceSeq) {
+    ///     let (_, guard) = section.lookup_locked(space, Page::ZERO).unwrap();
+    ///     drop(section);
+    ///     drop(guard);
+    /// }
+    /// ```
     #[doc(alias = "lock_vma_under_rcu")]
     pub fn lookup_locked(
         &self,

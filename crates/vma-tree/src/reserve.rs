@@ -7,9 +7,9 @@ use kmem_hal::{AllocError, ObjectAlloc, PageRange};
 use crate::node::Node;
 use crate::path::{MAX_HEIGHT, MAX_NODES};
 use crate::stock::{Exclusive, Sharing};
-use crate::store::Removed;
+use crate::store::{MergeRule, Removed};
 use crate::tree::RangeTree;
-use crate::value::Value;
+use crate::value::{Entry, Mergeable, Value};
 
 impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
     /// Nodes that the next `stores` stores need at most, whatever they are.
@@ -76,26 +76,47 @@ pub struct Reserved<
     S: Sharing = Exclusive,
     const W: usize = 32,
 > {
-    tree: &'t RangeTree<V, A, S, W>,
+    held: Held<'t, V, A, S, W>,
     stores: usize,
-    /// What the stock held back before.
-    held: usize,
+}
+
+/// Spare nodes that a tree holds back until the value is dropped.
+pub(crate) struct Held<'t, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> {
+    tree: &'t RangeTree<V, A, S, W>,
+    /// What it held back before.
+    before: usize,
+}
+
+impl<'t, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Held<'t, V, A, S, W> {
+    /// `nodes` nodes beside those that the tree holds back already. The caller is the one writer for as long as the value lives.
+    pub(crate) fn new(tree: &'t RangeTree<V, A, S, W>, nodes: usize) -> Result<Self, AllocError> {
+        let before = tree.stock.hold.get();
+        let need = before.saturating_add(nodes);
+        if need as u64 > MAX_NODES {
+            return Err(AllocError::Unsatisfiable);
+        }
+        tree.stock.hold.set(need);
+        // On failure dropping it gives back what was taken.
+        let held = Self { tree, before };
+        tree.stock.fill(&tree.alloc, need)?;
+        Ok(held)
+    }
+}
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Drop for Held<'_, V, A, S, W> {
+    fn drop(&mut self) {
+        self.tree.stock.hold.set(self.before);
+        self.tree.stock.trim(&self.tree.alloc);
+    }
 }
 
 impl<'t, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Reserved<'t, V, A, S, W> {
     /// The caller is the one writer for as long as the value lives.
     pub(crate) fn new(tree: &'t RangeTree<V, A, S, W>, stores: usize) -> Result<Self, AllocError> {
-        let held = tree.stock.hold.get();
-        let need = held.saturating_add(tree.nodes_for(stores));
-        if need as u64 > MAX_NODES {
-            return Err(AllocError::Unsatisfiable);
-        }
-        tree.stock.hold.set(need);
-        let reserved = Self { tree, stores, held };
-        // On failure dropping `reserved` gives back what was taken.
-        tree.stock.fill(&tree.alloc, need)?;
-        tree.stock.keep_reserved(need - held);
-        Ok(reserved)
+        let nodes = tree.nodes_for(stores);
+        let held = Held::new(tree, nodes)?;
+        tree.stock.keep_reserved(nodes);
+        Ok(Self { held, stores })
     }
 
     /// How many more stores cannot fail.
@@ -110,10 +131,43 @@ impl<'t, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Reserved
     ///
     /// Panics where the reservation is used up ([`stores_left`](Self::stores_left) is 0).
     pub fn store(&mut self, range: PageRange, value: Option<V>, removed: Removed<'_, V>) {
+        self.use_one();
+        let stored = self.held.tree.write(range, value, removed);
+        assert!(stored.is_ok(), "a reserved store found no node");
+    }
+
+    /// [`RangeTree::store_merged_by`], and cannot fail: it is one store.
+    ///
+    /// # Panics
+    ///
+    /// As [`store`](Self::store).
+    pub fn store_merged_by(
+        &mut self,
+        range: PageRange,
+        value: V,
+        removed: Removed<'_, V>,
+        merge: MergeRule<'_, V>,
+    ) -> Entry<V> {
+        self.use_one();
+        let stored = self.held.tree.write_merged(range, value, removed, merge);
+        stored.expect("a reserved store finds its nodes")
+    }
+
+    /// [`RangeTree::store_merged`], and cannot fail: it is one store.
+    ///
+    /// # Panics
+    ///
+    /// As [`store`](Self::store).
+    pub fn store_merged(&mut self, range: PageRange, value: V, removed: Removed<'_, V>) -> Entry<V>
+    where
+        V: Mergeable,
+    {
+        self.store_merged_by(range, value, removed, &mut V::merge)
+    }
+
+    fn use_one(&mut self) {
         assert!(self.stores > 0, "more stores than were reserved");
         self.stores -= 1;
-        let stored = self.tree.write(range, value, removed);
-        assert!(stored.is_ok(), "a reserved store found no node");
     }
 }
 
@@ -123,16 +177,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> core::ops::D
     type Target = RangeTree<V, A, S, W>;
 
     fn deref(&self) -> &Self::Target {
-        self.tree
-    }
-}
-
-impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Drop
-    for Reserved<'_, V, A, S, W>
-{
-    fn drop(&mut self) {
-        self.tree.stock.hold.set(self.held);
-        self.tree.stock.trim(&self.tree.alloc);
+        self.held.tree
     }
 }
 

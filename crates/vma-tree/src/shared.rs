@@ -402,7 +402,7 @@ pub struct Entries<'s, V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usi
 impl<'s, V: Value, A: ObjectAlloc<Node<W>>, G: Grace, const W: usize> Entries<'s, V, A, G, W> {
     /// The leaf that answers for `page` and the last page it answers for.
     fn leaf_and_last(&self, page: u64) -> Option<(Leaf<'s, W>, u64)> {
-        let root = self.tree.root_word();
+        let root = self.tree.root_seen();
         let mut node = from_word::<W>(root)?;
         let mut high = Page::MAX.number();
         let mut level = (root & HEIGHT_MASK) - 1;

@@ -150,7 +150,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     /// Nobody edits the tree, or the caller holds a guard of its grace period for as long as it uses the node.
     #[inline(always)]
     pub(crate) unsafe fn leaf_for(&self, page: Page) -> Option<NodePtr<W>> {
-        let root = self.root_word();
+        let root = self.root_seen();
         let mut node = from_word::<W>(root)?;
         let mut level = (root & HEIGHT_MASK) - 1;
         while level > 0 {
@@ -164,11 +164,27 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         Some(node)
     }
 
-    /// Child `slot` as a reader loads it. Acquire: what it leads to is seen as it was published.
+    /// The order of a load that leads a reader on: Acquire, so that what it leads to is seen as it was published; Relaxed where nobody
+    /// looks beside a writer.
+    #[inline(always)]
+    fn order_seen(&self, bug: Plant) -> Ordering {
+        if S::SHARED {
+            self.planted.order(bug, Ordering::Acquire)
+        } else {
+            Ordering::Relaxed
+        }
+    }
+
+    /// The root's word as a reader loads it.
+    #[inline(always)]
+    pub(crate) fn root_seen(&self) -> u64 {
+        self.root.load(self.order_seen(Plant::NoRootAcquire))
+    }
+
+    /// Child `slot` as a reader loads it.
     #[inline(always)]
     pub(crate) fn child_seen(&self, inner: &Node<W>, slot: usize) -> Option<NodePtr<W>> {
-        let order = self.planted.order(Plant::NoChildAcquire, Ordering::Acquire);
-        inner.child_by(slot, order)
+        inner.child_by(slot, self.order_seen(Plant::NoChildAcquire))
     }
 
     /// The fence of a reader who may have seen a boundary that moved (`N7`).
@@ -239,11 +255,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         self.stock.trim_to(&self.alloc, 0);
     }
 
-    /// The root's word. Acquire: what it leads to is seen as it was published.
+    /// The root's word, for the writer or where nobody edits.
     #[inline(always)]
     pub(crate) fn root_word(&self) -> u64 {
-        let order = self.planted.order(Plant::NoRootAcquire, Ordering::Acquire);
-        self.root.load(order)
+        self.root.load(Ordering::Relaxed)
     }
 
     /// Publishes another root. Only for the writer.
@@ -272,8 +287,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     /// Twice the number of edits so far, and one more while one is being published.
     #[inline(always)]
     pub(crate) fn edits(&self) -> u64 {
-        let order = self.planted.order(Plant::NoEditsAcquire, Ordering::Acquire);
-        self.edits.load(order)
+        self.edits.load(self.order_seen(Plant::NoEditsAcquire))
     }
 
     /// Counts an edit that put `new` ranges in the place of `old`. Only for the writer.
@@ -304,8 +318,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             self.set_root(0);
             self.set_top(0);
             self.unset_finger();
-            self.sweep_all(&before, &after);
             self.count_edit(0, self.len());
+            self.sweep_all(&before, &after);
         }
     }
 }

@@ -7,6 +7,7 @@ use core::fmt;
 
 use kmem_hal::{ObjectAlloc, PageRange};
 
+use crate::check::TreeStats;
 use crate::node::Node;
 use crate::stock::{Exclusive, Sharing};
 use crate::tree::RangeTree;
@@ -173,28 +174,53 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> fmt::Display
             f,
             "<svg xmlns=\"http://www.w3.org/2000/svg\" viewBox=\"0 0 {WIDTH} {height}\" font-family=\"monospace\">"
         )?;
-        // A node begins where the leaves before it end, and is as wide as a leaf times the leaves of a full subtree.
-        let mut leaves = 0_u64;
+        for level in 0..stats.height {
+            self.row(f, &stats, level)?;
+        }
+        writeln!(f, "</svg>")
+    }
+}
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> NodesSvg<'_, V, A, S, W> {
+    /// Draws the nodes of a level: each from where the leaves below those before it end, to where its own do.
+    fn row(&self, f: &mut fmt::Formatter<'_>, stats: &TreeStats, level: usize) -> fmt::Result {
         let all = (stats.leaves as u64).max(1);
-        self.tree.walk(&mut |at| {
-            let left = leaves * WIDTH / all;
-            let row = (stats.height - 1 - at.level) * STEP;
-            let (count, of, what) = if at.level == 0 {
-                leaves += 1;
-                (at.node.leaf().count(), Node::<W>::RANGES, "ranges")
-            } else {
-                (at.node.children(), Node::<W>::CHILDREN, "children")
+        let top = (stats.height - 1 - level) * STEP;
+        let is_leaf = level == 0;
+        let of = if is_leaf {
+            Node::<W>::RANGES
+        } else {
+            Node::<W>::CHILDREN
+        };
+        let what = if is_leaf { "ranges" } else { "children" };
+        // The node that is not drawn yet, since its leaves are still counted.
+        let mut open = None;
+        let mut leaves = 0_u64;
+        let mut draw = |open: Option<(u64, usize, u64, u64)>, leaves: u64| {
+            let Some((before, count, low, high)) = open else {
+                return Ok(());
             };
-            let width = (WIDTH / all).clamp(2, 200);
+            let (left, right) = (before * WIDTH / all, leaves * WIDTH / all);
             writeln!(
                 f,
-                "<rect x=\"{left}\" y=\"{row}\" width=\"{width}\" height=\"{}\" fill=\"hsl({},60%,60%)\" stroke=\"#fff\"><title>{:#x}..={:#x} {count} of {of} {what}</title></rect>",
+                "<rect x=\"{left}\" y=\"{top}\" width=\"{}\" height=\"{}\" fill=\"hsl({},60%,60%)\" stroke=\"#fff\"><title>{low:#x}..={high:#x} {count} of {of} {what}</title></rect>",
+                (right - left).max(2),
                 STEP - 10,
                 120 * count / of,
-                at.low,
-                at.high,
             )
+        };
+        self.tree.walk(&mut |at| {
+            if at.level == level {
+                let count = if is_leaf {
+                    at.node.leaf().count()
+                } else {
+                    at.node.children()
+                };
+                draw(open.replace((leaves, count, at.low, at.high)), leaves)?;
+            }
+            leaves += u64::from(at.level == 0);
+            Ok(())
         })?;
-        writeln!(f, "</svg>")
+        draw(open, leaves)
     }
 }

@@ -124,7 +124,7 @@ proptest! {
     #[test]
     fn a_reserved_store_needs_no_memory(
         fill in prop::collection::vec(any_op(), 1..120),
-        stores in prop::collection::vec((any_range(), prop::option::of(0_u64..4)), 1..10),
+        stores in prop::collection::vec((any_range(), prop::option::of(0_u64..4), any::<bool>()), 1..10),
     ) {
         reserved::<32>(&fill, &stores);
         reserved::<8>(&fill, &stores);

@@ -415,6 +415,30 @@ fn views_are_well_formed() {
     assert!(stats.to_string().contains("leaf fill"));
 }
 
+/// In a picture of the nodes those of each level cover the whole width, side by side: each is as wide as its leaves.
+#[test]
+fn each_level_of_a_picture_is_as_wide_as_the_other() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    fill(&mut tree, 0..1500);
+    let (stats, svg) = (tree.stats(), tree.nodes_svg().to_string());
+    assert_eq!(stats.height, 3);
+    let number = |line: &str, name: &str| -> u64 {
+        let (_, rest) = line.split_once(name).unwrap();
+        rest.split_once('"').unwrap().0.parse().unwrap()
+    };
+    for level in 0..stats.height {
+        let top = format!(" y=\"{}\"", 40 * level);
+        let (mut end, mut nodes) = (0, 0);
+        for line in svg.lines().filter(|line| line.contains(&top)) {
+            assert_eq!(number(line, "x=\""), end, "{line}");
+            end += number(line, " width=\"");
+            nodes += 1;
+        }
+        assert_eq!(end, 1000, "level {level} of {nodes} nodes");
+    }
+}
+
 /// A value that counts from the start of its range, as a file offset does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Offset(u64);
@@ -727,4 +751,119 @@ fn a_reservation_beyond_all_memory_takes_nothing() {
         }
     }
     assert_eq!(heap.total.get(), taken);
+}
+
+/// A reservation that fails when some nodes were taken already gives them back, but for the few that a tree keeps.
+#[test]
+fn a_reservation_that_fails_half_way_gives_back() {
+    let heap = Heap::default();
+    let mut tree = Tree::new_in(&heap);
+    fill(&mut tree, 0..300);
+    let (live, need) = (heap.live.get(), tree.nodes_for(20));
+    assert!(need > 30);
+    for taken in 0..need {
+        heap.left.set(Some(taken));
+        match tree.reserve(20) {
+            Ok(_) => {
+                assert!(taken + 4 >= need);
+                break;
+            }
+            Err(error) => assert_eq!(error, kmem_hal::AllocError::OutOfMemory),
+        }
+        assert!(heap.live.get() <= live + 4, "{taken} of {need}");
+        tree.check().unwrap();
+    }
+}
+
+/// The caller's rule merges, not the value's own.
+#[test]
+fn a_rule_of_the_callers_merges() {
+    fn sum(left: &Entry<u64>, right: &Entry<u64>) -> Option<u64> {
+        (left.value != 5).then_some(left.value + right.value)
+    }
+    let all = |entries: &mut dyn Iterator<Item = Entry<u64>>| -> Vec<_> {
+        entries.map(|entry| (entry.range, entry.value)).collect()
+    };
+    let heap = Heap::default();
+    // SAFETY: one thread runs the test.
+    let grace = unsafe { SingleGrace::new() };
+    let mut shared: SharedTree<u64, &Heap, &SingleGrace> = SharedTree::new_in(&heap, &grace);
+    let (mut writer, _) = shared.split();
+    let mut tree = Tree::new_in(&heap);
+    for (range, value) in [(pages(0, 9), 1), (pages(20, 29), 2), (pages(30, 39), 5)] {
+        tree.store(range, Some(value), &mut |_| ()).unwrap();
+        writer.store(range, Some(value), &mut |_| ()).unwrap();
+    }
+    let (hole, whole) = (pages(10, 19), pages(0, 29));
+    let stored = [
+        tree.store_merged_by(hole, 4, &mut |_| (), &mut sum),
+        writer.store_merged_by(hole, 4, &mut |_| (), &mut |left, right| sum(left, right)),
+    ];
+    // 1 + 4 is 5, which stays apart from what is above.
+    for stored in stored {
+        assert_eq!(stored.unwrap().range, pages(0, 19));
+    }
+    let expected = [(pages(0, 19), 5), (pages(20, 29), 2), (pages(30, 39), 5)];
+    assert_eq!(all(&mut tree.iter()), expected);
+    assert_eq!(all(&mut writer.iter()), expected);
+    let (mut by_tree, mut by_writer) = (sum, sum);
+    tree.modify_by(whole, &mut |piece, _| Some(piece.value + 1), &mut by_tree)
+        .unwrap();
+    writer
+        .modify_by(whole, &mut |piece, _| Some(piece.value + 1), &mut by_writer)
+        .unwrap();
+    // 5 became 6, and takes 2 in: 8. Of that the upper part is the next piece: 9, with the lower one 17, and with what is above 22.
+    let expected = [(pages(0, 39), 22)];
+    assert_eq!(all(&mut tree.iter()), expected);
+    assert_eq!(all(&mut writer.iter()), expected);
+}
+
+/// A tree that takes over another one beside a reader: the reader's old walk goes on, and its finger is not trusted.
+#[test]
+fn a_tree_is_taken_over_beside_a_reader() {
+    let heap = Heap::default();
+    // SAFETY: one thread runs the test.
+    let grace = unsafe { SingleGrace::new() };
+    let mut shared: SharedTree<u64, &Heap, &SingleGrace> = SharedTree::new_in(&heap, &grace);
+    let (mut writer, readers) = shared.split();
+    for i in 0..100 {
+        writer.store(count(4 * i, 3), Some(i), &mut |_| ()).unwrap();
+    }
+    let mut other = Tree::new_in(&heap);
+    fill(&mut other, 50..80);
+    for i in 50..80 {
+        let range = count(4 * i + 1, 1);
+        other.store(range, Some(1000 + i), &mut |_| ()).unwrap();
+    }
+    let expected: Vec<_> = other.iter().collect();
+    let mut finger = Finger::new();
+    let section = readers.read();
+    for i in 0..100 {
+        for _ in 0..3 {
+            let found = section.get_with(&mut finger, page(4 * i + 1));
+            assert_eq!(found.unwrap().value, i);
+        }
+    }
+    let mut walk = section.entries_from(Page::ZERO);
+    assert_eq!(walk.next().unwrap().value, 0);
+    // SAFETY: all nodes are of one heap.
+    unsafe { writer.adopt(other) };
+    writer.check().unwrap();
+    assert!(writer.garbage() > 0);
+    for at in 0..400 {
+        let found = expected.iter().find(|entry| entry.range.contains(page(at)));
+        let near = section.get_with(&mut finger, page(at));
+        assert_eq!(near.as_ref(), found);
+    }
+    // What is left of the leaf that the walk was in, and then what there is now.
+    let rest: Vec<_> = walk.collect();
+    let old = rest.iter().take_while(|entry| entry.first() < page(200));
+    assert!(
+        old.enumerate()
+            .all(|(i, entry)| entry.value == i as u64 + 1)
+    );
+    assert!(rest.ends_with(&expected));
+    drop(section);
+    writer.quiesce();
+    assert_eq!(writer.garbage(), 0);
 }

@@ -135,11 +135,15 @@ fn readers_see_whole_states() {
                             assert!(whole || other, "{found:?}");
                         }
                     }
-                    let mut free = 0;
+                    let (mut free, mut odd) = (0, 0);
                     for entry in section.entries_from(Page::ZERO) {
                         assert!(entry.first().number() >= free, "{entry:?}");
                         free = entry.last().number() + 1;
+                        let i = entry.first().number() / 10;
+                        odd += u64::from((entry.range, entry.value) == (count(10 * i, 5), i | 1));
                     }
+                    // What never changes is given whole, every time (R3).
+                    assert_eq!(odd, RANGES / 2);
                     assert!(free >= 10 * (RANGES - 1) + 5);
                 }
             });
@@ -268,4 +272,81 @@ fn a_locked_vma_stays_as_it_is() {
         done.store(true, Ordering::Relaxed);
     });
     assert!(locked.load(Ordering::Relaxed) > 0);
+}
+
+std::thread_local! {
+    /// What happens between finding a VMA and locking it.
+    static BETWEEN: std::cell::RefCell<Option<Box<dyn FnOnce()>>> = const { std::cell::RefCell::new(None) };
+}
+
+/// A handle whose lock is a while away: meanwhile the writer does what `BETWEEN` says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+struct Slow(Handle);
+
+impl Value for Slow {
+    fn to_word(self) -> u64 {
+        self.0.to_word()
+    }
+    fn from_word(word: u64) -> Self {
+        Self(Handle::from_word(word))
+    }
+}
+
+// SAFETY: as for `Handle`.
+unsafe impl Lockable for Slow {
+    unsafe fn lock<'v>(self) -> &'v VmaLock {
+        if let Some(between) = BETWEEN.take() {
+            between();
+        }
+        // SAFETY: as for `Handle`.
+        unsafe { self.0.lock() }
+    }
+}
+
+/// A VMA that changed between being found and being locked is not given out, whatever changed, and is free again.
+#[test]
+fn a_vma_that_changed_before_it_was_locked_is_not_given() {
+    let vma = || Vma {
+        lock: VmaLock::new(),
+        data: [const { AtomicUsize::new(0) }; 2],
+    };
+    let vmas: [[Vma; 2]; 4] = std::array::from_fn(|_| [vma(), vma()]);
+    let slow = |vma| Slow(Handle(NonNull::from(vma)));
+    let whole = count(10, 10);
+    // Unmapped, shortened, replaced, and cut off below.
+    let changes = [
+        (whole, false),
+        (count(18, 2), false),
+        (whole, true),
+        (count(10, 1), true),
+    ];
+    for ((range, is_replaced), [old, new]) in changes.into_iter().zip(&vmas) {
+        let value = is_replaced.then(|| slow(new));
+        let grace = Count::default();
+        let space = SpaceSeq::new();
+        let tree: SharedTree<Slow, _, _> = SharedTree::new_in(Heap, &grace);
+        // SAFETY: one writer at a time.
+        let store = |range, value| unsafe { tree.writer() }.store(range, value, &mut |_| ());
+        store(whole, Some(slow(old))).unwrap();
+        let section = tree.read();
+        let not_mapped = section.lookup_locked(&space, page(20)).err();
+        assert_eq!(not_mapped, Some(LookupError::NotMapped));
+        assert!(section.lookup_locked(&space, page(15)).is_ok());
+        {
+            let edit = || {
+                old.lock.start_write(&space, &mut || ());
+                store(range, value).unwrap();
+                space.end_write_all();
+            };
+            let edit: Box<dyn FnOnce() + '_> = Box::new(edit);
+            // SAFETY: it is called, and gone, before the call below returns.
+            let edit: Box<dyn FnOnce()> = unsafe { std::mem::transmute(edit) };
+            BETWEEN.set(Some(edit));
+            let found = section.lookup_locked(&space, page(15));
+            assert_eq!(found.err(), Some(LookupError::Changed), "{range:?}");
+            assert!(BETWEEN.take().is_none());
+        }
+        assert_eq!((old.lock.readers(), new.lock.readers()), (0, 0));
+        drop(section);
+    }
 }

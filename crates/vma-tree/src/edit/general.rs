@@ -196,7 +196,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             settled.set_range(slot, cut.last + 1, highest.1);
             settled.set_value(slot, upper_value);
         }
-        self.replaced(path, target, || shows(removed));
+        self.replaced(path, target);
         path.hole = if has_middle {
             0
         } else {
@@ -210,6 +210,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         if let Some(boundary) = lowered {
             self.lower(path, boundary);
         }
+        self.shown(|| shows(removed));
         Ok(Rewritten::Done)
     }
 

@@ -176,10 +176,11 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let slot = leaf.slot(hole.at);
         leaf.set_range(slot, first, last);
         leaf.set_value(slot, value);
-        self.replaced(path, target, || ());
+        self.replaced(path, target);
         path.hole = 0;
         self.count_edit(1, 0);
         self.hole_filled(path, hole, (first, last));
+        self.shown(|| ());
         Ok(())
     }
 
@@ -199,10 +200,11 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         }
         self.close(&mut leaf, at);
         let _ = self.settled(leaf, target);
-        self.replaced(path, target, || removed(entry(raw)));
+        self.replaced(path, target);
         path.hole = at;
         self.count_edit(0, 1);
         self.gap_changed(path, 0, gap);
+        self.shown(|| removed(entry(raw)));
         Ok(())
     }
 
@@ -242,7 +244,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         }
         leaf.set_range(slot, cut.last + 1, raw.last);
         leaf.set_value(slot, above.to_word());
-        self.replaced(path, target, || removed(gone));
+        self.replaced(path, target);
         if cut.value.is_none() {
             path.hole = upper;
             self.count_edit(2, 1);
@@ -251,6 +253,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             path.hole = 0;
             self.count_edit(3, 1);
         }
+        self.shown(|| removed(gone));
         Ok(())
     }
 
@@ -297,10 +300,11 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             leaf.set_range(slot, cut.last + 1, raw.last);
             leaf.set_value(slot, upper);
         }
-        self.replaced(path, target, || removed(gone));
+        self.replaced(path, target);
         path.hole = at + usize::from(is_upper);
         self.count_edit(1, 1);
         self.gap_changed(path, 0, gap);
+        self.shown(|| removed(gone));
         Ok(true)
     }
 
@@ -349,9 +353,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             leaf.set_range(slot, cut.last + 1, raw.last);
             leaf.set_value(slot, rest.to_word());
         }
-        self.replaced(path, target, || show(raw, cut, removed));
+        self.replaced(path, target);
         path.hole = 0;
         self.count_edit(1 + more, 1);
+        self.shown(|| show(raw, cut, removed));
         Ok(true)
     }
 
@@ -411,9 +416,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             leaf.set_range(slot, raw.first, raw.last);
             leaf.set_value(slot, raw.value);
         }
-        self.replaced(path, target, || shows(removed));
+        self.replaced(path, target);
         path.hole = 0;
         self.count_edit(2, 2);
+        self.shown(|| shows(removed));
         Ok(true)
     }
 
@@ -432,10 +438,11 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let slot = leaf.slot(at);
         leaf.set_range(slot, grown.first, grown.last);
         leaf.set_value(slot, grown.value);
-        self.replaced(path, target, || ());
+        self.replaced(path, target);
         path.hole = 0;
         self.count_edit(1, 1);
         self.hole_filled(path, hole, pages);
+        self.shown(|| ());
         Ok(())
     }
 
@@ -454,10 +461,11 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         let slot = leaf.slot(hole.at - 1);
         leaf.lengthen(slot, grown.last + 1 - hole.low);
         leaf.set_value(slot, grown.value);
-        self.replaced(path, target, || ());
+        self.replaced(path, target);
         path.hole = 0;
         self.count_edit(1, 2);
         self.gap_changed(path, hole.end - hole.low, 0);
+        self.shown(|| ());
         Ok(())
     }
 
@@ -519,16 +527,25 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         S::SHARED && !self.planted.is(Plant::InPlace)
     }
 
-    /// Publishes what was written into a copy, shows what was removed with `shows` (where nothing was copied that was done
-    /// before), and retires what it is a copy of.
+    /// Publishes what was written into a copy, and retires what it is a copy of.
     #[inline(always)]
-    pub(super) fn replaced(&self, path: &mut Path<W>, target: &Node<W>, shows: impl FnOnce()) {
+    pub(super) fn replaced(&self, path: &mut Path<W>, target: &Node<W>) {
         if self.copies() {
             let (old, new) = (path.pointer(0), NodePtr::from(target));
             self.publish(path, 1, new);
             path.replace_leaf(new);
-            shows();
             self.retire(old);
+        }
+    }
+
+    /// Ends an edit whose books are kept (`E5`): shows what was removed with `shows`, where a copy was edited. Where nothing was copied
+    /// that was done before anything changed.
+    ///
+    /// Nodes are given back afterwards: till then the old leaf is as it was.
+    #[inline(always)]
+    pub(super) fn shown(&self, shows: impl FnOnce()) {
+        if self.copies() {
+            shows();
             self.stock.trim(&self.alloc);
         }
     }

@@ -9,7 +9,7 @@
 //!   across leaves       P                   1. what is left of both leaves and the piece between go into 0 to 3 leaves,
 //!                    /  |  \                   what is left of both parents into 0 to 3 parents, and so up,
 //!                   L   M   R               2. until one old node is replaced by one new node: one store publishes
-//!                     └cut┘                 3. then the old nodes are swept: pieces shown, nodes retired
+//!                     └cut┘                 3. then the books are kept, pieces shown and the old nodes retired
 //! ```
 //!
 //! Nothing that a reader can reach changes before that one store, and all memory has been taken before it. So a reader
@@ -27,6 +27,8 @@
 //! - `E4`: the writer's finger is unset, or it is the way from the root to a leaf of the tree with the pages that the leaf
 //!   answers for: whoever replaces a node on it by another unsets it. So an edit near the last one needs no descent. The
 //!   hole that it names is a guess: who takes it looks whether it is one.
+//! - `E5`: what was removed is shown when the edit is whole (records, counts, finger), or before anything has changed. So a caller's
+//!   closure that unwinds leaves a tree behind in which nothing is missing.
 //!
 //! Cost: N ranges, height h = log N; in a leaf one descent and at most one node; across leaves O(h) nodes and O(k) for
 //! k ranges removed.

@@ -7,6 +7,7 @@ use kmem_hal::{AllocError, ObjectAlloc, PageRange};
 
 use super::merge::{part_above, part_below};
 use crate::node::Node;
+use crate::reserve::Held;
 use crate::stock::Sharing;
 use crate::store::{Change, MergeRule, Neighbours};
 use crate::tree::RangeTree;
@@ -20,24 +21,15 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         change: Change<'_, V>,
         merge: MergeRule<'_, V>,
     ) -> Result<(), AllocError> {
-        let pieces = self.range(range).take(2).count();
-        let held = self.stock.hold.get();
+        let mut pieces = self.range(range).take(2).count();
+        let mut _held = None;
         if pieces > 1 {
             // Each piece may need a new leaf of its own; those that reach over leaves need a path's worth.
-            let pieces = self.range(range).count();
-            let need = held + 2 * pieces + (pieces / 4 + 3) * (3 * self.height() + 4);
-            self.stock.hold.set(need);
-            let filled = self.stock.fill(&self.alloc, need);
-            if filled.is_err() {
-                self.stock.hold.set(held);
-                self.stock.trim(&self.alloc);
-                return filled;
-            }
+            pieces = self.range(range).count();
+            let need = 2 * pieces + (pieces / 4 + 3) * (3 * self.height() + 4);
+            _held = Some(Held::new(self, need)?);
         }
-        let done = self.rewrite_each(range, change, merge);
-        self.stock.hold.set(held);
-        self.stock.trim(&self.alloc);
-        done
+        self.rewrite_each(range, change, merge)
     }
 
     fn rewrite_each(

@@ -2,6 +2,7 @@
 
 use kmem_hal::{AllocError, ObjectAlloc, Page};
 
+use super::sweep::Old;
 use super::{Cut, Pieces};
 use crate::list::List;
 use crate::node::{Child, Coding, Node, NodePtr, Raw, saturate, to_word};
@@ -138,8 +139,14 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         }
         taken.used = true;
         drop(taken);
-        let gone = self.sweep(before, after, top, &drawn, cut, Some(removed));
-        self.count_edit(pieces.len(), gone);
+        let old = Old {
+            tree: self,
+            before,
+            after,
+            top,
+            drawn: &drawn,
+        };
+        self.count_edit(pieces.len(), old.ranges(left.1, right.1));
         if level == height {
             self.drop_lone_roots();
         }
@@ -149,6 +156,8 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         if end == Page::MAX.number() {
             self.measure_top();
         }
+        old.show(cut, removed);
+        drop(old);
         self.stock.trim(&self.alloc);
         Ok(())
     }

@@ -1,52 +1,63 @@
-//! After the change: the nodes that were replaced are visited once, shown and retired.
+//! After the change: what was in the nodes that were replaced is shown, and they are retired.
 
 use super::rebuild::Drawn;
 use super::{Cut, show};
-use crate::node::Node;
-use crate::node::NodePtr;
+use crate::node::{Node, NodePtr};
 use crate::path::{MAX_HEIGHT, Path};
 use crate::stock::Sharing;
 use crate::tree::RangeTree;
 use crate::value::{Entry, Value};
 use kmem_hal::ObjectAlloc;
 
-impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
-    /// Retires every node between the paths, which are the tree's ends.
-    pub(crate) fn sweep_all(&self, before: &Path<W>, after: &Path<W>) {
-        let cut = Cut {
-            first: 0,
-            last: u64::MAX,
-            value: None,
-            shown: (0, u64::MAX),
-        };
-        let drawn = [Drawn::Nothing; MAX_HEIGHT];
-        self.sweep(before, after, before.height(), &drawn, &cut, None);
+/// The nodes that an edit replaced: those below level `top` that lie on or between two paths, or were drawn in.
+///
+/// They are as they were: what replaced them is new (`E3`, and nodes are copied, never changed). They are retired when the value is
+/// dropped, also where a caller who is shown their ranges unwinds.
+pub(super) struct Old<'t, V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> {
+    pub(super) tree: &'t RangeTree<V, A, S, W>,
+    pub(super) before: &'t Path<W>,
+    pub(super) after: &'t Path<W>,
+    pub(super) top: usize,
+    pub(super) drawn: &'t [Drawn; MAX_HEIGHT],
+}
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Old<'_, V, A, S, W> {
+    /// How many ranges lay from position `from` of the first leaf up to (not including) `to` of the last.
+    pub(super) fn ranges(&self, from: usize, to: usize) -> usize {
+        let (first, last) = (self.before.pointer(0), self.after.pointer(0));
+        if first == last {
+            return to - from;
+        }
+        let mut ranges = 0;
+        self.walk(&mut |level, node| {
+            if level == 0 && node != last {
+                // SAFETY: K1: the node was in the tree and is not retired yet.
+                ranges += unsafe { node.as_ref() }.leaf().count();
+            }
+        });
+        ranges - from + to
     }
 
-    /// Shows the ranges of the old tree that the cut removed and retires every node below `top` that lies on or between
-    /// the paths, or was drawn in; gives how many ranges the cut touched (0 where nobody wants to see them).
-    ///
-    /// The old nodes are as they were: what replaced them is new (`E3`, and nodes are copied, never changed).
-    pub(super) fn sweep(
-        &self,
-        before: &Path<W>,
-        after: &Path<W>,
-        top: usize,
-        drawn: &[Drawn; MAX_HEIGHT],
-        cut: &Cut,
-        mut removed: Option<&mut dyn FnMut(Entry<V>)>,
-    ) -> usize {
-        // Which neighbours were drawn in is read from the old parents, before anything is retired.
-        for (level, which) in drawn.iter().enumerate().take(top) {
-            let (parent, slot) = match which {
-                Drawn::Nothing => continue,
-                Drawn::Below => (before.node(level + 1), before.slot(level + 1) - 1),
-                Drawn::Above => (after.node(level + 1), after.slot(level + 1) + 1),
-            };
-            if let Some(node) = parent.child(slot) {
-                self.retire(node);
+    /// Shows the ranges that the cut removed, ascending.
+    pub(super) fn show(&self, cut: &Cut, removed: &mut dyn FnMut(Entry<V>)) {
+        self.walk(&mut |level, node| {
+            if level > 0 {
+                return;
             }
-        }
+            // SAFETY: K1: the node was in the tree and is not retired yet.
+            let leaf = unsafe { node.as_ref() }.leaf();
+            for raw in leaf.raws(leaf.first_at_or_after(cut.first), leaf.count()) {
+                if raw.first > cut.last {
+                    break;
+                }
+                show(raw, cut, removed);
+            }
+        });
+    }
+
+    /// Visits the nodes on and between the paths, children before parents, ascending. The visitor may retire a node.
+    fn walk(&self, visit: &mut dyn FnMut(usize, NodePtr<W>)) {
+        let (before, after, top) = (self.before, self.after, self.top);
         let mut nodes = [before.pointer(top - 1); MAX_HEIGHT];
         let mut next = [0_usize; MAX_HEIGHT];
         let mut ends = [0_usize; MAX_HEIGHT];
@@ -68,23 +79,11 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             (start, end)
         };
         let mut level = top - 1;
-        let mut touched = 0;
         (next[level], ends[level]) = enter(level, nodes[level]);
         loop {
             // SAFETY: K1: the node was in the tree and is not retired yet.
             let node = unsafe { nodes[level].as_ref() };
-            if level == 0 {
-                if let Some(removed) = &mut removed {
-                    let leaf = node.leaf();
-                    for raw in leaf.raws(leaf.first_at_or_after(cut.first), leaf.count()) {
-                        if raw.first > cut.last {
-                            break;
-                        }
-                        touched += 1;
-                        show(raw, cut, removed);
-                    }
-                }
-            } else if next[level] < ends[level]
+            if next[level] < ends[level]
                 && let Some(child) = node.child(next[level])
             {
                 next[level] += 1;
@@ -93,11 +92,42 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
                 (next[level], ends[level]) = enter(level, child);
                 continue;
             }
-            self.retire(nodes[level]);
+            visit(level, nodes[level]);
             level += 1;
             if level == top {
-                return touched;
+                return;
             }
         }
+    }
+}
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> Drop for Old<'_, V, A, S, W> {
+    fn drop(&mut self) {
+        let (before, after) = (self.before, self.after);
+        // Which neighbours were drawn in is read from the old parents, before those are retired.
+        for (level, which) in self.drawn.iter().enumerate().take(self.top) {
+            let (parent, slot) = match which {
+                Drawn::Nothing => continue,
+                Drawn::Below => (before.node(level + 1), before.slot(level + 1) - 1),
+                Drawn::Above => (after.node(level + 1), after.slot(level + 1) + 1),
+            };
+            if let Some(node) = parent.child(slot) {
+                self.tree.retire(node);
+            }
+        }
+        self.walk(&mut |_, node| self.tree.retire(node));
+    }
+}
+
+impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V, A, S, W> {
+    /// Retires every node between the paths, which are the tree's ends.
+    pub(crate) fn sweep_all(&self, before: &Path<W>, after: &Path<W>) {
+        drop(Old {
+            tree: self,
+            before,
+            after,
+            top: before.height(),
+            drawn: &[Drawn::Nothing; MAX_HEIGHT],
+        });
     }
 }

@@ -109,13 +109,13 @@ impl<const W: usize> Node<W> {
         Self::PIVOTS - (above[0] + above[1] + above[2]) as usize
     }
 
-    /// Child `slot`.
+    /// Child `slot`, for the writer or where nobody edits.
     #[inline(always)]
     pub(crate) fn child(&self, slot: usize) -> Option<NodePtr<W>> {
-        self.child_by(slot, Ordering::Acquire)
+        self.child_by(slot, Ordering::Relaxed)
     }
 
-    /// [`child`](Self::child) with an ordering.
+    /// [`child`](Self::child) with a reader's ordering.
     #[inline(always)]
     pub(crate) fn child_by(&self, slot: usize, order: Ordering) -> Option<NodePtr<W>> {
         from_word(self.at(Self::PIVOTS + slot).load(order))

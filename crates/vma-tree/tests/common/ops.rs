@@ -1,7 +1,7 @@
 //! Operations on a tree and on the model, for the property test and the fuzz target.
 
 use kmem_hal::{AllocError, Page, PageRange, SingleGrace};
-use kmem_vma_tree::{Entry, Finger, RangeTree, SharedTree};
+use kmem_vma_tree::{Entry, Finger, RangeTree, SharedTree, Sharing};
 
 use super::{Heap, Model, Request, count};
 
@@ -73,8 +73,8 @@ fn same<const W: usize>(tree: &Tree<'_, W>, model: &Model) {
     assert!(tree.iter().rev().eq(model.entries.iter().rev().copied()));
 }
 
-fn same_answers<const W: usize>(
-    tree: &Tree<'_, W>,
+fn same_answers<S: Sharing, const W: usize>(
+    tree: &RangeTree<u64, &Heap, S, W>,
     model: &Model,
     finger: &mut Finger<u64>,
     at: u64,
@@ -274,8 +274,9 @@ pub fn differential_shared<const W: usize>(ops: &[Op], asks: &[(u64, Request)]) 
             let mut walk = section.entries_from(Page::ZERO);
             let first = walk.next();
             assert_eq!(first, before.entries.first().copied());
-            // Every entry that the tree had while the section was open.
+            // Every entry that the tree had while the section was open, and those that it had all the time.
             let mut states = before.entries.clone();
+            let mut unchanged = before.entries.clone();
             for op in ops {
                 for allowed in 0.. {
                     heap.left.set(Some(allowed));
@@ -292,7 +293,9 @@ pub fn differential_shared<const W: usize>(ops: &[Op], asks: &[(u64, Request)]) 
                 assert!(writer.iter().eq(model.entries.iter().copied()));
                 assert_eq!(writer.len(), model.entries.len());
                 states.extend(&model.entries);
-                let (at, _) = &asks[round % asks.len()];
+                unchanged.retain(|entry| model.entries.contains(entry));
+                let (at, request) = &asks[round % asks.len()];
+                same_answers(&writer, &model, &mut finger, *at, request);
                 for at in [*at, 0, at.wrapping_mul(3) % 500, Page::MAX.number()] {
                     let at = Page::from_number(at);
                     assert_eq!(section.get(at), model.get(at));
@@ -304,7 +307,12 @@ pub fn differential_shared<const W: usize>(ops: &[Op], asks: &[(u64, Request)]) 
             }
             // The old walk goes on: ascending, each page once.
             let mut free = first.map_or(0, |entry| entry.last().number() + 1);
-            for entry in walk {
+            let rest: Vec<_> = walk.collect();
+            // What stayed as it was is given whole (R3).
+            for entry in unchanged.iter().filter(|entry| Some(**entry) != first) {
+                assert!(rest.contains(entry), "{entry:?} was passed over");
+            }
+            for entry in rest {
                 assert!(entry.first().number() >= free);
                 // As it was at some moment, or what is left of that above the pages that were passed.
                 let known = states.iter().any(|state| {
@@ -319,6 +327,8 @@ pub fn differential_shared<const W: usize>(ops: &[Op], asks: &[(u64, Request)]) 
                 free = entry.last().number() + 1;
             }
             drop(section);
+            let copy = writer.duplicate_in(&heap, &mut |entry| Some(entry.value));
+            same(&copy.unwrap(), &model);
             if round % 3 == 0 {
                 writer.quiesce();
                 assert_eq!(writer.garbage(), 0);
@@ -329,7 +339,9 @@ pub fn differential_shared<const W: usize>(ops: &[Op], asks: &[(u64, Request)]) 
 }
 
 /// As many stores as were reserved go through when there is no memory at all.
-pub fn reserved<const W: usize>(fill: &[Op], stores: &[(PageRange, Option<u64>)]) {
+///
+/// A store of `(range, value, true)` merges.
+pub fn reserved<const W: usize>(fill: &[Op], stores: &[(PageRange, Option<u64>, bool)]) {
     let heap = Heap::default();
     let mut tree: Tree<'_, W> = RangeTree::new_in(&heap);
     let mut model = Model::default();
@@ -338,10 +350,16 @@ pub fn reserved<const W: usize>(fill: &[Op], stores: &[(PageRange, Option<u64>)]
     }
     let mut reserved = tree.reserve(stores.len()).unwrap();
     heap.left.set(Some(0));
-    for &(range, value) in stores {
-        reserved.store(range, value, &mut |_| ());
-        model.store(range, value);
+    for &(range, value, merged) in stores {
+        if let Some(value) = value.filter(|_| merged) {
+            let entry = reserved.store_merged(range, value, &mut |_| ());
+            assert_eq!(entry, model.store_merged(range, value).0);
+        } else {
+            reserved.store(range, value, &mut |_| ());
+            model.store(range, value);
+        }
     }
+    assert_eq!(reserved.stores_left(), 0);
     drop(reserved);
     heap.left.set(None);
     same(&tree, &model);
@@ -357,10 +375,16 @@ pub fn reserved<const W: usize>(fill: &[Op], stores: &[(PageRange, Option<u64>)]
     let section = readers.read();
     let mut reserved = writer.reserve(stores.len()).unwrap();
     heap.left.set(Some(0));
-    for &(range, value) in stores {
-        reserved.store(range, value, &mut |_| ());
-        model.store(range, value);
+    for &(range, value, merged) in stores {
+        if let Some(value) = value.filter(|_| merged) {
+            let entry = reserved.store_merged(range, value, &mut |_| ());
+            assert_eq!(entry, model.store_merged(range, value).0);
+        } else {
+            reserved.store(range, value, &mut |_| ());
+            model.store(range, value);
+        }
     }
+    assert_eq!(reserved.stores_left(), 0);
     drop(reserved);
     heap.left.set(None);
     assert!(
