@@ -19,13 +19,14 @@
 //! - `N3`: locks are taken parent before child; nobody waits for a parent's lock while holding a child's.
 //! - `N5`: a table to which a shared table leads is locked only under the lock of the table above it: so whoever holds that one, and finds
 //!   a share count of 1 and the lock free, has word 0 for itself.
-//! - `N4`: the lock is never taken in interrupts, nor with interrupts off.
+//! - `N4`: the lock is never taken in interrupts, nor with interrupts off; nobody waits for it inside a read section ([`Node::try_lock_attached`]).
 
 use kmem_hal::sync::Ordering;
 use kmem_hal::{Frame, FrameSlot, FrameTable, Page, SlotFlags, TableOwner, TableSlot};
 
 use crate::env::Env;
 use crate::format::{Format, Kind, Word, level};
+use crate::mutants::mutant;
 use crate::quiescent::Liveness;
 use crate::table::index_at;
 
@@ -177,7 +178,7 @@ impl<'t, F: Format> Node<'t, F> {
         if before.contains(SlotFlags::LOCKED) {
             return false;
         }
-        let stray = before.contains(SlotFlags::STRAY);
+        let stray = before.contains(SlotFlags::STRAY) && !mutant!("walk-ignores-stray");
         if stray {
             self.unlock();
         }
@@ -194,11 +195,6 @@ impl<'t, F: Format> Node<'t, F> {
     #[inline]
     pub fn unlock_stray(&self) {
         self.slot.unlock_with(SlotFlags::STRAY);
-    }
-
-    #[inline]
-    pub fn is_stray(&self) -> bool {
-        self.slot.flags().contains(SlotFlags::STRAY)
     }
 
     /// Upper entries that point to it, in all spaces.

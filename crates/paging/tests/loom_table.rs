@@ -244,6 +244,35 @@ fn two_empty_one_table() {
     );
 }
 
+/// The commit waits for a grace period while its cursor holds the root; who needs the root waits outside of a read section.
+#[test]
+fn one_commits_with_a_held_table_that_the_other_needs() {
+    explore(
+        3,
+        two(
+            false,
+            |table| {
+                map(table, 0);
+                map(table, 2);
+            },
+            |table| {
+                let all = PageRange::with_count(page(0), 4).unwrap();
+                let mut gather = table.gather::<1>();
+                let mut cursor = table.cursor(all).unwrap();
+                let unmapped = cursor.unmap(PageRange::single(page(0)), &mut gather);
+                assert_eq!(unmapped, Ok(1));
+                gather.commit(|frame| _ = frame.into_raw());
+            },
+            |table| map(table, 1),
+            |table| {
+                assert!(check(table.query(page(1)), 1));
+                assert!(check(table.query(page(2)), 2));
+                assert_eq!(table.table_count(), 3);
+            },
+        ),
+    );
+}
+
 #[test]
 fn two_unmap_one_page() {
     explore(

@@ -12,7 +12,7 @@ use kmem_hal::{Grace, Order, Page, PageRange, Trace, TraceEvent};
 use super::{Cursor, Divisible};
 use crate::env::Env;
 use crate::error::ChangeError;
-use crate::format::{Format, Kind, Word, level};
+use crate::format::{Format, Word, level};
 use crate::gather::{FLUSH_CEILING, Gather, Stale};
 use crate::mutants::mutant;
 use crate::node::{self, Node};
@@ -291,23 +291,11 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         };
         let env = self.table.env();
         let page = self.span.0;
-        // Begins while the held lock keeps the path attached (U1), so the tables of the path stay tables.
-        let _reading = env.grace().read();
-        child.unlock();
         while child.level < self.table.levels() {
-            // SAFETY: a table of the path (U2), inside the read section.
-            let parent: Node<'t, F> =
-                unsafe { Node::new(env, self.path[child.level + 1], child.level + 1) };
-            parent.lock(env);
-            let index = index_at::<F>(page, parent.level);
-            let word = parent.load(index);
-            let attached = !parent.is_stray()
-                && parent.kind(word) == Kind::Table
-                && F::table_frame(word) == child.frame;
-            if !attached {
-                parent.unlock();
+            let Some(parent) = self.exchange_for_parent(&child, page) else {
                 return;
-            }
+            };
+            let index = index_at::<F>(page, parent.level);
             child.lock(env);
             if child.live() != 0 && !mutant!("prune-does-not-look-again") {
                 child.unlock();
@@ -325,9 +313,44 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
                 }
                 return;
             }
-            parent.unlock();
             child = parent;
         }
+        child.unlock();
+    }
+
+    /// Lets a locked table of the path go and locks the one above it; `None`, and nothing is locked, where that one does not lead to it any
+    /// more.
+    fn exchange_for_parent(&mut self, child: &Node<'t, F>, page: u64) -> Option<Node<'t, F>> {
+        let env = self.table.env();
+        let above = child.level + 1;
+        let at = {
+            // Begins while the child's lock keeps the path attached (U1), so the tables of the path stay tables.
+            let _reading = env.grace().read();
+            child.unlock();
+            // SAFETY: a table of the path (U2), inside the read section.
+            let parent: Node<'t, F> = unsafe { Node::new(env, self.path[above], above) };
+            parent.try_lock_attached().then_some(parent)
+        };
+        let parent = match at {
+            Some(parent) => parent,
+            None => {
+                // U6
+                env.relax();
+                let parent = self.seek(Page::from_number(page), above);
+                self.let_go();
+                parent
+            }
+        };
+        let word = parent.load(index_at::<F>(page, parent.level));
+        let leads = parent.level == above
+            && !self.shared
+            && F::is_table(above, word)
+            && F::table_frame(word) == child.frame;
+        if leads {
+            return Some(parent);
+        }
+        parent.unlock();
+        None
     }
 
     /// Whether the cursor's range ends in the table of `level` with `page`.

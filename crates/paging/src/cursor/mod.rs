@@ -23,10 +23,12 @@
 //! - `U5`: `window` is the part of `range` in the held table, where that is a leaf table that this space alone leads to; otherwise it is empty.
 //! - `U3`: a walk runs inside a read section of the environment's `Grace`, and keeps nothing from it but a table that
 //!   it locked and found attached.
+//! - `U6`: nobody waits for a table's lock inside a read section: a context may commit while its cursor holds a table, and the commit may wait for
+//!   a grace period. Who finds a lock taken leaves the section, waits a turn, and walks again from the root.
 //!
 //! Context: task context, interrupts on (`N4` in `node.rs`). A context that has a cursor with a held table must not open
 //! another one on the same pages, nor on others of the held table, which may be any above the leaf tables, the root too;
-//! [`Cursor::release`] lets go. Lock-free queries are always possible.
+//! [`Cursor::release`] lets go. Lock-free queries are always possible, and so is a commit, which takes no lock of an attached table.
 //!
 mod attach;
 mod change;
@@ -78,7 +80,7 @@ use crate::table::{Entry, MAX_LEVELS, PageTable, decode, index_at, seen_from};
 /// `S` says what it may assume of the processors: [`Live`] tables are changed by atomics, [`Quiescent`](crate::Quiescent) ones by plain
 /// stores.
 ///
-/// Context: task context, interrupts on.
+/// Context: task context, interrupts on; waits for whoever has a table's lock, so not inside a read section of the environment's [`Grace`].
 pub struct Cursor<'t, F: Format, E: Env, H: FrameHandle, S: Liveness = Live> {
     table: &'t PageTable<F, E, H>,
     range: PageRange,
@@ -201,64 +203,69 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     #[inline(never)]
     fn walk(&mut self, page: Page, target: usize) -> Node<'t, F> {
         let env = self.table.env();
-        // Begins while the held lock keeps the path attached (U1): its tables stay tables until the section ends.
-        let _reading = env.grace().read();
-        let (frame, level) = self.leave_for(page, target);
-        // SAFETY: a table of the path (U2), inside the section; or P1.
-        let mut view = unsafe { View::<F>::new(env, frame, level) };
+        loop {
+            {
+                // Begins while the held lock keeps the path attached (U1): its tables stay tables until the section ends.
+                let _reading = env.grace().read();
+                let (frame, level) = self.leave_for(page, target);
+                // SAFETY: a table of the path (U2), inside the section; or P1.
+                let start = unsafe { View::<F>::new(env, frame, level) };
+                if let Some(node) = self.descend(start, page, target) {
+                    return node;
+                }
+            }
+            // U6; nothing is held now, so the next walk begins at the root.
+            env.relax();
+        }
+    }
+
+    /// Walks down from a table; `None` where somebody has the lock of the table that it comes to, or that one was just detached. Inside a read
+    /// section.
+    #[inline(always)]
+    fn descend(&mut self, mut view: View<'t, F>, page: Page, target: usize) -> Option<Node<'t, F>> {
+        let env = self.table.env();
         let mut shared = false;
         // The table whose entry led to `view`, where that is shared.
         let mut above: Option<Node<'t, F>> = None;
-        'root: loop {
-            loop {
-                self.path[view.level] = view.frame;
-                let index = index_at::<F>(page.number(), view.level);
-                let mut word = view.load(index);
-                let level = view.level;
+        loop {
+            self.path[view.level] = view.frame;
+            let index = index_at::<F>(page.number(), view.level);
+            let mut word = view.load(index);
+            let level = view.level;
+            if level == target || !F::is_table(level, word) {
+                let node = view.node(env);
+                let locked = match above {
+                    Some(above) => try_lock_below(&above, &node, page),
+                    None => node.try_lock_attached(),
+                };
+                if !locked {
+                    return None;
+                }
+                word = node.load(index);
                 if level == target || !F::is_table(level, word) {
-                    let node = view.node(env);
-                    if let Some(above) = above {
-                        if !lock_below(env, &above, &node, page) {
-                            break;
-                        }
-                    } else {
-                        node.lock(env);
-                    }
-                    if node.is_stray() && !mutant!("walk-ignores-stray") {
+                    if shared && !self.is_path_of(page, level) {
                         node.unlock();
-                        break;
+                        return None;
                     }
-                    word = node.load(index);
-                    if level == target || !F::is_table(level, word) {
-                        if shared && !self.is_path_of(page, level) {
-                            node.unlock();
-                            break;
-                        }
-                        self.hold(node, page);
-                        self.shared = shared;
-                        if shared {
-                            // Looked up again at every call.
-                            self.span.1 = 0;
-                            self.window.1 = 0;
-                        }
-                        return node;
+                    self.hold(node, page);
+                    self.shared = shared;
+                    if shared {
+                        // Looked up again at every call.
+                        self.span.1 = 0;
+                        self.window.1 = 0;
                     }
-                    node.unlock();
+                    return Some(node);
                 }
-                shared |= F::is_shared_table(level, word);
-                if shared {
-                    // SAFETY: as below.
-                    above = Some(unsafe { Node::new(env, self.path[level], level) });
-                }
-                // SAFETY: an entry that this read section found in an attached table, or in one that was attached when
-                // the section began, points to a table until the section ends (U3).
-                view = unsafe { View::new(env, F::table_frame(word), level - 1) };
+                node.unlock();
             }
-            shared = false;
-            above = None;
-            // SAFETY: P1: the root is attached.
-            view = unsafe { View::<F>::new(env, self.table.root_frame(), self.table.levels()) };
-            continue 'root;
+            shared |= F::is_shared_table(level, word);
+            if shared {
+                // SAFETY: as below.
+                above = Some(unsafe { Node::new(env, self.path[level], level) });
+            }
+            // SAFETY: an entry that this read section found in an attached table, or in one that was attached when
+            // the section began, points to a table until the section ends (U3).
+            view = unsafe { View::new(env, F::table_frame(word), level - 1) };
         }
     }
 
@@ -345,24 +352,18 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     }
 }
 
-/// Locks a table that others share, under the lock of the table above it (`N5`); `false`, and nothing is locked, where that one does not lead
-/// to it any more. Inside a read section.
+/// Locks a table that others share, under the lock of the table above it (`N5`); `false`, and nothing is locked, where somebody has one of the
+/// locks, or that one does not lead to it any more. Inside a read section.
 #[cold]
-fn lock_below<F: Format, E: Env>(
-    env: &E,
-    above: &Node<'_, F>,
-    node: &Node<'_, F>,
-    page: Page,
-) -> bool {
-    above.lock(env);
-    let word = above.load(index_at::<F>(page.number(), above.level));
-    let leads =
-        !above.is_stray() && F::is_table(above.level, word) && F::table_frame(word) == node.frame;
-    if leads {
-        node.lock(env);
+fn try_lock_below<F: Format>(above: &Node<'_, F>, node: &Node<'_, F>, page: Page) -> bool {
+    if !above.try_lock_attached() {
+        return false;
     }
+    let word = above.load(index_at::<F>(page.number(), above.level));
+    let leads = F::is_table(above.level, word) && F::table_frame(word) == node.frame;
+    let locked = leads && node.try_lock_attached();
     above.unlock();
-    leads
+    locked
 }
 
 /// What a leaf of level 1 with certain attributes looks like.

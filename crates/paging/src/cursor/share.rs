@@ -33,6 +33,9 @@ use crate::table::{Entry, decode, index_at};
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Shared(pub Page);
 
+/// Somebody has the lock of a table, or changed it meanwhile: look again.
+struct Taken;
+
 impl From<Shared> for MapError {
     fn from(_: Shared) -> Self {
         Self::Shared
@@ -171,31 +174,45 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     /// The highest entry on the way to `page` that says "shared", with its table locked. The cursor holds nothing.
     fn lock_shared(&mut self, page: Page) -> Option<(Node<'t, F>, usize)> {
         let env = self.table.env();
-        let _reading = env.grace().read();
-        'root: loop {
-            // SAFETY: P1: the root is attached.
-            let mut view =
-                unsafe { View::<F>::new(env, self.table.root_frame(), self.table.levels()) };
-            loop {
-                let number = view.level;
-                let index = index_at::<F>(page.number(), number);
-                let word = view.load(index);
-                if !F::is_table(number, word) {
-                    return None;
-                }
-                if F::is_shared_table(number, word) {
-                    let node = view.node(env);
-                    node.lock(env);
-                    // Above it nothing is shared, so it is this space's, unless it was detached.
-                    if !node.is_stray() && node.load(index) == word {
-                        return Some((node, index));
-                    }
-                    node.unlock();
-                    continue 'root;
-                }
-                // SAFETY: as in `walk`, inside the read section.
-                view = unsafe { View::new(env, F::table_frame(word), number - 1) };
+        loop {
+            let found = {
+                let _reading = env.grace().read();
+                self.try_lock_shared(page)
+            };
+            match found {
+                Ok(found) => return found,
+                // U6
+                Err(Taken) => env.relax(),
             }
+        }
+    }
+
+    /// As `lock_shared`, where nobody has the lock. Inside a read section.
+    fn try_lock_shared(&self, page: Page) -> Result<Option<(Node<'t, F>, usize)>, Taken> {
+        let env = self.table.env();
+        // SAFETY: P1: the root is attached.
+        let mut view = unsafe { View::<F>::new(env, self.table.root_frame(), self.table.levels()) };
+        loop {
+            let number = view.level;
+            let index = index_at::<F>(page.number(), number);
+            let word = view.load(index);
+            if !F::is_table(number, word) {
+                return Ok(None);
+            }
+            if F::is_shared_table(number, word) {
+                // Above it nothing is shared, so it is this space's, unless it was detached.
+                let node = view.node(env);
+                if !node.try_lock_attached() {
+                    return Err(Taken);
+                }
+                if node.load(index) == word {
+                    return Ok(Some((node, index)));
+                }
+                node.unlock();
+                return Err(Taken);
+            }
+            // SAFETY: as in `walk`, inside the read section.
+            view = unsafe { View::new(env, F::table_frame(word), number - 1) };
         }
     }
 }

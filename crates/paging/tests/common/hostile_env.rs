@@ -220,6 +220,8 @@ pub struct HostileEnv {
     slots: SlotArena,
     pub cache: TableCache,
     trace: YieldingTrace,
+    /// Turns of waiting until somebody gives up; `None` for never.
+    patience: Cell<Option<u64>>,
 }
 
 impl HostileEnv {
@@ -248,7 +250,13 @@ impl HostileEnv {
             slots,
             cache: TableCache::new(cache),
             trace: YieldingTrace(machine),
+            patience: Cell::new(None),
         }))
+    }
+
+    /// Makes whoever waits for a lock panic after so many turns of all who wait: for tests of what may wait for ever.
+    pub fn give_up_after(&self, turns: Option<u64>) {
+        self.patience.set(turns);
     }
 
     /// Takes everything down that `new` made.
@@ -311,6 +319,10 @@ unsafe impl Env for HostileEnv {
         &self.cache
     }
     fn relax(&self) {
+        if let Some(left) = self.patience.get() {
+            self.patience.set(left.checked_sub(1));
+            assert!(left > 0, "somebody waits for a lock for ever");
+        }
         self.machine.yield_now();
     }
 }

@@ -216,24 +216,26 @@ unsafe impl Mmu for World {
     fn flush_local(&self, _request: &FlushRequest) {}
 }
 
-pub struct Section1<'a>(&'a AtomicUsize);
+/// A section, and the number that says that it is over. Numbers are odd inside.
+pub struct Section1<'a>(&'a AtomicUsize, usize);
 
 impl Drop for Section1<'_> {
     fn drop(&mut self) {
-        self.0.store(0, Ordering::Release);
+        self.0.store(self.1, Ordering::Release);
     }
 }
 
-// SAFETY: G1: calls are refused; G2: `synchronize` waits until each reader was seen gone, unless the bug is planted; G3: acquire pairs with
+// SAFETY: G1: calls are refused; G2: `synchronize` waits until each section that it saw is over, unless the bug is planted; G3: acquire pairs with
 // release. Sections do not nest in these models.
 unsafe impl Grace for World {
     type Guard<'a> = Section1<'a>;
 
     fn read(&self) -> Section1<'_> {
         let mine = &self.readers[self.cpu.id(&()).index()];
-        mine.store(1, Ordering::Relaxed);
+        let before = mine.load(Ordering::Relaxed);
+        mine.store(before + 1, Ordering::Relaxed);
         fence(Ordering::SeqCst);
-        Section1(mine)
+        Section1(mine, before + 2)
     }
     fn defer(&self, call: Deferred) -> Result<(), Deferred> {
         Err(call)
@@ -247,7 +249,8 @@ unsafe impl Grace for World {
         }
         fence(Ordering::SeqCst);
         for reader in &self.readers {
-            while reader.load(Ordering::Acquire) != 0 {
+            let seen = reader.load(Ordering::Acquire);
+            while seen % 2 == 1 && reader.load(Ordering::Acquire) == seen {
                 spin_loop();
             }
         }

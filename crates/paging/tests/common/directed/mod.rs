@@ -11,6 +11,7 @@ mod memory;
 mod room;
 mod sharing;
 mod tables;
+mod waits;
 
 use kmem_hal::{OwnedFrame, Page, PageRange};
 use kmem_paging::PageTable;
@@ -155,6 +156,10 @@ pub const ALL: &[(&str, fn())] = &[
     (
         "a table of payloads is flushed before it is freed",
         flushes::a_table_of_payloads_is_flushed_before_it_is_freed,
+    ),
+    (
+        "a commit beside a waiting cursor ends",
+        waits::a_commit_beside_a_waiting_cursor_ends,
     ),
     (
         "a merge wants frames in order",

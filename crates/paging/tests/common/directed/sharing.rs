@@ -25,7 +25,7 @@ impl Room {
     }
 
     /// A child that shares every table of the range.
-    fn fork(&self, first: u64, count: u64, most: usize) -> Table {
+    pub(super) fn fork(&self, first: u64, count: u64, most: usize) -> Table {
         let child = Table::empty_like(self.env, &self.table).unwrap();
         let mut gather = self.table.gather::<4>();
         // SAFETY: no cursor is open, and nobody runs before the commit.
@@ -51,7 +51,7 @@ impl Room {
 }
 
 /// Takes all of a range out; gives how many frames came free.
-fn empty(table: &Table, first: u64, count: u64) -> u64 {
+pub(super) fn empty(table: &Table, first: u64, count: u64) -> u64 {
     let mut gather = table.gather::<512>();
     let range = pages(first, count);
     table
