@@ -193,6 +193,15 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
         self.state()?.bare.get(cpu.index())
     }
 
+    /// Whether the caller has interrupted this CPU inside a lock, or about to take one.
+    pub(crate) fn is_nested(&self, state: &State<L>) -> bool {
+        let cpu = self.cpu.pin().id();
+        match state.area(cpu) {
+            Some(area) => area.is_holding(),
+            None => state.bare.get(cpu.index()).is_some_and(LocalBool::get),
+        }
+    }
+
     /// Runs `f`, which takes locks by itself and returns with none, so that calls that interrupt it do not wait for them (`I2` of the
     /// CPUs' areas).
     pub(crate) fn holding<R>(&self, state: &State<L>, f: impl FnOnce() -> R) -> R {

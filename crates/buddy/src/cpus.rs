@@ -182,7 +182,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         });
     }
 
-    /// Empties the arrays of a CPU that has gone offline; it keeps them for its return.
+    /// Empties the arrays of a CPU that has gone offline; it keeps them for its return. `false` where some frames stayed there, as all do where the
+    /// caller has interrupted the allocator on its own CPU.
     ///
     /// # Safety
     ///
@@ -192,6 +193,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         let Some(state) = self.state() else {
             return true;
         };
+        if self.is_nested(state) {
+            return false;
+        }
         // Noted at this CPU as well, whose NMIs would wait for what it holds for the other.
         self.holding(state, || {
             state

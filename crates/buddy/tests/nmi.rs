@@ -100,13 +100,19 @@ fn strike<R>(buddy: &'static Frames, call: impl FnOnce() -> R) -> R {
             buddy.free(frame);
         }
     };
+    let result = strike_with(nmi, call);
+    for frame in rest.borrow_mut().drain(..) {
+        buddy.free(frame);
+    }
+    result
+}
+
+/// Runs `call` with this NMI inside each lock that it takes.
+fn strike_with<R>(nmi: impl Fn() + 'static, call: impl FnOnce() -> R) -> R {
     NMI.with(|armed| *armed.borrow_mut() = Some(Box::new(nmi)));
     STRUCK.set(0);
     let result = call();
     NMI.with(|armed| armed.borrow_mut().take());
-    for frame in rest.borrow_mut().drain(..) {
-        buddy.free(frame);
-    }
     assert!(STRUCK.get() > 0, "no lock was taken");
     result
 }
@@ -159,6 +165,28 @@ fn an_nmi_inside_the_draining_of_another_cpu_does_not_wait() {
     }
     let info = buddy.mem_info();
     assert_eq!((info.free + info.cached, buddy.lost()), (total, 0));
+    buddy.check().unwrap();
+}
+
+/// It would wait for the lock that it interrupted.
+#[test]
+fn an_nmi_inside_a_lock_empties_no_other_cpu() {
+    let buddy = boot();
+    CURRENT.set(1);
+    let frame = buddy.alloc(&FrameRequest::ONE).unwrap();
+    buddy.free(frame);
+    let cached = buddy.mem_info().cached;
+    let large = FrameRequest::new(Order::new(7).unwrap());
+    for here in [0, 2] {
+        CURRENT.set(here);
+        // SAFETY: nobody plays CPU 1 now.
+        let nmi = || assert!(!unsafe { buddy.cpu_offline(CpuId::new(1)) });
+        let frame = strike_with(nmi, || buddy.alloc(&large).unwrap());
+        buddy.free(frame);
+        assert_eq!(buddy.mem_info().cached, cached);
+    }
+    // SAFETY: nobody plays CPU 1 now.
+    assert!(unsafe { buddy.cpu_offline(CpuId::new(1)) });
     buddy.check().unwrap();
 }
 

@@ -9,22 +9,24 @@
 
 use std::alloc::{GlobalAlloc, Layout};
 use std::fmt;
-use std::mem::MaybeUninit;
 use std::ptr;
 use std::sync::atomic::{AtomicPtr, AtomicUsize, Ordering};
 
 use kmem::{BootMap, Config, Memory, OffsetMap, PhysAddr, RegionKind};
-use kmem_hal::{NoCpuCall, NoPressure};
+use kmem_hal::NoCpuCall;
 
 use crate::arena::{Arena, BASE};
+use crate::idle::IdleThreads;
 use crate::lock::HostLock;
 use crate::ranges::Ranges;
 use crate::threads::ThreadCpu;
 
 /// The memory manager beneath a [`HostHeap`].
-pub type HostMemory = Memory<OffsetMap, ThreadCpu, HostLock, NoCpuCall, NoPressure, Ranges>;
+pub type HostMemory =
+    Memory<OffsetMap, ThreadCpu, HostLock, NoCpuCall, &'static IdleThreads, Ranges>;
 
 struct Inner {
+    idle: IdleThreads,
     memory: HostMemory,
     arena: Arena,
 }
@@ -162,16 +164,19 @@ fn start(bytes: usize) -> Option<*mut Inner> {
     if place == libc::MAP_FAILED {
         return None;
     }
-    let place = place.cast::<MaybeUninit<Inner>>();
     // SAFETY: the arena's bytes are mapped at the offset and used by nobody else (P1, P2).
     let map = unsafe { OffsetMap::new(arena.offset(), arena.end_frame()) };
     let usable = arena.bytes() as u64;
-    // SAFETY: the mapping is page-aligned, large enough, this call's, and never unmapped once the heap has started.
+    let place = place.cast::<Inner>();
+    // SAFETY: the mapping is page-aligned, large enough, this call's, and never unmapped once the heap has started; the hook, which the memory
+    // manager names, is not written again.
     let inner: &'static Inner = unsafe {
-        (*place).write(Inner {
-            memory: Memory::with(map, ThreadCpu, NoCpuCall, NoPressure),
-            arena,
-        })
+        let idle = &raw mut (*place).idle;
+        idle.write(IdleThreads::new());
+        let memory = Memory::with(map, ThreadCpu, NoCpuCall, &*idle);
+        (&raw mut (*place).memory).write(memory);
+        (&raw mut (*place).arena).write(arena);
+        &*place
     };
     let mut boot: BootMap = BootMap::new();
     let large = Ranges::new(inner.memory.frames(), inner.memory.table());
@@ -183,11 +188,12 @@ fn start(bytes: usize) -> Option<*mut Inner> {
         // SAFETY: X1: the arena is this heap's alone.
         && unsafe { inner.memory.init_with(&mut boot, &config, large) }.is_ok();
     if started {
-        Some(ptr::from_ref(inner).cast_mut())
+        inner.idle.connect(&inner.memory);
+        Some(place)
     } else {
         // SAFETY: nobody has seen it; the reference is not used any more.
         unsafe {
-            (*place).assume_init_drop();
+            place.drop_in_place();
             libc::munmap(place.cast(), size_of::<Inner>());
         }
         None

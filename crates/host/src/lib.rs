@@ -3,6 +3,7 @@
 mod arena;
 mod barrier;
 mod heap;
+mod idle;
 mod lock;
 mod ranges;
 mod threads;
@@ -10,6 +11,7 @@ mod threads;
 pub use arena::{Arena, ArenaError};
 pub use barrier::HostBarrier;
 pub use heap::{HostHeap, HostMemory};
+pub use idle::IdleThreads;
 pub use lock::HostLock;
 pub use ranges::Ranges;
 pub use threads::{HostGuard, MAX_THREADS, ThreadCpu};

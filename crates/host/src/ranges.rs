@@ -10,23 +10,23 @@ use kmem::{
     PhysMap,
 };
 use kmem_hal::sync::Ordering;
-use kmem_hal::{FrameTable, FrameTag, LargeSource, PAGE_SIZE};
+use kmem_hal::{FrameTable, FrameTag, LargeSource, NoCpuCall, PAGE_SIZE};
 
+use crate::idle::IdleThreads;
 use crate::lock::HostLock;
 use crate::threads::ThreadCpu;
+
+type HostFrames = Frames<OffsetMap, ThreadCpu, HostLock, NoCpuCall, &'static IdleThreads>;
 
 /// A source of sizes above 4 MiB; smaller ones are left to the page-frame allocator's blocks.
 #[derive(Clone, Copy, Debug)]
 pub struct Ranges {
-    frames: &'static Frames<OffsetMap, ThreadCpu, HostLock>,
+    frames: &'static HostFrames,
     table: &'static FrameTable,
 }
 
 impl Ranges {
-    pub(crate) fn new(
-        frames: &'static Frames<OffsetMap, ThreadCpu, HostLock>,
-        table: &'static FrameTable,
-    ) -> Self {
+    pub(crate) fn new(frames: &'static HostFrames, table: &'static FrameTable) -> Self {
         Self { frames, table }
     }
 

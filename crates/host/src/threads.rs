@@ -32,6 +32,9 @@ static FREE: [AtomicU64; WORDS] = [
     AtomicU64::new(u64::MAX >> 1), // without the shared one
 ];
 
+/// How often a thread gave its number back, or began to run as the shared one.
+static RELEASED: AtomicU64 = AtomicU64::new(0);
+
 /// 0, or the holder of the shared number: the address of its thread-local `ID`.
 static SHARED: AtomicUsize = AtomicUsize::new(0);
 
@@ -89,6 +92,7 @@ fn take() -> Option<u32> {
 
 fn give_back(id: u32) {
     FREE[id as usize / 64].fetch_or(1 << (id % 64), Ordering::Release);
+    RELEASED.fetch_add(1, Ordering::Release);
 }
 
 /// The threads of this process as CPUs.
@@ -99,7 +103,20 @@ impl ThreadCpu {
     /// Runs `f` with the number of each CPU that no thread holds now, one after the other; none leases it meanwhile.
     ///
     /// The shared number is one of them, unless this thread has no other.
-    pub fn with_idle(self, mut f: impl FnMut(CpuId)) {
+    pub fn with_idle(self, f: impl FnMut(CpuId)) {
+        self.each_idle(|| Some(lock_shared()), f);
+    }
+
+    /// As [`with_idle`](Self::with_idle), waiting for nobody: the shared number is passed over, and the answer is `false`, while a thread runs as it.
+    pub(crate) fn try_with_idle(self, f: impl FnMut(CpuId)) -> bool {
+        self.each_idle(try_lock_shared, f)
+    }
+
+    fn each_idle(
+        self,
+        shared: impl FnOnce() -> Option<HostGuard>,
+        mut f: impl FnMut(CpuId),
+    ) -> bool {
         drop(self.raw_pin()); // leases a number, if there is one
         for (index, word) in FREE.iter().enumerate() {
             for bit in 0..64 {
@@ -113,10 +130,17 @@ impl ThreadCpu {
             }
         }
         // A handler that interrupted its thread here, or as the shared number, leaves it alone.
-        if ID.get() != NONE && SHARED.load(Ordering::Relaxed) != me() {
-            let _guard = lock_shared();
+        let may_share = ID.get() != NONE && SHARED.load(Ordering::Relaxed) != me();
+        let guard = if may_share { shared() } else { None };
+        if guard.is_some() {
             f(CpuId::new(SHARED_ID));
         }
+        guard.is_some()
+    }
+
+    /// How often a thread gave its number back, or ran as the shared one: where this has not changed, idle numbers hold what they held.
+    pub(crate) fn released(self) -> u64 {
+        RELEASED.load(Ordering::Acquire)
     }
 
     /// How many threads hold a number of their own.
@@ -205,6 +229,7 @@ fn first_pin() -> HostGuard {
 /// Runs as the shared number, or as the thread's own where a signal handler has leased one while it waited (`I4`).
 fn shared() -> HostGuard {
     let guard = lock_shared();
+    RELEASED.fetch_add(1, Ordering::Release);
     match ID.get() {
         NONE => guard,
         id => HostGuard { id, unlock: false },
@@ -212,18 +237,23 @@ fn shared() -> HostGuard {
 }
 
 fn lock_shared() -> HostGuard {
-    let me = me();
-    while SHARED
-        .compare_exchange_weak(0, me, Ordering::Acquire, Ordering::Relaxed)
-        .is_err()
-    {
+    loop {
+        if let Some(guard) = try_lock_shared() {
+            return guard;
+        }
         // SAFETY: has no preconditions.
         unsafe { libc::sched_yield() };
     }
-    HostGuard {
-        id: SHARED_ID,
-        unlock: true,
-    }
+}
+
+fn try_lock_shared() -> Option<HostGuard> {
+    SHARED
+        .compare_exchange(0, me(), Ordering::Acquire, Ordering::Relaxed)
+        .is_ok()
+        .then(|| HostGuard {
+            id: SHARED_ID,
+            unlock: true,
+        })
 }
 
 #[cfg(test)]
