@@ -44,7 +44,7 @@ thread_local! {
 }
 
 impl HostHeap {
-    /// A heap over a range as large as the machine's memory.
+    /// A heap over a range as large as the machine's memory, or half of that, a quarter, and so on down to 16 MiB, where the address space is limited.
     #[must_use]
     pub const fn new() -> Self {
         Self::with_arena(0)
@@ -145,8 +145,21 @@ fn machine_memory() -> usize {
     bytes.clamp(256 << 20, 1 << 40)
 }
 
+/// Starts a heap over `bytes` bytes; for 0 over as many as the machine has, or half of that, or a quarter, as the host gives: address
+/// space may be limited (`RLIMIT_AS`, `vm.overcommit_memory = 2`).
 fn start(bytes: usize) -> Option<*mut Inner> {
-    let arena = Arena::new(if bytes == 0 { machine_memory() } else { bytes }).ok()?;
+    if bytes > 0 {
+        return start_over(bytes);
+    }
+    let halved = |&bytes: &usize| (bytes / 2 >= LEAST).then_some(bytes / 2);
+    std::iter::successors(Some(machine_memory()), halved).find_map(start_over)
+}
+
+/// The smallest arena that a heap without a wish starts with, in bytes.
+const LEAST: usize = 16 << 20;
+
+fn start_over(bytes: usize) -> Option<*mut Inner> {
+    let arena = Arena::new(bytes).ok()?;
     // Frames are taken from the bottom up, so that little of a large page stands idle.
     arena.map_huge();
     // What the heap itself is made of lies in a mapping of its own: it must not move or go away, and there is no heap yet.
