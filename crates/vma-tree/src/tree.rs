@@ -294,9 +294,13 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     #[inline(always)]
     pub(crate) fn count_edit(&self, new: usize, old: usize) {
         self.len.set(self.len.get() + new - old);
-        let edits = self.edits.load(Ordering::Relaxed) & !1;
-        let order = self.planted.order(Plant::NoEditsRelease, Ordering::Release);
-        self.edits.store(edits + 2, order);
+        let edits = self.edits.load(Ordering::Relaxed);
+        if S::SHARED {
+            let order = self.planted.order(Plant::NoEditsRelease, Ordering::Release);
+            self.edits.store((edits & !1) + 2, order);
+        } else {
+            self.edits.store(edits + 2, Ordering::Relaxed);
+        }
     }
 
     /// Says to fingers that an edit is about to be published: what they remember is in doubt until it is counted (`F3`).

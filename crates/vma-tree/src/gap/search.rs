@@ -8,7 +8,8 @@ use core::mem::MaybeUninit;
 use kmem_hal::{ObjectAlloc, Page, PageRange};
 
 use super::{Gap, GapRequest, Usable};
-use crate::node::{Leaf, Node, NodePtr, from_word, saturate};
+use crate::edit::entry;
+use crate::node::{Leaf, Node, NodePtr, Raw, from_word, saturate};
 use crate::path::{HEIGHT_MASK, MAX_HEIGHT};
 use crate::stock::Sharing;
 use crate::tree::RangeTree;
@@ -25,12 +26,12 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     pub(super) fn search(&self, mut search: Search<'_, '_, V>) -> Option<PageRange> {
         let root = self.root_word();
         let Some(node) = from_word::<W>(root) else {
-            return search.consider(self, (0, Page::MAX.number()));
+            return search.consider(self, (0, Page::MAX.number()), (None, None));
         };
         let above = (self.top(), Page::MAX.number());
         if !search.up
             && above.0 <= above.1
-            && let Some(place) = search.consider(self, above)
+            && let Some(place) = search.consider(self, above, (None, None))
         {
             return Some(place);
         }
@@ -38,7 +39,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             return Some(place);
         }
         if search.up && above.0 <= above.1 {
-            return search.consider(self, above);
+            return search.consider(self, above, (None, None));
         }
         None
     }
@@ -131,39 +132,45 @@ impl<V: Value> Search<'_, '_, V> {
     ) -> Option<PageRange> {
         let need = self.request.at_least;
         if self.up {
-            let mut free = low;
+            let (mut free, mut below) = (low, None);
             for raw in leaf.raws(0, leaf.count()) {
                 if raw.first - free >= need
-                    && let Some(place) = self.consider(tree, (free, raw.first - 1))
+                    && let Some(place) =
+                        self.consider(tree, (free, raw.first - 1), (below, Some(raw)))
                 {
                     return Some(place);
                 }
                 free = raw.last + 1;
+                below = Some(raw);
             }
         } else {
-            let mut end = leaf.end();
+            let (mut end, mut above) = (leaf.end(), None);
             for slot in (0..leaf.count()).rev() {
-                let (first, last) = leaf.range(slot);
-                if end > last
-                    && end - last > need
-                    && let Some(place) = self.consider(tree, (last + 1, end - 1))
+                let raw = leaf.raw(slot);
+                if end > raw.last
+                    && end - raw.last > need
+                    && let Some(place) =
+                        self.consider(tree, (raw.last + 1, end - 1), (Some(raw), above))
                 {
                     return Some(place);
                 }
-                end = first;
+                end = raw.first;
+                above = Some(raw);
             }
             if end - low >= need {
-                return self.consider(tree, (low, end - 1));
+                return self.consider(tree, (low, end - 1), (None, above));
             }
         }
         None
     }
 
-    /// Places the request in the gap `first ..= last` if it fits.
+    /// Places the request in the gap `first ..= last` if it fits. `below` and `above` are the ranges beside it that the caller has at hand:
+    /// that of another leaf, or none, it has not.
     fn consider<A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize>(
         &mut self,
         tree: &RangeTree<V, A, S, W>,
         (first, last): (u64, u64),
+        (below, above): (Option<Raw>, Option<Raw>),
     ) -> Option<PageRange> {
         let limits = self.request.limits;
         let clipped = PageRange::new(
@@ -183,12 +190,12 @@ impl<V: Value> Search<'_, '_, V> {
                         .first()
                         .checked_sub(1)
                         .filter(|_| is_whole(clipped.first(), first))
-                        .and_then(|page| tree.get(page)),
+                        .and_then(|page| below.map(entry).or_else(|| tree.get(page))),
                     above: clipped
                         .last()
                         .checked_add(1)
                         .filter(|_| is_whole(clipped.last(), last))
-                        .and_then(|page| tree.get(page)),
+                        .and_then(|page| above.map(entry).or_else(|| tree.get(page))),
                 };
                 let free = usable(&gap)?.intersection(clipped)?;
                 if free.count() < self.request.at_least {

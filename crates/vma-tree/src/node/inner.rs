@@ -179,11 +179,12 @@ impl<const W: usize> Node<W> {
         if !half.is_multiple_of(2) {
             two &= !u64::from(u32::MAX);
         }
+        let upper = u64::from(need) << 32;
         loop {
             if two as u32 >= need {
                 return Some(2 * word - 1);
             }
-            if (two >> 32) as u32 >= need {
+            if two >= upper {
                 return Some(2 * word);
             }
             word += 1;
@@ -200,8 +201,9 @@ impl<const W: usize> Node<W> {
         if half.is_multiple_of(2) {
             two &= u64::from(u32::MAX);
         }
+        let upper = u64::from(need) << 32;
         loop {
-            if (two >> 32) as u32 >= need {
+            if two >= upper {
                 return Some(2 * word);
             }
             if word == 0 {

@@ -17,10 +17,15 @@ const COUNT_SHIFT: u32 = BASE_BITS + 6;
 #[derive(Clone, Copy)]
 pub(crate) struct Leaf<'a, const W: usize> {
     node: &'a Node<W>,
+    /// Word [`HEADER`](Node::HEADER): base, width and count, which are decoded beside it.
+    header: u64,
     coding: Coding,
     count: usize,
     order: Order,
 }
+
+/// One range more in a header.
+const ONE: u64 = 1 << COUNT_SHIFT;
 
 impl<const W: usize> Node<W> {
     const HEADER: usize = Self::RANGES;
@@ -43,6 +48,7 @@ impl<const W: usize> Node<W> {
         let header = self.leaf_word(Self::HEADER);
         Leaf {
             node: self,
+            header,
             coding: Coding {
                 base: header & BASE_MASK,
                 width: (header >> BASE_BITS) as u32 & 63,
@@ -63,10 +69,13 @@ impl<const W: usize> Node<W> {
                 None => self.set_word(slot, UNUSED),
             }
         }
+        let count = ranges.len();
+        let header = coding.base | u64::from(coding.width) << BASE_BITS | count as u64 * ONE;
         Leaf {
             node: self,
+            header,
             coding,
-            count: ranges.len(),
+            count,
             order: Node::<W>::SORTED,
         }
         .save();
@@ -328,6 +337,7 @@ impl<'a, const W: usize> Leaf<'a, W> {
     pub(crate) fn open(&mut self, position: usize) {
         debug_assert!(position <= self.count && self.count < Node::<W>::RANGES);
         self.count += 1;
+        self.header += ONE;
         self.order.open(position, Node::<W>::RANGES);
     }
 
@@ -336,6 +346,7 @@ impl<'a, const W: usize> Leaf<'a, W> {
     pub(crate) fn close(&mut self, position: usize) -> usize {
         debug_assert!(position < self.count);
         self.count -= 1;
+        self.header -= ONE;
         self.order.close(position, Node::<W>::RANGES)
     }
 
@@ -378,10 +389,7 @@ impl<'a, const W: usize> Leaf<'a, W> {
     /// Writes how many ranges there are, and their order, to the node.
     #[inline(always)]
     pub(crate) fn save(&self) {
-        let header = self.coding.base
-            | u64::from(self.coding.width) << BASE_BITS
-            | (self.count as u64) << COUNT_SHIFT;
-        self.node.set_word(Node::<W>::HEADER, header);
+        self.node.set_word(Node::<W>::HEADER, self.header);
         self.node.set_word(Node::<W>::LINK, self.order.0);
     }
 
@@ -402,9 +410,8 @@ impl<'a, const W: usize> Leaf<'a, W> {
         }
         let sorted = Leaf {
             node: target,
-            coding: self.coding,
-            count: self.count,
             order: Node::<W>::SORTED,
+            ..*self
         };
         sorted.save();
         sorted
@@ -424,14 +431,17 @@ impl<'a, const W: usize> Leaf<'a, W> {
                 upper.set_word(slot, UNUSED);
             }
         }
+        let count = self.count - position;
         let above = Leaf {
             node: upper,
-            coding: self.coding,
-            count: self.count - position,
+            header: self.header - position as u64 * ONE,
+            count,
             order: Node::<W>::SORTED,
+            ..self
         };
         // The nibbles from the number of ranges on are the free slots already.
         let below = Leaf {
+            header: self.header - count as u64 * ONE,
             count: position,
             ..self
         };

@@ -1,7 +1,7 @@
 //! Operations on a tree and on the model, for the property test and the fuzz target.
 
 use kmem_hal::{AllocError, Page, PageRange, SingleGrace};
-use kmem_vma_tree::{Entry, Finger, RangeTree, SharedTree, Sharing};
+use kmem_vma_tree::{Entry, Finger, Gap, GapRequest, RangeTree, SharedTree, Sharing};
 
 use super::{Heap, Model, Request, count};
 
@@ -122,6 +122,37 @@ fn same_answers<S: Sharing, const W: usize>(
         if gap.range.last() < request.limits.last() {
             assert_eq!(gap.above, beside(gap.range.last().checked_add(1)));
         }
+    }
+    // A search with a predicate is shown each gap that is large enough, with the entries beside it.
+    for up in [true, false] {
+        let asked = GapRequest::new(request.pages.min(3)).limits(request.limits);
+        let mut shown = Vec::new();
+        let mut note = |gap: &Gap<u64>| {
+            shown.push(*gap);
+            None
+        };
+        let found = if up {
+            tree.find_gap_up_with(&asked, &mut note)
+        } else {
+            tree.find_gap_down_with(&asked, &mut note)
+        };
+        assert_eq!(found, None);
+        let mut gaps = model.gaps(request.limits);
+        gaps.retain(|gap| gap.count() >= asked.pages());
+        if !up {
+            gaps.reverse();
+        }
+        let expected = gaps.into_iter().map(|range| {
+            // Free pages outside of the limits are beside it where those clip it.
+            let beside = |page: Option<Page>| page.and_then(|page| model.get(page));
+            let (low, high) = (range.first(), range.last());
+            Gap {
+                range,
+                below: beside(low.checked_sub(1)),
+                above: beside(high.checked_add(1)),
+            }
+        });
+        assert!(shown.iter().copied().eq(expected), "{shown:?}");
     }
     let largest = model
         .gaps(PageRange::ALL)
