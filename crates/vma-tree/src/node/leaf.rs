@@ -70,7 +70,7 @@ impl<const W: usize> Node<W> {
             }
         }
         let count = ranges.len();
-        let header = coding.base | u64::from(coding.width) << BASE_BITS | count as u64 * ONE;
+        let header = coding.base | u64::from(coding.width) << BASE_BITS | (count as u64 * ONE);
         Leaf {
             node: self,
             header,
