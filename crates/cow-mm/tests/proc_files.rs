@@ -3,7 +3,7 @@
 mod common;
 
 use common::{PAGE, Program, RW, World};
-use kmem_cow_mm::{Advice, Errno, LockFlags, MapFlags, MapRequest, PagemapEntry, Prot};
+use kmem_cow_mm::{Errno, LockFlags, MapFlags, MapRequest, PagemapEntry, Prot};
 use kmem_hal::{FaultCode, Page, VirtAddr};
 
 const AT: u64 = 0x7000_0000;
@@ -296,13 +296,4 @@ fn a_fault_is_explained() {
         assert!(text.contains(says), "{says}:\n{text}");
     }
     program.exit();
-}
-
-#[test]
-fn advice_has_a_row_in_the_table_of_what_is_missing_or_an_effect() {
-    let missing: Vec<_> = Advice::ALL
-        .iter()
-        .filter_map(|advice| advice.missing_effect())
-        .collect();
-    assert!(missing.iter().all(|text| !text.is_empty()));
 }

@@ -83,29 +83,32 @@ pub fn unsupported() -> String {
             let _ = writeln!(out, "madvise {advice:?} ({}): {missing}", advice as i32);
         }
     }
-    for (call, missing) in [
-        (
-            "x lines of traces (mlock, shmat, mseal, ..)",
-            "counted and not made: no line of a recorded list depends on them",
-        ),
-        (
-            "n lines of traces (PR_SET_VMA_ANON_NAME)",
-            "counted and not made: the recording kernel kept no names",
-        ),
-        ("mmap MAP_DENYWRITE, MAP_EXECUTABLE", "ignored, as in Linux"),
-        (
-            "mmap, mprotect PROT_EXEC alone",
-            "readable too, as on a processor without protection keys",
-        ),
-        (
-            "mmap MAP_HUGETLB",
-            "refused with EINVAL: there is no pool of huge pages",
-        ),
-    ] {
+    for (call, missing) in CALLS {
         let _ = writeln!(out, "{call}: {missing}");
     }
     out
 }
+
+/// Calls and arguments, and what is missing of their effect.
+const CALLS: [(&str, &str); 5] = [
+    (
+        "x lines of traces (mlock, shmat, mseal, ..)",
+        "counted and not made: no line of a recorded list depends on them",
+    ),
+    (
+        "n lines of traces (PR_SET_VMA_ANON_NAME)",
+        "counted and not made: the recording kernel kept no names",
+    ),
+    ("mmap MAP_DENYWRITE, MAP_EXECUTABLE", "ignored, as in Linux"),
+    (
+        "mmap, mprotect PROT_EXEC alone",
+        "readable too, as on a processor without protection keys",
+    ),
+    (
+        "mmap MAP_HUGETLB",
+        "refused with EINVAL: there is no pool of huge pages",
+    ),
+];
 
 /// Opens the files that were named, or all embedded runs if none was.
 pub fn sources(files: &[String]) -> Vec<(String, Result<Source, InputError>)> {
@@ -185,6 +188,7 @@ pub fn run<M: MmUnderTest>(
 mod tests {
     use super::*;
     use crate::replay::echo::Echo;
+    use kmem_cow_mm::{Advice, Errno, MapFlags, MapRequest, Prot};
 
     const GOOD: &str =
         "# vmatrace 1 prog x linux 6\nI 1000 2000 r-xp 0 -\nE\n= 1000 2000 r-xp 0 -\n";
@@ -218,8 +222,54 @@ mod tests {
 
     #[test]
     fn what_has_no_full_effect_is_listed() {
-        assert!(unsupported().lines().count() >= 4);
-        assert!(unsupported().contains("MAP_HUGETLB"));
+        let text = unsupported();
+        let (advice, calls): (Vec<_>, Vec<_>) =
+            text.lines().partition(|line| line.starts_with("madvise "));
+        let number = |line: &&str| -> i32 {
+            let (_, rest) = line.split_once('(').unwrap();
+            rest.split_once(')').unwrap().0.parse().unwrap()
+        };
+        let listed: Vec<_> = advice.iter().map(number).collect();
+        let missing = Advice::ALL.into_iter();
+        let missing = missing.filter(|advice| advice.missing_effect().is_some());
+        assert_eq!(
+            listed,
+            missing.map(|advice| advice as i32).collect::<Vec<_>>()
+        );
+        for line in advice {
+            let of = Advice::from_number(number(&line)).unwrap();
+            assert!(line.starts_with(&format!("madvise {of:?} (")), "{line}");
+            assert!(line.ends_with(of.missing_effect().unwrap()), "{line}");
+        }
+        assert_eq!(calls.len(), CALLS.len());
+        for (line, (call, missing)) in calls.into_iter().zip(CALLS) {
+            assert_eq!(line, format!("{call}: {missing}"));
+        }
+    }
+
+    /// What the table says of arguments of mmap is what mmap does.
+    #[test]
+    fn the_rows_about_mmap_are_true() {
+        let map = embedded::find(embedded::MAPS, MACHINE).unwrap();
+        let world = World::new(&map::read(map.open().unwrap()).unwrap(), 1).unwrap();
+        let process = Process::new(world).unwrap();
+        let space = process.space();
+        let map = |prot, flags| {
+            let flags = MapFlags::PRIVATE | MapFlags::ANONYMOUS | flags;
+            space.mmap(&MapRequest {
+                flags,
+                ..MapRequest::anonymous(4096, prot)
+            })
+        };
+        let text = unsupported();
+        assert!(text.contains("MAP_HUGETLB: refused with EINVAL"));
+        assert_eq!(map(Prot::READ, MapFlags::HUGETLB), Err(Errno::EINVAL));
+        assert!(text.contains("MAP_DENYWRITE, MAP_EXECUTABLE: ignored"));
+        let ignored = MapFlags::DENYWRITE | MapFlags::EXECUTABLE;
+        map(Prot::READ, ignored).unwrap();
+        assert!(text.contains("PROT_EXEC alone: readable too"));
+        let code = map(Prot::EXEC, MapFlags::empty()).unwrap();
+        space.read_memory(code, &mut [0]).unwrap();
     }
 
     #[test]
