@@ -16,12 +16,14 @@
 //! Source: Linux `Documentation/mm/overcommit-accounting.rst`, `mm/util.c` (`__vm_enough_memory`).
 
 use core::fmt;
+use core::ops::ControlFlow;
 
 use kmem_hal::PAGE_SIZE;
 use kmem_hal::sync::{AtomicU32, AtomicU64, Ordering};
 
 use crate::env::Env;
 use crate::errno::Errno;
+use crate::flags::VmFlags;
 use crate::mm::Mm;
 
 /// How promises are held against what there is: `vm.overcommit_memory`.
@@ -196,6 +198,28 @@ impl<E: Env> Mm<'_, E> {
     #[must_use]
     pub fn committed(&self) -> u64 {
         self.commit().committed.load(Ordering::Relaxed)
+    }
+
+    /// Counts what is promised from scratch: the mappings of all spaces, and shared memory. Equal to [`committed`](Self::committed) while nobody
+    /// is in a call.
+    ///
+    /// Context: no lock of a space held.
+    #[must_use]
+    pub fn recount_committed(&self) -> u64 {
+        let mut pages = self.promised_to_objects();
+        let spaces = self.registry().lock();
+        let _ = self.for_each_space(
+            &spaces,
+            |_| true,
+            |space| {
+                let state = space.read();
+                let accounted = state.vmas.iter();
+                let accounted = accounted.filter(|vma| vma.flags.contains(VmFlags::ACCOUNT));
+                pages += accounted.map(|vma| vma.range.count()).sum::<u64>();
+                ControlFlow::Continue(())
+            },
+        );
+        pages
     }
 
     /// The two lines of `/proc/meminfo` about promises.

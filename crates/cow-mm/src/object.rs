@@ -428,6 +428,22 @@ impl<'m, E: Env> Mm<'m, E> {
         Ok(None)
     }
 
+    /// Pages that are charged for all objects together.
+    pub(crate) fn promised_to_objects(&self) -> u64 {
+        let lists = self.objects().0.read();
+        let mut pages = 0;
+        for &head in &lists.0 {
+            let mut at = head;
+            while let Some(object) = NonNull::new(at.cast::<Object<E::Nodes, E::Lock>>()) {
+                // SAFETY: objects in the list live, and stay there while it is locked (`I2`).
+                let listed = unsafe { object.as_ref() };
+                pages += listed.promised;
+                at = listed.next.load(Ordering::Relaxed);
+            }
+        }
+        pages
+    }
+
     /// An object's number, which its pages' slots name.
     pub(crate) fn object_number(&self, file: FileRef) -> u32 {
         file.number

@@ -2,8 +2,10 @@
 //!
 //! The tables of `kmem-paging` are changed through shared references, so whoever is given them can unmap and replace what the space relies on.
 //! Outside of this crate there is a view of them, which answers questions and gives no cursor.
+//!
+//! Its numbers are those that the tables remember; `tests/common/recount.rs` holds them against a walk through the frames.
 
-use kmem_hal::Page;
+use kmem_hal::{Page, PageRange};
 use kmem_paging::{Entry, Path};
 
 use crate::env::Env;
@@ -38,6 +40,15 @@ impl<E: Env> PageTables<'_, '_, E> {
     #[must_use]
     pub fn table_count(&self) -> usize {
         self.0.tables().table_count()
+    }
+
+    /// How many pins the leaf table of a page counts; 0 where there is none.
+    ///
+    /// Context: waits for whoever changes the table.
+    #[must_use]
+    pub fn pins(&self, page: Page) -> u32 {
+        let cursor = self.0.tables().cursor(PageRange::single(page));
+        cursor.map_or(0, |mut cursor| cursor.pins(page))
     }
 
     /// Frames that are set aside, so that unmapping a part of a table that spaces share needs no memory.

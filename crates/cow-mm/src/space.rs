@@ -188,7 +188,7 @@ pub struct Usage {
     /// Present pages of shared memory (`MM_SHMEMPAGES`).
     #[doc(alias = "RssShmem")]
     pub rss_shmem: u64,
-    /// Frames used as page tables.
+    /// Frames used as page tables. Remembered, unlike the rest.
     #[doc(alias = "VmPTE")]
     pub tables: u64,
 }

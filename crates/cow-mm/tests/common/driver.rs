@@ -493,6 +493,7 @@ pub fn run(
             }
         }
         super::check_counters(programs.iter().flatten());
+        check_pins(&programs, &pins);
         if step % CHECKED_EVERY == CHECKED_EVERY - 1 {
             check(&model, &programs, &pins, step, &errors);
         }
@@ -513,6 +514,27 @@ pub fn run(
     assert_eq!(swap.free, swap.total, "slots of swap leak");
     assert_eq!(world.used_frames(), before, "frames leak");
     assert_eq!(mm.committed(), 0, "promises leak");
+}
+
+/// Holds what slots and spaces count against the pins that are held.
+fn check_pins(programs: &[Option<Program>], pins: &[Option<HeldPin>; PINS]) {
+    let held = || pins.iter().flatten();
+    let mut anonymous = 0;
+    for pin in held() {
+        let (frame, world) = (pin.frame(), pin.world());
+        let counted = super::recount::pins_of(world, frame);
+        if counted > 0 {
+            let same = held().filter(|other| other.frame() == frame).count();
+            assert_eq!(counted as usize, same, "pins in the slot of {frame:?}");
+            anonymous += 1;
+        }
+    }
+    let counted: u32 = programs
+        .iter()
+        .flatten()
+        .map(|program| program.space.pins())
+        .sum();
+    assert_eq!(counted, anonymous, "pins of all spaces");
 }
 
 /// Calls `f` with the n-th allocation failing, for n = 1, 2, .. until it succeeds; `unchanged` runs after each failure.

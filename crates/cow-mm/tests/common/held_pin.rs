@@ -8,7 +8,7 @@ use super::{Space, World};
 /// A pinned page. Ends before its space, which it keeps.
 pub struct HeldPin {
     pin: Option<Pin<'static, 'static, World>>,
-    _space: Box<Space>,
+    space: Box<Space>,
 }
 
 impl HeldPin {
@@ -25,7 +25,7 @@ impl HeldPin {
         };
         Ok(Self {
             pin: Some(pin),
-            _space: space,
+            space,
         })
     }
 
@@ -33,6 +33,14 @@ impl HeldPin {
         let mut word = [0; 8];
         self.pin.as_ref().unwrap().read(0, &mut word);
         u64::from_le_bytes(word)
+    }
+
+    pub fn frame(&self) -> kmem_hal::Frame {
+        self.pin.as_ref().unwrap().frame()
+    }
+
+    pub fn world(&self) -> &'static World {
+        self.space.mm().env()
     }
 
     /// `false` where it may only be read.

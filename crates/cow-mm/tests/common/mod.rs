@@ -9,12 +9,14 @@ pub mod elf;
 pub mod held_pin;
 pub mod kept;
 pub mod oracle_files;
+pub mod recount;
 
 use kept::keep;
+pub use recount::check_counters;
 
 use kmem_cow_mm::{
-    AddressSpace, Counters, Env, FileRef, Layout, MapFlags, MapRequest, Mm, Object, OpenFile,
-    Outcome, Prot, Signal, SpaceMemory, SwapSlot, VmaMemory,
+    AddressSpace, Env, FileRef, Layout, MapFlags, MapRequest, Mm, Object, OpenFile, Outcome, Prot,
+    Signal, SpaceMemory, SwapSlot, VmaMemory,
 };
 use kmem_hal::lock::SpinWait;
 use kmem_hal::{
@@ -198,30 +200,6 @@ impl<F: Format> World<F> {
             },
         )
     }
-}
-
-/// Holds what spaces remember against a recount; `programs` are all the spaces of their world.
-pub fn check_counters<'p, F: Format>(programs: impl IntoIterator<Item = &'p Program<F>>) {
-    let (mut accounted, mut committed) = (0, 0);
-    for program in programs {
-        let (remembered, counted) = (program.space.counters(), program.space.recount());
-        let counted = Counters {
-            total: counted.total,
-            locked: counted.locked,
-            data: counted.data,
-            exec: counted.exec,
-            stack: counted.stack,
-            accounted: counted.accounted,
-        };
-        assert_eq!(remembered, counted, "remembered, and counted again");
-        accounted += counted.accounted;
-        committed = program.space.mm().committed();
-    }
-    // Shared memory is promised as well.
-    assert!(
-        committed >= accounted,
-        "{committed} of {accounted} promised"
-    );
 }
 
 /// A program in a space: accesses go through the mock MMU and fault into the space.
