@@ -81,7 +81,7 @@ fn look(kind: Kind, before: Option<Advice>, advice: Option<Advice>) -> (Result<(
     forked.exit();
     let words = (0..WRITTEN).map(|page| program.load(at(page))).collect();
     // Where a window of read-ahead begins.
-    let read = (ADVISED..PAGES).find(|page| at(*page) / PAGE % 16 == 0);
+    let read = (ADVISED..PAGES).find(|page| (at(*page) / PAGE).is_multiple_of(16));
     let _ = program.load(at(read.unwrap() + 16));
     let seen = Seen {
         in_core: now,

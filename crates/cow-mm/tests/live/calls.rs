@@ -43,6 +43,9 @@ pub enum Call {
     Exit,
 }
 
+/// `MAP_DROPPABLE`.
+const DROPPABLE: i32 = 0x08;
+
 /// Draws calls.
 pub struct Calls {
     rng: SeededRng,
@@ -173,6 +176,7 @@ impl Calls {
         let (mut file, mut offset) = (-1, 0);
         let mut flags = match self.below(10) {
             0..5 => MAP_PRIVATE | MAP_ANONYMOUS,
+            5 if self.below(6) == 0 => DROPPABLE | MAP_ANONYMOUS,
             5 => MAP_SHARED | MAP_ANONYMOUS,
             kind => {
                 file = self.below(2 * FILES as u64) as i64;

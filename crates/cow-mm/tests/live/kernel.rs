@@ -36,6 +36,8 @@ pub enum Ask {
     Fork,
     /// The end of the one that answers; its parent goes on.
     Exit,
+    /// mincore of a range; the value has a bit for each of its first 64 pages.
+    InCore,
 }
 
 /// What came of it: a result or a negative errno; for accesses 0 or a [`Stopped`].
@@ -84,7 +86,6 @@ pub struct Kernel {
     to: c_int,
     from: c_int,
     inodes: Vec<u64>,
-    scratch: u64,
 }
 
 /// What stopped the last access; set by the signal's handler.
@@ -232,7 +233,6 @@ impl Kernel {
                 to: down[1],
                 from: up[0],
                 inodes: Vec::new(),
-                scratch: maps.as_ptr() as u64 + (1 << 19),
             })
         }
     }
@@ -298,9 +298,9 @@ impl Kernel {
             .is_some_and(|(answer, _)| answer.result == 0)
     }
 
-    /// An address in the child that 512 KiB may be written to.
-    pub fn scratch(&self) -> u64 {
-        self.scratch
+    /// Numbers shared memory from 0 on again.
+    pub fn forget_shared_memory(&mut self) {
+        self.inodes.clear();
     }
 
     fn lines(&mut self, text: &str) -> Vec<Line> {
@@ -491,6 +491,18 @@ unsafe fn serve(from: c_int, to: c_int, files: &[c_int; 2 * FILES], maps: &mut [
                         depth += 1;
                         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
                     }
+                }
+                6 => {
+                    let vector = maps.as_mut_ptr().add(1 << 19);
+                    let (at, length) = (request[1], request[2]);
+                    let got = libc::syscall(libc::SYS_mincore, at, length, vector);
+                    head[0] = if got == -1 {
+                        -i64::from(*libc::__errno_location())
+                    } else {
+                        let pages = (length as u64).div_ceil(4096).min(64) as usize;
+                        head[1] = super::bits(&maps[1 << 19..][..pages]) as i64;
+                        got
+                    };
                 }
                 _ if depth > 0 => libc::_exit(0),
                 _ => return,
