@@ -16,6 +16,7 @@ use kmem_testkit::processes::{
     stored, written,
 };
 
+use super::shortage::{self, Leaves};
 use super::{PAGE, Program, World};
 
 /// Where the window of the steps lies.
@@ -26,7 +27,7 @@ const HOLE: (Errno, Answer) = (Errno::ENOMEM, Answer::Hole);
 const INVALID: (Errno, Answer) = (Errno::EINVAL, Answer::Invalid);
 const FAILED: (Errno, Answer) = (Errno::EIO, Answer::BusError);
 
-fn address(page: u8) -> u64 {
+pub fn address(page: u8) -> u64 {
     BASE + u64::from(page % WINDOW) * PAGE
 }
 
@@ -35,7 +36,7 @@ fn range(page: u8, pages: u8) -> (u64, u64) {
     (BASE + first as u64 * PAGE, (last - first) as u64 * PAGE)
 }
 
-fn prot(rights: u8) -> Prot {
+pub fn prot(rights: u8) -> Prot {
     Prot::from_bits_truncate(u32::from(rights & 3))
 }
 
@@ -88,6 +89,7 @@ fn real(program: &Program, files: &[OracleFile; FILES], op: ProcessOp) -> Option
         };
         match known.iter().find(|(errno, _)| *errno == error) {
             Some((_, answer)) => Some(*answer),
+            None if matches!(error, Errno::ENOMEM | Errno::EAGAIN) => None,
             None => panic!("{op:?} answered {error}"),
         }
     };
@@ -194,8 +196,8 @@ fn real(program: &Program, files: &[OracleFile; FILES], op: ProcessOp) -> Option
             file: number,
             pages,
         } => {
-            file(number).truncate(mm, u64::from(pages % (FILE_PAGES + 1)));
-            Some(Answer::Done)
+            let pages = u64::from(pages % (FILE_PAGES + 1));
+            made(file(number).truncate(mm, pages))
         }
         ProcessOp::WriteFile {
             file: number,
@@ -327,20 +329,6 @@ fn despite(
     }
 }
 
-/// Whether the step leaves everything as it was when memory runs out: such a step is also tried with failures.
-fn is_all_or_nothing(op: ProcessOp) -> bool {
-    matches!(
-        op,
-        ProcessOp::Map { .. }
-            | ProcessOp::MapFile { .. }
-            | ProcessOp::WriteFile { .. }
-            | ProcessOp::ReadFile { .. }
-            | ProcessOp::Unmap { .. }
-            | ProcessOp::Store { .. }
-            | ProcessOp::Load { .. }
-    )
-}
-
 /// Steps between two looks at every byte.
 const CHECKED_EVERY: usize = 64;
 
@@ -356,8 +344,8 @@ fn end_pins(
     }
 }
 
-/// Runs the steps; with `failures`, each all-or-nothing step is first tried with its first allocation failing, then its
-/// second, and so on, and must leave the model's words alone each time.
+/// Runs the steps; with `failures`, each is first tried with its first allocation failing, then its second, and so on, and may leave behind each
+/// time what [`Leaves`] says.
 pub fn run(
     world: &'static World,
     mm: &'static Mm<'static, World>,
@@ -421,7 +409,13 @@ pub fn run(
                         model.pins_of(living).collect()
                     });
                     model.exit(living);
-                    programs[living].take().unwrap().exit();
+                    let program = programs[living].take().unwrap();
+                    if failures {
+                        // It needs none.
+                        world.plan.fail_from(1);
+                    }
+                    program.exit();
+                    world.plan.stop();
                 }
             }
             ProcessOp::Pin { page, write, .. } => {
@@ -471,17 +465,59 @@ pub fn run(
                     continue;
                 }
                 let program = programs[living].as_ref().unwrap();
-                let fail = failures && is_all_or_nothing(op);
-                let got = with_failures(
-                    world,
-                    fail,
-                    || despite(&errors, wanted, || real(program, files, op)),
-                    || check(&model, &programs, &pins, step, &errors),
-                );
+                let once = |op| despite(&errors, wanted, || real(program, files, op));
+                let unchanged = || check(&model, &programs, &pins, step, &errors);
+                let (mut now, mut failing) = (op, 0);
+                let got = match Leaves::of(op) {
+                    _ if !failures => with_failures(world, false, || once(op), unchanged),
+                    // Whatever else an unmapping may lack, it is not a table.
+                    Leaves::Nothing if matches!(op, ProcessOp::Unmap { .. }) && step % 2 == 0 => {
+                        let got = shortage::without(world.frame_plan, program, op, || once(op));
+                        got.unwrap_or_else(|| once(op).unwrap())
+                    }
+                    Leaves::Nothing => with_failures(world, true, || once(op), unchanged),
+                    Leaves::Prefix => {
+                        let mut after = model.clone();
+                        after.apply(living, op);
+                        let before = shortage::rights(program, op);
+                        // Done in spite of a failure or not: it is made again, until nothing failed.
+                        let tried = || {
+                            despite(&errors, wanted, || {
+                                let got = real(program, files, op);
+                                got.filter(|_| world.plan.failed() == 0)
+                            })
+                        };
+                        with_failures(world, true, tried, || {
+                            shortage::check_rights(program, op, &before);
+                            check_either([&model, &after], &programs, &pins, step, &errors);
+                        })
+                    }
+                    Leaves::Moved => loop {
+                        failing += 1;
+                        world.plan.fail_at(failing);
+                        let got = once(op);
+                        world.plan.stop();
+                        if let Some(got) = got {
+                            break got;
+                        }
+                        // What has moved, and that the place of the rest was cleared, the model is told.
+                        for done in shortage::moved(program, &mut now) {
+                            assert_eq!(model.apply(living, done), Answer::Done, "{done:?}");
+                        }
+                        check(&model, &programs, &pins, step, &errors);
+                        if now != op {
+                            break once(now).unwrap();
+                        }
+                    },
+                    Leaves::NoWay => {
+                        let got = shortage::without(world.plan, program, op, || once(op));
+                        got.unwrap_or_else(|| once(op).unwrap())
+                    }
+                };
                 assert_eq!(
                     got,
-                    model.apply(living, op),
-                    "step {step}: {op:?} of process {living}"
+                    model.apply(living, now),
+                    "step {step}: {now:?} of process {living}"
                 );
                 for (file, index, word) in model.synced(living, op) {
                     let found = files[file].on_disk(world, index);
@@ -504,7 +540,7 @@ pub fn run(
         program.exit();
     }
     for file in files {
-        file.truncate(mm, 0);
+        file.truncate(mm, 0).unwrap();
     }
     while mm.poll_swap().is_some() {}
     if std::env::var_os("KMEM_EVENTS").is_some() {
@@ -567,17 +603,35 @@ fn check(
     step: usize,
     errors: &Cell<usize>,
 ) {
+    check_either([model, model], programs, pins, step, errors);
+}
+
+/// As [`check`], in the midst of a step: each page is as it was before or as it will be after, where it can be read both before and after.
+fn check_either(
+    models: [&Processes; 2],
+    programs: &[Option<Program>],
+    pins: &[Option<HeldPin>; PINS],
+    step: usize,
+    errors: &Cell<usize>,
+) {
     for (number, pin) in pins.iter().enumerate() {
         let found = pin.as_ref().map(HeldPin::read);
-        assert_eq!(found, model.pinned(number), "step {step}: pin {number}");
+        let wanted = models.map(|model| model.pinned(number));
+        assert!(
+            wanted.contains(&found),
+            "step {step}: pin {number}: {found:?}, not {wanted:?}"
+        );
     }
     for (process, program) in programs.iter().enumerate() {
         let Some(program) = program else { continue };
         for page in 0..WINDOW {
-            let want = match model.load(process, page) {
-                Answer::Value(value) => value,
-                _ => continue,
-            };
+            let wanted = models.map(|model| match model.load(process, page) {
+                Answer::Value(value) => Some(value),
+                _ => None,
+            });
+            if wanted.contains(&None) {
+                continue;
+            }
             let mut bytes = [0; PAGE as usize];
             let at = kmem_hal::VirtAddr::new(address(page));
             // What is not in memory has to be brought in; a failed read is tried again, as in `despite`.
@@ -591,10 +645,10 @@ fn check(
             }
             assert!(found, "step {step}: process {process} lost page {page}");
             let (word, rest) = bytes.split_first_chunk().unwrap();
-            assert_eq!(
-                u64::from_le_bytes(*word),
-                want,
-                "step {step}: process {process}, page {page}"
+            let word = u64::from_le_bytes(*word);
+            assert!(
+                wanted.contains(&Some(word)),
+                "step {step}: process {process}, page {page}: {word:#x}, not {wanted:x?}"
             );
             assert!(
                 rest.iter().all(|&byte| byte == 0),

@@ -10,6 +10,7 @@ pub mod held_pin;
 pub mod kept;
 pub mod oracle_files;
 pub mod recount;
+pub mod shortage;
 
 use kept::keep;
 pub use recount::check_counters;
@@ -32,7 +33,8 @@ use kmem_vma_tree::Node;
 pub const PAGE: u64 = 4096;
 pub const RW: Prot = Prot::READ.union(Prot::WRITE);
 
-pub type Frames = Failing<'static, FramePool<'static>>;
+/// Frames, which fail as everything does and by a plan of their own.
+pub type Frames = Failing<'static, Failing<'static, FramePool<'static>>>;
 pub type Paging = Parts<
     'static,
     &'static Machine,
@@ -49,6 +51,8 @@ pub type Space<F = X86_64> = AddressSpace<'static, World<F>>;
 pub struct World<F = X86_64> {
     pub machine: &'static Machine,
     pub plan: &'static FailPlan,
+    /// For frames alone.
+    pub frame_plan: &'static FailPlan,
     paging: Paging,
     nodes: Nodes,
     vmas: Failing<'static, HeapObjects<VmaMemory>>,
@@ -117,7 +121,9 @@ impl<F: Format> World<F> {
         let table: &'static FrameTable = keep(Box::new(FrameTable::new()));
         table.init(directory);
         let plan: &'static FailPlan = keep(Box::new(FailPlan::new()));
-        let frames = Failing::new(FramePool::new(machine, 256), plan);
+        let frame_plan: &'static FailPlan = keep(Box::new(FailPlan::new()));
+        let frames = Failing::new(FramePool::new(machine, 256), frame_plan);
+        let frames = Failing::new(frames, plan);
         // SAFETY: one thread runs each test's machine.
         let grace = unsafe { SingleGrace::new() };
         // SAFETY: the table covers the machine's memory, whose MMU walks these tables.
@@ -126,6 +132,7 @@ impl<F: Format> World<F> {
         keep(Box::new(Self {
             machine,
             plan,
+            frame_plan,
             paging,
             nodes: Failing::new(HeapObjects::new(), plan),
             vmas: Failing::new(HeapObjects::new(), plan),
@@ -151,7 +158,7 @@ impl<F: Format> World<F> {
     /// Frames that somebody has, kept tables included.
     pub fn frames_in_use(&self) -> u64 {
         use kmem_paging::Env as _;
-        self.paging.frames().inner().in_use()
+        self.paging.frames().inner().inner().in_use()
     }
 
     /// Frames that are free: takes them all, and gives them back.

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kmem_cow_mm::{Mm, OpenFile};
+use kmem_cow_mm::{Errno, Mm, OpenFile};
 use kmem_hal::{FrameRequest, FrameSink, FrameSource, IoState, PageProvider, PhysMap};
 use kmem_mock_x86::DiskImage;
 use kmem_paging::Env as _;
@@ -74,12 +74,17 @@ impl OracleFile {
     }
 
     /// Changes the size; the disk forgets what is cut off.
-    pub fn truncate(&self, mm: &'static Mm<'static, World>, pages: u64) {
+    ///
+    /// # Errors
+    ///
+    /// As [`Mm::truncate_file`]; the size has changed.
+    pub fn truncate(&self, mm: &'static Mm<'static, World>, pages: u64) -> Result<(), Errno> {
         self.provider.size.store(pages * PAGE, Ordering::SeqCst);
-        mm.truncate_file(self.open.file).unwrap();
+        mm.truncate_file(self.open.file)?;
         for index in pages..u64::from(FILE_PAGES) {
             self.put(mm.env(), index, 0);
         }
+        Ok(())
     }
 
     /// The first word of a page as the disk has it.
@@ -103,9 +108,11 @@ impl OracleFile {
     }
 
     fn with_frame<R>(&self, world: &World, f: impl FnOnce(kmem_hal::Frame) -> R) -> R {
-        let frame = world.frames().alloc(&FrameRequest::ONE.zeroed()).unwrap();
+        // The test's own, which never fails.
+        let frames = world.frames().inner().inner();
+        let frame = frames.alloc(&FrameRequest::ONE.zeroed()).unwrap();
         let result = f(frame.first());
-        world.frames().free(frame);
+        frames.free(frame);
         result
     }
 
