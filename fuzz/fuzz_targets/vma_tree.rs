@@ -45,7 +45,7 @@ struct Ask {
     page: u64,
     limits: Place,
     pages: u64,
-    /// The shift of a power of two.
+    /// The shift of a power of two; one beyond them is the largest number.
     alignment: u8,
     offset: u64,
     sure: bool,
@@ -77,7 +77,10 @@ fuzz_target!(|input: Input| {
         return;
     }
     let ask = &input.ask;
-    let alignment = 1 << (ask.alignment % 20);
+    let alignment: u64 = match ask.alignment % 65 {
+        64 => u64::MAX,
+        bit => 1 << bit,
+    };
     let pages = (ask.pages >> (ask.pages % 60)).clamp(1, Page::LIMIT / 2);
     let request = Request {
         limits: ask.limits.range(),
@@ -85,7 +88,7 @@ fuzz_target!(|input: Input| {
         alignment,
         offset: ask.offset % alignment,
         at_least: if ask.sure {
-            pages + alignment - 1
+            pages.saturating_add(alignment - 1)
         } else {
             pages
         },
