@@ -85,6 +85,8 @@ struct Checked {
     offset: u64,
     file: Option<FileRef>,
     shared_anonymous: bool,
+    /// Whether its pages come at once, as those of locked memory do.
+    brought_in: bool,
     /// Pages to be promised for it.
     charge: u64,
 }
@@ -109,25 +111,25 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let file = request.file.filter(|_| is_used);
         let _held = file.map(|open| self.mm().hold(open.file));
         let _held = _held.transpose()?;
-        let (start, locked) = self.mmap_without_pages(request)?;
+        let (start, brought_in) = self.mmap_without_pages(request)?;
         let populate = MapFlags::POPULATE | MapFlags::NONBLOCK;
-        if locked || request.flags & populate == MapFlags::POPULATE {
+        if brought_in || request.flags & populate == MapFlags::POPULATE {
             // As in Linux, a page that cannot be populated now is no error of mmap.
             let _ = self.populate(start.as_u64(), request.length, Populate::AsMapped);
         }
         Ok(start)
     }
 
-    /// Makes the mapping; says where it is, and whether it is locked. Not inlined, so that its memory on the stack is gone before
+    /// Makes the mapping; says where it is, and whether its pages come at once. Not inlined, so that its memory on the stack is gone before
     /// pages are brought in.
     #[inline(never)]
     fn mmap_without_pages(&self, request: &MapRequest) -> Result<(VirtAddr, bool), Errno> {
         let mut state = self.lock();
         let checked = self.check_mmap(&mut state, request)?;
         let start = checked.range.start();
-        let locked = checked.flags.contains(VmFlags::LOCKED);
+        let brought_in = checked.brought_in;
         self.map_checked(&mut state, checked)?;
-        Ok((start, locked))
+        Ok((start, brought_in))
     }
 
     /// Makes a mapping that only a kernel makes: the stack of a program that runs already, `[vdso]`, `[vvar]`.
@@ -230,6 +232,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         match device {
             // What is no ordinary memory is never locked.
             Some(device) => flags = device.admit(flags, offset, pages)?,
+            // Nor is what may go at any time; but it is brought in as if it were.
+            None if flags.contains(VmFlags::DROPPABLE) => {}
             None => flags |= lock,
         }
         // What a fixed mapping replaces does not count twice.
@@ -254,6 +258,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 false => 0,
             },
             shared_anonymous: anonymous && flags.contains(VmFlags::SHARED),
+            brought_in: lock.contains(VmFlags::LOCKED),
         })
     }
 

@@ -510,7 +510,11 @@ fn run(seed: u64, count: usize) -> Result<(), String> {
                 }
             }
         }
-        let (got, expected) = without_files(call, &lines, got, expected);
+        let (mut got, expected) = without_files(call, &lines, got, expected);
+        if matches!(call, Call::InCore(..)) && ours.programs.len() > 1 {
+            // A child of kmem's has the zero pages of its parent's tables too (docs/oracle.md).
+            got.value &= expected.value;
+        }
         let got = freed.accept(call, got, expected);
         if got != expected || listed != now {
             let only = |a: &[Line], b: &[Line]| {

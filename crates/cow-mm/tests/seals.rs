@@ -205,12 +205,15 @@ fn droppable_pages_go_without_a_copy_unless_somebody_holds_them() {
         program.load(start + 4 * PAGE),
         Err(signal(Signal::MapError, start + 4 * PAGE))
     );
-    // Locked with everything that is mapped from now on, it stays.
+    // It is not locked with everything that is mapped from now on, though it is brought in as that is.
     space.mlockall(LockAll::FUTURE).unwrap();
-    let locked = droppable(&program, MapFlags::empty()).unwrap();
-    program.store(locked, 3).unwrap();
+    let locked = space.counters().locked;
+    let start = droppable(&program, MapFlags::empty()).unwrap();
+    assert_eq!(space.counters().locked, locked);
+    assert!(program.frame_at(start).is_some());
+    program.store(start, 3).unwrap();
     Reclaimer::new(Fifo).reclaim(mm, 16);
-    assert_eq!(program.load(locked), Ok(3));
+    assert_eq!(program.load(start), Ok(0));
     check_counters([&program]);
     program.exit();
     assert_eq!(world.used_frames(), before);
