@@ -6,8 +6,9 @@
 //!
 //! The invariants are those of `refill`.
 //!
-//! A flush first finds slab and number of every object, without a lock: loads that do not wait for each other. Then it sets the
-//! bits under the lock.
+//! A flush first finds slab and number of every object, without a lock: loads that do not wait for each other, and none where an object lies
+//! in the slab of the one before. Then it sets the bits under the lock, those of one word that follow each other at once, and lists a slab again when it has seen
+//! the last of a row of its objects.
 
 use core::ptr::{self, NonNull};
 
@@ -19,7 +20,7 @@ use crate::depot::Depot;
 use crate::direct::settle;
 use crate::grow::{object_at, retire};
 use crate::head::{Busy, Head};
-use crate::misuse::Misuse;
+use crate::misuse::{Misuse, SlabRange};
 use crate::node::CacheNode;
 use crate::platform::Platform;
 use crate::raw::RawCache;
@@ -267,16 +268,22 @@ impl<P: Platform> SlabSystem<P> {
             let mut depot = node.depot.lock(); // I1: busy is set, or alone
             settle(cache, node, &mut depot);
             depot.flushes += 1;
-            for (at, &number) in numbers.iter().enumerate() {
-                let number = usize::from(number);
-                // SAFETY: the caller's promise; descriptors live as long as their cache.
-                let slab: &Slab = unsafe { &*(*slots.add(at)).cast::<Slab>() };
-                if slab.give_back(number) {
-                    depot.relist(slab);
-                } else {
-                    // SAFETY: `twice <= at`: a slot whose content has been used.
-                    unsafe { *slots.add(twice) = object_at(cache, slab, number) };
+            let mut at = 0;
+            while at < numbers.len() {
+                // SAFETY: the caller's promise.
+                let run = unsafe { run_at(slots, numbers, at) };
+                at = run.end;
+                let mut again = run.slab.give_back_many(run.word, run.mask);
+                while again != 0 {
+                    let number = run.word * 64 + again.trailing_zeros() as usize;
+                    again &= again - 1;
+                    // SAFETY: `twice < at`: a slot whose content has been used.
+                    unsafe { *slots.add(twice) = object_at(cache, run.slab, number) };
                     twice += 1;
+                }
+                // SAFETY: as above.
+                if at == numbers.len() || unsafe { !ptr::eq(slab_at(slots, at), run.slab) } {
+                    depot.relist(run.slab);
                 }
             }
             if cache.setup.stable {
@@ -317,10 +324,19 @@ impl<P: Platform> SlabSystem<P> {
         numbers: &mut [u16],
     ) -> usize {
         let mut kept = 0;
+        let mut last: Option<SlabRange<'_>> = None;
         for at in 0..numbers.len() {
             // SAFETY: as many slots as numbers.
             let pointer = unsafe { *slots.add(at) };
-            if let Some((slab, number)) = self.check_object(cache, pointer) {
+            let near = last
+                .as_ref()
+                .and_then(|last| Some((last.slab, last.number_at(cache, pointer)?)));
+            let found = near.or_else(|| {
+                let found = self.check_object(cache, pointer)?;
+                last = Some(SlabRange::new(cache, found.0));
+                Some(found)
+            });
+            if let Some((slab, number)) = found {
                 numbers[kept] = number;
                 // SAFETY: `kept <= at`.
                 unsafe { *slots.add(kept) = ptr::from_ref(slab).cast_mut().cast() };
@@ -339,6 +355,55 @@ impl<P: Platform> SlabSystem<P> {
     }
 }
 
+/// Objects of one word of a slab that lie in a row of slots, none of them twice.
+struct Run<'c> {
+    slab: &'c Slab,
+    word: usize,
+    mask: u64,
+    /// The slot behind them.
+    end: usize,
+}
+
+/// The longest run from slot `at`.
+///
+/// # Safety
+///
+/// As many slots as numbers, more than `at`, hold pointers to descriptors of a cache that lives.
+#[inline]
+unsafe fn run_at<'c>(slots: *mut Slot, numbers: &[u16], at: usize) -> Run<'c> {
+    // SAFETY: the caller's promise.
+    let slab = unsafe { slab_at(slots, at) };
+    let word = usize::from(numbers[at]) / 64;
+    let (mut mask, mut end) = (0, at);
+    while let Some(&number) = numbers.get(end) {
+        let bit = 1 << (number % 64);
+        // SAFETY: as above.
+        let same = unsafe { ptr::eq(slab_at(slots, end), slab) };
+        if !same || usize::from(number) / 64 != word || mask & bit != 0 {
+            break;
+        }
+        mask |= bit;
+        end += 1;
+    }
+    Run {
+        slab,
+        word,
+        mask,
+        end,
+    }
+}
+
+/// The descriptor that a slot points to.
+///
+/// # Safety
+///
+/// There is such a slot, and it holds a pointer to a descriptor of a cache that lives.
+#[inline(always)]
+unsafe fn slab_at<'c>(slots: *mut Slot, at: usize) -> &'c Slab {
+    // SAFETY: the caller's promise; descriptors live as long as their cache.
+    unsafe { &*(*slots.add(at)).cast::<Slab>() }
+}
+
 /// Moves the descriptors that are of the first one's node to the front, with their numbers; answers the node and how many.
 ///
 /// # Safety
@@ -353,8 +418,8 @@ unsafe fn of_one_node<'c, L: RawLock>(
     if cache.nodes == 1 {
         return (&cache.first, numbers.len());
     }
-    // SAFETY: the caller's promise; descriptors live as long as their cache.
-    let node_at = |at: usize| unsafe { &*(*slots.add(at)).cast::<Slab>() }.node();
+    // SAFETY: the caller's promise.
+    let node_at = |at: usize| unsafe { slab_at(slots, at) }.node();
     let id = node_at(0);
     let mut count = 0;
     for at in 0..numbers.len() {

@@ -200,12 +200,37 @@ impl<P: Platform> SlabSystem<P> {
     }
 }
 
+/// Where a slab's objects lie: to look many pointers up of which one after the other lies in the same slab.
+pub struct SlabRange<'c> {
+    pub slab: &'c Slab,
+    from: usize,
+    bytes: usize,
+}
+
+impl<'c> SlabRange<'c> {
+    pub fn new<L: RawLock>(cache: &RawCache<L>, slab: &'c Slab) -> Self {
+        Self {
+            slab,
+            from: slab.base().addr(),
+            bytes: slab.objects() * cache.geometry().size(),
+        }
+    }
+
+    /// The number of the object that begins at `pointer`; `None` where none of this slab does.
+    #[inline(always)]
+    pub fn number_at<L: RawLock>(&self, cache: &RawCache<L>, pointer: *mut u8) -> Option<u16> {
+        // What lies in front of the first object, the slab's colour too, wraps to a large offset.
+        let offset = pointer.addr().wrapping_sub(self.from);
+        if offset >= self.bytes {
+            return None;
+        }
+        let number = cache.geometry().index(offset);
+        (number * cache.geometry().size() == offset).then_some(number as u16)
+    }
+}
+
 /// The number in `slab` of the object that begins at `pointer`; `None` where none does.
 #[inline]
 fn number_in<L: RawLock>(cache: &RawCache<L>, slab: &Slab, pointer: *mut u8) -> Option<u16> {
-    let geometry = cache.geometry();
-    // In front of the first object lies the slab's colour.
-    let offset = pointer.addr().checked_sub(slab.base().addr())?;
-    let number = geometry.index(offset);
-    (number * geometry.size() == offset && number < slab.objects()).then_some(number as u16)
+    SlabRange::new(cache, slab).number_at(cache, pointer)
 }

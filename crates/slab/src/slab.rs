@@ -337,18 +337,24 @@ impl Slab {
         None
     }
 
+    /// Gives the objects of word `number` that `mask` says back; answers those of them that were free already (`I2`). Under the depot's lock.
+    #[inline]
+    #[must_use = "what it answers are double frees"]
+    pub fn give_back_many(&self, number: usize, mask: u64) -> u64 {
+        let word = self.word(number);
+        let seen = word.bits.get();
+        let twice = (seen | word.remote.load(Ordering::Relaxed)) & mask;
+        word.bits.set(seen | (mask & !twice));
+        let given = (mask & !twice).count_ones() as u16;
+        self.free.set(self.free.get() + given);
+        twice
+    }
+
     /// Gives object `index` back; `false` where it was free already (`I2`). Under the depot's lock.
     #[inline]
     #[must_use = "false is a double free"]
     pub fn give_back(&self, index: usize) -> bool {
-        let word = self.word(index / 64);
-        let (seen, bit) = (word.bits.get(), 1 << (index % 64));
-        if (seen | word.remote.load(Ordering::Relaxed)) & bit != 0 {
-            return false;
-        }
-        word.bits.set(seen | bit);
-        self.free.set(self.free.get() + 1);
-        true
+        self.give_back_many(index / 64, 1 << (index % 64)) == 0
     }
 
     /// Gives object `index` back without the lock; `false` where it was free already (`I2`).
@@ -482,6 +488,17 @@ mod tests {
                 assert_eq!(slab.free(), 1);
             }
         }
+    }
+
+    #[test]
+    fn of_many_given_back_those_that_were_free_are_told_and_the_others_count() {
+        let slab = slab(100);
+        claim(&slab, 100);
+        assert!(slab.give_back(65) && slab.give_back_remote(66));
+        assert_eq!(slab.give_back_many(1, 0b1111), 0b0110);
+        assert_eq!(slab.free(), 3);
+        assert_eq!(slab.merge(), 0);
+        assert_eq!(claim(&slab, 100), (64..68).collect::<Vec<_>>());
     }
 
     #[test]
