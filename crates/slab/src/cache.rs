@@ -97,11 +97,17 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
             align_of::<T>() <= 4096,
             "a cache serves alignments up to a page"
         );
-        match Geometry::new(size_of::<T>() + H::FEATURES.extra(), align_of::<T>()) {
+        match Geometry::new(
+            size_of::<T>() + H::FEATURES.extra(align_of::<T>()),
+            align_of::<T>(),
+        ) {
             Some(geometry) => geometry,
             None => panic!("a cache serves objects up to 4 MiB"),
         }
     };
+
+    /// Bytes in front of each object.
+    const FRONT: usize = H::FEATURES.front(align_of::<T>());
 
     kmem_hal::const_new! {
         pub(crate) fn with_hooks(system: &'s SlabSystem<P>, name: &'static str, hooks: Option<Hooks>) -> Self {
@@ -126,7 +132,7 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
     ///
     /// # Errors
     ///
-    /// [`AllocError`]: before `init`, without memory, from a context that interrupted another join, or beyond 976 typed caches.
+    /// [`AllocError`]: before `init`, without memory, from a context that interrupted another join, or beyond 975 typed caches.
     pub fn join(&self) -> Result<(), AllocError> {
         self.raw().map(|_| ())
     }
@@ -194,31 +200,26 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
                 .alloc_slow(raw, &flags.request())
                 .map_err(|error| self.system.tell_refused(size_of::<T>(), error, flags))?,
         };
-        self.mark(raw, object, Location::caller());
-        Ok(object.cast())
+        Ok(self.mark(raw, object, Location::caller()).cast())
     }
 
-    /// Tells the policy of an object that is given.
+    /// Tells the policy of a slot that is given; answers the object in it.
     #[inline(always)]
     fn mark(
         &self,
         raw: &RawCache<P::Lock>,
-        object: NonNull<u8>,
+        slot: NonNull<u8>,
         place: &'static Location<'static>,
-    ) {
-        if H::FEATURES.check {
-            let raw_of = || Some(NonNull::from(raw));
-            let features = self.features();
-            self.system.on_alloc(
-                features,
-                raw_of,
-                raw.column,
-                Self::GEOMETRY.size(),
-                object,
-                size_of::<T>(),
-                place,
-            );
-        }
+    ) -> NonNull<u8> {
+        self.system.on_alloc(
+            self.features(),
+            || Some(NonNull::from(raw)),
+            raw.column,
+            Self::FRONT,
+            slot,
+            size_of::<T>(),
+            place,
+        )
     }
 
     /// Takes the memory of one object back.
@@ -239,7 +240,7 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
                     self.features(),
                     || Some(NonNull::from(raw)),
                     raw.column,
-                    Self::GEOMETRY.size(),
+                    Self::FRONT,
                     object.cast(),
                     Some(size_of::<T>()),
                 );
@@ -415,10 +416,10 @@ unsafe impl<T, P: Platform, const STABLE: bool, H: Policy> ObjectAlloc<T>
             Ok(raw) => {
                 let given = self.system.alloc_many(raw, out);
                 if H::FEATURES.check {
-                    for object in &out[..given] {
+                    for object in &mut out[..given] {
                         // SAFETY: the first `given` places were written.
-                        let object = unsafe { object.assume_init() };
-                        self.mark(raw, object.cast(), Location::caller());
+                        let slot = unsafe { object.assume_init() };
+                        object.write(self.mark(raw, slot.cast(), Location::caller()).cast());
                     }
                 }
                 given

@@ -130,7 +130,10 @@ impl<P: Platform> SlabSystem<P> {
         if let Some(hooks) = cache.setup.hooks {
             for index in 0..objects {
                 // SAFETY: the object is memory of the cache's size and alignment that belongs to this call.
-                unsafe { (hooks.construct)(hooks.context, object_at(cache, slab, index)) };
+                unsafe {
+                    let object = object_at(cache, slab, index).add(cache.front());
+                    (hooks.construct)(hooks.context, object);
+                }
             }
         }
         platform.trace(TraceEvent::Slab(frame, order, true));
@@ -177,7 +180,7 @@ impl<P: Platform> SlabSystem<P> {
             if let Some(hooks) = cache.setup.hooks {
                 for index in 0..slab.objects() {
                     // SAFETY: every object belongs to this call and was built when the slab was made.
-                    unsafe { (hooks.destruct)(object_at(cache, slab, index)) };
+                    unsafe { (hooks.destruct)(object_at(cache, slab, index).add(cache.front())) };
                 }
             }
             let pages = slab.pages();

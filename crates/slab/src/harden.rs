@@ -1,22 +1,28 @@
 //! What policies do to objects on their way out and back.
 //!
 //! ```text
-//!   slot of a cache   [ object .......... | red zone ...... | record: size, source line | tag ]
-//!                       0x6b while free     0xbb                                          8 bytes
-//!                       Poison              Redzone           Redzone, Owner              all that check
+//!   slot of a cache   [ .. tag | object .......... | red zone ...... | record: size, source line ]
+//!                      8 bytes   0x6b while free     0xbb
+//!                  all that check  Poison            Redzone           Redzone, Owner
 //! ```
 //!
-//! The tag is a function of the object's address and of its cache's column: one value while the object is in use, its complement while it is free.
-//! So a free compares one word with what it must be, without looking anything up: a second free finds the complement, an
-//! address inside an object, or one of another cache or class, finds another object's tag or none.
+//! The tag is a function of the object's address, of its cache's column and of the size that was asked for: one value while the object is in use, its
+//! complement while it is free. So a free compares one word with what it must be, without looking anything up: a second free finds the complement; an
+//! address inside an object, or one of another cache, class or size, finds another object's tag or none.
+//!
+//! The tag stands in front of the object, on the line that its next user writes first: the free of a cold object brings the line that the allocation
+//! after it needs. What is in front of an object, its *front*, is the tag's 8 bytes, or the object's alignment where that is more. A
+//! write behind an object shows in the tag of the one behind it.
+//!
+//! Arrays, depots and slabs know slots only; here a slot becomes an object and the other way round.
 //!
 //! Invariants
-//! - `I1`: of a cache that checks, the last word of every slot of a live slab is a tag. It is written by whoever owns the object.
-//! - `I2`: a tag says "in use" exactly while the object is in a user's hands and nobody wrote behind it.
-//! - `I3`: with `Poison`, the bytes before the record of a free object are all `FREED`.
+//! - `I1`: of a cache that checks, the word before an object in use is its tag, written by whoever owns the object. A front is one of [`fronts`].
+//! - `I2`: a tag says "in use" exactly while the object is in a user's hands and nobody wrote over it. No word of a slot says so otherwise.
+//! - `I3`: with `Poison`, the bytes of a free slot before the record are all `FREED`, but for the tag of the object that was there last.
 //!
-//! What it does not find: a free of an address at whose slot somebody wrote the very tag (one in 2^64 by accident), nor a free
-//! of one object by two CPUs at the same moment.
+//! What it does not find: a free of an address before which somebody wrote the very tag (one in 2^64 by accident), a free
+//! of one object by two CPUs at the same moment, and, without `Redzone`, a write behind the last object of a slab.
 //!
 //! Nothing here runs in a build without policies.
 
@@ -24,12 +30,13 @@ use core::panic::Location;
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{Cpu, Frame, PAGE_SIZE, PhysMap};
+use kmem_hal::{Cpu, Frame, PAGE_SIZE, PhysMap, RawLock};
 
 use crate::array::{Array, SMALL_SLOTS};
+use crate::class::CLASSES;
 use crate::grow::object_at;
 use crate::head::Head;
-use crate::misuse::Misuse;
+use crate::misuse::{Misuse, SlabRange};
 use crate::platform::Platform;
 use crate::policy::{Features, RECORD, TAG};
 use crate::raw::RawCache;
@@ -54,16 +61,62 @@ const _: () = assert!(size_of::<Record>() <= RECORD);
 /// Tells a tag from what programs write.
 const SALT: u64 = 0x00a5_b1c3_96d7_2e4f;
 
-/// The tag of an object in use; that of a free one is its complement.
+/// Where the tag has the cache's column, and above it the size that was asked for (its low 16 bits, which are all of it in classes).
+const COLUMN: u32 = 42;
+const SIZE: u32 = 48;
+
+/// The slot of an object with so many bytes in front of it.
 #[inline(always)]
-fn in_use(object: NonNull<u8>, column: u32) -> u64 {
-    object.as_ptr().addr() as u64 ^ SALT ^ u64::from(column) << 56
+fn slot_of(object: NonNull<u8>, front: usize) -> Option<NonNull<u8>> {
+    NonNull::new(object.as_ptr().wrapping_sub(front))
 }
 
-/// Where the tag of an object is, in a slot of so many bytes.
+/// The tag of an object in use, of so many bytes; that of a free one is its complement.
 #[inline(always)]
-fn tag_of(object: NonNull<u8>, slot: usize) -> *mut u64 {
-    object.as_ptr().wrapping_add(slot - TAG).cast()
+fn in_use(object: NonNull<u8>, column: u32, size: usize) -> u64 {
+    object.as_ptr().addr() as u64 ^ SALT ^ u64::from(column) << COLUMN ^ (size as u64) << SIZE
+}
+
+/// Where the tag of an object is.
+#[inline(always)]
+fn tag_of(object: NonNull<u8>) -> *mut u64 {
+    object.as_ptr().wrapping_sub(TAG).cast()
+}
+
+/// The size that a tag says, if it is that of this object in use.
+#[inline(always)]
+fn size_in(tag: u64, object: NonNull<u8>, column: u32) -> Option<usize> {
+    let rest = tag ^ in_use(object, column, 0);
+    (rest << (64 - SIZE) == 0).then_some((rest >> SIZE) as usize)
+}
+
+/// Bytes that may be in front of an object of a cache that checks: the object's alignment, and no less than a tag.
+fn fronts<L: RawLock>(cache: &RawCache<L>) -> impl Iterator<Item = usize> {
+    let (slot, most) = (cache.geometry().size(), cache.geometry().align());
+    // A class serves all alignments that its slots have.
+    let least = if (cache.index as usize) < CLASSES {
+        TAG
+    } else {
+        most
+    };
+    core::iter::successors(Some(least), |front| Some(front * 2))
+        .take_while(move |&front| front <= most && front < slot)
+}
+
+/// The first object that could be in a slot, or the second and so on, of which `is` holds.
+///
+/// # Safety
+///
+/// A slot of a live slab of `cache`.
+unsafe fn object_in<L: RawLock>(
+    cache: &RawCache<L>,
+    slot: NonNull<u8>,
+    is: impl Fn(NonNull<u8>, u64) -> bool,
+) -> Option<NonNull<u8>> {
+    // SAFETY: inside the slot, and so is the word before (I1).
+    fronts(cache)
+        .map(|front| unsafe { slot.add(front) })
+        .find(|&object| is(object, unsafe { tag_of(object).read() }))
 }
 
 impl<P: Platform> SlabSystem<P> {
@@ -99,21 +152,28 @@ impl<P: Platform> SlabSystem<P> {
         true
     }
 
-    /// Turns the tag of an object in use into that of a free one; `false`, and nothing is changed, where it is not that of an object in use.
+    /// Turns the tag of an object in use into that of a free one; `false`, and nothing is changed, where it is not that of an object in use, of so many bytes
+    /// where the caller knows.
     ///
     /// # Safety
     ///
-    /// The caller gives up the object, if it is one in use of the cache with this column and slots of this size.
+    /// The caller gives up the object, if it is one in use of the cache with this column.
     #[inline(always)]
-    unsafe fn take_tag(&self, column: u32, slot: usize, object: NonNull<u8>) -> bool {
-        let (tag, expected) = (tag_of(object, slot), in_use(object, column));
+    unsafe fn take_tag(&self, column: u32, object: NonNull<u8>, size: Option<usize>) -> bool {
+        let tag = tag_of(object);
         // Objects are aligned to 8 bytes, so that a tag lies in one frame. What is not mapped cannot be looked at.
         if !object.as_ptr().addr().is_multiple_of(TAG) || !self.is_mapped(tag) {
             return false;
         }
         // SAFETY: mapped memory; whose it is, what is found there tells. Where it is the tag of an object in use, that is the caller's (I2).
         unsafe {
-            let is_ours = tag.read() == expected;
+            let seen = tag.read();
+            let expected = match size {
+                Some(size) => in_use(object, column, size),
+                None if size_in(seen, object, column).is_some() => seen,
+                None => return false,
+            };
+            let is_ours = seen == expected;
             if is_ours {
                 tag.write(!expected);
             }
@@ -121,7 +181,29 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
-    /// Marks an object that is about to be given, and prepares its bytes. A slot of its cache has `slot` bytes.
+    /// Notes that an object in use has another size from now on; `false`, and nothing is changed, where it is none of `old` bytes.
+    ///
+    /// # Safety
+    ///
+    /// As `take_tag`, but that the caller keeps the object.
+    pub(crate) unsafe fn retag(
+        &self,
+        column: u32,
+        object: NonNull<u8>,
+        old: Option<usize>,
+        new: usize,
+    ) -> bool {
+        // SAFETY: the caller's promise; where it is the tag of an object in use, it is the caller's to write.
+        unsafe {
+            let is_ours = self.take_tag(column, object, old);
+            if is_ours {
+                tag_of(object).write(in_use(object, column, new));
+            }
+            is_ours
+        }
+    }
+
+    /// Makes a slot an object that is about to be given, and prepares its bytes.
     #[inline(always)]
     #[allow(clippy::too_many_arguments)]
     pub(crate) fn on_alloc(
@@ -129,88 +211,119 @@ impl<P: Platform> SlabSystem<P> {
         features: Features,
         cache: impl FnOnce() -> Option<NonNull<RawCache<P::Lock>>>,
         column: u32,
-        slot: usize,
-        object: NonNull<u8>,
+        front: usize,
+        slot: NonNull<u8>,
         size: usize,
         place: &'static Location<'static>,
-    ) {
+    ) -> NonNull<u8> {
         if !features.check {
-            return;
+            return slot;
         }
+        // SAFETY: the front is inside the slot.
+        let object = unsafe { slot.add(front) };
         if features.more()
             && let Some(cache) = cache()
         {
             // SAFETY: caches live as long as their objects.
-            self.prepare(unsafe { cache.as_ref() }, object, size, place);
+            self.prepare(unsafe { cache.as_ref() }, front, slot, size, place);
         }
-        // SAFETY: the last word of the object's slot (I1), which belongs to this call.
-        unsafe { tag_of(object, slot).write(in_use(object, column)) };
+        // SAFETY: the word before the object (I1), inside its slot, which belongs to this call.
+        unsafe { tag_of(object).write(in_use(object, column, size)) };
+        object
     }
 
     #[inline(never)]
     fn prepare(
         &self,
         cache: &RawCache<P::Lock>,
-        object: NonNull<u8>,
+        front: usize,
+        slot: NonNull<u8>,
         size: usize,
         place: &'static Location<'static>,
     ) {
-        let features = cache.setup.features;
-        let end = cache.geometry().size() - bytes_behind(features);
+        let (features, room) = (cache.setup.features, cache.room(front));
         if features.poison {
-            self.verify_poison(cache, object);
-            // SAFETY: the object belongs to this call; `end` bytes of it are before the record.
-            unsafe { object.write_bytes(FRESH, end) };
+            self.verify_poison(cache, slot);
         }
-        // SAFETY: as above; the record lies behind `end`, inside the slot.
+        // SAFETY: the slot belongs to this call; the object has `room` bytes of it, and the record, where there is one, lies behind them.
         unsafe {
+            let object = slot.add(front);
+            if features.poison {
+                object.write_bytes(FRESH, room);
+            }
             if features.redzone {
-                object.add(size).write_bytes(ZONE, end - size);
+                object.add(size).write_bytes(ZONE, room - size);
             }
             if features.redzone || features.owner {
                 let record = Record {
                     place: features.owner.then_some(place),
                     size: size as u32,
                 };
-                object.add(end).cast::<Record>().write_unaligned(record);
+                object.add(room).cast::<Record>().write_unaligned(record);
             }
         }
     }
 
-    /// Whether an object of a live slab of `cache` begins at `object`; where the cache checks, also whether it is in use.
-    pub(crate) fn is_object_in_use(&self, cache: &RawCache<P::Lock>, object: NonNull<u8>) -> bool {
-        if !self.begins_object(cache, object.as_ptr()) {
-            return false;
+    /// Bytes in front of the object at `object` in its slot, 0 without tags; `None` where no object of the slab's cache can be.
+    pub(crate) fn front_of(
+        &self,
+        cache: &RawCache<P::Lock>,
+        slab: &Slab,
+        object: NonNull<u8>,
+    ) -> Option<usize> {
+        let start = SlabRange::new(cache, slab).slot_of(cache, object.as_ptr())?;
+        let front = object.as_ptr().addr() - start.as_ptr().addr();
+        if cache.setup.features.check {
+            fronts(cache).find(|&possible| possible == front)
+        } else {
+            (front == 0).then_some(0)
         }
-        let slot = cache.geometry().size();
-        // SAFETY: the tag of an object of a live slab of this cache (I1).
-        !cache.setup.features.check
-            || unsafe { tag_of(object, slot).read() } == in_use(object, cache.column)
     }
 
-    /// The bytes of an object in use that its owner may use.
-    pub(crate) fn usable(&self, cache: &RawCache<P::Lock>, object: NonNull<u8>) -> usize {
-        let features = cache.setup.features;
-        let end = cache.geometry().size() - bytes_behind(features);
-        if !features.redzone {
-            return end;
+    /// The bytes of the object of a live slab of `cache` at `object` that its owner may use; `None` where none begins there or, where the cache checks, it is free.
+    pub(crate) fn usable(
+        &self,
+        cache: &RawCache<P::Lock>,
+        slab: &Slab,
+        object: NonNull<u8>,
+    ) -> Option<usize> {
+        let room = cache.room(self.front_of(cache, slab, object)?);
+        if !cache.setup.features.check {
+            return Some(room);
+        }
+        // SAFETY: the word before what may be an object of a live slab of this cache.
+        size_in(unsafe { tag_of(object).read() }, object, cache.column)?;
+        if !cache.setup.features.redzone {
+            return Some(room);
         }
         // SAFETY: an object in use has a record.
-        let record = unsafe { object.add(end).cast::<Record>().read_unaligned() };
-        (record.size as usize).min(end)
+        let record = unsafe { object.add(room).cast::<Record>().read_unaligned() };
+        Some((record.size as usize).min(room))
     }
 
-    /// Reports a free object that was written to.
-    fn verify_poison(&self, cache: &RawCache<P::Lock>, object: NonNull<u8>) {
-        let end = cache.geometry().size() - bytes_behind(cache.setup.features);
-        // SAFETY: the object belongs to the caller, and all its bytes were written when the slab was made.
-        let bytes = unsafe { core::slice::from_raw_parts(object.as_ptr(), end) };
-        if let Some(offset) = bytes.iter().position(|&byte| byte != FREED) {
+    /// Reports a free slot that was written to.
+    fn verify_poison(&self, cache: &RawCache<P::Lock>, slot: NonNull<u8>) {
+        let column = cache.column;
+        // SAFETY: a slot of a live slab, which belongs to the caller.
+        let object =
+            unsafe { object_in(cache, slot, |at, tag| size_in(!tag, at, column).is_some()) };
+        let (start, changed) = match object {
+            Some(object) => {
+                let front = object.as_ptr().addr() - slot.as_ptr().addr();
+                // SAFETY: the slot belongs to the caller, and all its bytes were written when the slab was made.
+                let bytes =
+                    unsafe { core::slice::from_raw_parts(object.as_ptr(), cache.room(front)) };
+                (object, bytes.iter().position(|&byte| byte != FREED))
+            }
+            // The tag itself is gone.
+            None => (slot, Some(0)),
+        };
+        if let Some(offset) = changed {
             self.report(
                 cache,
                 Misuse::UseAfterFree {
                     cache: cache.setup.name,
-                    address: object.as_ptr().addr(),
+                    address: start.as_ptr().addr(),
                     offset,
                 },
             );
@@ -219,7 +332,7 @@ impl<P: Platform> SlabSystem<P> {
 
     /// Checks an object that comes back to `cache`; `size` is what the caller says it asked for.
     ///
-    /// Answers the object to be put away now: none where the free is refused or the object waits, an older one where that has waited enough.
+    /// Answers the slot to be put away now: none where the free is refused or the object waits, an older one where that has waited enough.
     ///
     /// # Safety
     ///
@@ -230,7 +343,7 @@ impl<P: Platform> SlabSystem<P> {
         features: Features,
         cache: impl FnOnce() -> Option<NonNull<RawCache<P::Lock>>>,
         column: u32,
-        slot: usize,
+        front: usize,
         object: NonNull<u8>,
         size: Option<usize>,
     ) -> Option<NonNull<u8>> {
@@ -238,52 +351,98 @@ impl<P: Platform> SlabSystem<P> {
             return Some(object);
         }
         // SAFETY: the caller's promise.
-        if !unsafe { self.take_tag(column, slot, object) } {
+        if !unsafe { self.take_tag(column, object, size) } {
             if let Some(cache) = cache() {
                 // SAFETY: caches live as long as the system or their owner, which is in this call.
-                self.refuse(unsafe { cache.as_ref() }, object.as_ptr());
+                self.refuse(unsafe { cache.as_ref() }, object, size);
             }
             return None;
         }
         if !features.more() {
-            return Some(object);
+            return slot_of(object, front);
         }
         // SAFETY: as above.
-        cache().and_then(|cache| unsafe { self.put_away(cache.as_ref(), object, size) })
+        cache().and_then(|cache| unsafe { self.put_away(cache.as_ref(), front, object) })
     }
 
     /// Says what is wrong with a free that was refused.
     #[cold]
     #[inline(never)]
-    fn refuse(&self, cache: &RawCache<P::Lock>, pointer: *mut u8) {
-        // Whatever is no object of the cache is reported there.
-        let (true, Some(object)) = (
-            self.check_object(cache, pointer).is_some(),
-            NonNull::new(pointer),
-        ) else {
+    pub(crate) fn refuse(
+        &self,
+        cache: &RawCache<P::Lock>,
+        object: NonNull<u8>,
+        size: Option<usize>,
+    ) {
+        // Whatever lies in no slab of the cache is reported there.
+        let Some(slab) = self.slab_for(cache, object.as_ptr()) else {
             return;
         };
-        let slot = cache.geometry().size();
-        // SAFETY: the tag of an object of a live slab of this cache (I1).
-        let tag = unsafe { tag_of(object, slot).read() };
-        let (cache_name, address) = (cache.setup.name, pointer.addr());
-        let misuse = if tag == !in_use(object, cache.column) {
-            Misuse::DoubleFree {
-                cache: cache_name,
-                address,
-            }
-        } else {
-            // In use or free: the tag that would tell is gone, and the object stays where it is.
-            Misuse::Overrun {
-                cache: cache_name,
-                address,
-                offset: slot - TAG,
-            }
+        let (name, address) = (cache.setup.name, object.as_ptr().addr());
+        let mut misuse = Misuse::InvalidFree {
+            cache: name,
+            address,
         };
+        let range = SlabRange::new(cache, slab);
+        if let Some(front) = self.front_of(cache, slab, object)
+            && let Some(slot) = range.slot_of(cache, object.as_ptr())
+        {
+            // SAFETY: the word before what may be an object of a live slab of this cache.
+            let tag = unsafe { tag_of(object).read() };
+            let has = |is: fn(NonNull<u8>, NonNull<u8>, u64, u32) -> bool| {
+                // SAFETY: a slot of a live slab of this cache.
+                unsafe { object_in(cache, slot, |at, tag| is(at, object, tag, cache.column)) }
+                    .is_some()
+            };
+            if has(|at, object, tag, column| at != object && size_in(tag, at, column).is_some()) {
+                // Inside the object in use, or before it.
+            } else if size_in(!tag, object, cache.column).is_some() {
+                misuse = Misuse::DoubleFree {
+                    cache: name,
+                    address,
+                };
+            } else if let Some(allocated) = size_in(tag, object, cache.column) {
+                misuse = Misuse::WrongSize {
+                    cache: name,
+                    address,
+                    allocated,
+                    freed: size.unwrap_or(0),
+                };
+            } else if !has(|at, object, tag, column| {
+                at < object && size_in(!tag, at, column).is_some()
+            }) {
+                misuse = Self::overrun_into(cache, &range, slot, front);
+            }
+        }
         self.report(cache, misuse);
     }
 
-    /// Looks at red zone and size, fills the object, and lets it wait.
+    /// Whose end was written behind, where the tag `front` bytes from the start of a slot is gone: that of the object in the slot before, if there is one.
+    /// The object in the slot is in use or free: the tag that would tell is gone, and it stays where it is.
+    fn overrun_into(
+        cache: &RawCache<P::Lock>,
+        range: &SlabRange<'_>,
+        slot: NonNull<u8>,
+        front: usize,
+    ) -> Misuse {
+        let before = slot.as_ptr().wrapping_sub(cache.geometry().size());
+        let writer = range.slot_of(cache, before).and_then(|before| {
+            // SAFETY: a slot of a live slab of this cache.
+            unsafe {
+                object_in(cache, before, |at, tag| {
+                    size_in(tag, at, cache.column).is_some()
+                })
+            }
+        });
+        let (tag, writer) = (slot.as_ptr().addr() + front - TAG, writer.unwrap_or(slot));
+        Misuse::Overrun {
+            cache: cache.setup.name,
+            address: writer.as_ptr().addr(),
+            offset: tag - writer.as_ptr().addr(),
+        }
+    }
+
+    /// Looks at the red zone, fills the object, and lets it wait; answers a slot.
     ///
     /// # Safety
     ///
@@ -292,54 +451,44 @@ impl<P: Platform> SlabSystem<P> {
     unsafe fn put_away(
         &self,
         cache: &RawCache<P::Lock>,
+        front: usize,
         object: NonNull<u8>,
-        size: Option<usize>,
     ) -> Option<NonNull<u8>> {
-        let (features, address) = (cache.setup.features, object.as_ptr().addr());
-        let end = cache.geometry().size() - bytes_behind(features);
+        let (features, room) = (cache.setup.features, cache.room(front));
+        let slot = slot_of(object, front)?;
         if features.redzone {
             // SAFETY: the object is in use, so its record was written; every byte before it was written too.
             let (record, bytes) = unsafe {
                 (
-                    object.add(end).cast::<Record>().read_unaligned(),
-                    core::slice::from_raw_parts(object.as_ptr(), end),
+                    object.add(room).cast::<Record>().read_unaligned(),
+                    core::slice::from_raw_parts(object.as_ptr(), room),
                 )
             };
             let asked = record.size as usize;
             let zone = bytes.get(asked..).unwrap_or(&[]);
-            if asked > end || zone.iter().any(|&byte| byte != ZONE) {
+            if asked > room || zone.iter().any(|&byte| byte != ZONE) {
                 let offset = zone.iter().position(|&byte| byte != ZONE);
                 self.report(
                     cache,
                     Misuse::Overrun {
                         cache: cache.setup.name,
-                        address,
+                        address: object.as_ptr().addr(),
                         offset: asked.saturating_add(offset.unwrap_or(0)),
-                    },
-                );
-            }
-            if let Some(freed) = size
-                && freed != asked
-            {
-                self.report(
-                    cache,
-                    Misuse::WrongSize {
-                        cache: cache.setup.name,
-                        address,
-                        allocated: asked,
-                        freed,
                     },
                 );
             }
         }
         if features.poison {
-            // SAFETY: the caller gave the object up.
-            unsafe { object.write_bytes(FREED, end) };
+            // SAFETY: the caller gave the slot up; its tag stays.
+            unsafe {
+                slot.write_bytes(FREED, front - TAG);
+                object.write_bytes(FREED, room);
+            }
         }
         if features.quarantine == 0 {
-            return Some(object);
+            return Some(slot);
         }
-        let left = self.quarantine(cache, features, object)?;
+        let left = self.quarantine(cache, features, slot)?;
         if features.poison {
             self.verify_poison(cache, left);
         }
@@ -435,17 +584,20 @@ impl<P: Platform> SlabSystem<P> {
         if !features.check {
             return;
         }
-        let size = cache.geometry().size();
         for number in 0..slab.objects() {
-            let Some(object) = NonNull::new(object_at(cache, slab, number)) else {
+            let Some(slot) = NonNull::new(object_at(cache, slab, number)) else {
                 continue;
             };
             // SAFETY: the whole slab belongs to this call.
             unsafe {
                 if features.poison {
-                    object.write_bytes(FREED, size);
+                    slot.write_bytes(FREED, cache.geometry().size());
                 }
-                tag_of(object, size).write(!in_use(object, cache.column));
+                // One tag of a free object, and no word that says "in use" (I2, I3).
+                for front in fronts(cache).take(if features.poison { 1 } else { usize::MAX }) {
+                    let object = slot.add(front);
+                    tag_of(object).write(!in_use(object, cache.column, 0));
+                }
             }
         }
     }
@@ -462,20 +614,22 @@ impl<P: Platform> SlabSystem<P> {
             if !features.owner {
                 return;
             }
-            // A class that is smaller than the record is never used.
-            let Some(end) = cache.geometry().size().checked_sub(bytes_behind(features)) else {
-                return;
-            };
             cache.for_each_slab(|slab| {
                 for number in 0..slab.objects() {
-                    let Some(object) = NonNull::new(object_at(cache, slab, number)) else {
+                    let Some(slot) = NonNull::new(object_at(cache, slab, number)) else {
                         continue;
                     };
-                    // SAFETY: the tag of an object of a live slab (I1), which nobody changes meanwhile.
-                    let tag = unsafe { tag_of(object, cache.geometry().size()).read() };
-                    if tag == in_use(object, cache.column) {
+                    // SAFETY: a slot of a live slab, whose tag nobody changes meanwhile.
+                    let object = unsafe {
+                        object_in(cache, slot, |at, tag| {
+                            size_in(tag, at, cache.column).is_some()
+                        })
+                    };
+                    if let Some(object) = object {
+                        let front = object.as_ptr().addr() - slot.as_ptr().addr();
+                        let room = cache.room(front);
                         // SAFETY: an object in use has a record, which nobody changes meanwhile.
-                        let record = unsafe { object.add(end).cast::<Record>().read_unaligned() };
+                        let record = unsafe { object.add(room).cast::<Record>().read_unaligned() };
                         each(&Owned {
                             cache: cache.setup.name,
                             address: object.as_ptr().addr(),
@@ -496,13 +650,12 @@ impl<P: Platform> SlabSystem<P> {
     }
 }
 
-/// Bytes of record and tag behind the objects of a cache.
+/// Bytes of the record behind the objects of a cache.
 pub(crate) const fn bytes_behind(features: Features) -> usize {
-    let tag = if features.check { TAG } else { 0 };
     if features.redzone || features.owner {
-        RECORD + tag
+        RECORD
     } else {
-        tag
+        0
     }
 }
 

@@ -12,16 +12,17 @@ use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
 use kmem_hal::{
-    AllocError, Context, FrameRequest, LargeSource, NodePolicy, Order, PAGE_SIZE, PhysAddr,
+    AllocError, Context, Cpu, FrameRequest, LargeSource, NodePolicy, Order, PAGE_SIZE, PhysAddr,
 };
 
 use crate::class::{CLASSES, class_of, class_size};
-use crate::harden::bytes_behind;
 use crate::head::COLUMNS;
 use crate::misuse::Misuse;
 use crate::platform::Platform;
 use crate::policy::{Features, Policy};
 use crate::raw::RawCache;
+use crate::registry::GUARD;
+use crate::slab::Slab;
 use crate::system::SlabSystem;
 
 bitflags::bitflags! {
@@ -91,7 +92,7 @@ impl Flags {
 
 /// What a pointer turned out to be.
 enum Found<'s, L> {
-    Object(&'s RawCache<L>),
+    Object(&'s RawCache<L>, &'s Slab),
     Pages(kmem_hal::Frame, u64),
     Large,
     Stranger,
@@ -120,10 +121,10 @@ impl<P: Platform> SlabSystem<P> {
 
     /// What `kmalloc` aligns so many bytes to where the class would not do it.
     ///
-    /// A power of two is a class whose objects lie at multiples of it; with a policy's bytes behind the object, it is another.
+    /// A power of two is a class whose objects lie at multiples of it; with a policy's bytes beside the object, it is another.
     #[inline(always)]
     fn natural(size: usize) -> usize {
-        if Self::FEATURES.extra() > 0 && size.is_power_of_two() && size as u64 <= PAGE_SIZE {
+        if Self::FEATURES.check && size.is_power_of_two() && size as u64 <= PAGE_SIZE {
             size.max(8)
         } else {
             8
@@ -148,7 +149,7 @@ impl<P: Platform> SlabSystem<P> {
     #[inline(always)]
     fn class_for(size: usize, align: usize) -> Option<usize> {
         // A sum beyond the address space is beyond every class too.
-        class_of(size.saturating_add(Self::FEATURES.extra()), align)
+        class_of(size.saturating_add(Self::FEATURES.extra(align)), align)
     }
 
     const FEATURES: Features = P::Policy::FEATURES;
@@ -179,20 +180,26 @@ impl<P: Platform> SlabSystem<P> {
             Some(object) => object,
             None => self.serve_slow(class, size, flags)?,
         };
-        self.hand_out(class, object, size, flags);
-        Ok(object)
+        Ok(self.hand_out(class, object, size, align, flags))
     }
 
-    /// What is done to an object of a class before its user has it.
+    /// What is done to a slot of a class before a user has the object in it.
     #[inline(always)]
     #[track_caller]
-    fn hand_out(&self, class: usize, object: NonNull<u8>, size: usize, flags: Flags) {
-        self.on_alloc(
+    fn hand_out(
+        &self,
+        class: usize,
+        slot: NonNull<u8>,
+        size: usize,
+        align: usize,
+        flags: Flags,
+    ) -> NonNull<u8> {
+        let object = self.on_alloc(
             Self::FEATURES,
             || self.class(class).map(NonNull::from),
             class as u32,
-            class_size(class).unwrap_or(0),
-            object,
+            Self::FEATURES.front(align),
+            slot,
             size,
             Location::caller(),
         );
@@ -200,23 +207,44 @@ impl<P: Platform> SlabSystem<P> {
             // SAFETY: the object has at least `size` bytes and belongs to this call.
             unsafe { object.write_bytes(0, size) };
         }
+        object
+    }
+
+    /// Counts an allocation for [`Guard`](crate::Guard); answers whether it is one in so many of the calling CPU. A word of that CPU's alone: a count for all would cost each call
+    /// a locked instruction.
+    fn is_turn(&self, platform: &P) -> bool {
+        let pin = platform.cpu().pin();
+        // SAFETY: the first row, not null where there is a platform, has a place for every CPU (hal C3).
+        let page = unsafe { &*self.first_row().add(pin.id().index()) }.load(Ordering::Acquire);
+        // SAFETY: pages in a row live as long as the system.
+        let Some(page) = (unsafe { page.as_ref() }) else {
+            return false;
+        };
+        let turns = &page.head(GUARD).allocs;
+        let turn = turns.get();
+        turns.set(turn.wrapping_add(1));
+        turn.is_multiple_of(u64::from(Self::FEATURES.sample))
+    }
+
+    /// Where in its page a guarded object of up to a page lies: at the end.
+    #[inline(always)]
+    fn guarded_at(size: usize, align: usize) -> usize {
+        (PAGE_SIZE as usize).saturating_sub(size) & !(align - 1)
     }
 
     /// One in so many allocations, at the end of a page of its own, where the large source has room and a guard page behind.
     #[cold]
     fn alloc_guarded(&self, size: usize, align: usize, flags: Flags) -> Option<NonNull<u8>> {
-        let turn = self.sampled.fetch_add(1, Ordering::Relaxed);
-        let page = PAGE_SIZE as usize;
-        if !turn.is_multiple_of(u64::from(Self::FEATURES.sample)) || size > page || align > page {
+        let (platform, page) = (self.platform()?, PAGE_SIZE as usize);
+        if !self.is_turn(platform) || size > page || align > page {
             return None;
         }
-        let platform = self.platform()?;
         if !self.may_ask_large(platform, flags.request().context) {
             return None;
         }
         let memory = platform.large().alloc_large(page, page).ok()?;
         // SAFETY: inside the page, which belongs to this call.
-        let object = unsafe { memory.add((page - size) & !(align - 1)) };
+        let object = unsafe { memory.add(Self::guarded_at(size, align)) };
         if flags.contains(Flags::ZERO) {
             // SAFETY: as above.
             unsafe { object.write_bytes(0, size) };
@@ -276,22 +304,22 @@ impl<P: Platform> SlabSystem<P> {
                     _ => self.alloc_slow(cache, &request),
                 };
                 // Not in a closure, which would be the caller that `Owner` remembers.
-                if let Ok(object) = served {
-                    self.hand_out(class, object, size, flags);
+                match served {
+                    Ok(slot) => Ok(self.hand_out(class, slot, size, align, flags)),
+                    Err(error) => Err(error),
                 }
-                served
             }
             None => self.alloc_large(size, align, &flags.request().node(node)),
         };
         served.map_err(|error| self.tell_refused(size, error, flags))
     }
 
-    fn find(&self, platform: &P, memory: NonNull<u8>) -> Found<'_, P::Lock> {
+    fn find<'s>(&'s self, platform: &'s P, memory: NonNull<u8>) -> Found<'s, P::Lock> {
         if let Some(slab) = Self::slab_of(platform, memory.as_ptr()) {
             // SAFETY: a descriptor's cache lives as long as the descriptor; the owner word tells whether it is ours.
             let cache = unsafe { slab.cache().cast::<RawCache<P::Lock>>().as_ref() };
             return match cache {
-                Some(cache) if ptr::eq(cache.owner, self.token()) => Found::Object(cache),
+                Some(cache) if ptr::eq(cache.owner, self.token()) => Found::Object(cache, slab),
                 _ => Found::Stranger,
             };
         }
@@ -318,15 +346,23 @@ impl<P: Platform> SlabSystem<P> {
             return;
         };
         match self.find(platform, memory) {
-            // SAFETY: the caller gives the object up; what `on_free` leaves of it belongs to that cache.
-            Found::Object(cache) => unsafe {
-                let (features, slot) = (cache.setup.features, cache.geometry().size());
-                let cache_of = || Some(NonNull::from(cache));
-                let left = self.on_free(features, cache_of, cache.column, slot, memory, None);
-                if let Some(object) = left {
-                    self.free_object(cache, object);
+            Found::Object(cache, slab) => {
+                if !cache.setup.features.check {
+                    // SAFETY: the caller gives the object up.
+                    return unsafe { self.free_object(cache, memory) };
                 }
-            },
+                let Some(front) = self.front_of(cache, slab, memory) else {
+                    return self.refuse(cache, memory, None);
+                };
+                let (features, cache_of) = (cache.setup.features, || Some(NonNull::from(cache)));
+                // SAFETY: the caller gives the object up; what `on_free` leaves belongs to that cache.
+                unsafe {
+                    let left = self.on_free(features, cache_of, cache.column, front, memory, None);
+                    if let Some(slot) = left {
+                        self.free_object(cache, slot);
+                    }
+                }
+            }
             // SAFETY: the numbers are those of the allocation that the caller gives up.
             Found::Pages(frame, count) => unsafe { self.free_pages(platform, frame, count) },
             // SAFETY: the large source says that the memory is its own.
@@ -364,7 +400,11 @@ impl<P: Platform> SlabSystem<P> {
         if row.is_null() {
             return;
         }
-        if Self::FEATURES.sample > 0 && self.is_guarded(memory) {
+        if Self::FEATURES.sample > 0
+            && memory.as_ptr().addr() % PAGE_SIZE as usize
+                == Self::guarded_at(layout.size(), layout.align())
+            && self.is_guarded(memory)
+        {
             // SAFETY: the caller's promise.
             return unsafe { self.kfree(memory.as_ptr()) };
         }
@@ -374,7 +414,7 @@ impl<P: Platform> SlabSystem<P> {
                 Self::FEATURES,
                 || self.class(class).map(NonNull::from),
                 class as u32,
-                class_size(class).unwrap_or(0),
+                Self::FEATURES.front(layout.align()),
                 memory,
                 Some(layout.size()),
             )
@@ -413,9 +453,7 @@ impl<P: Platform> SlabSystem<P> {
     pub unsafe fn ksize(&self, memory: NonNull<u8>) -> Option<usize> {
         let platform = self.platform()?;
         match self.find(platform, memory) {
-            Found::Object(cache) => self
-                .is_object_in_use(cache, memory)
-                .then(|| self.usable(cache, memory)),
+            Found::Object(cache, slab) => self.usable(cache, slab, memory),
             Found::Pages(_, count) => Some((count * PAGE_SIZE) as usize),
             Found::Large => {
                 let area = area_of(platform.large(), memory);
@@ -450,7 +488,14 @@ impl<P: Platform> SlabSystem<P> {
         };
         // SAFETY: the caller's promise.
         let had = unsafe { self.ksize(old) }.ok_or(AllocError::Unsatisfiable)?;
-        if !flags.limited() && self.fits_in_place(had, size.max(1), Self::natural(size)) {
+        let (bytes, align) = (size.max(1), Self::natural(size));
+        if !flags.limited() && self.fits_in_place(old, had, bytes, align) {
+            if Self::FEATURES.check
+                && let Some(class) = Self::class_for(bytes, align)
+            {
+                // SAFETY: an object in use of this class, which the caller keeps.
+                unsafe { self.retag(class as u32, old, None, bytes) };
+            }
             return Ok(old);
         }
         let new = self.kmalloc(size, flags)?;
@@ -514,12 +559,19 @@ impl<P: Platform> SlabSystem<P> {
         let old_class = Self::class_for(layout.size(), align);
         let same = match (old_class, Self::class_for(new_size, align)) {
             (Some(old), Some(new)) => {
-                old == new && !Self::FEATURES.keeps_size() && Self::FEATURES.sample == 0
+                old == new
+                    && !Self::FEATURES.keeps_size()
+                    && Self::FEATURES.sample == 0
+                    && (!Self::FEATURES.check
+                        // SAFETY: the caller's promise; the object stays the caller's.
+                        || NonNull::new(memory).is_some_and(|memory| unsafe {
+                            self.retag(new as u32, memory, Some(layout.size()), new_size)
+                        }))
             }
             (None, None) => NonNull::new(memory)
                 // SAFETY: the caller's promise.
-                .and_then(|memory| unsafe { self.ksize(memory) })
-                .is_some_and(|had| self.fits_in_place(had, new_size, align)),
+                .and_then(|memory| Some((memory, unsafe { self.ksize(memory) }?)))
+                .is_some_and(|(memory, had)| self.fits_in_place(memory, had, new_size, align)),
             _ => false,
         };
         if same {
@@ -536,13 +588,16 @@ impl<P: Platform> SlabSystem<P> {
         new
     }
 
-    /// Whether an allocation with `had` usable bytes is what `size` bytes would get.
-    fn fits_in_place(&self, had: usize, size: usize, align: usize) -> bool {
-        if Self::FEATURES.keeps_size() || Self::FEATURES.sample > 0 {
+    /// Whether memory with `had` usable bytes is what `size` bytes would get.
+    fn fits_in_place(&self, memory: NonNull<u8>, had: usize, size: usize, align: usize) -> bool {
+        let features = Self::FEATURES;
+        if features.keeps_size() || features.sample > 0 {
             return had == size;
         }
         match Self::class_for(size, align).and_then(class_size) {
-            Some(class) => class == had + bytes_behind(Self::FEATURES),
+            Some(class) => {
+                class == had + features.front(align) && memory.as_ptr().addr().is_multiple_of(align)
+            }
             None => {
                 size <= had && size.div_ceil(PAGE_SIZE as usize) == had.div_ceil(PAGE_SIZE as usize)
             }

@@ -5,11 +5,12 @@
 //! ([`crate::Check`] and others) a wrong free is found at the call, and changes nothing.
 
 use core::fmt;
-use core::ptr;
+use core::ptr::{self, NonNull};
 
 use kmem_hal::RawLock;
 use kmem_hal::sync::Ordering;
 
+use crate::grow::object_at;
 use crate::platform::Platform;
 use crate::raw::RawCache;
 use crate::slab::Slab;
@@ -51,16 +52,17 @@ pub enum Misuse {
         /// The first byte that changed, from the object's start.
         offset: usize,
     },
-    /// Bytes behind an object were written to. Found by [`Redzone`](crate::Redzone).
+    /// Bytes behind an object were written to. Found by [`Redzone`](crate::Redzone) at its free; and by every policy that checks at the
+    /// free of the object behind it, if there is one, which then stays in use.
     Overrun {
         /// The name of the cache.
         cache: &'static str,
-        /// The address of the object.
+        /// The address of the object; of the place behind it, where it is no longer there.
         address: usize,
-        /// The first byte that changed, from the object's start.
+        /// The first byte that changed, from the object's start; that of the changed word, where only that is known.
         offset: usize,
     },
-    /// The size that an object was freed with is not the one that was asked for. Found by [`Redzone`](crate::Redzone).
+    /// The size that an object was freed with is not the one that was asked for. Found by every policy that checks.
     WrongSize {
         /// The name of the cache.
         cache: &'static str,
@@ -133,22 +135,27 @@ impl fmt::Display for Misuse {
 impl core::error::Error for Misuse {}
 
 impl<P: Platform> SlabSystem<P> {
-    /// The slab and the number there of an object of `cache`; `None`, and a report, for any other pointer.
+    /// The slab of `cache` that an address lies in; `None`, and a report, where it lies in none.
+    pub(crate) fn slab_for(&self, cache: &RawCache<P::Lock>, pointer: *mut u8) -> Option<&Slab> {
+        // SAFETY: a cache exists, so the system is ready.
+        let platform = unsafe { self.platform_unchecked() };
+        match Self::slab_of(platform, pointer) {
+            Some(slab) if slab.cache() == cache.opaque() => Some(slab),
+            other => {
+                self.report_stranger(cache, pointer, other);
+                None
+            }
+        }
+    }
+
+    /// The slab and the number there of a slot of `cache`; `None`, and a report, for any other pointer.
     pub(crate) fn check_object(
         &self,
         cache: &RawCache<P::Lock>,
         pointer: *mut u8,
     ) -> Option<(&Slab, u16)> {
-        // SAFETY: a cache exists, so the system is ready.
-        let platform = unsafe { self.platform_unchecked() };
-        let slab = match Self::slab_of(platform, pointer) {
-            Some(slab) if slab.cache() == cache.opaque() => slab,
-            other => {
-                self.report_stranger(cache, pointer, other);
-                return None;
-            }
-        };
-        let Some(number) = number_in(cache, slab, pointer) else {
+        let slab = self.slab_for(cache, pointer)?;
+        let Some(number) = SlabRange::new(cache, slab).number_at(cache, pointer) else {
             self.report(
                 cache,
                 Misuse::InvalidFree {
@@ -159,15 +166,6 @@ impl<P: Platform> SlabSystem<P> {
             return None;
         };
         Some((slab, number))
-    }
-
-    /// Whether an object of a live slab of `cache` begins there.
-    pub(crate) fn begins_object(&self, cache: &RawCache<P::Lock>, pointer: *mut u8) -> bool {
-        // SAFETY: a cache exists, so the system is ready.
-        let platform = unsafe { self.platform_unchecked() };
-        Self::slab_of(platform, pointer).is_some_and(|slab| {
-            slab.cache() == cache.opaque() && number_in(cache, slab, pointer).is_some()
-        })
     }
 
     /// Counts and tells a misuse.
@@ -216,21 +214,29 @@ impl<'c> SlabRange<'c> {
         }
     }
 
-    /// The number of the object that begins at `pointer`; `None` where none of this slab does.
+    /// Bytes from the first slot to `pointer`; `None` where it lies in no slot.
     #[inline(always)]
-    pub fn number_at<L: RawLock>(&self, cache: &RawCache<L>, pointer: *mut u8) -> Option<u16> {
+    fn offset_of(&self, pointer: *mut u8) -> Option<usize> {
         // What lies in front of the first object, the slab's colour too, wraps to a large offset.
         let offset = pointer.addr().wrapping_sub(self.from);
-        if offset >= self.bytes {
-            return None;
-        }
+        (offset < self.bytes).then_some(offset)
+    }
+
+    /// The number of the slot that begins at `pointer`; `None` where none of this slab does.
+    #[inline(always)]
+    pub fn number_at<L: RawLock>(&self, cache: &RawCache<L>, pointer: *mut u8) -> Option<u16> {
+        let offset = self.offset_of(pointer)?;
         let number = cache.geometry().index(offset);
         (number * cache.geometry().size() == offset).then_some(number as u16)
     }
-}
 
-/// The number in `slab` of the object that begins at `pointer`; `None` where none does.
-#[inline]
-fn number_in<L: RawLock>(cache: &RawCache<L>, slab: &Slab, pointer: *mut u8) -> Option<u16> {
-    SlabRange::new(cache, slab).number_at(cache, pointer)
+    /// The slot that `pointer` lies in.
+    pub fn slot_of<L: RawLock>(
+        &self,
+        cache: &RawCache<L>,
+        pointer: *mut u8,
+    ) -> Option<NonNull<u8>> {
+        let number = cache.geometry().index(self.offset_of(pointer)?);
+        NonNull::new(object_at(cache, self.slab, number))
+    }
 }

@@ -5,7 +5,7 @@
 //! | policy | finds | costs |
 //! |---|---|---|
 //! | [`Plain`] | double, invalid and foreign frees when the object reaches its slab | nothing |
-//! | [`Check`] | the same, and frees to the wrong cache or with the wrong size, **at the call**, which then changes nothing | 8 bytes an object; a word written each way |
+//! | [`Check`] | the same, and frees to the wrong cache or with the wrong size, **at the call**, which then changes nothing | 8 bytes an object, or its alignment where that is more; a word written each way |
 //! | [`Redzone`] | writes behind the object, and a free with another size than was asked for | 40 bytes an object; a scan at the free |
 //! | [`Poison`] | writes to freed objects, at their next allocation | both ways touch the whole object |
 //! | [`Quarantine<N>`](Quarantine) | more of what `Check` and `Poison` find: the last `N` freed objects of each cache wait before they are given again | a lock a free |
@@ -33,7 +33,7 @@ pub struct Features {
 /// Bytes of the record behind each object that [`Owner`] and [`Redzone`] keep.
 pub(crate) const RECORD: usize = 16;
 
-/// Bytes of the tag behind each object of a cache that checks.
+/// Bytes of the tag in front of each object of a cache that checks.
 pub(crate) const TAG: usize = 8;
 
 /// The least bytes between an object and its record that [`Redzone`] watches.
@@ -73,14 +73,24 @@ impl Features {
         }
     }
 
-    /// Bytes that an object needs beyond those asked for.
+    /// Bytes that an object aligned to `align` bytes (a power of two) needs beyond those asked for.
     #[must_use]
-    pub const fn extra(self) -> usize {
+    pub const fn extra(self, align: usize) -> usize {
         let zone = if self.redzone { ZONE } else { 0 };
-        crate::harden::bytes_behind(self) + zone
+        self.front(align) + crate::harden::bytes_behind(self) + zone
     }
 
-    /// Whether the size asked for is kept with each object.
+    /// Those of them that are in front of the object.
+    #[inline(always)]
+    pub(crate) const fn front(self, align: usize) -> usize {
+        match self.check {
+            false => 0,
+            true if align < TAG => TAG,
+            true => align,
+        }
+    }
+
+    /// Whether the size asked for is kept behind each object.
     pub(crate) const fn keeps_size(self) -> bool {
         self.redzone | self.owner
     }
@@ -107,8 +117,8 @@ impl Features {
 /// use kmem_slab::{Check, Features, Owner, Plain, Policy, Poison};
 ///
 /// assert_eq!(<Plain as Policy>::FEATURES, Features::PLAIN);
-/// assert_eq!(<Check as Policy>::FEATURES.extra(), 8);
-/// assert_eq!(<(Poison, Owner) as Policy>::FEATURES.extra(), 24);
+/// assert_eq!(<Check as Policy>::FEATURES.extra(8), 8);
+/// assert_eq!(<(Poison, Owner) as Policy>::FEATURES.extra(8), 24);
 /// ```
 #[doc(alias = "slab_debug")]
 pub trait Policy: 'static {
@@ -139,7 +149,7 @@ policy!(
     Features::PLAIN
 );
 policy!(
-    /// Finds a double free, an invalid one, and one to the wrong cache or class at the call.
+    /// Finds a double free, an invalid one, and one to the wrong cache or with the wrong size at the call.
     #[doc(alias = "SLAB_CONSISTENCY_CHECKS")]
     Check,
     CHECKED

@@ -10,6 +10,7 @@ use kmem_hal::sync::{AtomicPtr, AtomicU64, LocalPtr, LocalU32, Ordering};
 use kmem_hal::{NodeId, RawLock};
 
 use crate::geometry::Geometry;
+use crate::harden::bytes_behind;
 use crate::head::Row;
 use crate::node::{CacheNode, NodeRow};
 use crate::policy::Features;
@@ -106,6 +107,17 @@ impl<L: RawLock> RawCache<L> {
     #[inline]
     pub fn geometry(&self) -> Geometry {
         self.setup.geometry
+    }
+
+    /// Bytes of an object with so many in front of it: up to its record, or to the end of the slot.
+    pub(crate) fn room(&self, front: usize) -> usize {
+        let beside = front + bytes_behind(self.setup.features);
+        self.geometry().size().saturating_sub(beside)
+    }
+
+    /// Bytes in front of each object of a typed cache.
+    pub(crate) fn front(&self) -> usize {
+        self.setup.features.front(self.geometry().align())
     }
 
     /// The pointer that descriptors carry.

@@ -6,7 +6,7 @@
 //! ```text
 //!   SlabSystem ── rows[0] ──> one pointer per CPU ──> page of 64 heads      (a CPU's arrays; no lock)
 //!       │                                                 └─> arrays
-//!       ├── classes[47] ──> RawCache ── depot: arrays, slab lists           (one lock)
+//!       ├── classes[48] ──> RawCache ── depot: arrays, slab lists           (one lock)
 //!       │                                 └─> Slab descriptors ── bits      (one locked instruction per 64)
 //!       └── registry: all caches                                └─> frames from the page source
 //! ```
@@ -14,7 +14,8 @@
 //! Invariants
 //! - `I1`: `rows[0]` is not null exactly while the system is ready; whoever sees it so (acquire) sees the platform and every class.
 //! - `I2`: index `i` belongs to at most one cache at a time; its heads are empty while it belongs to none.
-//! - `I3`: the head with index `GUARD` is used only for its busy flag, which guards the registry's lock against nesting.
+//! - `I3`: the head with index `GUARD` is used only for its busy flag, which guards the registry's lock against nesting, and for its count of
+//!   allocations, which says when the policy `Guard` takes its turn: it needs no flag, as an interrupt that is counted twice or not at all moves that turn only.
 //! - `I4`: nothing points at the `SlabSystem` itself: all shared objects lie in frames. So a value may be moved before or after `init`.
 
 use core::fmt;
@@ -89,8 +90,6 @@ pub struct SlabSystem<P: Platform> {
     pub(crate) caches: MetaPool,
     pub(crate) descriptors: MetaPool,
     pub(crate) words: MetaPool,
-    /// Counts allocations for `Guard`.
-    pub(crate) sampled: AtomicU64,
     /// Counts requests that go to all nodes in turn.
     pub(crate) turns: AtomicU64,
     /// The pointers of mapped memory as last looked up, for `Check`: the first, and how many bytes.
@@ -131,7 +130,6 @@ impl<P: Platform> SlabSystem<P> {
                 caches: MetaPool::new(size_of::<RawCache<P::Lock>>().next_multiple_of(64)),
                 descriptors: MetaPool::new(size_of::<Slab>().next_multiple_of(16)),
                 words: MetaPool::new(size_of::<MoreWords>().next_multiple_of(16)),
-                sampled: AtomicU64::new(0),
                 turns: AtomicU64::new(0),
                 mapped_from: AtomicUsize::new(0),
                 mapped_bytes: AtomicUsize::new(0),

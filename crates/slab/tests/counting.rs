@@ -8,9 +8,10 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 use std::ptr::NonNull;
 
+use common::hardened;
 use common::{Arena, System, TestParts, parts};
 use kmem_hal::sync::{Counts, counts, reset_counts};
-use kmem_slab::{Cache, Flags, SlabSystem};
+use kmem_slab::{Cache, Flags, Guard, SlabSystem};
 use kmem_testkit::interrupt::every_interrupt;
 
 const SMALL: Layout = Layout::new::<[u64; 8]>();
@@ -67,6 +68,22 @@ fn counting_a_pair_takes_no_locked_instruction_and_no_shared_store() {
             stores: 0
         }
     );
+}
+
+#[test]
+fn counting_guard_costs_the_other_pairs_no_locked_instruction() {
+    let world: hardened::World<Guard<1000>> = hardened::World::new();
+    let pair = |_| {
+        let memory = world.system.alloc(SMALL);
+        // SAFETY: allocated with this layout, freed once.
+        unsafe { world.system.dealloc(memory, SMALL) };
+    };
+    (0..10).for_each(pair);
+    let none = Counts {
+        locked: 0,
+        stores: 0,
+    };
+    assert_eq!(cost(|| (0..500).for_each(pair)), none);
 }
 
 #[test]

@@ -158,6 +158,8 @@ fn redzone_finds_writes_behind_the_object_and_the_wrong_size() {
             ..
         }]
     ));
+    // SAFETY: it stayed where it was.
+    unsafe { world.system.kfree(a.as_ptr()) };
     world.end();
 }
 
@@ -480,9 +482,13 @@ fn powers_of_two_are_aligned_to_themselves_under_every_policy() {
 }
 
 #[test]
-fn check_finds_a_write_behind_the_object_at_its_free() {
+fn check_finds_a_write_behind_an_object_at_the_free_of_the_next() {
     let world: World<Check> = World::new();
-    let a = world.take(56);
+    let mut held: Vec<_> = (0..40).map(|_| world.take(56)).collect();
+    held.sort();
+    let behind = |pair: &[NonNull<u8>]| pair[1].as_ptr().addr() == pair[0].as_ptr().addr() + 64;
+    let at = held.windows(2).position(behind).unwrap();
+    let (a, b) = (held[at], held.remove(at + 1));
     // SAFETY: a live allocation.
     let room = unsafe { world.system.ksize(a) }.unwrap();
     // SAFETY: the misuse under test: the first byte behind what may be used.
@@ -490,7 +496,7 @@ fn check_finds_a_write_behind_the_object_at_its_free() {
         let behind = a.as_ptr().add(room);
         let was = behind.read();
         behind.write(!was);
-        world.system.kfree(a.as_ptr());
+        world.system.kfree(b.as_ptr());
         let seen = world.seen();
         assert!(
             matches!(seen[..], [Misuse::Overrun { address, offset, .. }]
@@ -499,9 +505,111 @@ fn check_finds_a_write_behind_the_object_at_its_free() {
         );
         // The object stayed where it was, and can be freed once the tag is whole again.
         behind.write(was);
-        world.system.kfree(a.as_ptr());
+        world.system.kfree(b.as_ptr());
+    }
+    for object in held {
+        // SAFETY: live allocations.
+        unsafe { world.system.kfree(object.as_ptr()) };
     }
     world.end();
+}
+
+/// Sizes of one class, and that of a changed object is the last that was asked for.
+fn sizes<H: Policy>() {
+    let world: World<H> = World::new();
+    let layout = |size| Layout::from_size_align(size, 8).unwrap();
+    let system = &world.system;
+    let is_wrong = |allocated, freed| {
+        let seen = world.seen();
+        assert!(
+            matches!(seen[..], [Misuse::WrongSize { allocated: had, freed: was, .. }]
+                if (had, was) == (allocated, freed)),
+            "{allocated} {freed}: {seen:?}"
+        );
+    };
+    for (size, wrong) in [(60, 64), (64, 60), (1, 8), (8000, 8001)] {
+        let a = system.kmalloc_layout(layout(size), Flags::empty()).unwrap();
+        // SAFETY: the misuse under test: another size of the same class.
+        unsafe { system.kfree_layout(a, layout(wrong)) };
+        is_wrong(size, wrong);
+        // SAFETY: the object is still in use, and grows into what was the wrong size; it may move.
+        let a = unsafe { system.realloc(a.as_ptr(), layout(size), wrong) };
+        let a = NonNull::new(a).unwrap();
+        // SAFETY: the misuse under test, and then a live allocation.
+        unsafe {
+            system.kfree_layout(a, layout(size));
+            is_wrong(wrong, size);
+            system.kfree_layout(a, layout(wrong));
+        }
+        assert_eq!(world.seen(), []);
+    }
+    let a = system.kmalloc(60, Flags::empty()).unwrap();
+    // SAFETY: a live allocation, which may move; freed by the pointer alone, and the second time by mistake.
+    unsafe {
+        let a = system.krealloc(a.as_ptr(), 61, Flags::empty()).unwrap();
+        system.kfree_layout(a, layout(60));
+        is_wrong(61, 60);
+        // A size that the caller has wrong moves nothing out of its class.
+        let b = system.realloc(a.as_ptr(), layout(60), 62);
+        is_wrong(61, 60);
+        system.kfree(b);
+        system.kfree(a.as_ptr());
+        system.kfree(a.as_ptr());
+    }
+    assert!(matches!(world.seen()[..], [Misuse::DoubleFree { .. }]));
+    world.end();
+}
+
+#[test]
+fn every_policy_that_checks_finds_the_wrong_size_in_the_same_class() {
+    sizes::<Check>();
+    sizes::<Redzone>();
+    sizes::<Poison>();
+    sizes::<Owner>();
+    sizes::<(Check, Redzone, Poison, Quarantine<32>, Shuffle, Owner)>();
+}
+
+/// Objects of one class with different alignments, over each other's places.
+fn alignments<H: Policy>() {
+    let world: World<H> = World::new();
+    for round in 0..4 {
+        let mut held = Vec::new();
+        for n in 0..200 {
+            let align = 8 << ((n + round) % 4);
+            // With what is in front of it and behind it, 192 bytes, or a little less.
+            let size = 192 - H::FEATURES.extra(align) - n % 3;
+            let layout = Layout::from_size_align(size, align).unwrap();
+            let object = world.system.kmalloc_layout(layout, Flags::empty()).unwrap();
+            assert!(object.as_ptr().addr().is_multiple_of(align));
+            // SAFETY: a live allocation.
+            unsafe { object.write_bytes(0xff, size) };
+            held.push((object, layout));
+        }
+        for (n, (object, layout)) in held.into_iter().enumerate() {
+            // SAFETY: live allocations; the second free is the misuse under test.
+            unsafe {
+                if n % 2 == 0 {
+                    world.system.kfree_layout(object, layout);
+                } else {
+                    world.system.kfree(object.as_ptr());
+                }
+                assert_eq!(world.seen(), [], "{layout:?}");
+                world.system.kfree(object.as_ptr());
+            }
+            let seen = world.seen();
+            assert!(matches!(seen[..], [Misuse::DoubleFree { .. }]), "{seen:?}");
+        }
+    }
+    world.end();
+}
+
+#[test]
+fn objects_of_all_alignments_share_a_class_under_every_policy() {
+    alignments::<Check>();
+    alignments::<Redzone>();
+    alignments::<Poison>();
+    alignments::<(Poison, Quarantine<16>, Shuffle)>();
+    alignments::<(Check, Redzone, Poison, Quarantine<32>, Shuffle, Owner)>();
 }
 
 #[test]

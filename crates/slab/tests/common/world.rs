@@ -257,7 +257,7 @@ pub fn run_with<H: Policy>(arena: &'static Arena, ops: &[SlabOp]) {
         let whole_pages = blocks
             .values()
             .filter(|block| {
-                let bytes = block.layout.size() + H::FEATURES.extra();
+                let bytes = block.layout.size() + H::FEATURES.extra(block.layout.align());
                 kmem_slab::class_of(bytes, block.layout.align()).is_none()
             })
             .count();
