@@ -1,7 +1,7 @@
 //! The size classes of kmalloc.
 //!
 //! ```text
-//!   16 24 32 40 48 56 64 | 80 96 112 128 | 160 .. 256 | .. 512 | .. 1024 | 1152 .. 2048 | .. 4096 | .. 8192
+//!   8 16 24 32 40 48 56 64 | 80 96 112 128 | 160 .. 256 | .. 512 | .. 1024 | 1152 .. 2048 | .. 4096 | .. 8192
 //!      steps of 8        |     four classes a doubling               |    eight classes a doubling
 //! ```
 //!
@@ -19,7 +19,7 @@
 //! Sources: Linux `mm/slab_common.c` (`kmalloc_info`); jemalloc's and mimalloc's size classes (4 and 8 a doubling).
 
 /// How many size classes there are.
-pub const CLASSES: usize = 47;
+pub const CLASSES: usize = 48;
 
 /// The largest class, in bytes; larger requests get whole pages.
 #[doc(alias = "KMALLOC_MAX_CACHE_SIZE")]
@@ -31,7 +31,7 @@ pub(crate) const LARGEST_ALIGN: usize = 4096;
 const fn sizes() -> [u16; CLASSES] {
     let mut sizes = [0; CLASSES];
     let mut class = 0;
-    let mut size = 16;
+    let mut size = 8;
     while size <= LARGEST_CLASS {
         sizes[class] = size as u16;
         class += 1;
@@ -49,16 +49,16 @@ const fn sizes() -> [u16; CLASSES] {
 
 const SIZES: [u16; CLASSES] = sizes();
 
-/// The class of a size, by `(size + 7) / 8`.
+/// The class of a size, by the eighth that its last byte is in: `(size - 1) / 8`.
 ///
 /// One table for all sizes: with two a branch would tell which, and a branch on the size of an object whose layout was just read from memory is
 /// mispredicted as often as not, which costs the loads behind it that had begun.
-const BY_EIGHTH: [u8; LARGEST_CLASS / 8 + 1] = {
-    let mut table = [0; LARGEST_CLASS / 8 + 1];
+const BY_EIGHTH: [u8; LARGEST_CLASS / 8] = {
+    let mut table = [0; LARGEST_CLASS / 8];
     let sizes = sizes();
     let (mut eighth, mut class) = (0, 0);
     while eighth < table.len() {
-        while (sizes[class] as usize) < eighth * 8 {
+        while (sizes[class] as usize) < (eighth + 1) * 8 {
             class += 1;
         }
         table[eighth] = class as u8;
@@ -79,7 +79,7 @@ pub const fn class_size(class: usize) -> Option<usize> {
 
 /// The smallest class whose objects have `size` bytes and lie at multiples of `align` (a power of two).
 ///
-/// `size` is not 0. `None` where no class does: more than [`LARGEST_CLASS`] bytes or an alignment beyond a page.
+/// `None` where no class does: no bytes, more than [`LARGEST_CLASS`], or an alignment beyond a page.
 ///
 /// # Examples
 ///
@@ -96,16 +96,17 @@ pub const fn class_size(class: usize) -> Option<usize> {
 #[inline(always)]
 #[must_use]
 pub const fn class_of(size: usize, align: usize) -> Option<usize> {
-    if align > LARGEST_ALIGN || size > LARGEST_CLASS {
+    // The last byte of the size rounded up to the alignment; no size overflows, and no bytes have one beyond every class.
+    let last = size.wrapping_sub(1) | (align - 1);
+    if align > LARGEST_ALIGN || last >= LARGEST_CLASS {
         return None;
     }
-    // No more than LARGEST_CLASS either: that is a multiple of every alignment here.
-    let size = (size + (align - 1)) & !(align - 1);
-    Some(BY_EIGHTH[(size + 7) >> 3] as usize)
+    Some(BY_EIGHTH[last >> 3] as usize)
 }
 
 /// Names as Linux spells them.
 pub(crate) const NAMES: [&str; CLASSES] = [
+    "kmalloc-8",
     "kmalloc-16",
     "kmalloc-24",
     "kmalloc-32",
@@ -163,7 +164,7 @@ mod tests {
 
     #[test]
     fn every_size_gets_the_smallest_class_that_fits() {
-        for size in 0..=LARGEST_CLASS {
+        for size in 1..=LARGEST_CLASS {
             let class = class_of(size, 1).unwrap();
             assert!(class_size(class).unwrap() >= size);
             if class > 0 {
@@ -173,7 +174,11 @@ mod tests {
                 );
             }
         }
-        assert_eq!(class_of(LARGEST_CLASS + 1, 1), None);
+        for size in [0, LARGEST_CLASS + 1, usize::MAX] {
+            for align in [1, 8, 4096] {
+                assert_eq!(class_of(size, align), None, "size {size} align {align}");
+            }
+        }
     }
 
     #[test]
