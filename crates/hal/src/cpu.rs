@@ -72,6 +72,14 @@ pub unsafe trait Cpu {
     /// Keeps the caller on its CPU. Prefer [`pin`](Self::pin).
     fn raw_pin(&self) -> Self::Guard<'_>;
 
+    /// As [`raw_pin`](Self::raw_pin), but `None` where that is more than a look: where a lock is taken, or the caller has no number yet.
+    ///
+    /// For fast paths, which have another way: a compiler sees that the guard has nothing to undo.
+    #[inline(always)]
+    fn raw_pin_at_once(&self) -> Option<Self::Guard<'_>> {
+        Some(self.raw_pin())
+    }
+
     /// The number of the pinned CPU.
     fn id<'a>(&'a self, guard: &Self::Guard<'a>) -> CpuId;
 
@@ -94,6 +102,20 @@ pub unsafe trait Cpu {
             _thread: PhantomData,
         }
     }
+
+    /// As [`pin`](Self::pin), but `None` where that is more than a look ([`raw_pin_at_once`](Self::raw_pin_at_once)).
+    #[inline(always)]
+    fn pin_at_once(&self) -> Option<Pinned<'_, Self>>
+    where
+        Self: Sized,
+    {
+        let raw = self.raw_pin_at_once()?;
+        Some(Pinned {
+            id: self.id(&raw),
+            _raw: raw,
+            _thread: PhantomData,
+        })
+    }
 }
 
 // SAFETY: a reference forwards to an implementation that keeps the contract.
@@ -106,6 +128,10 @@ unsafe impl<C: Cpu> Cpu for &C {
     #[inline]
     fn raw_pin(&self) -> Self::Guard<'_> {
         (**self).raw_pin()
+    }
+    #[inline(always)]
+    fn raw_pin_at_once(&self) -> Option<Self::Guard<'_>> {
+        (**self).raw_pin_at_once()
     }
     #[inline]
     fn id<'a>(&'a self, guard: &Self::Guard<'a>) -> CpuId {

@@ -61,6 +61,7 @@ impl HostHeap {
     }
 
     /// The memory manager; `None` before the first allocation, and where the heap could not start.
+    #[inline(always)]
     #[must_use]
     pub fn memory(&self) -> Option<&'static HostMemory> {
         // SAFETY: never freed (I1).
@@ -92,10 +93,16 @@ impl HostHeap {
 
     #[inline(always)]
     fn ready(&self) -> Option<&'static HostMemory> {
-        // SAFETY: never freed (I1).
-        match unsafe { self.inner.load(Ordering::Acquire).as_ref() } {
-            Some(inner) => Some(&inner.memory),
-            None => self.start(),
+        self.memory().or_else(|| self.start())
+    }
+
+    /// The first allocation of all, or one beside it.
+    #[cold]
+    #[inline(never)]
+    fn alloc_first(&self, layout: Layout) -> *mut u8 {
+        match self.start() {
+            Some(memory) => memory.slab().alloc(layout),
+            None => ptr::null_mut(),
         }
     }
 
@@ -217,9 +224,9 @@ fn start_over(bytes: usize) -> Option<*mut Inner> {
 unsafe impl GlobalAlloc for HostHeap {
     #[inline]
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
-        match self.ready() {
+        match self.memory() {
             Some(memory) => memory.slab().alloc(layout),
-            None => ptr::null_mut(),
+            None => self.alloc_first(layout),
         }
     }
 
@@ -233,7 +240,8 @@ unsafe impl GlobalAlloc for HostHeap {
 
     #[inline]
     unsafe fn dealloc(&self, memory: *mut u8, layout: Layout) {
-        if let Some(heap) = self.ready() {
+        // What was allocated came from a heap that had started.
+        if let Some(heap) = self.memory() {
             // SAFETY: the caller's promise.
             unsafe { heap.slab().dealloc(memory, layout) }
         }

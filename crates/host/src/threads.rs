@@ -186,6 +186,12 @@ unsafe impl Cpu for ThreadCpu {
     }
 
     #[inline(always)]
+    fn raw_pin_at_once(&self) -> Option<HostGuard> {
+        let id = ID.get();
+        (id != NONE).then_some(HostGuard { id, unlock: false })
+    }
+
+    #[inline(always)]
     fn id(&self, guard: &HostGuard) -> CpuId {
         CpuId::new(guard.id)
     }
@@ -259,6 +265,22 @@ fn try_lock_shared() -> Option<HostGuard> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_pin_at_once_is_none_before_the_first_and_as_the_shared_number() {
+        let at_once = || ThreadCpu.pin_at_once().map(|pin| pin.id());
+        std::thread::spawn(move || {
+            assert_eq!(at_once(), None);
+            let first = ThreadCpu.pin().id();
+            assert_eq!(at_once(), Some(first));
+            // As past the end of the thread's storage: only who has the lock runs as the shared number.
+            ID.set(NONE);
+            assert_eq!(at_once(), None);
+            ID.set(first.get());
+        })
+        .join()
+        .unwrap();
+    }
 
     #[test]
     fn the_second_of_two_numbers_goes_back() {

@@ -15,7 +15,7 @@ use crate::raw::RawCache;
 use crate::system::SlabSystem;
 
 impl<P: Platform> SlabSystem<P> {
-    /// What `f` answers with the calling CPU's arrays; `None` where it has no heads, or was interrupted in these arrays.
+    /// What `f` answers with the calling CPU's arrays; `None` where it has no heads or is not pinned at once, or was interrupted in these arrays.
     ///
     /// # Safety
     ///
@@ -28,7 +28,7 @@ impl<P: Platform> SlabSystem<P> {
         f: impl FnOnce(&Busy<'_>) -> Option<R>,
     ) -> Option<R> {
         // SAFETY: a row exists, so the system is ready.
-        let pin = unsafe { self.platform_unchecked() }.cpu().pin();
+        let pin = unsafe { self.platform_unchecked() }.cpu().pin_at_once()?;
         // SAFETY: a row has a place for every CPU (hal C3).
         let page = unsafe { (*row.add(pin.id().index())).load(Ordering::Acquire) };
         // SAFETY: pages in a row live as long as the system.
