@@ -21,7 +21,6 @@ use kmem_hal::{AllocError, Cpu, FrameRequest, LockGuard, NodePolicy};
 use crate::array::{Array, Slot, larger, smaller};
 use crate::depot::Depot;
 use crate::direct::{settle, take_from_depot};
-use crate::grow::object_at;
 use crate::head::{Busy, Head};
 use crate::node::CacheNode;
 use crate::platform::Platform;
@@ -278,15 +277,19 @@ pub(crate) unsafe fn fill<L: kmem_hal::RawLock>(
         };
         // SAFETY: descriptors live as long as their cache.
         let slab: &Slab = unsafe { slab.as_ref() };
+        // Read once: a compiler must think that each store to a slot may change them.
+        let (base, size) = (slab.base(), cache.geometry().size());
         slab.claim(want - n, |word, mut mask| {
-            let count = mask.count_ones() as usize;
-            for place in (n..n + count).rev() {
-                let index = word * 64 + mask.trailing_zeros() as usize;
+            let first = base.wrapping_add(word * 64 * size);
+            n += mask.count_ones() as usize;
+            let mut place = n;
+            while mask != 0 {
+                let index = mask.trailing_zeros() as usize;
                 mask &= mask - 1;
+                place -= 1;
                 // SAFETY: `place` is below `want`, and the caller's slots have room for that many.
-                unsafe { *slots.add(place) = object_at(cache, slab, index) };
+                unsafe { *slots.add(place) = first.wrapping_add(index * size) };
             }
-            n += count;
         });
         depot.relist(slab);
         if n == want {
