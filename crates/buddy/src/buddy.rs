@@ -301,7 +301,7 @@ fn mark_unmanaged<L: RawLock + 'static>(zone: &Zone<L>) {
     zone.locked(|core| {
         for segment in zone.segments {
             for block in segment.block as usize..segment.block_end() {
-                if core.summaries[block] == WHOLE {
+                if core.summaries_of(block) == WHOLE {
                     continue;
                 }
                 let base = segment.base_of(block);

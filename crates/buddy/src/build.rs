@@ -79,6 +79,21 @@ fn carve_area<L: RawLock + 'static>(
     area.first().map(NonNull::from)
 }
 
+/// The segments of all zones by address: `count` entries, or the only zone's own.
+fn all_segments<L: RawLock + 'static>(
+    zones: &'static [Zone<L>],
+    count: usize,
+    carving: &mut Carving,
+) -> &'static [Segment] {
+    if let [only] = zones {
+        return only.segments;
+    }
+    let mut rest = zones.iter().flat_map(|zone| zone.segments);
+    let segments = carving.slice(count, |_| *rest.next().unwrap_or(&Segment::NONE));
+    segments.sort_unstable_by_key(|segment| segment.first);
+    segments
+}
+
 /// Carves and fills everything; the boot map has the memory as an early allocation afterwards.
 ///
 /// # Errors
@@ -133,25 +148,7 @@ pub(crate) unsafe fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
     });
     drop(specs);
 
-    let segments = carving.slice(plan.segments, |_| Segment {
-        first: u64::MAX,
-        end: u64::MAX,
-        zone: 0,
-        block: 0,
-        start: 0,
-        clean: (0, 0),
-        types: &[],
-    });
-    let mut place = 0;
-    for zone in zones {
-        for segment in zone.segments {
-            if let Some(entry) = segments.get_mut(place) {
-                *entry = *segment;
-            }
-            place += 1;
-        }
-    }
-    segments.sort_unstable_by_key(|segment| segment.first);
+    let segments = all_segments(zones, plan.all_segments(), &mut carving);
 
     let mut tables = carving.block(plan.tables);
     let lists = tables.slice(plan.nodes * plan.zones, |_| 0u16);
@@ -258,15 +255,7 @@ fn build_zone<const N: usize, L: RawLock + 'static>(
 ) -> Zone<L> {
     let types: &'static [AtomicU8] =
         carving.slice(spec.blocks, |_| AtomicU8::new(MigrateType::Movable as u8));
-    let segments = carving.slice(spec.segments, |_| Segment {
-        first: u64::MAX,
-        end: u64::MAX,
-        zone: index,
-        block: 0,
-        start: spec.span.0,
-        clean: (0, 0),
-        types,
-    });
+    let segments = carving.slice(spec.segments, |_| Segment::NONE);
     let mut place = 0;
     let mut block = 0;
     for_each_run(map, config, |node, kind, first, end| {
@@ -289,7 +278,7 @@ fn build_zone<const N: usize, L: RawLock + 'static>(
     let core = Core {
         segments,
         words: carving.slice(spec.blocks * WORDS, |_| 0),
-        summaries: carving.slice(spec.blocks, |_| 0),
+        summaries: carving.slice(spec.blocks, |_| [0; WORDS]),
         types,
         hints: carving.slice(Core::hint_words(spec.blocks), |_| 0),
         shape: Shape::new(spec.blocks),

@@ -470,7 +470,7 @@ fn clear_flags<L: RawLock + 'static>(
     let Some(last) = part.last() else { return };
     zone.locked(|core| {
         for block in segment.block_of(part.first().number())..=segment.block_of(last.number()) {
-            if core.summaries[block] == WHOLE {
+            if core.summaries_of(block) == WHOLE {
                 core.set_unmanaged(block, false);
             }
         }

@@ -91,11 +91,11 @@ pub(crate) const fn stack_of(order: usize, migrate: usize) -> usize {
     order * CACHED_TYPES + migrate
 }
 
-/// Where the entries of an array lie: `slots[bottom..top]`, the newest last, and `slots[top..end]` are room for more.
+/// Where the entries of an array lie: `slots[bottom..top]`, the newest last, and `slots[top..end]` are room for more. The bottom is that
+/// of [`STARTS`].
 struct Head {
     top: LocalU32,
     end: LocalU32,
-    bottom: u32,
 }
 
 /// The arrays of one CPU for one zone.
@@ -118,7 +118,6 @@ impl ZoneCache {
                 (&raw mut (*cache).heads[stack]).write(Head {
                     top: LocalU32::new(bottom),
                     end: LocalU32::new(bottom),
-                    bottom,
                 });
             }
             for slot in 0..SLOTS {
@@ -137,7 +136,7 @@ impl ZoneCache {
     pub fn pop(&self, stack: usize) -> Option<u32> {
         let head = self.heads.get(stack)?;
         let top = head.top.get();
-        if top == head.bottom {
+        if top == STARTS[stack] {
             return None;
         }
         head.top.set(top - 1);

@@ -6,13 +6,17 @@
 //!   level 0   [0][0][x][0] ...                  the bits
 //! ```
 //!
+//! The top level has up to eight words, a line of the cache: a summary of so few would be read as often as they are.
+//!
 //! Invariant `I1`: a bit of level n+1 is set exactly while its word of level n is not zero.
 //!
 //! Costs: `set` and `clear` touch one word, and one more per level where a word becomes or stops being zero; `next`
-//! climbs and descends: at most two loads a level. Bits: n * (1 + 1/64 + ..).
+//! climbs and descends: at most two loads a level, and the words of the top one. Bits: n * (1 + 1/64 + ..).
 
-/// At most 64^5 bits.
+/// At most 8 * 64^5 bits.
 const LEVELS: usize = 5;
+/// Words of the top level.
+const TOP_WORDS: usize = 8;
 
 /// Where the levels of a bitmap of `bits` bits start in its words, and how many words it takes.
 #[derive(Clone, Copy, Debug)]
@@ -36,7 +40,7 @@ impl Shape {
             let words = if words == 0 { 1 } else { words };
             shape.words += words as u32;
             shape.levels += 1;
-            if words == 1 {
+            if words <= TOP_WORDS {
                 break;
             }
             rest = words;
@@ -80,7 +84,11 @@ pub(crate) fn clear(words: &mut [u64], shape: &Shape, mut at: usize) -> bool {
         }
         at /= 64;
     }
-    true
+    // The word of the top level is zero: are the others?
+    let top = shape.start(shape.levels as usize - 1);
+    words[top..shape.words as usize]
+        .iter()
+        .all(|&word| word == 0)
 }
 
 /// The first set bit at or after `from`.
@@ -91,7 +99,11 @@ pub(crate) fn next(words: &[u64], shape: &Shape, from: usize) -> Option<usize> {
     // Up, until a word has a set bit at or after the place.
     let found = loop {
         if level == shape.levels as usize {
-            return None;
+            // The place is that of a word of the top level.
+            level -= 1;
+            let top = words.get(shape.start(level) + at..shape.words as usize)?;
+            let word = at + top.iter().position(|&word| word != 0)?;
+            break word * 64 + words[shape.start(level) + word].trailing_zeros() as usize;
         }
         let index = shape.start(level) + at / 64;
         let end = shape

@@ -75,7 +75,9 @@ pub(crate) const fn summary(word: u64) -> u8 {
     result | (runs as u8) << 6
 }
 
-/// The bit of each byte of a block's summaries that says: runs were freed in the word since the byte was computed.
+/// The bit of a summary that says: runs were freed in the word since it was computed.
+pub(crate) const STALE_BYTE: u8 = 0x80;
+/// That of each byte of a block's summaries.
 pub(crate) const STALE: u64 = 0x8080_8080_8080_8080;
 /// One in every byte of a block's summaries.
 pub(crate) const EACH: u64 = 0x0101_0101_0101_0101;

@@ -70,7 +70,8 @@ const STALE_SET: usize = 2;
 pub(crate) struct Core {
     pub segments: &'static [Segment],
     pub words: &'static mut [u64],
-    pub summaries: &'static mut [u64],
+    /// A byte a word.
+    pub summaries: &'static mut [[u8; WORDS]],
     /// Written under the lock; read by frees without it, as a hint which cache to use.
     pub types: &'static [AtomicU8],
     /// Both sets, all rows, one after the other; then the stale blocks, then a bit for each long block.
@@ -101,7 +102,18 @@ impl Core {
     }
 
     pub(super) fn is_whole(&self, block: usize) -> bool {
-        self.summaries[block] == WHOLE
+        self.summaries_of(block) == WHOLE
+    }
+
+    /// The summaries of a block's words; that of the first word is the lowest byte.
+    #[inline(always)]
+    pub fn summaries_of(&self, block: usize) -> u64 {
+        u64::from_le_bytes(self.summaries[block])
+    }
+
+    #[inline(always)]
+    pub(super) fn put_summaries(&mut self, block: usize, summaries: u64) {
+        self.summaries[block] = summaries.to_le_bytes();
     }
 
     /// Free frames of a block.

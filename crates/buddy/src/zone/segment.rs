@@ -31,6 +31,17 @@ pub(crate) struct Segment {
 }
 
 impl Segment {
+    /// No segment: no frame is in it, and all others come before it.
+    pub const NONE: Self = Self {
+        first: u64::MAX,
+        end: u64::MAX,
+        zone: 0,
+        block: 0,
+        start: 0,
+        clean: (0, 0),
+        types: &[],
+    };
+
     /// How many page blocks the frames `first..end` touch.
     pub const fn blocks(first: u64, end: u64) -> u64 {
         ((end - 1) >> BLOCK_ORDER) - (first >> BLOCK_ORDER) + 1

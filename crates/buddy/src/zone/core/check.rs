@@ -61,7 +61,7 @@ impl Core {
                         return Err("a frame outside every segment is free");
                     }
                 }
-                let kept = self.summaries[block];
+                let kept = self.summaries_of(block);
                 let stale = (kept & STALE) >> 7;
                 if (summaries ^ kept) & !(stale * 0xff) != 0 {
                     return Err("a summary differs from its word");

@@ -74,7 +74,7 @@ impl Core {
             && let Some(block) = self.hint_next(set, row, from)
         {
             if self.type_of(block) == migrate {
-                if self.summaries[block] & STALE != 0 {
+                if self.summaries_of(block) & STALE != 0 {
                     // The run may be part of a longer one by now.
                     self.refresh_block(block);
                     from = block;
@@ -99,7 +99,7 @@ impl Core {
         if order >= BLOCK_ORDER {
             return 0;
         }
-        let summaries = self.summaries[block];
+        let summaries = self.summaries_of(block);
         if order >= 6 {
             let starts = bits::maximal_words(bits::whole_words(summaries), order);
             return starts.trailing_zeros() * 64;

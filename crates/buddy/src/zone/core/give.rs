@@ -1,8 +1,10 @@
 //! Giving blocks back: their bits are looked at first, so that what is free cannot become free again.
+//!
+//! Invariant `G1`: a segment's page blocks are neighbours in the zone's tables, each with [`WORDS`] words and as many summaries.
 
 use kmem_hal::sync::LocalU32;
 
-use super::super::bits::{self, BLOCK_FRAMES, STALE, WORDS};
+use super::super::bits::{self, BLOCK_FRAMES, STALE, STALE_BYTE, WORDS};
 use super::super::segment::{self, Segment};
 use super::{Core, STALE_SET};
 
@@ -23,6 +25,14 @@ enum Stop {
     Stale(usize),
     /// The next one is wrong.
     Wrong(GiveError),
+}
+
+/// Whether a run of `order` (at most 5) that is freed at `place` leaves a word's summary as it is: its buddy is not wholly free, so that
+/// nothing grows together, and the word has such a run already.
+#[inline(always)]
+const fn keeps_summary(word: u64, place: u32, order: usize, summary: u8) -> bool {
+    let buddy = bits::run_mask(place ^ 1 << order, order);
+    summary >> order & 1 != 0 && word & buddy != buddy
 }
 
 impl Core {
@@ -47,8 +57,11 @@ impl Core {
             return Ok(());
         }
         let word = offset as usize / 64;
-        self.words[block * WORDS + word] |= bits::run_mask(offset % 64, order);
-        self.set_stale(block, word);
+        let now = self.words[block * WORDS + word];
+        self.words[block * WORDS + word] = now | bits::run_mask(offset % 64, order);
+        if !keeps_summary(now, offset % 64, order, self.summaries[block][word]) {
+            self.set_stale(block, word);
+        }
         self.account(block, 1 << order, true);
         Ok(())
     }
@@ -111,18 +124,24 @@ impl Core {
         let base = segment.first & !(BLOCK_FRAMES - 1);
         let blocks = segment.block as usize..segment.block_end();
         let words = &mut self.words[blocks.start * WORDS..blocks.end * WORDS];
-        let summaries = &mut self.summaries[blocks.clone()];
+        let summaries = self.summaries[blocks.clone()].as_flattened_mut();
         let shift = start.wrapping_sub(base);
         let lowest = segment.first - base;
         let most = segment.end - segment.first - (1 << order);
         let run = bits::run_mask(0, order);
+        debug_assert_eq!(words.len(), summaries.len());
+        debug_assert!((lowest + most) / 64 < words.len() as u64);
         for (done, entry) in entries.iter().enumerate() {
             let place = u64::from(entry.get()).wrapping_add(shift);
             if place.wrapping_sub(lowest) > most {
                 return (done, Stop::Outside);
             }
             let (at, mask) = ((place / 64) as usize, run << (place % 64));
-            let now = words[at];
+            // SAFETY: G1: a place from `lowest` to `lowest + most` is in a block of the segment, and each of these has its words and as
+            // many summaries in the slices.
+            let (word, summary) =
+                unsafe { (words.get_unchecked_mut(at), summaries.get_unchecked_mut(at)) };
+            let now = *word;
             if now & mask != 0 {
                 let error = if now & mask == mask {
                     GiveError::Free
@@ -131,14 +150,16 @@ impl Core {
                 };
                 return (done, Stop::Wrong(error));
             }
-            words[at] = now | mask;
-            let summary = &mut summaries[at / WORDS];
-            let (before, stale) = (*summary, 0x80 << (8 * (at % WORDS)));
-            if before & stale == 0 {
-                *summary = before | stale;
-                if before & STALE == 0 {
-                    return (done + 1, Stop::Stale(blocks.start + at / WORDS));
-                }
+            *word = now | mask;
+            if *summary & STALE_BYTE != 0 || keeps_summary(now, place as u32 % 64, order, *summary)
+            {
+                continue;
+            }
+            *summary |= STALE_BYTE;
+            let block = summaries[at & !(WORDS - 1)..].first_chunk();
+            let stale = block.map_or(0, |&block| u64::from_le_bytes(block) & STALE);
+            if stale.is_power_of_two() {
+                return (done + 1, Stop::Stale(blocks.start + at / WORDS));
             }
         }
         (entries.len(), Stop::Outside)

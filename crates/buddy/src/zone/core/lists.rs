@@ -59,7 +59,7 @@ impl Core {
         if self.is_long(block) == long {
             return;
         }
-        let orders = bits::orders(self.summaries[block]);
+        let orders = bits::orders(self.summaries_of(block));
         let set = self.type_of(block).hint_set();
         for order in LONG_ORDERS.filter(|order| orders >> order & 1 != 0) {
             if let Some(set) = set {
@@ -134,14 +134,14 @@ impl Core {
 
     /// Makes the summaries of `block` be `after` and the hints follow.
     pub(super) fn set_summaries(&mut self, segment: &Segment, block: usize, after: u64) {
-        let before = self.summaries[block];
+        let before = self.summaries_of(block);
         if before == after {
             return;
         }
         if before == WHOLE {
             self.unlist_whole(segment, block);
         }
-        self.summaries[block] = after;
+        self.put_summaries(block, after);
         if let Some(set) = self.type_of(block).hint_set() {
             let (old, new) = if (before ^ after) & WHOLE == 0 {
                 (bits::short_orders(before), bits::short_orders(after))
@@ -169,7 +169,7 @@ impl Core {
     pub(super) fn set_word(&mut self, segment: &Segment, block: usize, word: usize, value: u64) {
         self.words[block * WORDS + word] = value;
         let shift = 8 * word;
-        let before = self.summaries[block];
+        let before = self.summaries_of(block);
         let old = (before >> shift) as u8 & 0x7f;
         let new = bits::summary(value);
         let mut changed = old ^ new;
@@ -179,7 +179,7 @@ impl Core {
             // A whole word came or went: orders 6 and above may change.
             return self.set_summaries(segment, block, after);
         }
-        self.summaries[block] = after;
+        self.put_summaries(block, after);
         let Some(set) = self.type_of(block).hint_set() else {
             return;
         };
@@ -210,7 +210,7 @@ impl Core {
         let value = if free { !0 } else { 0 };
         self.words[block * WORDS + first..block * WORDS + first + count].fill(value);
         let byte = u64::from(bits::summary(value));
-        let mut after = self.summaries[block];
+        let mut after = self.summaries_of(block);
         for word in first..first + count {
             after = after & !(0xff << (8 * word)) | byte << (8 * word);
         }

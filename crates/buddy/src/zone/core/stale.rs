@@ -11,8 +11,8 @@ impl Core {
     /// Notes that frames of a word were freed and nothing else was done about it.
     #[inline]
     pub(super) fn set_stale(&mut self, block: usize, word: usize) {
-        let before = self.summaries[block];
-        self.summaries[block] = before | 0x80 << (8 * word);
+        let before = self.summaries_of(block);
+        self.put_summaries(block, before | 0x80 << (8 * word));
         if before & STALE == 0 {
             self.hint_set(STALE_SET, 0, block);
         }
@@ -20,7 +20,7 @@ impl Core {
 
     /// Brings the summaries and hints of a block up to date.
     pub(super) fn refresh_block(&mut self, block: usize) {
-        let before = self.summaries[block];
+        let before = self.summaries_of(block);
         let mut stale = before & STALE;
         if stale == 0 {
             return;
@@ -29,7 +29,7 @@ impl Core {
             return;
         };
         let mut after = before & !STALE;
-        self.summaries[block] = after;
+        self.put_summaries(block, after);
         while stale != 0 {
             let word = stale.trailing_zeros() as usize / 8;
             stale &= stale - 1;

@@ -137,7 +137,7 @@ impl Core {
             // Inside words: all maximal runs of this order, cut into pieces of `order`. A longer run is one or more whole words.
             let base = segment.base_of(found.block);
             let run = found.order.min(6);
-            let mut after = self.summaries[found.block];
+            let mut after = self.summaries_of(found.block);
             let word = found.offset as usize / 64;
             let mut having = after & (EACH << run) & (!0 << (8 * word));
             if found.order >= 6 {

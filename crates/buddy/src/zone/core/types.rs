@@ -26,7 +26,7 @@ impl Core {
             return;
         }
         let free = self.free_in(block);
-        let mask = bits::orders(self.summaries[block]) & 0x1ff;
+        let mask = bits::orders(self.summaries_of(block)) & 0x1ff;
         if self.is_whole(block) {
             self.unlist_whole(segment, block);
         }
