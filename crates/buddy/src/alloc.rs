@@ -64,8 +64,7 @@ impl Give for Taken<'_, '_> {
 pub(crate) enum Attempt {
     /// So many blocks.
     Got(usize),
-    /// Nothing; a nested call that had to leave its CPU's arrays alone says `true`.
-    Nothing(bool),
+    Nothing,
     /// A nested call met a lock that only the interrupted code can let go.
     Busy,
 }
@@ -138,13 +137,12 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
                 None => busy = true,
             }
         }
-        let nested = area.is_some() && arrays.is_none();
         drop(arrays);
         self.settle(state, area);
         if busy {
             Attempt::Busy
         } else {
-            Attempt::Nothing(nested)
+            Attempt::Nothing
         }
     }
 
@@ -244,14 +242,10 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             NodePolicy::Strict(node) | NodePolicy::Preferred(node) => node,
             _ => state.memory_node_of(self.cpu.pin().id()),
         };
-        let mut nested = false;
         let mut look = |level| match self.attempt(state, request, level, out) {
             Attempt::Got(count) => ControlFlow::Break(Ok(count)),
             Attempt::Busy => ControlFlow::Break(Err(AllocError::Busy)),
-            Attempt::Nothing(inner) => {
-                nested |= inner;
-                ControlFlow::Continue(())
-            }
+            Attempt::Nothing => ControlFlow::Continue(()),
         };
         if let ControlFlow::Break(result) = look(Mark::Low) {
             return result;

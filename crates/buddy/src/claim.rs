@@ -28,7 +28,7 @@ use crate::error::PlaceError;
 use crate::range::OwnedRange;
 use crate::state::State;
 use crate::zone::bits::BLOCK_FRAMES;
-use crate::zone::core::Core;
+use crate::zone::core::{Core, STEP};
 use crate::zone::kind::MigrateType;
 use crate::zone::segment::Segment;
 
@@ -395,14 +395,20 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
 
     /// Fills `out` with the page blocks that are cheapest to empty, cheapest first; how many there are.
     ///
-    /// Counts blocks of movable memory that are partly free and wholly the allocator's. The same state gives the same plan.
+    /// Counts blocks of movable memory that are partly free and wholly the allocator's. The same state gives the same plan. A lock is held
+    /// for 1 GiB at a time.
     pub fn plan_blocks(&self, out: &mut [Emptying]) -> usize {
         let Some(state) = self.state() else { return 0 };
         let mut count = 0;
         for zone in state.zones {
-            for segment in zone.segments {
+            let chunks = zone.segments.iter().flat_map(|segment| {
+                let blocks = segment.block as usize..segment.block_end();
+                let starts = blocks.clone().step_by(STEP);
+                starts.map(move |at| (segment, at..blocks.end.min(at + STEP)))
+            });
+            for (segment, blocks) in chunks {
                 let _ = self.in_zone(state, segment, |core| {
-                    for block in segment.block as usize..segment.block_end() {
+                    for block in blocks {
                         let base = segment.base_of(block);
                         let movable = core.types[block].load(kmem_hal::sync::Ordering::Relaxed)
                             == MigrateType::Movable as u8;
@@ -425,37 +431,65 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         count
     }
 
+    /// How many frames of the page block that begins with `first` are in use.
+    fn moves_of(&self, first: Frame) -> Option<u32> {
+        let state = self.state()?;
+        let range = FrameRange::of_order(first, Order::HUGE_2M)?;
+        let segment = self.whole_segment(state, range).ok()?;
+        let block = segment.block_of(first.number());
+        let free = self.in_zone(state, segment, |core| core.free_in(block));
+        free.ok().map(|free| (BLOCK_FRAMES - free) as u32)
+    }
+
     /// Makes up to `blocks` wholly free page blocks by emptying those that are cheapest to empty.
     ///
     /// Blocks that cannot be emptied are passed over. May sleep as far as `migrate` does; not for interrupts.
     #[doc(alias = "compact_zone")]
     pub fn compact(&self, blocks: u64, migrate: &impl Migrate) -> Compacted {
-        /// Blocks planned at once; moving changes what is cheapest.
-        const STEP: usize = 16;
+        /// Blocks planned at once; moving changes what is cheapest. So many may fail before it ends.
+        const PLANNED: usize = 16;
         let mut done = Compacted::default();
         let empty = Emptying {
             first: Frame::ZERO,
             moves: 0,
         };
-        let mut failures = 0;
-        while done.blocks < blocks && failures < STEP {
-            let mut plan = [empty; STEP];
+        let (mut failed, mut failures) = ([Frame::ZERO; PLANNED], 0);
+        loop {
+            let mut plan = [empty; PLANNED];
             let found = self.plan_blocks(&mut plan);
-            let Some(next) = plan[..found].get(failures) else {
-                break;
-            };
-            let range = FrameRange::of_order(next.first, Order::HUGE_2M);
-            let claimed = range.map(|range| self.claim_counted(range, migrate, &mut done.moved));
-            match claimed {
-                Some(Ok(range)) => {
-                    done.blocks += 1;
-                    // The range was just taken here: it is the allocator's and nobody else's.
-                    let _ = self.free_range(range);
+            let before = (done.blocks, failures);
+            for next in &plan[..found] {
+                if done.blocks == blocks || failures == PLANNED {
+                    return done;
                 }
-                _ => failures += 1,
+                if failed[..failures].contains(&next.first) {
+                    continue;
+                }
+                // Frames that moved went into blocks of the plan: one that grew is not the cheapest any more.
+                let tried = (done.blocks, failures) != before;
+                if tried && self.moves_of(next.first) != Some(next.moves) {
+                    break;
+                }
+                let range = FrameRange::of_order(next.first, Order::HUGE_2M);
+                let claimed =
+                    range.map(|range| self.claim_counted(range, migrate, &mut done.moved));
+                match claimed {
+                    Some(Ok(range)) => {
+                        done.blocks += 1;
+                        // The range was just taken here: it is the allocator's and nobody else's.
+                        let _ = self.free_range(range);
+                    }
+                    _ => {
+                        failed[failures] = next.first;
+                        failures += 1;
+                    }
+                }
+            }
+            if (done.blocks, failures) == before {
+                // Nothing was left to try, or others take and free all the time.
+                return done;
             }
         }
-        done
     }
 }
 

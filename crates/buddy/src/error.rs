@@ -71,15 +71,18 @@ pub enum FreeError {
     DoubleFree,
     /// A part of it is free already: a wrong order, or a part was freed before.
     WrongOrder,
+    /// The reserved run would be cut in two, and the list of reserved runs is full: release from its ends.
+    ListFull,
 }
 
 impl FreeError {
-    pub(crate) const ALL: [Self; 5] = [
+    pub(crate) const ALL: [Self; 6] = [
         Self::NotInitialised,
         Self::Foreign,
         Self::Misaligned,
         Self::DoubleFree,
         Self::WrongOrder,
+        Self::ListFull,
     ];
 }
 
@@ -90,6 +93,7 @@ impl fmt::Display for FreeError {
             Self::Foreign => "not a frame of this allocator",
             Self::Misaligned => "not aligned to its order",
             Self::DoubleFree => "free already",
+            Self::ListFull => "the list of reserved runs is full",
             Self::WrongOrder => "partly free already: a wrong order or a double free",
         })
     }

@@ -142,7 +142,8 @@ pub(crate) fn plan<const N: usize, L: RawLock + 'static>(
                 continue;
             };
             let frames = zone.span.1 - zone.span.0;
-            if frames > u64::from(u32::MAX) {
+            // Entries of arrays are distances from the zone's start.
+            if frames > 1 << 32 {
                 return Err(InitError::ZoneTooLarge { frames });
             }
             plan.zones += 1;

@@ -383,7 +383,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         loop {
             let next = self.with_reserved(state, |reserved| {
                 let run = reserved.iter().find(|run| run.why == why)?;
-                release_run(state, reserved, (run.first, run.end), |of| of == why)
+                release_run(state, reserved, (run.first, run.end), |of| of == why).ok()
             });
             match next {
                 Some(frames) => freed += frames,
@@ -398,7 +398,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     ///
     /// # Errors
     ///
-    /// [`FreeError::Foreign`] where the frames are not one reserved run or a part of one, or are the allocator's own tables.
+    /// [`FreeError::Foreign`] where the frames are not one reserved run or a part of one, or are the allocator's own tables;
+    /// [`FreeError::ListFull`] where they lie amid a run and there is no room to cut it in two.
     ///
     /// # Safety
     ///
@@ -411,7 +412,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             release_run(state, reserved, run, |_| true)
         });
         watermark::set_up(state);
-        freed.ok_or(FreeError::Foreign)
+        freed
     }
 }
 
@@ -477,17 +478,15 @@ fn clear_flags<L: RawLock + 'static>(
     });
 }
 
-/// Takes `first..end` off what is reserved for what `of` names and frees what no other run touches; `None` where it is not reserved.
+/// Takes `first..end` off what is reserved for what `of` names and frees what no other run touches; how many frames.
 fn release_run<L: RawLock + 'static>(
     state: &State<L>,
     reserved: &Reserved,
     (first, end): (u64, u64),
     of: impl Fn(Reservation) -> bool,
-) -> Option<u64> {
-    if first >= end || !reserved.change(|reserved| reserved.remove(first, end, of)) {
-        return None;
-    }
-    let range = FrameRange::from_numbers(first, end)?;
+) -> Result<u64, FreeError> {
+    let range = FrameRange::from_numbers(first, end).ok_or(FreeError::Foreign)?;
+    reserved.change(|reserved| reserved.remove(first, end, of))?;
     let reach = reserved.reach();
     let mut freed = 0;
     for_each_unreserved(reserved, range, |part| {
@@ -500,5 +499,5 @@ fn release_run<L: RawLock + 'static>(
             freed += zone.managed() - before;
         }
     });
-    Some(freed)
+    Ok(freed)
 }

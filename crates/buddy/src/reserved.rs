@@ -7,6 +7,7 @@ use kmem_hal::sync::{AtomicU64, Ordering, fence, spin_loop};
 use kmem_hal::{Frame, FrameRange};
 
 use crate::boot::Reservation;
+use crate::error::FreeError;
 
 /// A reserved run of frames.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,16 +131,24 @@ impl Reserved {
         free.inspect(|slot| slot.set(run)).is_some()
     }
 
-    /// Takes `first..end` off a run that wholly contains it and is reserved for what `of` names, the allocator's own tables apart;
-    /// `false` where there is none or no room.
-    pub fn remove(&self, first: u64, end: u64, of: impl Fn(Reservation) -> bool) -> bool {
+    /// Takes `first..end` off a run that wholly contains it and is reserved for what `of` names, the allocator's own tables apart.
+    ///
+    /// # Errors
+    ///
+    /// [`FreeError::Foreign`] where there is none, [`FreeError::ListFull`] where it would be cut in two and there is no room.
+    pub fn remove(
+        &self,
+        first: u64,
+        end: u64,
+        of: impl Fn(Reservation) -> bool,
+    ) -> Result<(), FreeError> {
         let holds = |run: ReservedRun| {
             let freed = run.why != Reservation::Tables && of(run.why);
             freed && run.first <= first && end <= run.end
         };
         let holder = self.slots.iter().find(|slot| holds(slot.run()));
         let Some(slot) = holder.filter(|_| first < end) else {
-            return false;
+            return Err(FreeError::Foreign);
         };
         let run = slot.run();
         let (below, above) = (
@@ -151,8 +160,8 @@ impl Reserved {
         } else if run.end == end || self.push(above) {
             slot.set(below);
         } else {
-            return false;
+            return Err(FreeError::ListFull);
         }
-        true
+        Ok(())
     }
 }

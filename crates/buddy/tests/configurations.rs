@@ -7,8 +7,8 @@ use std::collections::BTreeSet;
 
 use common::window::Window;
 use kmem_buddy::{
-    BootMap, BootMapError, Buddy, Config, EarlyAllocator, EarlyError, InitError, RegionKind,
-    Reservation, ZoneKind, ZoneLimits,
+    BootMap, BootMapError, Buddy, Config, EarlyAllocator, EarlyError, FreeError, InitError,
+    RegionKind, Reservation, ZoneKind, ZoneLimits,
 };
 use kmem_hal::{
     AllocError, Cpu, CpuId, CpuSet, Frame, FrameRange, FrameRequest, FrameSink, FrameSource,
@@ -415,9 +415,18 @@ fn a_full_list_of_reserved_runs_lets_ends_go() {
         buddy.release_range(FrameRange::from_numbers(frame, frame + 1).unwrap())
     };
     let mut cut = first + 1;
-    while release(cut).is_ok() {
-        cut += 2;
-    }
+    let refused = loop {
+        match release(cut) {
+            Ok(_) => cut += 2,
+            Err(error) => break error,
+        }
+    };
+    assert_eq!(refused, FreeError::ListFull);
+    assert_eq!(
+        release(cut - 2),
+        Err(FreeError::Foreign),
+        "it is released already"
+    );
     assert!((first + 24..first + 64).contains(&cut), "{cut:#x}");
     for frame in [end - 1, end - 2, cut - 1, first] {
         assert_eq!(release(frame), Ok(1), "{frame:#x}");
@@ -580,6 +589,22 @@ fn sixteen_tebibytes() {
     buddy.free(page);
     buddy.drain_all();
     assert_eq!(buddy.mem_info().free, buddy.mem_info().total);
+}
+
+#[test]
+fn a_zone_of_16_tebibytes_is_served_to_its_last_frame() {
+    let (base, size) = (MIB, 16 << 40);
+    let window = Window::new(base + size, 4 * MIB);
+    let mut map = map(&[(base, 2 * MIB), (base + size - 4 * MIB, base + size)]);
+    let buddy = machine(&window);
+    let config = Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .min_free_kib(0);
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    assert_eq!(buddy.zones().next().unwrap().spanned, 1 << 32);
+    exhaust(&buddy);
+    buddy.check().unwrap();
 }
 
 #[test]

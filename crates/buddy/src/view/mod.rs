@@ -17,7 +17,7 @@ use crate::buddy::Buddy;
 use crate::cpu_cache::{CpuArea, ZoneCache};
 use crate::state::State;
 use crate::zone::bits::ORDERS;
-use crate::zone::core::Core;
+use crate::zone::core::{Core, STEP};
 use crate::zone::kind::{MigrateType, ZoneKind};
 use crate::zone::{Mark, Zone, segment};
 
@@ -169,6 +169,9 @@ fn managed_in<L: RawLock + 'static>(state: &State<L>, kind: ZoneKind, first: u64
 }
 
 fn figures<L: RawLock + 'static>(look: Look<'_, L>, index: usize, zone: &Zone<L>) -> ZoneFree {
+    // Most of what is stale, without holding the lock all the time; the rest is brought up to date by the count.
+    let steps = zone.types.len().div_ceil(STEP);
+    let _ = (0..steps).try_for_each(|_| look.at(zone, |core| core.refresh(STEP)).then_some(()));
     let (blocks, free, cma, free_cma) = look.at(zone, |core| {
         let mut cma = 0;
         for segment in zone.segments {
