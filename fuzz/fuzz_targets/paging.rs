@@ -9,7 +9,8 @@ mod machine;
 mod ops;
 
 use kmem_paging::format::{
-    Aarch64, Format, RiscvSv39, RiscvSv57, X86_64, X86_64La57, X86Pae, X86Pse36, X86TwoLevel,
+    Aarch64, Format, RiscvSv39, RiscvSv48, RiscvSv57, X86_64, X86_64La57, X86Pae, X86Pse36,
+    X86TwoLevel,
 };
 use libfuzzer_sys::fuzz_target;
 use ops::World;
@@ -34,7 +35,7 @@ fuzz_target!(|bytes: &[u8]| {
         return;
     };
     let failures = first & 0x80 != 0;
-    match first % 8 {
+    match (first & 0x7f) % 9 {
         0 => run::<X86_64>(codes, failures),
         1 => run::<X86_64La57>(codes, failures),
         2 => run::<X86Pae>(codes, failures),
@@ -42,6 +43,7 @@ fuzz_target!(|bytes: &[u8]| {
         4 => run::<X86Pse36>(codes, failures),
         5 => run::<RiscvSv39>(codes, failures),
         6 => run::<RiscvSv57>(codes, failures),
+        7 => run::<RiscvSv48>(codes, failures),
         _ => run::<Aarch64>(codes, failures),
     }
 });

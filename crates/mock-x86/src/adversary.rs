@@ -102,7 +102,7 @@ impl fmt::Display for Stats {
         write!(
             f,
             "accesses {} (tlb hits {}), walks {} (short {}), faults {}, stale hits {} (dirty {}), stale faults {}, \
-             evictions {}, speculative fills {}, early A {}, fractures {}, absent fills {} (stale {}), flushes {}, \
+             evictions {}, speculative fills {}, early A {}, transient reads {}, fractures {}, absent fills {} (stale {}), flushes {}, \
              interrupts {} (delayed {}), switches {}",
             self.accesses,
             self.tlb_hits,
@@ -115,6 +115,7 @@ impl fmt::Display for Stats {
             self.evictions,
             self.speculative_fills,
             self.early_accessed,
+            self.transient_reads,
             self.fractures,
             self.absent_fills,
             self.stale_absent,

@@ -161,6 +161,8 @@ pub enum QuiesceError {
 pub enum ForkError {
     /// The gather belongs to another table than the parent's. Nothing changed.
     ForeignGather,
+    /// The child is the parent. Nothing changed.
+    SameTable,
     /// The range is not one of the parent's or of the child's. Nothing changed.
     Range(RangeError),
     /// No frame for the child's tables. Nothing changed.
@@ -247,6 +249,7 @@ errors! {
     }
     ForkError {
         Self::ForeignGather => "the gather belongs to another table than the parent's";
+        Self::SameTable => "a page table cannot be its own child";
         Self::Range(error) => "{}", error;
         Self::Memory(error) => "no frame for the child's page tables: {}", error;
         Self::Stopped { at } => "the fork stopped at page {}", at;

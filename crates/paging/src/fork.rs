@@ -240,6 +240,10 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
         if !gather.belongs_to(self) {
             return Err((ForkError::ForeignGather, None));
         }
+        if core::ptr::eq(self, child) {
+            // Its tables would be locked twice.
+            return Err((ForkError::SameTable, None));
+        }
         self.check(range)
             .and_then(|()| child.check(range))
             .map_err(|error| (ForkError::Range(error), None))?;

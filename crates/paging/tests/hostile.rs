@@ -141,16 +141,19 @@ fn single_situations() {
     }
 }
 
+/// What the machines of several runs did.
+fn print_total(runs: impl Iterator<Item = Stats>) {
+    let mut total = Stats::default();
+    runs.for_each(|stats| add(&mut total, &stats));
+    println!("{total}");
+}
+
 #[test]
 fn a_family_that_shares_tables() {
-    for seed in 0..20 {
-        family::family(seed, 200);
-    }
+    print_total((0..20).map(|seed| family::family(seed, 200)));
 }
 
 #[test]
 fn one_table_made_and_emptied_by_three() {
-    for seed in 0..6 {
-        crowd::duel(seed, 60);
-    }
+    print_total((0..6).map(|seed| crowd::duel(seed, 60)));
 }

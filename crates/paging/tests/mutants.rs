@@ -62,7 +62,9 @@ type Trial = (String, Box<dyn Fn(Caller)>);
 /// Spaces that share tables.
 fn family_trials() -> Vec<Trial> {
     let trial = |seed| -> Trial {
-        let run = move |_| family::family(seed, 200);
+        let run = move |_| {
+            family::family(seed, 200);
+        };
         (format!("family {seed}"), Box::new(run))
     };
     (0..8).map(trial).collect()
@@ -130,7 +132,9 @@ fn trials() -> Vec<Trial> {
     for seed in 0..4 {
         trials.push((
             format!("duel {seed}"),
-            Box::new(move |_| crowd::duel(seed, 100)),
+            Box::new(move |_| {
+                crowd::duel(seed, 100);
+            }),
         ));
     }
     for seed in 0..6 {
@@ -157,7 +161,9 @@ fn trials() -> Vec<Trial> {
     for seed in 4..12 {
         trials.push((
             format!("duel {seed}"),
-            Box::new(move |_| crowd::duel(seed, 200)),
+            Box::new(move |_| {
+                crowd::duel(seed, 200);
+            }),
         ));
     }
     for seed in 6..64 {

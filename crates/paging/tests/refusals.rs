@@ -358,6 +358,24 @@ fn a_page_beyond_the_format_is_not_the_page_below_it() {
     finish(&machine, [table]);
 }
 
+#[test]
+fn a_table_is_not_its_own_child() {
+    let machine = Machine::new(64);
+    let table = Table::new(machine.env()).unwrap();
+    map(&table, [0x400]);
+    let mut gather = table.gather::<4>();
+    let range = pages(0x400, 512);
+    let refused = Err((ForkError::SameTable, None));
+    let step = |_| ForkStep::Stop;
+    assert_eq!(table.fork_into(&table, range, &mut gather, step), refused);
+    // SAFETY: one thread, and no cursor is open.
+    let shared = unsafe { table.fork_sharing(&table, range, 2, &mut gather, step) };
+    assert_eq!(shared, refused);
+    assert!(gather.is_empty() && is_mapped(&table, 0x400));
+    drop(gather);
+    finish(&machine, [table]);
+}
+
 /// With PSE-36 a leaf of 4 MiB names frames that no small leaf can name: it is unmapped, protected and moved whole, or not at all.
 #[test]
 fn a_leaf_whose_parts_cannot_be_named_is_not_split() {

@@ -8,32 +8,49 @@ mod switch_env;
 mod switching;
 
 use kmem_hal::{FrameRequest, FrameSink, FrameSource, Mmu, OwnedFrame, Page, PageRange};
-use kmem_mock_x86::{Adversary, Registers};
+use kmem_mock_x86::{Adversary, Registers, Stats};
 use kmem_paging::format::{Format, X86_64};
 use kmem_paging::{Rights, TableError};
 use switching::{Table, World, switching};
 
+/// What the machine of a run did.
+fn report(seed: u64, stats: Stats) {
+    println!("seed {seed}: {stats}");
+}
+
 #[test]
 fn cpus_switch_borrow_and_change_spaces() {
     for seed in 0..30 {
-        switching(seed, 200, false, Registers::LONG_PCID, Adversary::FULL);
+        report(
+            seed,
+            switching(seed, 200, false, Registers::LONG_PCID, Adversary::FULL),
+        );
     }
 }
 
 #[test]
 fn without_tags_too() {
     for seed in 0..10 {
-        switching(seed, 200, false, Registers::LONG, Adversary::FULL);
+        report(
+            seed,
+            switching(seed, 200, false, Registers::LONG, Adversary::FULL),
+        );
     }
 }
 
 #[test]
 fn user_mode_on_a_root_of_its_own() {
     for seed in 0..30 {
-        switching(seed, 200, true, Registers::LONG_PCID, Adversary::FULL);
+        report(
+            seed,
+            switching(seed, 200, true, Registers::LONG_PCID, Adversary::FULL),
+        );
     }
     for seed in 0..10 {
-        switching(seed, 200, true, Registers::LONG, Adversary::FULL);
+        report(
+            seed,
+            switching(seed, 200, true, Registers::LONG, Adversary::FULL),
+        );
     }
 }
 

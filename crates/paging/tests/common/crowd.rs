@@ -487,7 +487,7 @@ pub fn crowd(seed: u64, turns: u32, adversary: Adversary, caller: Caller) -> Sta
 }
 
 /// Three CPUs that make and empty one leaf table as often as they can, and look into it without a lock.
-pub fn duel(seed: u64, turns: u32) {
+pub fn duel(seed: u64, turns: u32) -> Stats {
     let machine = Machine::builder()
         .memory(MemoryMap::pc(16 << 20))
         .cpus(CPUS as usize)
@@ -532,6 +532,8 @@ pub fn duel(seed: u64, turns: u32) {
     table.destroy(|_, _| panic!("all was unmapped"), |_, _| {});
     TableCache::shrink(&env, usize::MAX);
     assert_eq!(env.pool.in_use(), 0, "frames leaked");
+    let stats = env.machine.stats();
     // SAFETY: nothing of this environment is left.
     unsafe { env.retire() };
+    stats
 }

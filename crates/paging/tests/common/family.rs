@@ -7,7 +7,7 @@ use kmem_hal::{
     Asid, DeviceFrame, Frame, FrameHandle, FrameRequest, FrameSink, FrameSource, Mmu, Order,
     OwnedFrame, Page, PageRange,
 };
-use kmem_mock_x86::{Adversary, Machine, MemoryMap, Registers, SeededRng};
+use kmem_mock_x86::{Adversary, Machine, MemoryMap, Registers, SeededRng, Stats};
 use kmem_paging::format::X86_64;
 use kmem_paging::{
     ChangeError, Divisible, ForkItem, ForkStep, Harvest, MapError, PageTable, QuiesceError,
@@ -433,7 +433,7 @@ impl World {
         assert!(stale.is_empty(), "{}", stale[0]);
     }
 
-    fn finish(mut self) {
+    fn finish(mut self) -> Stats {
         while self.spaces.len() > 1 {
             self.exit(0);
         }
@@ -449,16 +449,18 @@ impl World {
             .destroy(|_, handle| handle.give_back(env), |_, _| {});
         idle.destroy(|_, _| {}, |_, _| {});
         assert_eq!(env.pool.in_use(), 0, "frames leaked");
+        let stats = env.machine.stats();
         // SAFETY: everything that used the environment is gone.
         unsafe { env.retire() };
+        stats
     }
 }
 
 /// A run of so many steps.
-pub fn family(seed: u64, steps: u64) {
+pub fn family(seed: u64, steps: u64) -> Stats {
     let mut world = World::new(seed);
     for _ in 0..steps {
         world.step();
     }
-    world.finish();
+    world.finish()
 }

@@ -38,7 +38,9 @@ fn agree<F: Format>(registers: Registers) {
                 world.access();
             }
         }
-        assert!(env.machine.stats().tlb_hits > 0);
+        let stats = env.machine.stats();
+        println!("seed {seed}: {stats}");
+        assert!(stats.tlb_hits > 0);
         world.finish();
     }
 }

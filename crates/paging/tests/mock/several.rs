@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use kmem_hal::{FrameRequest, FrameSink, FrameSource, Mmu, Page, PageRange};
-use kmem_mock_x86::{Registers, Scheduler, SeededRng};
+use kmem_mock_x86::{Registers, Scheduler, SeededRng, Stats};
 use kmem_paging::format::X86_64;
 use kmem_paging::{Entry, Rights, TableCache};
 
@@ -12,7 +12,7 @@ use super::world::{Table, env};
 
 /// Several CPUs at once: each maps, protects and unmaps pages of its own, which lie between those of the others, and looks
 /// at everybody's. Its own pages must be as it left them at every access; no CPU may use what is gone.
-pub(super) fn several_cpus(seed: u64, fault: Fault) {
+pub(super) fn several_cpus(seed: u64, fault: Fault) -> Stats {
     const CPUS: usize = 3;
     let env = env(
         Registers::LONG,
@@ -120,11 +120,12 @@ pub(super) fn several_cpus(seed: u64, fault: Fault) {
     idle.destroy(|_, _| {}, |_, _| {});
     TableCache::shrink(&env, usize::MAX);
     assert_eq!(env.pool.in_use(), 0, "frames leaked");
+    env.machine.stats()
 }
 
 #[test]
 fn several_cpus_change_one_table_at_once() {
     for seed in 0..24 {
-        several_cpus(seed, Fault::None);
+        println!("seed {seed}: {}", several_cpus(seed, Fault::None));
     }
 }

@@ -358,6 +358,7 @@ pub fn add(total: &mut Stats, more: &Stats) {
     total.evictions += more.evictions;
     total.speculative_fills += more.speculative_fills;
     total.early_accessed += more.early_accessed;
+    total.transient_reads += more.transient_reads;
     total.fractures += more.fractures;
     total.absent_fills += more.absent_fills;
     total.stale_absent += more.stale_absent;
