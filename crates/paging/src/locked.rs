@@ -79,7 +79,9 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     #[doc(alias = "pte_offset_map_lock")]
     #[inline]
     pub fn lock_entry(&self, page: Page) -> Option<LockedEntry<'_, F, E, H>> {
-        if !F::canonical(self.levels()).contains(page.start()) || self.is_borrowed(page) {
+        if !F::canonical(self.levels()).contains(page.start())
+            || self.is_borrowed(page) && !mutant!("locked-entry-is-borrowed")
+        {
             return None;
         }
         loop {

@@ -298,15 +298,63 @@ fn what_another_table_lent_is_out_of_reach() {
     space.destroy(|_, _| {}, |_, _| {});
 }
 
-/// A top entry that may be a leaf cannot promise to stay a table.
+/// A top entry that is a leaf cannot be lent; one that was lent is never a leaf again, by whatever way, and its table stays.
 #[test]
-fn a_top_that_can_be_a_leaf_is_not_lent() {
-    let machine = Machine::new(16);
-    let table = TableOf::<X86TwoLevel>::new(machine.env()).unwrap();
-    let lent = table.lend_from(page(3 << 18));
-    assert_eq!(lent, Err(TableError::CannotShare));
-    table.destroy(|_, _| {}, |_, _| {});
-    assert_eq!(machine.frames.calls(), 1, "a root and nothing else");
+fn a_lent_top_stays_a_table() {
+    const GIGABYTE: u64 = 3 << 18;
+    let machine = Machine::new(600);
+    let kernel = TableOf::<X86TwoLevel>::new(machine.env()).unwrap();
+    let order = Order::new(10).unwrap();
+    let all = pages(GIGABYTE, 1 << 10);
+    let block = || DeviceFrame::new(Frame::from_number(0x400), order).unwrap();
+    let mut cursor = kernel.cursor(all).unwrap();
+    cursor
+        .map(all.first(), block(), Rights::KERNEL_DATA)
+        .unwrap();
+    cursor.release();
+    let calls = machine.frames.calls();
+    let lend = || kernel.lend_from(all.first());
+    assert_eq!(lend(), Err(TableError::CannotShare));
+    assert_eq!((machine.frames.calls(), kernel.table_count()), (calls, 1));
+    let mut gather = kernel.gather::<8>();
+    assert_eq!(cursor.unmap(all, &mut gather), Ok(1 << 10));
+    cursor.release();
+    lend().unwrap();
+    assert_eq!(kernel.table_count(), 257);
+    let space = TableOf::<X86TwoLevel>::sharing(machine.env(), &kernel, all.first()).unwrap();
+    let refused = cursor.map(all.first(), block(), Rights::KERNEL_DATA);
+    assert_eq!(refused, Err((MapError::Occupied, block())));
+    let divided = cursor.map_divided(all.first(), block(), Order::ZERO, Rights::KERNEL_DATA);
+    divided.unwrap();
+    let seen = |number| space.query(page(number)).leaf();
+    assert_eq!(seen(GIGABYTE + 7).unwrap().frame.number(), 0x407);
+    let merged = cursor.merge(all.first(), order, &mut gather);
+    assert_eq!(merged, Err(HugeError::NotPossible));
+    cursor.release();
+    // A fork of the kernel's own part copies it, as other spaces would not know that its tables are shared.
+    let child = TableOf::<X86TwoLevel>::new(machine.env()).unwrap();
+    let step = |_| ForkStep::Skip;
+    // SAFETY: one thread, and no cursor is open.
+    let forked = unsafe { kernel.fork_sharing(&child, all, 2, &mut gather, step) };
+    assert_eq!((forked, child.table_count()), (Ok(0), 1));
+    assert_eq!(cursor.protect(all, Rights::READ, &mut gather), Ok(1 << 10));
+    assert!(!seen(GIGABYTE).unwrap().is_writable());
+    let mut next = all;
+    while let Err(ChangeError::Full { next: at }) = cursor.unmap(next, &mut gather) {
+        cursor.release();
+        gather.commit(drop);
+        next = PageRange::new(at, all.last()).unwrap();
+    }
+    cursor.release();
+    gather.commit(drop);
+    assert_eq!(kernel.table_count(), 257, "empty, and still there");
+    cursor
+        .map(page(GIGABYTE + 9), frame(9), Rights::READ)
+        .unwrap();
+    assert_eq!(seen(GIGABYTE + 9).unwrap().frame.number(), 9);
+    drop((cursor, gather));
+    child.destroy(|_, _| {}, |_, _| {});
+    space.destroy(|_, _| {}, |_, _| {});
 }
 
 /// A frame that the format has no room for, behind one that it has, by every way that maps pages in a row.

@@ -140,6 +140,10 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         let next = loop {
             let word = node.load(index);
             if F::is_table(2, word) {
+                if self.is_lent(2, index) && !mutant!("lent-table-goes-as-a-whole") {
+                    // It stays for ever.
+                    break Some(at);
+                }
                 // SAFETY: an entry of a locked table points to an attached table.
                 let table: Node<'t, F> = unsafe { Node::new(env, F::table_frame(word), 1) };
                 // Before the first store.

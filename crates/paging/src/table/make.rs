@@ -52,7 +52,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             && let Err(error) = table.hold_top_from(0)
         {
             table.destroy(|_, _| {}, |_, _| {});
-            return Err(TableError::Memory(error));
+            return Err(error);
         }
         Ok(table)
     }
@@ -137,7 +137,9 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
                 &other.user_node(),
                 other.borrowed_from,
             )
-        } else if other.borrowed_from < level::<F>(other.levels).entries() {
+        } else if other.borrowed_from < level::<F>(other.levels).entries()
+            && !mutant!("empty-like-borrows-nothing")
+        {
             // What was borrowed stays as it is for ever (P3), so it can be passed on.
             Self::borrowing(env, other, other.borrowed_from)
         } else {
@@ -168,7 +170,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
             && let Err(error) = table.hold_top_from(0)
         {
             table.destroy(|_, _| {}, |_, _| {});
-            return Err(TableError::Memory(error));
+            return Err(error);
         }
         Ok(table)
     }
@@ -176,36 +178,47 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// Fills every top entry from the one of page `from` to the last with a table that stays for ever, so that other
     /// tables can share them.
     ///
-    /// A boot-time call for the kernel's table: the upper half of x86-64 takes 256 tables. A table that was lent from
-    /// cannot be destroyed.
+    /// A boot-time call for the kernel's table: the upper half of x86-64 takes 256 tables, the upper gigabyte of two-level x86 as many. A table that
+    /// was lent from cannot be destroyed. Where top entries can be leaves, what was lent has none any more: a block of that size finds the page
+    /// [`Occupied`](crate::MapError::Occupied), and takes smaller leaves ([`map_divided`](crate::Cursor::map_divided)).
     ///
     /// # Errors
     ///
-    /// [`TableError::Memory`]; the tables made so far stay. [`TableError::CannotShare`] where the top entries can be
-    /// leaves, or belong to another table.
+    /// [`TableError::Memory`]; the tables made so far stay. [`TableError::CannotShare`] where a top entry is a leaf, or belongs to another table.
     pub fn lend_from(&self, from: Page) -> Result<(), TableError> {
         let index = self.top_index(from);
-        if level::<F>(self.levels).leaf || self.borrowed_from < level::<F>(self.levels).entries() {
+        if self.borrowed_from < level::<F>(self.levels).entries() {
+            return Err(TableError::CannotShare);
+        }
+        let root = self.root_node();
+        let is_leaf = |index| root.kind(root.load(index)) == Kind::Leaf;
+        if (index..level::<F>(self.levels).entries()).any(is_leaf) {
             return Err(TableError::CannotShare);
         }
         if !F::FIXED_TOP {
-            self.hold_top_from(index).map_err(TableError::Memory)?;
+            self.hold_top_from(index)?;
+        }
+        if mutant!("lent-from-is-raised") {
+            self.lent_from.store(index, Ordering::Release);
         }
         self.lent_from.fetch_min(index, Ordering::AcqRel);
         Ok(())
     }
 
     /// Makes a table below every own top entry from `first` on, with a hold that keeps it attached.
-    fn hold_top_from(&self, first: usize) -> Result<(), AllocError> {
+    fn hold_top_from(&self, first: usize) -> Result<(), TableError> {
         let entries = level::<F>(self.levels).entries().min(self.borrowed_from);
         for index in first..entries {
-            let (frame, _) = cache::take_waiting(&self.env, F::TABLE_FRAME_LIMIT)?.into_raw();
+            let (frame, _) = cache::take_waiting(&self.env, F::TABLE_FRAME_LIMIT)
+                .map_err(TableError::Memory)?
+                .into_raw();
             let page = Page::from_number((index as u64) << level::<F>(self.levels).shift);
             // SAFETY: the frame is private, zero, in reach and has a slot (T1).
             unsafe { Node::<F>::new(&self.env, frame, self.levels - 1) }.claim(page, self.root);
             let root = self.root_node();
             root.lock(&self.env);
             let word = root.load(index);
+            let mut outcome = Ok(());
             let held = if root.kind(word) == Kind::Table {
                 // SAFETY: an entry of the locked root points to an attached table.
                 let node =
@@ -213,6 +226,10 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
                 node.lock(&self.env);
                 node.add_live(1);
                 node.unlock();
+                false
+            } else if word != 0 {
+                // Somebody mapped a leaf meanwhile.
+                outcome = Err(TableError::CannotShare);
                 false
             } else {
                 // SAFETY: the table was made above and is private.
@@ -233,6 +250,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
                     OwnedFrame::from_raw(frame, Order::ZERO)
                 });
             }
+            outcome?;
         }
         Ok(())
     }

@@ -137,6 +137,8 @@ pub const ALL: &[(&str, fn())] = &[
         tables::a_payload_of_a_wider_format_is_refused,
     ),
     ("a table starts empty", tables::a_table_starts_empty),
+    ("what was lent stays lent", tables::what_was_lent_stays_lent),
+    ("a lent leaf table stays", tables::a_lent_leaf_table_stays),
     (
         "global pages go with a wide flush",
         flushes::global_pages_go_with_a_wide_flush,

@@ -4,9 +4,11 @@ use kmem_hal::{FrameRequest, FrameSink, FrameSource, Order, OwnedFrame, PageRang
 use kmem_mock_x86::Registers;
 use kmem_paging::format::{X86_64, X86TwoLevel};
 use kmem_paging::{
-    Attributes, ChangeError, Entry, MapError, PageTable, Payload, Rights, TableCache,
+    Attributes, ChangeError, Entry, ForkStep, MapError, PageTable, Payload, Rights, TableCache,
 };
 
+use super::super::hostile_env::HostileEnv;
+use super::super::modes::Kind;
 use super::room::Room;
 use super::{Table, at, pages};
 
@@ -138,4 +140,62 @@ pub fn what_the_cache_keeps_is_empty() {
         TableCache::shrink(&room.env, usize::MAX);
     }
     // Lenders stay for ever, and their environment with them: `room` is not taken down.
+}
+
+/// Lending less takes nothing back: other spaces may borrow all of it, and none of them changes it, by whatever way.
+pub fn what_was_lent_stays_lent() {
+    const KERNEL: u64 = 0xffff_8000_0000_0000 >> 12;
+    let room = Room::new();
+    room.table.lend_from(at(KERNEL)).unwrap();
+    room.table.lend_from(at(KERNEL + (1 << 27))).unwrap();
+    room.map(KERNEL, Rights::KERNEL_DATA);
+    let space = Table::sharing(room.env, &room.table, at(KERNEL)).unwrap();
+    let child = Table::empty_like(room.env, &space).unwrap();
+    for table in [&space, &child] {
+        assert!(table.query(at(KERNEL)).leaf().is_some());
+        assert!(table.lock_entry(at(KERNEL)).is_none(), "it is the lender's");
+        assert!(table.cursor(pages(KERNEL, 1)).is_err());
+    }
+    child.destroy(|_, _| {}, |_, _| {});
+    space.destroy(|_, _| {}, |_, _| {});
+    // Lenders stay for ever, and their environment with them: `room` is not taken down.
+}
+
+/// Where a top entry leads to a leaf table, that one stays when all of it is unmapped: other roots lead there.
+pub fn a_lent_leaf_table_stays() {
+    const KERNEL: u64 = 3 << 18;
+    let room = Room::<X86TwoLevel>::of(Kind::TwoLevel.registers());
+    room.table.lend_from(at(KERNEL)).unwrap();
+    let all = pages(KERNEL, 1 << 10);
+    let tables = room.table.table_count();
+    for _ in 0..2 {
+        for page in KERNEL..KERNEL + 64 {
+            room.map(page, Rights::KERNEL_DATA);
+        }
+        let space = PageTable::<X86TwoLevel, &'static HostileEnv, OwnedFrame>::sharing(
+            room.env,
+            &room.table,
+            at(KERNEL),
+        )
+        .unwrap();
+        // One fork of the lent part: its tables are not shared, as `space` would not know.
+        let child =
+            PageTable::<X86TwoLevel, &'static HostileEnv, OwnedFrame>::new(room.env).unwrap();
+        let mut gather = room.table.gather::<4>();
+        // SAFETY: no cursor is open, and nobody runs before the commit.
+        let forked = unsafe {
+            room.table
+                .fork_sharing(&child, all, 1, &mut gather, |_| ForkStep::Skip)
+        };
+        assert_eq!(forked.ok(), Some(0));
+        gather.commit(drop);
+        drop(gather);
+        room.unmap(all);
+        assert_eq!(room.table.table_count(), tables);
+        room.map(KERNEL + 7, Rights::KERNEL_DATA);
+        assert!(space.query(at(KERNEL + 7)).leaf().is_some());
+        room.unmap(all);
+        child.destroy(|_, _| {}, |_, _| {});
+        space.destroy(|_, _| {}, |_, _| {});
+    }
 }

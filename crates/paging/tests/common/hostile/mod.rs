@@ -131,7 +131,7 @@ impl<F: Format> World<F> {
         env.mmu.caller.set(setup.caller);
         let canonical = F::canonical(F::LEVELS.len());
         let top = *F::LEVELS.last().unwrap();
-        let has_kernel = setup.kernel && !top.leaf;
+        let has_kernel = setup.kernel;
         let kernel_base = match canonical.upper_start() {
             Some(start) => start.as_u64() >> 12,
             // The last of four gigabytes.
