@@ -107,6 +107,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
     #[inline(always)]
     fn seek_above(&mut self, number: usize, page: u64, last: u64) -> Option<(Node<'t, F>, u64)> {
         if self.table.levels() <= number {
+            // Tables below the root may be lent, and stay for ever.
             return None;
         }
         let covered = 1u64 << level::<F>(number).shift;
@@ -140,10 +141,6 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         let next = loop {
             let word = node.load(index);
             if F::is_table(2, word) {
-                if self.is_lent(2, index) && !mutant!("lent-table-goes-as-a-whole") {
-                    // It stays for ever.
-                    break Some(at);
-                }
                 // SAFETY: an entry of a locked table points to an attached table.
                 let table: Node<'t, F> = unsafe { Node::new(env, F::table_frame(word), 1) };
                 // Before the first store.
