@@ -135,7 +135,7 @@ impl<P: Platform> SlabSystem<P> {
 
     /// Gives all memory of a cache back and takes it out of the registry; leaves it there where objects are out.
     ///
-    /// In a context that interrupted the registry the empty cache stays there too.
+    /// In a context that interrupted the registry, or has no memory for its CPU's head there, the empty cache stays as well until the next walk.
     ///
     /// # Safety
     ///
@@ -163,7 +163,7 @@ impl<P: Platform> SlabSystem<P> {
             registry.used[index / COLUMNS] &= !(1 << (index % COLUMNS));
         });
         if removed.is_err() {
-            raw.users.stay();
+            raw.users.abandon();
             return Ok(());
         }
         let mut pool_of_descriptors: *mut Slab = ptr::null_mut();

@@ -5,6 +5,9 @@
 //!   |       |
 //!   v       v                 its owner lets go
 //!   L  <-  L+1  <- L+2 ..     no new walk comes; whoever brings the count to 0 has the cache alone
+//!   |       ^
+//!   v       |                 the registry could not be had: it is left to the next walk
+//!   A ->   A+1 <-> A+2 ..     whoever would bring the count to 0 makes it L, and has the cache alone
 //! ```
 //!
 //! Invariants
@@ -18,6 +21,9 @@ use kmem_hal::sync::{AtomicU32, Ordering};
 const LEAVING: u32 = 1 << 31;
 /// The owner waits for the walks, and takes the cache apart itself.
 const WAITING: u32 = 1 << 30;
+
+/// The owner has gone, and the next walk takes the cache apart.
+const ABANDONED: u32 = 1 << 29;
 
 /// The count of a cache's walks, and whether its owner has let go.
 #[derive(Debug)]
@@ -43,7 +49,16 @@ impl Users {
     /// Counts a walk off; `true` where the owner has let go meanwhile and the caller now has the cache alone (`U1`).
     #[must_use]
     pub fn exit(&self) -> bool {
-        self.0.fetch_sub(1, Ordering::AcqRel) == LEAVING + 1
+        let one_less = |users| {
+            Some(if users == ABANDONED + 1 {
+                LEAVING
+            } else {
+                users - 1
+            })
+        };
+        self.0
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, one_less)
+            .is_ok_and(|users| users == LEAVING + 1 || users == ABANDONED + 1)
     }
 
     /// The owner lets go; `true` where it has the cache alone (`U1`), otherwise the last walk will.
@@ -63,6 +78,11 @@ impl Users {
     /// Whoever had the cache alone leaves it in the registry; walks may come again.
     pub fn stay(&self) {
         self.0.store(0, Ordering::Release);
+    }
+
+    /// As [`stay`](Self::stay), until a walk has looked: that one has it alone then.
+    pub fn abandon(&self) {
+        self.0.store(ABANDONED, Ordering::Release);
     }
 }
 

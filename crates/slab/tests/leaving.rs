@@ -7,7 +7,9 @@ use std::cell::{Cell, RefCell};
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use common::{Arena, TestParts, run_as, system};
-use kmem_hal::{Cpu, CpuId, FrameTable, NoLarge, OffsetMap, Spin};
+use kmem_hal::{
+    Cpu, CpuId, FrameRequest, FrameSink, FrameSource, FrameTable, NoLarge, OffsetMap, Spin,
+};
 use kmem_slab::{Cache, Flags, Leaked, Parts, Plain, SlabBox, SlabSystem};
 
 #[test]
@@ -69,6 +71,43 @@ fn a_cache_dropped_with_objects_out_stays_for_walks_to_see() {
     assert_eq!(active, 1);
     // SAFETY: the leaked object's memory stays.
     assert_eq!(unsafe { kept.read() }, 41);
+}
+
+/// A CPU without heads cannot enter the registry where there is no memory for them; a context that interrupted it cannot either.
+#[test]
+fn a_cache_that_the_registry_could_not_let_go_leaves_with_the_next_walk() {
+    let (arena, mut system) = system(1024, 2);
+    for destroyed in [false, true] {
+        let cache: Cache<'_, u64, TestParts> = Cache::new(&system, "left");
+        // Without a slab, whose frames would serve.
+        cache.join().unwrap();
+        let one = || FrameSource::alloc(arena, &FrameRequest::ONE).ok();
+        let frames: Vec<_> = std::iter::from_fn(one).collect();
+        run_as(1);
+        if destroyed {
+            cache.destroy().unwrap();
+        } else {
+            drop(cache);
+        }
+        run_as(0);
+        for frame in frames {
+            FrameSink::free(arena, frame);
+        }
+        let seen = |name| {
+            let mut seen = 0;
+            let count = |info: &kmem_slab::CacheInfo| seen += u32::from(info.name == name);
+            system.caches(count).unwrap();
+            seen
+        };
+        assert_eq!(seen("left"), 1, "it is still there");
+        assert_eq!(seen("left"), 0, "and that walk took it apart");
+        // Its index is another's.
+        let next: Cache<'_, u64, TestParts> = Cache::new(&system, "next");
+        drop(next.alloc(1).unwrap());
+        assert_eq!(seen("next"), 1);
+    }
+    system.teardown().unwrap();
+    assert_eq!(arena.used(), 0);
 }
 
 #[test]

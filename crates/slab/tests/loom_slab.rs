@@ -357,4 +357,22 @@ fn one_context_takes_a_cache_apart_and_has_it_alone() {
             shared.2.with(|gone| assert!(unsafe { *gone }));
         });
     }
+
+    // The registry could not be had: the last of two walks that look takes it apart.
+    loom::model(|| {
+        let shared = Arc::new(Shared(
+            Users::new(),
+            std::array::from_fn(|_| UnsafeCell::new(0)),
+            UnsafeCell::new(false),
+        ));
+        assert!(shared.0.let_go());
+        shared.0.abandon();
+        let there = Arc::clone(&shared);
+        let other = thread::spawn(move || there.walk(1));
+        shared.walk(0);
+        other.join().unwrap();
+        assert!(!shared.0.enter());
+        // SAFETY: all threads have ended.
+        shared.2.with(|gone| assert!(unsafe { *gone }));
+    });
 }
