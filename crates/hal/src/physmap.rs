@@ -210,15 +210,16 @@ unsafe impl<M: PhysMap + ?Sized> PhysMap for &M {
 #[derive(Debug)]
 pub struct OffsetMap {
     offset: AtomicUsize,
-    /// Frames in reach; 0 = not set.
-    frames: AtomicU64,
+    /// The first frame in reach, and the one behind the last; 0 = not set.
+    first: u64,
+    end: AtomicU64,
 }
 
 impl OffsetMap {
     crate::const_new! {
         /// A map that reaches nothing yet.
         pub fn unset() -> Self {
-            Self { offset: AtomicUsize::new(0), frames: AtomicU64::new(0) }
+            Self { offset: AtomicUsize::new(0), first: 0, end: AtomicU64::new(0) }
         }
     }
 
@@ -229,11 +230,23 @@ impl OffsetMap {
         ///
         /// `P1` and `P2` hold for that offset and those frames.
         pub unsafe fn new(offset: usize, frames: u64) -> Self {
-            Self { offset: AtomicUsize::new(offset), frames: AtomicU64::new(frames) }
+            Self { offset: AtomicUsize::new(offset), first: 0, end: AtomicU64::new(frames) }
         }
     }
 
-    /// Sets the offset of an unset map, or extends the reach of a set one (`P4`).
+    crate::const_new! {
+        /// As [`new`](Self::new), for the frames of `range` alone: where memory does not begin at address 0.
+        ///
+        /// # Safety
+        ///
+        /// As [`new`](Self::new).
+        pub unsafe fn over(offset: usize, range: FrameRange) -> Self {
+            let first = range.first().number();
+            Self { offset: AtomicUsize::new(offset), first, end: AtomicU64::new(range.end_number()) }
+        }
+    }
+
+    /// Sets the offset of an unset map, or extends the reach of a set one up to frame number `frames` (`P4`).
     ///
     /// # Safety
     ///
@@ -241,8 +254,8 @@ impl OffsetMap {
     /// unless it was set before.
     pub unsafe fn set(&self, offset: usize, frames: u64) {
         self.offset.store(offset, Ordering::Relaxed);
-        let now = self.frames.load(Ordering::Relaxed);
-        self.frames.store(now.max(frames), Ordering::Release);
+        let now = self.end.load(Ordering::Relaxed);
+        self.end.store(now.max(frames), Ordering::Release);
     }
 }
 
@@ -250,8 +263,8 @@ impl OffsetMap {
 unsafe impl PhysMap for OffsetMap {
     #[inline]
     fn reach(&self) -> FrameRange {
-        let frames = self.frames.load(Ordering::Acquire).min(Frame::LIMIT);
-        FrameRange::from_numbers(0, frames).unwrap_or(FrameRange::EMPTY)
+        let end = self.end.load(Ordering::Acquire).min(Frame::LIMIT);
+        FrameRange::from_numbers(self.first, end).unwrap_or(FrameRange::EMPTY)
     }
 
     #[inline]

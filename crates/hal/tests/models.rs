@@ -200,6 +200,22 @@ fn the_top_of_the_space_is_ordinary() {
 }
 
 #[test]
+fn a_map_over_a_range_reaches_no_frame_before_it() {
+    let range = FrameRange::from_numbers(0x10_0000, 0x10_0040).unwrap();
+    // SAFETY: nothing is accessed through the map.
+    let map = unsafe { OffsetMap::over(0x7000_0000, range) };
+    assert_eq!(map.reach(), range);
+    // SAFETY: as above.
+    unsafe { map.set(0x7000_0000, 0x10_0080) };
+    assert_eq!(
+        map.reach(),
+        FrameRange::from_numbers(0x10_0000, 0x10_0080).unwrap()
+    );
+    let address = range.first().start();
+    assert_eq!(map.to_phys(map.to_ptr(address)), address);
+}
+
+#[test]
 fn an_offset_map_grows_and_never_shrinks() {
     let map = OffsetMap::unset();
     assert!(map.reach().is_empty());

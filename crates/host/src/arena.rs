@@ -7,6 +7,8 @@ use std::fmt;
 use std::io;
 use std::ptr;
 
+use kmem_hal::FrameRange;
+
 /// The physical address of the first byte.
 pub const BASE: u64 = 4 << 30;
 
@@ -108,6 +110,12 @@ impl Arena {
     #[must_use]
     pub fn end_frame(&self) -> u64 {
         (BASE + self.bytes as u64) >> 12
+    }
+
+    /// The range as frames.
+    #[must_use]
+    pub fn frames(&self) -> FrameRange {
+        FrameRange::from_numbers(BASE >> 12, self.end_frame()).unwrap_or(FrameRange::EMPTY)
     }
 
     /// Commits every page now, so that no page fault is measured later.

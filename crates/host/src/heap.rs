@@ -184,8 +184,8 @@ fn start_over(bytes: usize) -> Option<*mut Inner> {
     if place == libc::MAP_FAILED {
         return None;
     }
-    // SAFETY: the arena's bytes are mapped at the offset and used by nobody else (P1, P2).
-    let map = unsafe { OffsetMap::new(arena.offset(), arena.end_frame()) };
+    // SAFETY: the arena's bytes are mapped at the offset and used by nobody else, and are all that is in reach (P1, P2).
+    let map = unsafe { OffsetMap::over(arena.offset(), arena.frames()) };
     let usable = arena.bytes() as u64;
     let place = place.cast::<Inner>();
     // SAFETY: the mapping is page-aligned, large enough, this call's, and never unmapped once the heap has started; the hook, which the memory
@@ -266,5 +266,21 @@ impl Default for HostHeap {
 impl fmt::Debug for HostHeap {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "HostHeap(started: {})", self.memory().is_some())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use kmem::PhysMap;
+
+    #[test]
+    fn the_map_reaches_the_arena_and_nothing_else() {
+        let heap = HostHeap::with_arena(8 << 20);
+        let memory = heap.ready().unwrap();
+        let (map, arena) = (memory.frames().memory(), heap.arena().unwrap());
+        let reach = map.reach();
+        assert_eq!(map.to_ptr(reach.first().start()), arena.start());
+        assert_eq!(reach.count(), 8 << 20 >> 12);
     }
 }
