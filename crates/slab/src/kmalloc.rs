@@ -16,6 +16,7 @@ use kmem_hal::{
 };
 
 use crate::class::{CLASSES, class_of, class_size};
+use crate::harden::bytes_behind;
 use crate::head::COLUMNS;
 use crate::misuse::Misuse;
 use crate::platform::Platform;
@@ -204,8 +205,15 @@ impl<P: Platform> SlabSystem<P> {
             Location::caller(),
         );
         if flags.contains(Flags::ZERO) {
-            // SAFETY: the object has at least `size` bytes and belongs to this call.
-            unsafe { object.write_bytes(0, size) };
+            // All that may be used, since `krealloc` may let the object grow in place.
+            let usable = match class_size(class) {
+                Some(slot) if !Self::FEATURES.redzone => {
+                    slot - Self::FEATURES.front(align) - bytes_behind(Self::FEATURES)
+                }
+                _ => size,
+            };
+            // SAFETY: the object has at least `size` bytes, and all between tag and record without a red zone, and belongs to this call.
+            unsafe { object.write_bytes(0, usable) };
         }
         object
     }
@@ -247,7 +255,7 @@ impl<P: Platform> SlabSystem<P> {
         let object = unsafe { memory.add(Self::guarded_at(size, align)) };
         if flags.contains(Flags::ZERO) {
             // SAFETY: as above.
-            unsafe { object.write_bytes(0, size) };
+            unsafe { memory.write_bytes(0, page) };
         }
         Some(object)
     }
@@ -466,7 +474,8 @@ impl<P: Platform> SlabSystem<P> {
 
     /// Changes the size of memory from [`kmalloc`](Self::kmalloc): in place where its class, its pages or its large area allow it.
     ///
-    /// Null allocates. The bytes up to the smaller size are kept; with `ZERO` those beyond the old usable size are zero. Flags that limit the
+    /// Null allocates. The bytes up to the smaller size are kept. Where the memory was allocated with `ZERO`, and each change of its size asks for that too,
+    /// all beyond them are zero (Linux, mm/slub.c, krealloc); else with `ZERO` those beyond the old usable size are. Flags that limit the
     /// address move the memory always, as it may have been allocated without them.
     ///
     /// # Errors
@@ -490,6 +499,10 @@ impl<P: Platform> SlabSystem<P> {
         let had = unsafe { self.ksize(old) }.ok_or(AllocError::Unsatisfiable)?;
         let (bytes, align) = (size.max(1), Self::natural(size));
         if !flags.limited() && self.fits_in_place(old, had, bytes, align) {
+            if flags.contains(Flags::ZERO) && size < had {
+                // SAFETY: the caller's memory has `had` usable bytes, of which it keeps `size`.
+                unsafe { old.add(size).write_bytes(0, had - size) };
+            }
             if Self::FEATURES.check
                 && let Some(class) = Self::class_for(bytes, align)
             {

@@ -51,8 +51,9 @@ impl<P: Platform> SlabSystem<P> {
         let large = || {
             let memory = platform.large().alloc_large(size, align)?;
             if request.zeroed {
-                // SAFETY: the source gave `size` bytes to this call (V1).
-                unsafe { memory.write_bytes(0, size) };
+                let usable = platform.large().size_of(memory).unwrap_or(size);
+                // SAFETY: the source gave `size` bytes to this call (V1), and says how many of them and more may be used.
+                unsafe { memory.write_bytes(0, usable.max(size)) };
             }
             Ok(memory)
         };

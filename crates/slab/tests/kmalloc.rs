@@ -509,6 +509,9 @@ unsafe impl LargeSource for &'static Heap {
         let layout = Layout::from_size_align(size, 4096).unwrap();
         // SAFETY: the layout is not empty.
         let memory = NonNull::new(unsafe { std::alloc::alloc(layout) }).unwrap();
+        // As if somebody had used it.
+        // SAFETY: just allocated with this size.
+        unsafe { memory.write_bytes(0xa5, size) };
         let mut given = self.given.lock().unwrap();
         given.push((memory.as_ptr().expose_provenance(), layout));
         Ok(memory)
@@ -552,6 +555,11 @@ fn a_large_source_for_tasks_is_asked_only_by_who_may_wait() {
             let served = system.kmalloc(size, flags);
             let asked = heap.given.lock().unwrap().len();
             if let Ok(memory) = served {
+                if flags.contains(Flags::ZERO) {
+                    // SAFETY: allocated above with this size.
+                    let bytes = unsafe { std::slice::from_raw_parts(memory.as_ptr(), size) };
+                    assert!(bytes.iter().all(|&byte| byte == 0));
+                }
                 // SAFETY: allocated above.
                 unsafe { system.kfree(memory.as_ptr()) };
             }

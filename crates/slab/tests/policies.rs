@@ -357,6 +357,57 @@ fn guard_puts_one_in_so_many_at_the_end_of_its_own_page() {
     world.end();
 }
 
+/// What is asked for with `ZERO`, however often its size changes, is zero where its owner wrote nothing.
+fn zeroed_memory_stays_zero<H: Policy>() {
+    let world: World<H> = World::new();
+    let system = &world.system;
+    let are = |memory: NonNull<u8>, from: usize, to: usize, byte: u8| {
+        for at in from..to {
+            // SAFETY: inside a live allocation whose bytes were written.
+            assert_eq!(unsafe { memory.add(at).read() }, byte, "byte {at} of {to}");
+        }
+    };
+    for (less, more) in [(65, 80), (60, 200), (9000, 12_000), (3000, 9000)] {
+        // Others have used the memory, all of it.
+        let used: Vec<_> = [less, more, less, more].map(|size| world.take(size)).into();
+        for memory in used {
+            // SAFETY: a live allocation of so many usable bytes.
+            unsafe {
+                memory.write_bytes(0xff, system.ksize(memory).unwrap());
+                system.kfree(memory.as_ptr());
+            }
+        }
+        let resize = |memory: NonNull<u8>, size| {
+            // SAFETY: a live allocation, not used afterwards.
+            unsafe { system.krealloc(memory.as_ptr(), size, Flags::ZERO) }.unwrap()
+        };
+        let memory = system.kmalloc(less, Flags::ZERO).unwrap();
+        are(memory, 0, less, 0);
+        // SAFETY: `less` bytes.
+        unsafe { memory.write_bytes(1, less) };
+        let memory = resize(memory, more);
+        are(memory, 0, less, 1);
+        are(memory, less, more, 0);
+        // SAFETY: `more` bytes.
+        unsafe { memory.write_bytes(2, more) };
+        let memory = resize(resize(memory, less), more);
+        are(memory, 0, less, 2);
+        are(memory, less, more, 0);
+        // SAFETY: a live allocation.
+        unsafe { system.kfree(memory.as_ptr()) };
+    }
+    world.end();
+}
+
+#[test]
+fn zeroed_memory_stays_zero_with_every_policy() {
+    zeroed_memory_stays_zero::<Plain>();
+    zeroed_memory_stays_zero::<Check>();
+    zeroed_memory_stays_zero::<Redzone>();
+    zeroed_memory_stays_zero::<(Owner, Poison)>();
+    zeroed_memory_stays_zero::<Guard<1>>();
+}
+
 /// A mixed run: contents stay, counts agree, nothing is reported, all memory goes back.
 fn works<H: Policy>() {
     let world: World<H> = World::new();

@@ -36,7 +36,11 @@ unsafe impl LargeSource for Pages {
         // SAFETY: the layout is not empty.
         let page = unsafe { std::alloc::alloc(Layout::from_size_align(4096, 4096).unwrap()) };
         self.0.lock().unwrap().push(page.expose_provenance());
-        NonNull::new(page).ok_or(AllocError::OutOfMemory)
+        let page = NonNull::new(page).ok_or(AllocError::OutOfMemory)?;
+        // As if somebody had used it.
+        // SAFETY: a page that was just allocated.
+        unsafe { page.write_bytes(0xa5, 4096) };
+        Ok(page)
     }
     unsafe fn free_large(&self, memory: NonNull<u8>) {
         let mut pages = self.0.lock().unwrap();
