@@ -7,7 +7,7 @@
 //!   L  <-  L+1  <- L+2 ..     no new walk comes; whoever brings the count to 0 has the cache alone
 //!   |       ^
 //!   v       |                 the registry could not be had: it is left to the next walk
-//!   A ->   A+1 <-> A+2 ..     whoever would bring the count to 0 makes it L, and has the cache alone
+//!   A  ->   A+1 <-> A+2 ..     whoever is the last makes it L, and has the cache alone
 //! ```
 //!
 //! Invariants
@@ -49,16 +49,16 @@ impl Users {
     /// Counts a walk off; `true` where the owner has let go meanwhile and the caller now has the cache alone (`U1`).
     #[must_use]
     pub fn exit(&self) -> bool {
-        let one_less = |users| {
-            Some(if users == ABANDONED + 1 {
-                LEAVING
-            } else {
-                users - 1
-            })
-        };
+        // Changes only while nobody is counted.
+        if self.0.load(Ordering::Relaxed) & ABANDONED == 0 {
+            return self.0.fetch_sub(1, Ordering::AcqRel) == LEAVING + 1;
+        }
+        // In one step: between two, another walk might come, go and take the cache apart.
+        let last = ABANDONED + 1;
+        let one_less = |users| Some(if users == last { LEAVING } else { users - 1 });
         self.0
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, one_less)
-            .is_ok_and(|users| users == LEAVING + 1 || users == ABANDONED + 1)
+            .fetch_update(Ordering::AcqRel, Ordering::Relaxed, one_less)
+            == Ok(last)
     }
 
     /// The owner lets go; `true` where it has the cache alone (`U1`), otherwise the last walk will.
