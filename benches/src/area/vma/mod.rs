@@ -11,7 +11,7 @@
 //! | `insert_remove` | a range removed or put back |
 //! | `gap_up`, `gap_down` | the lowest or highest gap of 4096 pages: half of all ranges lie before it |
 //! | `iterate` | one range of a pass over all |
-//! | `punch_merge` | a page taken out of the middle of a range and put back, so that one range is left; who is told no more than the page finds the range; see [`maps`] |
+//! | `punch_merge` | a page taken out of the middle of a range and put back, so that one range is left; who is told no more than the page finds the range; see `maps.rs` |
 //! | `duplicate` | a range of a whole copy; `kmem inserting` stores the ranges of the copy one by one, ascending |
 //! | `bytes_per_range` | heap by range |
 //! | `readers_2t` | a lookup, two threads at it |

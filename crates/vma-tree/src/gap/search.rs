@@ -9,7 +9,7 @@ use kmem_hal::{ObjectAlloc, Page, PageRange};
 
 use super::{Gap, GapRequest, Usable};
 use crate::edit::entry;
-use crate::node::{Leaf, Node, NodePtr, Raw, from_word, saturate};
+use crate::node::{Leaf, Node, NodePtr, from_word, saturate};
 use crate::path::{HEIGHT_MASK, MAX_HEIGHT};
 use crate::stock::Sharing;
 use crate::tree::RangeTree;
@@ -26,12 +26,12 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
     pub(super) fn search(&self, mut search: Search<'_, '_, V>) -> Option<PageRange> {
         let root = self.root_word();
         let Some(node) = from_word::<W>(root) else {
-            return search.consider(self, (0, Page::MAX.number()), (None, None));
+            return search.consider(self, (0, Page::MAX.number()), None);
         };
         let above = (self.top(), Page::MAX.number());
         if !search.up
             && above.0 <= above.1
-            && let Some(place) = search.consider(self, above, (None, None))
+            && let Some(place) = search.consider(self, above, None)
         {
             return Some(place);
         }
@@ -39,7 +39,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             return Some(place);
         }
         if search.up && above.0 <= above.1 {
-            return search.consider(self, above, (None, None));
+            return search.consider(self, above, None);
         }
         None
     }
@@ -132,45 +132,43 @@ impl<V: Value> Search<'_, '_, V> {
     ) -> Option<PageRange> {
         let need = self.request.at_least;
         if self.up {
-            let (mut free, mut below) = (low, None);
-            for raw in leaf.raws(0, leaf.count()) {
+            let mut free = low;
+            for (slot, raw) in leaf.raws(0, leaf.count()).enumerate() {
                 if raw.first - free >= need
                     && let Some(place) =
-                        self.consider(tree, (free, raw.first - 1), (below, Some(raw)))
+                        self.consider(tree, (free, raw.first - 1), Some((leaf, slot)))
                 {
                     return Some(place);
                 }
                 free = raw.last + 1;
-                below = Some(raw);
             }
         } else {
-            let (mut end, mut above) = (leaf.end(), None);
+            let mut end = leaf.end();
             for slot in (0..leaf.count()).rev() {
                 let raw = leaf.raw(slot);
                 if end > raw.last
                     && end - raw.last > need
                     && let Some(place) =
-                        self.consider(tree, (raw.last + 1, end - 1), (Some(raw), above))
+                        self.consider(tree, (raw.last + 1, end - 1), Some((leaf, slot + 1)))
                 {
                     return Some(place);
                 }
                 end = raw.first;
-                above = Some(raw);
             }
             if end - low >= need {
-                return self.consider(tree, (low, end - 1), (None, above));
+                return self.consider(tree, (low, end - 1), Some((leaf, 0)));
             }
         }
         None
     }
 
-    /// Places the request in the gap `first ..= last` if it fits. `below` and `above` are the ranges beside it that the caller has at hand:
-    /// that of another leaf, or none, it has not.
+    /// Places the request in the gap `first ..= last` if it fits. `beside` is a leaf, and the position of the range right above the gap in it: a
+    /// predicate is told of the leaf's ranges beside the gap without another descent.
     fn consider<A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize>(
         &mut self,
         tree: &RangeTree<V, A, S, W>,
         (first, last): (u64, u64),
-        (below, above): (Option<Raw>, Option<Raw>),
+        beside: Option<(Leaf<'_, W>, usize)>,
     ) -> Option<PageRange> {
         let limits = self.request.limits;
         let clipped = PageRange::new(
@@ -184,18 +182,24 @@ impl<V: Value> Search<'_, '_, V> {
             None => clipped,
             Some(usable) => {
                 let is_whole = |page: Page, end| page.number() == end;
+                let at = |position: Option<usize>| {
+                    let (leaf, position) = (beside?.0, position?);
+                    (position < leaf.count()).then(|| entry(leaf.raw(position)))
+                };
+                let above = beside.map(|(_, above)| above);
+                let below = above.and_then(|above| above.checked_sub(1));
                 let gap = Gap {
                     range: clipped,
                     below: clipped
                         .first()
                         .checked_sub(1)
                         .filter(|_| is_whole(clipped.first(), first))
-                        .and_then(|page| below.map(entry).or_else(|| tree.get(page))),
+                        .and_then(|page| at(below).or_else(|| tree.get(page))),
                     above: clipped
                         .last()
                         .checked_add(1)
                         .filter(|_| is_whole(clipped.last(), last))
-                        .and_then(|page| above.map(entry).or_else(|| tree.get(page))),
+                        .and_then(|page| at(above).or_else(|| tree.get(page))),
                 };
                 let free = usable(&gap)?.intersection(clipped)?;
                 if free.count() < self.request.at_least {
