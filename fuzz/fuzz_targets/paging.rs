@@ -19,11 +19,9 @@ fn run<F: Format>(codes: &[u8], failures: bool) {
     let mut world = World::<F>::new();
     for code in codes.chunks_exact(6).take(100) {
         let code = code.try_into().unwrap();
-        let mut fuse = 0;
-        while failures && world.step(code, Some(fuse)) {
-            fuse += 1;
-        }
-        if !failures {
+        if failures {
+            world.step_failing(code, |_| ());
+        } else {
             world.step(code, None);
         }
     }

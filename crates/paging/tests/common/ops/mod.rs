@@ -172,6 +172,8 @@ impl<F: Format> World<F> {
         }
         let before = fuse.map(|_| self.model.clone());
         let calls = self.machine.frames.calls();
+        // Who was here before may have left it set, in another world even: the machine is used again.
+        let _ = self.machine.frames.was_exhausted();
         self.machine.frames.set_fuse(fuse);
         let failed = self.apply(
             kind,
@@ -204,6 +206,16 @@ impl<F: Format> World<F> {
             }
         }
         failed.is_some()
+    }
+
+    /// Does what six bytes say with its first allocation failing, then with its second and so on, until it needs no more; then it is done for
+    /// good. `refused` is called after each refusal. Of operations that need hundreds of tables, only some of the later ones fail.
+    pub fn step_failing(&mut self, code: [u8; 6], mut refused: impl FnMut(&Self)) {
+        let mut fuse = 0;
+        while self.step(code, Some(fuse)) {
+            refused(self);
+            fuse += 1 + fuse / 8;
+        }
     }
 
     fn apply(&mut self, kind: u8, step: &Step) -> Option<AllocError> {
