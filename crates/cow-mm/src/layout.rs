@@ -92,14 +92,15 @@ impl Layout {
     #[must_use]
     pub fn with_stack_limit(mut self, bytes: u64) -> Self {
         self.stack_limit = bytes;
-        if self.mmap_base.is_some() {
+        if self.mmap_base.is_some() && !self.is_window() {
             self.mmap_base = Some(mmap_base(self.task_size, bytes));
         }
         self
     }
 
-    /// The same with every part elsewhere: one layout for each exec. How far a part moves at most the module says; below the stack there is
-    /// room for its limit wherever it is.
+    /// The same with every part elsewhere: one layout for each exec. How far a part moves at most the module says, and never by more than an
+    /// eighth of the space; below the stack there is room for its limit wherever it is. Mappings stay in the window of a
+    /// [`window`](Self::window).
     ///
     /// Of a layout that is random already this makes no better one: the numbers add up.
     ///
@@ -127,19 +128,29 @@ impl Layout {
             true => (1 << 8, 1 << 11, (32 << 20) / PAGE_SIZE),
             false => (1 << 28, 1 << 22, (1 << 30) / PAGE_SIZE),
         };
+        // A narrow format's whole space may be smaller than what a part moves by elsewhere.
+        let most = (self.task_size / PAGE_SIZE / 8).max(1);
+        let [mappings, stack, heap] = [mappings, stack, heap].map(|pages: u64| pages.min(most));
         let below = |pages: u64| rng.next_u64() % pages * PAGE_SIZE;
         let moved = below(mappings);
-        if self.mmap_base.is_some() {
-            // Room for the stack wherever it ends.
-            let room = self.stack_limit.saturating_add(stack * PAGE_SIZE);
-            self.mmap_base = Some(mmap_base(self.task_size, room) - moved);
+        if !self.is_window() {
+            if self.mmap_base.is_some() {
+                // Room for the stack wherever it ends.
+                let room = self.stack_limit.saturating_add(stack * PAGE_SIZE);
+                self.mmap_base = Some(mmap_base(self.task_size, room).saturating_sub(moved));
+            }
+            self.bottom_up_base += moved;
         }
-        self.bottom_up_base += moved;
         self.image_base += below(mappings);
-        self.stack_top -= below(stack);
+        self.stack_top = self.stack_top.saturating_sub(below(stack));
         // A page at least, so that a heap is no image's data.
         self.heap_gap += below(heap) + PAGE_SIZE;
         self
+    }
+
+    /// Whether a part of the space alone may be chosen from.
+    fn is_window(&self) -> bool {
+        self.search.last().number() + 1 < self.task_size / PAGE_SIZE
     }
 
     /// Whether addresses have 32 bits.

@@ -163,7 +163,7 @@ impl<E: Env> Mm<'_, E> {
             return false;
         };
         let shared = self.info(file).is_shared_memory;
-        self.put_object(file);
+        self.leave_object(file);
         shared
     }
 }

@@ -9,6 +9,7 @@ use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{Prot, VmFlags};
 use crate::mmap::is_accounted;
+use crate::object::EndsFiles;
 use crate::space::{AddressSpace, State};
 use crate::vma::Vma;
 use crate::vma_edit::{STORES_TO_CLEAR, STORES_TO_MODIFY};
@@ -20,9 +21,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// [`Errno::EINVAL`] for an unaligned address, no length, or a range beyond the user addresses;
     /// [`Errno::ENOMEM`] where a split would pass the limit on mappings or finds no memory. Nothing changes then. [`Errno::EPERM`] where
-    /// something in the range is [sealed](Self::mseal): the mapping that the range begins in may be cut there.
+    /// something in the range is [sealed](Self::mseal): the mapping that the range begins in may be cut there, unless it is that one.
     #[doc(alias = "do_munmap")]
     pub fn munmap(&self, address: u64, length: u64) -> Result<(), Errno> {
+        let _ended_after = EndsFiles(self.mm());
         let mut state = self.lock();
         self.munmap_locked(&mut state, address, length)
     }

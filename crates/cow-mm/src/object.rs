@@ -17,6 +17,7 @@
 //!   where one is left.
 //! - `I3`: an address in a [`FileRef`] is followed only by whoever knows that the object lives: a mapping of it, or a [`Held`]. What came from
 //!   outside is held first, which finds the object by its number and compares the address.
+//! - `I4`: an object whose last reference went is [`Ended`]: nobody finds it any more, and whoever ends it has it alone.
 
 use core::fmt;
 use core::ptr::NonNull;
@@ -118,6 +119,32 @@ pub(crate) struct Held<'a, 'm, E: Env> {
 impl<E: Env> Drop for Held<'_, '_, E> {
     fn drop(&mut self) {
         self.mm.put_object(self.found);
+    }
+}
+
+/// Files whose last reference went where nobody may wait: a chain through [`Object::next`].
+///
+/// A file that ends is written, and its provider waited for. The lock of a space or of the list of all spaces may be held where that turns out,
+/// and a provider may come to need that lock: it reclaims, or is a process itself. So the file is put here, and ended by the same call once its
+/// lock is free again, or by the next that holds none.
+///
+/// Source: Linux `fs/file_table.c` (`fput`, `____fput`, `delayed_fput`).
+#[doc(alias = "delayed_fput_list")]
+#[derive(Debug)]
+pub(crate) struct Ended(AtomicPtr<()>);
+
+impl Ended {
+    pub fn new() -> Self {
+        Self(AtomicPtr::new(core::ptr::null_mut()))
+    }
+}
+
+/// Ends files when it is dropped: made before a lock is taken, or kept beside it, so that the lock goes first.
+pub(crate) struct EndsFiles<'a, 'm, E: Env>(pub &'a Mm<'m, E>);
+
+impl<E: Env> Drop for EndsFiles<'_, '_, E> {
+    fn drop(&mut self) {
+        self.0.end_files();
     }
 }
 
@@ -240,13 +267,7 @@ impl<'m, E: Env> Mm<'m, E> {
     /// Makes an object of shared memory, `pages` long, of which `promised` are charged already and given back with it.
     #[doc(alias = "shmem_zero_setup")]
     pub(crate) fn new_shared(&self, pages: u64, promised: u64) -> Result<FileRef, Errno> {
-        let file = self.new_object(Backing::Shared(pages), None, 0)?;
-        // SAFETY: as in `object`; nobody else has seen the object yet.
-        unsafe {
-            let mut object = file.object.cast::<Object<E::Nodes, E::Lock>>();
-            object.as_mut().promised = promised;
-        }
-        Ok(file)
+        self.new_promised(Backing::Shared(pages), None, 0, promised)
     }
 
     pub(crate) fn new_object(
@@ -254,6 +275,16 @@ impl<'m, E: Env> Mm<'m, E> {
         backing: Backing,
         name: Option<NonNull<str>>,
         inode: u64,
+    ) -> Result<FileRef, Errno> {
+        self.new_promised(backing, name, inode, 0)
+    }
+
+    fn new_promised(
+        &self,
+        backing: Backing,
+        name: Option<NonNull<str>>,
+        inode: u64,
+        promised: u64,
     ) -> Result<FileRef, Errno> {
         let memory = self.env().objects().alloc()?;
         let number = self.next_number();
@@ -268,7 +299,7 @@ impl<'m, E: Env> Mm<'m, E> {
             }),
             number,
             inode,
-            promised: 0,
+            promised,
             name,
             backing,
             pages: SleepLock::new(RangeTree::new_in(nodes)),
@@ -329,14 +360,61 @@ impl<'m, E: Env> Mm<'m, E> {
     }
 
     /// Takes a reference away; the last one ends the object and frees its pages, once the provider has their bytes and has let go of them.
+    ///
+    /// Context: no lock is held; waits for devices.
     pub(crate) fn put_object(&self, file: FileRef) {
+        self.leave_object(file);
+        self.end_files();
+    }
+
+    /// As `put_object` where locks are held or nobody may wait: a file is not ended before [`end_files`](Self::end_files).
+    pub(crate) fn leave_object(&self, file: FileRef) {
         if self.object(file).references.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
         let memory = file.object.cast::<Object<E::Nodes, E::Lock>>();
         self.unlist(memory);
-        // SAFETY: the object lives until it is read out below.
-        self.end_transfers(unsafe { memory.as_ref() });
+        // SAFETY: the object lives until it is ended (I4).
+        let object = unsafe { memory.as_ref() };
+        if self.provider(object).is_none() {
+            return self.end_object(memory);
+        }
+        let Ended(chain) = self.ended();
+        let mut head = chain.load(Ordering::Relaxed);
+        loop {
+            object.next.store(head, Ordering::Relaxed);
+            // Release: whoever takes the chain sees what its objects are.
+            let order = (Ordering::Release, Ordering::Relaxed);
+            let first = memory.as_ptr().cast();
+            match chain.compare_exchange(head, first, order.0, order.1) {
+                Ok(_) => return,
+                Err(now) => head = now,
+            }
+        }
+    }
+
+    /// Writes and frees the files whose last reference went under a lock or in a context that does not wait: reclaim's, a migration's, or
+    /// a call's on another CPU. Every call that may end a file does this before it returns; a kernel without such calls for long may do it from
+    /// a thread of its own.
+    ///
+    /// Context: a task that holds no lock of this crate; waits for devices.
+    #[doc(alias = "flush_delayed_fput")]
+    pub fn end_files(&self) {
+        let Ended(chain) = self.ended();
+        while !chain.load(Ordering::Relaxed).is_null() {
+            let mut at = chain.swap(core::ptr::null_mut(), Ordering::Acquire);
+            while let Some(memory) = NonNull::new(at.cast::<Object<E::Nodes, E::Lock>>()) {
+                // SAFETY: I4: the chain was taken whole, so its objects are this call's.
+                let object = unsafe { memory.as_ref() };
+                at = object.next.load(Ordering::Relaxed);
+                self.end_transfers(object);
+                self.end_object(memory);
+            }
+        }
+    }
+
+    /// Frees an object's pages and its memory: nobody else reaches it (I4), and no provider is at work on it.
+    fn end_object(&self, memory: NonNull<Object<E::Nodes, E::Lock>>) {
         // SAFETY: the last reference is gone, so nobody else reaches the object; it is read out once.
         let object = unsafe { memory.as_ptr().read() };
         self.commit().adjust(object.promised, 0);

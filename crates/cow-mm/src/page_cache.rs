@@ -408,7 +408,8 @@ impl<'m, E: Env> Mm<'m, E> {
             return Evicted::Kept;
         };
         let outcome = self.evict_from(self.object(file), frame, page);
-        self.put_object(file);
+        // Locks are held, and nobody waits for a device here.
+        self.leave_object(file);
         outcome
     }
 
@@ -491,7 +492,8 @@ impl<'m, E: Env> Mm<'m, E> {
             }
             stored
         });
-        self.put_object(file);
+        // Locks are held, and nobody waits for a device here.
+        self.leave_object(file);
         replaced
     }
 }

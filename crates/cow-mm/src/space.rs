@@ -512,6 +512,7 @@ impl<E: Env> Drop for AddressSpace<'_, E> {
         unsafe { core::ptr::drop_in_place(self.core.as_ptr()) };
         // SAFETY: the core was dropped, and the memory came from this allocator.
         unsafe { mm.env().spaces().free(self.core.cast()) }
+        mm.end_files();
     }
 }
 

@@ -384,7 +384,8 @@ pub(crate) fn discard<E: Env>(
         unsafe { VmaMemory::clear(id.0) };
         stock.put(id.0);
         if let Some(file) = vma.file {
-            mm.put_object(file);
+            // The space is locked: its call ends the file.
+            mm.leave_object(file);
         }
         if let Label::Named(name) = vma.label {
             mm.names().put(name);

@@ -6,8 +6,8 @@ use std::cell::Cell;
 
 use common::elf::{Builder, Part};
 use common::{PAGE, Program, RW, World};
-use kmem_cow_mm::{ExecError, Image, Layout, MapRequest, STACK_GUARD_PAGES};
-use kmem_hal::{NoRng, Rng};
+use kmem_cow_mm::{ExecError, Image, Layout, MapRequest, STACK_GUARD_PAGES, mmap_base};
+use kmem_hal::{NoRng, Page, PageRange, Rng};
 
 /// SplitMix64.
 struct Seeded(Cell<u64>);
@@ -88,6 +88,45 @@ fn each_part_moves_as_far_as_linux_moves_it() {
             assert!(most >= range / 16 * 15, "part {part}: {most} of {range}");
         }
     }
+}
+
+/// Sv39 has 256 GiB for programs: less than mappings move by elsewhere.
+#[test]
+fn every_part_stays_in_a_space_that_is_narrower_than_linux_moves_parts() {
+    let task_size = 1u64 << 38;
+    let narrow = Layout {
+        task_size,
+        search: PageRange::new(
+            Page::new(16).unwrap(),
+            Page::new(task_size / PAGE - 1).unwrap(),
+        )
+        .unwrap(),
+        mmap_base: Some(mmap_base(task_size, 8 << 20)),
+        bottom_up_base: task_size / 3 & !(PAGE - 1),
+        stack_top: task_size,
+        image_base: (task_size / 3 * 2) & !(PAGE - 1),
+        ..Layout::x86_64()
+    };
+    for rng in [Always(u64::MAX), Always(0), Always(u64::MAX / 3)] {
+        let layout = narrow.randomised(&rng);
+        let base = layout.mmap_base.unwrap();
+        assert!(
+            base > task_size / 2 && base < layout.stack_top,
+            "{layout:x?}"
+        );
+        assert!(layout.bottom_up_base < task_size / 2);
+        assert!(layout.image_base + layout.heap_gap < task_size);
+        assert!(layout.stack_top > task_size / 4 * 3);
+    }
+}
+
+#[test]
+fn mappings_stay_in_a_window() {
+    let (low, high) = (0x5000_0000, 0x6000_0000);
+    let window = Layout::window(low, high).unwrap();
+    let layout = window.with_stack_limit(1 << 20).randomised(&Seeded::new(3));
+    assert_eq!((layout.mmap_base, layout.bottom_up_base), (Some(high), low));
+    assert!(layout.stack_top < window.stack_top);
 }
 
 #[test]

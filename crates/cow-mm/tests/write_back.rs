@@ -5,8 +5,10 @@ mod common;
 use common::changing_file::ChangingFile;
 use common::kept::keep;
 use common::{PAGE, Program, RW, World};
-use kmem_cow_mm::{MapFlags, Mm, OpenFile, Prot};
+use kmem_cow_mm::{AddressSpace, MapFlags, MapRequest, Mm, OpenFile, Prot, RemapFlags};
+use kmem_hal::{Frame, IoError, IoState, IoTicket, PageProvider};
 use kmem_mock_x86::DiskImage;
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A file of so many bytes, on a disk with room for more.
@@ -61,6 +63,91 @@ fn who_lets_go_of_a_file_last_writes_it() {
         assert_eq!(reopened(mm, provider, 0), 1);
         assert_eq!(reopened(mm, provider, 2 * PAGE), 2);
         assert_eq!(world.used_frames(), before);
+    }
+}
+
+/// A file whose provider looks at a space before it takes a page, as one does that reclaims, or that is a program itself.
+struct Asking {
+    file: ChangingFile,
+    space: OnceLock<&'static AddressSpace<'static, World>>,
+    asked: AtomicU64,
+}
+
+// SAFETY: W1 to W3: forwards to a file that keeps them.
+unsafe impl PageProvider for Asking {
+    fn size(&self) -> u64 {
+        self.file.size()
+    }
+    fn read(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
+        self.file.read(index, frame)
+    }
+    fn write(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
+        if let Some(space) = self.space.get() {
+            self.asked
+                .fetch_add(1 + space.map_count() as u64, Ordering::Relaxed);
+        }
+        self.file.write(index, frame)
+    }
+    fn poll(&self, ticket: IoTicket) -> Result<IoState, IoError> {
+        self.file.poll(ticket)
+    }
+}
+
+/// Were the space locked while its last mapping's file is written, this would hang.
+#[test]
+fn a_file_ends_without_the_lock_of_the_space_that_let_go_of_it() {
+    let ways: [fn(&Program, u64); 4] = [
+        |program, start| program.space.munmap(start, 2 * PAGE).unwrap(),
+        |program, start| {
+            // Over the file's mapping.
+            let request = MapRequest {
+                address: start,
+                flags: MapFlags::PRIVATE | MapFlags::ANONYMOUS | MapFlags::FIXED,
+                ..MapRequest::anonymous(2 * PAGE, RW)
+            };
+            program.space.mmap(&request).unwrap();
+        },
+        |program, start| {
+            let other = program.map(2);
+            let flags = RemapFlags::MAYMOVE | RemapFlags::FIXED;
+            let moved = program
+                .space
+                .mremap(other, 2 * PAGE, 2 * PAGE, flags, start);
+            assert_eq!(moved.unwrap(), start);
+        },
+        |program, start| {
+            // A part of the mapping is left each time but the last.
+            program.space.munmap(start, PAGE).unwrap();
+            program.space.munmap(start + PAGE, PAGE).unwrap();
+        },
+    ];
+    for way in ways {
+        let world = World::new();
+        let mm = world.mm();
+        let room = vec![7; 4 * PAGE as usize];
+        let provider: &'static Asking = keep(Box::new(Asking {
+            file: ChangingFile {
+                image: DiskImage::from_bytes(world.machine, &room),
+                size: AtomicU64::new(2 * PAGE),
+            },
+            space: OnceLock::new(),
+            asked: AtomicU64::new(0),
+        }));
+        let file = OpenFile {
+            file: mm.open_file(provider, "/served", 0).unwrap(),
+            readable: true,
+            writable: true,
+        };
+        let program = Program::new(mm);
+        let space = keep(Box::new(program.space.share().unwrap()));
+        assert!(provider.space.set(space).is_ok());
+        let start = program.map_file(file, 2, RW, MapFlags::SHARED);
+        program.store(start, 1).unwrap();
+        program.store(start + PAGE, 2).unwrap();
+        assert!(mm.close(file.file));
+        way(&program, start);
+        assert!(provider.asked.load(Ordering::Relaxed) >= 2, "both pages");
+        assert_eq!(mm.events().write_errors, 0);
     }
 }
 

@@ -75,7 +75,8 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// Locks the leaf table of `page`, where there is one that is this space's own; `None` where there is none, a huge leaf is in its place,
     /// another space shares it or a table above it, or the space does not own the page: a [cursor](Self::cursor) says which, and helps.
     ///
-    /// Context: task context, interrupts on; waits for whoever has the table's lock.
+    /// Context: task context, interrupts on; waits for whoever has the table's lock, so not inside a read section of the environment's
+    /// [`Grace`].
     #[doc(alias = "pte_offset_map_lock")]
     #[inline]
     pub fn lock_entry(&self, page: Page) -> Option<LockedEntry<'_, F, E, H>> {

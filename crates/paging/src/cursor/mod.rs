@@ -335,12 +335,6 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
         })
     }
 
-    /// Whether an entry of a table of `level` is a top entry that other tables have copies of.
-    #[inline(always)]
-    pub(crate) fn is_lent(&self, level: usize, index: usize) -> bool {
-        level == self.table.levels() && self.table.lends(index)
-    }
-
     /// Makes a locked table the held one.
     #[inline]
     fn hold(&mut self, node: Node<'t, F>, page: Page) {

@@ -184,15 +184,19 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     ///
     /// # Errors
     ///
-    /// [`TableError::Memory`]; the tables made so far stay. [`TableError::CannotShare`] where a top entry is a leaf, or belongs to another table.
+    /// [`TableError::Memory`], and [`TableError::CannotShare`] where a leaf or a payload comes to a top entry meanwhile: the tables made so far
+    /// stay. [`TableError::CannotShare`] where a top entry is a leaf or a payload, or belongs to another table.
     pub fn lend_from(&self, from: Page) -> Result<(), TableError> {
         let index = self.top_index(from);
         if self.borrowed_from < level::<F>(self.levels).entries() {
             return Err(TableError::CannotShare);
         }
         let root = self.root_node();
-        let is_leaf = |index| root.kind(root.load(index)) == Kind::Leaf;
-        if (index..level::<F>(self.levels).entries()).any(is_leaf) {
+        let is_taken = |index| {
+            let word = root.load(index);
+            word != 0 && root.kind(word) != Kind::Table
+        };
+        if (index..level::<F>(self.levels).entries()).any(is_taken) {
             return Err(TableError::CannotShare);
         }
         if !F::FIXED_TOP {
