@@ -3,7 +3,7 @@
 use core::mem::MaybeUninit;
 use core::ptr::NonNull;
 
-use kmem_hal::{Cpu, FrameRequest, Order};
+use kmem_hal::{Cpu, FrameRequest};
 
 use crate::head::Head;
 use crate::platform::Platform;
@@ -11,15 +11,15 @@ use crate::raw::RawCache;
 use crate::system::SlabSystem;
 
 impl<P: Platform> SlabSystem<P> {
-    /// Fills `out` from its start; answers how many objects it got.
+    /// Fills `out` from its start; answers how many objects it got. `request` is what a new slab is asked for with.
     pub(crate) fn alloc_many<T>(
         &self,
         cache: &RawCache<P::Lock>,
         out: &mut [MaybeUninit<NonNull<T>>],
+        request: &FrameRequest,
     ) -> usize {
         // SAFETY: a cache exists, so the system is ready.
         let platform = unsafe { self.platform_unchecked() };
-        let request = FrameRequest::new(Order::ZERO);
         let mut given = 0;
         while given < out.len() {
             {
@@ -32,7 +32,7 @@ impl<P: Platform> SlabSystem<P> {
                 break;
             }
             // Refills the array, so that the next turn takes many again.
-            match self.alloc_object(cache, &request) {
+            match self.alloc_object(cache, request) {
                 Ok(object) => {
                     out[given].write(object.cast());
                     given += 1;

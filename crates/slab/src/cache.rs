@@ -24,6 +24,7 @@ use crate::policy::{Features, Policy};
 use crate::raw::{Hooks, RawCache, Setup};
 use crate::slab_box::{Full, SlabBox};
 use crate::system::SlabSystem;
+use crate::with_flags::WithFlags;
 
 /// A cache of objects of type `T`.
 ///
@@ -203,6 +204,17 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
         Ok(self.mark(raw, object, Location::caller()).cast())
     }
 
+    /// As `alloc_memory`; refuses flags that limit the address, as a cache's objects lie anywhere.
+    #[inline]
+    #[track_caller]
+    pub(crate) fn alloc_anywhere(&self, flags: Flags) -> Result<NonNull<T>, AllocError> {
+        if flags.limited() {
+            let error = AllocError::Unsatisfiable;
+            return Err(self.system.tell_refused(size_of::<T>(), error, flags));
+        }
+        self.alloc_memory(flags)
+    }
+
     /// Tells the policy of a slot that is given; answers the object in it.
     #[inline(always)]
     fn mark(
@@ -276,12 +288,7 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
         value: T,
         flags: Flags,
     ) -> Result<SlabBox<'_, T, P, STABLE, H>, Full<T>> {
-        if flags.limited() {
-            let error = AllocError::Unsatisfiable;
-            let error = self.system.tell_refused(size_of::<T>(), error, flags);
-            return Err(Full { value, error });
-        }
-        match self.alloc_memory(flags) {
+        match self.alloc_anywhere(flags) {
             Ok(object) => {
                 // SAFETY: memory for a `T` that belongs to this call (I2).
                 unsafe { object.write(value) };
@@ -304,8 +311,22 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
         &self,
         build: impl FnOnce(&mut MaybeUninit<T>) -> &mut T,
     ) -> Result<SlabBox<'_, T, P, STABLE, H>, AllocError> {
+        self.alloc_in_place_with(build, Flags::empty())
+    }
+
+    /// As [`alloc_in_place`](Self::alloc_in_place), in a context that `flags` describe.
+    ///
+    /// # Errors
+    ///
+    /// As there, and [`AllocError::Unsatisfiable`] where the flags limit the address.
+    #[track_caller]
+    pub fn alloc_in_place_with(
+        &self,
+        build: impl FnOnce(&mut MaybeUninit<T>) -> &mut T,
+        flags: Flags,
+    ) -> Result<SlabBox<'_, T, P, STABLE, H>, AllocError> {
         const { assert!(size_of::<T>() > 0, "a type without bytes needs no place") };
-        let object = self.alloc_memory(Flags::empty())?;
+        let object = self.alloc_anywhere(flags)?;
         // SAFETY: memory for a `T` that belongs to this call (I2).
         let place = unsafe { object.cast::<MaybeUninit<T>>().as_mut() };
         let built = ptr::from_mut(build(place));
@@ -317,6 +338,28 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
         }
         // SAFETY: `build` returned a reference to the value in the place, which has bytes, so that no other value is there.
         Ok(unsafe { SlabBox::from_raw(self, object) })
+    }
+
+    /// The cache as an allocator whose calls are made in a context that `flags` describe: for [`Reserve::new`], bulk calls, and whoever takes an
+    /// [`ObjectAlloc`].
+    ///
+    /// # Examples
+    ///
+    /// Five objects ahead of need, for which the page source may reclaim:
+    ///
+    /// ```
+    /// use kmem_hal::{AllocError, Reserve};
+    /// use kmem_slab::{Cache, Flags, Platform};
+    ///
+    /// fn prepare<P: Platform>(cache: &Cache<'_, [u64; 4], P>) -> Result<(), AllocError> {
+    ///     let waiting = cache.with_flags(Flags::MAY_WAIT);
+    ///     let reserve = Reserve::<_, _, 8>::new(&waiting, 5)?;
+    ///     assert_eq!(reserve.len(), 5);
+    ///     Ok(())
+    /// }
+    /// ```
+    pub fn with_flags(&self, flags: Flags) -> WithFlags<'_, T, P, STABLE, H> {
+        WithFlags { cache: self, flags }
     }
 
     /// Takes `count` objects ahead of need (at most `N`): as long as some are left, [`Reserve::take`] cannot fail.
@@ -406,30 +449,34 @@ unsafe impl<T, P: Platform, const STABLE: bool, H: Policy> ObjectAlloc<T>
 
     #[track_caller]
     fn alloc_bulk(&self, out: &mut [MaybeUninit<NonNull<T>>]) -> usize {
+        self.fill(out, Flags::empty())
+    }
+}
+
+impl<T, P: Platform, const STABLE: bool, H: Policy> Cache<'_, T, P, STABLE, H> {
+    /// Fills `out` from its start with memory that is asked for with `flags`; answers how many objects it got.
+    #[track_caller]
+    pub(crate) fn fill(&self, out: &mut [MaybeUninit<NonNull<T>>], flags: Flags) -> usize {
         if size_of::<T>() == 0 {
             for place in out.iter_mut() {
                 place.write(NonNull::dangling());
             }
             return out.len();
         }
-        match self.raw() {
-            Ok(raw) => {
-                let given = self.system.alloc_many(raw, out);
-                if H::FEATURES.check {
-                    for object in &mut out[..given] {
-                        // SAFETY: the first `given` places were written.
-                        let slot = unsafe { object.assume_init() };
-                        object.write(self.mark(raw, slot.cast(), Location::caller()).cast());
-                    }
-                }
-                given
+        let Ok(raw) = self.raw() else {
+            return 0;
+        };
+        let given = self.system.alloc_many(raw, out, &flags.request());
+        if H::FEATURES.check {
+            for object in &mut out[..given] {
+                // SAFETY: the first `given` places were written.
+                let slot = unsafe { object.assume_init() };
+                object.write(self.mark(raw, slot.cast(), Location::caller()).cast());
             }
-            Err(_) => 0,
         }
+        given
     }
-}
 
-impl<T, P: Platform, const STABLE: bool, H: Policy> Cache<'_, T, P, STABLE, H> {
     /// Takes back the memory of many objects at once.
     ///
     /// # Safety

@@ -45,6 +45,7 @@ mod slab_box;
 mod system;
 mod teardown;
 mod users;
+mod with_flags;
 
 pub use cache::{Cache, Leaked};
 pub use class::{CLASSES, LARGEST_CLASS, class_of, class_size};
@@ -62,6 +63,7 @@ pub use policy::{
 pub use reuse::{ReuseCache, Reused};
 pub use slab_box::{Full, SlabBox};
 pub use system::{InitError, SlabSystem};
+pub use with_flags::WithFlags;
 
 #[cfg(any(loom, shuttle))]
 #[doc(hidden)]

@@ -93,7 +93,17 @@ impl<'s, T: Send + 'static, P: Platform> ReuseCache<'s, T, P> {
     /// [`AllocError`].
     #[track_caller]
     pub fn alloc(&self) -> Result<Reused<'_, T, P>, AllocError> {
-        let object = self.cache.alloc_memory(Flags::empty())?;
+        self.alloc_with(Flags::empty())
+    }
+
+    /// As [`alloc`](Self::alloc), in a context that `flags` describe.
+    ///
+    /// # Errors
+    ///
+    /// [`AllocError`]; [`AllocError::Unsatisfiable`] where the flags limit the address.
+    #[track_caller]
+    pub fn alloc_with(&self, flags: Flags) -> Result<Reused<'_, T, P>, AllocError> {
+        let object = self.cache.alloc_anywhere(flags)?;
         Ok(Reused {
             cache: self,
             object,

@@ -5,10 +5,13 @@ mod common;
 use std::sync::Mutex;
 
 use common::Arena;
+use core::mem::MaybeUninit;
+
 use kmem_hal::{
-    AllocError, Context, FrameRequest, FrameSink, FrameSource, OffsetMap, Order, OwnedFrame, Spin,
+    AllocError, Context, FrameRequest, FrameSink, FrameSource, Grace, ObjectAlloc, OffsetMap,
+    Order, OwnedFrame, Reserve, SingleGrace, Spin,
 };
-use kmem_slab::{Cache, Flags, Parts, SlabSystem};
+use kmem_slab::{Cache, Flags, Parts, ReuseCache, SlabBox, SlabSystem};
 use kmem_testkit::{FailingSource, every_failure};
 
 #[test]
@@ -132,4 +135,119 @@ fn only_the_smallest_slab_is_worth_reclaim_and_the_reserves() {
             assert_eq!(source.arena.used(), 0);
         }
     }
+}
+
+/// A typed call that may wait does so for the smallest slab; one without flags never.
+#[test]
+fn the_context_of_typed_calls_reaches_the_source() {
+    type Object = [u64; 90];
+    let source = Fragmented {
+        arena: Arena::new(1024),
+        largest: Order::ZERO,
+        asked: Mutex::default(),
+    };
+    // SAFETY: map and table cover the arena.
+    let parts: Parts<_, OffsetMap, _, Spin> = unsafe {
+        let (map, table) = (source.arena.map(), source.arena.table);
+        Parts::new(&source, map, common::ThreadCpu(1), table)
+    };
+    let mut system = SlabSystem::new();
+    system.init(parts).unwrap();
+    // Whether the source was asked, which a new cache does for its slab, and whether it might have waited.
+    let asked = |call: &dyn Fn()| {
+        source.asked.lock().unwrap().clear();
+        call();
+        let asked = source.asked.lock().unwrap();
+        let waits = |request: &FrameRequest| request.context == Context::MayWait;
+        (!asked.is_empty(), asked.iter().any(waits))
+    };
+    for (flags, waits) in [(Flags::empty(), false), (Flags::MAY_WAIT, true)] {
+        let new = || Cache::<'_, Object, _>::new(&system, "typed");
+        let (single, bulk, reserved, placed) = (new(), new(), new(), new());
+        let reused = ReuseCache::new(&system, "built", || [5_u64; 90], |_| {});
+        let calls: [(&str, &dyn Fn()); 5] = [
+            ("alloc", &|| {
+                let with = single.with_flags(flags);
+                let object = with.alloc().unwrap();
+                // SAFETY: allocated above.
+                unsafe { with.free(object) };
+            }),
+            ("alloc_bulk", &|| {
+                let with = bulk.with_flags(flags);
+                let mut out = [MaybeUninit::uninit(); 3];
+                assert_eq!(with.alloc_bulk(&mut out), 3);
+                for object in out {
+                    // SAFETY: all three were written, and came from the cache.
+                    unsafe { bulk.free(object.assume_init()) };
+                }
+            }),
+            ("Reserve", &|| {
+                let with = reserved.with_flags(flags);
+                let mut reserve = Reserve::<_, _, 8>::new(&with, 3).unwrap();
+                let object = reserve.take().unwrap();
+                // SAFETY: it came from the cache.
+                unsafe { reserved.free(object) };
+            }),
+            ("alloc_in_place_with", &|| {
+                let built = placed.alloc_in_place_with(|place| place.write([7; 90]), flags);
+                assert_eq!(built.unwrap()[89], 7);
+            }),
+            ("alloc_with", &|| {
+                assert_eq!(reused.alloc_with(flags).unwrap()[89], 5);
+            }),
+        ];
+        for (name, call) in calls {
+            assert_eq!(asked(call), (true, waits), "{name} with {flags:?}");
+        }
+        for cache in [single, bulk, reserved, placed] {
+            assert_eq!(cache.info().unwrap().active_objects, 0);
+            cache.destroy().unwrap();
+        }
+        reused.destroy().unwrap();
+    }
+    system.teardown().unwrap();
+    assert_eq!(source.arena.used(), 0);
+}
+
+#[test]
+fn typed_calls_have_no_memory_below_a_limit() {
+    let (_, system) = common::system(1024, 1);
+    let cache = Cache::<'_, u64, _>::new(&system, "typed");
+    let reused = ReuseCache::new(&system, "built", || 5_u64, |_| {});
+    let refused = Some(AllocError::Unsatisfiable);
+    for flags in [Flags::DMA, Flags::DMA32 | Flags::MAY_WAIT] {
+        let with = cache.with_flags(flags);
+        assert_eq!(with.alloc().err(), refused);
+        assert_eq!(with.alloc_bulk(&mut [MaybeUninit::uninit(); 3]), 0);
+        assert!(Reserve::<_, _, 8>::new(&with, 3).is_err());
+        let placed = cache.alloc_in_place_with(|_| unreachable!("there is no place"), flags);
+        assert_eq!(placed.err(), refused);
+        assert_eq!(reused.alloc_with(flags).err(), refused);
+    }
+}
+
+/// What is freed later goes to the cache, whatever has become of the value that it was freed through.
+#[test]
+fn objects_go_back_to_the_cache_after_its_context_ended() {
+    let (_, system) = common::system(1024, 1);
+    let new = |name| Cache::<'_, u64, _>::new(&system, name);
+    let (cache, other) = (new("typed"), new("other"));
+    // SAFETY: one thread.
+    let grace = unsafe { SingleGrace::new() };
+    let mut with = cache.with_flags(Flags::MAY_WAIT);
+    let object = with.alloc().unwrap();
+    let foreign = other.alloc(5).map(SlabBox::into_raw).unwrap();
+    let guard = grace.read();
+    // SAFETY: the object came from the cache, which outlives the grace period.
+    unsafe { with.free_deferred(object, &grace) }.unwrap();
+    // Where it was is another's context now.
+    with = other.with_flags(Flags::empty());
+    let frees = || [&cache, &other].map(|cache| cache.info().unwrap().frees);
+    assert_eq!(frees(), [0, 0]);
+    drop(guard);
+    grace.poll();
+    assert_eq!(frees(), [1, 0]);
+    // SAFETY: of the other cache.
+    unsafe { with.free(foreign) };
+    assert_eq!(frees(), [1, 1]);
 }
