@@ -293,7 +293,7 @@ impl<P: Platform> SlabSystem<P> {
         }
         // SAFETY: the word before what may be an object of a live slab of this cache.
         size_in(unsafe { tag_of(object).read() }, object, cache.column)?;
-        if !cache.setup.features.redzone {
+        if !cache.setup.features.keeps_size() {
             return Some(room);
         }
         // SAFETY: an object in use has a record.

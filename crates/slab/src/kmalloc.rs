@@ -16,7 +16,6 @@ use kmem_hal::{
 };
 
 use crate::class::{CLASSES, class_of, class_size};
-use crate::harden::bytes_behind;
 use crate::head::COLUMNS;
 use crate::misuse::Misuse;
 use crate::platform::Platform;
@@ -207,12 +206,10 @@ impl<P: Platform> SlabSystem<P> {
         if flags.contains(Flags::ZERO) {
             // All that may be used, since `krealloc` may let the object grow in place.
             let usable = match class_size(class) {
-                Some(slot) if !Self::FEATURES.redzone => {
-                    slot - Self::FEATURES.front(align) - bytes_behind(Self::FEATURES)
-                }
+                Some(slot) if !Self::FEATURES.keeps_size() => slot - Self::FEATURES.front(align),
                 _ => size,
             };
-            // SAFETY: the object has at least `size` bytes, and all between tag and record without a red zone, and belongs to this call.
+            // SAFETY: the object has at least `size` bytes, and all behind its tag where there is no record, and belongs to this call.
             unsafe { object.write_bytes(0, usable) };
         }
         object
@@ -459,17 +456,24 @@ impl<P: Platform> SlabSystem<P> {
     /// Memory of this system that `memory` points to is not freed during the call, nor was its cache dropped or destroyed.
     #[must_use]
     pub unsafe fn ksize(&self, memory: NonNull<u8>) -> Option<usize> {
+        self.look(memory).map(|(_, had)| had)
+    }
+
+    /// What is at `memory`, and its usable size in bytes.
+    fn look(&self, memory: NonNull<u8>) -> Option<(Found<'_, P::Lock>, usize)> {
         let platform = self.platform()?;
-        match self.find(platform, memory) {
-            Found::Object(cache, slab) => self.usable(cache, slab, memory),
-            Found::Pages(_, count) => Some((count * PAGE_SIZE) as usize),
+        let found = self.find(platform, memory);
+        let had = match found {
+            Found::Object(cache, slab) => self.usable(cache, slab, memory)?,
+            Found::Pages(_, count) => (count * PAGE_SIZE) as usize,
             Found::Large => {
                 let area = area_of(platform.large(), memory);
                 let before = memory.as_ptr().addr() - area.as_ptr().addr();
-                Some(platform.large().size_of(area)?.saturating_sub(before))
+                platform.large().size_of(area)?.saturating_sub(before)
             }
-            Found::Stranger => None,
-        }
+            Found::Stranger => return None,
+        };
+        Some((found, had))
     }
 
     /// Changes the size of memory from [`kmalloc`](Self::kmalloc): in place where its class, its pages or its large area allow it.
@@ -495,19 +499,13 @@ impl<P: Platform> SlabSystem<P> {
         let Some(old) = NonNull::new(memory) else {
             return self.kmalloc(size, flags);
         };
-        // SAFETY: the caller's promise.
-        let had = unsafe { self.ksize(old) }.ok_or(AllocError::Unsatisfiable)?;
+        let (found, had) = self.look(old).ok_or(AllocError::Unsatisfiable)?;
         let (bytes, align) = (size.max(1), Self::natural(size));
-        if !flags.limited() && self.fits_in_place(old, had, bytes, align) {
+        // SAFETY: the caller's promise; the memory stays the caller's.
+        if !flags.limited() && unsafe { self.resize_in_place(&found, old, had, bytes, align) } {
             if flags.contains(Flags::ZERO) && size < had {
                 // SAFETY: the caller's memory has `had` usable bytes, of which it keeps `size`.
                 unsafe { old.add(size).write_bytes(0, had - size) };
-            }
-            if Self::FEATURES.check
-                && let Some(class) = Self::class_for(bytes, align)
-            {
-                // SAFETY: an object in use of this class, which the caller keeps.
-                unsafe { self.retag(class as u32, old, None, bytes) };
             }
             return Ok(old);
         }
@@ -582,9 +580,11 @@ impl<P: Platform> SlabSystem<P> {
                         }))
             }
             (None, None) => NonNull::new(memory)
-                // SAFETY: the caller's promise.
-                .and_then(|memory| Some((memory, unsafe { self.ksize(memory) }?)))
-                .is_some_and(|(memory, had)| self.fits_in_place(memory, had, new_size, align)),
+                .and_then(|memory| Some((memory, self.look(memory)?)))
+                // SAFETY: the caller's promise; the memory stays the caller's.
+                .is_some_and(|(memory, (found, had))| unsafe {
+                    self.resize_in_place(&found, memory, had, new_size, align)
+                }),
             _ => false,
         };
         if same {
@@ -601,19 +601,39 @@ impl<P: Platform> SlabSystem<P> {
         new
     }
 
-    /// Whether memory with `had` usable bytes is what `size` bytes would get.
-    fn fits_in_place(&self, memory: NonNull<u8>, had: usize, size: usize, align: usize) -> bool {
+    /// Whether memory with `had` usable bytes, found as told, is what `size` bytes at multiples of `align` would get; an object has that size from
+    /// now on.
+    ///
+    /// # Safety
+    ///
+    /// The memory is in use, and the caller's.
+    unsafe fn resize_in_place(
+        &self,
+        found: &Found<'_, P::Lock>,
+        memory: NonNull<u8>,
+        had: usize,
+        size: usize,
+        align: usize,
+    ) -> bool {
         let features = Self::FEATURES;
-        if features.keeps_size() || features.sample > 0 {
-            return had == size;
+        let is_exact = features.keeps_size() || features.sample > 0;
+        if !memory.as_ptr().addr().is_multiple_of(align) || (is_exact && had != size) {
+            return false;
         }
-        match Self::class_for(size, align).and_then(class_size) {
-            Some(class) => {
-                class == had + features.front(align) && memory.as_ptr().addr().is_multiple_of(align)
+        match (found, Self::class_for(size, align)) {
+            // A free with a layout takes from it the class, and what is in front of the object.
+            (&Found::Object(cache, slab), Some(class)) if cache.index as usize == class => {
+                !features.check
+                    || self.front_of(cache, slab, memory) == Some(features.front(align))
+                        // SAFETY: the caller's promise.
+                        && unsafe { self.retag(cache.column, memory, None, size) }
             }
-            None => {
+            (Found::Pages(..) | Found::Large, None) => {
                 size <= had && size.div_ceil(PAGE_SIZE as usize) == had.div_ceil(PAGE_SIZE as usize)
             }
+            // A guarded object.
+            (Found::Large, Some(_)) => features.sample > 0,
+            _ => false,
         }
     }
 }

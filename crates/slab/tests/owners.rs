@@ -148,3 +148,30 @@ fn owner_tells_the_line_of_a_box() {
     assert_eq!(owned, 0);
     world.end();
 }
+
+/// The record of an object is what was asked for last, and by whom.
+#[test]
+fn owner_tells_the_size_and_line_of_a_resize() {
+    let mut world: World<Owner> = World::new();
+    // With its tag and record an object of 30 bytes lies in a class of 56, which leaves room for 32.
+    for _ in 0..20 {
+        let object = world.take(30);
+        let line = line!() + 2;
+        // SAFETY: a live allocation, not used afterwards.
+        let object = unsafe { (world.system).krealloc(object.as_ptr(), 32, Flags::empty()) };
+        let object = object.unwrap();
+        assert!(object.as_ptr().addr().is_multiple_of(32), "{object:?}");
+        // SAFETY: a live allocation.
+        assert_eq!(unsafe { world.system.ksize(object) }, Some(32));
+        let mut owned = Vec::new();
+        world.system.owners(|object| owned.push(*object));
+        let [owned] = owned[..] else {
+            panic!("{owned:?}")
+        };
+        assert_eq!((owned.address, owned.size), (object.as_ptr().addr(), 32));
+        assert_eq!(owned.place.unwrap().line(), line);
+        // SAFETY: a live allocation.
+        unsafe { world.system.kfree(object.as_ptr()) };
+    }
+    world.end();
+}

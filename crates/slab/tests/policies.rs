@@ -611,6 +611,45 @@ fn sizes<H: Policy>() {
     world.end();
 }
 
+/// After a resize, in place or not, the memory can be freed by the new size.
+fn resized<H: Policy>() {
+    let world: World<H> = World::new();
+    let system = &world.system;
+    let align_of = |size: usize| match size.is_power_of_two() {
+        true => size.max(8),
+        false => 8,
+    };
+    for old in 1..200_usize {
+        for new in [16, 32, 64, 128, old, old + 1, old + 8, old + 16] {
+            // Places of every alignment that the class has.
+            let held = [(); 4].map(|()| world.take(old));
+            for object in held {
+                // SAFETY: a live allocation, not used afterwards.
+                let moved = unsafe { system.krealloc(object.as_ptr(), new, Flags::empty()) };
+                let (moved, align) = (moved.unwrap(), align_of(new));
+                assert!(moved.as_ptr().addr().is_multiple_of(align), "{old} {new}");
+                let layout = Layout::from_size_align(new, align).unwrap();
+                // SAFETY: a live allocation of this layout.
+                unsafe { system.kfree_layout(moved, layout) };
+                assert_eq!(world.seen(), [], "{old} to {new}");
+            }
+        }
+    }
+    world.end();
+}
+
+#[test]
+fn what_was_resized_is_freed_by_its_new_size() {
+    resized::<Plain>();
+    resized::<Check>();
+    resized::<Redzone>();
+    resized::<Poison>();
+    resized::<Owner>();
+    resized::<Guard<10>>();
+    resized::<(Check, Guard<3>)>();
+    resized::<(Check, Redzone, Poison, Quarantine<32>, Shuffle, Owner)>();
+}
+
 #[test]
 fn every_policy_that_checks_finds_the_wrong_size_in_the_same_class() {
     sizes::<Check>();
