@@ -122,16 +122,15 @@ unsafe fn object_in<L: RawLock>(
 impl<P: Platform> SlabSystem<P> {
     #[inline(always)]
     fn is_mapped(&self, tag: *mut u64) -> bool {
-        let bytes = self.mapped_bytes.load(Ordering::Acquire);
-        let inside = tag
-            .addr()
-            .wrapping_sub(self.mapped_from.load(Ordering::Relaxed))
-            < bytes;
+        let first = self.mapped_first.load(Ordering::Acquire);
+        let end = self.mapped_end.load(Ordering::Acquire);
+        let inside = (first..end).contains(&tag.addr());
         inside || self.is_mapped_meanwhile(tag)
     }
 
     /// Looks the first time, and again where memory may have been added since. Pointers to mapped memory are contiguous (hal `P1`), and
-    /// there is only ever more of it (`P4`), so what is found holds for all later looks.
+    /// there is only ever more of it (`P4`): of two reaches one is inside the other, and the lowest start and the highest end that were ever seen
+    /// are those of the latest of them. Each moves outwards by itself, so that between any two of their values all is mapped.
     #[cold]
     #[inline(never)]
     fn is_mapped_meanwhile(&self, tag: *mut u64) -> bool {
@@ -143,12 +142,21 @@ impl<P: Platform> SlabSystem<P> {
         if !reach.contains(Frame::containing(address)) {
             return false;
         }
-        // The first pointer is computed, not asked for: the first frame in reach need not be memory.
-        let above = address.as_u64() - reach.first().start().as_u64();
-        let bytes = usize::try_from(reach.count().saturating_mul(PAGE_SIZE)).unwrap_or(usize::MAX);
-        let from = tag.addr().wrapping_sub(above as usize);
-        self.mapped_from.store(from, Ordering::Relaxed);
-        self.mapped_bytes.store(bytes, Ordering::Release);
+        // Both ends are computed, not asked for: the first frame in reach need not be memory.
+        let bytes =
+            |from: u64, to: u64| usize::try_from(to.saturating_sub(from)).unwrap_or(usize::MAX);
+        let (start, at) = (reach.first().start().as_u64(), address.as_u64());
+        let below = bytes(start, at);
+        let above = bytes(
+            at,
+            start.saturating_add(reach.count().saturating_mul(PAGE_SIZE)),
+        );
+        let (first, end) = (
+            tag.addr().saturating_sub(below),
+            tag.addr().saturating_add(above),
+        );
+        self.mapped_first.fetch_min(first, Ordering::Release);
+        self.mapped_end.fetch_max(end, Ordering::Release);
         true
     }
 

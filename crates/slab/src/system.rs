@@ -92,9 +92,9 @@ pub struct SlabSystem<P: Platform> {
     pub(crate) words: MetaPool,
     /// Counts requests that go to all nodes in turn.
     pub(crate) turns: AtomicU64,
-    /// The pointers of mapped memory as last looked up, for `Check`: the first, and how many bytes.
-    pub(crate) mapped_from: AtomicUsize,
-    pub(crate) mapped_bytes: AtomicUsize,
+    /// The pointers of mapped memory as far as looked up, for `Check`: the first, and the end. Each moves outwards only.
+    pub(crate) mapped_first: AtomicUsize,
+    pub(crate) mapped_end: AtomicUsize,
     pub(crate) arrays: [MetaPool; ARRAY_POOLS],
     pub(crate) registry: Lock<Registry<P::Lock>, P::Lock>,
     /// Counts requests to drain; each CPU's head notes the last it has answered.
@@ -131,8 +131,8 @@ impl<P: Platform> SlabSystem<P> {
                 descriptors: MetaPool::new(size_of::<Slab>().next_multiple_of(16)),
                 words: MetaPool::new(size_of::<MoreWords>().next_multiple_of(16)),
                 turns: AtomicU64::new(0),
-                mapped_from: AtomicUsize::new(0),
-                mapped_bytes: AtomicUsize::new(0),
+                mapped_first: AtomicUsize::new(usize::MAX),
+                mapped_end: AtomicUsize::new(0),
                 arrays: [
                     MetaPool::new(Array::bytes(8).next_multiple_of(16)),
                     MetaPool::new(Array::bytes(16).next_multiple_of(16)),
