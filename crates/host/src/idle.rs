@@ -7,6 +7,8 @@
 //! - `D1`: `memory` is null, or the memory manager that this is the hook of; that lives for ever.
 //! - `D2`: one context at a time empties idle numbers, the holder of `busy`. Nobody waits for it: a request beneath the emptying, another thread's and a
 //!   signal handler's go without.
+//! - `D3`: `emptied` is set only by a walk that passed over no idle number. The numbers are the process's: another heap's walk, which empties another
+//!   memory, may hold one meanwhile, and so may a [`shrink`](crate::HostHeap::shrink) of this one that could not empty it.
 //!
 //! Cost: one load where no thread has ended since the last time.
 
@@ -23,7 +25,7 @@ use crate::threads::ThreadCpu;
 pub struct IdleThreads {
     memory: AtomicPtr<HostMemory>,
     busy: AtomicBool,
-    /// [`ThreadCpu::released`] when all idle numbers were last empty.
+    /// [`ThreadCpu::released`] when all idle numbers were last empty (`D3`).
     emptied: AtomicU64,
 }
 
@@ -56,14 +58,14 @@ impl IdleThreads {
             return false;
         }
         let mut all = true;
-        let shared = ThreadCpu.try_with_idle(|cpu| {
+        let no_other = ThreadCpu.try_with_idle(|cpu| {
             // SAFETY: no thread has the number meanwhile, and this one sees what the last holder wrote. It cannot be this thread's: that is held.
             unsafe {
                 all &= memory.slab().cpu_offline(cpu).is_ok();
                 all &= memory.frames().cpu_offline(cpu);
             }
         });
-        if all && shared {
+        if all && no_other {
             self.emptied.store(released, Ordering::Relaxed);
         }
         self.busy.store(false, Ordering::Release);

@@ -35,6 +35,10 @@ static FREE: [AtomicU64; WORDS] = [
 /// How often a thread gave its number back, or began to run as the shared one.
 static RELEASED: AtomicU64 = AtomicU64::new(0);
 
+/// How many walks over idle numbers began, and how many of them ended.
+static BEGUN: AtomicU64 = AtomicU64::new(0);
+static ENDED: AtomicU64 = AtomicU64::new(0);
+
 /// 0, or the holder of the shared number: the address of its thread-local `ID`.
 static SHARED: AtomicUsize = AtomicUsize::new(0);
 
@@ -107,7 +111,9 @@ impl ThreadCpu {
         self.each_idle(|| Some(lock_shared()), f);
     }
 
-    /// As [`with_idle`](Self::with_idle), waiting for nobody: the shared number is passed over, and the answer is `false`, while a thread runs as it.
+    /// As [`with_idle`](Self::with_idle), waiting for nobody: the shared number is passed over while a thread runs as it.
+    ///
+    /// Answers whether that were all idle numbers: neither that one was passed over, nor one that another walk had at that moment.
     pub(crate) fn try_with_idle(self, f: impl FnMut(CpuId)) -> bool {
         self.each_idle(try_lock_shared, f)
     }
@@ -118,11 +124,15 @@ impl ThreadCpu {
         mut f: impl FnMut(CpuId),
     ) -> bool {
         drop(self.raw_pin()); // leases a number, if there is one
+        let before = BEGUN.fetch_add(1, Ordering::AcqRel);
+        // Each walk that began before has ended: what it held is free again. (Where later ones are counted here, `BEGUN` tells in the end.)
+        let is_first = ENDED.load(Ordering::Acquire) == before;
         for (index, word) in FREE.iter().enumerate() {
             for bit in 0..64 {
                 let mask = 1 << bit;
-                if word.load(Ordering::Relaxed) & mask != 0
-                    && word.fetch_and(!mask, Ordering::Acquire) & mask != 0
+                // Release, and acquire: who sees that this walk has the number sees that it began.
+                if word.load(Ordering::Acquire) & mask != 0
+                    && word.fetch_and(!mask, Ordering::AcqRel) & mask != 0
                 {
                     f(CpuId::new(index as u32 * 64 + bit));
                     word.fetch_or(mask, Ordering::Release);
@@ -135,7 +145,9 @@ impl ThreadCpu {
         if guard.is_some() {
             f(CpuId::new(SHARED_ID));
         }
-        guard.is_some()
+        let is_alone = is_first && BEGUN.load(Ordering::Acquire) == before.wrapping_add(1);
+        ENDED.fetch_add(1, Ordering::Release);
+        guard.is_some() && is_alone
     }
 
     /// How often a thread gave its number back, or ran as the shared one: where this has not changed, idle numbers hold what they held.
@@ -280,6 +292,24 @@ mod tests {
         })
         .join()
         .unwrap();
+    }
+
+    #[test]
+    fn a_walk_beside_another_does_not_know_that_it_saw_all() {
+        assert!(ThreadCpu.try_with_idle(|_| {}), "alone");
+        let (mut held, mut inner) = (None, true);
+        let outer = ThreadCpu.try_with_idle(|cpu| {
+            if held.is_none() {
+                held = Some(cpu);
+                // As the hook of another heap, or its `shrink`, at this moment.
+                inner = ThreadCpu.try_with_idle(|other| assert_ne!(other, cpu));
+            }
+        });
+        assert!(held.is_some(), "no number was idle");
+        assert!(!inner, "it passed over {held:?}");
+        // The inner walk held numbers, which the outer one might have met.
+        assert!(!outer);
+        assert!(ThreadCpu.try_with_idle(|_| {}), "alone again");
     }
 
     #[test]

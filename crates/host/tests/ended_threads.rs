@@ -1,7 +1,7 @@
 //! What threads that ended hold serves others before anything is refused.
 
 use std::alloc::{GlobalAlloc, Layout};
-use std::sync::Barrier;
+use std::sync::{Barrier, Mutex, PoisonError};
 
 use kmem_host::HostHeap;
 
@@ -25,8 +25,12 @@ fn take_all(heap: &HostHeap, layout: Layout) -> usize {
 
 const THREADS: usize = 16;
 
+/// The numbers of threads are the process's: where two heaps run short at the same moment, one may pass over a number that the other is emptying.
+static ALONE: Mutex<()> = Mutex::new(());
+
 /// Threads have had objects and ended; as many pieces can be had as without them.
 fn serves(small: usize, large: usize) {
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let layout = |size| Layout::from_size_align(size, 8).unwrap();
     let fresh: &HostHeap = Box::leak(Box::new(HostHeap::with_arena(64 << 20)));
     let first = take_all(fresh, layout(large));
