@@ -12,6 +12,14 @@ use kmem_slab::model::{Array, ArrayStack, Depot, Head, Pending, Slab, Users};
 use loom::cell::UnsafeCell;
 use loom::thread;
 
+/// Every interleaving of three contexts would take a minute: those in which threads are interrupted up to three times, or as often as
+/// `LOOM_MAX_PREEMPTIONS` says.
+fn explore(model: impl Fn() + Sync + Send + 'static) {
+    let mut builder = loom::model::Builder::new();
+    builder.preemption_bound = builder.preemption_bound.or(Some(3));
+    builder.check(model);
+}
+
 /// A slab of `N` objects and what a depot's lock guards.
 struct World<const N: usize> {
     slab: Slab,
@@ -333,7 +341,7 @@ fn one_context_takes_a_cache_apart_and_has_it_alone() {
     }
 
     for waits in [false, true] {
-        loom::model(move || {
+        explore(move || {
             let shared = Arc::new(Shared(
                 Users::new(),
                 std::array::from_fn(|_| UnsafeCell::new(0)),

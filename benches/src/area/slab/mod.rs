@@ -581,7 +581,11 @@ fn beside_live_slabs(machine: &Machine, count: u64, seed: u64) -> f64 {
     let mut in_use = 0;
     machine
         .slab
-        .caches(|cache| in_use += cache.active_slabs * cache.frames_per_slab)
+        .caches(|cache| {
+            // Slabs may be smaller than those of the preferred size; of an empty one it is taken that it is none of these.
+            let empty = (cache.slabs - cache.active_slabs) * cache.frames_per_slab;
+            in_use += cache.frames.saturating_sub(empty);
+        })
         .expect("nothing interrupts");
     (machine.used_frames() - before) as f64 / in_use as f64
 }

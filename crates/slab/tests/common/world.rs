@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use arbitrary::Arbitrary;
 use kmem_hal::{CpuId, Shrink};
-use kmem_slab::{Cache, Plain, Policy, SlabBox, SlabSystem};
+use kmem_slab::{Cache, CacheInfo, Plain, Policy, SlabBox, SlabSystem};
 
 use super::{Arena, PolicyParts, policy_parts, run_as};
 
@@ -219,9 +219,20 @@ pub fn run_with<H: Policy>(arena: &'static Arena, ops: &[SlabOp]) {
                     system.shrink();
                 }
                 SlabOp::Scan { objects } => {
-                    let before = system.count();
+                    let sums = || {
+                        let (mut total, mut active) = (0, 0);
+                        let each = |cache: &CacheInfo| {
+                            total += cache.total_objects;
+                            active += cache.active_objects;
+                        };
+                        system.caches(each).unwrap();
+                        (total, active)
+                    };
+                    let (total, active) = sums();
                     let freed = system.scan(usize::from(objects));
-                    assert!(freed == 0 || before > 0 || freed > 0);
+                    assert!(objects > 0 || freed == 0, "none were asked for");
+                    // Exactly what left the caches, and nothing that somebody has.
+                    assert_eq!(sums(), (total - freed as u64, active));
                 }
                 SlabOp::RunAs { cpu } => {
                     here = u32::from(cpu % 3);
