@@ -398,8 +398,15 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     /// Counts blocks of movable memory that are partly free and wholly the allocator's. The same state gives the same plan. A lock is held
     /// for 1 GiB at a time.
     pub fn plan_blocks(&self, out: &mut [Emptying]) -> usize {
-        let Some(state) = self.state() else { return 0 };
-        let mut count = 0;
+        self.survey(out).planned
+    }
+
+    /// Plans, and counts what there is to gain.
+    fn survey(&self, out: &mut [Emptying]) -> Survey {
+        let mut survey = Survey::default();
+        let Some(state) = self.state() else {
+            return survey;
+        };
         for zone in state.zones {
             let chunks = zone.segments.iter().flat_map(|segment| {
                 let blocks = segment.block as usize..segment.block_end();
@@ -409,26 +416,26 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             for (segment, blocks) in chunks {
                 let _ = self.in_zone(state, segment, |core| {
                     for block in blocks {
-                        let base = segment.base_of(block);
-                        let movable = core.types[block].load(kmem_hal::sync::Ordering::Relaxed)
-                            == MigrateType::Movable as u8;
-                        if !movable
-                            || core.is_free_block(block)
-                            || !segment.contains(base, BLOCK_FRAMES)
-                        {
+                        let free = core.free_in(block);
+                        survey.whole += free / BLOCK_FRAMES;
+                        let partly = free > 0 && free < BLOCK_FRAMES;
+                        if !partly || core.type_of(block) != MigrateType::Movable {
                             continue;
                         }
-                        let moves = BLOCK_FRAMES - core.free_in(block);
-                        let entry = Emptying {
-                            first: Frame::from_number(base),
-                            moves: moves as u32,
-                        };
-                        count = insert(out, count, entry);
+                        survey.room += free;
+                        let base = segment.base_of(block);
+                        if !core.is_unmanaged(block) && segment.contains(base, BLOCK_FRAMES) {
+                            let entry = Emptying {
+                                first: Frame::from_number(base),
+                                moves: (BLOCK_FRAMES - free) as u32,
+                            };
+                            survey.planned = insert(out, survey.planned, entry);
+                        }
                     }
                 });
             }
         }
-        count
+        survey
     }
 
     /// How many frames of the page block that begins with `first` are in use.
@@ -443,39 +450,51 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
 
     /// Makes up to `blocks` wholly free page blocks by emptying those that are cheapest to empty.
     ///
-    /// Blocks that cannot be emptied are passed over. May sleep as far as `migrate` does; not for interrupts.
+    /// Nothing is moved where no block is to be gained: a block is emptied only while the partly free ones have a block's worth of free
+    /// frames, so that its pages find room in the others. Blocks that cannot be emptied are passed over. May sleep as far as `migrate`
+    /// does; not for interrupts.
     #[doc(alias = "compact_zone")]
     pub fn compact(&self, blocks: u64, migrate: &impl Migrate) -> Compacted {
-        /// Blocks planned at once; moving changes what is cheapest. So many may fail before it ends.
+        /// Blocks planned at once; moving changes what is cheapest. So many may be emptied in vain before it ends.
         const PLANNED: usize = 16;
         let mut done = Compacted::default();
-        let empty = Emptying {
-            first: Frame::ZERO,
-            moves: 0,
-        };
         let (mut failed, mut failures) = ([Frame::ZERO; PLANNED], 0);
+        let (mut before, mut claimed) = (None, 0);
         loop {
-            let mut plan = [empty; PLANNED];
-            let found = self.plan_blocks(&mut plan);
-            let before = (done.blocks, failures);
-            for next in &plan[..found] {
-                if done.blocks == blocks || failures == PLANNED {
-                    return done;
+            let mut plan = [Emptying {
+                first: Frame::ZERO,
+                moves: 0,
+            }; PLANNED];
+            // What is in arrays is in use by the zones' bits.
+            self.drain();
+            let survey = self.survey(&mut plan);
+            let whole = *before.get_or_insert(survey.whole);
+            done.blocks = survey.whole.saturating_sub(whole).min(claimed);
+            // A block that was emptied into one that was wholly free, or that others took, is none that was gained.
+            let vain = (claimed - done.blocks) as usize + failures;
+            let start = (claimed, failures);
+            let mut room = survey.room;
+            for next in &plan[..survey.planned] {
+                let gained = done.blocks + claimed - start.0;
+                let failing = vain + failures - start.1;
+                if gained >= blocks || failing >= PLANNED || room < BLOCK_FRAMES {
+                    break;
                 }
                 if failed[..failures].contains(&next.first) {
                     continue;
                 }
                 // Frames that moved went into blocks of the plan: one that grew is not the cheapest any more.
-                let tried = (done.blocks, failures) != before;
+                let tried = (claimed, failures) != start;
                 if tried && self.moves_of(next.first) != Some(next.moves) {
                     break;
                 }
                 let range = FrameRange::of_order(next.first, Order::HUGE_2M);
-                let claimed =
+                let emptied =
                     range.map(|range| self.claim_counted(range, migrate, &mut done.moved));
-                match claimed {
+                match emptied {
                     Some(Ok(range)) => {
-                        done.blocks += 1;
+                        claimed += 1;
+                        room -= BLOCK_FRAMES;
                         // The range was just taken here: it is the allocator's and nobody else's.
                         let _ = self.free_range(range);
                     }
@@ -485,12 +504,22 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
                     }
                 }
             }
-            if (done.blocks, failures) == before {
-                // Nothing was left to try, or others take and free all the time.
+            if (claimed, failures) == start {
                 return done;
             }
         }
     }
+}
+
+/// What the page blocks are like.
+#[derive(Default)]
+struct Survey {
+    /// Blocks in the plan.
+    planned: usize,
+    /// Blocks that are wholly free.
+    whole: u64,
+    /// Free frames of partly free blocks of movable memory.
+    room: u64,
 }
 
 /// Puts an entry into the sorted plan; how long that is now.

@@ -72,11 +72,15 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     pub(crate) fn settle(&self, state: &State<L>, area: Option<&CpuArea>) {
         // Another call may have taken them and be on its way to the zones with them: nobody waits for that.
         while !state.pending.is_empty() && !self.is_holding(area) {
-            let any = state.pending.take(&self.memory, |first, order| {
+            let give = |first, order| {
                 if let Err(error) = self.give_direct(state, area, first, order) {
                     self.note_misuse(state, error, first, order);
                 }
-            });
+            };
+            let wrong = |first, order| {
+                self.note_misuse(state, FreeError::DoubleFree, first, order);
+            };
+            let any = state.pending.take(&self.memory, give, wrong);
             if !any {
                 break;
             }
@@ -125,9 +129,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
             core.mark_range(segment, first, end, true);
             Ok(())
         });
-        if given.is_none() {
-            // A nested call that must not wait: the interrupted call takes the block along.
-            state.pending.leave(&self.memory, first, order);
+        // A nested call that must not wait: the interrupted call takes the block along.
+        if given.is_none() && !state.pending.leave(&self.memory, first, order) {
+            return Err(FreeError::DoubleFree);
         }
         state.gave();
         Ok(given.unwrap_or(Ok(()))?)

@@ -418,6 +418,85 @@ fn compaction_makes_every_block_that_there_can_be() {
     assert_eq!(buddy.misuse(), None);
 }
 
+/// Pages that move so many times and then no more: what never ends is a failure.
+struct Tiring<'a>(&'a Pages<'a>, u64);
+
+impl Migrate for Tiring<'_> {
+    fn migrate(
+        &self,
+        from: Frame,
+        to: OwnedFrame,
+    ) -> Result<OwnedFrame, (MigrateError, OwnedFrame)> {
+        assert!(*self.0.moved.borrow() < self.1, "moves without an end");
+        self.0.migrate(from, to)
+    }
+}
+
+/// Frames that move into a block that was wholly free gain nothing.
+#[test]
+fn compaction_ends_where_nothing_is_to_be_gained() {
+    let window = Window::new(FRAMES << 12, FRAMES << 12);
+    let buddy = boot(&window);
+    let users = Pages::new(&window, &buddy);
+    users.fill();
+    // One block wholly free, one partly, all others full.
+    (0x400..0x600).for_each(|frame| users.remove(frame));
+    (0x800..0x964).for_each(|frame| users.remove(frame));
+    buddy.drain_all();
+    let nothing = Emptying {
+        first: Frame::ZERO,
+        moves: 0,
+    };
+    let mut plan = [nothing; 64];
+    let found = buddy.plan_blocks(&mut plan);
+    let partly = Emptying {
+        first: Frame::new(0x800).unwrap(),
+        moves: 0x200 - 0x164,
+    };
+    assert_eq!(plan[..found], [partly]);
+    let done = buddy.compact(u64::MAX, &Tiring(&users, 10_000));
+    assert_eq!((done.blocks, done.moved), (0, 0));
+    // With as many free frames in a third block as the second has pages, there is one block to gain.
+    (0xa00..0xa9c).for_each(|frame| users.remove(frame));
+    let done = buddy.compact(u64::MAX, &Tiring(&users, 10_000));
+    assert_eq!((done.blocks, done.moved), (1, 0x200 - 0x164));
+    users.check();
+    buddy.check().unwrap();
+    assert_eq!(buddy.misuse(), None);
+}
+
+/// Frames of one zone that move into a wholly free block of another: what was gained is counted, not what was claimed.
+#[test]
+fn compaction_counts_what_it_gained() {
+    let window = Window::new(FRAMES << 12, FRAMES << 12);
+    let mut map: BootMap = BootMap::new();
+    map.push(PhysAddr::new(0), FRAMES << 12, RegionKind::Usable)
+        .unwrap();
+    // SAFETY: one thread.
+    let buddy = Machine::new(&window, unsafe { SingleCpu::new() });
+    let config = Config::new()
+        .limits(ZoneLimits::X86_64)
+        .min_free_kib(0)
+        .reserve_ratio([0; 5]);
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    let users = Pages::new(&window, &buddy);
+    users.fill();
+    // In the higher zone a block that is wholly free; in the lower one two that are half free.
+    (0x2000..0x2200).for_each(|frame| users.remove(frame));
+    (0x400..0x500).for_each(|frame| users.remove(frame));
+    (0x800..0x900).for_each(|frame| users.remove(frame));
+    buddy.drain_all();
+    let whole = || buddy.zones().map(|zone| zone.blocks[9]).sum::<u64>();
+    assert_eq!(whole(), 1);
+    let done = buddy.compact(u64::MAX, &Tiring(&users, 10_000));
+    buddy.drain_all();
+    assert_eq!(1 + done.blocks, whole());
+    assert_eq!(done.blocks, 1);
+    users.check();
+    buddy.check().unwrap();
+}
+
 /// While a page of one claim moves, somebody else claims from the same area.
 struct Meanwhile<'a>(&'a Pages<'a>, RefCell<Option<Box<dyn FnOnce() + 'a>>>);
 

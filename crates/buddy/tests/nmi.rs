@@ -6,10 +6,10 @@ use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
 use common::window::Window;
-use kmem_buddy::{BootMap, Buddy, Config, RegionKind, Reservation, ZoneLimits};
+use kmem_buddy::{BootMap, Buddy, Config, FreeError, RegionKind, Reservation, ZoneLimits};
 use kmem_hal::{
-    AllocError, Cpu, CpuId, FrameRequest, FrameSink, FrameSource, NoCpuCall, NoPressure, Order,
-    OwnedFrame, PhysAddr, RawLock,
+    AllocError, Cpu, CpuId, Frame, FrameRequest, FrameSink, FrameSource, NoCpuCall, NoPressure,
+    Order, OwnedFrame, PhysAddr, PhysMap, RawLock,
 };
 
 thread_local! {
@@ -250,4 +250,74 @@ fn nothing_that_an_nmi_frees_is_lost() {
         }
     }
     assert_eq!(buddy.misuse(), None);
+}
+
+/// So many blocks of order 7, and an NMI that frees all of them inside a lock, and then runs `wrong`.
+fn strike_and_free(
+    buddy: &'static Frames,
+    count: usize,
+    wrong: impl Fn(&[Frame]) + 'static,
+) -> Vec<Frame> {
+    let request = FrameRequest::new(Order::new(7).unwrap());
+    let held: Vec<_> = (0..count).map(|_| buddy.alloc(&request).unwrap()).collect();
+    let firsts: Vec<_> = held.iter().map(OwnedFrame::first).collect();
+    let held = RefCell::new(held);
+    let freed = firsts.clone();
+    let nmi = move || {
+        if !held.borrow().is_empty() {
+            held.borrow_mut()
+                .drain(..)
+                .for_each(|frame| buddy.free(frame));
+            wrong(&freed);
+        }
+    };
+    strike_with(nmi, || drop(buddy.buddy_info().to_string()));
+    firsts
+}
+
+fn free_again(buddy: &Frames, first: Frame, order: u8) {
+    // SAFETY: none; the wrong free is what is tested.
+    buddy.free(unsafe { OwnedFrame::from_raw(first, Order::new(order).unwrap()) });
+}
+
+/// Whether it waits in a slot or on the chain, first or last, and whatever order it is freed with the second time.
+#[test]
+fn a_block_that_nmis_free_twice_is_found_and_given_once() {
+    for (at, order) in [(0, 7), (31, 7), (32, 7), (35, 7), (39, 7), (36, 8)] {
+        let buddy = boot();
+        let total = buddy.recount().free;
+        let blocks = strike_and_free(buddy, 40, move |freed| free_again(buddy, freed[at], order));
+        let misuse = buddy.misuse().unwrap();
+        assert_eq!((misuse.count, misuse.first), (1, blocks[at]), "{at}");
+        assert_eq!(misuse.error, FreeError::DoubleFree);
+        assert_eq!((buddy.recount().free, buddy.lost()), (total, 0), "{at}");
+        buddy.check().unwrap();
+    }
+}
+
+/// Who has a block that somebody else frees goes on writing to it. Nothing that he writes is followed.
+#[test]
+fn a_block_on_the_chain_that_somebody_else_has_leads_nowhere() {
+    let buddy = boot();
+    let live = buddy
+        .alloc(&FrameRequest::new(Order::new(7).unwrap()))
+        .unwrap();
+    let total = buddy.recount().free;
+    let (target, at) = (live.first().number(), 37);
+    let blocks = strike_and_free(buddy, 40, move |freed| {
+        let words: *mut u64 = buddy.memory().to_ptr(freed[at].start()).cast();
+        // SAFETY: the window backs it.
+        unsafe { words.write(target << 8 | 7 << 1 | 1) };
+    });
+    let misuse = buddy.misuse().unwrap();
+    assert_eq!((misuse.count, misuse.first), (1, blocks[at]));
+    // It is kept out of use, and so are those beyond it: 32 to 36.
+    let out = 6 * 128;
+    assert_eq!((buddy.recount().free, buddy.lost()), (total - out, 5));
+    while let Ok(frame) = buddy.alloc(&FrameRequest::new(Order::new(7).unwrap())) {
+        assert_ne!(frame.first(), live.first(), "it is somebody's");
+    }
+    // Nothing waits any more.
+    assert!(buddy.drain_local());
+    buddy.check().unwrap();
 }

@@ -22,7 +22,7 @@
 //! - `I4`: a block is lent from an array, or when it is hot, so that it is of a zone that served plain requests of its type. Emptying
 //!   the arrays forgets what was lent.
 //!
-//! Costs: 3.3 KiB a CPU and zone, a quarter KiB a CPU. A hit is some twenty instructions, none of them locked.
+//! Costs: 3.2 KiB a CPU and zone, a quarter KiB a CPU. A hit is some twenty instructions, none of them locked.
 
 mod arrays;
 mod zone_cache;

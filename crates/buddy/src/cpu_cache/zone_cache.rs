@@ -11,7 +11,7 @@
 //!
 //! Invariant `A1`: array `s` has `bottom = STARTS[s] <= top <= end <= STARTS[s + 1]`.
 //!
-//! Costs: 3.3 KiB.
+//! Costs: 3.2 KiB.
 
 use core::mem::MaybeUninit;
 

@@ -292,7 +292,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K, P> Buddy<M, C, L, K, P> {
     /// Frames that nested calls freed and for which there was no place to wait: out of use until the next boot.
     ///
     /// 0 unless NMIs freed more than 32 blocks of memory that is not mapped while the calls that they interrupted held locks; there is
-    /// room for any number of mapped ones (see [the crate](crate)).
+    /// room for any number of mapped ones (see [the crate](crate)). Where one of them had been freed twice, those that waited beyond it may be out
+    /// of reach: each counts as one frame here, as its order is not known.
     pub fn lost(&self) -> u64 {
         self.state().map_or(0, |state| state.pending.lost())
     }

@@ -94,13 +94,6 @@ impl Core {
         BITMAPS * Shape::new(blocks).words() + blocks.div_ceil(64)
     }
 
-    /// Whether all of a block is free by its words.
-    pub fn is_free_block(&self, block: usize) -> bool {
-        self.words[block * WORDS..(block + 1) * WORDS]
-            .iter()
-            .all(|&word| word == !0)
-    }
-
     pub(super) fn is_whole(&self, block: usize) -> bool {
         self.summaries_of(block) == WHOLE
     }

@@ -15,6 +15,11 @@ impl Core {
         self.types[block].store(byte, Ordering::Relaxed);
     }
 
+    /// Whether a block has frames that are not the allocator's.
+    pub fn is_unmanaged(&self, block: usize) -> bool {
+        self.types[block].load(Ordering::Relaxed) & UNMANAGED != 0
+    }
+
     pub fn type_of(&self, block: usize) -> MigrateType {
         MigrateType::from_byte(self.types[block].load(Ordering::Relaxed))
     }
