@@ -11,7 +11,7 @@ use kmem_hal::{FrameRequest, FrameSink, FrameSource, Mmu, OwnedFrame, Page, Page
 use kmem_mock_x86::{Adversary, Registers, Stats};
 use kmem_paging::format::{Format, X86_64};
 use kmem_paging::{Rights, TableError};
-use switching::{Table, World, switching};
+use switching::{Table, World, map, overtaken, plain, run, switching, unmap};
 
 /// What the machine of a run did.
 fn report(seed: u64, stats: Stats) {
@@ -54,37 +54,13 @@ fn user_mode_on_a_root_of_its_own() {
     }
 }
 
-fn plain(isolated: bool) -> World {
-    World::new(1, isolated, Registers::LONG_PCID, Adversary::OFF)
-}
-
-fn run(world: &World, cpu: usize, table: &Table) {
-    // SAFETY: no code runs from the tables; each test takes them down after the last access.
-    world.env.machine.on_cpu(cpu, || unsafe {
-        world.env.mmu.load_root(table.root(), true)
-    });
-}
-
-fn map(world: &World, table: &Table, page: u64) {
-    let frame = world.env.pool.alloc(&FrameRequest::ONE).unwrap();
-    let page = Page::new(page).unwrap();
-    let mut cursor = table.cursor(PageRange::single(page)).unwrap();
-    cursor.map(page, frame, Rights::USER_DATA).unwrap();
-}
-
-fn unmap(world: &World, table: &Table, page: u64) {
-    let range = PageRange::single(Page::new(page).unwrap());
-    let mut gather = table.gather::<1>();
-    table
-        .cursor(range)
-        .unwrap()
-        .unmap(range, &mut gather)
-        .unwrap();
-    gather.commit_to(&world.env.pool);
-}
-
 fn drop_table(world: &World, table: Table) {
     table.destroy(|_, frame: OwnedFrame| world.env.pool.free(frame), |_, _| {});
+}
+
+#[test]
+fn a_flush_that_overtakes_another_does_the_work_of_both() {
+    overtaken();
 }
 
 /// Meltdown: what user mode's root maps, a program can see. Without isolation that is the kernel's memory; with it, the trampoline alone.

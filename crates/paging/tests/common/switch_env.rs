@@ -19,6 +19,8 @@ pub struct Entered {
     /// Which CPUs are in user mode.
     pub in_user: Vec<Cell<bool>>,
     pub interrupts: Cell<u64>,
+    /// Runs once, before the next interrupts are sent: what another CPU does meanwhile.
+    pub meanwhile: Cell<Option<Box<dyn FnOnce()>>>,
 }
 
 // SAFETY: one host thread runs all CPUs.
@@ -76,6 +78,9 @@ unsafe impl Cpu for Entered {
 // SAFETY: the machine's own, with the way in and out around the call.
 unsafe impl CpuCall for Entered {
     fn run_on(&self, cpus: &CpuSet, f: &(dyn Fn(CpuId) + Sync)) -> Result<(), CpuCallError> {
+        if let Some(other) = self.meanwhile.take() {
+            other();
+        }
         self.interrupts
             .set(self.interrupts.get() + u64::from(cpus.len()));
         self.machine.run_on(cpus, &|cpu| {
@@ -145,6 +150,7 @@ impl SwitchEnv {
             mmu: Cell::new(None),
             in_user: (0..count).map(|_| Cell::new(false)).collect(),
             interrupts: Cell::new(0),
+            meanwhile: Cell::new(None),
         }));
         let areas: Vec<CachePadded<AsidArea>> = (0..count)
             .map(|_| CachePadded::new(AsidArea::new()))

@@ -546,3 +546,57 @@ pub fn switching(
     assert_eq!(env.pool.in_use() as usize, kernel + rest, "frames leaked");
     env.machine.stats()
 }
+
+pub fn plain(isolated: bool) -> World {
+    World::new(1, isolated, Registers::LONG_PCID, Adversary::OFF)
+}
+
+pub fn run(world: &World, cpu: usize, table: &Table) {
+    // SAFETY: no code runs from the tables; each test takes them down after the last access.
+    world.env.machine.on_cpu(cpu, || unsafe {
+        world.env.mmu.load_root(table.root(), true)
+    });
+}
+
+pub fn map(world: &World, table: &Table, page: u64) {
+    let frame = world.env.pool.alloc(&FrameRequest::ONE).unwrap();
+    let page = Page::new(page).unwrap();
+    let mut cursor = table.cursor(PageRange::single(page)).unwrap();
+    cursor.map(page, frame, Rights::USER_DATA).unwrap();
+}
+
+pub fn unmap(world: &World, table: &Table, page: u64) {
+    let range = PageRange::single(Page::new(page).unwrap());
+    let mut gather = table.gather::<1>();
+    table
+        .cursor(range)
+        .unwrap()
+        .unmap(range, &mut gather)
+        .unwrap();
+    gather.commit_to(&world.env.pool);
+}
+
+/// Two CPUs unmap a page each of a space that a third one runs, and the interrupt of the second comes first: the third CPU has missed a change
+/// then, whose own interrupt finds it up to date.
+pub fn overtaken() {
+    let world = plain(false);
+    let env = world.env;
+    let space: &'static Table = Box::leak(Box::new(world.new_space()));
+    let world: &'static World = Box::leak(Box::new(world));
+    for page in [0x400, 0x401, 0x402] {
+        map(world, space, page);
+    }
+    let third = |page: u64| env.machine.cpu(1).read_u64(page << 12);
+    for cpu in 0..3 {
+        run(world, cpu, space);
+    }
+    for page in [0x400, 0x401, 0x402] {
+        assert!(third(page).is_ok());
+    }
+    let other = move || env.machine.on_cpu(2, || unmap(world, space, 0x401));
+    env.cpus.meanwhile.set(Some(Box::new(other)));
+    unmap(world, space, 0x400);
+    assert!(third(0x400).is_err(), "the first change was missed");
+    assert!(third(0x401).is_err());
+    assert!(third(0x402).is_ok());
+}
