@@ -85,7 +85,7 @@ fn switching_trials() -> Vec<Trial> {
         (format!("switching {seed}"), Box::new(run))
     };
     let overtaken: Trial = ("overtaken".to_owned(), Box::new(|_| switching::overtaken()));
-    (0..160).map(trial).chain([overtaken]).collect()
+    [overtaken].into_iter().chain((0..160).map(trial)).collect()
 }
 
 /// Everything that a mutant has to get past, cheap things first. Those that were made for its part of the sources come before all others.

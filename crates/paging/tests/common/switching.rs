@@ -12,7 +12,7 @@ use kmem_mock_x86::{
     Adversary, Machine, MemoryMap, Registers, Scheduler, SeededRng, Stats, VirtualCpu,
 };
 use kmem_paging::format::{Format, X86_64};
-use kmem_paging::{PageTable, Rights};
+use kmem_paging::{Attributes, PageTable, Rights};
 
 use super::switch_env::SwitchEnv;
 
@@ -576,27 +576,34 @@ pub fn unmap(world: &World, table: &Table, page: u64) {
     gather.commit_to(&world.env.pool);
 }
 
-/// Two CPUs unmap a page each of a space that a third one runs, and the interrupt of the second comes first: the third CPU has missed a change
-/// then, whose own interrupt finds it up to date.
+/// Two CPUs change a page each of a space that a third one runs, and the interrupt of the second comes first: the third CPU has missed a change
+/// then, whose own interrupt finds it up to date. The first change is a copy on write, which nobody announces.
 pub fn overtaken() {
     let world = plain(false);
     let env = world.env;
     let space: &'static Table = Box::leak(Box::new(world.new_space()));
     let world: &'static World = Box::leak(Box::new(world));
-    for page in [0x400, 0x401, 0x402] {
+    // In two leaf tables, of which none becomes empty.
+    for page in [0x400, 0x600, 0x601] {
         map(world, space, page);
     }
-    let third = |page: u64| env.machine.cpu(1).read_u64(page << 12);
     for cpu in 0..3 {
         run(world, cpu, space);
     }
-    for page in [0x400, 0x401, 0x402] {
+    let third = |page: u64| env.machine.cpu(1).read_u64(page << 12);
+    for page in [0x400, 0x600, 0x601] {
         assert!(third(page).is_ok());
     }
-    let other = move || env.machine.on_cpu(2, || unmap(world, space, 0x401));
+    let copy = env.pool.alloc(&FrameRequest::ONE).unwrap();
+    let at = copy.first().number() << 12;
+    env.machine.memory().store(at, 8, 0xc0b1);
+    let other = move || env.machine.on_cpu(2, || unmap(world, space, 0x600));
     env.cpus.meanwhile.set(Some(Box::new(other)));
-    unmap(world, space, 0x400);
-    assert!(third(0x400).is_err(), "the first change was missed");
-    assert!(third(0x401).is_err());
-    assert!(third(0x402).is_ok());
+    let entry = space.lock_entry(Page::new(0x400).unwrap()).unwrap();
+    let attributes = Attributes::from(Rights::USER_DATA);
+    let (_, old) = entry.replace(copy, attributes).unwrap();
+    assert_eq!(third(0x400).unwrap(), 0xc0b1, "the first change was missed");
+    env.pool.free(old);
+    assert!(third(0x600).is_err());
+    assert!(third(0x601).is_ok());
 }
