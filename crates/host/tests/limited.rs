@@ -27,6 +27,10 @@ fn child() {
 }
 
 #[test]
+#[cfg_attr(
+    kmem_asan,
+    ignore = "AddressSanitizer takes terabytes of address space"
+)]
 fn a_heap_starts_in_what_the_address_space_has_room_for() {
     for (limit, least) in [(400, 128), (100, 32)] {
         let mut command = Command::new(std::env::current_exe().unwrap());
