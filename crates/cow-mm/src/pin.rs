@@ -203,16 +203,26 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let Ok(mut new) = self.tables().cursor(to) else {
             return;
         };
-        for (from, to) in from.iter().zip(to.iter()) {
-            let pins = match new.query(to) {
-                Entry::Leaf(leaf) => self.mm().pins_of(leaf.frame),
-                _ => 0,
-            };
-            if pins > 0 {
-                let _ = new.add_pins(to, pins);
-                new.release();
-                old.sub_pins(from, pins);
-                old.release();
+        // All are taken away before any is added: a table that the move emptied lost its count, and what is at its place now may be a new one, which
+        // both ranges use.
+        for add in [false, true] {
+            for (from, to) in from.iter().zip(to.iter()) {
+                let pins = match new.query(to) {
+                    Entry::Leaf(leaf) => self.mm().pins_of(leaf.frame),
+                    _ => 0,
+                };
+                if pins == 0 {
+                    continue;
+                }
+                // One table may be held by one cursor at a time.
+                if add {
+                    let _ = new.add_pins(to, pins);
+                    new.release();
+                } else {
+                    new.release();
+                    old.sub_pins(from, pins);
+                    old.release();
+                }
             }
         }
     }

@@ -122,3 +122,38 @@ fn faults_on_purpose_are_noticed() {
     let _ = std::panic::take_hook();
     assert!(unnoticed.is_empty(), "{unnoticed:?}");
 }
+
+/// A pinned page that is moved: its new table counts the pin.
+#[test]
+fn a_pin_moves_along() {
+    let ops = [
+        ProcessOp::Map {
+            process: 0,
+            page: 0,
+            pages: 2,
+            rights: 3,
+            shared: false,
+        },
+        ProcessOp::Map {
+            process: 3,
+            page: 11,
+            pages: 11,
+            rights: 3,
+            shared: false,
+        },
+        ProcessOp::Fork { process: 4 },
+        ProcessOp::Exit { process: 2 },
+        ProcessOp::Pin {
+            process: 3,
+            page: 21,
+            write: true,
+        },
+        ProcessOp::Move {
+            process: 2,
+            page: 19,
+            pages: 4,
+            to: 8,
+        },
+    ];
+    run(machine(Adversary::OFF, 0), &ops, false);
+}

@@ -102,7 +102,7 @@ fn every_part_stays_in_a_space_that_is_narrower_than_linux_moves_parts() {
         )
         .unwrap(),
         mmap_base: Some(mmap_base(task_size, 8 << 20)),
-        bottom_up_base: task_size / 3 & !(PAGE - 1),
+        bottom_up_base: (task_size / 3) & !(PAGE - 1),
         stack_top: task_size,
         image_base: (task_size / 3 * 2) & !(PAGE - 1),
         ..Layout::x86_64()
