@@ -202,11 +202,19 @@ fn go_on_after_panics<H: Policy>() {
 }
 
 #[test]
+#[cfg_attr(
+    kmem_asan,
+    ignore = "frees memory on purpose that its slab has given back"
+)]
 fn a_report_that_panics_gives_no_object_two_owners() {
     go_on_after_panics::<Plain>();
 }
 
 #[test]
+#[cfg_attr(
+    kmem_asan,
+    ignore = "frees memory on purpose that its slab has given back"
+)]
 fn a_report_that_panics_gives_no_object_two_owners_with_policies() {
     go_on_after_panics::<Check>();
     go_on_after_panics::<(Redzone, Poison)>();
