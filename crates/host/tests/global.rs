@@ -1,8 +1,6 @@
-//! A program whose global allocator is kmem: threads that come and go, remote frees, large vectors, signal handlers.
+//! A program whose global allocator is kmem: threads that come and go, remote frees, large vectors.
 
-use std::alloc::Layout;
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::sync_channel;
 
 use kmem_host::{HostHeap, MAX_THREADS, ThreadCpu};
@@ -112,78 +110,4 @@ fn large_vectors_grow_and_shrink() {
     assert_eq!(numbers.iter().sum::<u64>(), 499_500);
     let zeroes = vec![0u8; 40 << 20];
     assert!(zeroes.iter().all(|&byte| byte == 0));
-}
-
-static STOP: AtomicBool = AtomicBool::new(false);
-static HANDLED: AtomicU64 = AtomicU64::new(0);
-static REFUSED: AtomicU64 = AtomicU64::new(0);
-
-extern "C" fn on_signal(_signal: i32) {
-    // An interrupt that allocates: on whatever the thread was doing, this heap's slow paths included.
-    // What it interrupted may hold the locks that a new slab needs: then the call is refused, cleanly, and a handler has to bear it.
-    let layout = Layout::new::<[u8; 64]>();
-    let mut held = [core::ptr::null_mut::<u8>(); 8];
-    for (index, place) in held.iter_mut().enumerate() {
-        // SAFETY: the layout has bytes, and the memory has the layout.
-        unsafe {
-            *place = std::alloc::alloc(layout);
-            match place.is_null() {
-                true => drop(REFUSED.fetch_add(1, Ordering::Relaxed)),
-                false => place.write_bytes(index as u8, layout.size()),
-            }
-        }
-    }
-    for (index, &place) in held
-        .iter()
-        .enumerate()
-        .filter(|(_, place)| !place.is_null())
-    {
-        // SAFETY: allocated and written above.
-        unsafe {
-            let bytes = core::slice::from_raw_parts(place, layout.size());
-            assert!(bytes.iter().all(|&byte| byte == index as u8));
-            std::alloc::dealloc(place, layout);
-        }
-    }
-    HANDLED.fetch_add(1, Ordering::Relaxed);
-}
-
-#[test]
-fn signal_handlers_may_allocate() {
-    let worker = std::thread::spawn(|| {
-        let mut rounds = 0u64;
-        let mut held: Vec<Box<[u8; 64]>> = Vec::new();
-        while !STOP.load(Ordering::Relaxed) {
-            // Fills and empties arrays, depot and slabs of the class that the handler uses.
-            for n in 0..3000u32 {
-                held.push(Box::new([n as u8; 64]));
-            }
-            for (n, boxed) in held.drain(..).enumerate() {
-                assert!(boxed.iter().all(|&byte| byte == n as u8));
-            }
-            rounds += 1;
-        }
-        rounds
-    });
-    use std::os::unix::thread::JoinHandleExt;
-    let id = worker.as_pthread_t();
-    // SAFETY: the handler is installed before the first signal, and the worker lives until it is joined below.
-    unsafe {
-        let mut action: libc::sigaction = std::mem::zeroed();
-        action.sa_sigaction = on_signal as *const () as usize;
-        libc::sigaction(libc::SIGUSR1, &action, std::ptr::null_mut());
-        // Until enough have been handled: signals that come before the last was handled are one.
-        while HANDLED.load(Ordering::Relaxed) < 1000 {
-            libc::pthread_kill(id, libc::SIGUSR1);
-            for _ in 0..500 {
-                std::hint::spin_loop();
-            }
-            std::thread::yield_now();
-        }
-    }
-    STOP.store(true, Ordering::Relaxed);
-    assert!(worker.join().unwrap() > 0);
-    // Of eight a signal: hardly ever.
-    let refused = REFUSED.load(Ordering::Relaxed);
-    assert!(refused < 800, "{refused} of 8000 were refused");
 }

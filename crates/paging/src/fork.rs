@@ -87,12 +87,14 @@ fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize
         return Ok(None);
     }
     let first = index_at::<F>(page, LEVEL + 1);
+    if LEVEL + 1 == parent.table().levels() && parent.table().lends(first) {
+        // The copies of a lent entry, in other roots, would not say that its table is shared.
+        return Ok(None);
+    }
     let word = node.load(first);
     if !F::is_table(LEVEL + 1, word) || F::shared_table(LEVEL + 1, word).is_none() {
         return Ok(None);
     }
-    // A lent entry's other copies would not say that it is shared; only the root has such.
-    debug_assert!(LEVEL + 1 < parent.table().levels());
     let env = parent.table().env();
     let mut slots = Slots::new(env);
     if node::has_pins(slots.of(F::table_frame(word))) {

@@ -10,7 +10,7 @@
 mod model_world;
 
 use kmem_hal::{DeviceFrame, Frame, Order, Page, PageRange};
-use kmem_paging::{ChangeError, Entry, ForkItem, PageTable, Rights, UnshareStep};
+use kmem_paging::{ChangeError, Entry, ForkItem, ForkStep, PageTable, Rights, UnshareStep};
 use kmem_testkit::model::ModelCpu;
 use model_world::{TinyOf, World};
 
@@ -210,4 +210,36 @@ fn two_sharers_of_a_level_2_write_at_once() {
 #[test]
 fn a_sharer_of_a_level_2_ends_while_the_other_writes() {
     end_against_write::<3>(3);
+}
+
+#[test]
+fn a_lent_table_is_copied() {
+    // No race, but no other format has tables below the root that a fork could share.
+    explore(0, || {
+        ModelCpu::bind(0);
+        let world = World::with_sections(2);
+        let (parent, child) = (leaked::<2>(world), leaked(world));
+        parent.lend_from(page(2)).unwrap();
+        let upper = PageRange::with_count(page(2), 2).unwrap();
+        let frame = handle(Frame::from_number(0x100));
+        let mut cursor = parent.cursor(upper).unwrap();
+        cursor.map(page(2), frame, READ_WRITE).unwrap();
+        drop(cursor);
+        let mut gather = parent.gather::<1>();
+        let step = |item| match item {
+            ForkItem::Leaf(leaf) => ForkStep::Leaf {
+                handle: handle(Frame::from_number(0x200)),
+                child: leaf.attributes,
+                parent: None,
+            },
+            ForkItem::Payload(..) => unreachable!("no payloads in this model"),
+        };
+        // SAFETY: nobody else uses either.
+        let copied = unsafe { parent.fork_sharing(child, upper, 1, &mut gather, step) };
+        assert_eq!(copied.map_err(|(error, _)| error), Ok(1));
+        gather.commit(|_| {});
+        let frame = |table: &Table<2>| table.query(page(2)).leaf().unwrap().frame.number();
+        // The lender's tables stay for ever.
+        assert_eq!((frame(parent), frame(child)), (0x100, 0x200));
+    });
 }
