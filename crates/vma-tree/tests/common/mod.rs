@@ -8,7 +8,7 @@ use std::cell::Cell;
 use std::ptr::NonNull;
 
 use kmem_hal::{AllocError, ObjectAlloc, Page, PageRange};
-use kmem_vma_tree::{Entry, GapRequest};
+use kmem_vma_tree::{Entry, GapRequest, RangeTree};
 
 pub fn page(number: u64) -> Page {
     Page::new(number).unwrap()
@@ -60,6 +60,16 @@ unsafe impl<T> ObjectAlloc<T> for Heap {
             dealloc(object.as_ptr().cast(), Layout::new::<T>());
         }
     }
+}
+
+pub type Tree<'h> = RangeTree<u64, &'h Heap>;
+
+/// Stores ranges of three pages with one free page behind each, in this order.
+pub fn fill(tree: &mut Tree<'_>, order: impl Iterator<Item = u64>) {
+    for i in order {
+        tree.store(count(4 * i, 3), Some(i), &mut |_| ()).unwrap();
+    }
+    tree.check().unwrap();
 }
 
 /// The model: a sorted list, every operation a plain loop over it.
