@@ -6,33 +6,15 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
 use common::NoOwner;
+use common::machine::{Machine, boot, map, start};
 use common::window::Window;
-use kmem_buddy::{
-    BootMap, Buddy, ClaimError, CmaArea, Config, Emptying, PlaceError, RegionKind, Reservation,
-    ZoneLimits,
-};
+use kmem_buddy::{ClaimError, CmaArea, Config, Emptying, PlaceError, Reservation, ZoneLimits};
 use kmem_hal::{
     Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Migrate, MigrateError, Order,
-    OwnedFrame, PhysAddr, PhysMap, SingleCpu, Spin,
+    OwnedFrame, PhysMap,
 };
 
 const FRAMES: u64 = 0x4000;
-
-type Machine<'a> = Buddy<&'a Window, SingleCpu, Spin>;
-
-fn boot(window: &Window) -> Machine<'_> {
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), FRAMES << 12, RegionKind::Usable)
-        .unwrap();
-    // SAFETY: one thread.
-    let buddy = Machine::new(window, unsafe { SingleCpu::new() });
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(0);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config) }.unwrap();
-    buddy
-}
 
 /// User pages: each has an id that stands in its memory.
 struct Pages<'a> {
@@ -121,7 +103,7 @@ impl Migrate for Pages<'_> {
 #[test]
 fn a_cma_area_is_lent_to_movable_users_and_claimed_back() {
     let window = Window::new(FRAMES << 12, FRAMES << 12);
-    let buddy = boot(&window);
+    let buddy = boot(&window, &[]);
     let range = FrameRange::from_numbers(0x1000, 0x2000).unwrap();
     assert_eq!(
         buddy.cma_area("odd", FrameRange::from_numbers(0x1001, 0x1201).unwrap()),
@@ -201,7 +183,7 @@ fn a_cma_area_is_lent_to_movable_users_and_claimed_back() {
 #[test]
 fn a_claim_longer_than_its_area_is_refused() {
     let window = Window::new(FRAMES << 12, FRAMES << 12);
-    let buddy = boot(&window);
+    let buddy = boot(&window, &[]);
     let range = FrameRange::from_numbers(0x1000, 0x1400).unwrap();
     let area = buddy.cma_area("camera", range).unwrap();
     let free = buddy.mem_info().free;
@@ -222,7 +204,7 @@ fn a_claim_longer_than_its_area_is_refused() {
 #[test]
 fn a_claim_that_fails_leaves_everything_as_it_was() {
     let window = Window::new(FRAMES << 12, FRAMES << 12);
-    let buddy = boot(&window);
+    let buddy = boot(&window, &[]);
     let users = Pages::new(&window, &buddy);
     for _ in 0..6000 {
         users.add(buddy.alloc(&FrameRequest::ONE.movable()).unwrap());
@@ -255,7 +237,6 @@ fn a_claim_that_fails_leaves_everything_as_it_was() {
     assert_eq!(offline.range(), range);
 }
 
-/// Memory that may be plugged in later is listed and reserved at boot, so that there are tables for it.
 /// Pages of which each is pinned the first times that it is to move.
 struct Pinning<'a>(&'a Pages<'a>, u32, RefCell<BTreeMap<u64, u32>>);
 
@@ -278,7 +259,7 @@ impl Migrate for Pinning<'_> {
 #[test]
 fn a_pin_that_ends_soon_is_waited_for() {
     let window = Window::new(FRAMES << 12, FRAMES << 12);
-    let buddy = boot(&window);
+    let buddy = boot(&window, &[]);
     let pages = Pages::new(&window, &buddy);
     pages.fill();
     let range = FrameRange::from_numbers(0x400, 0x410).unwrap();
@@ -294,26 +275,12 @@ fn a_pin_that_ends_soon_is_waited_for() {
     buddy.check().unwrap();
 }
 
+/// Memory that may be plugged in later is listed and reserved at boot, so that there are tables for it.
 #[test]
 fn memory_is_plugged_in_and_out() {
     let window = Window::new(FRAMES << 12, FRAMES << 12);
     let plugged = FrameRange::from_numbers(FRAMES / 2, FRAMES).unwrap();
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), FRAMES << 12, RegionKind::Usable)
-        .unwrap();
-    map.reserve(
-        plugged.first().start(),
-        plugged.count() << 12,
-        Reservation::Other,
-    )
-    .unwrap();
-    // SAFETY: one thread.
-    let buddy = Machine::new(&window, unsafe { SingleCpu::new() });
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(0);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    let buddy = boot(&window, &[(plugged, Reservation::Other)]);
     let total = buddy.mem_info().total;
     let fill = || -> Vec<OwnedFrame> {
         std::iter::from_fn(|| buddy.alloc(&FrameRequest::ONE).ok()).collect()
@@ -354,7 +321,7 @@ fn memory_is_plugged_in_and_out() {
 #[test]
 fn compaction_makes_every_block_that_there_can_be() {
     let window = Window::new(FRAMES << 12, FRAMES << 12);
-    let buddy = boot(&window);
+    let buddy = boot(&window, &[]);
     let users = Pages::new(&window, &buddy);
     users.fill();
     let mut seed = 99u64;
@@ -436,7 +403,7 @@ impl Migrate for Tiring<'_> {
 #[test]
 fn compaction_ends_where_nothing_is_to_be_gained() {
     let window = Window::new(FRAMES << 12, FRAMES << 12);
-    let buddy = boot(&window);
+    let buddy = boot(&window, &[]);
     let users = Pages::new(&window, &buddy);
     users.fill();
     // One block wholly free, one partly, all others full.
@@ -469,17 +436,11 @@ fn compaction_ends_where_nothing_is_to_be_gained() {
 #[test]
 fn compaction_counts_what_it_gained() {
     let window = Window::new(FRAMES << 12, FRAMES << 12);
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), FRAMES << 12, RegionKind::Usable)
-        .unwrap();
-    // SAFETY: one thread.
-    let buddy = Machine::new(&window, unsafe { SingleCpu::new() });
     let config = Config::new()
         .limits(ZoneLimits::X86_64)
         .min_free_kib(0)
         .reserve_ratio([0; 5]);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    let buddy = start(&window, &mut map(&[(0, FRAMES << 12)]), &config);
     let users = Pages::new(&window, &buddy);
     users.fill();
     // In the higher zone a block that is wholly free; in the lower one two that are half free.
@@ -517,7 +478,7 @@ impl Migrate for Meanwhile<'_> {
 #[test]
 fn a_claim_steps_over_what_somebody_else_is_emptying() {
     let window = Window::new(FRAMES << 12, FRAMES << 12);
-    let buddy = boot(&window);
+    let buddy = boot(&window, &[]);
     let range = FrameRange::from_numbers(0x1000, 0x1600).unwrap();
     let area = buddy.cma_area("camera", range).unwrap();
     let users = Pages::new(&window, &buddy);

@@ -7,30 +7,15 @@ use std::cell::RefCell;
 use std::collections::BTreeSet;
 
 use common::NoOwner;
+use common::machine::{MIB, Machine, boot};
 use common::window::Window;
-use kmem_buddy::{BootMap, Buddy, Config, RegionKind, ZoneLimits};
 use kmem_hal::sync::{counts, reset_counts};
-use kmem_hal::{
-    AllocError, FrameRange, FrameRequest, FrameSink, FrameSource, Order, OwnedFrame, PhysAddr,
-    SingleCpu, Spin,
-};
+use kmem_hal::{AllocError, FrameRange, FrameRequest, FrameSink, FrameSource, Order, OwnedFrame};
 use kmem_testkit::interrupt::every_interrupt;
 
-type Machine = Buddy<&'static Window, SingleCpu, Spin>;
-
-fn machine(frames: u64) -> Machine {
-    let window: &'static Window = Box::leak(Box::new(Window::new(frames << 12, 1 << 20)));
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), frames << 12, RegionKind::Usable)
-        .unwrap();
-    // SAFETY: each test has one thread; what interrupts it finishes first.
-    let buddy = Machine::new(window, unsafe { SingleCpu::new() });
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(0);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config) }.unwrap();
-    buddy
+/// A machine of so many frames.
+fn machine(frames: u64) -> Machine<'static> {
+    boot(Window::leaked(frames << 12, MIB), &[])
 }
 
 fn request(order: u8) -> FrameRequest {
@@ -131,7 +116,7 @@ fn mixed_orders_stay_below_a_tenth() {
 }
 
 struct World {
-    buddy: Machine,
+    buddy: Machine<'static>,
     held: RefCell<Vec<OwnedFrame>>,
     nested: RefCell<Vec<OwnedFrame>>,
     managed: u64,

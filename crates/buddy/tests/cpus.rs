@@ -5,14 +5,13 @@ mod common;
 use std::cell::{Cell, RefCell};
 
 use common::NoOwner;
+use common::machine::{map, one_zone};
 use common::window::Window;
-use kmem_buddy::{
-    BootMap, Buddy, ClaimError, Config, FreeError, PlaceError, RegionKind, ZoneLimits,
-};
+use kmem_buddy::{Buddy, ClaimError, Config, FreeError, PlaceError};
 use kmem_hal::{
     AllocError, Context, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, Frame, FrameRange,
     FrameRequest, FrameSink, FrameSource, NoCpuCall, NoPressure, NodeId, Order, OwnedFrame,
-    PhysAddr, Pressure, PressureLevel, RawLock, Spin,
+    Pressure, PressureLevel, RawLock, Spin,
 };
 
 thread_local! {
@@ -103,20 +102,12 @@ fn boot<K: CpuCall, P: Pressure, L: RawLock>(
     config: &Config,
 ) -> &'static Buddy<&'static Window, Played, L, K, P> {
     Played::become_cpu(0);
-    let window: &'static Window = Box::leak(Box::new(Window::new(frames << 12, frames << 12)));
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), frames << 12, RegionKind::Usable)
-        .unwrap();
+    let window = Window::leaked(frames << 12, frames << 12);
+    let mut map = map(&[(0, frames << 12)]);
     let buddy = Box::leak(Box::new(Buddy::with(window, Played, call, pressure)));
     // SAFETY: X1: the test's own memory, which only this allocator has.
     unsafe { buddy.init(&mut map, config) }.unwrap();
     buddy
-}
-
-fn config() -> Config {
-    Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(0)
 }
 
 /// CPU 1 frees everything that CPU 0 took, and keeps the last of it in its arrays; how many frames there are.
@@ -137,7 +128,7 @@ fn hide<K: CpuCall, P: Pressure>(buddy: &Buddy<&'static Window, Played, Spin, K,
 
 #[test]
 fn without_calls_a_refusal_says_that_others_were_not_asked() {
-    let buddy = boot::<_, _, Spin>(4096, NoCpuCall, NoPressure, &config());
+    let buddy = boot::<_, _, Spin>(4096, NoCpuCall, NoPressure, &one_zone());
     hide(buddy);
     assert_eq!(
         buddy.alloc(&FrameRequest::ONE).unwrap_err(),
@@ -149,7 +140,7 @@ fn without_calls_a_refusal_says_that_others_were_not_asked() {
 
 #[test]
 fn with_calls_the_frames_of_other_cpus_are_found() {
-    let buddy = boot::<_, _, Spin>(4096, Played, NoPressure, &config());
+    let buddy = boot::<_, _, Spin>(4096, Played, NoPressure, &one_zone());
     hide(buddy);
     let found: Vec<_> = (0..10)
         .map(|_| buddy.alloc(&FrameRequest::ONE).unwrap())
@@ -169,7 +160,7 @@ fn with_calls_the_frames_of_other_cpus_are_found() {
 #[test]
 fn a_drain_that_moves_between_cpus_leaves_none_out() {
     for first in [0, 1] {
-        let buddy = boot::<_, _, Spin>(4096, Played, NoPressure, &config());
+        let buddy = boot::<_, _, Spin>(4096, Played, NoPressure, &one_zone());
         let total = buddy.mem_info().free;
         for cpu in 0..4 {
             Played::become_cpu(cpu);
@@ -188,7 +179,7 @@ fn a_drain_that_moves_between_cpus_leaves_none_out() {
 
 #[test]
 fn cpus_come_and_go() {
-    let buddy = boot::<_, _, Spin>(4096, Played, NoPressure, &config().cpus(1));
+    let buddy = boot::<_, _, Spin>(4096, Played, NoPressure, &one_zone().cpus(1));
     let total = buddy.mem_info().total;
     // CPU 2 is not online: it works without arrays.
     Played::become_cpu(2);
@@ -234,7 +225,7 @@ fn hidden<K: CpuCall>(
 
 #[test]
 fn what_another_cpu_may_have_free_is_not_said_to_be_in_use() {
-    let alone = boot::<_, _, Spin>(1 << 14, NoCpuCall, NoPressure, &config());
+    let alone = boot::<_, _, Spin>(1 << 14, NoCpuCall, NoPressure, &one_zone());
     let (frame, block) = hidden(alone);
     assert_eq!(
         alone.alloc_at(frame, Order::ZERO).unwrap_err(),
@@ -253,7 +244,7 @@ fn what_another_cpu_may_have_free_is_not_said_to_be_in_use() {
     assert!(lowest(error), "{error:?}");
     alone.check().unwrap();
 
-    let buddy = boot::<_, _, Spin>(1 << 14, Played, NoPressure, &config());
+    let buddy = boot::<_, _, Spin>(1 << 14, Played, NoPressure, &one_zone());
     let (frame, _) = hidden(buddy);
     let taken = buddy.alloc_at(frame, Order::ZERO).unwrap();
     assert_eq!(
@@ -271,7 +262,7 @@ fn what_another_cpu_may_have_free_is_not_said_to_be_in_use() {
 /// Half of a full array leaves it; all of it, where no array was refilled since it was flushed last.
 #[test]
 fn a_cpu_that_only_frees_flushes_whole_arrays() {
-    let buddy: &Buddy<_, _, Spin> = boot(1 << 16, NoCpuCall, NoPressure, &config());
+    let buddy: &Buddy<_, _, Spin> = boot(1 << 16, NoCpuCall, NoPressure, &one_zone());
     let mut frames = Vec::new();
     buddy
         .alloc_batch(&FrameRequest::ONE, 1000, &mut |frame| frames.push(frame))
@@ -302,7 +293,7 @@ fn a_cpu_that_only_frees_flushes_whole_arrays() {
 
 #[test]
 fn a_double_free_is_found_at_the_flush() {
-    let buddy = boot::<_, _, Spin>(4096, Played, NoPressure, &config());
+    let buddy = boot::<_, _, Spin>(4096, Played, NoPressure, &one_zone());
     let frame = buddy.alloc(&FrameRequest::ONE).unwrap();
     let (first, order) = (frame.first(), frame.order());
     buddy.free(frame);
@@ -339,7 +330,7 @@ fn a_double_free_is_found_at_the_flush() {
 #[test]
 fn an_interrupt_inside_a_refill_or_a_flush_leaves_the_arrays_alone() {
     for free_inside in [false, true] {
-        let buddy = boot::<_, _, Interrupted>(4096, Played, NoPressure, &config());
+        let buddy = boot::<_, _, Interrupted>(4096, Played, NoPressure, &one_zone());
         let total = buddy.mem_info().total;
         let mut frames: Vec<_> = (0..40)
             .map(|_| buddy.alloc(&FrameRequest::ONE).unwrap())
@@ -421,9 +412,7 @@ fn watermarks_tell_and_reclaim_saves() {
         spare: RefCell::default(),
         sink: Cell::new(None),
     }));
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(1024);
+    let config = one_zone().min_free_kib(1024);
     let buddy = boot::<_, _, Spin>(4096, Played, reclaim, &config);
     reclaim.sink.set(Some(buddy));
     let zone = buddy.zones().next().unwrap();
@@ -472,9 +461,7 @@ fn a_stolen_page_block_raises_the_watermarks_until_reclaim_was_told() {
         spare: RefCell::default(),
         sink: Cell::new(None),
     }));
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(1024);
+    let config = one_zone().min_free_kib(1024);
     let buddy = boot::<_, _, Spin>(1 << 14, Played, reclaim, &config);
     let marks = || buddy.zones().next().unwrap().marks;
     let calm = marks();
@@ -519,15 +506,13 @@ fn frames_of_memory_that_joins_can_be_freed_at_once() {
         IN_LOCK.with(|armed| *armed.borrow_mut() = Some(interrupt));
     }
     Played::become_cpu(0);
-    let window: &'static Window = Box::leak(Box::new(Window::new(4096 << 12, 4096 << 12)));
+    let window = Window::leaked(4096 << 12, 4096 << 12);
     window.set_reach(2048);
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), 4096 << 12, RegionKind::Usable)
-        .unwrap();
+    let mut map = map(&[(0, 4096 << 12)]);
     let buddy: &'static Joining =
         Box::leak(Box::new(Buddy::with(window, Played, NoCpuCall, NoPressure)));
     // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config()) }.unwrap();
+    unsafe { buddy.init(&mut map, &one_zone()) }.unwrap();
     let taken: Vec<_> = std::iter::from_fn(|| buddy.alloc(&FrameRequest::ONE).ok()).collect();
     assert!(!taken.is_empty());
     window.set_reach(4096);
@@ -557,11 +542,11 @@ fn an_area_is_made_where_every_cpu_was_asked() {
         buddy.free(lent);
         FrameRange::from_numbers(block, block + 512).unwrap()
     }
-    let alone = boot::<_, _, Spin>(1 << 14, NoCpuCall, NoPressure, &config());
+    let alone = boot::<_, _, Spin>(1 << 14, NoCpuCall, NoPressure, &one_zone());
     let range = lend_and_take_back(alone);
     assert_eq!(alone.cma_area("camera", range), Err(PlaceError::Busy));
 
-    let buddy = boot::<_, _, Spin>(1 << 14, Played, NoPressure, &config());
+    let buddy = boot::<_, _, Spin>(1 << 14, Played, NoPressure, &one_zone());
     let range = lend_and_take_back(buddy);
     assert!(buddy.cma_area("camera", range).is_ok());
     let mut movable: Vec<_> =

@@ -2,40 +2,26 @@
 
 mod common;
 
+use common::machine::{MIB, Machine, machine, map, map_of_nodes, one_zone, start};
 use common::window::Window;
-use kmem_buddy::{
-    BootMap, Buddy, Config, FreeError, PlaceError, RegionKind, Reservation, X86Frames, ZoneKind,
-    ZoneLimits,
-};
+use kmem_buddy::{Config, FreeError, PlaceError, Reservation, X86Frames, ZoneKind, ZoneLimits};
 use kmem_hal::{
     AllocError, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, NodeId, NodePolicy, Order,
-    OwnedFrame, PhysAddr, PhysMap, SingleCpu, Spin,
+    OwnedFrame, PhysAddr, PhysMap,
 };
 use x86_64::structures::paging::{
     FrameAllocator, FrameDeallocator, PageSize, PhysFrame, Size1GiB, Size2MiB, Size4KiB,
 };
 
-type Machine<'a> = Buddy<&'a Window, SingleCpu, Spin>;
-
-fn machine<'a>(window: &'a Window) -> Machine<'a> {
-    // SAFETY: each test uses its allocator from one thread.
-    Machine::new(window, unsafe { SingleCpu::new() })
-}
-
 /// `mib` MiB from 0, all of them backed, with the classic 32-bit zones ending at 16 and 24 MiB.
 fn boot(window: &Window, mib: u64) -> Machine<'_> {
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), mib << 20, RegionKind::Usable)
-        .unwrap();
     let limits = ZoneLimits {
         normal: Some((24 << 20) >> 12),
         ..ZoneLimits::X86_32
     };
-    let buddy = machine(window);
     let config = Config::new().limits(limits).min_free_kib(0);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config.reserve_ratio([0; 5])) }.unwrap();
-    buddy
+    let mut map = map(&[(0, mib << 20)]);
+    start(window, &mut map, &config.reserve_ratio([0; 5]))
 }
 
 fn order(order: u8) -> Order {
@@ -169,12 +155,8 @@ fn the_mappers_of_the_x86_64_crate_take_frames() {
         }
     }
     let window = Window::new(4 << 30, 16 << 20);
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), 4 << 30, RegionKind::Usable)
-        .unwrap();
-    let buddy = machine(&window);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &Config::new().min_free_kib(0)) }.unwrap();
+    let mut map = map(&[(0, 4 << 30)]);
+    let buddy = start(&window, &mut map, &Config::new().min_free_kib(0));
     pair::<Size4KiB>(&buddy);
     pair::<Size2MiB>(&buddy);
     pair::<Size1GiB>(&buddy);
@@ -246,24 +228,11 @@ fn device_limits_are_kept_by_every_call() {
 
 /// Four nodes of 16 MiB, at distances of a ring: 10, 20, 30, 20.
 fn ring(window: &Window) -> Machine<'_> {
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), 64 << 20, RegionKind::Usable)
-        .unwrap();
-    for node in 0..4 {
-        let base = PhysAddr::new(u64::from(node) << 24);
-        map.assign_node(base, 16 << 20, NodeId::new(node)).unwrap();
-    }
-    let buddy = machine(window);
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(0)
-        .distance(|from, to| {
-            let steps = from.get().abs_diff(to.get());
-            10 + 10 * steps.min(4 - steps) as u8
-        });
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config) }.unwrap();
-    buddy
+    let config = one_zone().distance(|from, to| {
+        let steps = from.get().abs_diff(to.get());
+        10 + 10 * steps.min(4 - steps) as u8
+    });
+    start(window, &mut map_of_nodes(4, 16 * MIB), &config)
 }
 
 fn node_of(frame: &OwnedFrame) -> u16 {
@@ -458,9 +427,7 @@ fn a_batch_gives_what_it_could_fill_with_zeros() {
 fn early_pieces_are_handed_over() {
     use kmem_buddy::EarlyAllocator;
     let window = Window::new(32 << 20, 32 << 20);
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), 32 << 20, RegionKind::Usable)
-        .unwrap();
+    let mut map = map(&[(0, 32 << 20)]);
     let memory = &window;
     // SAFETY: X1: the test's own memory, which only this allocator has.
     let table = unsafe { EarlyAllocator::new(&mut map, &memory) }
@@ -471,9 +438,7 @@ fn early_pieces_are_handed_over() {
         .below(PhysAddr::new(1 << 20))
         .alloc(100, 64)
         .unwrap();
-    let buddy = machine(&window);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &Config::new().min_free_kib(0)) }.unwrap();
+    let buddy = start(&window, &mut map, &Config::new().min_free_kib(0));
     // What was given early is nobody else's, down to the frame of the last byte.
     assert_eq!(buddy.alloc_range_at(table), Err(PlaceError::InUse));
     assert_eq!(

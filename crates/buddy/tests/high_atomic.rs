@@ -3,33 +3,22 @@
 
 mod common;
 
+use common::machine::{MIB, Machine, map, one_zone, start};
 use common::window::Window;
-use kmem_buddy::{BootMap, Buddy, Config, RegionKind, ZoneLimits};
 use kmem_hal::{
     AllocError, Context, FrameRange, FrameRequest, FrameSink, FrameSource, Order, OwnedFrame,
-    PhysAddr, SingleCpu, Spin,
 };
 
-type Machine = Buddy<&'static Window, SingleCpu, Spin>;
-
-fn boot(frames: u64) -> &'static Machine {
-    let window: &'static Window = Box::leak(Box::new(Window::new(frames << 12, 1 << 20)));
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), frames << 12, RegionKind::Usable)
-        .unwrap();
-    // SAFETY: each test has one thread and allocators of its own.
-    let cpu = unsafe { SingleCpu::new() };
-    let buddy: &'static Machine = Box::leak(Box::new(Buddy::new(window, cpu)));
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(16384);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config) }.unwrap();
-    buddy
+/// A machine of so many frames, of which the allocator keeps some back.
+fn boot(frames: u64) -> &'static Machine<'static> {
+    let window = Window::leaked(frames << 12, MIB);
+    let config = one_zone().min_free_kib(16384);
+    let mut map = map(&[(0, frames << 12)]);
+    Box::leak(Box::new(start(window, &mut map, &config)))
 }
 
 /// Page blocks of type HighAtomic, as /proc/pagetypeinfo says.
-fn kept(buddy: &Machine) -> u64 {
+fn kept(buddy: &Machine<'_>) -> u64 {
     let text = buddy.page_type_info().to_string();
     let column = text.lines().last().unwrap().split_whitespace().nth(4 + 3);
     column.unwrap().parse().unwrap()
@@ -44,7 +33,7 @@ fn urgent(order: u8) -> FrameRequest {
 }
 
 /// Takes frames that may wait until less than the low watermark is free.
-fn run_low(buddy: &Machine, held: &mut Vec<OwnedFrame>) {
+fn run_low(buddy: &Machine<'_>, held: &mut Vec<OwnedFrame>) {
     loop {
         let zone = buddy.zones().next().unwrap();
         let Some(more) = (zone.free + 1).checked_sub(zone.marks[1]) else {
@@ -59,7 +48,7 @@ fn run_low(buddy: &Machine, held: &mut Vec<OwnedFrame>) {
     }
 }
 
-fn end(buddy: &Machine, held: Vec<OwnedFrame>) {
+fn end(buddy: &Machine<'_>, held: Vec<OwnedFrame>) {
     buddy.check().unwrap();
     for frame in held {
         buddy.free(frame);
@@ -142,7 +131,7 @@ fn a_single_frame_that_cannot_wait_gets_the_last_of_a_kept_block() {
 }
 
 /// A page block that is kept, and a machine that is short of memory.
-fn short(held: &mut Vec<OwnedFrame>) -> (&'static Machine, FrameRange) {
+fn short(held: &mut Vec<OwnedFrame>) -> (&'static Machine<'static>, FrameRange) {
     let buddy = boot(1 << 16);
     run_low(buddy, held);
     let first = buddy.alloc(&urgent(5)).unwrap();

@@ -2,11 +2,12 @@
 
 mod common;
 
+use common::machine::{map_with_holes, start};
 use common::window::Window;
-use kmem_buddy::{BootMap, Buddy, Config, RegionKind, Reservation, ZoneKind, ZoneLimits};
+use kmem_buddy::{Config, ZoneKind, ZoneLimits};
 use kmem_hal::{
     AllocError, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Mobility, Order,
-    OwnedFrame, PhysAddr, SingleCpu, Spin,
+    OwnedFrame, PhysAddr,
 };
 
 /// One past the last frame.
@@ -82,25 +83,12 @@ fn operations() -> u64 {
 #[test]
 fn many_operations_keep_every_frame() {
     let window = Window::new(END << 12, END << 12);
-    let mut map: BootMap = BootMap::new();
-    for (first, end) in [(0u64, 0x9f), (0x100, 0x777), (0x7ff, END)] {
-        map.push(
-            PhysAddr::new(first << 12),
-            (end - first) << 12,
-            RegionKind::Usable,
-        )
-        .unwrap();
-    }
-    map.reserve(PhysAddr::new(0x123 << 12), 0x4321, Reservation::KernelImage)
-        .unwrap();
-    // SAFETY: the test has one thread.
-    let buddy = Buddy::<_, _, Spin>::new(&window, unsafe { SingleCpu::new() });
+    let mut map = map_with_holes(END);
     let config = Config::new()
         .limits(LIMITS)
         .min_free_kib(0)
         .reserve_ratio([0; 5]);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    let buddy = start(&window, &mut map, &config);
     let mut owners = Owners {
         free: vec![false; END as usize],
         used: 0,

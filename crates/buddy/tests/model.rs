@@ -2,9 +2,11 @@
 
 mod common;
 
+use common::machine::{MIB, boot};
 use common::twin::buddy_op;
 use common::window::Window;
 use common::world::{END, World};
+use kmem_hal::{Frame, FrameRequest, FrameSink, FrameSource, Order};
 use kmem_testkit::ops::{FrameOp, run_frames};
 use proptest::prelude::*;
 
@@ -36,20 +38,8 @@ proptest! {
 /// The course's order 3 out of 32 frames: 8 given, 8 and 16 left, 32 again.
 #[test]
 fn a_split_gives_the_lower_half_and_buddies_merge() {
-    use kmem_buddy::{BootMap, Buddy, Config, RegionKind, ZoneLimits};
-    use kmem_hal::{Frame, FrameRequest, FrameSink, FrameSource, Order, PhysAddr, SingleCpu, Spin};
-
-    let window = Window::new(0x400 << 12, 0x400 << 12);
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), 0x400 << 12, RegionKind::Usable)
-        .unwrap();
-    // SAFETY: the test has one thread.
-    let buddy = Buddy::<_, _, Spin>::new(&window, unsafe { SingleCpu::new() });
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(0);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    let window = Window::new(4 * MIB, 4 * MIB);
+    let buddy = boot(&window, &[]);
     // Everything is taken but the 32 frames from 64 on.
     let mut rest = Vec::new();
     let island = buddy

@@ -5,32 +5,18 @@ mod common;
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 
+use common::machine::{map, one_zone};
+use common::played::{Played, become_cpu};
 use common::window::Window;
-use kmem_buddy::{BootMap, Buddy, Config, FreeError, RegionKind, Reservation, ZoneLimits};
+use kmem_buddy::{Buddy, FreeError, Reservation};
 use kmem_hal::{
-    AllocError, Cpu, CpuId, Frame, FrameRequest, FrameSink, FrameSource, NoCpuCall, NoPressure,
-    Order, OwnedFrame, PhysAddr, PhysMap, RawLock,
+    AllocError, CpuId, Frame, FrameRequest, FrameSink, FrameSource, NoCpuCall, NoPressure, Order,
+    OwnedFrame, PhysAddr, PhysMap, RawLock,
 };
 
 thread_local! {
-    static CURRENT: Cell<u32> = const { Cell::new(0) };
     static NMI: RefCell<Option<Box<dyn Fn()>>> = const { RefCell::new(None) };
     static STRUCK: Cell<u32> = const { Cell::new(0) };
-}
-
-#[derive(Clone, Copy)]
-struct Played;
-
-// SAFETY: one thread plays one CPU at a time, and changes it only between calls (C1, C2); ids stay below 3 (C3).
-unsafe impl Cpu for Played {
-    type Guard<'a> = ();
-    fn raw_pin(&self) {}
-    fn id(&self, (): &()) -> CpuId {
-        CpuId::new(CURRENT.get())
-    }
-    fn count(&self) -> u32 {
-        3
-    }
 }
 
 /// A lock in whose hold the NMI strikes, and which knows who would wait for ever.
@@ -61,24 +47,19 @@ unsafe impl RawLock for Struck {
     }
 }
 
-type Frames = Buddy<Window, Played, Struck, NoCpuCall, NoPressure>;
+type Frames = Buddy<Window, Played<3>, Struck, NoCpuCall, NoPressure>;
 
 const FRAMES: u64 = 8192;
 
 fn boot() -> &'static Frames {
-    CURRENT.set(0);
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), FRAMES << 12, RegionKind::Usable)
-        .unwrap();
+    become_cpu(0);
+    let mut map = map(&[(0, FRAMES << 12)]);
     map.reserve(PhysAddr::new(0), 1 << 20, Reservation::BootStructures)
         .unwrap();
     let window = Window::new(FRAMES << 12, FRAMES << 12);
     let buddy = Box::leak(Box::new(Buddy::new(window, Played)));
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(0);
     // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config.cpus(2)) }.unwrap();
+    unsafe { buddy.init(&mut map, &one_zone().cpus(2)) }.unwrap();
     buddy
 }
 
@@ -134,13 +115,13 @@ fn an_nmi_inside_a_view_does_not_wait() {
         ("check", &|| format!("{:?}", buddy.check())),
     ];
     for cpu in [0, 2] {
-        CURRENT.set(cpu);
+        become_cpu(cpu);
         for (name, view) in views {
             let text = strike(buddy, view);
             assert!(!text.is_empty(), "{name}");
         }
     }
-    CURRENT.set(0);
+    become_cpu(0);
     buddy.drain_local();
     assert_eq!(buddy.misuse(), None);
     assert_eq!((buddy.recount().free, buddy.lost()), (total, 0));
@@ -152,11 +133,11 @@ fn an_nmi_inside_the_draining_of_another_cpu_does_not_wait() {
     let buddy = boot();
     let total = buddy.recount().free;
     for here in [0, 2] {
-        CURRENT.set(1);
+        become_cpu(1);
         let frame = buddy.alloc(&FrameRequest::ONE).unwrap();
         buddy.free(frame);
         assert!(buddy.mem_info().cached > 0);
-        CURRENT.set(here);
+        become_cpu(here);
         // SAFETY: nobody plays CPU 1 now.
         assert!(strike(buddy, || unsafe {
             buddy.cpu_offline(CpuId::new(1))
@@ -172,13 +153,13 @@ fn an_nmi_inside_the_draining_of_another_cpu_does_not_wait() {
 #[test]
 fn an_nmi_inside_a_lock_empties_no_other_cpu() {
     let buddy = boot();
-    CURRENT.set(1);
+    become_cpu(1);
     let frame = buddy.alloc(&FrameRequest::ONE).unwrap();
     buddy.free(frame);
     let cached = buddy.mem_info().cached;
     let large = FrameRequest::new(Order::new(7).unwrap());
     for here in [0, 2] {
-        CURRENT.set(here);
+        become_cpu(here);
         // SAFETY: nobody plays CPU 1 now.
         let nmi = || assert!(!unsafe { buddy.cpu_offline(CpuId::new(1)) });
         let frame = strike_with(nmi, || buddy.alloc(&large).unwrap());
@@ -193,7 +174,7 @@ fn an_nmi_inside_a_lock_empties_no_other_cpu() {
 #[test]
 fn an_nmi_on_a_cpu_that_is_not_online_does_not_wait() {
     let buddy = boot();
-    CURRENT.set(2);
+    become_cpu(2);
     let frame = strike(buddy, || buddy.alloc(&FrameRequest::ONE).unwrap());
     strike(buddy, || buddy.free(frame));
     strike(buddy, || {
@@ -215,7 +196,7 @@ fn nothing_that_an_nmi_frees_is_lost() {
     let buddy = boot();
     let total = buddy.recount().free;
     for cpu in [0, 2] {
-        CURRENT.set(cpu);
+        become_cpu(cpu);
         for order in [0, 3, 7] {
             let request = FrameRequest::new(Order::new(order).unwrap());
             let count = if order == 7 { 40 } else { 300 };

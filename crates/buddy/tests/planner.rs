@@ -8,11 +8,11 @@ mod common;
 use std::cell::RefCell;
 use std::collections::BTreeSet;
 
+use common::machine::{Machine, boot};
 use common::window::Window;
-use kmem_buddy::{BootMap, Buddy, Compacted, Config, RegionKind, ZoneLimits};
+use kmem_buddy::Compacted;
 use kmem_hal::{
     Frame, FrameRequest, FrameSink, FrameSource, Migrate, MigrateError, Order, OwnedFrame,
-    PhysAddr, SingleCpu, Spin,
 };
 
 const BLOCK: u64 = 512;
@@ -52,20 +52,9 @@ impl Random {
     }
 }
 
-type Machine<'a> = Buddy<&'a Window, SingleCpu, Spin>;
-
 /// Blocks of orders 0 to 9 come and go at 90 %, then random ones go until half is free.
 fn churn(window: &Window, seed: u64) -> (Machine<'_>, Users) {
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), END << 12, RegionKind::Usable)
-        .unwrap();
-    // SAFETY: one thread.
-    let buddy = Machine::new(window, unsafe { SingleCpu::new() });
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(0);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    let buddy = boot(window, &[]);
     let total = buddy.mem_info().total;
     let mut random = Random(seed);
     let mut live: Vec<OwnedFrame> = Vec::new();

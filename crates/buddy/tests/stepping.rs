@@ -14,11 +14,11 @@ mod common;
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 
+use common::machine::{map, one_zone};
 use common::window::Window;
-use kmem_buddy::{BootMap, Buddy, Config, RegionKind, ZoneLimits};
+use kmem_buddy::Buddy;
 use kmem_hal::{
-    AllocError, Frame, FrameRequest, FrameSink, FrameSource, IrqSafe, Order, OwnedFrame, PhysAddr,
-    SingleCpu,
+    AllocError, Frame, FrameRequest, FrameSink, FrameSource, IrqSafe, Order, OwnedFrame, SingleCpu,
 };
 use kmem_testkit::step::Stepper;
 
@@ -70,19 +70,13 @@ enum Nmi {
 impl World {
     /// `frames` frames in one zone, with arrays that have seen some calls.
     fn new(frames: u64) -> Self {
-        let window: &'static Window =
-            Box::leak(Box::new(Window::new(frames << 12, frames.min(1024) << 12)));
-        let mut map: BootMap = BootMap::new();
-        map.push(PhysAddr::new(0), frames << 12, RegionKind::Usable)
-            .unwrap();
+        let window = Window::leaked(frames << 12, frames.min(1024) << 12);
         // SAFETY: one thread, and NMIs that end before it goes on.
         let cpu = unsafe { SingleCpu::new() };
         let buddy: &'static Machine = Box::leak(Box::new(Buddy::new(window, cpu)));
-        let config = Config::new()
-            .limits(ZoneLimits::NORMAL_ONLY)
-            .min_free_kib(0);
+        let mut map = map(&[(0, frames << 12)]);
         // SAFETY: X1: the test's own memory, which only this allocator has.
-        unsafe { buddy.init(&mut map, &config) }.unwrap();
+        unsafe { buddy.init(&mut map, &one_zone()) }.unwrap();
         let world = Self {
             buddy,
             total: buddy.mem_info().total,

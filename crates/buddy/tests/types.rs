@@ -2,16 +2,16 @@
 
 mod common;
 
+use common::machine::{MIB, Machine, boot};
 use common::window::Window;
-use kmem_buddy::{BootMap, Buddy, Config, RegionKind, ZoneLimits};
-use kmem_hal::{FrameRequest, FrameSource, Order, OwnedFrame, PhysAddr, SingleCpu, Spin};
+use kmem_hal::{FrameRequest, FrameSource, Order, OwnedFrame};
 
-const MEMORY: u64 = 6 << 20;
+const MEMORY: u64 = 6 * MIB;
 /// Frames of a page block.
 const BLOCK: u64 = Order::HUGE_2M.frames();
 
 /// Page blocks of type Unmovable, as /proc/pagetypeinfo says.
-fn unmovable(buddy: &Buddy<&Window, SingleCpu, Spin>) -> u64 {
+fn unmovable(buddy: &Machine<'_>) -> u64 {
     let text = buddy.page_type_info().to_string();
     let column = text.lines().last().unwrap().split_whitespace().nth(4);
     column.unwrap().parse().unwrap()
@@ -20,17 +20,7 @@ fn unmovable(buddy: &Buddy<&Window, SingleCpu, Spin>) -> u64 {
 /// All memory is in movable use but `free` frames of one block; whether that block is another type's once a frame of that was asked for.
 fn changes(free: usize) -> bool {
     let window = Window::new(MEMORY, MEMORY);
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), MEMORY, RegionKind::Usable)
-        .unwrap();
-    // SAFETY: the test uses its allocator from one thread.
-    let cpu = unsafe { SingleCpu::new() };
-    let buddy = Buddy::<_, _, Spin>::new(&window, cpu);
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(0);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config) }.unwrap();
+    let buddy = boot(&window, &[]);
     assert_eq!(unmovable(&buddy), 0, "blocks are movable at first");
     let mut held = Vec::new();
     while let Ok(frame) = buddy.alloc(&FrameRequest::ONE.movable()) {

@@ -2,38 +2,20 @@
 
 mod common;
 
+use common::machine::{MIB, Machine, machine, map, one_zone, start};
 use common::window::Window;
-use kmem_buddy::{BootMap, Buddy, Config, MigrateType, RegionKind, Reservation, ZoneLimits};
+use kmem_buddy::{MigrateType, Reservation};
 use kmem_hal::{
     Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Order, OwnedFrame, PhysAddr,
-    SingleCpu, Spin,
 };
 
-type Machine = Buddy<&'static Window, SingleCpu, Spin>;
-
 /// 16 MiB in one zone: a hole at 10 to 11 MiB, 2 to 4 MiB reserved.
-fn boot() -> &'static Machine {
-    let window: &'static Window = Box::leak(Box::new(Window::new(16 << 20, 4 << 20)));
-    let mut map: BootMap = BootMap::new();
-    for (base, end) in [(0, 10), (11, 16)] {
-        map.push(
-            PhysAddr::new(base << 20),
-            (end - base) << 20,
-            RegionKind::Usable,
-        )
+fn boot() -> &'static Machine<'static> {
+    let mut map = map(&[(0, 10 * MIB), (11 * MIB, 16 * MIB)]);
+    map.reserve(PhysAddr::new(2 * MIB), 2 * MIB, Reservation::Initrd)
         .unwrap();
-    }
-    map.reserve(PhysAddr::new(2 << 20), 2 << 20, Reservation::Initrd)
-        .unwrap();
-    // SAFETY: the tests have one thread each.
-    let cpu = unsafe { SingleCpu::new() };
-    let buddy: &'static Machine = Box::leak(Box::new(Buddy::new(window, cpu)));
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(0);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config) }.unwrap();
-    buddy
+    let window = Window::leaked(16 * MIB, 4 * MIB);
+    Box::leak(Box::new(start(window, &mut map, &one_zone())))
 }
 
 fn order(order: u8) -> Order {
@@ -41,7 +23,7 @@ fn order(order: u8) -> Order {
 }
 
 /// Takes all of memory frame by frame and frees what `keep` does not want.
-fn keep_only(buddy: &Machine, keep: impl Fn(u64) -> bool) -> Vec<OwnedFrame> {
+fn keep_only(buddy: &Machine<'_>, keep: impl Fn(u64) -> bool) -> Vec<OwnedFrame> {
     let mut all = Vec::new();
     while let Ok(frame) = buddy.alloc(&FrameRequest::ONE.movable()) {
         all.push(frame);
@@ -249,9 +231,8 @@ fn proc_files_have_the_lines_of_linux() {
 
 #[test]
 fn before_init_views_are_empty() {
-    let window: &'static Window = Box::leak(Box::new(Window::new(1 << 20, 1 << 20)));
-    // SAFETY: one thread.
-    let buddy = Machine::new(window, unsafe { SingleCpu::new() });
+    let window = Window::new(MIB, MIB);
+    let buddy = machine(&window);
     assert_eq!(buddy.buddy_info().to_string(), "");
     assert_eq!(buddy.fragmentation_index().to_string(), "");
     assert_eq!(buddy.unusable_index().to_string(), "");

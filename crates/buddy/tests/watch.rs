@@ -2,17 +2,19 @@
 
 mod common;
 
+use std::collections::BTreeSet;
+
+use common::machine::{MIB, map};
 use common::window::Window;
 use kmem_buddy::{
-    Audit, BootMap, ClaimError, Config, EarlyAllocator, FreeError, InitError, Owner, PageOwner,
-    RegionKind, Reservation, Watch, WatchedBuddy, ZoneLimits,
+    Audit, ClaimError, Config, EarlyAllocator, FreeError, InitError, Owner, PageOwner, RegionKind,
+    Reservation, Watch, WatchedBuddy, ZoneLimits,
 };
 use kmem_hal::{
     AllocError, CpuId, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Migrate,
     MigrateError, NodeId, Order, OwnedFrame, PhysAddr, PhysMap, SingleCpu, Spin,
 };
 use proptest::prelude::*;
-use std::collections::BTreeSet;
 
 type Machine<'a, W> = WatchedBuddy<&'a Window, SingleCpu, W, Spin>;
 
@@ -22,15 +24,7 @@ const BORDER: u64 = 0x1000;
 
 /// 32 MiB in two zones, with a hole from 10 to 11 MiB and 1 MiB reserved at 4 MiB.
 fn boot<W: Watch>(window: &Window) -> Machine<'_, W> {
-    let mut map: BootMap = BootMap::new();
-    for (base, end) in [(0, 10), (11, 32)] {
-        map.push(
-            PhysAddr::new(base << 20),
-            (end - base) << 20,
-            RegionKind::Usable,
-        )
-        .unwrap();
-    }
+    let mut map = map(&[(0, 10 * MIB), (11 * MIB, 32 * MIB)]);
     map.reserve(PhysAddr::new(4 << 20), 1 << 20, Reservation::KernelImage)
         .unwrap();
     // SAFETY: each test uses its allocator from one thread.
@@ -226,9 +220,7 @@ fn ranges_come_back_whole_or_in_any_pieces() {
 #[test]
 fn a_watched_allocator_has_the_nodes_of_the_plain_one() {
     let window = window();
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), END << 12, RegionKind::Usable)
-        .unwrap();
+    let mut map = map(&[(0, END << 12)]);
     map.assign_node(
         PhysAddr::new(BORDER << 12),
         (END - BORDER) << 12,
@@ -405,22 +397,18 @@ fn claims_take_their_owners_along() {
 #[test]
 fn init_fails_whole() {
     let window = window();
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0x1000), 6 << 12, RegionKind::Usable)
-        .unwrap();
+    let mut small = map(&[(0x1000, 0x7000)]);
     // SAFETY: one thread.
     let buddy: Machine<'_, PageOwner> = Machine::new(&window, unsafe { SingleCpu::new() });
-    let before: Vec<_> = map.reservations().collect();
+    let before: Vec<_> = small.reservations().collect();
     assert!(matches!(
         // SAFETY: X1: the test's own memory, which only this allocator has.
-        unsafe { buddy.init(&mut map, &Config::new()) },
+        unsafe { buddy.init(&mut small, &Config::new()) },
         Err(InitError::Metadata { .. })
     ));
-    assert_eq!(map.reservations().collect::<Vec<_>>(), before);
+    assert_eq!(small.reservations().collect::<Vec<_>>(), before);
     // Enough for the policy's table, and not for the allocator's.
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0x1000), 7 << 12, RegionKind::Usable)
-        .unwrap();
+    let mut map = map(&[(0x1000, 0x8000)]);
     assert!(matches!(
         // SAFETY: X1: the test's own memory, which only this allocator has.
         unsafe { buddy.init(&mut map, &Config::new()) },
@@ -494,9 +482,7 @@ proptest! {
 #[test]
 fn the_table_is_never_released() {
     let window = window();
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), END << 12, RegionKind::Usable)
-        .unwrap();
+    let mut map = map(&[(0, END << 12)]);
     let memory = &window;
     // SAFETY: X1: the test's own memory, and no allocator has started.
     let early = unsafe { EarlyAllocator::new(&mut map, &memory) }

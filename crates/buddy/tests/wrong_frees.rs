@@ -3,45 +3,19 @@
 
 mod common;
 
+use common::machine::{MIB, boot};
 use common::window::Window;
-use kmem_buddy::{BootMap, Buddy, Config, FreeError, RegionKind, Reservation, ZoneLimits};
-use kmem_hal::{
-    Frame, FrameRange, FrameRequest, FrameSource, Order, OwnedFrame, PhysAddr, SingleCpu, Spin,
-};
-
-const FRAMES: u64 = 0x4000;
-
-type Machine<'a> = Buddy<&'a Window, SingleCpu, Spin>;
-
-/// 64 MiB, of which the kernel image has these frames.
-fn boot(window: &Window, kernel: FrameRange) -> Machine<'_> {
-    let mut map: BootMap = BootMap::new();
-    map.push(PhysAddr::new(0), FRAMES << 12, RegionKind::Usable)
-        .unwrap();
-    map.reserve(
-        kernel.first().start(),
-        kernel.count() << 12,
-        Reservation::KernelImage,
-    )
-    .unwrap();
-    // SAFETY: one thread.
-    let buddy = Machine::new(window, unsafe { SingleCpu::new() });
-    let config = Config::new()
-        .limits(ZoneLimits::NORMAL_ONLY)
-        .min_free_kib(0);
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &config) }.unwrap();
-    buddy
-}
+use kmem_buddy::{FreeError, Reservation};
+use kmem_hal::{Frame, FrameRange, FrameRequest, FrameSource, Order, OwnedFrame};
 
 #[test]
 fn a_wrong_order_does_not_free_what_is_reserved_beside_the_block() {
-    let window = Window::new(FRAMES << 12, FRAMES << 12);
+    let window = Window::new(64 * MIB, 64 * MIB);
     // The block that is freed is wholly the allocator's; the kernel has one further up in the run that is given back for it.
     for (order, reserved) in [(10, 1), (11, 1), (11, 2), (11, 3), (12, 7)] {
         let first = Frame::new(0x1000).unwrap();
         let kernel = FrameRange::new(first.checked_add(reserved * 512).unwrap(), 512).unwrap();
-        let buddy = boot(&window, kernel);
+        let buddy = boot(&window, &[(kernel, Reservation::KernelImage)]);
         let run = FrameRange::of_order(first, Order::new(order).unwrap()).unwrap();
         let mut held = Vec::new();
         for block in 0..run.count() / 512 {

@@ -2,30 +2,22 @@
 
 mod common;
 
+use common::machine::{MIB, Machine, machine, map, one_zone, start};
 use common::window::Window;
 use kmem_buddy::{
-    BootMap, Buddy, Config, InitError, RegionKind, Reservation, ZoneFree, ZoneKind, ZoneLimits,
+    BootMap, Config, InitError, RegionKind, Reservation, ZoneFree, ZoneKind, ZoneLimits,
 };
 use kmem_hal::{
     AllocError, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, NodeId, NodePolicy, Order,
-    PhysAddr, SingleCpu, Spin,
+    PhysAddr,
 };
-
-type Machine<'a> = Buddy<&'a Window, SingleCpu, Spin>;
-
-fn cpu() -> SingleCpu {
-    // SAFETY: each test uses its allocator from one thread.
-    unsafe { SingleCpu::new() }
-}
 
 fn top(map: &BootMap) -> u64 {
     map.present().last().unwrap().end_number() << 12
 }
 
 fn boot<'a>(map: &mut BootMap, window: &'a Window, config: &Config) -> Machine<'a> {
-    let buddy = Machine::new(window, cpu());
-    // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(map, config) }.unwrap();
+    let buddy = start(window, map, config);
     buddy.check().unwrap();
     buddy
 }
@@ -119,17 +111,9 @@ fn other_maps_boot_and_agree() {
     }
 }
 
-/// A machine of `mib` MiB in one region, with the classic 32-bit split.
-fn classic(mib: u64) -> BootMap {
-    let mut map = BootMap::new();
-    map.push(PhysAddr::new(0), mib << 20, RegionKind::Usable)
-        .unwrap();
-    map
-}
-
 #[test]
 fn classic_split_gives_highmem_to_movable_only() {
-    let mut map = classic(1024);
+    let mut map = map(&[(0, 1024 * MIB)]);
     let window = Window::new(896 << 20, 16 << 20);
     window.set_reach((896 << 20) >> 12);
     let buddy = boot(&mut map, &window, &Config::new().limits(ZoneLimits::X86_32));
@@ -196,8 +180,7 @@ fn tables_stay_small() {
         }
         let frames = map.present_frames();
         let window = Window::new((4 << 30) + (mib << 20), 16 << 20);
-        // SAFETY: one thread uses it.
-        let buddy = Machine::new(&window, unsafe { SingleCpu::new() });
+        let buddy = machine(&window);
         // SAFETY: X1: the test's own memory, which only this allocator has.
         unsafe { buddy.init(&mut map, &Config::new()) }.unwrap();
         let allowed = (frames * 15 / 100 + zones * 4096).next_multiple_of(4096);
@@ -211,15 +194,7 @@ fn tables_stay_small() {
 #[test]
 fn zones_end_where_they_end() {
     for end in [0x1000, 0x1001, 0x11ff, 0x1200, 0x1201, 0x13ff] {
-        let mut map = BootMap::new();
-        map.push(PhysAddr::new(0x1000), 0xe0_0000 + 0x800, RegionKind::Usable)
-            .unwrap();
-        map.push(
-            PhysAddr::new(0xf0_0000),
-            (end << 12) - 0xf0_0000,
-            RegionKind::Usable,
-        )
-        .unwrap();
+        let mut map = map(&[(0x1000, 0xe0_1800), (0xf0_0000, end << 12)]);
         let window = Window::new(end << 12, 1 << 20);
         let config = Config::new().min_free_kib(0).reserve_ratio([0; 5]);
         let buddy = boot(&mut map, &window, &config);
@@ -295,17 +270,14 @@ fn nodes_serve_their_own_first() {
 
 #[test]
 fn memory_joins_when_it_becomes_mapped() {
-    let mut map = classic(64);
+    let mut map = map(&[(0, 64 * MIB)]);
     map.reserve(PhysAddr::new(40 << 20), 1 << 20, Reservation::Initrd)
         .unwrap();
     map.reserve(PhysAddr::new(2 << 20), 1 << 20, Reservation::InitSections)
         .unwrap();
     let window = Window::new(32 << 20, 4 << 20);
     window.set_reach((32 << 20) >> 12);
-    let config = Config::new()
-        .min_free_kib(0)
-        .limits(ZoneLimits::NORMAL_ONLY);
-    let buddy = boot(&mut map, &window, &config);
+    let buddy = boot(&mut map, &window, &one_zone());
     let total = |buddy: &Machine<'_>| buddy.mem_info().total;
     let start = total(&buddy);
     assert_eq!(start, 8192 - 1 - 256 - buddy.metadata().count());
@@ -339,7 +311,7 @@ fn memory_joins_when_it_becomes_mapped() {
 fn init_fails_whole_or_not_at_all() {
     let window = Window::new(1 << 20, 1 << 20);
     let mut empty: BootMap = BootMap::new();
-    let buddy = Machine::new(&window, cpu());
+    let buddy = machine(&window);
     assert_eq!(
         // SAFETY: X1: the test's own memory, which only this allocator has.
         unsafe { buddy.init(&mut empty, &Config::new()) },
@@ -350,7 +322,7 @@ fn init_fails_whole_or_not_at_all() {
         AllocError::NotInitialised
     );
     // All memory reserved: no room for the tables.
-    let mut full = classic(1);
+    let mut full = map(&[(0, MIB)]);
     full.reserve(PhysAddr::new(0), 1 << 20, Reservation::KernelImage)
         .unwrap();
     assert!(matches!(
@@ -360,7 +332,7 @@ fn init_fails_whole_or_not_at_all() {
     ));
     assert_eq!(full.reservations().count(), 1);
     // One MiB is enough.
-    let mut small = classic(1);
+    let mut small = map(&[(0, MIB)]);
     // SAFETY: X1: the test's own memory, which only this allocator has.
     unsafe { buddy.init(&mut small, &Config::new().min_free_kib(0)) }.unwrap();
     assert_eq!(

@@ -1,6 +1,8 @@
-//! Real memory maps as boot maps.
+//! Real memory maps as boot maps, and what the tests have in common.
 #![allow(dead_code)]
 
+pub mod machine;
+pub mod played;
 pub mod twin;
 pub mod window;
 pub mod world;

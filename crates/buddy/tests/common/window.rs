@@ -31,6 +31,16 @@ impl Window {
         }
     }
 
+    /// One that is there until the test's program ends.
+    pub fn leaked(end: u64, size: u64) -> &'static Self {
+        Box::leak(Box::new(Self::new(end, size)))
+    }
+
+    /// One past the last byte.
+    pub fn end(&self) -> u64 {
+        self.end
+    }
+
     /// Makes only the frames below `frames` reachable (the window must lie below).
     pub fn set_reach(&self, frames: u64) {
         self.reach

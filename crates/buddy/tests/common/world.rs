@@ -6,15 +6,14 @@
 
 use std::collections::BTreeSet;
 
-use super::twin::{BuddyOp, ZoneTwin};
-use kmem_buddy::{
-    BootMap, Buddy, Config, PlaceError, RegionKind, Reservation, ZoneKind, ZoneLimits,
-};
+use kmem_buddy::{Config, PlaceError, Reservation, ZoneKind, ZoneLimits};
 use kmem_hal::{
     AllocError, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Mobility, Order,
-    OwnedFrame, PhysAddr, PhysMap, SingleCpu, Spin,
+    OwnedFrame, PhysAddr, PhysMap,
 };
 
+use super::machine::{Machine, map_with_holes, start};
+use super::twin::{BuddyOp, ZoneTwin};
 use super::window::Window;
 
 /// One past the last frame.
@@ -25,8 +24,6 @@ const LIMITS: ZoneLimits = ZoneLimits {
     normal: Some(0xc00),
     movable: None,
 };
-
-type Machine<'a> = Buddy<&'a Window, SingleCpu, Spin>;
 
 /// Three zones with holes, unaligned ends and reservations.
 pub struct World<'a> {
@@ -42,38 +39,17 @@ fn zone_of(frame: u64) -> ZoneKind {
     LIMITS.kind_of(Frame::new(frame).unwrap()).0
 }
 
-fn boot_map() -> BootMap {
-    let mut map = BootMap::new();
-    let mut usable = |first: u64, end: u64| {
-        map.push(
-            PhysAddr::new(first << 12),
-            (end - first) << 12,
-            RegionKind::Usable,
-        )
-        .unwrap();
-    };
-    usable(0, 0x9f);
-    usable(0x100, 0x777);
-    usable(0x7ff, END);
-    map.reserve(PhysAddr::new(0x123 << 12), 0x4321, Reservation::KernelImage)
-        .unwrap();
-    map.reserve(PhysAddr::new(0x840 << 12), 0x9_9000, Reservation::Initrd)
-        .unwrap();
-    map
-}
-
 impl<'a> World<'a> {
     /// Boots the allocator on the window, which backs all of [`END`].
     pub fn new(window: &'a Window) -> Self {
-        let mut map = boot_map();
-        // SAFETY: the test has one thread.
-        let buddy = Machine::new(window, unsafe { SingleCpu::new() });
+        let mut map = map_with_holes(END);
+        map.reserve(PhysAddr::new(0x840 << 12), 0x9_9000, Reservation::Initrd)
+            .unwrap();
         let config = Config::new()
             .limits(LIMITS)
             .min_free_kib(0)
             .reserve_ratio([0; 5]);
-        // SAFETY: X1: the test's own memory, which only this allocator has.
-        unsafe { buddy.init(&mut map, &config) }.unwrap();
+        let buddy = start(window, &mut map, &config);
         let mut managed = BTreeSet::new();
         let mut twins = [
             (ZoneKind::Dma, ZoneTwin::new(0, 0x3a0)),
