@@ -102,15 +102,30 @@ fn a_full_leaf_is_split_where_it_stands() {
     assert!(tree.iter().map(|entry| entry.value).eq(0..2 * full));
 }
 
+/// Forty ranges of so many pages, one every 16 pages.
+fn forty_of(pages: u64) -> impl Iterator<Item = Entry<u64>> {
+    (0..40).map(move |i| Entry {
+        range: count(16 * i, pages),
+        value: i,
+    })
+}
+
+/// Forty ranges of three pages, in several leaves.
+fn forty(heap: &Heap) -> Tree<'_> {
+    let mut tree = Tree::new_in(heap);
+    for entry in forty_of(3) {
+        tree.store(entry.range, Some(entry.value), &mut |_| ())
+            .unwrap();
+    }
+    assert!(tree.stats().leaves > 2);
+    tree
+}
+
 /// A heap that grows where its leaf ends takes no node, and neither does what lies above it change.
 #[test]
 fn a_range_grows_over_the_end_of_its_leaf() {
     let heap = Heap::default();
-    let mut tree = Tree::new_in(&heap);
-    for i in 0..40 {
-        tree.store(count(16 * i, 3), Some(i), &mut |_| ()).unwrap();
-    }
-    assert!(tree.stats().leaves > 2);
+    let mut tree = forty(&heap);
     heap.left.set(Some(0));
     for more in 3..15 {
         for i in 0..40 {
@@ -119,12 +134,7 @@ fn a_range_grows_over_the_end_of_its_leaf() {
             tree.check().unwrap();
         }
     }
-    let whole = (0..40).map(|i| (count(16 * i, 15), i));
-    assert!(
-        tree.iter()
-            .map(|entry| (entry.range, entry.value))
-            .eq(whole)
-    );
+    assert!(tree.iter().eq(forty_of(15)));
     let request = GapRequest::new(2).limits(pages(0, 16 * 40 - 2));
     assert_eq!(tree.find_gap_up(&request), None);
     assert_eq!(tree.find_gap_down(&request), None);
@@ -134,11 +144,7 @@ fn a_range_grows_over_the_end_of_its_leaf() {
 #[test]
 fn an_edit_beside_a_boundary_that_just_moved_takes_no_node() {
     let heap = Heap::default();
-    let mut tree = Tree::new_in(&heap);
-    for i in 0..40 {
-        tree.store(count(16 * i, 3), Some(i), &mut |_| ()).unwrap();
-    }
-    assert!(tree.stats().leaves > 2);
+    let mut tree = forty(&heap);
     heap.left.set(Some(0));
     // Some of these end a leaf.
     for i in 0..40 {
@@ -153,12 +159,7 @@ fn an_edit_beside_a_boundary_that_just_moved_takes_no_node() {
             tree.check().unwrap();
         }
     }
-    let whole = (0..40).map(|i| (count(16 * i, 5), i));
-    assert!(
-        tree.iter()
-            .map(|entry| (entry.range, entry.value))
-            .eq(whole)
-    );
+    assert!(tree.iter().eq(forty_of(5)));
 }
 
 /// What lies at the top of the space, too far from the rest to share a leaf, is put into a new one; no other is written anew.

@@ -1,7 +1,7 @@
 //! Operations on a tree and on the model, for the property test and the fuzz target.
 
 use kmem_hal::{AllocError, Page, PageRange, SingleGrace};
-use kmem_vma_tree::{Entry, Finger, Gap, GapRequest, RangeTree, SharedTree, Sharing};
+use kmem_vma_tree::{Entry, Finger, Gap, GapRequest, RangeTree, Reserved, SharedTree, Sharing};
 
 use super::{Heap, Model, Request, count};
 
@@ -369,18 +369,14 @@ pub fn differential_shared<const W: usize>(ops: &[Op], asks: &[(u64, Request)]) 
     assert_eq!(heap.live.get(), 0, "nodes leaked");
 }
 
-/// As many stores as were reserved go through when there is no memory at all.
-///
-/// A store of `(range, value, true)` merges.
-pub fn reserved<const W: usize>(fill: &[Op], stores: &[(PageRange, Option<u64>, bool)]) {
-    let heap = Heap::default();
-    let mut tree: Tree<'_, W> = RangeTree::new_in(&heap);
-    let mut model = Model::default();
-    for op in fill {
-        run!(&mut tree, &mut model, op).unwrap();
-    }
-    let mut reserved = tree.reserve(stores.len()).unwrap();
-    heap.left.set(Some(0));
+/// A store, which merges or not.
+type Stored = (PageRange, Option<u64>, bool);
+
+fn store_all<S: Sharing, const W: usize>(
+    mut reserved: Reserved<'_, u64, &Heap, S, W>,
+    model: &mut Model,
+    stores: &[Stored],
+) {
     for &(range, value, merged) in stores {
         if let Some(value) = value.filter(|_| merged) {
             let entry = reserved.store_merged(range, value, &mut |_| ());
@@ -391,7 +387,19 @@ pub fn reserved<const W: usize>(fill: &[Op], stores: &[(PageRange, Option<u64>, 
         }
     }
     assert_eq!(reserved.stores_left(), 0);
-    drop(reserved);
+}
+
+/// As many stores as were reserved go through when there is no memory at all.
+pub fn reserved<const W: usize>(fill: &[Op], stores: &[Stored]) {
+    let heap = Heap::default();
+    let mut tree: Tree<'_, W> = RangeTree::new_in(&heap);
+    let mut model = Model::default();
+    for op in fill {
+        run!(&mut tree, &mut model, op).unwrap();
+    }
+    let reserved = tree.reserve(stores.len()).unwrap();
+    heap.left.set(Some(0));
+    store_all(reserved, &mut model, stores);
     heap.left.set(None);
     same(&tree, &model);
     // And on a shared tree, where a reader lets nothing be reused.
@@ -404,19 +412,9 @@ pub fn reserved<const W: usize>(fill: &[Op], stores: &[(PageRange, Option<u64>, 
         run!(&mut writer, &mut model, op).unwrap();
     }
     let section = readers.read();
-    let mut reserved = writer.reserve(stores.len()).unwrap();
+    let reserved = writer.reserve(stores.len()).unwrap();
     heap.left.set(Some(0));
-    for &(range, value, merged) in stores {
-        if let Some(value) = value.filter(|_| merged) {
-            let entry = reserved.store_merged(range, value, &mut |_| ());
-            assert_eq!(entry, model.store_merged(range, value).0);
-        } else {
-            reserved.store(range, value, &mut |_| ());
-            model.store(range, value);
-        }
-    }
-    assert_eq!(reserved.stores_left(), 0);
-    drop(reserved);
+    store_all(reserved, &mut model, stores);
     heap.left.set(None);
     assert!(
         section
