@@ -2,11 +2,10 @@
 
 mod common;
 
+use core::mem::MaybeUninit;
 use std::sync::Mutex;
 
-use common::Arena;
-use core::mem::MaybeUninit;
-
+use common::{Arena, ThreadCpu};
 use kmem_hal::{
     AllocError, Context, FrameRequest, FrameSink, FrameSource, Grace, ObjectAlloc, OffsetMap,
     Order, OwnedFrame, Reserve, SingleGrace, Spin,
@@ -26,7 +25,7 @@ fn every_request_may_fail(arena: &'static Arena) {
         let source = FailingSource::new(arena, plan);
         // SAFETY: map and table cover the arena.
         let parts: Parts<_, OffsetMap, _, Spin> =
-            unsafe { Parts::new(&source, arena.map(), common::ThreadCpu(2), arena.table) };
+            unsafe { Parts::new(&source, arena.map(), ThreadCpu(2), arena.table) };
         let mut system = SlabSystem::new();
         if system.init(parts).is_err() {
             assert_eq!(arena.used(), 0, "a failed init keeps nothing");
@@ -76,6 +75,25 @@ struct Fragmented {
     asked: Mutex<Vec<FrameRequest>>,
 }
 
+impl Fragmented {
+    fn new(largest: Order) -> Self {
+        Self {
+            arena: Arena::new(1024),
+            largest,
+            asked: Mutex::default(),
+        }
+    }
+
+    /// A system whose slabs are of this memory.
+    fn system(&self) -> SlabSystem<Parts<&Self, OffsetMap, ThreadCpu, Spin>> {
+        let system = SlabSystem::new();
+        // SAFETY: map and table cover the arena.
+        let parts = unsafe { Parts::new(self, self.arena.map(), ThreadCpu(1), self.arena.table) };
+        system.init(parts).unwrap();
+        system
+    }
+}
+
 // SAFETY: the arena's frames.
 unsafe impl FrameSource for &Fragmented {
     fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
@@ -105,18 +123,8 @@ fn only_the_smallest_slab_is_worth_reclaim_and_the_reserves() {
     for (size, least) in [(700, 0), (6000, 1)] {
         for (flags, before, last) in flags {
             let least = Order::new(least).unwrap();
-            let source = Fragmented {
-                arena: Arena::new(1024),
-                largest: least,
-                asked: Mutex::default(),
-            };
-            // SAFETY: map and table cover the arena.
-            let parts: Parts<_, OffsetMap, _, Spin> = unsafe {
-                let (map, table) = (source.arena.map(), source.arena.table);
-                Parts::new(&source, map, common::ThreadCpu(1), table)
-            };
-            let mut system = SlabSystem::new();
-            system.init(parts).unwrap();
+            let source = Fragmented::new(least);
+            let mut system = source.system();
             source.asked.lock().unwrap().clear();
             let object = system.kmalloc(size, flags | Flags::RESERVE).unwrap();
             // What the slab is not made of, descriptors and arrays, is asked for from any context.
@@ -141,18 +149,8 @@ fn only_the_smallest_slab_is_worth_reclaim_and_the_reserves() {
 #[test]
 fn the_context_of_typed_calls_reaches_the_source() {
     type Object = [u64; 90];
-    let source = Fragmented {
-        arena: Arena::new(1024),
-        largest: Order::ZERO,
-        asked: Mutex::default(),
-    };
-    // SAFETY: map and table cover the arena.
-    let parts: Parts<_, OffsetMap, _, Spin> = unsafe {
-        let (map, table) = (source.arena.map(), source.arena.table);
-        Parts::new(&source, map, common::ThreadCpu(1), table)
-    };
-    let mut system = SlabSystem::new();
-    system.init(parts).unwrap();
+    let source = Fragmented::new(Order::ZERO);
+    let mut system = source.system();
     // Whether the source was asked, which a new cache does for its slab, and whether it might have waited.
     let asked = |call: &dyn Fn()| {
         source.asked.lock().unwrap().clear();
