@@ -103,6 +103,12 @@ fn two(
     }
 }
 
+/// A page in each of two leaf tables.
+fn two_leaf_tables(table: &Table) {
+    map(table, 0);
+    map(table, 2);
+}
+
 fn walk_against_free(hasty: bool) {
     explore(
         3,
@@ -251,10 +257,7 @@ fn one_commits_with_a_held_table_that_the_other_needs() {
         3,
         two(
             false,
-            |table| {
-                map(table, 0);
-                map(table, 2);
-            },
+            two_leaf_tables,
             |table| {
                 let all = PageRange::with_count(page(0), 4).unwrap();
                 let mut gather = table.gather::<1>();
@@ -279,10 +282,7 @@ fn two_unmap_one_page() {
         3,
         two(
             false,
-            |table| {
-                map(table, 0);
-                map(table, 2);
-            },
+            two_leaf_tables,
             |table| {
                 unmap(table, 0);
             },
