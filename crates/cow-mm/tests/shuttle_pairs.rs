@@ -21,6 +21,8 @@ mod bursts;
 mod changing_file;
 #[path = "shuttle_pairs/check.rs"]
 mod check;
+#[path = "common/counted.rs"]
+mod counted;
 #[path = "shuttle_pairs/directed.rs"]
 mod directed;
 #[path = "shuttle_pairs/kernel.rs"]
@@ -31,7 +33,7 @@ mod ops;
 mod stops;
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
 
 use bursts::Bursts;
 use changing_file::ChangingFile;

@@ -4,6 +4,7 @@
 use core::marker::PhantomData;
 
 pub mod changing_file;
+pub mod counted;
 pub mod driver;
 pub mod elf;
 pub mod held_pin;

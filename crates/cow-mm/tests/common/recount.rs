@@ -10,12 +10,12 @@
 
 use std::collections::BTreeMap;
 
-use kmem_cow_mm::Counters;
 use kmem_cow_mm::Env as _;
 use kmem_hal::{Frame, FrameTag, Page};
 use kmem_paging::Env as _;
 use kmem_paging::format::{Format, Kind, Word};
 
+use super::counted::counted;
 use super::{Program, World};
 
 /// References that a pin counts (`GUP_PIN_COUNTING_BIAS`).
@@ -26,17 +26,13 @@ pub fn check_counters<'p, F: Format>(programs: impl IntoIterator<Item = &'p Prog
     let mut mm = None;
     for program in programs {
         let space = &program.space;
-        let counted = space.recount();
-        assert_eq!(space.map_count() as u64, counted.mappings, "mappings");
-        let counted = Counters {
-            total: counted.total,
-            locked: counted.locked,
-            data: counted.data,
-            exec: counted.exec,
-            stack: counted.stack,
-            accounted: counted.accounted,
-        };
-        assert_eq!(space.counters(), counted, "remembered, and counted again");
+        let usage = space.recount();
+        assert_eq!(space.map_count() as u64, usage.mappings, "mappings");
+        assert_eq!(
+            space.counters(),
+            counted(&usage),
+            "remembered, and counted again"
+        );
         let walk = Walk::new(program);
         let remembered = space.page_tables().table_count();
         assert_eq!(walk.tables, remembered, "table frames");

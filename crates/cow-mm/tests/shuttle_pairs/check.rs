@@ -2,10 +2,11 @@
 
 use std::sync::atomic::Ordering;
 
+use kmem_cow_mm::Reclaimer;
 use kmem_cow_mm::replacement::Fifo;
-use kmem_cow_mm::{Counters, Reclaimer};
 use kmem_hal::{Page, VirtAddr};
 
+use super::counted::counted;
 use super::kernel::Space;
 use super::ops::{Done, Op, Program};
 use super::{ANON, COPY, ELSEWHERE, FILE, PAGE, SHARED, access};
@@ -21,16 +22,7 @@ pub fn check(program: &Program, done: &[Done], children: &[Space], elder: usize)
     } = program;
     let kernel = *kernel;
     for space in children.iter().chain([space]) {
-        let (remembered, counted) = (space.counters(), space.recount());
-        let counted = Counters {
-            total: counted.total,
-            locked: counted.locked,
-            data: counted.data,
-            exec: counted.exec,
-            stack: counted.stack,
-            accounted: counted.accounted,
-        };
-        assert_eq!(remembered, counted);
+        assert_eq!(space.counters(), counted(&space.recount()));
         assert_eq!(space.pins(), 0);
     }
     let moved = |page: u64| {
@@ -77,12 +69,8 @@ pub fn check(program: &Program, done: &[Done], children: &[Space], elder: usize)
             want[thread + 1] = last.map_or(0, |wrote| wrote.1);
         }
         // A private copy sees what is written to the file until it is made.
-        let of_file = |word: usize, found: u64| {
-            page == COPY && {
-                let done = &done[word - 1].wrote;
-                done.iter().any(|&wrote| wrote == (FILE, found))
-            }
-        };
+        let of_file =
+            |word: usize, found: u64| page == COPY && done[word - 1].wrote.contains(&(FILE, found));
         let shared = page == SHARED || page & !PAGE == FILE;
         let mut seen = want;
         for (word, &want) in want.iter().enumerate() {
@@ -103,10 +91,7 @@ pub fn check(program: &Program, done: &[Done], children: &[Space], elder: usize)
                     );
                     continue;
                 };
-                let ever = |word: usize| {
-                    let done = &done[word - 1].wrote;
-                    done.iter().any(|&wrote| wrote == (page, found))
-                };
+                let ever = |word: usize| done[word - 1].wrote.contains(&(page, found));
                 let fine = match word {
                     _ if shared => found == seen,
                     0 => found == stamp || found == 0 && born_here && program.may_lose(page),

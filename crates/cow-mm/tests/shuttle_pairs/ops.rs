@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use kmem_cow_mm::replacement::Fifo;
-use kmem_cow_mm::{Advice, MapFlags, OpenFile, PinError, Prot, Reclaimer, RemapFlags};
+use kmem_cow_mm::{Advice, OpenFile, PinError, Prot, Reclaimer, RemapFlags};
 use kmem_hal::{Access, FrameRequest, FrameSink, FrameSource, Migrate, Page, VirtAddr};
 use shuttle::rand::Rng;
 
