@@ -6,6 +6,7 @@
 //! ranges to look for and is no general store, and `limit:sorted-vec`.
 
 use std::collections::BTreeMap;
+use std::ops::Range;
 
 use nodit::{Interval, NoditMap, interval::ii};
 use rangemap::RangeMap;
@@ -37,6 +38,20 @@ pub(super) trait Ranges: Sized {
     fn punch(&mut self, vma: Vma, page: u64);
     fn copy(&self) -> Self;
     fn count(&self) -> usize;
+}
+
+/// The ranges as those take them whose ranges do not hold their end.
+pub(super) fn half_open(vmas: &[Vma]) -> impl Iterator<Item = (Range<u64>, u64)> {
+    vmas.iter()
+        .map(|&(first, last, value)| (first..last + 1, value))
+}
+
+/// `map`, with these ranges in it.
+pub(super) fn filled<R: Ranges>(mut map: R, vmas: &[Vma]) -> R {
+    for &vma in vmas {
+        map.insert(vma);
+    }
+    map
 }
 
 impl Ranges for BTreeMap<u64, (u64, u64)> {
@@ -98,9 +113,7 @@ impl Ranges for RangeMap<u64, u64> {
     type Finger = ();
 
     fn build(vmas: &[Vma]) -> Self {
-        vmas.iter()
-            .map(|&(first, last, value)| (first..last + 1, value))
-            .collect()
+        half_open(vmas).collect()
     }
     fn lookup(&self, page: u64) -> Option<u64> {
         self.get(&page).copied()
@@ -150,11 +163,7 @@ impl Ranges for Nodit {
     type Finger = ();
 
     fn build(vmas: &[Vma]) -> Self {
-        let mut map = Self::new();
-        for &vma in vmas {
-            Ranges::insert(&mut map, vma);
-        }
-        map
+        filled(Self::new(), vmas)
     }
     fn lookup(&self, page: u64) -> Option<u64> {
         self.get_at_point(&page).copied()

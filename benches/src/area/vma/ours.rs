@@ -4,7 +4,7 @@ use kmem_hal::{Page, PageRange};
 use kmem_slab::Cache;
 use kmem_vma_tree::{Finger, GapRequest, Node, RangeTree};
 
-use super::maps::Ranges;
+use super::maps::{Ranges, filled};
 use super::{LIMITS, Vma};
 use crate::platform::{Machine, Region, SlabParts};
 
@@ -36,11 +36,7 @@ impl Ranges for Kmem {
     type Finger = Finger<u64>;
 
     fn build(vmas: &[Vma]) -> Self {
-        let mut tree = Self::new_in(nodes());
-        for &vma in vmas {
-            Ranges::insert(&mut tree, vma);
-        }
-        tree
+        filled(Self::new_in(nodes()), vmas)
     }
     #[inline]
     fn lookup(&self, page: u64) -> Option<u64> {

@@ -7,6 +7,7 @@ use iset::IntervalMap;
 use memory_addr::AddrRange;
 use memory_set::{MappingBackend, MemoryArea, MemorySet};
 
+use super::maps::{filled, half_open};
 use super::traces::Mapped;
 use super::{LIMITS, Ranges, Vma};
 
@@ -42,11 +43,7 @@ impl Ranges for Areas {
     type Finger = ();
 
     fn build(vmas: &[Vma]) -> Self {
-        let mut areas = Self::new();
-        for &vma in vmas {
-            Ranges::insert(&mut areas, vma);
-        }
-        areas
+        filled(Self::new(), vmas)
     }
     fn lookup(&self, page: u64) -> Option<u64> {
         Some(self.find(page as usize)?.flags())
@@ -134,9 +131,7 @@ impl Ranges for Intervals {
     type Finger = ();
 
     fn build(vmas: &[Vma]) -> Self {
-        vmas.iter()
-            .map(|&(first, last, value)| (first..last + 1, value))
-            .collect()
+        half_open(vmas).collect()
     }
     fn lookup(&self, page: u64) -> Option<u64> {
         self.values_overlap(page).next().copied()

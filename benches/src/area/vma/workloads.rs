@@ -76,6 +76,18 @@ pub(super) fn lookup<'i, R: Ranges + 'i>(input: &'i Input, is_local: bool) -> im
 }
 
 pub(super) fn insert_remove<'i, R: Ranges + 'i>(input: &'i Input) -> impl Competitor + 'i {
+    edits(input, 2, |map: &mut R, vma| {
+        map.remove(vma);
+        map.insert(vma);
+    })
+}
+
+/// So many operations, by `edit`, on each of many ranges that are all there again afterwards.
+fn edits<'i, R: Ranges + 'i>(
+    input: &'i Input,
+    ops: u64,
+    edit: impl Fn(&mut R, Vma) + 'i,
+) -> impl Competitor + 'i {
     let mut built = Built::<R>::new(input);
     move |index: u64, watch: &mut Watch| {
         let mut rng = Rng::new(index);
@@ -83,11 +95,11 @@ pub(super) fn insert_remove<'i, R: Ranges + 'i>(input: &'i Input) -> impl Compet
         let map = built.map();
         watch.time(|| {
             for &vma in &picked {
-                map.remove(vma);
-                map.insert(vma);
+                edit(map, vma);
             }
         });
-        Slice::ops(2 * picked.len() as u64, map.sum())
+        assert_eq!(map.count(), input.vmas.len(), "pieces that did not merge");
+        Slice::ops(ops * picked.len() as u64, map.sum())
     }
 }
 
@@ -148,19 +160,7 @@ pub(super) fn punch_merge_by<'i, R: Ranges + 'i>(
     input: &'i Input,
     punch: impl Fn(&mut R, Vma, u64) + 'i,
 ) -> impl Competitor + 'i {
-    let mut built = Built::<R>::new(input);
-    move |index: u64, watch: &mut Watch| {
-        let mut rng = Rng::new(index);
-        let picked: Vec<Vma> = (0..input.ops / 2).map(|_| input.any(&mut rng)).collect();
-        let map = built.map();
-        watch.time(|| {
-            for &vma in &picked {
-                punch(map, vma, vma.0 + 1);
-            }
-        });
-        assert_eq!(map.count(), input.vmas.len(), "the pieces did not merge");
-        Slice::ops(picked.len() as u64, map.sum())
-    }
+    edits(input, 1, move |map, vma| punch(map, vma, vma.0 + 1))
 }
 
 pub(super) fn duplicate<'i, R: Ranges + 'i>(input: &'i Input) -> impl Competitor + 'i {
