@@ -8,13 +8,14 @@ use std::alloc::Layout;
 use std::hint::black_box;
 
 use kmem::hal::{
-    Cpu, DeviceFrame, FixedPool, Frame, FrameRequest, FrameSink, FrameSource, Lock, ObjectAlloc,
-    OffsetMap, Order, Page, PageRange, SingleCpu, Spin,
+    Cpu, DeviceFrame, FaultCode, FixedPool, Frame, FrameRequest, FrameSink, FrameSource, Lock,
+    ObjectAlloc, OffsetMap, Order, Page, PageRange, SingleCpu, Spin,
 };
 use kmem::paging::format::X86_64;
 use kmem::paging::{ChangeError, PageTable, Parts, Rights};
 use kmem::vma_tree::{GapRequest, Node, RangeTree};
 use kmem::{BootMap, Config, Heap, PhysAddr, RegionKind};
+use kmem_benches::area::fork::{Process, mm};
 use kmem_benches::mixed::pairs;
 use kmem_benches::platform::{NoWalks, Region, ThreadCpus, buddy, frame_table, grace};
 use kmem_benches::valgrind::skip_interrupt_flag;
@@ -182,6 +183,22 @@ fn pages(what: &str) {
     }
 }
 
+/// Write faults of a process at pages that its child had: no copy, and so nothing of a C library's that is counted too.
+fn faults() {
+    skip_interrupt_flag();
+    let pages = 3 * 512;
+    let process = Process::touched(mm(Region::new(1 << 14)), pages);
+    let child = process.fork();
+    // Both have tables of their own from now on: the first page of each was written to.
+    for first in (0..pages).step_by(512) {
+        child.write(first..first + 1, FaultCode::PRESENT);
+        process.write(first..first + 1, FaultCode::PRESENT);
+    }
+    drop(child);
+    let others = || (0..pages).filter(|page| page % 512 != 0).take(N);
+    measured(&mut || process.write(others(), FaultCode::PRESENT));
+}
+
 /// Operations in one workload.
 const N: usize = 1000;
 
@@ -238,6 +255,7 @@ const WORKLOADS: &[Workload] = &[
     ("paging/translate", || pages("translate")),
     ("paging/fault", || pages("fault")),
     ("paging/unmap", || pages("unmap")),
+    ("cow/reuse_fault", faults),
 ];
 
 fn main() {

@@ -297,7 +297,7 @@ impl<'t> Slots<'t> {
 #[inline(always)]
 pub(crate) fn share(slot: &FrameSlot) -> Option<u32> {
     let index = slot.index().load(Ordering::Relaxed);
-    let shared = index >> PINS_SHIFT == 0 && add_share(slot);
+    let shared = index >> PINS_SHIFT == 0 && (mutant!("share-not-counted") || add_share(slot));
     shared.then_some((index & LIVE_MASK) as u32)
 }
 

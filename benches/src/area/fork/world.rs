@@ -104,7 +104,13 @@ pub struct Process {
 }
 
 impl Process {
-    pub(super) fn new(mm: &'static Mm<'static, World>, pages: u64) -> Self {
+    /// A process that has touched nothing.
+    ///
+    /// # Panics
+    ///
+    /// Without memory for its root.
+    #[must_use]
+    pub fn new(mm: &'static Mm<'static, World>, pages: u64) -> Self {
         let space = AddressSpace::new(mm, Layout::x86_64()).expect("memory for a root");
         let request = MapRequest::anonymous(pages * PAGE, Prot::READ | Prot::WRITE);
         let start = space.mmap(&request).expect("room for a mapping").as_u64();

@@ -43,7 +43,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         let mut first = 0u64;
         loop {
             let number = node.level;
-            let entries = if number == self.levels {
+            let entries = if number == self.levels && !mutant!("destroy-takes-what-is-borrowed") {
                 level::<F>(number).entries().min(self.borrowed_from)
             } else {
                 level::<F>(number).entries() - usize::from(mutant!("destroy-forgets-an-entry"))

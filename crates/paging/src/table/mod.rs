@@ -251,7 +251,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
     /// Notes that a leaf gets these rights.
     #[inline(always)]
     pub(crate) fn note_global(&self, rights: Rights) {
-        if rights.contains(Rights::GLOBAL) {
+        if rights.contains(Rights::GLOBAL) && !mutant!("global-not-noted") {
             // Before the entry that it is about.
             self.global.store(true, Ordering::Release);
         }
