@@ -194,7 +194,7 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
         }
         let raw = self.raw()?;
         // SAFETY: the row of a cache of this system.
-        let object = match unsafe { self.system.pop_local(raw.row, raw.column) } {
+        let object = match unsafe { self.system.pop_local(raw.row, raw.index) } {
             Some(object) => object,
             None => self
                 .system
@@ -226,7 +226,7 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
         self.system.on_alloc(
             self.features(),
             || Some(NonNull::from(raw)),
-            raw.column,
+            raw.index,
             Self::FRONT,
             slot,
             size_of::<T>(),
@@ -251,7 +251,7 @@ impl<'s, T, P: Platform, const STABLE: bool, H: Policy> Cache<'s, T, P, STABLE, 
                 let left = self.system.on_free(
                     self.features(),
                     || Some(NonNull::from(raw)),
-                    raw.column,
+                    raw.index,
                     Self::FRONT,
                     object.cast(),
                     Some(size_of::<T>()),

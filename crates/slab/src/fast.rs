@@ -24,7 +24,7 @@ impl<P: Platform> SlabSystem<P> {
     unsafe fn with_arrays<R>(
         &self,
         row: *const Row,
-        column: u32,
+        index: u32,
         f: impl FnOnce(&Busy<'_>) -> Option<R>,
     ) -> Option<R> {
         // SAFETY: a row exists, so the system is ready.
@@ -33,7 +33,7 @@ impl<P: Platform> SlabSystem<P> {
         let page = unsafe { (*row.add(pin.id().index())).load(Ordering::Acquire) };
         // SAFETY: pages in a row live as long as the system.
         let page: &HeadPage = unsafe { page.as_ref() }?;
-        f(&page.head(column).enter()?)
+        f(&page.head(index).enter()?)
     }
 
     /// Takes an object from the calling CPU's loaded array.
@@ -42,26 +42,26 @@ impl<P: Platform> SlabSystem<P> {
     ///
     /// As [`with_arrays`](Self::with_arrays).
     #[inline(always)]
-    pub(crate) unsafe fn pop_local(&self, row: *const Row, column: u32) -> Option<NonNull<u8>> {
+    pub(crate) unsafe fn pop_local(&self, row: *const Row, index: u32) -> Option<NonNull<u8>> {
         // SAFETY: the caller's promise.
-        unsafe { self.with_arrays(row, column, |busy| busy.pop()) }
+        unsafe { self.with_arrays(row, index, |busy| busy.pop()) }
     }
 
     /// Puts an object into the calling CPU's loaded array; `false` where it has no room.
     ///
     /// # Safety
     ///
-    /// `row` and `column` are those of the cache that the object belongs to, and the caller gives the object up.
+    /// `row` and `index` are those of the cache that the object belongs to, and the caller gives the object up.
     #[inline(always)]
     #[must_use]
     pub(crate) unsafe fn push_local(
         &self,
         row: *const Row,
-        column: u32,
+        index: u32,
         object: NonNull<u8>,
     ) -> bool {
         // SAFETY: the caller's promise.
-        unsafe { self.with_arrays(row, column, |busy| busy.push(object).then_some(())) }.is_some()
+        unsafe { self.with_arrays(row, index, |busy| busy.push(object).then_some(())) }.is_some()
     }
 
     /// An object of `cache`.
@@ -72,7 +72,7 @@ impl<P: Platform> SlabSystem<P> {
         request: &FrameRequest,
     ) -> Result<NonNull<u8>, AllocError> {
         // SAFETY: the row of a cache of this system.
-        match unsafe { self.pop_local(cache.row, cache.column) } {
+        match unsafe { self.pop_local(cache.row, cache.index) } {
             Some(object) => Ok(object),
             None => self.alloc_slow(cache, request),
         }
@@ -86,7 +86,7 @@ impl<P: Platform> SlabSystem<P> {
     #[inline]
     pub(crate) unsafe fn free_object(&self, cache: &RawCache<P::Lock>, object: NonNull<u8>) {
         // SAFETY: the caller's promise.
-        if !unsafe { self.push_local(cache.row, cache.column, object) } {
+        if !unsafe { self.push_local(cache.row, cache.index, object) } {
             self.free_slow(cache, object);
         }
     }

@@ -6,9 +6,13 @@
 //!                  all that check  Poison            Redzone           Redzone, Owner
 //! ```
 //!
-//! The tag is a function of the object's address, of its cache's column and of the size that was asked for: one value while the object is in use, its
-//! complement while it is free. So a free compares one word with what it must be, without looking anything up: a second free finds the complement; an
-//! address inside an object, or one of another cache, class or size, finds another object's tag or none.
+//! The tag is a function of the object's address, of what is in front of it, of its cache's index and of the size that was asked for: one value while the
+//! object is in use, its complement while it is free. So a free compares one word with what it must be, without looking anything up: a second free finds the
+//! complement; an address inside an object, or one of another cache, class, alignment or size, finds another object's tag or none.
+//!
+//! ```text
+//!   tag = salt ^ [ size: 16 bits | index: 10 bits | front: 10 bits, one of them set | 0: 28 bits ] ^ address
+//! ```
 //!
 //! The tag stands in front of the object, on the line that its next user writes first: the free of a cold object brings the line that the allocation
 //! after it needs. What is in front of an object, its *front*, is the tag's 8 bytes, or the object's alignment where that is more. A
@@ -21,8 +25,9 @@
 //! - `I2`: a tag says "in use" exactly while the object is in a user's hands and nobody wrote over it. No word of a slot says so otherwise.
 //! - `I3`: with `Poison`, the bytes of a free slot before the record are all `FREED`, but for the tag of the object that was there last.
 //!
-//! What it does not find: a free of an address before which somebody wrote the very tag (one in 2^64 by accident), a free
-//! of one object by two CPUs at the same moment, and, without `Redzone`, a write behind the last object of a slab.
+//! What it does not find: a free of an address before which somebody wrote the very tag (one in 2^64 by accident; one in 2^48 for a free by the pointer
+//! alone, where any size will do), a free of one object by two CPUs at the same moment, and, without `Redzone`, a write behind the last object of a slab, or
+//! one that reaches no further than the bytes between an object and the tag of the next, which alignment leaves there.
 //!
 //! Nothing here runs in a build without policies.
 
@@ -33,13 +38,14 @@ use kmem_hal::sync::Ordering;
 use kmem_hal::{Cpu, Frame, PAGE_SIZE, PhysMap, RawLock};
 
 use crate::array::{Array, SMALL_SLOTS};
-use crate::class::CLASSES;
+use crate::class::{CLASSES, LARGEST_ALIGN, LARGEST_CLASS};
 use crate::grow::object_at;
-use crate::head::Head;
+use crate::head::{COLUMNS, Head};
 use crate::misuse::{Misuse, SlabRange};
 use crate::platform::Platform;
 use crate::policy::{Features, RECORD, TAG};
 use crate::raw::RawCache;
+use crate::registry::CHUNKS;
 use crate::slab::Slab;
 use crate::system::SlabSystem;
 
@@ -61,9 +67,18 @@ const _: () = assert!(size_of::<Record>() <= RECORD);
 /// Tells a tag from what programs write.
 const SALT: u64 = 0x00a5_b1c3_96d7_2e4f;
 
-/// Where the tag has the cache's column, and above it the size that was asked for (its low 16 bits, which are all of it in classes).
-const COLUMN: u32 = 42;
+/// Where the tag has what is in front of the object, a power of two from `TAG` to a page; above it the cache's index; and above that the size that was asked
+/// for (its low 16 bits, which are all of it in classes).
+const FRONT: u32 = 28 - TAG.trailing_zeros();
+const INDEX: u32 = 38;
 const SIZE: u32 = 48;
+
+// None reaches into the next: tags of one address differ wherever one of the three does.
+const _: () = {
+    assert!((LARGEST_ALIGN as u64) << FRONT < 1 << INDEX);
+    assert!(((CHUNKS * COLUMNS - 1) as u64) << INDEX < 1 << SIZE);
+    assert!((LARGEST_CLASS as u64) < 1 << (u64::BITS - SIZE));
+};
 
 /// The slot of an object with so many bytes in front of it.
 #[inline(always)]
@@ -71,10 +86,11 @@ fn slot_of(object: NonNull<u8>, front: usize) -> Option<NonNull<u8>> {
     NonNull::new(object.as_ptr().wrapping_sub(front))
 }
 
-/// The tag of an object in use, of so many bytes; that of a free one is its complement.
+/// The tag of an object in use of the cache with this index, with so many bytes in front and of so many; that of a free one is its complement.
 #[inline(always)]
-fn in_use(object: NonNull<u8>, column: u32, size: usize) -> u64 {
-    object.as_ptr().addr() as u64 ^ SALT ^ u64::from(column) << COLUMN ^ (size as u64) << SIZE
+fn in_use(object: NonNull<u8>, index: u32, front: usize, size: usize) -> u64 {
+    let rest = (front as u64) << FRONT ^ u64::from(index) << INDEX ^ (size as u64) << SIZE;
+    object.as_ptr().addr() as u64 ^ SALT ^ rest
 }
 
 /// Where the tag of an object is.
@@ -85,8 +101,8 @@ fn tag_of(object: NonNull<u8>) -> *mut u64 {
 
 /// The size that a tag says, if it is that of this object in use.
 #[inline(always)]
-fn size_in(tag: u64, object: NonNull<u8>, column: u32) -> Option<usize> {
-    let rest = tag ^ in_use(object, column, 0);
+fn size_in(tag: u64, object: NonNull<u8>, index: u32, front: usize) -> Option<usize> {
+    let rest = tag ^ in_use(object, index, front, 0);
     (rest << (64 - SIZE) == 0).then_some((rest >> SIZE) as usize)
 }
 
@@ -103,20 +119,30 @@ fn fronts<L: RawLock>(cache: &RawCache<L>) -> impl Iterator<Item = usize> {
         .take_while(move |&front| front <= most && front < slot)
 }
 
-/// The first object that could be in a slot, or the second and so on, of which `is` holds.
+/// What a tag says of its object.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum State {
+    InUse,
+    Free,
+}
+
+/// What is in front of the object in a slot whose tag says that it is in this state, where `is` holds of that.
 ///
 /// # Safety
 ///
 /// A slot of a live slab of `cache`.
-unsafe fn object_in<L: RawLock>(
+unsafe fn front_in<L: RawLock>(
     cache: &RawCache<L>,
     slot: NonNull<u8>,
-    is: impl Fn(NonNull<u8>, u64) -> bool,
-) -> Option<NonNull<u8>> {
-    // SAFETY: inside the slot, and so is the word before (I1).
-    fronts(cache)
-        .map(|front| unsafe { slot.add(front) })
-        .find(|&object| is(object, unsafe { tag_of(object).read() }))
+    state: State,
+    is: impl Fn(usize) -> bool,
+) -> Option<usize> {
+    fronts(cache).filter(|&front| is(front)).find(|&front| {
+        // SAFETY: inside the slot, and so is the word before (I1).
+        let (object, tag) = unsafe { (slot.add(front), tag_of(slot.add(front)).read()) };
+        let tag = if state == State::Free { !tag } else { tag };
+        size_in(tag, object, cache.index, front).is_some()
+    })
 }
 
 impl<P: Platform> SlabSystem<P> {
@@ -165,9 +191,15 @@ impl<P: Platform> SlabSystem<P> {
     ///
     /// # Safety
     ///
-    /// The caller gives up the object, if it is one in use of the cache with this column.
+    /// The caller gives up the object, if it is one in use of the cache with this index.
     #[inline(always)]
-    unsafe fn take_tag(&self, column: u32, object: NonNull<u8>, size: Option<usize>) -> bool {
+    unsafe fn take_tag(
+        &self,
+        index: u32,
+        front: usize,
+        object: NonNull<u8>,
+        size: Option<usize>,
+    ) -> bool {
         let tag = tag_of(object);
         // Objects are aligned to 8 bytes, so that a tag lies in one frame. What is not mapped cannot be looked at.
         if !object.as_ptr().addr().is_multiple_of(TAG) || !self.is_mapped(tag) {
@@ -177,8 +209,8 @@ impl<P: Platform> SlabSystem<P> {
         unsafe {
             let seen = tag.read();
             let expected = match size {
-                Some(size) => in_use(object, column, size),
-                None if size_in(seen, object, column).is_some() => seen,
+                Some(size) => in_use(object, index, front, size),
+                None if size_in(seen, object, index, front).is_some() => seen,
                 None => return false,
             };
             let is_ours = seen == expected;
@@ -196,16 +228,17 @@ impl<P: Platform> SlabSystem<P> {
     /// As `take_tag`, but that the caller keeps the object.
     pub(crate) unsafe fn retag(
         &self,
-        column: u32,
+        index: u32,
+        front: usize,
         object: NonNull<u8>,
         old: Option<usize>,
         new: usize,
     ) -> bool {
         // SAFETY: the caller's promise; where it is the tag of an object in use, it is the caller's to write.
         unsafe {
-            let is_ours = self.take_tag(column, object, old);
+            let is_ours = self.take_tag(index, front, object, old);
             if is_ours {
-                tag_of(object).write(in_use(object, column, new));
+                tag_of(object).write(in_use(object, index, front, new));
             }
             is_ours
         }
@@ -218,7 +251,7 @@ impl<P: Platform> SlabSystem<P> {
         &self,
         features: Features,
         cache: impl FnOnce() -> Option<NonNull<RawCache<P::Lock>>>,
-        column: u32,
+        index: u32,
         front: usize,
         slot: NonNull<u8>,
         size: usize,
@@ -236,7 +269,7 @@ impl<P: Platform> SlabSystem<P> {
             self.prepare(unsafe { cache.as_ref() }, front, slot, size, place);
         }
         // SAFETY: the word before the object (I1), inside its slot, which belongs to this call.
-        unsafe { tag_of(object).write(in_use(object, column, size)) };
+        unsafe { tag_of(object).write(in_use(object, index, front, size)) };
         object
     }
 
@@ -295,12 +328,14 @@ impl<P: Platform> SlabSystem<P> {
         slab: &Slab,
         object: NonNull<u8>,
     ) -> Option<usize> {
-        let room = cache.room(self.front_of(cache, slab, object)?);
+        let front = self.front_of(cache, slab, object)?;
+        let room = cache.room(front);
         if !cache.setup.features.check {
             return Some(room);
         }
         // SAFETY: the word before what may be an object of a live slab of this cache.
-        size_in(unsafe { tag_of(object).read() }, object, cache.column)?;
+        let tag = unsafe { tag_of(object).read() };
+        size_in(tag, object, cache.index, front)?;
         if !cache.setup.features.keeps_size() {
             return Some(room);
         }
@@ -311,16 +346,16 @@ impl<P: Platform> SlabSystem<P> {
 
     /// Reports a free slot that was written to.
     fn verify_poison(&self, cache: &RawCache<P::Lock>, slot: NonNull<u8>) {
-        let column = cache.column;
         // SAFETY: a slot of a live slab, which belongs to the caller.
-        let object =
-            unsafe { object_in(cache, slot, |at, tag| size_in(!tag, at, column).is_some()) };
-        let (start, changed) = match object {
-            Some(object) => {
-                let front = object.as_ptr().addr() - slot.as_ptr().addr();
+        let front = unsafe { front_in(cache, slot, State::Free, |_| true) };
+        let (start, changed) = match front {
+            Some(front) => {
                 // SAFETY: the slot belongs to the caller, and all its bytes were written when the slab was made.
-                let bytes =
-                    unsafe { core::slice::from_raw_parts(object.as_ptr(), cache.room(front)) };
+                let (object, bytes) = unsafe {
+                    let object = slot.add(front);
+                    let bytes = core::slice::from_raw_parts(object.as_ptr(), cache.room(front));
+                    (object, bytes)
+                };
                 (object, bytes.iter().position(|&byte| byte != FREED))
             }
             // The tag itself is gone.
@@ -350,7 +385,7 @@ impl<P: Platform> SlabSystem<P> {
         &self,
         features: Features,
         cache: impl FnOnce() -> Option<NonNull<RawCache<P::Lock>>>,
-        column: u32,
+        index: u32,
         front: usize,
         object: NonNull<u8>,
         size: Option<usize>,
@@ -359,10 +394,10 @@ impl<P: Platform> SlabSystem<P> {
             return Some(object);
         }
         // SAFETY: the caller's promise.
-        if !unsafe { self.take_tag(column, object, size) } {
+        if !unsafe { self.take_tag(index, front, object, size) } {
             if let Some(cache) = cache() {
                 // SAFETY: caches live as long as the system or their owner, which is in this call.
-                self.refuse(unsafe { cache.as_ref() }, object, size);
+                self.refuse(unsafe { cache.as_ref() }, object, front, size);
             }
             return None;
         }
@@ -373,13 +408,14 @@ impl<P: Platform> SlabSystem<P> {
         cache().and_then(|cache| unsafe { self.put_away(cache.as_ref(), front, object) })
     }
 
-    /// Says what is wrong with a free that was refused.
+    /// Says what is wrong with a free, by a caller who takes so many bytes to be in front and who may know the size, that was refused.
     #[cold]
     #[inline(never)]
     pub(crate) fn refuse(
         &self,
         cache: &RawCache<P::Lock>,
         object: NonNull<u8>,
+        said: usize,
         size: Option<usize>,
     ) {
         // Whatever lies in no slab of the cache is reported there.
@@ -397,28 +433,33 @@ impl<P: Platform> SlabSystem<P> {
         {
             // SAFETY: the word before what may be an object of a live slab of this cache.
             let tag = unsafe { tag_of(object).read() };
-            let has = |is: fn(NonNull<u8>, NonNull<u8>, u64, u32) -> bool| {
+            let has = |state, is: &dyn Fn(usize) -> bool| {
                 // SAFETY: a slot of a live slab of this cache.
-                unsafe { object_in(cache, slot, |at, tag| is(at, object, tag, cache.column)) }
-                    .is_some()
+                unsafe { front_in(cache, slot, state, is) }.is_some()
             };
-            if has(|at, object, tag, column| at != object && size_in(tag, at, column).is_some()) {
+            if has(State::InUse, &|other| other != front) {
                 // Inside the object in use, or before it.
-            } else if size_in(!tag, object, cache.column).is_some() {
+            } else if has(State::Free, &|other| other == front) {
                 misuse = Misuse::DoubleFree {
                     cache: name,
                     address,
                 };
-            } else if let Some(allocated) = size_in(tag, object, cache.column) {
-                misuse = Misuse::WrongSize {
-                    cache: name,
-                    address,
-                    allocated,
-                    freed: size.unwrap_or(0),
+            } else if let Some(allocated) = size_in(tag, object, cache.index, front) {
+                misuse = match size {
+                    Some(freed) if freed != allocated => Misuse::WrongSize {
+                        cache: name,
+                        address,
+                        allocated,
+                        freed,
+                    },
+                    _ => Misuse::WrongAlign {
+                        cache: name,
+                        address,
+                        allocated: front,
+                        freed: said,
+                    },
                 };
-            } else if !has(|at, object, tag, column| {
-                at < object && size_in(!tag, at, column).is_some()
-            }) {
+            } else if !has(State::Free, &|other| other < front) {
                 misuse = Self::overrun_into(cache, &range, slot, front);
             }
         }
@@ -435,11 +476,10 @@ impl<P: Platform> SlabSystem<P> {
     ) -> Misuse {
         let before = slot.as_ptr().wrapping_sub(cache.geometry().size());
         let writer = range.slot_of(cache, before).and_then(|before| {
-            // SAFETY: a slot of a live slab of this cache.
+            // SAFETY: a slot of a live slab of this cache, and inside it.
             unsafe {
-                object_in(cache, before, |at, tag| {
-                    size_in(tag, at, cache.column).is_some()
-                })
+                let front = front_in(cache, before, State::InUse, |_| true)?;
+                Some(before.add(front))
             }
         });
         let (tag, writer) = (slot.as_ptr().addr() + front - TAG, writer.unwrap_or(slot));
@@ -604,7 +644,7 @@ impl<P: Platform> SlabSystem<P> {
                 // One tag of a free object, and no word that says "in use" (I2, I3).
                 for front in fronts(cache).take(if features.poison { 1 } else { usize::MAX }) {
                     let object = slot.add(front);
-                    tag_of(object).write(!in_use(object, cache.column, 0));
+                    tag_of(object).write(!in_use(object, cache.index, front, 0));
                 }
             }
         }
@@ -628,16 +668,14 @@ impl<P: Platform> SlabSystem<P> {
                         continue;
                     };
                     // SAFETY: a slot of a live slab, whose tag nobody changes meanwhile.
-                    let object = unsafe {
-                        object_in(cache, slot, |at, tag| {
-                            size_in(tag, at, cache.column).is_some()
-                        })
-                    };
-                    if let Some(object) = object {
-                        let front = object.as_ptr().addr() - slot.as_ptr().addr();
-                        let room = cache.room(front);
-                        // SAFETY: an object in use has a record, which nobody changes meanwhile.
-                        let record = unsafe { object.add(room).cast::<Record>().read_unaligned() };
+                    let front = unsafe { front_in(cache, slot, State::InUse, |_| true) };
+                    if let Some(front) = front {
+                        // SAFETY: inside the slot; an object in use has a record, which nobody changes meanwhile.
+                        let (object, record) = unsafe {
+                            let object = slot.add(front);
+                            let record = object.add(cache.room(front)).cast::<Record>();
+                            (object, record.read_unaligned())
+                        };
                         each(&Owned {
                             cache: cache.setup.name,
                             address: object.as_ptr().addr(),

@@ -347,6 +347,16 @@ impl<P: Platform> SlabSystem<P> {
     /// `memory` is null or came from this system and is not freed twice; it is no object of a cache that was dropped or destroyed. (A pointer that the system never gave, or that is free
     /// already, is reported where that is found out, and nothing is corrupted by it as far as the allocator goes.)
     pub unsafe fn kfree(&self, memory: *mut u8) {
+        // SAFETY: the caller's promise.
+        unsafe { self.free_found(memory, None) }
+    }
+
+    /// As [`kfree`](Self::kfree); `beyond` is the layout that the caller says it asked for, where no class serves that.
+    ///
+    /// # Safety
+    ///
+    /// As [`kfree`](Self::kfree).
+    unsafe fn free_found(&self, memory: *mut u8, beyond: Option<Layout>) {
         let (Some(memory), Some(platform)) = (NonNull::new(memory), self.platform()) else {
             return;
         };
@@ -356,13 +366,16 @@ impl<P: Platform> SlabSystem<P> {
                     // SAFETY: the caller gives the object up.
                     return unsafe { self.free_object(cache, memory) };
                 }
+                if let Some(layout) = beyond {
+                    return self.refuse(cache, memory, layout.align(), Some(layout.size()));
+                }
                 let Some(front) = self.front_of(cache, slab, memory) else {
-                    return self.refuse(cache, memory, None);
+                    return self.refuse(cache, memory, 0, None);
                 };
                 let (features, cache_of) = (cache.setup.features, || Some(NonNull::from(cache)));
                 // SAFETY: the caller gives the object up; what `on_free` leaves belongs to that cache.
                 unsafe {
-                    let left = self.on_free(features, cache_of, cache.column, front, memory, None);
+                    let left = self.on_free(features, cache_of, cache.index, front, memory, None);
                     if let Some(slot) = left {
                         self.free_object(cache, slot);
                     }
@@ -399,7 +412,7 @@ impl<P: Platform> SlabSystem<P> {
         }
         let Some(class) = Self::class_for(layout.size(), layout.align()) else {
             // SAFETY: the caller's promise.
-            return unsafe { self.kfree(memory.as_ptr()) };
+            return unsafe { self.free_found(memory.as_ptr(), Some(layout)) };
         };
         let row = self.first_row();
         if row.is_null() {
@@ -576,7 +589,8 @@ impl<P: Platform> SlabSystem<P> {
                     && (!Self::FEATURES.check
                         // SAFETY: the caller's promise; the object stays the caller's.
                         || NonNull::new(memory).is_some_and(|memory| unsafe {
-                            self.retag(new as u32, memory, Some(layout.size()), new_size)
+                            let front = Self::FEATURES.front(align);
+                            self.retag(new as u32, front, memory, Some(layout.size()), new_size)
                         }))
             }
             (None, None) => NonNull::new(memory)
@@ -623,10 +637,11 @@ impl<P: Platform> SlabSystem<P> {
         match (found, Self::class_for(size, align)) {
             // A free with a layout takes from it the class, and what is in front of the object.
             (&Found::Object(cache, slab), Some(class)) if cache.index as usize == class => {
+                let front = features.front(align);
                 !features.check
-                    || self.front_of(cache, slab, memory) == Some(features.front(align))
+                    || self.front_of(cache, slab, memory) == Some(front)
                         // SAFETY: the caller's promise.
-                        && unsafe { self.retag(cache.column, memory, None, size) }
+                        && unsafe { self.retag(cache.index, front, memory, None, size) }
             }
             (Found::Pages(..) | Found::Large, None) => {
                 size <= had && size.div_ceil(PAGE_SIZE as usize) == had.div_ceil(PAGE_SIZE as usize)

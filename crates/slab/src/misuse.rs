@@ -73,6 +73,18 @@ pub enum Misuse {
         /// The size that it was freed with, in bytes.
         freed: usize,
     },
+    /// The alignment that an object was freed with is not the one that was asked for. Found by every policy that checks, where what is in front of
+    /// the object depends on it: above 8 bytes.
+    WrongAlign {
+        /// The name of the cache.
+        cache: &'static str,
+        /// The address of the object.
+        address: usize,
+        /// The alignment that was asked for, in bytes; 8 stands for all up to it.
+        allocated: usize,
+        /// The alignment that it was freed with, in bytes; 8 stands for all up to it.
+        freed: usize,
+    },
     /// The address is in no slab, in no block of pages and in no large area of this system.
     ForeignFree {
         /// The address that was freed.
@@ -124,6 +136,15 @@ impl fmt::Display for Misuse {
             } => write!(
                 f,
                 "{cache}: {address:#x} was allocated with {allocated} bytes and freed with {freed}"
+            ),
+            Self::WrongAlign {
+                cache,
+                address,
+                allocated,
+                freed,
+            } => write!(
+                f,
+                "{cache}: {address:#x} was allocated at a multiple of {allocated} bytes and freed as at one of {freed}"
             ),
             Self::ForeignFree { address } => {
                 write!(f, "{address:#x} was freed and was never allocated here")

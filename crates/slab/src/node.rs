@@ -129,7 +129,7 @@ impl<L: RawLock> RawCache<L> {
         // cache's column of it was written before the cache was published (raw I1).
         unsafe {
             let page = (*self.others.add(id.index() - 1)).load(Ordering::Acquire);
-            &(*page)[self.column as usize % COLUMNS]
+            &(*page)[self.index as usize % COLUMNS]
         }
     }
 
@@ -150,7 +150,7 @@ impl<L: RawLock> RawCache<L> {
                 let page = (*self.others.add(usize::from(id) - 1)).load(Ordering::Acquire);
                 let place = page
                     .cast::<CacheNode<L>>()
-                    .add(self.column as usize % COLUMNS);
+                    .add(self.index as usize % COLUMNS);
                 place.write(CacheNode::new(NodeId::new(id), self.geometry()));
             }
         }
@@ -228,7 +228,7 @@ impl<P: Platform> SlabSystem<P> {
     ) -> Option<NonNull<u8>> {
         if now {
             // SAFETY: the row of a cache of this system.
-            let loaded = unsafe { self.pop_local(cache.row, cache.column) };
+            let loaded = unsafe { self.pop_local(cache.row, cache.index) };
             if let Some(object) = loaded.or_else(|| self.alloc_cached(cache)) {
                 return Some(object);
             }

@@ -5,12 +5,12 @@
 //! | policy | finds | costs |
 //! |---|---|---|
 //! | [`Plain`] | double, invalid and foreign frees when the object reaches its slab | nothing |
-//! | [`Check`] | the same, and frees to the wrong cache or with the wrong size, **at the call**, which then changes nothing | 8 bytes an object, or its alignment where that is more; a word written each way |
-//! | [`Redzone`] | writes behind the object, and a free with another size than was asked for | 40 bytes an object; a scan at the free |
+//! | [`Check`] | the same, and frees to the wrong cache or with the wrong size or alignment, **at the call**, which then changes nothing | 8 bytes an object, or its alignment where that is more; a word written each way |
+//! | [`Redzone`] | writes behind the object | 40 bytes an object, of which 8 are its alignment where that is more; a scan at the free |
 //! | [`Poison`] | writes to freed objects, at their next allocation | both ways touch the whole object |
 //! | [`Quarantine<N>`](Quarantine) | more of what `Check` and `Poison` find: the last `N` freed objects of each cache wait before they are given again | a lock a free |
 //! | [`Shuffle`] | nothing; makes the order of addresses hard to guess | a swap an object at each refill |
-//! | [`Owner`] | who allocated what is still there: cache, size and source line | 24 bytes an object |
+//! | [`Owner`] | who allocated what is still there: cache, size and source line | 24 bytes an object, of which 8 are its alignment where that is more |
 //! | [`Guard<EVERY>`](Guard) | out-of-bounds accesses of one in `EVERY` allocations, by a page fault | an allocation from the large source for each of them; where that is for tasks, only of those whose flags allow waiting, which are then freed in tasks |
 //!
 //! `Redzone`, `Poison`, `Quarantine` and `Owner` check as well.
@@ -149,7 +149,7 @@ policy!(
     Features::PLAIN
 );
 policy!(
-    /// Finds a double free, an invalid one, and one to the wrong cache or with the wrong size at the call.
+    /// Finds a double free, an invalid one, and one to the wrong cache or with the wrong size or alignment at the call.
     #[doc(alias = "SLAB_CONSISTENCY_CHECKS")]
     Check,
     CHECKED

@@ -49,9 +49,8 @@ pub struct Setup {
 /// A cache without its type.
 #[repr(C, align(64))]
 pub struct RawCache<L> {
-    /// The row of head pages and the column in them (I1).
+    /// The row of head pages, and the cache's number among all (I1): modulo the number of columns that is the column in the pages of the row.
     pub row: *const Row,
-    pub column: u32,
     pub index: u32,
     pub setup: Setup,
     /// The system that the cache belongs to, to be compared only.
@@ -87,7 +86,6 @@ impl<L: RawLock> RawCache<L> {
             row: row.heads,
             nodes: row.nodes,
             others: row.others,
-            column: index % crate::head::COLUMNS as u32,
             index,
             setup,
             owner,

@@ -219,7 +219,7 @@ impl<P: Platform> SlabSystem<P> {
         let platform = unsafe { self.platform_unchecked() };
         Some(
             self.head_page(platform, cache.row, pin.id())?
-                .head(cache.column),
+                .head(cache.index),
         )
     }
 
@@ -231,6 +231,6 @@ impl<P: Platform> SlabSystem<P> {
                 .load(Ordering::Acquire)
                 .as_ref()
         }?;
-        Some(page.head(cache.column))
+        Some(page.head(cache.index))
     }
 }

@@ -298,6 +298,9 @@ impl<P: Platform> SlabSystem<P> {
         // SAFETY: the platform was written by `init`, and nobody uses it any more by contract.
         self.platform
             .with_mut(|place| unsafe { (*place).assume_init_drop() });
+        // The next one's map may reach other memory, and this one's may go away.
+        self.mapped_first.store(usize::MAX, Ordering::Relaxed);
+        self.mapped_end.store(0, Ordering::Relaxed);
         self.state.store(EMPTY, Ordering::Release);
     }
 }

@@ -153,9 +153,28 @@ impl<H: Policy> World<H> {
     }
 
     pub fn end(mut self) {
+        self.stop();
+    }
+
+    fn stop(&mut self) {
         assert_eq!(self.seen(), []);
         self.system.teardown().unwrap();
         assert_eq!(self.arena.used(), 0);
         self.arena.check_slots();
+    }
+
+    /// Ends the system, and starts it over another arena.
+    pub fn restart(&mut self) {
+        self.stop();
+        self.arena = Arena::new(2048);
+        let parts = Hardened {
+            parts: parts(self.arena, 2),
+            log: Arc::clone(&self.log),
+            panics: Arc::clone(&self.panics),
+            refused: Arc::clone(&self.refused),
+            large: Pages(Mutex::default()),
+            policy: PhantomData,
+        };
+        self.system.init(parts).unwrap();
     }
 }
