@@ -9,7 +9,7 @@ use std::ptr::NonNull;
 use std::sync::atomic::Ordering;
 
 use common::hardened::World;
-use common::{run_as, system};
+use common::{quietly, run_as, system};
 use kmem_slab::{Check, Flags, Plain, Poison, Policy, Quarantine, Redzone};
 
 fn misuses(system: &common::System) -> u64 {
@@ -150,20 +150,20 @@ fn goes_on_after_panics<H: Policy>(nodes: u16, size: usize, at: usize, later: us
     frees.insert(at + later, frees[at]);
 
     world.panics.store(true, Ordering::Relaxed);
-    std::panic::set_hook(Box::new(|_| {}));
-    for object in frees {
-        // SAFETY: live allocations of this layout; the second free of the first is the misuse under test.
-        let free = || unsafe { world.system.kfree_layout(object, layout) };
-        let _ = catch_unwind(AssertUnwindSafe(free));
-        // What is called next meets what the panic left behind.
-        // SAFETY: a live allocation.
-        let pair = || unsafe { world.system.kfree_layout(take(), layout) };
-        let _ = catch_unwind(AssertUnwindSafe(pair));
-    }
-    let _ = catch_unwind(AssertUnwindSafe(|| world.system.shrink()));
-    run_as(0);
-    let _ = catch_unwind(AssertUnwindSafe(|| world.system.shrink()));
-    let _ = std::panic::take_hook();
+    quietly(|| {
+        for object in frees {
+            // SAFETY: live allocations of this layout; the second free of the first is the misuse under test.
+            let free = || unsafe { world.system.kfree_layout(object, layout) };
+            let _ = catch_unwind(AssertUnwindSafe(free));
+            // What is called next meets what the panic left behind.
+            // SAFETY: a live allocation.
+            let pair = || unsafe { world.system.kfree_layout(take(), layout) };
+            let _ = catch_unwind(AssertUnwindSafe(pair));
+        }
+        let _ = catch_unwind(AssertUnwindSafe(|| world.system.shrink()));
+        run_as(0);
+        let _ = catch_unwind(AssertUnwindSafe(|| world.system.shrink()));
+    });
     world.panics.store(false, Ordering::Relaxed);
 
     let mut owned: HashSet<_> = of_first.into_iter().chain(of_second).collect();

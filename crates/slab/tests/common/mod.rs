@@ -6,15 +6,37 @@ pub mod world;
 
 use std::alloc::{Layout, alloc_zeroed};
 use std::cell::Cell;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::ptr::NonNull;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::{Mutex, Once};
 
 use kmem_hal::{
     AllocError, Cpu, CpuId, Frame, FrameRequest, FrameSink, FrameSource, FrameTable, NoLarge,
     NodeId, NodePolicy, OffsetMap, OwnedFrame, Section, Spin,
 };
 use kmem_slab::{Parts, Plain, SlabSystem};
+
+/// Runs `f`; panics on this thread are not printed meanwhile. The hook is the process's, and tests run beside each other: it is set once and stays.
+pub fn quietly<R>(f: impl FnOnce() -> R) -> R {
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = std::panic::take_hook();
+        std::panic::set_hook(Box::new(move |panic| {
+            if !QUIET.get() {
+                before(panic);
+            }
+        }));
+    });
+    QUIET.set(true);
+    let result = catch_unwind(AssertUnwindSafe(f));
+    QUIET.set(false);
+    result.unwrap_or_else(|panic| resume_unwind(panic))
+}
+
+thread_local! {
+    static QUIET: Cell<bool> = const { Cell::new(false) };
+}
 
 /// First-fit over a vector of frames; panics on a double free.
 pub struct Arena {
