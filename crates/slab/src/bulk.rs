@@ -10,6 +10,52 @@ use crate::platform::Platform;
 use crate::raw::RawCache;
 use crate::system::SlabSystem;
 
+/// Slots of one call on their way to the caller, who gets them all: where a report in between panics, they are given back.
+pub(crate) struct Outgoing<'c, T, P: Platform> {
+    pub system: &'c SlabSystem<P>,
+    pub cache: &'c RawCache<P::Lock>,
+    pub slots: &'c mut [MaybeUninit<NonNull<T>>],
+    /// How many of them are objects in use by now.
+    pub marked: usize,
+}
+
+impl<T, P: Platform> Outgoing<'_, T, P> {
+    /// Makes each slot what `mark` says.
+    #[inline]
+    pub(crate) fn mark_all(mut self, mark: impl Fn(NonNull<u8>) -> NonNull<u8>) {
+        while let Some(place) = self.slots.get_mut(self.marked) {
+            // SAFETY: the slots were written.
+            let slot = unsafe { place.assume_init() };
+            place.write(mark(slot.cast()).cast());
+            self.marked += 1;
+        }
+        core::mem::forget(self);
+    }
+}
+
+impl<T, P: Platform> Drop for Outgoing<'_, T, P> {
+    fn drop(&mut self) {
+        let front = self.cache.front();
+        for (number, place) in self.slots.iter().enumerate() {
+            // SAFETY: the slots were written.
+            let slot: NonNull<u8> = unsafe { place.assume_init() }.cast();
+            let left = match number {
+                // SAFETY: marked, and nobody has it.
+                _ if number < self.marked => unsafe {
+                    self.system.take_back(self.cache, front, slot)
+                },
+                // Whoever wrote to what the report is about may do so again.
+                _ if number == self.marked => None,
+                _ => Some(slot),
+            };
+            if let Some(slot) = left {
+                // SAFETY: a free slot of the cache, which is this call's.
+                unsafe { self.system.free_object(self.cache, slot) };
+            }
+        }
+    }
+}
+
 impl<P: Platform> SlabSystem<P> {
     /// Fills `out` from its start; answers how many objects it got. `request` is what a new slab is asked for with.
     pub(crate) fn alloc_many<T>(

@@ -16,6 +16,7 @@ use core::ptr::{self, NonNull};
 use kmem_hal::sync::{AtomicPtr, Ordering};
 use kmem_hal::{AllocError, ObjectAlloc, Reserve};
 
+use crate::bulk::Outgoing;
 use crate::geometry::Geometry;
 use crate::info::CacheInfo;
 use crate::kmalloc::Flags;
@@ -468,11 +469,14 @@ impl<T, P: Platform, const STABLE: bool, H: Policy> Cache<'_, T, P, STABLE, H> {
         };
         let given = self.system.alloc_many(raw, out, &flags.request());
         if H::FEATURES.check {
-            for object in &mut out[..given] {
-                // SAFETY: the first `given` places were written.
-                let slot = unsafe { object.assume_init() };
-                object.write(self.mark(raw, slot.cast(), Location::caller()).cast());
-            }
+            let place = Location::caller();
+            let outgoing = Outgoing {
+                system: self.system,
+                cache: raw,
+                slots: &mut out[..given],
+                marked: 0,
+            };
+            outgoing.mark_all(|slot| self.mark(raw, slot, place));
         }
         given
     }

@@ -74,6 +74,31 @@ impl Depot {
         }
     }
 
+    /// Lets an object wait in the ring of up to `most`; answers the one that has waited longest, where it was full. `None` where there is no ring yet.
+    pub(crate) fn park(&mut self, object: NonNull<u8>, most: usize) -> Option<Option<NonNull<u8>>> {
+        // SAFETY: the depot owns the array, and `self` is borrowed exclusively.
+        let array = unsafe { self.waiting.as_ref() }?;
+        let n = array.len();
+        let place = if n < most {
+            n
+        } else {
+            let oldest = self.oldest;
+            self.oldest = (oldest + 1) % most;
+            oldest
+        };
+        // SAFETY: `most` is at most the array's capacity, and `place` is below it; slots below `n` hold objects.
+        let oldest = unsafe {
+            let slot = Array::slots(self.waiting).add(place);
+            let oldest = if n < most { None } else { NonNull::new(*slot) };
+            *slot = object.as_ptr();
+            oldest
+        };
+        if n < most {
+            array.set_len(n + 1);
+        }
+        Some(oldest)
+    }
+
     /// Puts a live slab, counted first where it is new, on the list that its free bits say (`I1`, `I2`). Nothing for a dead or retired one.
     pub fn relist(&mut self, slab: &Slab) {
         let objects = slab.objects();

@@ -37,7 +37,7 @@ use core::ptr::{self, NonNull};
 use kmem_hal::sync::Ordering;
 use kmem_hal::{Cpu, Frame, PAGE_SIZE, PhysMap, RawLock};
 
-use crate::array::{Array, SMALL_SLOTS};
+use crate::array::SMALL_SLOTS;
 use crate::class::{CLASSES, LARGEST_ALIGN, LARGEST_CLASS};
 use crate::grow::object_at;
 use crate::head::{COLUMNS, Head};
@@ -348,20 +348,22 @@ impl<P: Platform> SlabSystem<P> {
     fn verify_poison(&self, cache: &RawCache<P::Lock>, slot: NonNull<u8>) {
         // SAFETY: a slot of a live slab, which belongs to the caller.
         let front = unsafe { front_in(cache, slot, State::Free, |_| true) };
-        let (start, changed) = match front {
+        let changed = match front {
             Some(front) => {
                 // SAFETY: the slot belongs to the caller, and all its bytes were written when the slab was made.
-                let (object, bytes) = unsafe {
+                let (object, before, bytes) = unsafe {
                     let object = slot.add(front);
+                    let before = core::slice::from_raw_parts(slot.as_ptr(), front - TAG);
                     let bytes = core::slice::from_raw_parts(object.as_ptr(), cache.room(front));
-                    (object, bytes)
+                    (object, before, bytes)
                 };
-                (object, bytes.iter().position(|&byte| byte != FREED))
+                let in_object = first_changed(bytes).map(|offset| (object, offset));
+                in_object.or_else(|| first_changed(before).map(|offset| (slot, offset)))
             }
             // The tag itself is gone.
-            None => (slot, Some(0)),
+            None => Some((slot, 0)),
         };
-        if let Some(offset) = changed {
+        if let Some((start, offset)) = changed {
             self.report(
                 cache,
                 Misuse::UseAfterFree {
@@ -526,13 +528,8 @@ impl<P: Platform> SlabSystem<P> {
                 );
             }
         }
-        if features.poison {
-            // SAFETY: the caller gave the slot up; its tag stays.
-            unsafe {
-                slot.write_bytes(FREED, front - TAG);
-                object.write_bytes(FREED, room);
-            }
-        }
+        // SAFETY: the caller gave the object up.
+        unsafe { Self::wipe(cache, front, object) };
         if features.quarantine == 0 {
             return Some(slot);
         }
@@ -543,6 +540,41 @@ impl<P: Platform> SlabSystem<P> {
         Some(left)
     }
 
+    /// Fills a slot that is free where the policy wants it; its tag stays.
+    ///
+    /// # Safety
+    ///
+    /// The caller owns the slot of the object.
+    unsafe fn wipe(cache: &RawCache<P::Lock>, front: usize, object: NonNull<u8>) {
+        if cache.setup.features.poison {
+            // SAFETY: the caller's slot.
+            unsafe {
+                object.sub(front).write_bytes(FREED, front - TAG);
+                object.write_bytes(FREED, cache.room(front));
+            }
+        }
+    }
+
+    /// Makes an object that nobody got in the end a free slot again. It says nothing and waits nowhere.
+    ///
+    /// # Safety
+    ///
+    /// An object of `cache`, which checks, in use and the caller's, who gives it up.
+    pub(crate) unsafe fn take_back(
+        &self,
+        cache: &RawCache<P::Lock>,
+        front: usize,
+        object: NonNull<u8>,
+    ) -> Option<NonNull<u8>> {
+        // SAFETY: the caller's object, and the word before it (I1).
+        unsafe {
+            let tag = tag_of(object);
+            tag.write(!tag.read());
+            Self::wipe(cache, front, object);
+        }
+        slot_of(object, front)
+    }
+
     /// Lets an object wait, at the first node whatever node it is of; answers the one that has waited longest, where the quarantine is full. A context that cannot have the lock, and one
     /// without memory for the quarantine, get theirs back at once.
     fn quarantine(
@@ -551,52 +583,31 @@ impl<P: Platform> SlabSystem<P> {
         features: Features,
         object: NonNull<u8>,
     ) -> Option<NonNull<u8>> {
-        let ready = self.with_depot(cache, &cache.first, |depot| !depot.waiting.is_null());
-        if ready != Some(true) {
-            // I2 of refill: memory without the lock.
-            let Ok(array) = self.new_array(SMALL_SLOTS) else {
-                return Some(object);
-            };
-            let kept = self.with_depot(cache, &cache.first, |depot| {
-                let first = depot.waiting.is_null();
-                if first {
-                    depot.waiting = array.as_ptr();
-                }
-                first
-            });
-            if kept != Some(true) {
-                // SAFETY: just made, and nobody else knows it.
-                unsafe { self.free_array(array) };
-            }
+        let most = usize::from(features.quarantine);
+        let parked = self.with_depot(cache, &cache.first, |depot| depot.park(object, most));
+        match parked {
+            Some(Some(oldest)) => return oldest,
+            // The lock cannot be had.
+            None => return Some(object),
+            Some(None) => {}
         }
+        // I2 of refill: memory without the lock.
+        let Ok(array) = self.new_array(SMALL_SLOTS) else {
+            return Some(object);
+        };
+        let mut is_kept = false;
         let parked = self.with_depot(cache, &cache.first, |depot| {
-            // SAFETY: the depot's array, under its lock.
-            let array = unsafe { depot.waiting.as_ref() }?;
-            // SAFETY: as above.
-            let slots = unsafe { Array::slots(depot.waiting) };
-            let (n, most) = (array.len(), usize::from(features.quarantine));
-            let place = if n < most {
-                array.set_len(n + 1);
-                n
-            } else {
-                depot.oldest = (depot.oldest + 1) % most;
-                (depot.oldest + most - 1) % most
-            };
-            // SAFETY: `place` is below `quarantine`, which is at most the array's capacity; slots below `len` hold objects.
-            unsafe {
-                let old = if n < most {
-                    None
-                } else {
-                    NonNull::new(*slots.add(place))
-                };
-                *slots.add(place) = object.as_ptr();
-                Some(old)
+            is_kept = depot.waiting.is_null();
+            if is_kept {
+                depot.waiting = array.as_ptr();
             }
+            depot.park(object, most)
         });
-        match parked.flatten() {
-            Some(oldest) => oldest,
-            None => Some(object),
+        if !is_kept {
+            // SAFETY: just made, and nobody else knows it.
+            unsafe { self.free_array(array) };
         }
+        parked.flatten().unwrap_or(Some(object))
     }
 
     /// Gives the objects in quarantine to their slabs. Nothing where this CPU has no head or was interrupted there, unless the caller is `alone`
@@ -694,6 +705,11 @@ impl<P: Platform> SlabSystem<P> {
         // SAFETY: the exclusive borrow keeps every call away.
         unsafe { self.owners_shared(each) }
     }
+}
+
+/// The first byte that is not as those of free objects are.
+fn first_changed(bytes: &[u8]) -> Option<usize> {
+    bytes.iter().position(|&byte| byte != FREED)
 }
 
 /// Bytes of the record behind the objects of a cache.

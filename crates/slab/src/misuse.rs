@@ -47,9 +47,9 @@ pub enum Misuse {
     UseAfterFree {
         /// The name of the cache.
         cache: &'static str,
-        /// The address of the object.
+        /// The address of the object; of the place that it lies in, where only what is before it changed.
         address: usize,
-        /// The first byte that changed, from the object's start.
+        /// The first byte that changed, from that address.
         offset: usize,
     },
     /// Bytes behind an object were written to. Found by [`Redzone`](crate::Redzone) at its free; and by every policy that checks at the

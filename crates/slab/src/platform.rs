@@ -62,7 +62,8 @@ pub unsafe trait Platform {
     /// Told of a misuse that was found. A kernel prints or panics; the default only lets it be counted.
     ///
     /// May be called with a CPU pinned, and with interrupts off. After a panic that is caught every object still has one owner at most; those that
-    /// the call was about to give back to their slabs may be lost.
+    /// the call was about to give back to their slabs may be lost, and so is, for the rest of its cache's life, a free one that an allocation found
+    /// written to: it counts as active.
     fn misuse(&self, misuse: &Misuse) {
         let _ = misuse;
     }

@@ -11,7 +11,7 @@ use std::ptr::NonNull;
 use common::hardened;
 use common::{Arena, System, TestParts, parts};
 use kmem_hal::sync::{Counts, counts, reset_counts};
-use kmem_slab::{Cache, Flags, Guard, SlabSystem};
+use kmem_slab::{Cache, Flags, Guard, Quarantine, SlabSystem};
 use kmem_testkit::interrupt::every_interrupt;
 
 const SMALL: Layout = Layout::new::<[u64; 8]>();
@@ -84,6 +84,18 @@ fn counting_guard_costs_the_other_pairs_no_locked_instruction() {
         stores: 0,
     };
     assert_eq!(cost(|| (0..500).for_each(pair)), none);
+}
+
+#[test]
+fn counting_quarantine_takes_the_lock_once_a_free() {
+    let world: hardened::World<Quarantine<8>> = hardened::World::new();
+    let pair = |_| {
+        let memory = world.system.alloc(SMALL);
+        // SAFETY: allocated with this layout, freed once.
+        unsafe { world.system.dealloc(memory, SMALL) };
+    };
+    (0..20).for_each(pair);
+    assert_eq!(cost(|| (0..500).for_each(pair)).locked, 500);
 }
 
 #[test]
