@@ -4,7 +4,8 @@
 //! the CPU of that number belongs to the thread; the next holder takes it over.
 //!
 //! Invariants
-//! - `I1`: a clear bit in `FREE` means that one thread, or one call of [`ThreadCpu::with_idle`], has the number.
+//! - `I1`: a clear bit in `FREE` means that one thread, or one walk over idle numbers ([`ThreadCpu::with_idle`], and that of the hook for short memory), has
+//!   the number.
 //! - `I2`: a number goes back with release and is leased with acquire: the next holder sees what the last one wrote (`C5`).
 //! - `I3`: the last number is shared by threads that got none, and by threads that are past the end of their thread-local storage;
 //!   whoever runs as it holds the lock `SHARED`.
@@ -275,11 +276,20 @@ fn try_lock_shared() -> Option<HostGuard> {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
+    use std::sync::{Mutex, MutexGuard, PoisonError};
+
     use super::*;
+
+    /// The numbers are the process's: tests that lease some, or look at them, run one after the other.
+    pub(crate) fn alone() -> MutexGuard<'static, ()> {
+        static ALONE: Mutex<()> = Mutex::new(());
+        ALONE.lock().unwrap_or_else(PoisonError::into_inner)
+    }
 
     #[test]
     fn a_pin_at_once_is_none_before_the_first_and_as_the_shared_number() {
+        let _alone = alone();
         let at_once = || ThreadCpu.pin_at_once().map(|pin| pin.id());
         std::thread::spawn(move || {
             assert_eq!(at_once(), None);
@@ -296,6 +306,7 @@ mod tests {
 
     #[test]
     fn a_walk_beside_another_does_not_know_that_it_saw_all() {
+        let _alone = alone();
         assert!(ThreadCpu.try_with_idle(|_| {}), "alone");
         let (mut held, mut inner) = (None, true);
         let outer = ThreadCpu.try_with_idle(|cpu| {
@@ -314,6 +325,7 @@ mod tests {
 
     #[test]
     fn the_second_of_two_numbers_goes_back() {
+        let _alone = alone();
         let is_free = |id: u32| FREE[id as usize / 64].load(Ordering::Relaxed) >> (id % 64) & 1;
         LEASE.with(|lease| {
             let (first, second) = (take().unwrap(), take().unwrap());

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::sync::mpsc::sync_channel;
+use std::sync::{Mutex, PoisonError};
 
 use kmem_host::{HostHeap, MAX_THREADS, ThreadCpu};
 
@@ -58,8 +59,12 @@ fn threads_build_and_pass_on_collections() {
     assert_eq!(misuses, 0);
 }
 
+/// Numbers are the process's: a test that takes all of them, and one that counts them, run one after the other.
+static NUMBERS: Mutex<()> = Mutex::new(());
+
 #[test]
 fn threads_that_end_leave_nothing_behind() {
+    let _numbers = NUMBERS.lock().unwrap_or_else(PoisonError::into_inner);
     for _ in 0..20 {
         let threads: Vec<_> = (0..16)
             .map(|seed| std::thread::spawn(move || word_count(seed, 500).len()))
@@ -79,9 +84,10 @@ fn threads_that_end_leave_nothing_behind() {
 
 #[test]
 fn more_threads_than_numbers_share_one() {
+    let _numbers = NUMBERS.lock().unwrap_or_else(PoisonError::into_inner);
     let gate = std::sync::Barrier::new(MAX_THREADS as usize + 20);
     std::thread::scope(|scope| {
-        for seed in 0..u64::from(MAX_THREADS) + 20 {
+        let spawn = |seed| {
             let gate = &gate;
             std::thread::Builder::new()
                 .stack_size(128 << 10)
@@ -93,7 +99,12 @@ fn more_threads_than_numbers_share_one() {
                     assert_eq!(first, second);
                     gate.wait();
                 })
-                .unwrap();
+                .unwrap()
+        };
+        let threads: Vec<_> = (0..u64::from(MAX_THREADS) + 20).map(spawn).collect();
+        // The end of the scope waits for what they do, and not for their numbers to go back.
+        for thread in threads {
+            thread.join().unwrap();
         }
     });
 }
