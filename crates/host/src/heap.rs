@@ -44,13 +44,14 @@ thread_local! {
 }
 
 impl HostHeap {
-    /// A heap over a range as large as the machine's memory, or half of that, a quarter, and so on down to 16 MiB, where the address space is limited.
+    /// A heap over a range as large as the machine's memory; where the address space is limited, over half of what it has room for, and no less than
+    /// 16 MiB.
     #[must_use]
     pub const fn new() -> Self {
         Self::with_arena(0)
     }
 
-    /// A heap over a range of `bytes` bytes, rounded up to 4 MiB; 0 means as large as the machine's memory.
+    /// A heap over a range of `bytes` bytes, rounded up to 4 MiB; 0 means as large as [`new`](Self::new) makes it.
     #[must_use]
     pub const fn with_arena(bytes: usize) -> Self {
         Self {
@@ -152,14 +153,23 @@ fn machine_memory() -> usize {
     bytes.clamp(256 << 20, 1 << 40)
 }
 
-/// Starts a heap over `bytes` bytes; for 0 over as many as the machine has, or half of that, or a quarter, as the host gives: address
-/// space may be limited (`RLIMIT_AS`, `vm.overcommit_memory = 2`).
+/// Starts a heap over `bytes` bytes; for 0 over as many as the machine has. Where the host gives no such range, address space is limited (`RLIMIT_AS`,
+/// `vm.overcommit_memory = 2`), and stacks, files and what the program maps for itself lie there too: half of what there is stays theirs.
 fn start(bytes: usize) -> Option<*mut Inner> {
     if bytes > 0 {
         return start_over(bytes);
     }
-    let halved = |&bytes: &usize| (bytes / 2 >= LEAST).then_some(bytes / 2);
-    std::iter::successors(Some(machine_memory()), halved).find_map(start_over)
+    let all = machine_memory();
+    start_over(all).or_else(|| {
+        let fits = down_from(all, 8).find(|&bytes| Arena::new(bytes).is_ok())?;
+        down_from((fits / 2).max(LEAST), 2).find_map(start_over)
+    })
+}
+
+/// `most` bytes and ever less, by one in so many parts, down to the smallest arena.
+fn down_from(most: usize, parts: usize) -> impl Iterator<Item = usize> {
+    let less = move |&bytes: &usize| Some(bytes - bytes / parts);
+    std::iter::successors(Some(most), less).take_while(|&bytes| bytes >= LEAST)
 }
 
 /// The smallest arena that a heap without a wish starts with, in bytes.
@@ -276,6 +286,7 @@ mod tests {
 
     #[test]
     fn the_map_reaches_the_arena_and_nothing_else() {
+        let _alone = crate::threads::tests::alone();
         let heap = HostHeap::with_arena(8 << 20);
         let memory = heap.ready().unwrap();
         let (map, arena) = (memory.frames().memory(), heap.arena().unwrap());

@@ -62,5 +62,9 @@ fn a_heap_starts_in_what_the_address_space_has_room_for() {
             (least << 20..limit << 20).contains(&bytes),
             "{limit} MiB: {bytes}"
         );
+        assert!(
+            bytes <= limit << 19,
+            "{bytes} of {limit} MiB leave less than half to others"
+        );
     }
 }
