@@ -12,7 +12,8 @@ pub enum TableError {
     Memory(AllocError),
     /// The format has no such number of levels.
     BadLevels,
-    /// The tables that were to be shared have another number of levels, or share tables themselves.
+    /// The part that was to be shared was not [lent](crate::PageTable::lend_from), or the two that lend it have different numbers of levels; or
+    /// it cannot be lent: a top entry is a leaf or a payload, leads to a table that spaces share, or is another table's.
     CannotShare,
     /// The MMU knows one root a space ([`Mmu::isolates`](kmem_hal::Mmu::isolates)).
     OneRoot,

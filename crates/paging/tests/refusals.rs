@@ -6,11 +6,11 @@
 #[path = "common/machine.rs"]
 mod machine;
 
-use kmem_hal::{DeviceFrame, Frame, Order, Page, PageRange, VirtAddr};
+use kmem_hal::{DeviceFrame, Frame, Order, Page, PageRange, PhysMap, VirtAddr};
 use kmem_paging::format::{Format, X86_64, X86Pse36, X86TwoLevel};
 use kmem_paging::{
-    Attributes, ChangeError, Entry, ForkError, ForkStep, HugeError, MapError, MoveError, PageTable,
-    Payload, RangeError, Rights, TableError, UnshareError, UnshareStep,
+    Attributes, ChangeError, Entry, Env, ForkError, ForkStep, HugeError, MapError, MoveError,
+    PageTable, Payload, RangeError, Rights, TableCache, TableError, UnshareError, UnshareStep,
 };
 use machine::{Machine, TestEnv};
 
@@ -298,6 +298,51 @@ fn what_another_table_lent_is_out_of_reach() {
     space.destroy(|_, _| {}, |_, _| {});
 }
 
+/// What is lent is held once, however often it is lent, and needs no frame again; where there are too few, nothing is held.
+#[test]
+fn lending_again_changes_nothing() {
+    const LAST: u64 = UPPER + 255 * TOP;
+    let machine = Machine::new(600);
+    let kernel = Table::new(machine.env()).unwrap();
+    // Words and holds of the table below a top entry.
+    let live = |top: u64| {
+        let root = machine.map.to_ptr(kernel.root().frame.start());
+        // SAFETY: the root is a table in the arena, and one thread uses it.
+        let word = unsafe { root.cast::<u64>().add((top >> 27) as usize % 512).read() };
+        let table = Frame::from_number(word >> 12 & 0xff_ffff_ffff);
+        machine
+            .env()
+            .slots()
+            .slot(table)
+            .unwrap()
+            .as_table()
+            .unwrap()
+            .live()
+    };
+    let lend = |from, frames| {
+        TableCache::shrink(machine.env(), usize::MAX);
+        machine.frames.set_fuse(frames);
+        let lent = kernel.lend_from(page(from));
+        machine.frames.set_fuse(None);
+        lent.map_err(|error| matches!(error, TableError::Memory(_)))
+    };
+    // The table that is there is taken.
+    map(&kernel, [LAST]);
+    for _ in 0..3 {
+        assert_eq!(lend(LAST, Some(0)), Ok(()));
+        assert_eq!(live(LAST), 2);
+    }
+    for frames in [100, 0, 100] {
+        assert_eq!(lend(UPPER, Some(frames)), Err(true));
+        assert_eq!((live(UPPER), live(LAST)), (0, 2));
+    }
+    for frames in [None, Some(0), Some(0)] {
+        assert_eq!(lend(UPPER, frames), Ok(()));
+        assert_eq!(lend(LAST, Some(0)), Ok(()));
+        assert_eq!((live(UPPER), live(LAST)), (1, 2));
+    }
+}
+
 /// A top entry that is a leaf cannot be lent; one that was lent is never a leaf again, by whatever way, and its table stays.
 #[test]
 fn a_lent_top_stays_a_table() {
@@ -331,7 +376,7 @@ fn a_lent_top_stays_a_table() {
     let merged = cursor.merge(all.first(), order, &mut gather);
     assert_eq!(merged, Err(HugeError::NotPossible));
     cursor.release();
-    // A fork of the kernel's own part copies it, as other spaces would not know that its tables are shared.
+    // A fork of what is lent, entry by entry.
     let child = TableOf::<X86TwoLevel>::new(machine.env()).unwrap();
     let step = |_| ForkStep::Skip;
     // SAFETY: one thread, and no cursor is open.

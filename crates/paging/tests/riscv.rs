@@ -172,6 +172,15 @@ fn a_table_that_is_made_is_told_as_one() {
         .unwrap();
     assert!(told(&room, 0x1000), "a move");
     gather.commit(drop);
+    // The last two of the root's entries.
+    const LENT: u64 = (1 << 52) - (2 << 18);
+    room.flushed();
+    table.lend_from(at(LENT)).unwrap();
+    let flushed = room.flushed();
+    for page in [LENT, LENT + (1 << 18)] {
+        let mut tables = flushed.iter().filter(|request| request.tables_freed);
+        assert!(tables.any(|request| covers(request, page)), "a lent table");
+    }
 }
 
 /// Who fills an entry of a table of which not every CPU was told yet says that there is a table, too.

@@ -19,7 +19,9 @@ use kmem_mock_x86::{
     Registers, manual::pf,
 };
 use kmem_paging::format::{Format, Kind, Level, X86_64, X86TwoLevel};
-use kmem_paging::{Attributes, Entry, MemoryType, PageTable, Payload, Rights, Soft, TableCache};
+use kmem_paging::{
+    Attributes, Entry, MemoryType, PageTable, Payload, Rights, Soft, TableCache, TableError,
+};
 
 /// One table of 16 entries; a frame number has three bits.
 ///
@@ -265,6 +267,24 @@ fn sixteen_bits_of_address_and_32_kib_of_memory() {
     drop(disk);
     // SAFETY: nothing of this environment is left.
     unsafe { env.retire() };
+}
+
+/// There is no table below the root that others could share.
+#[test]
+fn a_machine_of_one_table_lends_nothing() {
+    let machine = machine::Machine::new(16);
+    let table = PageTable::<Course16, _, OwnedFrame>::new(machine.env()).unwrap();
+    for page in [0, 9, 15] {
+        assert_eq!(table.lend_from(at(page)), Err(TableError::CannotShare));
+    }
+    let shared = PageTable::<Course16, _, OwnedFrame>::sharing(machine.env(), &table, at(0));
+    assert_eq!(shared.unwrap_err(), TableError::CannotShare);
+    let mut cursor = table.cursor(PageRange::single(at(9))).unwrap();
+    cursor.map(at(9), frame(5), Rights::USER_DATA).unwrap();
+    drop(cursor);
+    table.destroy(|_, frame| _ = frame.into_entry(), |_, _| {});
+    TableCache::shrink(machine.env(), usize::MAX);
+    assert_eq!(machine.frames.out(), 0);
 }
 
 fn two_level_machine() -> &'static HostileEnv {

@@ -10,13 +10,15 @@
 //! A table that is to stay though it is empty has a *hold*: one more in its live count (`N1` of `node.rs`).
 
 use core::marker::PhantomData;
+use core::ops::Range;
 
 use kmem_hal::lock::Lock;
 use kmem_hal::sync::{AtomicBool, AtomicUsize, Ordering};
-use kmem_hal::{AllocError, Asid, Frame, FrameHandle, Order, OwnedFrame, Page, Trace, TraceEvent};
+use kmem_hal::{AllocError, Asid, Frame, FrameHandle, Order, OwnedFrame, Page};
 
 use super::PageTable;
 use crate::cache::{self, Chain};
+use crate::cursor::child;
 use crate::env::Env;
 use crate::error::TableError;
 use crate::format::{Format, Kind, is_sound, level};
@@ -48,13 +50,11 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         }
         let root = Self::make_root(&env, levels).map_err(TableError::Memory)?;
         let table = Self::with_root(env, root, levels, level::<F>(levels).entries());
-        if F::FIXED_TOP
-            && let Err(error) = table.hold_top_from(0)
-        {
-            table.destroy(|_, _| {}, |_, _| {});
-            return Err(error);
+        if F::FIXED_TOP {
+            table.fix_top()
+        } else {
+            Ok(table)
         }
-        Ok(table)
     }
 
     /// A table of this root, whose top entries from `borrowed_from` on are another table's.
@@ -166,41 +166,48 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
                 own.store(index, lender.load(index));
             }
         }
-        if F::FIXED_TOP
-            && let Err(error) = table.hold_top_from(0)
-        {
-            table.destroy(|_, _| {}, |_, _| {});
-            return Err(error);
+        if F::FIXED_TOP {
+            table.fix_top()
+        } else {
+            Ok(table)
         }
-        Ok(table)
     }
 
     /// Fills every top entry from the one of page `from` to the last with a table that stays for ever, so that other
-    /// tables can share them.
+    /// tables can share them. What was lent before stays lent, and costs nothing.
     ///
     /// A boot-time call for the kernel's table: the upper half of x86-64 takes 256 tables, the upper gigabyte of two-level x86 as many. A table that
     /// was lent from cannot be destroyed. Where top entries can be leaves, what was lent has none any more: a block of that size finds the page
     /// [`Occupied`](crate::MapError::Occupied), and takes smaller leaves ([`map_divided`](crate::Cursor::map_divided)).
     ///
+    /// Context: task context, interrupts on; waits for tables' locks, and where memory is short for a grace period. So not inside a read section of
+    /// the environment's [`Grace`](kmem_hal::Grace), nor with a cursor of this table that holds a table.
+    ///
     /// # Errors
     ///
-    /// [`TableError::Memory`], and [`TableError::CannotShare`] where a leaf or a payload comes to a top entry meanwhile: the tables made so far
-    /// stay. [`TableError::CannotShare`] where a top entry is a leaf or a payload, or belongs to another table.
+    /// [`TableError::Memory`], and [`TableError::CannotShare`] where a leaf or a payload comes to a top entry meanwhile: nothing is lent, and the
+    /// tables made so far stay, empty. [`TableError::CannotShare`] where a top entry is a leaf or a payload, or leads to a table that other spaces
+    /// share or have shared ([`unshare`](crate::Cursor::unshare) it first), where the top belongs to another table, and where there is one level alone.
     pub fn lend_from(&self, from: Page) -> Result<(), TableError> {
         let index = self.top_index(from);
-        if self.borrowed_from < level::<F>(self.levels).entries() {
+        let entries = level::<F>(self.levels).entries();
+        if self.levels == 1 || self.borrowed_from < entries {
             return Err(TableError::CannotShare);
         }
+        // What was lent before has its holds.
+        let lent = self.lent_from().min(entries);
         let root = self.root_node();
         let is_taken = |index| {
             let word = root.load(index);
-            word != 0 && root.kind(word) != Kind::Table
+            // A copy takes the place of a table that spaces share.
+            let stays = |word| !F::is_shared_table(self.levels, word);
+            word != 0 && !(F::is_table(self.levels, word) && stays(word))
         };
-        if (index..level::<F>(self.levels).entries()).any(is_taken) {
+        if (index..lent).any(is_taken) {
             return Err(TableError::CannotShare);
         }
         if !F::FIXED_TOP {
-            self.hold_top_from(index)?;
+            self.hold_top(index..lent)?;
         }
         if mutant!("lent-from-is-raised") {
             self.lent_from.store(index, Ordering::Release);
@@ -209,54 +216,99 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         Ok(())
     }
 
-    /// Makes a table below every own top entry from `first` on, with a hold that keeps it attached.
-    fn hold_top_from(&self, first: usize) -> Result<(), TableError> {
-        let entries = level::<F>(self.levels).entries().min(self.borrowed_from);
-        for index in first..entries {
-            let (frame, _) = cache::take_waiting(&self.env, F::TABLE_FRAME_LIMIT)
-                .map_err(TableError::Memory)?
-                .into_raw();
-            let page = Page::from_number((index as u64) << level::<F>(self.levels).shift);
-            // SAFETY: the frame is private, zero, in reach and has a slot (T1).
-            unsafe { Node::<F>::new(&self.env, frame, self.levels - 1) }.claim(page, self.root);
-            let root = self.root_node();
-            root.lock(&self.env);
-            let word = root.load(index);
-            let mut outcome = Ok(());
-            let held = if root.kind(word) == Kind::Table {
-                // SAFETY: an entry of the locked root points to an attached table.
-                let node =
-                    unsafe { Node::<F>::new(&self.env, F::table_frame(word), self.levels - 1) };
-                node.lock(&self.env);
-                node.add_live(1);
-                node.unlock();
-                false
-            } else if word != 0 {
-                // Somebody mapped a leaf meanwhile.
-                outcome = Err(TableError::CannotShare);
-                false
-            } else {
-                // SAFETY: the table was made above and is private.
-                unsafe { Node::<F>::new(&self.env, frame, self.levels - 1) }.add_live(1);
-                root.store(index, F::table(self.levels, frame));
-                root.add_live(1);
-                true
-            };
-            root.unlock();
-            if held {
-                self.tables.fetch_add(1, Ordering::Relaxed);
-                self.env
-                    .trace()
-                    .event(TraceEvent::TableMade(frame, self.levels as u8 - 1));
-            } else {
-                // SAFETY: O1 to O3: made above, private, never attached.
-                cache::give(&self.env, unsafe {
-                    OwnedFrame::from_raw(frame, Order::ZERO)
-                });
+    /// Makes a table below every own top entry of a new table, which keeps them to its end.
+    fn fix_top(self) -> Result<Self, TableError> {
+        let own = level::<F>(self.levels).entries().min(self.borrowed_from);
+        match self.hold_top(0..own) {
+            Ok(()) => Ok(self),
+            Err(error) => {
+                self.destroy(|_, _| {}, |_, _| {});
+                Err(error)
             }
-            outcome?;
+        }
+    }
+
+    /// Makes sure of a table below each of these own top entries, with a hold more that keeps it attached. Where one fails, none is held.
+    fn hold_top(&self, indices: Range<usize>) -> Result<(), TableError> {
+        for index in indices.clone() {
+            if let Err(error) = self.hold(index) {
+                let root = self.root_node();
+                for held in indices.start..index {
+                    root.lock(&self.env);
+                    let table = child(&self.env, &root, held);
+                    table.lock(&self.env);
+                    table.sub_live(1);
+                    table.unlock();
+                    root.unlock();
+                }
+                return Err(error);
+            }
         }
         Ok(())
+    }
+
+    /// Adds a hold to the table below a top entry, which is made where there is none.
+    fn hold(&self, index: usize) -> Result<(), TableError> {
+        let root = self.root_node();
+        let mut made = None;
+        let outcome = loop {
+            root.lock(&self.env);
+            match root.kind(root.load(index)) {
+                Kind::Table => {
+                    let table = child(&self.env, &root, index);
+                    table.lock(&self.env);
+                    table.add_live(1);
+                    table.unlock();
+                    break Ok(());
+                }
+                Kind::Empty => {}
+                // Somebody mapped a leaf meanwhile.
+                Kind::Leaf | Kind::Payload => break Err(TableError::CannotShare),
+            }
+            if let Some((table, page)) = made.take() {
+                self.attach_held(&root, index, &table, page);
+                break Ok(());
+            }
+            root.unlock();
+            made = Some(self.make_held(index)?);
+        };
+        root.unlock();
+        if let Some((table, _)) = made {
+            // Somebody else's came first.
+            // SAFETY: O1 to O3: made above, private, never attached.
+            cache::give(&self.env, unsafe {
+                OwnedFrame::from_raw(table.frame, Order::ZERO)
+            });
+        }
+        outcome
+    }
+
+    /// Makes a private, empty table with a hold for a top entry; gives the first page that it covers as well.
+    fn make_held(&self, index: usize) -> Result<(Node<'_, F>, Page), TableError> {
+        let (frame, _) = cache::take_waiting(&self.env, F::TABLE_FRAME_LIMIT)
+            .map_err(TableError::Memory)?
+            .into_raw();
+        let first = Page::from_number((index as u64) << level::<F>(self.levels).shift);
+        let page = Page::containing(F::canonical(self.levels).sign_extend(first.start()));
+        // SAFETY: the frame is private, zero, in reach and has a slot (T1).
+        let table = unsafe { Node::<F>::new(&self.env, frame, self.levels - 1) };
+        table.claim(page, self.root);
+        table.add_live(1);
+        Ok((table, page))
+    }
+
+    /// Puts a table into an empty entry of the locked root, and tells of it as every table that is made (the cursor's `attach.rs`).
+    fn attach_held(&self, root: &Node<'_, F>, index: usize, table: &Node<'_, F>, page: Page) {
+        if F::CACHES_ABSENT {
+            self.announce();
+        }
+        self.count_table(table.frame, table.level);
+        root.add_live(1);
+        root.store(index, F::table(self.levels, table.frame));
+        if F::CACHES_ABSENT {
+            self.tell_made(page);
+            self.retract();
+        }
     }
 
     /// Makes a private, empty root table.

@@ -78,9 +78,14 @@ pub struct PageTable<F: Format, E: Env, H: FrameHandle> {
 }
 
 impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
+    /// The first top entry that is lent to others, as all behind it; `usize::MAX` where none is.
+    pub(crate) fn lent_from(&self) -> usize {
+        self.lent_from.load(Ordering::Acquire)
+    }
+
     /// Whether top entries from `index` on are lent to others.
     pub(crate) fn lends(&self, index: usize) -> bool {
-        index >= self.lent_from.load(Ordering::Acquire)
+        index >= self.lent_from()
     }
 
     #[inline(always)]
@@ -298,7 +303,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
 
     /// Whether translations of this table are in the caches of CPUs that run other spaces.
     pub(crate) fn is_lent(&self) -> bool {
-        self.lent_from.load(Ordering::Acquire) != usize::MAX
+        self.lent_from() != usize::MAX
     }
 }
 
