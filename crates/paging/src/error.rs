@@ -94,7 +94,7 @@ pub enum MoveError {
     OutOfRange,
     /// The gather belongs to another table. Nothing changed.
     ForeignGather,
-    /// Something is mapped at the target. Nothing changed.
+    /// Something is mapped at the target, or an empty table stays there in the place of a huge leaf. Nothing changed.
     Occupied,
     /// No frame for a table. Nothing changed.
     Memory(AllocError),

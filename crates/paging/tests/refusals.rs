@@ -469,6 +469,83 @@ fn a_table_is_not_its_own_child() {
     finish(&machine, [table]);
 }
 
+/// Where an empty table stays there is no place for a leaf that is moved whole: nothing is moved, and what is smaller can be.
+#[test]
+fn a_move_to_where_an_empty_table_stays_is_refused_whole() {
+    const LENT: u64 = 3 << 18;
+    const SIZE: u64 = 1 << 10;
+    const FROM: u64 = LENT - 4 * SIZE;
+    let machine = Machine::new(600);
+    let kernel = TableOf::<X86TwoLevel>::new(machine.env()).unwrap();
+    kernel.lend_from(page(LENT)).unwrap();
+    map(&kernel, [FROM]);
+    let order = Order::new(10).unwrap();
+    let block = DeviceFrame::new(Frame::from_number(0x400), order).unwrap();
+    let mut cursor = kernel.cursor(pages(FROM, 2 * SIZE)).unwrap();
+    cursor
+        .map(page(FROM + SIZE), block, Rights::KERNEL_DATA)
+        .unwrap();
+    drop(cursor);
+    let tables = kernel.table_count();
+    let mut gather = kernel.gather::<4>();
+    // A page goes first.
+    let moved = kernel.move_range(pages(FROM, 2 * SIZE), page(LENT), &mut gather);
+    assert_eq!(moved, Err(MoveError::Occupied));
+    let leaf = |at| kernel.query(page(at)).leaf().map(|leaf| leaf.order);
+    assert_eq!(
+        (leaf(FROM), leaf(FROM + SIZE)),
+        (Some(Order::ZERO), Some(order))
+    );
+    assert_eq!((leaf(LENT), leaf(LENT + SIZE)), (None, None));
+    assert!(gather.is_empty() && kernel.table_count() == tables);
+    // Cut into pages it goes, as does the page.
+    for (count, to) in [(SIZE, LENT + 4 * SIZE), (SIZE, LENT + 1)] {
+        let from = if to == LENT + 1 { FROM + SIZE } else { FROM };
+        let moved = kernel.move_range(pages(from, count), page(to), &mut gather);
+        assert_eq!(moved, Ok(if from == FROM { 1 } else { SIZE }));
+        gather.commit(drop);
+    }
+    assert_eq!((leaf(FROM), leaf(FROM + SIZE)), (None, None));
+    assert_eq!(
+        (leaf(LENT + 1), leaf(LENT + SIZE)),
+        (Some(Order::ZERO), Some(Order::ZERO))
+    );
+
+    // Parts of a larger leaf, and a table that was emptied from outside.
+    const GIB: u64 = 1 << 18;
+    let table = Table::new(machine.env()).unwrap();
+    let emptied = page(2 * GIB + 512 + 5);
+    map(&table, [emptied.number()]);
+    let mut cursor = table.cursor(pages(0, 4 * GIB)).unwrap();
+    let announced = table.announce_foreign(emptied);
+    // SAFETY: announced, and committed before anybody uses the frame.
+    let taken = unsafe { cursor.take_shared(emptied, Frame::from_number(emptied.number()), None) };
+    assert!(taken.is_some());
+    announced.commit();
+    let order = Order::new(18).unwrap();
+    let block = DeviceFrame::new(Frame::from_number(GIB), order).unwrap();
+    cursor.map(page(GIB), block, Rights::USER_DATA).unwrap();
+    drop(cursor);
+    let mut gather = table.gather::<4>();
+    let moved = table.move_range(pages(GIB, 1027), page(2 * GIB), &mut gather);
+    assert_eq!(moved, Err(MoveError::Occupied));
+    assert_eq!(table.query(page(GIB)).leaf().unwrap().order, order);
+    assert_eq!(table.query(page(2 * GIB)), Entry::Empty);
+    assert!(gather.is_empty());
+    // Two megabytes, and three pages into the table.
+    let moved = table.move_range(pages(GIB, 515), page(2 * GIB), &mut gather);
+    assert_eq!(moved, Ok(515));
+    drop(gather);
+    finish_but(&machine, &kernel, table);
+}
+
+/// Takes a table down, beside a lender that stays for ever.
+fn finish_but(machine: &Machine, kernel: &TableOf<X86TwoLevel>, table: Table) {
+    table.destroy(|_, _| {}, |_, _| {});
+    TableCache::shrink(machine.env(), usize::MAX);
+    assert_eq!(machine.frames.out(), kernel.table_count(), "tables leaked");
+}
+
 /// With PSE-36 a leaf of 4 MiB names frames that no small leaf can name: it is unmapped, protected and moved whole, or not at all.
 #[test]
 fn a_leaf_whose_parts_cannot_be_named_is_not_split() {

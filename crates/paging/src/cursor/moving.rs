@@ -8,9 +8,9 @@
 //!
 //! Context: the caller keeps faults and other changes away from both ranges (the address space's write lock).
 
-use kmem_hal::{Frame, Order, Page, PageRange, Trace, TraceEvent};
+use kmem_hal::{Frame, Grace, Order, Page, PageRange, Trace, TraceEvent};
 
-use super::huge::{SplitError, check_parts};
+use super::huge::check_parts;
 use super::share::Shared;
 use super::{Cursor, Divisible, Run};
 use crate::attributes::{Leaf, Rights};
@@ -29,7 +29,8 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
     /// Moves what is mapped in `from` to as many pages from `to` on; gives how many pages had something.
     ///
     /// The target must be empty and must not overlap the source. Huge leaves are moved whole where both ends allow it and
-    /// split where not. [Pins](Cursor::add_pins) stay with their tables.
+    /// split where not; where an empty table stays in the place of one that is moved whole (the target is lent) it is
+    /// [`Occupied`](MoveError::Occupied). [Pins](Cursor::add_pins) stay with their tables.
     ///
     /// # Errors
     ///
@@ -71,7 +72,7 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
         sink.release();
         source.own_range()?;
         sink.own_range()?;
-        let splits = source.splits_to_move(target)?;
+        let splits = source.splits_to_move(&sink)?;
         source.fill_reserve(splits).map_err(MoveError::Memory)?;
         sink.fill_reserve(if mutant!("move-forgets-tables") {
             0
@@ -162,10 +163,15 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         }
     }
 
-    /// How many tables it takes to split every huge leaf that cannot be moved whole to `target`, where each can be split.
-    fn splits_to_move(&mut self, target: PageRange) -> Result<usize, SplitError> {
+    /// How many tables it takes to split every huge leaf that cannot be moved whole to the range of `target`, where each can be split, and no
+    /// empty table is in the place of those that can be moved.
+    fn splits_to_move(&mut self, target: &Self) -> Result<usize, MoveError> {
         let from = self.range;
-        let distance = target.first().number().wrapping_sub(from.first().number());
+        let distance = target
+            .range
+            .first()
+            .number()
+            .wrapping_sub(from.first().number());
         let levels = self.table.levels();
         self.splits_at(from.first(), from.first().number())?;
         self.splits_at(from.last(), from.last().number().wrapping_add(1))?;
@@ -191,12 +197,20 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             };
             // Down to the size that fits the distance, everywhere ...
             let mut tables = leaves;
-            for number in (2..=number).rev() {
-                if distance & (level::<F>(number).order().frames() - 1) != 0 {
-                    check_parts::<F>(&last, number - 1)?;
-                    splits += tables;
-                    tables *= level::<F>(number - 1).entries();
-                }
+            let mut fits = number;
+            while fits > 1 && distance & (level::<F>(fits).order().frames() - 1) != 0 {
+                fits -= 1;
+                check_parts::<F>(&last, fits)?;
+                splits += tables;
+                tables *= level::<F>(fits).entries();
+            }
+            let inside = [
+                range.first().max(from.first()),
+                range.last().min(from.last()),
+            ];
+            let [first, last] = inside.map(|page| page.number().wrapping_add(distance));
+            if fits > 1 && target.is_blocked(first, last, fits) {
+                return Err(MoveError::Occupied);
             }
             // ... and down to pages at the two ends, where they are inside a leaf.
             if !from.contains_range(range) {
@@ -205,6 +219,28 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         }
         self.release();
         Ok(splits)
+    }
+
+    /// Whether an empty table that stays (it is lent, or was emptied from outside) is in the place of a leaf above level 1: of those that come to
+    /// pages `page ..= last`, cut at both ends, from leaves of level `fits`.
+    fn is_blocked(&self, mut page: u64, last: u64, fits: usize) -> bool {
+        let size = |number| level::<F>(number).order().frames();
+        let _reading = self.table.env().grace().read();
+        loop {
+            // The largest leaf that begins here.
+            let whole =
+                |&number: &usize| page & (size(number) - 1) == 0 && last - page >= size(number) - 1;
+            let step = match (2..=fits).rev().find(whole) {
+                Some(number) if self.has_table(Page::from_number(page), number - 1) => return true,
+                Some(number) => size(number),
+                // Those of level 1 go into tables.
+                None => size(2) - (page & (size(2) - 1)),
+            };
+            if last - page < step {
+                return false;
+            }
+            page += step;
+        }
     }
 
     /// Splits every huge leaf that cannot be moved whole to `target`.

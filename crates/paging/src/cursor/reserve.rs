@@ -130,7 +130,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     }
 
     /// Whether a table of level `number` exists for `page`. Inside a read section.
-    fn has_table(&self, page: Page, number: usize) -> bool {
+    pub(super) fn has_table(&self, page: Page, number: usize) -> bool {
         let env = self.table.env();
         // SAFETY: P1.
         let mut view = unsafe { View::<F>::new(env, self.table.root_frame(), self.table.levels()) };
