@@ -3,9 +3,12 @@
 
 #![cfg(not(loom))]
 
+#[path = "common/altered.rs"]
+mod altered;
 #[path = "common/machine.rs"]
 mod machine;
 
+use altered::Altered;
 use kmem_hal::{DeviceFrame, Frame, Order, Page, PageRange, PhysMap, VirtAddr};
 use kmem_paging::format::{Format, X86_64, X86Pse36, X86TwoLevel};
 use kmem_paging::{
@@ -544,6 +547,36 @@ fn finish_but(machine: &Machine, kernel: &TableOf<X86TwoLevel>, table: Table) {
     table.destroy(|_, _| {}, |_, _| {});
     TableCache::shrink(machine.env(), usize::MAX);
     assert_eq!(machine.frames.out(), kernel.table_count(), "tables leaked");
+}
+
+/// Of a leaf that is cut, only the part with the cut is cut further: frames of the others may be too high for that.
+#[test]
+fn a_leaf_is_cut_where_its_part_can_be() {
+    const GIB: u64 = 1 << 18;
+    const SMALL: u64 = GIB + 1024;
+    let machine = Machine::new(64);
+    let table = TableOf::<Altered<0, false, SMALL>>::new(machine.env()).unwrap();
+    let block = DeviceFrame::new(Frame::from_number(GIB), Order::new(18).unwrap()).unwrap();
+    let all = pages(GIB, GIB);
+    let mut cursor = table.cursor(all).unwrap();
+    cursor.map(page(GIB), block, Rights::USER_DATA).unwrap();
+    let mut gather = table.gather::<8>();
+    let refused = Err(ChangeError::Indivisible { at: page(GIB) });
+    for part in [pages(GIB + 1030, 7), pages(GIB, GIB - 1)] {
+        assert_eq!(cursor.unmap(part, &mut gather), refused);
+        assert_eq!(cursor.query(page(GIB)).leaf().unwrap().order.get(), 18);
+    }
+    let part = pages(GIB + 3, 600);
+    assert_eq!(cursor.protect(part, Rights::READ, &mut gather), Ok(600));
+    let leaf = cursor.query(page(GIB + 1024)).leaf().unwrap();
+    assert_eq!(
+        (leaf.frame.number(), leaf.order),
+        (GIB + 1024, Order::HUGE_2M)
+    );
+    drop((cursor, gather));
+    table.destroy(|_, _| {}, |_, _| {});
+    TableCache::shrink(machine.env(), usize::MAX);
+    assert_eq!(machine.frames.out(), 0, "tables leaked");
 }
 
 /// With PSE-36 a leaf of 4 MiB names frames that no small leaf can name: it is unmapped, protected and moved whole, or not at all.

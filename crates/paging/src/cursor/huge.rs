@@ -80,7 +80,7 @@ impl From<SplitError> for MoveError {
     }
 }
 
-/// Whether leaves of level `part` can say what a larger one says.
+/// Whether leaves of level `part` can say what a larger one says: where that with the highest frames can, all can (`F2`).
 pub(super) fn check_parts<F: Format>(leaf: &Leaf, part: usize) -> Result<(), SplitError> {
     let last = leaf.order.frames() - level::<F>(part).order().frames();
     let last = Frame::from_number(leaf.frame.number() + last);
@@ -244,8 +244,17 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
         let top = leaf_level::<F>(levels, leaf.order).unwrap_or(1);
         let mut tables = 0;
         for number in 2..=top {
-            if boundary & (level::<F>(number).order().frames() - 1) != 0 {
-                check_parts::<F>(&leaf, number - 1)?;
+            let order = level::<F>(number).order();
+            if boundary & (order.frames() - 1) != 0 {
+                // What is cut at this level is the part with the boundary in it.
+                let before = (page.number() & !(order.frames() - 1)) - leaf.page.number();
+                let frame = Frame::from_number(leaf.frame.number() + before);
+                let part = Leaf {
+                    frame,
+                    order,
+                    ..leaf
+                };
+                check_parts::<F>(&part, number - 1)?;
                 tables += 1;
             }
         }

@@ -30,7 +30,8 @@
 //! Invariants that every format keeps (the contract of [`Format`])
 //! - `F1`: the word 0 is an empty entry at every level, and no other word is.
 //! - `F2`: [`Format::leaf`], [`Format::table`] and [`Format::payload`] give words of pairwise different
-//!   [`Kind`]s, and the reading functions invert them.
+//!   [`Kind`]s, and the reading functions invert them; leaves where [`Format::can_encode`] allows them: with given attributes
+//!   all aligned frames below some limit, or none. So whether a large leaf can be said in parts is asked of the highest part alone.
 //! - `F3`: a word whose kind is `Empty` or `Payload`, or a leaf whose rights grant no access, is not present to
 //!   the hardware.
 //! - `F4`: the hardware writes a word only where [`Format::is_settled`] is false for it, and then it only sets the
@@ -192,7 +193,7 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
     /// Which addresses a table of `levels` levels translates.
     fn canonical(levels: usize) -> Canonical;
 
-    /// Whether a leaf of `level` can say this of `frame`.
+    /// Whether a leaf of `level` can say this of `frame`; if so, it can say it of every lower frame with the alignment of the level (`F2`).
     fn can_encode(level: usize, frame: Frame, attributes: &Attributes) -> bool;
 
     /// A leaf in a table of `level`. Meaningful where [`can_encode`](Self::can_encode) holds.
