@@ -17,7 +17,7 @@
 //! [`PageTable::fork_sharing`] copies entries above tables instead, and the tables themselves at their first change
 //! ([`Cursor::unshare`](crate::Cursor::unshare)).
 
-use kmem_hal::{Page, PageRange, Trace, TraceEvent};
+use kmem_hal::{Frame, Page, PageRange, Trace, TraceEvent};
 
 use crate::attributes::{Attributes, Leaf, Payload};
 use crate::cursor::{
@@ -62,6 +62,14 @@ pub enum ForkStep<H> {
     Stop,
 }
 
+/// Whether a format's tables of this level can be shared: an entry of a copy can say that the tables below are, and nobody has to be told when the
+/// right to write comes back at an entry above.
+#[inline(always)]
+fn can_share<const LEVEL: usize, F: Format>() -> bool {
+    let passes_on = || F::shared_table(LEVEL, F::table(LEVEL, Frame::ZERO)).is_some();
+    !F::TELLS_GAINS && (LEVEL == 1 || passes_on())
+}
+
 /// Shares tables of level `LEVEL` from `page` on, as far as they lie in `page ..= last` whole and one after the other below one table;
 /// gives the pages of their entries that are in use (of those one level down, for tables of tables) and where to go on. `None` where none is
 /// there to share; the page where the child has no room.
@@ -74,7 +82,7 @@ fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize
     last: u64,
     gather: &mut Gather<'_, F, E, H, N>,
 ) -> Result<Option<(u64, Option<u64>)>, u64> {
-    if LEVEL + 1 > parent.table().levels() {
+    if LEVEL + 1 > parent.table().levels() || !can_share::<LEVEL, F>() {
         return Ok(None);
     }
     let upper = level::<F>(LEVEL + 1);
@@ -87,8 +95,13 @@ fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize
         return Ok(None);
     }
     let first = index_at::<F>(page, LEVEL + 1);
-    if LEVEL + 1 == parent.table().levels() && parent.table().lends(first) {
+    let end = if LEVEL + 1 == parent.table().levels() {
         // The copies of a lent entry, in other roots, would not say that its table is shared.
+        parent.table().lent_from().min(upper.entries())
+    } else {
+        upper.entries()
+    };
+    if first >= end {
         return Ok(None);
     }
     let word = node.load(first);
@@ -107,7 +120,7 @@ fn share_run<const LEVEL: usize, F: Format, E: Env, H: Divisible, const N: usize
     }
     let into = child.seek(at, LEVEL + 1);
     into.store(first, 0);
-    let whole = ((last - page + 1) >> upper.shift).min((upper.entries() - first) as u64) as usize;
+    let whole = ((last - page + 1) >> upper.shift).min((end - first) as u64) as usize;
     // In a table that was there already, one at a time, so that each place is looked at.
     let whole = if into.live() == 1 { whole } else { 1 };
     let huge = LEVEL == 2 && parent.table().may_be_huge();
@@ -209,8 +222,8 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
     ///
     /// `most` is 1 for tables of leaves, 2 for a level more: then 1 GiB of 4 KiB pages costs one entry, and its first change two
     /// copies. A shared table's leaves stand for one handle each, however many spaces share it. Tables with pins are not shared (pins are counted in leaf tables
-    /// only: with pins anywhere in `range`, `most` is 1), nor is anything in
-    /// formats that cannot forbid writing above the leaves ([`Format::shared_table`]).
+    /// only: with pins anywhere in `range`, `most` is 1), nor are those right below the root that are [lent](Self::lend_from), nor is anything in
+    /// formats that cannot forbid writing above the leaves, or whose CPUs must be told when it is allowed again ([`Format::shared_table`]).
     ///
     /// # Errors
     ///
@@ -218,7 +231,7 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
     ///
     /// # Safety
     ///
-    /// No cursor is open on either table but inside this call, and nobody runs in this space with the old rights after the gather's
+    /// No cursor is open on either table but inside this call, neither is lent from meanwhile, and nobody runs in this space with the old rights after the gather's
     /// commit, which comes before anything else is changed in either.
     #[doc(alias = "copy_page_range")]
     pub unsafe fn fork_sharing<const N: usize>(
@@ -229,7 +242,6 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
         gather: &mut Gather<'_, F, E, H, N>,
         mut step: impl FnMut(ForkItem) -> ForkStep<H>,
     ) -> Result<u64, (ForkError, Option<H>)> {
-        child.inherit(self);
         self.fork_tables(child, range, most.min(2), gather, &mut step)
     }
 
@@ -269,6 +281,9 @@ impl<F: Format, E: Env, H: Divisible> PageTable<F, E, H> {
                 HugeError::Memory(error) => memory(error),
                 _ => (ForkError::Stopped { at }, None),
             })?;
+        }
+        if most > 0 {
+            child.table().inherit(self);
         }
         let mut copied = 0;
         let mut page = range.first().number();

@@ -8,7 +8,7 @@ mod machine;
 
 use kmem_hal::{DeviceFrame, FlushRequest, FlushScope, Frame, Order, Page, PageRange};
 use kmem_paging::format::X86_64;
-use kmem_paging::{Attributes, Cursor, PageTable, Payload, Rights};
+use kmem_paging::{Attributes, Cursor, ForkError, ForkStep, PageTable, Payload, Rights};
 use machine::{Machine, TestEnv};
 
 type Table = PageTable<X86_64, &'static TestEnv, DeviceFrame>;
@@ -173,6 +173,27 @@ fn a_global_page_is_known_however_it_came() {
     drop(cursor);
     assert_eq!(whole(&table, &machine), (true, FlushScope::Everything));
     table.destroy(|_, _| {}, |_, _| {});
+}
+
+/// A fork that is refused tells the child nothing of the parent's pages.
+#[test]
+fn a_refused_fork_leaves_the_child_as_it_was() {
+    let machine = Machine::new(64);
+    let [parent, child, other] = [(); 3].map(|()| known(&machine));
+    let all = pages(FIRST, 512);
+    fill(&mut parent.cursor(all).unwrap(), FIRST, 1, GLOBAL);
+    let mut foreign = other.gather::<1>();
+    // SAFETY: one thread, and no cursor is open.
+    let refused = unsafe { parent.fork_sharing(&child, all, 1, &mut foreign, |_| ForkStep::Stop) };
+    assert_eq!(refused, Err((ForkError::ForeignGather, None)));
+    fill(&mut child.cursor(all).unwrap(), FIRST, 40, LOCAL);
+    let mut gather = child.gather::<64>();
+    child.cursor(all).unwrap().unmap(all, &mut gather).unwrap();
+    requests(&machine);
+    gather.commit(drop);
+    let told = requests(&machine);
+    assert_eq!(told.len(), 1);
+    assert_eq!((told[0].global, told[0].scope), (false, FlushScope::Space));
 }
 
 /// Of a wide range with pages of both kinds each is flushed as what it was, and not as what it becomes.

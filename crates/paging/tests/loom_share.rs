@@ -10,7 +10,9 @@
 mod model_world;
 
 use kmem_hal::{DeviceFrame, Frame, Order, Page, PageRange};
-use kmem_paging::{ChangeError, Entry, ForkItem, ForkStep, PageTable, Rights, UnshareStep};
+use kmem_paging::{
+    ChangeError, Entry, ForkItem, ForkStep, PageTable, Rights, TableError, UnshareStep,
+};
 use kmem_testkit::model::ModelCpu;
 use model_world::{TinyOf, World};
 
@@ -217,29 +219,51 @@ fn a_lent_table_is_copied() {
     // No race, but no other format has tables below the root that a fork could share.
     explore(0, || {
         ModelCpu::bind(0);
-        let world = World::with_sections(2);
-        let (parent, child) = (leaked::<2>(world), leaked(world));
+        let world = World::with_sections(3);
+        let parent = leaked::<2>(world);
         parent.lend_from(page(2)).unwrap();
+        let all = PageRange::with_count(page(0), 4).unwrap();
         let upper = PageRange::with_count(page(2), 2).unwrap();
-        let frame = handle(Frame::from_number(0x100));
-        let mut cursor = parent.cursor(upper).unwrap();
-        cursor.map(page(2), frame, READ_WRITE).unwrap();
+        let mut cursor = parent.cursor(all).unwrap();
+        for (at, frame) in [(0, 0x100), (2, 0x102)] {
+            let frame = handle(Frame::from_number(frame));
+            cursor.map(page(at), frame, READ_WRITE).unwrap();
+        }
         drop(cursor);
-        let mut gather = parent.gather::<1>();
-        let step = |item| match item {
-            ForkItem::Leaf(leaf) => ForkStep::Leaf {
-                handle: handle(Frame::from_number(0x200)),
-                child: leaf.attributes,
-                parent: None,
-            },
-            ForkItem::Payload(..) => unreachable!("no payloads in this model"),
-        };
-        // SAFETY: nobody else uses either.
-        let copied = unsafe { parent.fork_sharing(child, upper, 1, &mut gather, step) };
-        assert_eq!(copied.map_err(|(error, _)| error), Ok(1));
-        gather.commit(|_| {});
-        let frame = |table: &Table<2>| table.query(page(2)).leaf().unwrap().frame.number();
+        let frame =
+            |table: &Table<2>, at| table.query(page(at)).leaf().map(|leaf| leaf.frame.number());
+        // From a table that is not lent on, and the lent one alone.
+        for (range, pages, lower) in [(all, 2, Some(0x100)), (upper, 1, None)] {
+            let child = leaked::<2>(world);
+            let mut gather = parent.gather::<1>();
+            let step = |item| match item {
+                ForkItem::Leaf(leaf) => {
+                    assert_eq!(leaf.page, page(2), "the others are shared");
+                    ForkStep::Leaf {
+                        handle: handle(Frame::from_number(0x200)),
+                        child: leaf.attributes,
+                        parent: None,
+                    }
+                }
+                ForkItem::Payload(..) => unreachable!("no payloads in this model"),
+            };
+            // SAFETY: nobody else uses either.
+            let copied = unsafe { parent.fork_sharing(child, range, 1, &mut gather, step) };
+            assert_eq!(copied.map_err(|(error, _)| error), Ok(pages));
+            gather.commit(|_| {});
+            assert_eq!((frame(child, 0), frame(child, 2)), (lower, Some(0x200)));
+        }
         // The lender's tables stay for ever.
-        assert_eq!((frame(parent), frame(child)), (0x100, 0x200));
+        assert_eq!(
+            (frame(parent, 0), frame(parent, 2)),
+            (Some(0x100), Some(0x102))
+        );
+        let mut cursor = parent.cursor(all).unwrap();
+        let shared = Err(ChangeError::Shared { at: page(0) });
+        assert_eq!(cursor.own(page(0)), shared);
+        assert!(matches!(cursor.own(page(2)), Ok(Entry::Leaf(_))));
+        drop(cursor);
+        // A copy takes the place of a table that is shared, so that it cannot be lent.
+        assert_eq!(parent.lend_from(page(0)), Err(TableError::CannotShare));
     });
 }

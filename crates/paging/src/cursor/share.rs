@@ -398,7 +398,7 @@ pub(crate) fn child<'t, F: Format, E: Env>(
     unsafe { Node::new(env, F::table_frame(parent.load(index)), parent.level - 1) }
 }
 
-/// Makes an entry of a locked table this space's own again. A right is added, so nobody needs to be told.
+/// Makes an entry of a locked table this space's own again. A right is added, of which nobody needs to be told: where CPUs do, no table is shared.
 fn own<F: Format>(parent: &Node<'_, F>, index: usize) {
     let mut word = parent.load(index);
     while let Err(found) = parent.change::<Live>(index, word, F::own_table(parent.level, word)) {
@@ -467,13 +467,18 @@ fn copy_words<F: Format, E: Env, H: Divisible>(
         let copied = if word == 0 {
             0
         } else if F::is_table(number, word) {
-            let counted = node::add_share(slots.of(F::table_frame(word)));
+            let slot = slots.of(F::table_frame(word));
+            let counted = node::add_share(slot);
             let shared = if counted {
                 mark_shared::<F>(number, entry, word)
             } else {
                 None
             };
             let Some(shared) = shared else {
+                if counted {
+                    // The format cannot say so here, against its contract.
+                    node::drop_share(slot);
+                }
                 failed = Some((UnshareError::Saturated, None));
                 done = index;
                 break;

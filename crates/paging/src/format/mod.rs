@@ -203,7 +203,10 @@ pub unsafe trait Format: Copy + Send + Sync + core::fmt::Debug + 'static {
     fn table(level: usize, frame: Frame) -> u64;
 
     /// An entry that points to a table, with the right to write taken away from everything below: the table is shared with another
-    /// space. `None` where the format cannot say so at this level; then tables are copied.
+    /// space. `None` where the format cannot say so at this level, whatever the word; then tables are copied.
+    ///
+    /// Nothing is shared in a format that [tells gains](Self::TELLS_GAINS), as the right comes back without a word to anybody; nor a table whose
+    /// copy could not say that it shares those below it.
     #[inline(always)]
     fn shared_table(level: usize, word: u64) -> Option<u64> {
         let _ = (level, word);

@@ -4,6 +4,8 @@
 
 #![cfg(not(loom))]
 
+#[path = "../common/altered.rs"]
+mod altered;
 #[path = "../common/machine.rs"]
 mod machine;
 
@@ -11,11 +13,12 @@ mod changes;
 mod refs;
 mod world;
 
+use altered::Altered;
 use kmem_hal::Order;
-use kmem_paging::format::X86_64;
+use kmem_paging::format::{Format, X86_64};
 use kmem_paging::{
-    Attributes, ChangeError, ForkError, ForkItem, ForkStep, Harvest, Harvested, Payload, Rights,
-    TableCache, TableError, UnshareError, UnshareStep,
+    Attributes, ChangeError, ForkError, ForkItem, ForkStep, Harvest, Harvested, PageTable, Payload,
+    Rights, TableCache, TableError, UnshareError, UnshareStep,
 };
 use machine::Machine;
 use proptest::prelude::*;
@@ -413,4 +416,65 @@ fn a_lender_without_memory_lends_nothing() {
     lender.destroy(|_, _| {}, |_, _| {});
     TableCache::shrink(machine.env(), usize::MAX);
     assert_eq!(machine.frames.out(), 0);
+}
+
+/// Forks two tables of leaves, with as many levels shared as a format can share; every leaf is copied where none can be. Then the child changes one
+/// page. Gives how many leaves were copied by the fork.
+fn fork_and_change<F: Format>() -> u32 {
+    let machine = Machine::new(64);
+    let [parent, child] = [(); 2].map(|()| PageTable::<F, _, Ref>::new(machine.env()).unwrap());
+    let all = span(FIRST - FIRST % ALL, ALL);
+    let mut cursor = parent.cursor(all).unwrap();
+    for (at, frame) in [(FIRST, 1000), (FIRST + 512, 1001)] {
+        let mapped = cursor.map(page(at), Ref::new(frame), Rights::USER_DATA);
+        mapped.map_err(|(error, _)| error).unwrap();
+    }
+    drop(cursor);
+    let mut copied = 0;
+    let mut gather = parent.gather::<4>();
+    let step = |item| {
+        let ForkItem::Leaf(leaf) = item else {
+            return ForkStep::Stop;
+        };
+        copied += 1;
+        let read_only = leaf.attributes.write_protected();
+        ForkStep::Leaf {
+            handle: Ref::to(&leaf),
+            child: read_only,
+            parent: Some(read_only),
+        }
+    };
+    // SAFETY: one thread, and no cursor is open.
+    let forked = unsafe { parent.fork_sharing(&child, all, 2, &mut gather, step) };
+    forked.map_err(|(error, _)| error).unwrap();
+    gather.commit(Ref::give_back);
+    drop(gather);
+    let mut gather = child.gather::<4>();
+    let mut cursor = child.cursor(all).unwrap();
+    let unshared = cursor.unshare(page(FIRST), &mut gather, Ref::copied, Ref::give_back);
+    assert_eq!(unshared, Ok(copied == 0));
+    assert_eq!(cursor.unmap(span(FIRST, 1), &mut gather), Ok(1));
+    drop(cursor);
+    gather.commit(Ref::give_back);
+    drop(gather);
+    assert!(parent.query(page(FIRST)).leaf().is_some());
+    assert!(child.query(page(FIRST + 512)).leaf().is_some());
+    for table in [child, parent] {
+        table.destroy(|_, handle| handle.give_back(), |_, _| {});
+    }
+    COUNTS.with_borrow(|counts| assert!(counts.is_empty(), "references are left"));
+    TableCache::shrink(machine.env(), usize::MAX);
+    assert_eq!(machine.frames.out(), 0, "tables leaked");
+    copied
+}
+
+#[test]
+fn a_table_is_shared_where_its_copy_can_be_made() {
+    const ANY: u64 = u64::MAX;
+    assert_eq!(fork_and_change::<Altered<0b1100, false, ANY>>(), 0);
+    assert_eq!(fork_and_change::<Altered<0b0100, false, ANY>>(), 0);
+    // The copy of a level-2 table could not say that it shares those below it.
+    assert_eq!(fork_and_change::<Altered<0b1000, false, ANY>>(), 2);
+    // The right that comes back with a table would have to be told.
+    assert_eq!(fork_and_change::<Altered<0b1100, true, ANY>>(), 2);
 }
