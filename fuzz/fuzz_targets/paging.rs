@@ -1,6 +1,7 @@
 //! Page tables of every format against a flat map: any bytes become operations, six bytes each.
 //!
-//! The first byte chooses the format, and whether every operation is also tried with each of its allocations failing.
+//! The first byte chooses the format, and whether every operation is also tried with its allocations failing, one after the
+//! other (of many, not each of the later ones).
 #![no_main]
 
 #[path = "../../crates/paging/tests/common/machine.rs"]

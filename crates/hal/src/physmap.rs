@@ -210,7 +210,7 @@ unsafe impl<M: PhysMap + ?Sized> PhysMap for &M {
 #[derive(Debug)]
 pub struct OffsetMap {
     offset: AtomicUsize,
-    /// The first frame in reach, and the one behind the last; 0 = not set.
+    /// The first frame in reach, and the one behind the last: none is in reach while that is 0.
     first: u64,
     end: AtomicU64,
 }
@@ -259,7 +259,8 @@ impl OffsetMap {
     }
 }
 
-// SAFETY: P1, P2, P4 are promised to `new` and `set`; P3: subtraction undoes addition.
+// SAFETY: P1 and P2 are promised to `new`, `over` and `set`; P3: subtraction undoes addition; P4: `set` only raises the end, which nothing else
+// changes.
 unsafe impl PhysMap for OffsetMap {
     #[inline]
     fn reach(&self) -> FrameRange {

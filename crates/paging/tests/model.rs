@@ -1,5 +1,5 @@
-//! Every operation on every format, held against a flat map; with memory, and with memory running out at every
-//! allocation in turn.
+//! Every operation on every format, held against a flat map; with memory, and with memory running out at one allocation after the other (of
+//! operations with many, not at each of the later ones).
 
 #![cfg(not(loom))]
 
@@ -26,7 +26,7 @@ fn run<F: Format>(codes: &[[u8; 6]]) {
     world.finish();
 }
 
-/// Each operation fails at its first allocation, then at its second and so on; gives how often one did.
+/// Each operation fails at its first allocation, then at its second and so on, as `step_failing` chooses; gives how often one did.
 fn run_without_memory<F: Format>(codes: &[[u8; 6]]) -> usize {
     let mut world = World::<F>::new();
     let mut failures = 0;

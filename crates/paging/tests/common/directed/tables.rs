@@ -178,7 +178,7 @@ pub fn a_lent_leaf_table_stays() {
             at(KERNEL),
         )
         .unwrap();
-        // One fork of the lent part: its tables are not shared, as `space` would not know.
+        // A fork of the lent part beside it.
         let child =
             PageTable::<X86TwoLevel, &'static HostileEnv, OwnedFrame>::new(room.env).unwrap();
         let mut gather = room.table.gather::<4>();
