@@ -122,6 +122,8 @@ pub struct FrameRequest {
     /// Whether the block may lie in high memory, out of [`PhysMap::reach`](crate::PhysMap::reach), although it does not
     /// move: the caller maps what it gets. Movable frames may lie there anyway.
     pub high: bool,
+    /// Whether the caller has another way where this is refused: not worth what others would have to give up for it ([`Pressure`]).
+    pub optional: bool,
 }
 
 impl FrameRequest {
@@ -141,6 +143,7 @@ impl FrameRequest {
             context: Context::Atomic,
             reserve: false,
             high: false,
+            optional: false,
         }
     }
 
@@ -201,6 +204,14 @@ impl FrameRequest {
     #[must_use]
     pub const fn high(mut self) -> Self {
         self.high = true;
+        self
+    }
+
+    /// Where it can be had for nothing: the caller has another way.
+    #[doc(alias = "__GFP_NORETRY")]
+    #[must_use]
+    pub const fn optional(mut self) -> Self {
+        self.optional = true;
         self
     }
 
@@ -490,7 +501,8 @@ pub enum PressureLevel {
 
 /// Told by the page-frame allocator when memory runs short, on slow paths only.
 pub trait Pressure {
-    /// Memory is short on `node`; returns whether something was freed, so that a retry makes sense.
+    /// Memory is short on `node`; returns whether something was freed, so that a retry makes sense. For an [`optional`](FrameRequest::optional) request
+    /// it is enough to take note.
     fn pressure(&self, node: NodeId, level: PressureLevel, request: &FrameRequest) -> bool;
 }
 

@@ -75,7 +75,7 @@ impl IdleThreads {
 
 impl Pressure for &'static IdleThreads {
     fn pressure(&self, node: NodeId, level: PressureLevel, request: &FrameRequest) -> bool {
-        if level == PressureLevel::Low || !self.empty() {
+        if level == PressureLevel::Low || request.optional || !self.empty() {
             return false;
         }
         // SAFETY: D1.

@@ -179,6 +179,30 @@ fn the_kernel_is_asked_to_reclaim_only_where_the_caches_have_nothing() {
     drop(kept);
 }
 
+/// A slab larger than it must be is worth nothing that caches hold: where only single frames are left, one of these is taken.
+#[test]
+fn caches_give_nothing_up_for_a_larger_slab() {
+    for flags in [Flags::empty(), Flags::MAY_WAIT] {
+        let (world, _) = world();
+        let (frames, _) = all_frames(world, Context::MayWait);
+        // One of each two that are neighbours stays.
+        let (odd, even): (Vec<_>, Vec<_>) = frames
+            .into_iter()
+            .partition(|frame| frame.first().number() % 2 == 1);
+        for frame in odd {
+            world.frames().free(frame);
+        }
+        let _kept = use_caches(world);
+        let held = world.slab().count();
+        assert!(held > 500, "{held}");
+        for size in [3000, 3500, 4000] {
+            let _ = world.slab().kmalloc(size, flags).unwrap();
+            assert!(world.slab().count() >= held, "{flags:?}, {size}");
+        }
+        drop(even);
+    }
+}
+
 #[test]
 fn low_memory_leaves_the_caches_alone() {
     let (world, told) = world();

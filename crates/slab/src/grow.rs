@@ -80,8 +80,8 @@ impl<P: Platform> SlabSystem<P> {
         // SAFETY: a cache exists, so the system is ready.
         let platform = unsafe { self.platform_unchecked() };
         let geometry = cache.geometry();
-        // Large slabs waste less; a fragmented machine still gets small ones. Nobody reclaims for more than the smallest, nor takes more from the
-        // reserves (Linux, mm/slub.c, allocate_slab).
+        // Large slabs waste less; a fragmented machine still gets small ones. For more than the smallest nobody reclaims, takes from the reserves or
+        // empties caches (Linux, mm/slub.c, allocate_slab).
         let least = geometry.least_order();
         let mut order = geometry.order();
         let (frame, memory) = loop {
@@ -93,6 +93,7 @@ impl<P: Platform> SlabSystem<P> {
             if order > least {
                 request.context = request.context.min(Context::NoReclaim);
                 request.reserve = false;
+                request.optional = true;
             }
             match block::take_for(platform, &request, FrameTag::Slab) {
                 Ok(block) => break block,

@@ -225,6 +225,8 @@ impl<P: Platform> Pressure for SlabSystem<P> {
         match level {
             // Somebody reclaims in the background; arrays and depots are what keeps the rest fast.
             PressureLevel::Low => false,
+            // A slab larger than it must be, for one, is worth less than they are.
+            _ if request.optional => false,
             _ => self.shrink_short(request) > 0,
         }
     }

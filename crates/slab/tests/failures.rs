@@ -133,9 +133,11 @@ fn only_the_smallest_slab_is_worth_reclaim_and_the_reserves() {
             let slab = slab.expect("the smallest slab may come from the reserves");
             let (larger, smallest) = (&asked[..slab], asked[slab]);
             assert_eq!((smallest.order, smallest.context), (least, last));
+            assert!(!smallest.optional);
             assert!(larger.iter().filter(|larger| larger.order > least).count() > 0);
             for request in larger.iter().filter(|larger| larger.order > least) {
                 assert_eq!(request.context, before, "{flags:?}: {request:?}");
+                assert!(request.optional, "{flags:?}: {request:?}");
             }
             // SAFETY: allocated above.
             unsafe { system.kfree(object.as_ptr()) };
