@@ -10,7 +10,9 @@ use kmem::{
     PhysMap,
 };
 use kmem_hal::sync::Ordering;
-use kmem_hal::{FrameTable, FrameTag, LargeSource, NoCpuCall, PAGE_SIZE};
+use kmem_hal::{
+    FrameTable, FrameTag, LargeSource, NoCpuCall, NodeId, PAGE_SIZE, Pressure, PressureLevel,
+};
 
 use crate::idle::IdleThreads;
 use crate::lock::HostLock;
@@ -53,11 +55,19 @@ unsafe impl LargeSource for Ranges {
         }
         let alignment = Order::for_bytes(align as u64).ok_or(AllocError::Unsatisfiable)?;
         let frames = (size as u64).div_ceil(PAGE_SIZE);
+        let (request, hook) = (FrameRequest::ONE, self.frames.pressure().kernel());
+        let take = || self.frames.alloc_range(frames, alignment, &request);
+        let owned = match take() {
+            // Nobody else asks for what threads that ended hold: the page-frame allocator has its hook for blocks alone.
+            Err(AllocError::OutOfMemory | AllocError::OutOfMemoryHere)
+                if hook.pressure(NodeId::ZERO, PressureLevel::Refusing, &request) =>
+            {
+                take()?
+            }
+            taken => taken?,
+        };
         // The owner is given up here; the slot's number of frames makes owners of its blocks again.
-        let range = self
-            .frames
-            .alloc_range(frames, alignment, &FrameRequest::ONE)?
-            .range();
+        let range = owned.range();
         let slot = self
             .table
             .slot(range.first())

@@ -5,6 +5,8 @@
 //!   64 KiB < size              the large source, then pages (up to 4 MiB)
 //! ```
 //!
+//! Where neither has any, what caches hold beyond need goes back, and both are asked once more.
+//!
 //! A large source that is for tasks (vmalloc) is asked only where the flags say that the caller may wait. So what was allocated without such
 //! a flag never comes from there, and can be freed in any context.
 //!
@@ -39,13 +41,7 @@ impl<P: Platform> SlabSystem<P> {
         request: &FrameRequest,
     ) -> Result<NonNull<u8>, AllocError> {
         let platform = self.platform().ok_or(AllocError::NotInitialised)?;
-        let pages = || {
-            let served = self.alloc_pages(platform, size, align, request);
-            if served.is_err() && self.shrink_for(request.context) > 0 {
-                return self.alloc_pages(platform, size, align, request);
-            }
-            served
-        };
+        let pages = || self.alloc_pages(platform, size, align, request);
         // The large source maps whatever frames it finds: not for requests below an address limit or from a node.
         let limited = request.max_address.as_u64() != u64::MAX || request.node != NodePolicy::Local;
         let large = || {
@@ -57,12 +53,24 @@ impl<P: Platform> SlabSystem<P> {
             }
             Ok(memory)
         };
-        if limited || !self.may_ask_large(platform, request.context) {
-            pages()
-        } else if size <= PAGES_FIRST {
-            pages().or_else(|refused| large().map_err(|_: AllocError| refused))
-        } else {
-            large().or_else(|_| pages())
+        let asks_large = !limited && self.may_ask_large(platform, request.context);
+        let either = || {
+            if !asks_large {
+                pages()
+            } else if size <= PAGES_FIRST {
+                pages().or_else(|refused| large().map_err(|_: AllocError| refused))
+            } else {
+                large().or_else(|refused| match pages() {
+                    // No block is so large: what the source says is all there is to say.
+                    Err(AllocError::Unsatisfiable) => Err(refused),
+                    served => served,
+                })
+            }
+        };
+        match either() {
+            Err(AllocError::Unsatisfiable) => Err(AllocError::Unsatisfiable),
+            Err(_) if self.shrink_for(request.context) > 0 => either(),
+            served => served,
         }
     }
 
