@@ -85,19 +85,33 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         {
             return None;
         }
+        // SAFETY: the closure makes no guard and does not panic: an index is below the entries of its table.
+        let found = unsafe {
+            let grace = self.env().grace();
+            grace.read_with(|| self.try_lock_leaf(page, false))
+        };
+        let node = match found {
+            Found::Leaf(node) => node,
+            Found::Again => self.wait_for_leaf(page)?,
+            Found::Nothing => return None,
+        };
+        Some(LockedEntry {
+            table: self,
+            node,
+            page,
+        })
+    }
+
+    /// Locks the leaf table of `page`, where somebody had its lock.
+    #[cold]
+    fn wait_for_leaf(&self, page: Page) -> Option<Node<'_, F>> {
         loop {
-            // SAFETY: the closure makes no guard and does not panic: an index is below the entries of its table.
-            let found = unsafe { self.env().grace().read_with(|| self.try_lock_leaf(page)) };
-            match found {
-                Found::Leaf(node) => {
-                    return Some(LockedEntry {
-                        table: self,
-                        node,
-                        page,
-                    });
-                }
-                // K2
-                Found::Again => self.env().relax(),
+            // K2
+            self.env().relax();
+            let _reading = self.env().grace().read();
+            match self.try_lock_leaf(page, true) {
+                Found::Leaf(node) => return Some(node),
+                Found::Again => {}
                 Found::Nothing => return None,
             }
         }
@@ -105,7 +119,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
 
     /// Inside a read section.
     #[inline(always)]
-    fn try_lock_leaf(&self, page: Page) -> Found<'_, F> {
+    fn try_lock_leaf(&self, page: Page, waited: bool) -> Found<'_, F> {
         let levels = self.levels();
         let map = self.env().map();
         let mut frame = self.root_frame();
@@ -128,7 +142,7 @@ impl<F: Format, E: Env, H: FrameHandle> PageTable<F, E, H> {
         // SAFETY: an entry of an attached table pointed to it during this section, so it is a table until the section ends; and once it
         // is locked and found attached (U3 of the cursor), until it is unlocked.
         let node = unsafe { View::<F>::new(self.env(), frame, 1) }.node(self.env());
-        match node.try_lock_attached() {
+        match node.try_lock_attached(waited) {
             true => Found::Leaf(node),
             false => Found::Again,
         }

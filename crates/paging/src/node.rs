@@ -171,11 +171,11 @@ impl<'t, F: Format> Node<'t, F> {
         }
     }
 
-    /// Takes the lock if it is free now and the table attached; `false`, and the lock is not taken, otherwise.
+    /// Takes the lock if it is free now and the table attached; `false`, and the lock is not taken, otherwise. Who has `waited` comes again and
+    /// again, and looks first, so that the line is taken from the holder only when there is a lock to be had.
     #[inline]
-    pub fn try_lock_attached(&self) -> bool {
-        // A waiter comes again and again, and takes the line from the holder only when there is a lock to be had.
-        if self.slot.flags().contains(SlotFlags::LOCKED) {
+    pub fn try_lock_attached(&self, waited: bool) -> bool {
+        if waited && self.slot.flags().contains(SlotFlags::LOCKED) {
             return false;
         }
         let before = self.slot.set_flags(SlotFlags::LOCKED);

@@ -330,7 +330,7 @@ impl<'t, F: Format, E: Env, H: Divisible, S: Liveness> Cursor<'t, F, E, H, S> {
             child.unlock();
             // SAFETY: a table of the path (U2), inside the read section.
             let parent: Node<'t, F> = unsafe { Node::new(env, self.path[above], above) };
-            parent.try_lock_attached().then_some(parent)
+            parent.try_lock_attached(false).then_some(parent)
         };
         let parent = match at {
             Some(parent) => parent,

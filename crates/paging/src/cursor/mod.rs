@@ -203,6 +203,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     #[inline(never)]
     fn walk(&mut self, page: Page, target: usize) -> Node<'t, F> {
         let env = self.table.env();
+        let mut waited = false;
         loop {
             {
                 // Begins while the held lock keeps the path attached (U1): its tables stay tables until the section ends.
@@ -210,19 +211,26 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
                 let (frame, level) = self.leave_for(page, target);
                 // SAFETY: a table of the path (U2), inside the section; or P1.
                 let start = unsafe { View::<F>::new(env, frame, level) };
-                if let Some(node) = self.descend(start, page, target) {
+                if let Some(node) = self.descend(start, page, target, waited) {
                     return node;
                 }
             }
             // U6; nothing is held now, so the next walk begins at the root.
             env.relax();
+            waited = true;
         }
     }
 
     /// Walks down from a table; `None` where somebody has the lock of the table that it comes to, or that one was just detached. Inside a read
     /// section.
     #[inline(always)]
-    fn descend(&mut self, mut view: View<'t, F>, page: Page, target: usize) -> Option<Node<'t, F>> {
+    fn descend(
+        &mut self,
+        mut view: View<'t, F>,
+        page: Page,
+        target: usize,
+        waited: bool,
+    ) -> Option<Node<'t, F>> {
         let env = self.table.env();
         let mut shared = false;
         // The table whose entry led to `view`, where that is shared.
@@ -235,8 +243,8 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
             if level == target || !F::is_table(level, word) {
                 let node = view.node(env);
                 let locked = match above {
-                    Some(above) => try_lock_below(&above, &node, page),
-                    None => node.try_lock_attached(),
+                    Some(above) => try_lock_below(&above, &node, page, waited),
+                    None => node.try_lock_attached(waited),
                 };
                 if !locked {
                     return None;
@@ -355,13 +363,18 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
 /// Locks a table that others share, under the lock of the table above it (`N5`); `false`, and nothing is locked, where somebody has one of the
 /// locks, or that one does not lead to it any more. Inside a read section.
 #[cold]
-fn try_lock_below<F: Format>(above: &Node<'_, F>, node: &Node<'_, F>, page: Page) -> bool {
-    if !above.try_lock_attached() {
+fn try_lock_below<F: Format>(
+    above: &Node<'_, F>,
+    node: &Node<'_, F>,
+    page: Page,
+    waited: bool,
+) -> bool {
+    if !above.try_lock_attached(waited) {
         return false;
     }
     let word = above.load(index_at::<F>(page.number(), above.level));
     let leads = F::is_table(above.level, word) && F::table_frame(word) == node.frame;
-    let locked = leads && node.try_lock_attached();
+    let locked = leads && node.try_lock_attached(waited);
     above.unlock();
     locked
 }

@@ -174,21 +174,27 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
     /// The highest entry on the way to `page` that says "shared", with its table locked. The cursor holds nothing.
     fn lock_shared(&mut self, page: Page) -> Option<(Node<'t, F>, usize)> {
         let env = self.table.env();
+        let mut waited = false;
         loop {
             let found = {
                 let _reading = env.grace().read();
-                self.try_lock_shared(page)
+                self.try_lock_shared(page, waited)
             };
             match found {
                 Ok(found) => return found,
                 // U6
                 Err(Taken) => env.relax(),
             }
+            waited = true;
         }
     }
 
     /// As `lock_shared`, where nobody has the lock. Inside a read section.
-    fn try_lock_shared(&self, page: Page) -> Result<Option<(Node<'t, F>, usize)>, Taken> {
+    fn try_lock_shared(
+        &self,
+        page: Page,
+        waited: bool,
+    ) -> Result<Option<(Node<'t, F>, usize)>, Taken> {
         let env = self.table.env();
         // SAFETY: P1: the root is attached.
         let mut view = unsafe { View::<F>::new(env, self.table.root_frame(), self.table.levels()) };
@@ -202,7 +208,7 @@ impl<'t, F: Format, E: Env, H: FrameHandle, S: Liveness> Cursor<'t, F, E, H, S> 
             if F::is_shared_table(number, word) {
                 // Above it nothing is shared, so it is this space's, unless it was detached.
                 let node = view.node(env);
-                if !node.try_lock_attached() {
+                if !node.try_lock_attached(waited) {
                     return Err(Taken);
                 }
                 if node.load(index) == word {
