@@ -6,12 +6,12 @@
 //!                  all that check  Poison            Redzone           Redzone, Owner
 //! ```
 //!
-//! The tag is a function of the object's address, of what is in front of it, of its cache's index and of the size that was asked for: one value while the
-//! object is in use, its complement while it is free. So a free compares one word with what it must be, without looking anything up: a second free finds the
-//! complement; an address inside an object, or one of another cache, class, alignment or size, finds another object's tag or none.
+//! The tag is a function of the slot's address, of its cache's index and of the size that was asked for: one value while the object is in use, its
+//! complement while it is free. So a free compares one word with what it must be, without looking anything up: a second free finds the complement; an
+//! address inside an object, or one of another cache, class, alignment or size, finds another object's tag or none.
 //!
 //! ```text
-//!   tag = salt ^ [ size: 16 bits | index: 10 bits | front: 10 bits, one of them set | 0: 28 bits ] ^ address
+//!   tag = salt ^ [ size: 16 bits | index: 10 bits | 0: 38 bits ] ^ (address of the object - what is in front of it)
 //! ```
 //!
 //! The tag stands in front of the object, on the line that its next user writes first: the free of a cold object brings the line that the allocation
@@ -67,15 +67,13 @@ const _: () = assert!(size_of::<Record>() <= RECORD);
 /// Tells a tag from what programs write.
 const SALT: u64 = 0x00a5_b1c3_96d7_2e4f;
 
-/// Where the tag has what is in front of the object, a power of two from `TAG` to a page; above it the cache's index; and above that the size that was asked
-/// for (its low 16 bits, which are all of it in classes).
-const FRONT: u32 = 28 - TAG.trailing_zeros();
+/// Where the tag has the cache's index, and above it the size that was asked for (its low 16 bits, which are all of it in classes).
 const INDEX: u32 = 38;
 const SIZE: u32 = 48;
 
-// None reaches into the next: tags of one address differ wherever one of the three does.
+// None reaches into the next: tags that may be before one object differ wherever the index, the size or what is in front of it does.
 const _: () = {
-    assert!((LARGEST_ALIGN as u64) << FRONT < 1 << INDEX);
+    assert!((LARGEST_ALIGN as u64) < 1 << INDEX);
     assert!(((CHUNKS * COLUMNS - 1) as u64) << INDEX < 1 << SIZE);
     assert!((LARGEST_CLASS as u64) < 1 << (u64::BITS - SIZE));
 };
@@ -86,11 +84,11 @@ fn slot_of(object: NonNull<u8>, front: usize) -> Option<NonNull<u8>> {
     NonNull::new(object.as_ptr().wrapping_sub(front))
 }
 
-/// The tag of an object in use of the cache with this index, with so many bytes in front and of so many; that of a free one is its complement.
+/// The tag of an object in use with so many bytes in front of it, of the cache with this index and of so many bytes; that of a free one is its complement.
 #[inline(always)]
 fn in_use(object: NonNull<u8>, index: u32, front: usize, size: usize) -> u64 {
-    let rest = (front as u64) << FRONT ^ u64::from(index) << INDEX ^ (size as u64) << SIZE;
-    object.as_ptr().addr() as u64 ^ SALT ^ rest
+    let slot = object.as_ptr().wrapping_sub(front).addr() as u64;
+    slot ^ SALT ^ u64::from(index) << INDEX ^ (size as u64) << SIZE
 }
 
 /// Where the tag of an object is.
