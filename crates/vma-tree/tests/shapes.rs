@@ -56,6 +56,39 @@ fn a_descending_tree_is_no_level_too_high() {
     }
 }
 
+/// A range over many others that begins where a leaf does splits no leaf: what is left of two nodes above it is shared out evenly, and not as a
+/// descending series would leave it.
+#[test]
+fn a_range_over_many_is_no_descending_series() {
+    let heap = Heap::default();
+    let entry = |i| Entry {
+        range: count(4 * i, 3),
+        value: i,
+    };
+    let children = |dump: &str| {
+        let counts = dump
+            .lines()
+            .filter_map(|line| line.split_once("children="))
+            .map(|(_, count)| count.split(' ').next().unwrap().parse().unwrap());
+        counts.collect::<Vec<usize>>()
+    };
+    // Leaves of 13 ranges and nodes of 12 leaves.
+    for first in (0..13 * 12).step_by(13) {
+        for last in [13 * 12 + 3, 13 * 13 + 3, 13 * 24 + 3] {
+            let mut tree = Tree::build_in(&heap, (0..2000).map(entry)).unwrap();
+            let over = pages(4 * first, 4 * last + 2);
+            tree.store(over, Some(7), &mut |_| ()).unwrap();
+            tree.check().unwrap();
+            let dump = tree.dump().to_string();
+            let counts = children(&dump);
+            assert!(
+                counts.len() > 2 && counts.iter().all(|&count| count >= 4),
+                "{first}..={last}: {counts:?}"
+            );
+        }
+    }
+}
+
 #[test]
 fn alternating_ends() {
     let heap = Heap::default();

@@ -250,7 +250,7 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
             });
             from_page = last.wrapping_add(1);
         }
-        let descends = shape == Shape::HighFull;
+        let descends = shape == Shape::HighFull && children.len() > 1;
         let row = Row {
             children,
             drawn,
@@ -305,8 +305,10 @@ impl<V: Value, A: ObjectAlloc<Node<W>>, S: Sharing, const W: usize> RangeTree<V,
         } else {
             Shape::Even
         };
+        let children = self.write_inners(&all, (shape, start), taken)?;
+        let descends = descends && children.len() > 1;
         Ok(Row {
-            children: self.write_inners(&all, (shape, start), taken)?,
+            children,
             drawn,
             descends,
         })
