@@ -64,6 +64,11 @@ pub struct Layout {
     /// The stack's size limit in bytes that a new space has (`RLIMIT_STACK`), and for which mappings leave room
     /// ([`with_stack_limit`](Self::with_stack_limit)).
     pub stack_limit: u64,
+    /// Bytes that the stack may have been moved down by, for which mappings leave room too: 0 without randomness
+    /// (`stack_maxrandom_size`).
+    pub stack_random: u64,
+    /// Bytes that `mmap_base` has been moved down by: 0 without randomness (`arch_mmap_rnd`).
+    pub mmap_random: u64,
     /// Whether searches for huge multiples align to 2 MiB (transparent huge pages are built in).
     pub huge_align: bool,
 }
@@ -84,18 +89,28 @@ impl Layout {
             image_base: image_base(task_size),
             heap_gap: 0,
             stack_limit: 8 << 20,
+            stack_random: 0,
+            mmap_random: 0,
             huge_align: true,
         }
     }
 
     /// The same with another limit on the stack, which mappings leave room for: what exec does with the limit of the process that calls it.
+    /// A layout that is random stays so.
     #[must_use]
     pub fn with_stack_limit(mut self, bytes: u64) -> Self {
         self.stack_limit = bytes;
-        if self.mmap_base.is_some() && !self.is_window() {
-            self.mmap_base = Some(mmap_base(self.task_size, bytes));
-        }
+        self.place_mappings();
         self
+    }
+
+    /// Lets mappings begin below the room of the stack, wherever that ends, and as far below as chance said.
+    fn place_mappings(&mut self) {
+        if self.mmap_base.is_some() && !self.is_window() {
+            let room = self.stack_limit.saturating_add(self.stack_random);
+            let highest = mmap_base(self.task_size, room);
+            self.mmap_base = Some(highest.saturating_sub(self.mmap_random));
+        }
     }
 
     /// The same with every part elsewhere: one layout for each exec. How far a part moves at most the module says, and never by more than an
@@ -134,13 +149,12 @@ impl Layout {
         let below = |pages: u64| rng.next_u64() % pages * PAGE_SIZE;
         let moved = below(mappings);
         if !self.is_window() {
-            if self.mmap_base.is_some() {
-                // Room for the stack wherever it ends.
-                let room = self.stack_limit.saturating_add(stack * PAGE_SIZE);
-                self.mmap_base = Some(mmap_base(self.task_size, room).saturating_sub(moved));
-            }
+            self.mmap_random += moved;
             self.bottom_up_base += moved;
         }
+        // What the stack moves by at most: one page less than there are places.
+        self.stack_random += (stack - 1) * PAGE_SIZE;
+        self.place_mappings();
         self.image_base += below(mappings);
         self.stack_top = self.stack_top.saturating_sub(below(stack));
         // A page at least, so that a heap is no image's data.
@@ -155,7 +169,7 @@ impl Layout {
 
     /// Whether addresses have 32 bits.
     pub(crate) fn is_narrow(&self) -> bool {
-        self.task_size <= 1 << 32
+        is_narrow(self.task_size)
     }
 
     /// Whether a page is one of the first, which nobody may map (`vm.mmap_min_addr`).
@@ -180,6 +194,8 @@ impl Layout {
             image_base: image_base(task_size),
             heap_gap: 0,
             stack_limit: 8 << 20,
+            stack_random: 0,
+            mmap_random: 0,
             huge_align: false,
         }
     }
@@ -221,9 +237,17 @@ pub const fn mmap_base(task_size: u64, stack_limit: u64) -> u64 {
     (task_size - gap).next_multiple_of(PAGE_SIZE)
 }
 
-/// Where position-independent images go without randomness: two thirds up (`ELF_ET_DYN_BASE`).
+/// Where position-independent images go without randomness: two thirds up, or at 4 MiB in a space of 32 bits (`ELF_ET_DYN_BASE`).
 pub(crate) const fn image_base(task_size: u64) -> u64 {
-    task_size / 3 * 2 / PAGE_SIZE * PAGE_SIZE
+    match is_narrow(task_size) {
+        true => 0x40_0000,
+        false => task_size / 3 * 2 / PAGE_SIZE * PAGE_SIZE,
+    }
+}
+
+/// Whether addresses below this one have 32 bits.
+const fn is_narrow(task_size: u64) -> bool {
+    task_size <= 1 << 32
 }
 
 fn pages(low: u64, high: u64) -> PageRange {

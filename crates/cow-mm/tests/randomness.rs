@@ -138,8 +138,8 @@ fn without_randomness_only_room_for_a_moved_stack_is_left() {
         random.heap_gap, PAGE,
         "a heap begins a page behind the image"
     );
-    // 16 GiB for the stack's randomness, its limit, and the guard.
-    let gap = (16 << 30) + (8 << 20) + STACK_GUARD_PAGES * PAGE;
+    // What the stack's randomness moves it by at most (`__STACK_RND_MASK`), its limit, and the guard.
+    let gap = 0x3f_ffff * PAGE + (8 << 20) + STACK_GUARD_PAGES * PAGE;
     assert_eq!(random.mmap_base, Some(fixed.task_size - gap));
 }
 
@@ -177,6 +177,25 @@ fn mappings_leave_room_for_the_stack_that_the_limit_allows() {
     let program = Program::with_layout(world.mm(), large);
     assert_eq!(program.space.limits().stack, 1 << 30);
     program.exit();
+}
+
+#[test]
+fn a_layout_that_is_random_stays_so_with_another_limit() {
+    for (layout, ..) in MODES {
+        for limit in [1 << 20, 8 << 20, 1 << 30] {
+            let before = layout().with_stack_limit(limit);
+            let first = before.randomised(&Seeded::new(5));
+            let last = layout().randomised(&Seeded::new(5)).with_stack_limit(limit);
+            assert_eq!(first, last);
+        }
+    }
+}
+
+/// `ELF_ET_DYN_BASE` of x86.
+#[test]
+fn images_go_where_linux_puts_them() {
+    assert_eq!(Layout::x86_64().image_base, 0x5555_5555_4000);
+    assert_eq!(Layout::x86_32_legacy().image_base, 0x40_0000);
 }
 
 const TEXT: Part = Part {
