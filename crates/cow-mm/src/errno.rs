@@ -40,6 +40,8 @@ pub enum Errno {
     ENOSPC = 28,
     /// A name that does not fit.
     ENAMETOOLONG = 36,
+    /// No such call.
+    ENOSYS = 38,
     /// The offset plus the length wraps.
     EOVERFLOW = 75,
     /// An interpreter that is no image.
@@ -73,6 +75,7 @@ impl Errno {
             Self::ENODEV => "ENODEV",
             Self::EINVAL => "EINVAL",
             Self::ENOSPC => "ENOSPC",
+            Self::ENOSYS => "ENOSYS",
             Self::EOVERFLOW => "EOVERFLOW",
             Self::ELIBBAD => "ELIBBAD",
             Self::ENAMETOOLONG => "ENAMETOOLONG",

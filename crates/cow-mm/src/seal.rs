@@ -26,8 +26,8 @@ impl<E: Env> AddressSpace<'_, E> {
     /// # Errors
     ///
     /// [`Errno::EINVAL`] for flags (there are none), an unaligned address and a length that wraps; [`Errno::ENOMEM`] where a page is not
-    /// mapped: nothing was sealed; or where a mapping cannot be cut: those before it are sealed. [`Errno::EOPNOTSUPP`] in a space of
-    /// 32 bits.
+    /// mapped: nothing was sealed; or where a mapping cannot be cut: those before it are sealed. [`Errno::ENOSYS`] in a space of
+    /// 32 bits, whose kernel has no such call.
     ///
     /// # Examples
     ///
@@ -35,7 +35,7 @@ impl<E: Env> AddressSpace<'_, E> {
     #[doc(alias = "do_mseal")]
     pub fn mseal(&self, address: u64, length: u64, flags: u64) -> Result<(), Errno> {
         if self.class() == Class::Elf32 {
-            return Err(Errno::EOPNOTSUPP);
+            return Err(Errno::ENOSYS);
         }
         if flags != 0 {
             return Err(Errno::EINVAL);
@@ -100,6 +100,8 @@ pub(crate) fn is_sealed_against(vma: &Vma, advice: Advice) -> bool {
             | Advice::WipeOnFork
             | Advice::GuardInstall
     );
-    let own = vma.is_anonymous() && !vma.flags.contains(VmFlags::WRITE);
+    // Linux's `[vdso]` has operations of its own, and is no anonymous memory (`vma_is_anonymous`).
+    let anonymous = vma.is_anonymous() && !vma.is_kernels();
+    let own = anonymous && !vma.flags.contains(VmFlags::WRITE);
     discards && own && vma.flags.contains(VmFlags::SEALED)
 }
