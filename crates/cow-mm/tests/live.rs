@@ -20,6 +20,7 @@ use kmem_cow_mm::{
     Advice, Errno, Limits, LockAll, LockFlags, MapFlags, MapRequest, OpenFile, Outcome, Prot,
     RemapFlags, Signal, SyncFlags, VmFlags, permissions,
 };
+use kmem_hal::VirtAddr;
 use kmem_mock_x86::DiskImage;
 
 /// The word at the start of a page of a file.
@@ -405,10 +406,12 @@ fn without_miscount(mut call: Call, space: &common::Space) -> Call {
     call
 }
 
-/// What mincore says of files depends on who read them before, and here that is another kernel's cache: their pages do not count.
-fn without_files(
+/// What mincore says of files depends on who read them before, and here that is another kernel's cache: their pages do not count. Nor does
+/// memory that was `given_up`: when it goes depends on the machine and on who else runs there.
+fn without_chance(
     call: Call,
     lines: &[Line],
+    given_up: bool,
     mut got: kernel::Answer,
     mut expected: kernel::Answer,
 ) -> (kernel::Answer, kernel::Answer) {
@@ -416,7 +419,7 @@ fn without_files(
         for page in 0..64 {
             let at = address.saturating_add(page * common::PAGE);
             let line = lines.iter().find(|line| line.start <= at && at < line.end);
-            if line.is_some_and(|line| line.name.starts_with('f')) {
+            if line.is_some_and(|line| given_up || line.name.starts_with('f')) {
                 got.value &= !(1 << page);
                 expected.value &= !(1 << page);
             }
@@ -425,7 +428,7 @@ fn without_files(
     (got, expected)
 }
 
-/// Words that were stored, and when memory was given up by `MADV_FREE` last: a word from before may be gone on either side.
+/// Words in memory that was given up by `MADV_FREE`: they may be gone on either side.
 #[derive(Default)]
 struct Freed {
     stored: std::collections::HashSet<u64>,
@@ -433,6 +436,32 @@ struct Freed {
 }
 
 impl Freed {
+    /// Before a call: which words it makes uncertain. Those at the start of the range's private pages, as far as it can come to them.
+    fn note(&mut self, call: Call, lines: &[Line], space: &common::Space) {
+        let Call::Advise(address, length, advice) = call else {
+            return;
+        };
+        let aligned = address.is_multiple_of(common::PAGE);
+        if advice != Advice::Free as i32 || !aligned {
+            return;
+        }
+        let end = address.saturating_add(length.next_multiple_of(common::PAGE));
+        for line in lines.iter().filter(|line| line.name == "-") {
+            let (mut at, end) = (line.start.max(address), line.end.min(end));
+            let locked = space
+                .vma_at(VirtAddr::new(at))
+                .is_some_and(|vma| vma.flags.contains(VmFlags::LOCKED));
+            while at < end && !locked {
+                let mut word = [0; 8];
+                if space.peek(VirtAddr::new(at), &mut word).is_some() {
+                    let word = u64::from_ne_bytes(word);
+                    self.uncertain.extend(self.stored.get(&word));
+                }
+                at += common::PAGE;
+            }
+        }
+    }
+
     /// The answer to a call of kmem's, or the expected one where both may be right.
     fn accept(
         &mut self,
@@ -443,9 +472,6 @@ impl Freed {
         match call {
             Call::Store(_, value) => {
                 self.stored.insert(value);
-            }
-            Call::Advise(_, _, advice) if advice == Advice::Free as i32 => {
-                self.uncertain.extend(self.stored.drain());
             }
             Call::Load(_) if got.result == expected.result => {
                 let gone = |value: u64, other: u64| other == 0 && self.uncertain.contains(&value);
@@ -487,6 +513,7 @@ fn run(seed: u64, count: usize) -> Result<(), String> {
     let mut lines = Vec::new();
     let mut history = String::new();
     let mut freed = Freed::default();
+    let mut given_up = false;
     for number in 0..count {
         let call = calls.next(&lines, ours.programs.len() - 1);
         if matches!(call, Call::Exit) && ours.programs.len() == 1 {
@@ -494,6 +521,9 @@ fn run(seed: u64, count: usize) -> Result<(), String> {
         }
         let call = without_miscount(call, &ours.program().space);
         let call = without_holes_in_files(call, &lines);
+        freed.note(call, &lines, &ours.program().space);
+        let gives_up = [Advice::Free as i32, Advice::PageOut as i32];
+        given_up |= matches!(call, Call::Advise(_, _, advice) if gives_up.contains(&advice));
         let (expected, now) = ask(&mut kernel, call)
             .ok_or_else(|| format!("seed {seed}, call {number}: {call:x?}: the child is gone"))?;
         let got = ours.make(call);
@@ -510,7 +540,7 @@ fn run(seed: u64, count: usize) -> Result<(), String> {
                 }
             }
         }
-        let (mut got, expected) = without_files(call, &lines, got, expected);
+        let (mut got, expected) = without_chance(call, &lines, given_up, got, expected);
         if matches!(call, Call::InCore(..)) && ours.programs.len() > 1 {
             // A child of kmem's has the zero pages of its parent's tables too (docs/oracle.md).
             got.value &= expected.value;

@@ -209,6 +209,8 @@ impl Kernel {
             let child = libc::fork();
             if child == 0 {
                 libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                // Huge pages come by chance, and mincore tells of them.
+                libc::prctl(libc::PR_SET_THP_DISABLE, 1, 0, 0, 0);
                 libc::close(down[1]);
                 libc::close(up[0]);
                 if !fill_outside(fill, &mut maps) {
