@@ -8,8 +8,13 @@ use common::{PAGE, Program, RW, World};
 use kmem_cow_mm::{AddressSpace, MapFlags, MapRequest, Mm, OpenFile, Prot, RemapFlags};
 use kmem_hal::{Frame, IoError, IoState, IoTicket, PageProvider};
 use kmem_mock_x86::DiskImage;
-use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{OnceLock, mpsc};
+use std::thread;
+use std::time::Duration;
+
+/// How long something may take that happens at once, unless it never does.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// A file of so many bytes, on a disk with room for more.
 fn file_of(
@@ -82,9 +87,13 @@ unsafe impl PageProvider for Asking {
         self.file.read(index, frame)
     }
     fn write(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
-        if let Some(space) = self.space.get() {
-            self.asked
-                .fetch_add(1 + space.map_count() as u64, Ordering::Relaxed);
+        if let Some(&space) = self.space.get() {
+            // From another thread, which can be given up: one that waits for a lock that this one holds would hang.
+            let (tell, told) = mpsc::channel();
+            thread::spawn(move || tell.send(space.map_count() as u64));
+            let count = told.recv_timeout(PATIENCE);
+            let count = count.expect("the space is locked while its file is written");
+            self.asked.fetch_add(1 + count, Ordering::Relaxed);
         }
         self.file.write(index, frame)
     }
@@ -93,7 +102,6 @@ unsafe impl PageProvider for Asking {
     }
 }
 
-/// Were the space locked while its last mapping's file is written, this would hang.
 #[test]
 fn a_file_ends_without_the_lock_of_the_space_that_let_go_of_it() {
     let ways: [fn(&Program, u64); 4] = [
