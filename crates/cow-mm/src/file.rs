@@ -112,7 +112,8 @@ impl<'m, E: Env> Mm<'m, E> {
     ///
     /// The provider says the new size already.
     ///
-    /// Context: no lock of a space held; may wait for faults and transfers that are under way.
+    /// Context: no lock of a space held, nor one that the provider's [`size`](kmem_hal::PageProvider::size) takes: a page's lock is waited for,
+    /// whose holder may ask for the size. May wait for faults and transfers that are under way.
     ///
     /// # Errors
     ///

@@ -9,7 +9,7 @@
 //! - `W1`: whoever starts a page's write holds the page's lock, or the object's last reference; nobody waits for a device with that lock.
 //! - `W2`: `DIRTY` goes before the mappings are made clean, and comes back where the provider failed.
 //! - `W3`: the bytes beyond the file's end are zero when a write is submitted. The size is asked for with the page's lock held, which
-//!   [`Mm::extend_file`] takes: so nothing is zeroed that was written after the file grew.
+//!   [`Mm::extend_file`] takes, or the object to the caller alone: so nothing is zeroed that was written after the file grew.
 //!
 //! Source: Linux `mm/page-writeback.c` (`folio_clear_dirty_for_io`, `filemap_write_and_wait_range`).
 

@@ -61,6 +61,9 @@ impl core::error::Error for IoError {}
 /// - `W3`: a write that is done has taken the bytes as they were at some instant since its submission.
 pub unsafe trait PageProvider {
     /// The size of the file in bytes.
+    ///
+    /// Asked for with a page's lock held as well, for which those wait who tell the cache of a new size: waits for no lock that is held across
+    /// `Mm::truncate_file` or `Mm::extend_file` of `kmem-cow-mm`.
     #[doc(alias = "i_size_read")]
     fn size(&self) -> u64;
 
