@@ -14,7 +14,7 @@
 //! Invariants
 //! - `P1`: an anonymous page is pinned only while it is exclusive, and stays so: a table with pins is never shared, and a
 //!   fork gives the child a copy of a pinned page (Linux had neither: CVE-2020-29374, and direct I/O into the wrong process after fork).
-//! - `P2`: a table counts at least the pins of the anonymous pages that it maps; more where a pinned page was unmapped.
+//! - `P2`: a table counts at least the pins of the anonymous pages that it maps; more where a pinned page was unmapped, or moved away.
 //! - `P3`: a pin is [`PIN`] references, so that a page says whether it may be pinned.
 //!
 //! No fork is at work while a page is being pinned: a pin holds the VMA shared, and fork write-locks every VMA of the space.
@@ -193,36 +193,23 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     /// Lets the tables of pages that were moved count their pins (`P2`).
-    pub(crate) fn move_pins(&self, from: PageRange, to: PageRange) {
+    ///
+    /// Where they were the pins stay counted: a table that the move emptied is gone with its count, and one that came in its place counts the
+    /// pins of others, who may have begun meanwhile.
+    pub(crate) fn move_pins(&self, to: PageRange) {
         if self.pins() == 0 {
             return;
         }
-        let Ok(mut old) = self.tables().cursor(from) else {
+        let Ok(mut cursor) = self.tables().cursor(to) else {
             return;
         };
-        let Ok(mut new) = self.tables().cursor(to) else {
-            return;
-        };
-        // All are taken away before any is added: a table that the move emptied lost its count, and what is at its place now may be a new one, which
-        // both ranges use.
-        for add in [false, true] {
-            for (from, to) in from.iter().zip(to.iter()) {
-                let pins = match new.query(to) {
-                    Entry::Leaf(leaf) => self.mm().pins_of(leaf.frame),
-                    _ => 0,
-                };
-                if pins == 0 {
-                    continue;
-                }
-                // One table may be held by one cursor at a time.
-                if add {
-                    let _ = new.add_pins(to, pins);
-                    new.release();
-                } else {
-                    new.release();
-                    old.sub_pins(from, pins);
-                    old.release();
-                }
+        for page in to.iter() {
+            let pins = match cursor.query(page) {
+                Entry::Leaf(leaf) => self.mm().pins_of(leaf.frame),
+                _ => 0,
+            };
+            if pins > 0 {
+                let _ = cursor.add_pins(page, pins);
             }
         }
     }

@@ -358,7 +358,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             self.settle(&mut gather);
             let at = match outcome {
                 Ok(_) => {
-                    self.move_pins(from, to);
+                    self.move_pins(to);
                     return Ok(());
                 }
                 Err(MoveError::Shared { at }) => at,

@@ -92,7 +92,7 @@ pub fn pins_of<F: Format>(world: &World<F>, frame: Frame) -> u32 {
     page.map_or(0, |page| page.references() / PIN)
 }
 
-/// Pins of pages that are mapped: no table and no space counts fewer, and more only where a pinned page was unmapped.
+/// Pins of pages that are mapped: no table and no space counts fewer, and more only where a pinned page was unmapped or moved.
 fn check_pins<F: Format>(program: &Program<F>, walk: &Walk) {
     let space = &program.space;
     for (&first, &pins) in &walk.pins {

@@ -13,7 +13,7 @@ use super::stops::Stops;
 use super::{ANON, ELSEWHERE, PAGE, RW, SHARED, access, exit, run, run_schedules};
 
 /// The kernel, with that many slots of swap: with one, a slot that is given up is the next page's at once.
-fn kernel(slots: usize) -> Kernel {
+pub fn kernel(slots: usize) -> Kernel {
     let kernel = Kernel::get();
     kernel.disk.set_latency(0);
     if kernel.mm.meminfo().swap.total == 0 {
@@ -30,7 +30,7 @@ fn end(kernel: Kernel, space: Arc<Space>) {
     assert_eq!(swap.free, swap.total, "slots of swap leak");
 }
 
-fn map(space: &Space, at: u64, pages: u64, flags: MapFlags) {
+pub fn map(space: &Space, at: u64, pages: u64, flags: MapFlags) {
     let request = MapRequest {
         flags: flags | MapFlags::ANONYMOUS,
         ..MapRequest::anonymous(pages * PAGE, RW)
@@ -171,6 +171,48 @@ fn shuttle_a_page_of_the_swap_cache_does_not_go_to_a_slot_that_is_anothers() {
         taker.join().unwrap();
         assert_eq!(access(kernel, &space, ANON, None), Ok(1));
         assert_eq!(access(kernel, &space, ANON + PAGE, None), Ok(2));
+        end(kernel, space);
+    };
+    assert!(run(Stops::default(), body) > 50);
+}
+
+/// A pinned page is moved, and its table with it. Another thread pins a page of another mapping meanwhile, in the table that came in its place: that
+/// pin stays counted there, so that a fork copies the table.
+#[test]
+fn shuttle_a_move_of_a_pinned_page_takes_no_other_pin_away() {
+    let body = || {
+        let kernel = kernel(SLOTS);
+        let space = Arc::new(Space::new(kernel.mm, Layout::x86_64()).unwrap());
+        let beside = ANON + 2 * PAGE;
+        for at in [ANON, beside] {
+            map(&space, at, 1, MapFlags::PRIVATE);
+            access(kernel, &space, at, Some(1)).unwrap();
+        }
+        space.madvise(beside, PAGE, Advice::DontNeed).unwrap();
+        let pin = space.pin(VirtAddr::new(ANON), Access::Write).unwrap();
+        let done = Arc::new(AtomicBool::new(false));
+        let (other, says_so) = (space.clone(), done.clone());
+        let mover = shuttle::thread::spawn(move || {
+            let flags = RemapFlags::MAYMOVE | RemapFlags::FIXED;
+            other.mremap(ANON, PAGE, PAGE, flags, ELSEWHERE).unwrap();
+            says_so.store(true, Ordering::SeqCst);
+        });
+        let other = space.clone();
+        let pinner = shuttle::thread::spawn(move || {
+            let pin = other.pin(VirtAddr::new(beside), Access::Write).unwrap();
+            while !done.load(Ordering::SeqCst) {
+                shuttle::thread::yield_now();
+            }
+            for at in [beside, ELSEWHERE] {
+                let page = Page::containing(VirtAddr::new(at));
+                let counted = other.page_tables().pins(page);
+                assert!(counted > 0, "the pin at {at:#x} is not counted");
+            }
+            drop(pin);
+        });
+        mover.join().unwrap();
+        pinner.join().unwrap();
+        drop(pin);
         end(kernel, space);
     };
     assert!(run(Stops::default(), body) > 50);
