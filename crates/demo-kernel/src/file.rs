@@ -63,7 +63,8 @@ impl Inode {
         let left = self.size().saturating_sub(at) as usize;
         let count = left.min(to.len());
         for (index, byte) in to.iter_mut().enumerate().take(count) {
-            // SAFETY: inside the file, whose bytes are static; a mapping is written back by msync alone.
+            // SAFETY: inside the file, whose bytes are static; nobody holds a reference to them. A mapping that is written back meanwhile
+            // (msync, reclaim, the end of its cache) may change a byte before it is read or after.
             *byte = unsafe {
                 self.contents
                     .0
