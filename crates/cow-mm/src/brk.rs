@@ -8,7 +8,6 @@ use crate::env::Env;
 use crate::flags::VmFlags;
 use crate::madvise::Populate;
 use crate::merge::Candidate;
-use crate::object::EndsFiles;
 use crate::space::{AddressSpace, Brk, State};
 use crate::vma::Label;
 use crate::vma_edit::STORES_TO_ADD;
@@ -35,7 +34,6 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// `mmap_without_pages`.
     #[inline(never)]
     fn move_break(&self, end: u64) -> (u64, Option<(u64, u64)>) {
-        let _ended_after = EndsFiles(self.mm());
         let mut state = self.lock();
         let before = state.brk;
         // The image's own data counts as the heap does.

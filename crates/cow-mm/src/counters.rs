@@ -11,6 +11,7 @@
 
 use crate::commit::Commit;
 use crate::flags::VmFlags;
+use crate::object::Ended;
 use crate::vma::Vma;
 
 /// Pages in mappings, by kind.
@@ -70,6 +71,8 @@ pub(crate) struct Ledger {
     pub peak: u64,
     /// One bit for each object ever mapped, by its number modulo 64.
     pub objects: u64,
+    /// Objects whose last mapping went: whoever lets the space's lock go ends them.
+    pub ended: Ended,
 }
 
 impl Ledger {

@@ -51,8 +51,7 @@ pub unsafe trait Env: Sized {
     /// Waits for I/O that a call cannot go on without; returns when the I/O of the ticket may be done, and the call asks its device then.
     ///
     /// A kernel with a scheduler lets the caller sleep here until the device interrupts. No lock is held that a fault of another space or a device
-    /// needs. Where an object ends with its last mapping, the lock of the space that gives it up may be held, and those of the mappings that it
-    /// takes away; where it ends while a page of it is evicted, that page's lock.
+    /// needs. Where an object ends, no lock of a space, a mapping or a page is held.
     ///
     /// Calls that can be made again say what they wait for instead: faults, pins, `exec`, reads and writes of files.
     #[doc(alias = "io_schedule")]

@@ -159,12 +159,8 @@ impl<E: Env> Mm<'_, E> {
     }
 
     fn is_shared_memory(&self, number: u32) -> bool {
-        let Some(file) = self.find_object(number) else {
-            return false;
-        };
-        let shared = self.info(file).is_shared_memory;
-        self.leave_object(file);
-        shared
+        let visit = self.visit_number(number);
+        visit.is_some_and(|visit| self.info(visit.file).is_shared_memory)
     }
 }
 

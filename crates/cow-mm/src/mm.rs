@@ -28,7 +28,7 @@ use crate::errno::Errno;
 use crate::meminfo::Counts;
 use crate::mutants::mutant;
 use crate::names::{NameLock, Names};
-use crate::object::{Ended, ObjectList};
+use crate::object::ObjectList;
 use crate::pin::PIN;
 use crate::registry::Registry;
 use crate::swap::Swap;
@@ -63,7 +63,6 @@ pub struct Mm<'m, E: Env> {
     commit: Commit,
     names: NameLock<E::Lock>,
     objects: ObjectList<E::Lock>,
-    ended: Ended,
     swap: Swap,
     transfers: SleepLock<Transfers, E::Lock>,
     counts: Counts,
@@ -122,7 +121,6 @@ impl<'m, E: Env> Mm<'m, E> {
             commit: Commit::new(),
             names: NameLock::new(),
             objects: ObjectList::new(),
-            ended: Ended::new(),
             swap: Swap::new(),
             transfers: SleepLock::new(Transfers::new()),
             counts: Counts::default(),
@@ -178,11 +176,6 @@ impl<'m, E: Env> Mm<'m, E> {
     /// Every object made with this.
     pub(crate) fn objects(&self) -> &ObjectList<E::Lock> {
         &self.objects
-    }
-
-    /// Files that wait to be ended.
-    pub(crate) fn ended(&self) -> &Ended {
-        &self.ended
     }
 
     pub(crate) fn swap(&self) -> &Swap {

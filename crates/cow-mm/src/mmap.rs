@@ -20,7 +20,7 @@ use crate::flags::{MapFlags, Prot, VmFlags};
 use crate::madvise::Populate;
 use crate::merge::Candidate;
 use crate::mutants::mutant;
-use crate::object::{EndsFiles, FileRef};
+use crate::object::FileRef;
 use crate::place::Placement;
 use crate::space::{AddressSpace, State};
 use crate::vma::Label;
@@ -124,7 +124,6 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// pages are brought in.
     #[inline(never)]
     fn mmap_without_pages(&self, request: &MapRequest) -> Result<(VirtAddr, bool), Errno> {
-        let _ended_after = EndsFiles(self.mm());
         let mut state = self.lock();
         let checked = self.check_mmap(&mut state, request)?;
         let start = checked.range.start();
@@ -430,7 +429,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         });
         if let Some(file) = made {
             // The VMA holds a reference of its own; this was the call's.
-            self.mm().leave_object(file);
+            state.vmas.leave_object(file);
         }
         outcome
     }

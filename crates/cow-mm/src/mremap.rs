@@ -17,7 +17,6 @@ use crate::errno::Errno;
 use crate::flags::{RemapFlags, VmFlags};
 use crate::madvise::Populate;
 use crate::merge::Candidate;
-use crate::object::EndsFiles;
 use crate::place::Placement;
 use crate::space::{AddressSpace, State};
 use crate::vma::Vma;
@@ -74,7 +73,6 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// Changes the mapping; gives where it is, and whether what it grew by is locked. Not inlined, as `mmap_without_pages`.
     #[inline(never)]
     fn remap_without_pages(&self, remap: &Remap, fixed: bool) -> Result<(u64, bool), Errno> {
-        let _ended_after = EndsFiles(self.mm());
         let mut state = self.lock();
         self.check_remap(&state, remap, fixed, remap.hint)?;
         let is_locked = |vma: &Vma| vma.flags.contains(VmFlags::LOCKED);

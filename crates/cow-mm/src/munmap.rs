@@ -9,7 +9,6 @@ use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::{Prot, VmFlags};
 use crate::mmap::is_accounted;
-use crate::object::EndsFiles;
 use crate::space::{AddressSpace, State};
 use crate::vma::Vma;
 use crate::vma_edit::{STORES_TO_CLEAR, STORES_TO_MODIFY};
@@ -24,7 +23,6 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// something in the range is [sealed](Self::mseal): the mapping that the range begins in may be cut there, unless it is that one.
     #[doc(alias = "do_munmap")]
     pub fn munmap(&self, address: u64, length: u64) -> Result<(), Errno> {
-        let _ended_after = EndsFiles(self.mm());
         let mut state = self.lock();
         self.munmap_locked(&mut state, address, length)
     }

@@ -12,17 +12,19 @@
 //! are different `struct file`s in Linux.
 //!
 //! Invariants
-//! - `I1`: an object lives while its reference count is not 0: one for each open handle and for each VMA.
+//! - `I1`: an object lives while its reference count is not 0: one for each open handle, for each VMA, and for each [`Held`].
 //! - `I2`: an object is in the list of all from its making until its last reference is gone; whoever finds it there takes a reference only
 //!   where one is left.
-//! - `I3`: an address in a [`FileRef`] is followed only by whoever knows that the object lives: a mapping of it, or a [`Held`]. What came from
-//!   outside is held first, which finds the object by its number and compares the address.
-//! - `I4`: an object whose last reference went is [`Ended`]: nobody finds it any more, and whoever ends it has it alone.
+//! - `I3`: an address in a [`FileRef`] is followed only by whoever knows that the object lives: a mapping of it, a [`Held`] or a [`Visit`]. What
+//!   came from outside is held first, which finds the object by its number and compares the address.
+//! - `I4`: an object whose last reference went is [`Ended`]: nobody finds it any more. The call that gave the reference up ends it, and no other:
+//!   without a lock, and once nobody visits it, so that it has it alone.
+//! - `I5`: whoever visits an object waits for no device and for no lock that is held while an object is ended. It never has the last reference.
 
 use core::fmt;
 use core::ptr::NonNull;
 
-use kmem_hal::sync::{AtomicPtr, AtomicU32, Ordering};
+use kmem_hal::sync::{AtomicPtr, AtomicU32, Ordering, spin_loop};
 use kmem_hal::{AllocError, IoTicket, ObjectAlloc, PageProvider, RawSleepLock, SleepLock};
 use kmem_vma_tree::{Node, RangeTree};
 
@@ -99,6 +101,8 @@ pub struct Object<N: ObjectAlloc<Node>, L: RawSleepLock> {
     opens: AtomicU32,
     /// Open handles that were not closed: each is one of the references.
     handles: AtomicU32,
+    /// Who looks at it without a reference: see [`Visit`].
+    visits: AtomicU32,
     pub(crate) number: u32,
     inode: u64,
     /// Pages that are charged for it while it lives (see `commit.rs`).
@@ -110,7 +114,7 @@ pub struct Object<N: ObjectAlloc<Node>, L: RawSleepLock> {
     next: AtomicPtr<()>,
 }
 
-/// A reference of an object, given back when it is dropped.
+/// A reference of an object, given back when it is dropped: where no lock is held, as it may be the last.
 pub(crate) struct Held<'a, 'm, E: Env> {
     mm: &'a Mm<'m, E>,
     found: FileRef,
@@ -122,29 +126,60 @@ impl<E: Env> Drop for Held<'_, '_, E> {
     }
 }
 
-/// Files whose last reference went where nobody may wait: a chain through [`Object::next`].
-///
-/// A file that ends is written, and its provider waited for. The lock of a space or of the list of all spaces may be held where that turns out,
-/// and a provider may come to need that lock: it reclaims, or is a process itself. So the file is put here, and ended by the same call once its
-/// lock is free again, or by the next that holds none.
-///
-/// Source: Linux `fs/file_table.c` (`fput`, `____fput`, `delayed_fput`).
-#[doc(alias = "delayed_fput_list")]
-#[derive(Debug)]
-pub(crate) struct Ended(AtomicPtr<()>);
+/// Keeps an object for a look at it that takes not long (`I5`), under whatever lock: it is no reference, and whoever ends the object waits for it.
+pub(crate) struct Visit<'a, 'm, E: Env> {
+    mm: &'a Mm<'m, E>,
+    pub file: FileRef,
+}
 
-impl Ended {
-    pub fn new() -> Self {
-        Self(AtomicPtr::new(core::ptr::null_mut()))
+impl<E: Env> Drop for Visit<'_, '_, E> {
+    fn drop(&mut self) {
+        // Release: whoever ends the object sees what was done to it.
+        let visits = &self.mm.object(self.file).visits;
+        visits.fetch_sub(1, Ordering::Release);
     }
 }
 
-/// Ends files when it is dropped: made before a lock is taken, or kept beside it, so that the lock goes first.
-pub(crate) struct EndsFiles<'a, 'm, E: Env>(pub &'a Mm<'m, E>);
+/// Objects whose last reference went: a chain through [`Object::next`].
+#[derive(Debug)]
+pub(crate) struct Ended(*mut ());
 
-impl<E: Env> Drop for EndsFiles<'_, '_, E> {
+impl Default for Ended {
+    fn default() -> Self {
+        Self(core::ptr::null_mut())
+    }
+}
+
+// SAFETY: addresses of objects, which are shareable, and which nobody else reaches (`I4`).
+unsafe impl Send for Ended {}
+// SAFETY: as above; shared access does nothing.
+unsafe impl Sync for Ended {}
+
+/// Ends objects when it is dropped: made before a lock is taken, or kept beside it, so that the lock goes first.
+///
+/// A file that ends is written, and its provider waited for, which may come to need the lock of a space: it reclaims, or is a process itself. So
+/// what ends while a space is locked is noted there, and ended by the same call once the lock is free again. By no other: a provider
+/// that is a process would wait for itself, if it came by.
+///
+/// Source: Linux `fs/file_table.c` (`fput`, `____fput`).
+#[doc(alias = "task_work")]
+pub(crate) struct Ending<'m, E: Env> {
+    mm: &'m Mm<'m, E>,
+    pub objects: Ended,
+}
+
+impl<'m, E: Env> Ending<'m, E> {
+    pub fn new(mm: &'m Mm<'m, E>) -> Self {
+        let objects = Ended::default();
+        Self { mm, objects }
+    }
+}
+
+impl<E: Env> Drop for Ending<'_, E> {
     fn drop(&mut self) {
-        self.0.end_files();
+        if !self.objects.0.is_null() {
+            self.mm.end_objects(core::mem::take(&mut self.objects));
+        }
     }
 }
 
@@ -234,9 +269,13 @@ impl<'m, E: Env> Mm<'m, E> {
     /// Gives an open handle back; `false`, and nothing is changed, where there is none to give back. Mappings keep the object alive. Handles are
     /// counted and not told apart: who gives one back twice takes another's.
     ///
-    /// With the last of both, whichever it is, the cache goes: pages that are dirty are written first, and transfers waited for. A write that
-    /// fails then is only counted ([`Events::write_errors`](crate::Events)); [`sync_file`](Self::sync_file) before tells of it. What is
-    /// written through a [`Pin`](crate::Pin) after that reaches nobody.
+    /// With the last of both, whichever it is, the cache goes: pages that are dirty are written first, and transfers waited for, before the call that
+    /// gives it up returns; where another call on the same file is under way, before that one does. A write that fails then is only
+    /// counted ([`Events::write_errors`](crate::Events)); [`sync_file`](Self::sync_file) before tells of it. What is written through a
+    /// [`Pin`](crate::Pin) after that reaches nobody.
+    ///
+    /// Context: a task that holds no lock of this crate, and is not in a call of the file's provider; waits for devices, and for a reclaim or a
+    /// migration that is at work on the file.
     pub fn close(&self, file: FileRef) -> bool {
         let Ok(_held) = self.hold(file) else {
             return false;
@@ -259,9 +298,34 @@ impl<'m, E: Env> Mm<'m, E> {
     /// [`Errno::EBADF`] where it is gone.
     pub(crate) fn hold(&self, file: FileRef) -> Result<Held<'_, 'm, E>, Errno> {
         // Numbers come again after 2^32 objects, so the place counts as well.
-        let found = self.find(file.number, |object| object.cast() == file.object);
+        let wanted = |object: NonNull<_>| object.cast() == file.object;
+        let found = self.find(file.number, wanted, |object| {
+            let living = |count: u32| (count > 0).then(|| count + 1);
+            let order = (Ordering::AcqRel, Ordering::Relaxed);
+            let references = &object.references;
+            references.fetch_update(order.0, order.1, living).is_ok()
+        });
         let found = found.ok_or(Errno::EBADF)?;
         Ok(Held { mm: self, found })
+    }
+
+    /// Looks at the object of a handle that came from outside (`I3`), under whatever lock.
+    ///
+    /// # Errors
+    ///
+    /// [`Errno::EBADF`] where it is gone.
+    pub(crate) fn visit(&self, file: FileRef) -> Result<Visit<'_, 'm, E>, Errno> {
+        let wanted = |object: NonNull<_>| object.cast() == file.object;
+        let found = self.find(file.number, wanted, visited);
+        found
+            .map(|file| Visit { mm: self, file })
+            .ok_or(Errno::EBADF)
+    }
+
+    /// Looks at the object with a number, under whatever lock.
+    pub(crate) fn visit_number(&self, number: u32) -> Option<Visit<'_, 'm, E>> {
+        let found = self.find(number, |_| true, visited);
+        found.map(|file| Visit { mm: self, file })
     }
 
     /// Makes an object of shared memory, `pages` long, of which `promised` are charged already and given back with it.
@@ -297,6 +361,7 @@ impl<'m, E: Env> Mm<'m, E> {
                 Backing::Shared(_) => 0,
                 Backing::File(_) | Backing::Device(_) => 1,
             }),
+            visits: AtomicU32::new(0),
             number,
             inode,
             promised,
@@ -328,13 +393,11 @@ impl<'m, E: Env> Mm<'m, E> {
 
     /// What `maps` prints of the object.
     ///
-    /// Context: as [`close`](Self::close), where the last handle is given back meanwhile.
-    ///
     /// # Errors
     ///
     /// [`Errno::EBADF`] where the object is gone: the last handle was closed and the last mapping went.
     pub fn object_info(&self, file: FileRef) -> Result<ObjectInfo<'_>, Errno> {
-        let _held = self.hold(file)?;
+        let _visit = self.visit(file)?;
         Ok(self.info(file))
     }
 
@@ -363,53 +426,41 @@ impl<'m, E: Env> Mm<'m, E> {
     ///
     /// Context: no lock is held; waits for devices.
     pub(crate) fn put_object(&self, file: FileRef) {
-        self.leave_object(file);
-        self.end_files();
+        let mut ended = Ended::default();
+        self.leave_object(file, &mut ended);
+        self.end_objects(ended);
     }
 
-    /// As `put_object` where locks are held or nobody may wait: a file is not ended before [`end_files`](Self::end_files).
-    pub(crate) fn leave_object(&self, file: FileRef) {
+    /// As `put_object` where locks are held: the object is the caller's to [end](Self::end_objects) where this was the last reference.
+    pub(crate) fn leave_object(&self, file: FileRef, ended: &mut Ended) {
         if self.object(file).references.fetch_sub(1, Ordering::AcqRel) != 1 {
             return;
         }
         let memory = file.object.cast::<Object<E::Nodes, E::Lock>>();
         self.unlist(memory);
-        // SAFETY: the object lives until it is ended (I4).
+        // SAFETY: the object lives until it is ended (`I4`).
         let object = unsafe { memory.as_ref() };
-        if self.provider(object).is_none() {
-            return self.end_object(memory);
-        }
-        let Ended(chain) = self.ended();
-        let mut head = chain.load(Ordering::Relaxed);
-        loop {
-            object.next.store(head, Ordering::Relaxed);
-            // Release: whoever takes the chain sees what its objects are.
-            let order = (Ordering::Release, Ordering::Relaxed);
-            let first = memory.as_ptr().cast();
-            match chain.compare_exchange(head, first, order.0, order.1) {
-                Ok(_) => return,
-                Err(now) => head = now,
-            }
-        }
+        object.next.store(ended.0, Ordering::Relaxed);
+        ended.0 = memory.as_ptr().cast();
     }
 
-    /// Writes and frees the files whose last reference went under a lock or in a context that does not wait: reclaim's, a migration's, or
-    /// a call's on another CPU. Every call that may end a file does this before it returns; a kernel without such calls for long may do it from
-    /// a thread of its own.
+    /// Writes and frees objects whose last reference went.
     ///
-    /// Context: a task that holds no lock of this crate; waits for devices.
-    #[doc(alias = "flush_delayed_fput")]
-    pub fn end_files(&self) {
-        let Ended(chain) = self.ended();
-        while !chain.load(Ordering::Relaxed).is_null() {
-            let mut at = chain.swap(core::ptr::null_mut(), Ordering::Acquire);
-            while let Some(memory) = NonNull::new(at.cast::<Object<E::Nodes, E::Lock>>()) {
-                // SAFETY: I4: the chain was taken whole, so its objects are this call's.
-                let object = unsafe { memory.as_ref() };
-                at = object.next.load(Ordering::Relaxed);
-                self.end_transfers(object);
-                self.end_object(memory);
+    /// Context: as [`put_object`](Self::put_object).
+    #[cold]
+    #[inline(never)]
+    pub(crate) fn end_objects(&self, ended: Ended) {
+        let mut at = ended.0;
+        while let Some(memory) = NonNull::new(at.cast::<Object<E::Nodes, E::Lock>>()) {
+            // SAFETY: `I4`: only the owner of the chain reaches the object, and those who visit it, and it is freed below.
+            let object = unsafe { memory.as_ref() };
+            at = object.next.load(Ordering::Relaxed);
+            // Nobody comes any more. Acquire: what was done there is seen.
+            while object.visits.load(Ordering::Acquire) > 0 {
+                spin_loop();
             }
+            self.end_transfers(object);
+            self.end_object(memory);
         }
     }
 
@@ -453,16 +504,12 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
-    /// The object with a number, with a reference for the caller.
-    pub(crate) fn find_object(&self, number: u32) -> Option<FileRef> {
-        self.find(number, |_| true)
-    }
-
-    /// As [`find_object`](Self::find_object), where it is one that is `wanted`.
+    /// The object with a number that is `wanted`, if it could be `taken`.
     fn find(
         &self,
         number: u32,
         wanted: impl Fn(NonNull<Object<E::Nodes, E::Lock>>) -> bool,
+        taken: impl Fn(&Object<E::Nodes, E::Lock>) -> bool,
     ) -> Option<FileRef> {
         let lists = self.objects().0.read();
         let mut at = lists.0[number as usize % OBJECT_LISTS];
@@ -470,10 +517,7 @@ impl<'m, E: Env> Mm<'m, E> {
             // SAFETY: objects in the list live (`I2`).
             let object = unsafe { found.as_ref() };
             if object.number == number && wanted(found) {
-                let living = |count: u32| (count > 0).then(|| count + 1);
-                let order = (Ordering::AcqRel, Ordering::Relaxed);
-                let taken = object.references.fetch_update(order.0, order.1, living);
-                return taken.is_ok().then_some(FileRef {
+                return taken(object).then_some(FileRef {
                     object: found.cast(),
                     open: 0,
                     number,
@@ -526,6 +570,15 @@ impl<'m, E: Env> Mm<'m, E> {
     pub(crate) fn object_number(&self, file: FileRef) -> u32 {
         file.number
     }
+}
+
+/// Begins a visit, where a reference is left. The object is in the list, which is locked: whoever ends it takes it out first.
+fn visited<N: ObjectAlloc<Node>, L: RawSleepLock>(object: &Object<N, L>) -> bool {
+    let lives = object.references.load(Ordering::Relaxed) > 0;
+    if lives {
+        object.visits.fetch_add(1, Ordering::Relaxed);
+    }
+    lives
 }
 
 impl<N: ObjectAlloc<Node>, L: RawSleepLock> Object<N, L> {

@@ -339,7 +339,7 @@ impl<'m, E: Env> Mm<'m, E> {
     /// Writes what is dirty of an object that nobody else reaches any more, and waits until the provider has let go of every page. Bytes
     /// whose write fails are lost; the failure is counted.
     ///
-    /// Takes no lock: nobody maps the pages, and who evicts one may hold its lock, and the object's last reference.
+    /// Takes no page's lock: nobody maps the pages, and whoever was about to evict or to move one has let go of the object.
     pub(crate) fn end_transfers(&self, object: &Object<E::Nodes, E::Lock>) {
         if self.provider(object).is_none() {
             return;
@@ -363,10 +363,10 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
-    /// Frames that the object's cache holds; none where it is gone. Context: as [`object_info`](Self::object_info).
+    /// Frames that the object's cache holds; none where it is gone.
     #[must_use]
     pub fn cached_pages(&self, file: FileRef) -> u64 {
-        let Ok(_held) = self.hold(file) else {
+        let Ok(_visit) = self.visit(file) else {
             return 0;
         };
         self.object(file)
@@ -404,13 +404,10 @@ impl<'m, E: Env> Mm<'m, E> {
 
     /// Lets a file's page go that the caller has locked and holds a reference of.
     pub(crate) fn evict_of_file(&self, frame: Frame, page: UserSlot<'_>) -> Evicted {
-        let Some(file) = self.find_object(page.object()) else {
+        let Some(visit) = self.visit_number(page.object()) else {
             return Evicted::Kept;
         };
-        let outcome = self.evict_from(self.object(file), frame, page);
-        // Locks are held, and nobody waits for a device here.
-        self.leave_object(file);
-        outcome
+        self.evict_from(self.object(visit.file), frame, page)
     }
 
     fn evict_from(
@@ -470,11 +467,11 @@ impl<'m, E: Env> Mm<'m, E> {
     /// changed, where somebody else holds `from`.
     pub(crate) fn replace_cached(&self, from: Frame, to: Frame) -> bool {
         let page = self.user(from);
-        let Some(file) = self.find_object(page.object()) else {
+        let Some(visit) = self.visit_number(page.object()) else {
             return false;
         };
-        let replaced = Page::new(page.page()).is_some_and(|index| {
-            let mut pages = self.object(file).pages.write();
+        Page::new(page.page()).is_some_and(|index| {
+            let mut pages = self.object(visit.file).pages.write();
             if !names(&pages, index, from) || page.references() != 2 || page.mappings() != 0 {
                 return false;
             }
@@ -491,10 +488,7 @@ impl<'m, E: Env> Mm<'m, E> {
                 self.put_reference(to);
             }
             stored
-        });
-        // Locks are held, and nobody waits for a device here.
-        self.leave_object(file);
-        replaced
+        })
     }
 }
 

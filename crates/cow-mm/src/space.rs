@@ -33,6 +33,7 @@ use crate::layout::Layout;
 use crate::limits::Limits;
 use crate::mm::{Mm, PageRef};
 use crate::mutants::mutant;
+use crate::object::Ending;
 use crate::registry;
 use crate::vma::Vma;
 use crate::vma_set::{VmaIndex, VmaSet};
@@ -116,26 +117,31 @@ pub(crate) struct Core<'m, E: Env> {
     pub(crate) vmas: VmaIndex<'m, E>,
 }
 
-/// The space's lock. Whoever lets it go releases the VMAs that he write-locked.
-pub(crate) struct StateGuard<'a, 'm, E: Env>(SleepWriteGuard<'a, State<'m, E>, E::Lock>);
+/// The space's lock. Whoever lets it go releases the VMAs that he write-locked, and then ends the objects that nobody maps any more.
+pub(crate) struct StateGuard<'a, 'm, E: Env> {
+    state: SleepWriteGuard<'a, State<'m, E>, E::Lock>,
+    /// Dropped after the lock.
+    ending: Ending<'m, E>,
+}
 
 impl<'m, E: Env> Deref for StateGuard<'_, 'm, E> {
     type Target = State<'m, E>;
 
     fn deref(&self) -> &State<'m, E> {
-        &self.0
+        &self.state
     }
 }
 
 impl<'m, E: Env> DerefMut for StateGuard<'_, 'm, E> {
     fn deref_mut(&mut self) -> &mut State<'m, E> {
-        &mut self.0
+        &mut self.state
     }
 }
 
 impl<E: Env> Drop for StateGuard<'_, '_, E> {
     fn drop(&mut self) {
-        self.0.vmas.end_write();
+        self.state.vmas.end_write();
+        self.ending.objects = self.state.vmas.take_ended();
     }
 }
 
@@ -342,7 +348,10 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     }
 
     pub(crate) fn lock(&self) -> StateGuard<'_, 'm, E> {
-        StateGuard(self.core().state.write())
+        StateGuard {
+            state: self.core().state.write(),
+            ending: Ending::new(self.mm()),
+        }
     }
 
     /// Sets the limits of the process.
@@ -512,7 +521,6 @@ impl<E: Env> Drop for AddressSpace<'_, E> {
         unsafe { core::ptr::drop_in_place(self.core.as_ptr()) };
         // SAFETY: the core was dropped, and the memory came from this allocator.
         unsafe { mm.env().spaces().free(self.core.cast()) }
-        mm.end_files();
     }
 }
 

@@ -37,6 +37,7 @@ use crate::errno::Errno;
 use crate::flags::VmFlags;
 use crate::handle::Handle;
 use crate::mm::Mm;
+use crate::object::{Ended, FileRef};
 use crate::vma::{Label, Vma};
 use crate::vma_edit::{Edit, STOCK, STORES};
 use crate::vma_memory::{VmaMemory, VmaStock};
@@ -218,6 +219,16 @@ impl<'m, E: Env> VmaSet<'m, E> {
         }
     }
 
+    /// Gives up a reference of an object, which ends with the objects of the VMAs that went.
+    pub fn leave_object(&mut self, file: FileRef) {
+        self.mm.leave_object(file, &mut self.ledger.ended);
+    }
+
+    /// The objects whose last reference went: theirs to end who let the space's lock go.
+    pub fn take_ended(&mut self) -> Ended {
+        core::mem::take(&mut self.ledger.ended)
+    }
+
     /// How many VMAs there are (`map_count`).
     pub fn len(&self) -> usize {
         self.tree.len()
@@ -348,6 +359,9 @@ impl<E: Env> Drop for VmaSet<'_, E> {
         }
         self.stock.trim_to(self.mm.env().vmas(), 0);
         self.ledger.settle(self.mm.commit());
+        // Nobody reaches the space, so there is no lock of it to let go of.
+        let ended = core::mem::take(&mut self.ledger.ended);
+        self.mm.end_objects(ended);
     }
 }
 
@@ -384,8 +398,8 @@ pub(crate) fn discard<E: Env>(
         unsafe { VmaMemory::clear(id.0) };
         stock.put(id.0);
         if let Some(file) = vma.file {
-            // The space is locked: its call ends the file.
-            mm.leave_object(file);
+            // The space is locked.
+            mm.leave_object(file, &mut ledger.ended);
         }
         if let Label::Named(name) = vma.label {
             mm.names().put(name);

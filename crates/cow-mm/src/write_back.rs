@@ -6,7 +6,7 @@
 //! ```
 //!
 //! Invariants (`I2` and `I3` of the page cache)
-//! - `W1`: whoever starts a page's write holds the page's lock, or the object's last reference; nobody waits for a device with that lock.
+//! - `W1`: whoever starts a page's write holds the page's lock, or has the object alone; nobody waits for a device with that lock.
 //! - `W2`: `DIRTY` goes before the mappings are made clean, and comes back where the provider failed.
 //! - `W3`: the bytes beyond the file's end are zero when a write is submitted. The size is asked for with the page's lock held, which
 //!   [`Mm::extend_file`] takes, or the object to the caller alone: so nothing is zeroed that was written after the file grew.

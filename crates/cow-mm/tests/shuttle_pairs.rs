@@ -25,6 +25,8 @@ mod check;
 mod counted;
 #[path = "shuttle_pairs/directed.rs"]
 mod directed;
+#[path = "shuttle_pairs/files.rs"]
+mod files;
 #[path = "shuttle_pairs/kernel.rs"]
 mod kernel;
 #[path = "shuttle_pairs/ops.rs"]

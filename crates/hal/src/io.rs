@@ -54,6 +54,9 @@ impl core::error::Error for IoError {}
 /// done. So a file that grows shows zeros where its old end was, whether a provider keeps whole pages or the bytes of the file alone, if its
 /// cache is told (`Mm::extend_file` of `kmem-cow-mm`).
 ///
+/// Whoever gives a file up, by its last handle or its last mapping, waits for calls of its provider that are under way: such a call does neither
+/// itself, nor does it wait for who does.
+///
 /// # Safety
 ///
 /// - `W1`: from submission of a read until it is done, only the provider writes to the frame.
