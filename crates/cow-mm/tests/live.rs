@@ -406,12 +406,57 @@ fn without_miscount(mut call: Call, space: &common::Space) -> Call {
     call
 }
 
-/// What mincore says of files depends on who read them before, and here that is another kernel's cache: their pages do not count. Nor does
-/// memory that was `given_up`: when it goes depends on the machine and on who else runs there.
+/// Pages that were given up by `MADV_FREE` or `MADV_PAGEOUT`: when they go depends on the machine and on who else runs there.
+#[derive(Default)]
+struct GivenUp {
+    /// Where private ones are, or were moved to.
+    pages: std::collections::HashSet<u64>,
+    /// Whether there is shared memory among them, which may be mapped anywhere.
+    shared: bool,
+}
+
+impl GivenUp {
+    /// After a call, from which mappings `lines` tells.
+    fn note(&mut self, call: Call, result: i64, lines: &[Line]) {
+        let pages = |start: u64, length: u64| {
+            let first = start / common::PAGE;
+            first..first.saturating_add(length.div_ceil(common::PAGE).min(4096))
+        };
+        match call {
+            Call::Advise(start, length, advice)
+                if advice == Advice::Free as i32 || advice == Advice::PageOut as i32 =>
+            {
+                self.pages.extend(pages(start, length));
+                let end = start.saturating_add(length);
+                let mut met = lines
+                    .iter()
+                    .filter(|line| line.start < end && start < line.end);
+                self.shared |= met.any(|line| line.name.starts_with('s'));
+            }
+            Call::Remap {
+                address, old, new, ..
+            } if result > 0 => {
+                let moved = pages(address, old).any(|page| self.pages.contains(&page));
+                if moved {
+                    self.pages.extend(pages(result as u64, new));
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Whether a page of a mapping may be one.
+    fn may_be(&self, address: u64, line: &Line) -> bool {
+        self.pages.contains(&(address / common::PAGE)) || self.shared && line.name.starts_with('s')
+    }
+}
+
+/// What mincore says of files depends on who read them before, and here that is another kernel's cache: their pages do not count, nor do
+/// those that were given up.
 fn without_chance(
     call: Call,
     lines: &[Line],
-    given_up: bool,
+    given_up: &GivenUp,
     mut got: kernel::Answer,
     mut expected: kernel::Answer,
 ) -> (kernel::Answer, kernel::Answer) {
@@ -419,7 +464,7 @@ fn without_chance(
         for page in 0..64 {
             let at = address.saturating_add(page * common::PAGE);
             let line = lines.iter().find(|line| line.start <= at && at < line.end);
-            if line.is_some_and(|line| given_up || line.name.starts_with('f')) {
+            if line.is_some_and(|line| given_up.may_be(at, line) || line.name.starts_with('f')) {
                 got.value &= !(1 << page);
                 expected.value &= !(1 << page);
             }
@@ -513,7 +558,7 @@ fn run(seed: u64, count: usize) -> Result<(), String> {
     let mut lines = Vec::new();
     let mut history = String::new();
     let mut freed = Freed::default();
-    let mut given_up = false;
+    let mut given_up = GivenUp::default();
     for number in 0..count {
         let call = calls.next(&lines, ours.programs.len() - 1);
         if matches!(call, Call::Exit) && ours.programs.len() == 1 {
@@ -522,8 +567,6 @@ fn run(seed: u64, count: usize) -> Result<(), String> {
         let call = without_miscount(call, &ours.program().space);
         let call = without_holes_in_files(call, &lines);
         freed.note(call, &lines, &ours.program().space);
-        let gives_up = [Advice::Free as i32, Advice::PageOut as i32];
-        given_up |= matches!(call, Call::Advise(_, _, advice) if gives_up.contains(&advice));
         let (expected, now) = ask(&mut kernel, call)
             .ok_or_else(|| format!("seed {seed}, call {number}: {call:x?}: the child is gone"))?;
         let got = ours.make(call);
@@ -540,7 +583,8 @@ fn run(seed: u64, count: usize) -> Result<(), String> {
                 }
             }
         }
-        let (mut got, expected) = without_chance(call, &lines, given_up, got, expected);
+        given_up.note(call, expected.result, &lines);
+        let (mut got, expected) = without_chance(call, &lines, &given_up, got, expected);
         if matches!(call, Call::InCore(..)) && ours.programs.len() > 1 {
             // A child of kmem's has the zero pages of its parent's tables too (docs/oracle.md).
             got.value &= expected.value;
