@@ -8,6 +8,7 @@
 //!   drain              the arrays of all CPUs are emptied and closed, each by its own CPU
 //!   before = gives     frees go to the zones, and count
 //!   look at all zones
+//!   pool empty?        no block that a nested call left is on its way to a zone: one that left the pool before has been counted
 //!   gives == before?   nothing came since before the first zone was looked at: at this instant no zone has a run
 //!   refusing -= 1      arrays open again at the next call that finds them closed
 //! ```
@@ -16,6 +17,8 @@
 //! - `R1`: a free that gave its frames to a zone counts after that and before it returns, if a refusal is under way. So a free that
 //!   the look missed and the counter does not show has not returned: it comes after the instant.
 //! - `R2`: a CPU that was drained sees `refusing` from then on (`R3` of hal's `CpuCall`), and keeps its arrays empty.
+//! - `R3`: a block counts before it leaves the pool of blocks that wait. So the pool is looked at before the counter, or a block
+//!   that goes to its zone between the two would be in neither.
 //!
 //! Costs: nothing where nobody refuses but a load in calls that reach a zone. A refusal that is overtaken by frees each time gives up
 //! after some looks and says [`OutOfMemoryHere`](kmem_hal::AllocError::OutOfMemoryHere).
@@ -67,9 +70,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
                 result = Ok(found);
                 break;
             }
+            // What a nested call left to those it interrupted is in no zone (R3).
+            let all = state.pending.is_empty();
             if state.gives.load(Ordering::Acquire) == before {
-                // What a nested call left to those it interrupted is in no zone.
-                let all = state.pending.is_empty();
                 result = Err(if all { drained } else { Drained::Here });
                 break;
             }

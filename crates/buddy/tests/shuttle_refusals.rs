@@ -3,9 +3,13 @@
 //! Threads play CPUs that can be called by each other. Each records when its calls began and ended; afterwards a checker looks for
 //! an order of all calls, each at an instant between its beginning and its end, in which every answer is right for a plain
 //! set of free frames (Wing and Gong, Testing and verifying concurrent objects, 1993). A refusal in no such order is a lie.
+//!
+//! NMIs are played where they hurt: inside a zone's lock, where what they free must wait for the call that they interrupted.
 #![cfg(shuttle)]
 
+use std::cell::RefCell;
 use std::collections::HashSet;
+use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64 as Plain;
 
@@ -13,10 +17,11 @@ use kmem_buddy::{BootMap, Buddy, Config, PlaceError, RegionKind, ZoneLimits};
 use kmem_hal::sync::{AtomicU32, AtomicU64};
 use kmem_hal::{
     AllocError, Cpu, CpuCall, CpuCallError, CpuId, CpuSet, Frame, FrameRange, FrameRequest,
-    FrameSink, FrameSource, NoPressure, Order, OwnedFrame, PhysAddr, PhysMap, Spin,
+    FrameSink, FrameSource, NoPressure, Order, OwnedFrame, PhysAddr, PhysMap, RawLock, Spin,
 };
 use kmem_testkit::model::ModelCpu;
 use shuttle::rand::Rng;
+use shuttle::scheduler::{RandomScheduler, Schedule, Scheduler, Task, TaskId};
 use shuttle::sync::Mutex;
 use shuttle::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use shuttle::thread;
@@ -28,7 +33,7 @@ const SIZE: u64 = 8;
 const FRAMES: u64 = 1024;
 
 /// One call with its answer.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Call {
     /// Frames by bits of the island.
     Alloc(u8),
@@ -184,7 +189,36 @@ unsafe impl PhysMap for Memory {
     }
 }
 
-type Machine = Buddy<&'static Memory, ModelCpu, Spin, &'static Bus>;
+shuttle::thread_local! {
+    /// The NMI that strikes in the thread's next lock.
+    static NMI: RefCell<Option<Box<dyn FnOnce()>>> = RefCell::new(None);
+}
+
+/// A lock in whose hold the NMI strikes.
+struct Struck(Spin);
+
+// SAFETY: K1 to K3 of `Spin`; the NMI that interrupts a holder only tries to take it.
+unsafe impl RawLock for Struck {
+    type State = <Spin as RawLock>::State;
+    const INIT: Self = Self(Spin::INIT);
+    fn lock(&self) -> Self::State {
+        let state = self.0.lock();
+        let nmi = NMI.with(|armed| armed.borrow_mut().take());
+        if let Some(nmi) = nmi {
+            nmi();
+        }
+        state
+    }
+    fn try_lock(&self) -> Option<Self::State> {
+        self.0.try_lock()
+    }
+    unsafe fn unlock(&self, state: Self::State) {
+        // SAFETY: by contract.
+        unsafe { self.0.unlock(state) };
+    }
+}
+
+type Machine = Buddy<&'static Memory, ModelCpu, Struck, &'static Bus>;
 
 thread_local! {
     /// Memory of all machines of a test, whose schedules come one after the other on one thread of the host.
@@ -227,23 +261,55 @@ fn bits(range: FrameRange) -> u8 {
     (run << (range.first().number() - ISLAND)) as u8
 }
 
+/// What a CPU has and what it did: shared with its NMIs.
+#[derive(Default)]
+struct Own {
+    held: Vec<OwnedFrame>,
+    history: Vec<Event>,
+}
+
+/// Makes an NMI free one of the CPU's blocks inside the next lock that it takes.
+fn arm(
+    own: &Rc<RefCell<Own>>,
+    buddy: &'static Machine,
+    clock: &Arc<Plain>,
+    freed: Arc<AtomicBool>,
+) {
+    let (own, clock) = (own.clone(), clock.clone());
+    let strike = move || {
+        let frame = own.borrow_mut().held.pop();
+        if let Some(frame) = frame {
+            let began = tick(&clock);
+            let call = Call::Free(bits(frame.range()));
+            buddy.free(frame);
+            let ended = tick(&clock);
+            own.borrow_mut().history.push(Event { began, ended, call });
+            freed.store(true, Ordering::SeqCst);
+        }
+    };
+    NMI.with(|armed| *armed.borrow_mut() = Some(Box::new(strike)));
+}
+
+fn tick(clock: &Plain) -> u64 {
+    clock.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
+}
+
 /// One CPU's calls; what it holds at the end is freed by nobody.
 fn play(
     cpu: u32,
     (buddy, bus): (&'static Machine, &'static Bus),
-    clock: &Plain,
-    calls: usize,
+    clock: &Arc<Plain>,
+    (calls, nmis): (usize, bool),
 ) -> Vec<Event> {
     ModelCpu::bind(cpu);
     let mut random = shuttle::rand::thread_rng();
-    let mut held: Vec<OwnedFrame> = Vec::new();
-    let mut history = Vec::new();
-    let tick = || clock.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    let own = Rc::new(RefCell::new(Own::default()));
     for _ in 0..calls {
         bus.poll(CpuId::new(cpu));
-        let began = tick();
-        let call = if !held.is_empty() && random.gen_range(0..5) < 2 {
-            let frame = held.swap_remove(random.gen_range(0..held.len()));
+        let began = tick(clock);
+        let held = own.borrow().held.len();
+        let call = if held > 0 && random.gen_range(0..5) < 2 {
+            let frame = own.borrow_mut().held.swap_remove(random.gen_range(0..held));
             let call = Call::Free(bits(frame.range()));
             buddy.free(frame);
             call
@@ -252,9 +318,12 @@ fn play(
             let count = [1, 2, 3, 4][random.gen_range(0..4)];
             let first = ISLAND + random.gen_range(0..=SIZE - count);
             let range = FrameRange::from_numbers(first, first + count).unwrap();
+            if nmis {
+                arm(&own, buddy, clock, Arc::default());
+            }
             match buddy.alloc_range_at(range) {
                 Ok(taken) => {
-                    held.extend(taken.into_blocks(Order::ZERO));
+                    own.borrow_mut().held.extend(taken.into_blocks(Order::ZERO));
                     Call::Alloc(bits(range))
                 }
                 Err(PlaceError::InUse) => Call::InUse(bits(range)),
@@ -264,10 +333,13 @@ fn play(
         } else {
             let order = random.gen_range(0..4u8);
             let request = FrameRequest::new(Order::new(order).unwrap());
+            if nmis {
+                arm(&own, buddy, clock, Arc::default());
+            }
             match buddy.alloc(&request.movable()) {
                 Ok(frame) => {
                     let call = Call::Alloc(bits(frame.range()));
-                    held.push(frame);
+                    own.borrow_mut().held.push(frame);
                     call
                 }
                 Err(AllocError::OutOfMemory) => Call::Refused { order },
@@ -275,16 +347,99 @@ fn play(
                 Err(error) => panic!("{error}"),
             }
         };
-        let ended = tick();
-        history.push(Event { began, ended, call });
+        let ended = tick(clock);
+        NMI.with(|armed| armed.borrow_mut().take());
+        own.borrow_mut().history.push(Event { began, ended, call });
     }
+    NMI.with(|armed| armed.borrow_mut().take());
     bus.leave();
-    history
+    let mut own = own.borrow_mut();
+    std::mem::take(&mut own.history)
 }
 
-fn refusals_are_honest(iterations: usize, cpus: u32, calls: usize) {
-    let refused = Arc::new(Plain::new(0));
-    let count = refused.clone();
+/// How many calls said that no run was free, and how many that some of a range was in use.
+#[derive(Default)]
+struct Refusals {
+    out_of_memory: Plain,
+    in_use: Plain,
+}
+
+impl Refusals {
+    fn note(&self, history: &[Event]) {
+        let relaxed = std::sync::atomic::Ordering::Relaxed;
+        for event in history {
+            match event.call {
+                Call::Refused { .. } => self.out_of_memory.fetch_add(1, relaxed),
+                Call::InUse(_) => self.in_use.fetch_add(1, relaxed),
+                Call::Alloc(_) | Call::Free(_) => 0,
+            };
+        }
+    }
+
+    fn are_at_least(self: &Arc<Self>, least: u64) {
+        let relaxed = std::sync::atomic::Ordering::Relaxed;
+        let out_of_memory = self.out_of_memory.load(relaxed);
+        let in_use = self.in_use.load(relaxed);
+        println!("{out_of_memory} times out of memory, {in_use} times in use");
+        assert!(out_of_memory > least, "{out_of_memory} times out of memory");
+        assert!(in_use > least, "{in_use} times in use");
+    }
+}
+
+/// A thread goes on for some steps before another one does: so far that a call ends between two steps of another one, which hardly
+/// ever happens where each step may be anybody's.
+struct InStretches {
+    inner: RandomScheduler,
+    /// One switch in so many steps.
+    steps: u64,
+    coin: u64,
+}
+
+impl InStretches {
+    fn new(iterations: usize, steps: u64) -> Self {
+        Self {
+            inner: RandomScheduler::new(iterations),
+            steps,
+            coin: 0,
+        }
+    }
+
+    fn toss(&mut self) -> bool {
+        self.coin ^= self.coin << 13;
+        self.coin ^= self.coin >> 7;
+        self.coin ^= self.coin << 17;
+        (self.coin >> 16).is_multiple_of(self.steps)
+    }
+}
+
+impl Scheduler for InStretches {
+    fn new_execution(&mut self) -> Option<Schedule> {
+        let schedule = self.inner.new_execution()?;
+        self.coin = schedule.seed | 1;
+        Some(schedule)
+    }
+
+    fn next_task(
+        &mut self,
+        runnable: &[&Task],
+        current: Option<TaskId>,
+        yields: bool,
+    ) -> Option<TaskId> {
+        let goes_on = runnable.iter().any(|task| Some(task.id()) == current);
+        if goes_on && !yields && !self.toss() {
+            return current;
+        }
+        self.inner.next_task(runnable, current, yields)
+    }
+
+    fn next_u64(&mut self) -> u64 {
+        self.inner.next_u64()
+    }
+}
+
+fn refusals_are_honest(scheduler: impl Scheduler + 'static, cpus: u32, calls: (usize, bool)) {
+    let refusals = Arc::new(Refusals::default());
+    let counts = refusals.clone();
     let model = move || {
         let machine = boot();
         for cpu in cpus..CPUS {
@@ -302,32 +457,112 @@ fn refusals_are_honest(iterations: usize, cpus: u32, calls: usize) {
             history.extend(thread.join().unwrap());
         }
         history.sort_by_key(|event| event.began);
-        let refusals = history
-            .iter()
-            .filter(|event| matches!(event.call, Call::Refused { .. } | Call::InUse(_)));
-        count.fetch_add(
-            refusals.count() as u64,
-            std::sync::atomic::Ordering::Relaxed,
-        );
+        counts.note(&history);
         assert!(is_linearizable(&history), "no order explains {history:#?}");
         assert_eq!(machine.0.misuse(), None);
     };
-    shuttle::check_random(model, iterations);
-    let refused = refused.load(std::sync::atomic::Ordering::Relaxed);
-    assert!(
-        refused > iterations as u64 / 4,
-        "only {refused} refusals were looked at"
-    );
+    let iterations = shuttle::Runner::new(scheduler, shuttle::Config::default()).run(model);
+    refusals.are_at_least(iterations as u64);
 }
 
 #[test]
 fn shuttle_two_cpus_refuse_honestly() {
-    refusals_are_honest(1500, 2, 9);
+    refusals_are_honest(RandomScheduler::new(1500), 2, (9, false));
 }
 
 #[test]
 fn shuttle_three_cpus_refuse_honestly() {
-    refusals_are_honest(1000, 3, 7);
+    refusals_are_honest(RandomScheduler::new(1000), 3, (7, false));
+}
+
+/// What an NMI frees inside a lock is in no zone and no array until the interrupted call has ended.
+#[test]
+fn shuttle_cpus_refuse_honestly_while_nmis_free_inside_locks() {
+    refusals_are_honest(RandomScheduler::new(1000), 2, (9, true));
+}
+
+/// One of two frames is free at every instant: the first in the array of CPU 1, then in the zone. An NMI inside a lock of CPU 1 frees
+/// the second, which waits for the call that it interrupted, and only then does CPU 2 take the first. So CPU 0 must not be refused.
+#[test]
+fn shuttle_a_frame_that_waits_for_an_interrupted_call_is_free() {
+    const RUNS: usize = 60_000;
+    let waited = Arc::new(Plain::new(0));
+    let count = waited.clone();
+    let model = move || {
+        let (buddy, bus) = boot();
+        let one = FrameRequest::ONE.movable();
+        let clock = Arc::new(Plain::new(0));
+        let ask = move |clock: &Plain, call: &mut dyn FnMut() -> Option<Call>| {
+            let began = tick(clock);
+            let call = call()?;
+            let ended = tick(clock);
+            Some(Event { began, ended, call })
+        };
+        let alloc = move || match buddy.alloc(&one) {
+            Ok(frame) => Ok(Call::Alloc(bits(frame.range()))),
+            Err(AllocError::OutOfMemory) => Ok(Call::Refused { order: 0 }),
+            Err(error) => Err(error),
+        };
+        let mut held: Vec<_> = (0..SIZE).map(|_| buddy.alloc(&one).unwrap()).collect();
+        let (first, second) = (held.pop().unwrap(), held.pop().unwrap());
+        let taken = !bits(first.range());
+        ModelCpu::bind(1);
+        buddy.free(first);
+        ModelCpu::bind(0);
+        assert_eq!(buddy.mem_info().cached, 1);
+        let mut history = vec![ask(&clock, &mut || Some(Call::Alloc(taken))).unwrap()];
+        // An array is emptied as soon as CPU 0 has looked at the zone.
+        let drained = move |cpu: u32| {
+            ModelCpu::bind(cpu);
+            while !bus.asked[cpu as usize].load(Ordering::SeqCst) {
+                thread::yield_now();
+            }
+            bus.poll(CpuId::new(cpu));
+        };
+        let freed = Arc::new(AtomicBool::new(false));
+        let (clocks, frees) = (clock.clone(), freed.clone());
+        let interrupted = thread::spawn(move || {
+            drained(1);
+            let own = Rc::new(RefCell::new(Own::default()));
+            own.borrow_mut().held.push(second);
+            arm(&own, buddy, &clocks, frees);
+            drop(buddy.buddy_info().to_string());
+            bus.leave();
+            own.take().history
+        });
+        let clocks = clock.clone();
+        let taker = thread::spawn(move || {
+            drained(2);
+            while !freed.load(Ordering::SeqCst) {
+                thread::yield_now();
+            }
+            let taken = ask(&clocks, &mut || alloc().ok());
+            bus.leave();
+            taken
+        });
+        let refused = ask(&clock, &mut || {
+            let call = alloc();
+            if call == Err(AllocError::OutOfMemoryHere) {
+                count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+            }
+            call.ok()
+        });
+        bus.leave();
+        history.extend(refused);
+        history.extend(interrupted.join().unwrap());
+        history.extend(taker.join().unwrap());
+        history.sort_by_key(|event| event.began);
+        assert!(is_linearizable(&history), "no order explains {history:#?}");
+        assert_eq!(buddy.misuse(), None);
+    };
+    let scheduler = InStretches::new(RUNS, 32);
+    shuttle::Runner::new(scheduler, shuttle::Config::default()).run(model);
+    let waited = waited.load(std::sync::atomic::Ordering::Relaxed);
+    println!("{waited} refusals while it waited");
+    assert!(
+        waited > RUNS as u64 / 1000,
+        "{waited} refusals while it waited"
+    );
 }
 
 /// The checker itself: an honest history, a frame with two owners, and a refusal while a frame was free throughout.
