@@ -14,17 +14,19 @@ use crate::cpu_cache::{CpuArea, ZoneCache};
 use crate::plan::area_room;
 use crate::state::State;
 
-/// Whose arrays are empty now.
+/// Whether what is free is in the zones now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Drained {
-    /// Those of all CPUs.
+    /// All of it.
     All,
-    /// Not all: a CPU could not be called, or was interrupted in its arrays.
+    /// Perhaps not: a CPU could not be called, or was interrupted in its arrays or inside a lock that they need, or a block that a
+    /// nested call freed waits for the call that it interrupted.
     Here,
 }
 
 impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M, C, L, K, P> {
-    /// Empties the arrays of the CPU that the caller is pinned to; `false` where they are in use below the caller.
+    /// Empties the arrays of the CPU that the caller is pinned to; `false` where the caller interrupted their user, or the holder of a
+    /// lock that they need.
     fn drain_area(&self, state: &State<L>, area: &CpuArea) -> bool {
         let Some(arrays) = area.enter_or_note() else {
             return false;
@@ -52,11 +54,11 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         }
         drop(arrays);
         self.settle(state, Some(area));
-        // Blocks that wait for an interrupted call are in no zone.
-        all && state.pending.is_empty()
+        all
     }
 
-    /// Empties this CPU's arrays into the zones; `false` where the caller interrupted their user.
+    /// Empties this CPU's arrays into the zones; `false` where some of it stayed there: the caller interrupted their user, or the holder
+    /// of a lock that they need.
     pub fn drain_local(&self) -> bool {
         self.state().is_none_or(|state| self.drain_here(state).1)
     }
@@ -70,7 +72,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         (cpu, all)
     }
 
-    /// Empties the arrays of all CPUs, as far as they can be called.
+    /// Empties the arrays of all CPUs, as far as they can be called; whether all that is free is in the zones now.
     #[doc(alias = "drain_all_pages")]
     pub fn drain_all(&self) -> bool {
         self.drain() == Drained::All
@@ -81,16 +83,24 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             return Drained::All;
         };
         // From here on the caller may be on any CPU: what was drained is left out, not what it is on now (R1 of `CpuCall`).
-        let (drained, here) = self.drain_here(state);
+        let (own, here) = self.drain_here(state);
         let mut others = CpuSet::EMPTY;
         for cpu in 0..state.cpus.len() as u32 {
             let cpu = CpuId::new(cpu);
-            if cpu != drained && state.area(cpu).is_some() {
+            if cpu != own && state.area(cpu).is_some() {
                 others.insert(cpu);
             }
         }
+        // Blocks that wait for an interrupted call are in no zone.
+        let drained = |arrays: bool| {
+            if arrays && state.pending.is_empty() {
+                Drained::All
+            } else {
+                Drained::Here
+            }
+        };
         if others.is_empty() {
-            return if here { Drained::All } else { Drained::Here };
+            return drained(here);
         }
         let incomplete = AtomicBool::new(false);
         let empty = |cpu: CpuId| {
@@ -105,11 +115,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         // SAFETY of sharing: see `Shared`.
         let empty = Shared(empty);
         let called = self.call.run_on(&others, &|cpu| empty.run(cpu));
-        if called.is_ok() && here && !incomplete.load(Ordering::Acquire) {
-            Drained::All
-        } else {
-            Drained::Here
-        }
+        drained(called.is_ok() && here && !incomplete.load(Ordering::Acquire))
     }
 
     /// Gives a CPU that comes online its arrays.
@@ -182,8 +188,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         });
     }
 
-    /// Empties the arrays of a CPU that has gone offline; it keeps them for its return. `false` where some frames stayed there, as all do where the
-    /// caller has interrupted the allocator on its own CPU.
+    /// Empties the arrays of a CPU that has gone offline; it keeps them for its return. `false` where some frames stayed there, as all do
+    /// where the caller has interrupted its own CPU inside a lock of the allocator.
     ///
     /// # Safety
     ///

@@ -52,6 +52,11 @@ type Frames = Buddy<Window, Played<3>, Struck, NoCpuCall, NoPressure>;
 const FRAMES: u64 = 8192;
 
 fn boot() -> &'static Frames {
+    boot_online(2)
+}
+
+/// A machine with so many CPUs online.
+fn boot_online(cpus: u32) -> &'static Frames {
     become_cpu(0);
     let mut map = map(&[(0, FRAMES << 12)]);
     map.reserve(PhysAddr::new(0), 1 << 20, Reservation::BootStructures)
@@ -59,7 +64,7 @@ fn boot() -> &'static Frames {
     let window = Window::new(FRAMES << 12, FRAMES << 12);
     let buddy = Box::leak(Box::new(Buddy::new(window, Played)));
     // SAFETY: X1: the test's own memory, which only this allocator has.
-    unsafe { buddy.init(&mut map, &one_zone().cpus(2)) }.unwrap();
+    unsafe { buddy.init(&mut map, &one_zone().cpus(cpus)) }.unwrap();
     buddy
 }
 
@@ -171,6 +176,26 @@ fn an_nmi_inside_a_lock_empties_no_other_cpu() {
     buddy.check().unwrap();
 }
 
+/// A CPU's arrays are empty or not; what waits for an interrupted call is nobody's array, and not in the zones either.
+#[test]
+fn a_block_that_waits_is_in_no_array() {
+    let buddy = boot_online(1);
+    let large = FrameRequest::new(Order::new(7).unwrap());
+    let frame = RefCell::new(Some(buddy.alloc(&large).unwrap()));
+    let nmi = move || {
+        if let Some(frame) = frame.borrow_mut().take() {
+            assert!(buddy.drain_all());
+            buddy.free(frame);
+            assert!(buddy.drain_local());
+            assert!(!buddy.drain_all());
+        }
+    };
+    assert!(buddy.drain_all());
+    strike_with(nmi, || drop(buddy.buddy_info().to_string()));
+    assert!(buddy.drain_all());
+    buddy.check().unwrap();
+}
+
 #[test]
 fn an_nmi_on_a_cpu_that_is_not_online_does_not_wait() {
     let buddy = boot();
@@ -279,7 +304,7 @@ fn a_block_that_nmis_free_twice_is_found_and_given_once() {
 /// Who has a block that somebody else frees goes on writing to it. Nothing that he writes is followed.
 #[test]
 fn a_block_on_the_chain_that_somebody_else_has_leads_nowhere() {
-    let buddy = boot();
+    let buddy = boot_online(1);
     let live = buddy
         .alloc(&FrameRequest::new(Order::new(7).unwrap()))
         .unwrap();
@@ -288,7 +313,7 @@ fn a_block_on_the_chain_that_somebody_else_has_leads_nowhere() {
     let blocks = strike_and_free(buddy, 40, move |freed| {
         let words: *mut u64 = buddy.memory().to_ptr(freed[at].start()).cast();
         // SAFETY: the window backs it.
-        unsafe { words.write(target << 8 | 7 << 1 | 1) };
+        unsafe { words.write(target << 7 | 7 << 1 | 1) };
     });
     let misuse = buddy.misuse().unwrap();
     assert_eq!((misuse.count, misuse.first), (1, blocks[at]));
@@ -299,6 +324,6 @@ fn a_block_on_the_chain_that_somebody_else_has_leads_nowhere() {
         assert_ne!(frame.first(), live.first(), "it is somebody's");
     }
     // Nothing waits any more.
-    assert!(buddy.drain_local());
+    assert!(buddy.drain_all());
     buddy.check().unwrap();
 }
