@@ -1,4 +1,4 @@
-//! Emptying ranges: CMA, taking memory offline and compaction are one mechanism.
+//! Emptying ranges: CMA, taking memory offline and [compaction](crate::compact) are one mechanism.
 //!
 //! ```text
 //!   1. isolate    the range's page blocks leave all lists: nothing is allocated from them any more
@@ -19,7 +19,8 @@ use core::fmt;
 
 use kmem_hal::{
     AllocError, Context, Cpu, CpuCall, Frame, FrameRange, FrameRequest, FrameSink, FrameSource,
-    Migrate, MigrateError, Order, PhysMap, Pressure, RawLock,
+    Migrate, MigrateError, NodePolicy, Order, OwnedFrame, PAGE_SIZE, PhysAddr, PhysMap, Pressure,
+    RawLock,
 };
 
 use crate::buddy::Buddy;
@@ -27,10 +28,11 @@ use crate::cpus::Drained;
 use crate::error::PlaceError;
 use crate::range::OwnedRange;
 use crate::state::State;
+use crate::zone::Zone;
 use crate::zone::bits::BLOCK_FRAMES;
-use crate::zone::core::{Core, STEP};
+use crate::zone::core::Core;
 use crate::zone::kind::MigrateType;
-use crate::zone::segment::Segment;
+use crate::zone::segment::{self, Segment};
 
 /// How often a frame that is pinned, or was freed under our hands, is looked at again.
 const RETRIES: u32 = 4;
@@ -100,22 +102,38 @@ impl CmaArea {
     }
 }
 
-/// A page block that could be emptied, and what that takes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Emptying {
-    /// The block's first frame.
-    pub first: Frame,
-    /// Frames that would have to move.
-    pub moves: u32,
+/// Which frames the pages of a range may move to.
+pub(crate) struct Targets {
+    request: FrameRequest,
+    /// The index of the only zone that they may be of.
+    zone: Option<u32>,
 }
 
-/// What a compaction did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Compacted {
-    /// Page blocks that became wholly free.
-    pub blocks: u64,
-    /// Frames that were moved.
-    pub moved: u64,
+impl Targets {
+    /// Whatever any movable request gets.
+    const ANY: Self = Self {
+        request: FrameRequest::ONE.movable().context(Context::NoReclaim),
+        zone: None,
+    };
+
+    /// Those of one zone.
+    pub fn of_zone<L: RawLock>(zone: &Zone<L>, index: u32) -> Self {
+        // The zone is the first that such a request asks: others of its node that begin below its end are lower ones.
+        let last = Frame::from_number(zone.end() - 1).start();
+        let mut request = Self::ANY.request.node(NodePolicy::Strict(zone.node));
+        request.max_address = PhysAddr::new(last.as_u64() | (PAGE_SIZE - 1));
+        Self {
+            request,
+            zone: Some(index),
+        }
+    }
+
+    fn admit<L>(&self, state: &State<L>, target: &OwnedFrame) -> bool {
+        self.zone.is_none_or(|zone| {
+            segment::find(state.segments, target.first().number())
+                .is_some_and(|segment| segment.zone == zone)
+        })
+    }
 }
 
 impl Core {
@@ -155,7 +173,7 @@ impl Core {
 
 impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M, C, L, K, P> {
     /// Runs `f` under the lock of the zone of a segment.
-    fn in_zone<R>(
+    pub(crate) fn in_zone<R>(
         &self,
         state: &State<L>,
         segment: &Segment,
@@ -170,12 +188,12 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     }
 
     /// The segment that wholly contains a range.
-    fn whole_segment(
+    pub(crate) fn whole_segment(
         &self,
         state: &State<L>,
         range: FrameRange,
     ) -> Result<&'static Segment, ClaimError> {
-        crate::zone::segment::find(state.segments, range.first().number())
+        segment::find(state.segments, range.first().number())
             .filter(|segment| {
                 !range.is_empty() && segment.contains(range.first().number(), range.count())
             })
@@ -305,13 +323,15 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         range: FrameRange,
         migrate: &impl Migrate,
     ) -> Result<OwnedRange, ClaimError> {
-        self.claim_counted(range, migrate, &mut 0)
+        self.claim_counted(range, migrate, &Targets::ANY, &mut 0)
     }
 
-    fn claim_counted(
+    /// The same; counts the pages that moved, also those of a claim that fails.
+    pub(crate) fn claim_counted(
         &self,
         range: FrameRange,
         migrate: &impl Migrate,
+        targets: &Targets,
         moved: &mut u64,
     ) -> Result<OwnedRange, ClaimError> {
         let state = self.state().ok_or(ClaimError::NotInitialised)?;
@@ -322,7 +342,7 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         }
         let drained = self.drain();
         let emptied = self
-            .empty(state, segment, (first, end), migrate, moved)
+            .empty(state, segment, (first, end), (migrate, targets), moved)
             .map_err(|error| match error {
                 // No owner spoke for the frame, and not everybody was asked for free ones.
                 ClaimError::NotMovable(frame) if drained == Drained::Here => {
@@ -355,10 +375,9 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         state: &State<L>,
         segment: &Segment,
         (first, end): (u64, u64),
-        migrate: &impl Migrate,
+        (migrate, targets): (&impl Migrate, &Targets),
         moved: &mut u64,
     ) -> Result<(), ClaimError> {
-        let request = FrameRequest::ONE.movable().context(Context::NoReclaim);
         let mut at = first;
         let mut tries = 0;
         loop {
@@ -370,10 +389,14 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             if number != at {
                 (at, tries) = (number, 0);
             }
-            let target = self.alloc(&request).map_err(|error| match error {
+            let target = self.alloc(&targets.request).map_err(|error| match error {
                 AllocError::Busy => ClaimError::Busy,
                 _ => ClaimError::OutOfMemory(frame),
             })?;
+            if !targets.admit(state, &target) {
+                self.free(target);
+                return Err(ClaimError::OutOfMemory(frame));
+            }
             tries += 1;
             match migrate.migrate(frame, target) {
                 Ok(old) => {
@@ -392,145 +415,4 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
             }
         }
     }
-
-    /// Fills `out` with the page blocks that are cheapest to empty, cheapest first; how many there are.
-    ///
-    /// Counts blocks of movable memory that are partly free and wholly the allocator's. The same state gives the same plan. A lock is held
-    /// for 1 GiB at a time.
-    pub fn plan_blocks(&self, out: &mut [Emptying]) -> usize {
-        self.survey(out).planned
-    }
-
-    /// Plans, and counts what there is to gain.
-    fn survey(&self, out: &mut [Emptying]) -> Survey {
-        let mut survey = Survey::default();
-        let Some(state) = self.state() else {
-            return survey;
-        };
-        for zone in state.zones {
-            let chunks = zone.segments.iter().flat_map(|segment| {
-                let blocks = segment.block as usize..segment.block_end();
-                let starts = blocks.clone().step_by(STEP);
-                starts.map(move |at| (segment, at..blocks.end.min(at + STEP)))
-            });
-            for (segment, blocks) in chunks {
-                let _ = self.in_zone(state, segment, |core| {
-                    for block in blocks {
-                        let free = core.free_in(block);
-                        survey.whole += free / BLOCK_FRAMES;
-                        let partly = free > 0 && free < BLOCK_FRAMES;
-                        if !partly || core.type_of(block) != MigrateType::Movable {
-                            continue;
-                        }
-                        survey.room += free;
-                        let base = segment.base_of(block);
-                        if !core.is_unmanaged(block) && segment.contains(base, BLOCK_FRAMES) {
-                            let entry = Emptying {
-                                first: Frame::from_number(base),
-                                moves: (BLOCK_FRAMES - free) as u32,
-                            };
-                            survey.planned = insert(out, survey.planned, entry);
-                        }
-                    }
-                });
-            }
-        }
-        survey
-    }
-
-    /// How many frames of the page block that begins with `first` are in use.
-    fn moves_of(&self, first: Frame) -> Option<u32> {
-        let state = self.state()?;
-        let range = FrameRange::of_order(first, Order::HUGE_2M)?;
-        let segment = self.whole_segment(state, range).ok()?;
-        let block = segment.block_of(first.number());
-        let free = self.in_zone(state, segment, |core| core.free_in(block));
-        free.ok().map(|free| (BLOCK_FRAMES - free) as u32)
-    }
-
-    /// Makes up to `blocks` wholly free page blocks by emptying those that are cheapest to empty.
-    ///
-    /// Nothing is moved where no block is to be gained: a block is emptied only while the partly free ones have a block's worth of free
-    /// frames, so that its pages find room in the others. Blocks that cannot be emptied are passed over. May sleep as far as `migrate`
-    /// does; not for interrupts.
-    #[doc(alias = "compact_zone")]
-    pub fn compact(&self, blocks: u64, migrate: &impl Migrate) -> Compacted {
-        /// Blocks planned at once; moving changes what is cheapest. So many may be emptied in vain before it ends.
-        const PLANNED: usize = 16;
-        let mut done = Compacted::default();
-        let (mut failed, mut failures) = ([Frame::ZERO; PLANNED], 0);
-        let (mut before, mut claimed) = (None, 0);
-        loop {
-            let mut plan = [Emptying {
-                first: Frame::ZERO,
-                moves: 0,
-            }; PLANNED];
-            // What is in arrays is in use by the zones' bits.
-            self.drain();
-            let survey = self.survey(&mut plan);
-            let whole = *before.get_or_insert(survey.whole);
-            done.blocks = survey.whole.saturating_sub(whole).min(claimed);
-            // A block that was emptied into one that was wholly free, or that others took, is none that was gained.
-            let vain = (claimed - done.blocks) as usize + failures;
-            let start = (claimed, failures);
-            let mut room = survey.room;
-            for next in &plan[..survey.planned] {
-                let gained = done.blocks + claimed - start.0;
-                let failing = vain + failures - start.1;
-                if gained >= blocks || failing >= PLANNED || room < BLOCK_FRAMES {
-                    break;
-                }
-                if failed[..failures].contains(&next.first) {
-                    continue;
-                }
-                // Frames that moved went into blocks of the plan: one that grew is not the cheapest any more.
-                let tried = (claimed, failures) != start;
-                if tried && self.moves_of(next.first) != Some(next.moves) {
-                    break;
-                }
-                let range = FrameRange::of_order(next.first, Order::HUGE_2M);
-                let emptied =
-                    range.map(|range| self.claim_counted(range, migrate, &mut done.moved));
-                match emptied {
-                    Some(Ok(range)) => {
-                        claimed += 1;
-                        room -= BLOCK_FRAMES;
-                        // The range was just taken here: it is the allocator's and nobody else's.
-                        let _ = self.free_range(range);
-                    }
-                    _ => {
-                        failed[failures] = next.first;
-                        failures += 1;
-                    }
-                }
-            }
-            if (claimed, failures) == start {
-                return done;
-            }
-        }
-    }
-}
-
-/// What the page blocks are like.
-#[derive(Default)]
-struct Survey {
-    /// Blocks in the plan.
-    planned: usize,
-    /// Blocks that are wholly free.
-    whole: u64,
-    /// Free frames of partly free blocks of movable memory.
-    room: u64,
-}
-
-/// Puts an entry into the sorted plan; how long that is now.
-fn insert(out: &mut [Emptying], count: usize, entry: Emptying) -> usize {
-    let key = |entry: &Emptying| (entry.moves, entry.first);
-    let place = out[..count].partition_point(|other| key(other) <= key(&entry));
-    if place == out.len() {
-        return count;
-    }
-    let count = (count + 1).min(out.len());
-    out[place..count].rotate_right(1);
-    out[place] = entry;
-    count
 }

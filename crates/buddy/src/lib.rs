@@ -23,6 +23,7 @@ mod build;
 mod carve;
 mod claim;
 mod classic;
+mod compact;
 mod config;
 mod cpu_cache;
 mod cpus;
@@ -50,7 +51,8 @@ pub use boot::{
     Reservation,
 };
 pub use buddy::Buddy;
-pub use claim::{ClaimError, CmaArea, Compacted, Emptying};
+pub use claim::{ClaimError, CmaArea};
+pub use compact::{Compacted, Emptying};
 pub use config::Config;
 pub use error::{FreeError, InitError, Misuse, PlaceError};
 pub use range::OwnedRange;

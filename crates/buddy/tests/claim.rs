@@ -6,9 +6,11 @@ use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 
 use common::NoOwner;
-use common::machine::{Machine, boot, map, start};
+use common::machine::{Machine, boot, map, map_of_nodes, one_zone, start};
 use common::window::Window;
-use kmem_buddy::{ClaimError, CmaArea, Config, Emptying, PlaceError, Reservation, ZoneLimits};
+use kmem_buddy::{
+    ClaimError, CmaArea, Config, Emptying, PlaceError, Reservation, ZoneFree, ZoneLimits,
+};
 use kmem_hal::{
     Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Migrate, MigrateError, Order,
     OwnedFrame, PhysMap,
@@ -523,4 +525,118 @@ fn a_claim_steps_over_what_somebody_else_is_emptying() {
     buddy.free_range(claimed).unwrap();
     users.check();
     buddy.check().unwrap();
+}
+
+/// Two zones, DMA below frame 0x1000 and DMA32 above, or two nodes, the second from frame 0x2000.
+fn boot_two(window: &Window, nodes: bool) -> Machine<'_> {
+    let (mut map, config) = if nodes {
+        (map_of_nodes(2, FRAMES << 11), one_zone())
+    } else {
+        let config = Config::new().min_free_kib(0).reserve_ratio([0; 5]);
+        (map(&[(0, FRAMES << 12)]), config)
+    };
+    let buddy = start(window, &mut map, &config);
+    assert_eq!(buddy.zones().count(), 2);
+    buddy
+}
+
+/// Frees these frames, compacts, and gives what that did and how many pages moved to the other zone.
+fn compact_two(nodes: bool, free: &[std::ops::Range<u64>]) -> ((u64, u64), u64) {
+    let window = Window::new(FRAMES << 12, FRAMES << 12);
+    let buddy = boot_two(&window, nodes);
+    let users = Pages::new(&window, &buddy);
+    users.fill();
+    free.iter()
+        .flat_map(Clone::clone)
+        .for_each(|frame| users.remove(frame));
+    buddy.drain_all();
+    let upper = || {
+        let edge = if nodes { FRAMES / 2 } else { 0x1000 };
+        users.pages.borrow().range(edge..).count() as u64
+    };
+    let before = upper();
+    let whole = || -> u64 {
+        let blocks = |zone: ZoneFree| zone.blocks[9] + 2 * zone.blocks[10];
+        buddy.zones().map(blocks).sum()
+    };
+    let whole_before = whole();
+    let done = buddy.compact(u64::MAX, &Tiring(&users, 10_000));
+    assert_eq!(whole() - whole_before, done.blocks);
+    users.check();
+    buddy.check().unwrap();
+    assert_eq!(buddy.misuse(), None);
+    ((done.blocks, done.moved), upper().abs_diff(before))
+}
+
+/// Blocks of the lower zone are emptied into each other, not into blocks of the higher zone that are wholly free.
+#[test]
+fn compaction_moves_pages_within_their_zone() {
+    let done = compact_two(false, &[0x2000..0x2800, 0x400..0x500, 0x800..0x900]);
+    assert_eq!(done, ((1, 0x100), 0));
+    // What is to be gained in one zone is not measured by what is free in another.
+    let done = compact_two(false, &[0x2000..0x2800, 0x400..0x52c, 0x2a00..0x2b2c]);
+    assert_eq!(done, ((0, 0), 0));
+    // In both.
+    let done = compact_two(
+        false,
+        &[0x400..0x500, 0x800..0x900, 0x2400..0x2500, 0x2800..0x2900],
+    );
+    assert_eq!(done, ((2, 0x200), 0));
+}
+
+#[test]
+fn compaction_moves_pages_within_their_node() {
+    let done = compact_two(
+        true,
+        &[0x400..0x500, 0x800..0x900, 0x2400..0x2500, 0x2800..0x2900],
+    );
+    assert_eq!(done, ((2, 0x200), 0));
+    let done = compact_two(true, &[0x400..0x600, 0x2400..0x2500, 0x2800..0x2900]);
+    assert_eq!(done, ((1, 0x100), 0));
+}
+
+/// Pages move into blocks that were broken up for orders 7 and 8 only where no block is wholly free: until then these are no room.
+#[test]
+fn compaction_leaves_long_runs_alone_while_a_block_is_whole() {
+    for (whole, short, expected) in [
+        (true, 50, (0, 0)),
+        (true, 200, (1, 128)),
+        (true, 256, (2, 256)),
+        (false, 50, (1, 128)),
+    ] {
+        let window = Window::new(FRAMES << 12, FRAMES << 12);
+        let buddy = boot(&window, &[]);
+        let users = Pages::new(&window, &buddy);
+        users.fill();
+        // Two long blocks, and then 128 pages in each.
+        let seven = FrameRequest::new(Order::new(7).unwrap()).movable();
+        let mut others = Vec::new();
+        for base in [0x400, 0x800] {
+            (base..base + 0x200).for_each(|frame| users.remove(frame));
+            buddy.drain_all();
+            let mut parts: Vec<_> = (0..4).map(|_| buddy.alloc(&seven).unwrap()).collect();
+            assert!(
+                parts
+                    .iter()
+                    .all(|part| part.first().number() & !0x1ff == base)
+            );
+            let kept = parts.swap_remove(0).into_raw().0;
+            for frame in FrameRange::of_order(kept, seven.order).unwrap().iter() {
+                // SAFETY: the frames of a block that was just taken and is no longer had as one.
+                users.add(unsafe { OwnedFrame::from_raw(frame, Order::ZERO) });
+            }
+            others.extend(parts);
+        }
+        buddy.free_bulk(others);
+        (0xc00..0xc00 + short).for_each(|frame| users.remove(frame));
+        if whole {
+            (0x2000..0x2200).for_each(|frame| users.remove(frame));
+        }
+        buddy.drain_all();
+        let done = buddy.compact(u64::MAX, &Tiring(&users, 10_000));
+        assert_eq!((done.blocks, done.moved), expected, "{whole} {short}");
+        users.check();
+        buddy.check().unwrap();
+        assert_eq!(buddy.misuse(), None);
+    }
 }

@@ -45,6 +45,21 @@ impl Core {
         self.hints[first + block / 64] >> (block % 64) & 1 != 0
     }
 
+    /// Free frames of a block that are runs of orders 7 and 8 of a long block, by its words.
+    pub fn long_in(&self, block: usize) -> u64 {
+        if !self.is_long(block) {
+            return 0;
+        }
+        let words = &self.words[block * WORDS..(block + 1) * WORDS];
+        let whole = words
+            .iter()
+            .enumerate()
+            .fold(0, |whole, (at, &word)| whole | u8::from(word == !0) << at);
+        LONG_ORDERS
+            .map(|order| u64::from(bits::maximal_words(whole, order).count_ones()) << order)
+            .sum()
+    }
+
     /// The row that lists a block's runs of an order below 9.
     pub(super) fn row_of(&self, block: usize, order: usize) -> usize {
         if LONG_ORDERS.contains(&order) && self.is_long(block) {
