@@ -29,7 +29,11 @@ mod cpu_cache;
 mod cpus;
 mod error;
 mod free;
+#[cfg(not(loom))]
 mod pending;
+#[cfg(loom)]
+#[doc(hidden)]
+pub mod pending;
 mod plan;
 #[cfg(loom)]
 #[doc(hidden)]

@@ -25,9 +25,11 @@
 //! - `P2`: a block in the chain is in reach of the memory map, and nobody's but this pool's where nobody freed a block that was not his.
 //! - `P3`: a link is followed only where its seal is right.
 //! - `P4`: a word of the chain has how many blocks it leads to, that one included, or [`DEEPEST`] where they are more: then `waiting` may stay
-//!   above 0 where a link is broken, and a refusal promises less than it could.
+//!   above 0 where a link is broken, for ever: no refusal promises anything any more, and each call that reaches a zone empties the pool
+//!   in vain, with a locked exchange for the chain and for each slot. It takes a wrong free, and more than 8191 blocks on one chain.
 //!
-//! Costs: one load for each call that reaches a zone. Locked instructions where something waits.
+//! Costs: one load for each call that reaches a zone. Locked instructions where something waits: an exchange for the chain and for each
+//! slot, 33 of them.
 
 use kmem_hal::sync::{AtomicU32, AtomicU64, Ordering};
 use kmem_hal::{Frame, FrameRange, Order, PhysMap};
@@ -118,7 +120,7 @@ impl Node {
 }
 
 /// The pool of one allocator.
-pub(crate) struct Pending {
+pub struct Pending {
     waiting: AtomicU32,
     chain: AtomicU64,
     slots: [AtomicU64; SLOTS],
@@ -159,7 +161,11 @@ impl Pending {
             return false;
         }
         self.waiting.fetch_add(1, Ordering::AcqRel);
-        if self.slots.iter().any(|slot| exchange(slot, NONE, entry)) {
+        if self
+            .slots
+            .iter()
+            .any(|slot| replace(slot, NONE, entry).is_ok())
+        {
             return true;
         }
         if let Some(node) = Node::of(memory, entry) {
@@ -172,13 +178,22 @@ impl Pending {
             return new;
         }
         for slot in &self.slots {
-            let other = slot.load(Ordering::Acquire);
-            let node = Node::of(memory, other).filter(|_| other != NONE);
-            if (other == NONE || node.is_some()) && exchange(slot, other, entry) {
-                if let Some(node) = node {
-                    self.push(node, other);
+            let mut other = slot.load(Ordering::Acquire);
+            loop {
+                let node = Node::of(memory, other).filter(|_| other != NONE);
+                if other != NONE && node.is_none() {
+                    break;
                 }
-                return true;
+                // Whoever empties the pool meanwhile makes room: the slot is looked at again, or the block would be lost beside it.
+                match replace(slot, other, entry) {
+                    Ok(_) => {
+                        if let Some(node) = node {
+                            self.push(node, other);
+                        }
+                        return true;
+                    }
+                    Err(now) => other = now,
+                }
             }
         }
         self.lost.fetch_add(1 << order, Ordering::Relaxed);
@@ -259,9 +274,9 @@ impl Pending {
     }
 }
 
-fn exchange(slot: &AtomicU64, from: u64, to: u64) -> bool {
-    slot.compare_exchange(from, to, Ordering::AcqRel, Ordering::Relaxed)
-        .is_ok()
+/// Puts a block where another one, or none, is; what is there otherwise.
+fn replace(slot: &AtomicU64, from: u64, to: u64) -> Result<u64, u64> {
+    slot.compare_exchange(from, to, Ordering::AcqRel, Ordering::Acquire)
 }
 
 #[cfg(all(test, not(any(loom, shuttle))))]
