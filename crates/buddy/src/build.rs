@@ -94,7 +94,7 @@ fn all_segments<L: RawLock + 'static>(
     segments
 }
 
-/// Carves and fills everything; the boot map has the memory as an early allocation afterwards.
+/// Carves and fills everything; the boot map has the memory as [`Tables`](crate::Reservation::Tables) afterwards.
 ///
 /// # Errors
 ///
@@ -118,7 +118,7 @@ pub(crate) unsafe fn build<const N: usize, M: PhysMap, L: RawLock + 'static>(
         .alloc(bytes, PAGE_SIZE)
         .map_err(failed)?;
     let next = NonNull::new(memory.to_ptr(piece)).ok_or(InitError::NoMemory)?;
-    // SAFETY: an early allocation of that many bytes, aligned to a page and in reach, that is given back by nobody.
+    // SAFETY: a piece of the early allocator of that many bytes, aligned to a page and in reach, that is given back by nobody.
     let mut carving = unsafe { Carving::new(next, bytes) };
     let map = &*map;
 

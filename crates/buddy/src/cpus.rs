@@ -20,7 +20,7 @@ pub(crate) enum Drained {
     /// All of it.
     All,
     /// Perhaps not: a CPU could not be called, or was interrupted in its arrays or inside a lock that they need, or a block that a
-    /// nested call freed waits for the call that it interrupted.
+    /// nested call freed waits for the call that it interrupted. Of a look: frees may also have overtaken it 16 times.
     Here,
 }
 

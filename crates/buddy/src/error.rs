@@ -134,7 +134,8 @@ pub enum PlaceError {
     Foreign,
     /// Some of it is in use.
     InUse,
-    /// Some of it is in use, or in the cache of a CPU that could not be asked.
+    /// Some of it is in use, or was free all along without being found: in the cache of a CPU that could not be asked, freed by a nested
+    /// call and waiting for the call that it interrupted, or moved about by frees that overtook the look 16 times.
     InUseHere,
     /// A nested call met a state that only the interrupted code can finish, or a CPU that had to be asked could not be.
     Busy,

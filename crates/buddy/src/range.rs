@@ -370,8 +370,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
 
     /// Frees everything that was reserved for `why` at boot: boot structures once read, the initrd, init sections.
     ///
-    /// Gives the number of frames. The allocator's own tables, which are early allocations as well, are never freed. Not to be
-    /// called from interrupts.
+    /// Gives the number of frames. The allocator's own tables ([`Reservation::Tables`]) are never freed. Not to be called from
+    /// interrupts.
     ///
     /// # Safety
     ///

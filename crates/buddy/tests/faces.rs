@@ -453,7 +453,7 @@ fn early_pieces_are_handed_over() {
     unsafe {
         assert_eq!(buddy.release_range(table), Ok(3));
         assert_eq!(buddy.release_range(table), Err(FreeError::Foreign));
-        // All of the rest but the allocator's own tables, which are early memory, too.
+        // All of the rest; the allocator's own tables are no early allocation.
         assert_eq!(
             buddy.release_range(buddy.metadata()),
             Err(FreeError::Foreign)

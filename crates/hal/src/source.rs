@@ -238,7 +238,8 @@ pub enum AllocError {
     NotInitialised,
     /// No fitting run was free at some instant of the call, other CPUs' caches included.
     OutOfMemory,
-    /// No fitting run was found, and other CPUs' caches could not be asked.
+    /// No fitting run was found, and yet one may have been free all along: other CPUs' caches could not be asked, a block that a nested
+    /// call freed waits for the call that it interrupted, or frees overtook the search each time.
     OutOfMemoryHere,
     /// The request can never be met: order or alignment too large, or no memory below its address limit.
     Unsatisfiable,

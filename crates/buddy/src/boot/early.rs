@@ -2,8 +2,8 @@
 //!
 //! Gives pieces of what the boot map has free, from the top down, so that low memory stays for devices that need it. What it
 //! gives is a reservation of kind [`Early`](crate::Reservation::Early) in the map, and so the zones that are built
-//! from the map later know it as allocated. The allocator's own metadata is carved with it: sized by the memory that is
-//! usable, never by the highest address.
+//! from the map later know it as allocated. The page-frame allocator's own tables are carved with it, as
+//! [`Tables`](crate::Reservation::Tables): sized by the memory that is usable, never by the highest address.
 //!
 //! A boot map says which memory there is, not who has it: it can be copied, or filled twice. So whoever starts an allocator on
 //! one, this or one that takes the map over, promises that nobody else does (`X1` of [`EarlyAllocator::new`]).

@@ -10,9 +10,9 @@
 //! ```
 //!
 //! The words are the truth. The summaries and hints follow, at once where frames are taken, later where single frames or short
-//! runs are freed: such a free sets its bits and marks the word *stale*, which costs a few instructions. A search brings the
-//! lowest stale blocks up to date first, and all of them before it says that there is no run, so that under the lock a search
-//! that finds nothing has proved that no run exists.
+//! runs are freed: such a free sets its bits and, where the word's summary changes, marks the word *stale*, which costs a few
+//! instructions. A search brings the lowest stale blocks up to date first, and all of them before it says that there is no run, so
+//! that under the lock a search that finds nothing has proved that no run exists.
 //!
 //! Invariants
 //! - `I1`: a set bit is a free frame of a segment; bits outside segments are never set.
@@ -28,8 +28,8 @@
 //! be had. Where few objects share a page block it is soon free as a whole again; one small object among them would keep it.
 //!
 //! Costs: a take changes words of one block, their summary bytes, and the hints of the orders that appear or vanish in
-//! the block; a give of order <= 5 a word and a stale bit. A find is one bitmap search an order. Stale blocks are brought up to date
-//! once for all frees since the last time, at most [`STEP`] of them while the lock is held.
+//! the block; a give of order <= 5 a word, and a stale bit where the word's summary changes. A find is one bitmap search
+//! an order. Stale blocks are brought up to date once for all frees since the last time, at most [`STEP`] of them while the lock is held.
 
 mod check;
 mod find;

@@ -1,7 +1,7 @@
 //! Frees that did no more than set their bits, and bringing their blocks up to date.
 //!
-//! A free of order <= 5 marks its word stale, which costs a few instructions; the lists follow once for all frees since the last time
-//! (`I2`, `I5` of [`super`]).
+//! A free of order <= 5 marks its word stale where the word's summary changes, which costs a few instructions; the lists follow once for
+//! all frees since the last time (`I2`, `I5` of [`super`]).
 
 use super::super::bits::{self, STALE, WORDS};
 use super::super::segment;
