@@ -4,9 +4,10 @@
 #[path = "../../crates/buddy/tests/common/mod.rs"]
 mod common;
 
-use common::twin::BuddyOp;
+use common::layout::END;
+use common::op::BuddyOp;
 use common::window::Window;
-use common::world::{END, World};
+use common::world::World;
 use libfuzzer_sys::fuzz_target;
 
 thread_local! {

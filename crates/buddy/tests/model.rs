@@ -2,24 +2,38 @@
 
 mod common;
 
+use std::collections::BTreeSet;
+
+use arbitrary::{Arbitrary, Unstructured};
+use common::layout::END;
 use common::machine::{MIB, boot};
-use common::twin::buddy_op;
+use common::op::{BuddyOp, buddy_ops, emptying_ops};
 use common::window::Window;
-use common::world::{END, World};
+use common::world::World;
 use kmem_hal::{Frame, FrameRequest, FrameSink, FrameSource, Order};
 use kmem_testkit::ops::{FrameOp, run_frames};
 use proptest::prelude::*;
 
+fn play(ops: &[BuddyOp]) {
+    let window = Window::new(END << 12, END << 12);
+    let mut world = World::new(&window);
+    for op in ops {
+        world.apply(op);
+    }
+    world.finish();
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 24, max_shrink_iters: 400, ..ProptestConfig::default() })]
     #[test]
-    fn behaves_like_the_textbook(ops in prop::collection::vec(buddy_op(END as u16), 1..120)) {
-        let window = Window::new(END << 12, END << 12);
-        let mut world = World::new(&window);
-        for op in &ops {
-            world.apply(op);
-        }
-        world.finish();
+    fn behaves_like_the_textbook(ops in buddy_ops(END as u16)) {
+        play(&ops);
+    }
+
+    /// Whatever the owners of pages do, ranges are emptied or refused as the model says.
+    #[test]
+    fn empties_ranges_honestly(ops in emptying_ops(END as u16)) {
+        play(&ops);
     }
 }
 
@@ -33,6 +47,21 @@ proptest! {
         run_frames(&world.buddy, &&window, &ops).unwrap();
         world.finish();
     }
+}
+
+/// What the fuzzer begins with: every call there is, the seeds of old enums rewritten to mean what they meant.
+#[test]
+fn the_fuzzer_begins_with_every_call() {
+    let corpus = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/corpus/buddy");
+    let mut calls = BTreeSet::new();
+    for seed in std::fs::read_dir(corpus).unwrap() {
+        let bytes = std::fs::read(seed.unwrap().path()).unwrap();
+        let ops = Vec::<BuddyOp>::arbitrary_take_rest(Unstructured::new(&bytes)).unwrap();
+        play(&ops);
+        let names = ops.iter().map(|op| format!("{op:?}"));
+        calls.extend(names.map(|name| name.split([' ', '(']).next().map(str::to_owned)));
+    }
+    assert_eq!(calls.len(), 24, "{calls:?}");
 }
 
 /// The course's order 3 out of 32 frames: 8 given, 8 and 16 left, 32 again.

@@ -1,9 +1,16 @@
 //! Real memory maps as boot maps, and what the tests have in common.
 #![allow(dead_code)]
 
+pub mod allocation;
+pub mod emptying;
+pub mod hands;
+pub mod layout;
 pub mod machine;
+pub mod op;
+pub mod placement;
 pub mod played;
 pub mod twin;
+pub mod users;
 pub mod window;
 pub mod world;
 

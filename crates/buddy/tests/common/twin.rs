@@ -1,7 +1,7 @@
 //! The buddy system by the textbook: lists of free blocks by order, split and merge as drawn on a blackboard.
 //!
-//! One operation enum serves proptest and libFuzzer; unlike the twin of testkit this one gives and takes by place. It keeps,
-//! for each zone, `free_area[11]`: the free blocks of every order, by first frame.
+//! Unlike the twin of testkit this one gives and takes by place. It keeps, for each zone, `free_area[11]`: the free blocks of every
+//! order, by first frame.
 //!
 //! ```text
 //!   order 5   [ 32 frames ]                    take order 3 at the lowest place:
@@ -23,94 +23,8 @@
 
 use std::collections::BTreeSet;
 
-use arbitrary::Arbitrary;
-use proptest::prelude::*;
-
 /// The highest order that is merged to.
 pub const TOP: usize = 10;
-
-/// One call of a page-frame allocator. Numbers out of range wrap or are refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Arbitrary)]
-pub enum BuddyOp {
-    /// Allocates one block.
-    Alloc {
-        /// log2 of the frames.
-        order: u8,
-        /// log2 of the alignment.
-        align: u8,
-        /// The frame number that it must end at or below.
-        limit: Option<u16>,
-        /// 0 unmovable, 1 reclaimable, others movable.
-        mobility: u8,
-        /// With zeroed bytes.
-        zeroed: bool,
-    },
-    /// Allocates many blocks in one call.
-    Batch {
-        /// log2 of the frames of each.
-        order: u8,
-        /// How many.
-        count: u8,
-        /// As above.
-        mobility: u8,
-    },
-    /// Frees a block that is held.
-    Free(u16),
-    /// Frees several in one call.
-    FreeBatch(u16, u8),
-    /// Allocates the block at a place.
-    At {
-        /// A frame in the block.
-        first: u16,
-        /// Its order.
-        order: u8,
-    },
-    /// Allocates contiguous frames.
-    Range {
-        /// How many.
-        frames: u16,
-        /// log2 of the alignment.
-        align: u8,
-    },
-    /// Allocates exactly these frames and frees them again.
-    RangeAt {
-        /// The first.
-        first: u16,
-        /// How many.
-        frames: u16,
-    },
-    /// Frees a block twice; the second time is refused.
-    DoubleFree(u16),
-    /// Frees a frame that is not the allocator's.
-    Foreign(u16),
-    /// Empties the caches and compares everything.
-    Drain,
-    /// Frees what was reserved for the boot.
-    Release,
-}
-
-/// Operations on memory of about `frames` frames.
-pub fn buddy_op(frames: u16) -> impl Strategy<Value = BuddyOp> {
-    let order = || prop_oneof![6 => 0..4u8, 3 => 4..=10u8, 1 => 11..=13u8];
-    let align = prop_oneof![5 => Just(0), 1 => 0..12u8];
-    let limit = prop_oneof![4 => Just(None), 1 => (0..frames).prop_map(Some)];
-    prop_oneof![
-        12 => (order(), align, limit, 0..5u8, any::<bool>()).prop_map(
-            |(order, align, limit, mobility, zeroed)| BuddyOp::Alloc { order, align, limit, mobility, zeroed }
-        ),
-        3 => (0..6u8, 1..90u8, 0..5u8)
-            .prop_map(|(order, count, mobility)| BuddyOp::Batch { order, count, mobility }),
-        10 => any::<u16>().prop_map(BuddyOp::Free),
-        2 => (any::<u16>(), 1..90u8).prop_map(|(at, count)| BuddyOp::FreeBatch(at, count)),
-        2 => (0..frames, 0..11u8).prop_map(|(first, order)| BuddyOp::At { first, order }),
-        2 => (0..frames / 3, 0..11u8).prop_map(|(frames, align)| BuddyOp::Range { frames, align }),
-        1 => (0..frames, 0..300u16).prop_map(|(first, frames)| BuddyOp::RangeAt { first, frames }),
-        1 => any::<u16>().prop_map(BuddyOp::DoubleFree),
-        1 => (0..frames.saturating_mul(2)).prop_map(BuddyOp::Foreign),
-        2 => Just(BuddyOp::Drain),
-        1 => Just(BuddyOp::Release),
-    ]
-}
 
 /// One zone's lists.
 #[derive(Clone, Debug)]
@@ -141,6 +55,11 @@ impl ZoneTwin {
     #[must_use]
     pub fn counts(&self) -> [u64; TOP + 1] {
         core::array::from_fn(|order| self.free_area[order].len() as u64)
+    }
+
+    /// The first frames of the blocks on one list.
+    pub fn blocks(&self, order: usize) -> impl Iterator<Item = u64> + '_ {
+        self.free_area[order].iter().copied()
     }
 
     /// Free frames.

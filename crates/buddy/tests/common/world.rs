@@ -1,74 +1,135 @@
 //! The allocator and the textbook twin side by side: every call, every error, every refusal.
 //!
-//! The twin's lists are a function of the set of free frames. The allocator must show the same lists whenever its caches
-//! are empty, and may refuse only what that set cannot give.
+//! The model is a set of intervals, who has which frames (`hands.rs`), and beside it the lists of what nobody has (`twin.rs`), which
+//! are a function of the set of free frames. The allocator must show the same lists whenever its caches are empty, and may refuse only
+//! what that set cannot give. After each call nothing is in two hands, and contents are what whoever has the frames wrote.
+//!
+//! The memory is in `layout.rs`; three CPUs are played by the thread in turn. The calls that allocate and free are in `allocation.rs`, those
+//! that empty ranges in `emptying.rs`, those about nodes and CPUs in `placement.rs`.
 #![allow(dead_code)]
 
 use std::collections::BTreeSet;
 
-use kmem_buddy::{Config, PlaceError, Reservation, ZoneKind, ZoneLimits};
+use kmem_buddy::{Buddy, CmaArea, Config, MigrateType, OwnedRange, Reservation, ZoneKind};
 use kmem_hal::{
-    AllocError, Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Mobility, Order,
-    OwnedFrame, PhysAddr, PhysMap,
+    AllocError, CpuId, CpuSet, Frame, FrameRange, FrameSink, Mobility, NoPressure, NodeId, Order,
+    OwnedFrame, PhysAddr, PhysMap, Spin,
 };
 
-use super::machine::{Machine, map_with_holes, start};
-use super::twin::{BuddyOp, ZoneTwin};
+use super::allocation::mobility_of;
+use super::hands::{Hand, Hands};
+use super::layout::{BLOCK, END, LIMITS, NODES, ZONES, top_block, zone_of};
+use super::machine::map_with_holes;
+use super::op::BuddyOp;
+use super::played::{Calls, Played, become_cpu};
+use super::twin::{TOP, ZoneTwin};
+use super::users::{Mood, Users};
 use super::window::Window;
 
-/// One past the last frame.
-pub const END: u64 = 0x1155;
-const LIMITS: ZoneLimits = ZoneLimits {
-    dma: Some(0x3a0),
-    dma32: None,
-    normal: Some(0xc00),
-    movable: None,
-};
+/// CPUs, of which the first has arrays from the boot on, and the second since just after it.
+pub const CPUS: u32 = 3;
 
-/// Three zones with holes, unaligned ends and reservations.
-pub struct World<'a> {
-    pub buddy: Machine<'a>,
-    window: &'a Window,
-    twins: [(ZoneKind, ZoneTwin); 3],
-    /// Frames that are the allocator's.
-    managed: BTreeSet<u64>,
-    live: Vec<OwnedFrame>,
+/// What each frame that was allocated or claimed is filled with.
+const FILL: u8 = 0xa5;
+
+/// The allocator under test.
+pub type Kernel<'a> = Buddy<&'a Window, Played<CPUS>, Spin, Calls>;
+
+/// A run of free frames that would meet a request.
+#[derive(Clone, Copy, Debug)]
+pub struct Need {
+    pub frames: u64,
+    pub align: u64,
+    /// One past the last frame that it may have.
+    pub limit: u64,
+    pub mobility: Mobility,
+    pub node: Option<NodeId>,
+    /// Frames that it may not have.
+    pub outside: FrameRange,
 }
 
-fn zone_of(frame: u64) -> ZoneKind {
-    LIMITS.kind_of(Frame::new(frame).unwrap()).0
+impl Need {
+    pub fn new(frames: u64, align: u64, mobility: Mobility) -> Self {
+        Self {
+            frames,
+            align,
+            limit: END,
+            mobility,
+            node: None,
+            outside: FrameRange::EMPTY,
+        }
+    }
+}
+
+/// Four zones with holes, unaligned ends and reservations.
+pub struct World<'a> {
+    pub buddy: Kernel<'a>,
+    pub(super) window: &'a Window,
+    twins: [(ZoneKind, ZoneTwin); ZONES.len()],
+    hands: Hands,
+    /// Frames that are the allocator's.
+    pub(super) managed: BTreeSet<u64>,
+    pub(super) live: Vec<OwnedFrame>,
+    pub(super) claims: Vec<OwnedRange>,
+    pub(super) areas: Vec<CmaArea>,
+    pub(super) users: Users<'a>,
+    pub(super) calls: Calls,
+    /// CPUs that were online at some time.
+    pub(super) with_arrays: CpuSet,
+    /// Frames that a CPU's arrays are in.
+    pub(super) area_frames: u64,
 }
 
 impl<'a> World<'a> {
     /// Boots the allocator on the window, which backs all of [`END`].
     pub fn new(window: &'a Window) -> Self {
+        become_cpu(0);
         let mut map = map_with_holes(END);
         map.reserve(PhysAddr::new(0x840 << 12), 0x9_9000, Reservation::Initrd)
             .unwrap();
+        for node in 0..NODES {
+            let zones = ZONES.iter().filter(|zone| zone.0 == node);
+            let (first, end) = zones.fold((END, 0), |span, zone| {
+                (span.0.min(zone.2), span.1.max(zone.3))
+            });
+            let bytes = (end - first) << 12;
+            map.assign_node(PhysAddr::new(first << 12), bytes, NodeId::new(node))
+                .unwrap();
+        }
         let config = Config::new()
             .limits(LIMITS)
             .min_free_kib(0)
-            .reserve_ratio([0; 5]);
-        let buddy = start(window, &mut map, &config);
+            .reserve_ratio([0; 5])
+            .cpus(1)
+            .cpu_node(|cpu| NodeId::new((cpu.get() % 2) as u16));
+        let calls = Calls::default();
+        let buddy = Kernel::with(window, Played, calls.clone(), NoPressure);
+        // SAFETY: X1: the test's own memory, which only this allocator has.
+        unsafe { buddy.init(&mut map, &config) }.unwrap();
         let mut managed = BTreeSet::new();
-        let mut twins = [
-            (ZoneKind::Dma, ZoneTwin::new(0, 0x3a0)),
-            (ZoneKind::Normal, ZoneTwin::new(0x3a0, 0xc00)),
-            (ZoneKind::HighMem, ZoneTwin::new(0xc00, END)),
-        ];
+        let mut twins = ZONES.map(|(_, kind, first, end)| (kind, ZoneTwin::new(first, end)));
         map.for_each_free(|range| {
             managed.extend(range.iter().map(|frame| frame.number()));
             for (_, twin) in &mut twins {
                 twin.give_range(range.first().number(), range.end_number());
             }
         });
-        let world = Self {
+        let mut world = Self {
             buddy,
             window,
             twins,
+            hands: Hands::default(),
             managed,
             live: Vec::new(),
+            claims: Vec::new(),
+            areas: Vec::new(),
+            users: Users::new(window),
+            calls,
+            with_arrays: CpuSet::single(CpuId::BOOT),
+            area_frames: 0,
         };
+        world.agree();
+        world.online(1);
         world.agree();
         world
     }
@@ -78,80 +139,167 @@ impl<'a> World<'a> {
         &mut twin.expect("a frame of some zone").1
     }
 
-    fn is_free(&self, first: u64, end: u64) -> bool {
+    pub(super) fn is_free(&self, first: u64, end: u64) -> bool {
         self.twins
             .iter()
             .any(|(_, twin)| twin.contains(first) && twin.is_free(first, end))
     }
 
-    fn free(&self) -> u64 {
+    pub(super) fn free(&self) -> u64 {
         self.twins.iter().map(|(_, twin)| twin.free()).sum()
     }
 
-    /// Compares everything.
-    pub fn agree(&self) {
+    /// Whether some of the range is lent to movable users.
+    pub(super) fn is_lent(&self, range: FrameRange) -> bool {
+        let mut areas = self.areas.iter();
+        areas.any(|area| !area.range().intersection(range).is_empty())
+    }
+
+    /// Whether some of the range is lent, and some is not.
+    fn is_mixed(&self, range: FrameRange) -> bool {
+        let lent = |at| self.is_lent(FrameRange::from_numbers(at, at + 1).unwrap());
+        let (first, end) = (range.first().number(), range.end_number());
+        let mut others = (first..end).step_by(BLOCK as usize).skip(1);
+        others.any(|at| lent(at) != lent(first))
+    }
+
+    /// What must hold after every call, with the arrays as they are.
+    pub fn check(&self) {
         self.buddy.check().unwrap();
-        let info = self.buddy.mem_info();
+        let (info, count) = (self.buddy.mem_info(), self.buddy.recount());
+        assert_eq!((info.free, info.cached), (count.free, count.cached));
         assert_eq!(info.free + info.cached, self.free());
         assert_eq!(info.total, self.managed.len() as u64);
-        assert_eq!(self.buddy.recount().managed, info.total);
-        assert!(self.buddy.drain_local());
-        for zone in self.buddy.zones() {
-            let twin = &self
-                .twins
-                .iter()
-                .find(|(kind, _)| *kind == zone.kind)
-                .unwrap()
-                .1;
-            assert_eq!(zone.blocks, twin.counts(), "{}", zone.kind);
-            assert_eq!(zone.sum(), zone.free);
+        assert_eq!(count.managed, info.total);
+        assert_eq!(self.free() + self.hands.frames(), info.total);
+        for (range, hand) in self.hands.iter() {
+            match hand {
+                Hand::Held | Hand::Claimed => self.check_filled(range),
+                Hand::Page(id) => self.users.check(range.first(), id),
+                Hand::Arrays => {}
+            }
+        }
+        for cell in self.buddy.picture().cells() {
+            assert_ne!(cell.migrate, MigrateType::Isolate, "{:?}", cell.range);
+            let lent = self.is_lent(cell.range);
+            assert_eq!(cell.migrate == MigrateType::Cma, lent, "{:?}", cell.range);
         }
     }
 
-    /// Takes a range out of the free set: the allocator said that it is the caller's now.
-    fn took(&mut self, range: FrameRange) {
+    /// Compares everything, with the arrays empty.
+    pub fn agree(&self) {
+        self.check();
+        let deaf = self.calls.set_deaf(false);
+        assert!(self.buddy.drain_all());
+        self.calls.set_deaf(deaf);
+        assert_eq!(self.buddy.mem_info().cached, 0);
+        for zone in self.buddy.zones() {
+            let twins = self.twins.iter();
+            let mut twins = twins.filter(|(_, twin)| twin.contains(zone.start));
+            let (kind, twin) = twins.next().unwrap();
+            assert_eq!(zone.kind, *kind);
+            let mut blocks = twin.counts();
+            // Page blocks that are lent and others do not merge.
+            let tops = twin.blocks(TOP).map(top_block);
+            let mixed = tops.filter(|&block| self.is_mixed(block)).count() as u64;
+            blocks[TOP] -= mixed;
+            blocks[TOP - 1] += 2 * mixed;
+            assert_eq!(zone.blocks, blocks, "{}", zone.kind);
+            assert_eq!(zone.sum(), zone.free);
+        }
+        for cell in self.buddy.picture().cells() {
+            let free = cell.range.iter().map(Frame::number);
+            let free = free.filter(|&frame| self.is_free(frame, frame + 1)).count();
+            assert_eq!(cell.free, free as u64, "{:?}", cell.range);
+        }
+    }
+
+    /// The words that whoever has a range looks at: the first and the last of it.
+    fn check_filled(&self, range: FrameRange) {
+        let first = self.window.to_ptr(range.first().start()).cast::<u64>();
+        for word in [0, (range.count() * 512 - 1) as usize] {
+            // SAFETY: the window backs all memory, and nothing else runs.
+            let found = unsafe { first.add(word).read() };
+            assert_eq!(found, u64::from_ne_bytes([FILL; 8]), "{range:?}");
+        }
+    }
+
+    /// Takes a range out of the free set: the allocator said that it is somebody's now.
+    pub(super) fn hand_out(&mut self, range: FrameRange, hand: Hand) {
         let (first, end) = (range.first().number(), range.end_number());
+        self.hands.take(range, hand);
         let twin = self.twin(first);
         assert!(twin.contains(end - 1), "{range:?} crosses zones");
         twin.take_range(first, end);
-        // Whoever has it writes to it.
-        let pointer = self.window.to_ptr(range.first().start());
-        // SAFETY: the window backs all memory, and the range was just allocated.
-        unsafe { pointer.write_bytes(0xa5, (range.count() << 12) as usize) };
     }
 
-    fn returned(&mut self, range: FrameRange) {
+    /// The same where the new owner writes to all of it.
+    pub(super) fn took(&mut self, range: FrameRange, hand: Hand) {
+        self.hand_out(range, hand);
+        let pointer = self.window.to_ptr(range.first().start());
+        // SAFETY: the window backs all memory, and the range was just allocated.
+        unsafe { pointer.write_bytes(FILL, (range.count() << 12) as usize) };
+    }
+
+    /// Puts a range back into the free set; whose it was.
+    pub(super) fn returned(&mut self, range: FrameRange) -> Hand {
+        let hand = self.hands.give(range);
+        if hand != Hand::Arrays && !matches!(hand, Hand::Page(_)) {
+            self.check_filled(range);
+        }
+        self.joined(range);
+        hand
+    }
+
+    /// The frames are free from now on.
+    pub(super) fn joined(&mut self, range: FrameRange) {
         let first = range.first().number();
         self.twin(first).give_range(first, range.end_number());
     }
 
-    fn gave(&mut self, frame: OwnedFrame) {
+    pub(super) fn gave(&mut self, frame: OwnedFrame) {
         self.returned(frame.range());
         self.buddy.free(frame);
     }
 
     /// Whether some run of free frames would have met the request.
-    fn possible(&self, frames: u64, align: u64, limit: u64, mobility: Mobility) -> bool {
-        let highest = ZoneKind::highest_for(mobility);
-        let mut first = 0;
-        while first < END {
-            let Some(end) = first
-                .checked_add(frames)
-                .filter(|&end| end <= limit.min(END))
-            else {
-                break;
-            };
-            let kind = zone_of(first);
-            if kind <= highest && zone_of(end - 1) == kind && self.is_free(first, end) {
-                return true;
-            }
-            first += align;
-        }
-        false
+    pub(super) fn possible(&self, need: &Need) -> bool {
+        let highest = ZoneKind::highest_for(need.mobility);
+        let starts = (0..need.limit.min(END)).step_by(need.align as usize);
+        starts
+            .filter_map(|first| FrameRange::from_numbers(first, first.checked_add(need.frames)?))
+            .take_while(|range| range.end_number() <= need.limit.min(END))
+            .any(|range| {
+                let (first, end) = (range.first().number(), range.end_number());
+                let zone = zone_of(first);
+                zone.1 <= highest
+                    && zone_of(end - 1) == zone
+                    && need.node.is_none_or(|node| node.get() == zone.0)
+                    && self.is_free(first, end)
+                    && need.outside.intersection(range).is_empty()
+                    && (need.mobility == Mobility::Movable || !self.is_lent(range))
+                    && (range.count() != 1 << TOP || !self.is_mixed(range))
+            })
     }
 
-    /// Applies one operation to both.
+    /// Whether a refusal is due: nothing would have met the need, or what is free may be where nobody could look.
+    pub(super) fn refused(&self, error: AllocError, need: &Need) {
+        match error {
+            AllocError::OutOfMemory if !self.calls.is_deaf() => {}
+            AllocError::OutOfMemoryHere if self.calls.is_deaf() => return,
+            AllocError::Unsatisfiable => {}
+            _ => panic!("{need:?}: {error:?}"),
+        }
+        assert!(!self.possible(need), "{need:?} refused with {error:?}");
+    }
+
+    /// Applies one operation to both and looks at everything.
     pub fn apply(&mut self, op: &BuddyOp) {
+        self.run(op);
+        self.check();
+    }
+
+    fn run(&mut self, op: &BuddyOp) {
         match *op {
             BuddyOp::Alloc {
                 order,
@@ -159,197 +307,58 @@ impl<'a> World<'a> {
                 limit,
                 mobility,
                 zeroed,
-            } => {
-                let order = Order::new(order % 14).unwrap();
-                let align = align % 14;
-                let mobility = mobility_of(mobility);
-                let mut request = FrameRequest::new(order)
-                    .mobility(mobility)
-                    .aligned(Order::new(align).unwrap());
-                if let Some(limit) = limit {
-                    request = request.below(PhysAddr::new(u64::from(limit) << 12));
-                }
-                request.zeroed = zeroed;
-                let limit = limit.map_or(1 << 52, u64::from);
-                let step = order.frames().max(1 << align);
-                match self.buddy.alloc(&request) {
-                    Ok(frame) => {
-                        assert_eq!(frame.order(), order);
-                        assert_eq!(frame.first().number() % step, 0);
-                        assert!(frame.range().end_number() <= limit);
-                        assert!(zone_of(frame.first().number()) <= ZoneKind::highest_for(mobility));
-                        if zeroed {
-                            let pointer = self.window.to_ptr(frame.first().start());
-                            let bytes = (frame.order().bytes()) as usize;
-                            // SAFETY: backed, and ours.
-                            let bytes = unsafe { core::slice::from_raw_parts(pointer, bytes) };
-                            assert!(bytes.iter().all(|&byte| byte == 0));
-                        }
-                        self.took(frame.range());
-                        self.live.push(frame);
-                    }
-                    Err(error) => {
-                        assert!(
-                            matches!(error, AllocError::OutOfMemory | AllocError::Unsatisfiable),
-                            "{error:?}"
-                        );
-                        assert!(
-                            !self.possible(order.frames(), step, limit, mobility),
-                            "{request:?} refused with {error:?}"
-                        );
-                    }
-                }
-            }
+            } => self.alloc(order, align, limit, mobility, zeroed),
             BuddyOp::Batch {
                 order,
                 count,
                 mobility,
-            } => {
-                let (count, mobility) = (usize::from(count), mobility_of(mobility));
-                let order = Order::new(order % 11).unwrap();
-                let request = FrameRequest::new(order).mobility(mobility);
-                let mut got = Vec::new();
-                let result = self
-                    .buddy
-                    .alloc_batch(&request, count, &mut |frame| got.push(frame));
-                assert_eq!(result.unwrap_or(0), got.len());
-                for frame in got {
-                    self.took(frame.range());
-                    self.live.push(frame);
-                }
-                if result.unwrap_or(0) < count {
-                    let frames = request.order.frames();
-                    assert!(!self.possible(frames, frames, END, mobility));
-                }
-            }
-            BuddyOp::Free(at) => {
-                if !self.live.is_empty() {
-                    let frame = self.live.swap_remove(usize::from(at) % self.live.len());
-                    self.gave(frame);
-                }
-            }
-            BuddyOp::FreeBatch(at, count) => {
-                let mut frames = Vec::new();
-                for step in 0..usize::from(count).min(self.live.len()) {
-                    let at = (usize::from(at) + step) % self.live.len();
-                    frames.push(self.live.swap_remove(at));
-                }
-                for range in frames.iter().map(OwnedFrame::range).collect::<Vec<_>>() {
-                    self.returned(range);
-                }
-                self.buddy.free_batch(&mut || frames.pop());
-            }
-            BuddyOp::At { first, order } => {
-                let first = u64::from(first);
-                let order = Order::new(order % 11).unwrap();
-                let frame = Frame::new(first).unwrap().align_down(order);
-                let range = FrameRange::of_order(frame, order).unwrap();
-                match self.buddy.alloc_at(frame, order) {
-                    Ok(frame) => {
-                        self.took(frame.range());
-                        self.live.push(frame);
-                    }
-                    Err(error) => self.refused_at(range, error),
-                }
-                assert_eq!(
-                    self.buddy
-                        .alloc_at(Frame::new(first | 1).unwrap(), Order::new(1).unwrap()),
-                    Err(PlaceError::Foreign)
-                );
-            }
-            BuddyOp::Range { frames, align } => {
-                let (frames, align) = (u64::from(frames), Order::new(align % 11).unwrap());
-                match self
-                    .buddy
-                    .alloc_range(frames, align, &FrameRequest::ONE.movable().zeroed())
-                {
-                    Ok(range) => {
-                        assert_eq!(range.range().count(), frames);
-                        assert!(range.range().first().is_aligned(align));
-                        self.took(range.range());
-                        self.live.extend(range.into_blocks(Order::MAX_BUDDY));
-                    }
-                    Err(_) => {
-                        let possible = frames > 0
-                            && self.possible(frames, align.frames(), END, Mobility::Movable);
-                        assert!(!possible);
-                    }
-                }
-            }
-            BuddyOp::RangeAt { first, frames } => {
-                let (first, frames) = (u64::from(first), u64::from(frames));
-                let range = FrameRange::from_numbers(first, first + frames).unwrap();
-                match self.buddy.alloc_range_at(range) {
-                    Ok(range) => {
-                        self.took(range.range());
-                        let frames = range.range();
-                        assert_eq!(self.buddy.free_range(range), Ok(()));
-                        self.returned(frames);
-                    }
-                    Err(error) => self.refused_at(range, error),
-                }
-            }
-            BuddyOp::DoubleFree(at) => {
-                // Orders that no array holds are found out at the call; what is free already cannot be freed.
-                let blocks: Vec<_> = self
-                    .live
-                    .iter()
-                    .filter(|f| (7..=8).contains(&f.order().get()))
-                    .collect();
-                let Some(frame) =
-                    blocks.get(usize::from(at).checked_rem(blocks.len()).unwrap_or(0))
-                else {
-                    return;
-                };
-                let (first, order) = (frame.first(), frame.order());
-                let index = self
-                    .live
-                    .iter()
-                    .position(|frame| frame.first() == first)
-                    .unwrap();
-                let frame = self.live.swap_remove(index);
-                self.gave(frame);
-                // SAFETY: the wrong free is what is tested; nobody else has the frames since no call came between.
-                let again = unsafe { OwnedFrame::from_raw(first, order) };
-                let (error, again) = self.buddy.try_free(again).unwrap_err();
-                assert_eq!(error, kmem_buddy::FreeError::DoubleFree);
-                assert_eq!(again.first(), first);
-            }
-            BuddyOp::Foreign(frame) => {
-                let frame = u64::from(frame);
-                if !self.managed.contains(&frame) {
-                    // SAFETY: a frame that nobody has: the wrong free is what is tested.
-                    let foreign =
-                        unsafe { OwnedFrame::from_raw(Frame::new(frame).unwrap(), Order::ZERO) };
-                    let (error, _) = self.buddy.try_free(foreign).unwrap_err();
-                    assert_eq!(error, kmem_buddy::FreeError::Foreign, "{frame:#x}");
-                }
-            }
+            } => self.alloc_batch(order, count, mobility),
+            BuddyOp::Free(at) => self.free_one(at),
+            BuddyOp::FreeBatch(at, count) => self.free_batch(at, count),
+            BuddyOp::At { first, order } => self.alloc_at(first, order),
+            BuddyOp::Range { frames, align } => self.alloc_range(frames, align),
+            BuddyOp::RangeAt { first, frames } => self.alloc_range_at(first, frames),
+            BuddyOp::DoubleFree(at) => self.free_twice(at),
+            BuddyOp::Foreign(frame) => self.free_foreign(frame),
             BuddyOp::Drain => self.agree(),
-            BuddyOp::Release => {
-                // SAFETY: nobody uses the simulated initrd.
-                let freed = unsafe { self.buddy.release(Reservation::Initrd) };
-                if freed > 0 {
-                    assert_eq!(freed, 0x99);
-                    self.returned(FrameRange::from_numbers(0x840, 0x840 + 0x99).unwrap());
-                    self.managed.extend(0x840..0x840 + 0x99);
-                }
+            BuddyOp::Release => self.release(),
+            BuddyOp::Pages(count) => self.add_pages(8 * usize::from(count)),
+            BuddyOp::Mood { which, mood } => self.set_mood(usize::from(which), Mood::of(mood)),
+            BuddyOp::FreePages { which, count } => {
+                self.free_pages(usize::from(which), usize::from(count));
             }
-        }
-    }
-
-    fn refused_at(&self, range: FrameRange, error: PlaceError) {
-        let free = !range.is_empty() && self.is_free(range.first().number(), range.end_number());
-        match error {
-            PlaceError::InUse => assert!(!free, "{range:?} is free"),
-            _ => {
-                let one_zone = range
-                    .iter()
-                    .map(|f| zone_of(f.number()))
-                    .collect::<BTreeSet<_>>()
-                    .len()
-                    == 1;
-                assert!(!free || !one_zone, "{range:?}: {error:?}");
+            BuddyOp::Claim { first, frames } => {
+                let (first, frames) = (u64::from(first), u64::from(frames));
+                self.claim(FrameRange::from_numbers(first, first + frames).unwrap());
+            }
+            BuddyOp::Unclaim(which) => self.unclaim(usize::from(which)),
+            BuddyOp::Area { block, more } => {
+                let (first, more) = (u64::from(block % 10) * BLOCK, u64::from(more % 4));
+                let end = first + (more + 1) * BLOCK;
+                self.lend(FrameRange::from_numbers(first, end).unwrap());
+            }
+            BuddyOp::CmaClaim {
+                area,
+                frames,
+                align,
+            } => {
+                let align = Order::new(align % 11).unwrap();
+                self.claim_of_area(usize::from(area), u64::from(frames), align);
+            }
+            BuddyOp::Compact(blocks) => self.compact(u64::from(blocks)),
+            BuddyOp::OnNode {
+                policy,
+                order,
+                mobility,
+            } => {
+                let order = Order::new(order % 14).unwrap();
+                self.alloc_on_node(policy, order, mobility_of(mobility));
+            }
+            BuddyOp::OnCpu(cpu) => self.go_to(cpu),
+            BuddyOp::Offline(cpu) => self.offline(cpu),
+            BuddyOp::Online(cpu) => self.online(cpu),
+            BuddyOp::Deaf(deaf) => {
+                self.calls.set_deaf(deaf);
             }
         }
     }
@@ -360,16 +369,14 @@ impl<'a> World<'a> {
         while let Some(frame) = self.live.pop() {
             self.gave(frame);
         }
+        while !self.claims.is_empty() {
+            self.unclaim(0);
+        }
+        self.free_pages(0, self.users.len());
         self.agree();
-        assert_eq!(self.free(), self.managed.len() as u64);
+        let mut left = self.hands.iter();
+        assert!(left.all(|(_, hand)| hand == Hand::Arrays));
         assert_eq!(self.buddy.misuse(), None);
-    }
-}
-
-fn mobility_of(number: u8) -> Mobility {
-    match number {
-        0 => Mobility::Unmovable,
-        1 => Mobility::Reclaimable,
-        _ => Mobility::Movable,
+        assert_eq!(self.buddy.lost(), 0);
     }
 }
