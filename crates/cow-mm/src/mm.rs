@@ -319,7 +319,7 @@ impl<'m, E: Env> Mm<'m, E> {
                 true
             }
             // Pinned while it was exclusive; whoever else looks at it, it stays with its pins.
-            PIN.. => exclusive && pins() > 0,
+            PIN.. => exclusive && (pins() > 0 || mutant!("references-are-pins")),
             _ => mutant!("reuse-ignores-references"),
         }
     }

@@ -45,7 +45,7 @@ pub(crate) const PIN: u32 = 1024;
 ///
 /// # Examples
 ///
-/// See `tests/pins.rs` of the crate.
+/// See `tests/regressions/pins.rs` of the crate.
 #[doc(alias = "pin_user_pages")]
 #[doc(alias = "get_user_pages")]
 #[must_use = "a page is pinned only while its pin lives"]
@@ -168,11 +168,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 return Ok(None);
             }
             // Linux: `gup_must_unshare` asks `is_cow_mapping`.
-            if vma.shows_object() {
+            if vma.shows_object() && !mutant!("file-page-is-copied-for-a-pin") {
                 self.mm().add_pin(leaf.frame)?;
-            } else if self.mm().is_exclusive(leaf.frame, || cursor.pins(page)) {
+            } else if self.mm().is_exclusive(leaf.frame, || cursor.pins(page))
+                || mutant!("shared-page-is-pinned")
+            {
                 self.mm().add_pin(leaf.frame)?;
-                if cursor.add_pins(page, 1).is_err() {
+                if !mutant!("pins-not-counted") && cursor.add_pins(page, 1).is_err() {
                     self.mm().sub_pin(leaf.frame);
                     return Err(PinError::OutOfMemory);
                 }
@@ -197,7 +199,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// Where they were the pins stay counted: a table that the move emptied is gone with its count, and one that came in its place counts the
     /// pins of others, who may have begun meanwhile.
     pub(crate) fn move_pins(&self, to: PageRange) {
-        if self.pins() == 0 {
+        if self.pins() == 0 || mutant!("moved-pins-not-counted") {
             return;
         }
         let Ok(mut cursor) = self.tables().cursor(to) else {

@@ -8,6 +8,8 @@ mod common;
 mod device;
 #[path = "regressions/list.rs"]
 mod list;
+#[path = "regressions/pins.rs"]
+mod pins;
 #[path = "regressions/swap.rs"]
 mod swap;
 
@@ -24,6 +26,7 @@ fn every_fault_is_noticed() {
             .iter()
             .chain(swap::ALL)
             .chain(device::ALL)
+            .chain(pins::ALL)
             .filter(|entry| entry.2.contains(name))
             .collect();
         for (regression, run, _) in &guards {

@@ -7,16 +7,22 @@ mod common;
 mod device;
 #[path = "regressions/list.rs"]
 mod list;
+#[path = "regressions/pins.rs"]
+mod pins;
 #[path = "regressions/swap.rs"]
 mod swap;
+
+fn entries() -> impl Iterator<Item = &'static list::Regression> {
+    let parts = [list::ALL, swap::ALL, device::ALL, pins::ALL];
+    parts.into_iter().flatten()
+}
 
 macro_rules! regressions {
     ($($name:ident)*) => {
         $(
             #[test]
             fn $name() {
-                let mut all = list::ALL.iter().chain(swap::ALL).chain(device::ALL);
-                let (_, run, _) = all.find(|entry| entry.0 == stringify!($name)).unwrap();
+                let (_, run, _) = entries().find(|entry| entry.0 == stringify!($name)).unwrap();
                 run();
             }
         )*
@@ -24,8 +30,7 @@ macro_rules! regressions {
         #[test]
         fn every_entry_of_the_list_is_a_test() {
             let tests = [$(stringify!($name)),*];
-            let mut all = list::ALL.iter().chain(swap::ALL).chain(device::ALL);
-            assert!(all.all(|entry| tests.contains(&entry.0)));
+            assert!(entries().all(|entry| tests.contains(&entry.0)));
         }
     };
 }
@@ -64,4 +69,12 @@ regressions! {
     protection_outlives_a_page_that_is_absent
     counts_are_refused_before_they_wrap
     an_absent_entry_names_no_memory_that_exists
+    a_child_with_a_read_pin_does_not_see_what_its_parent_writes_later
+    a_pinned_page_stays_its_owners_over_fork
+    a_pin_in_a_shared_table_makes_the_table_the_pinners
+    a_pinned_page_that_moved_stays_its_owners
+    a_write_through_a_pin_never_reaches_the_file_of_a_private_mapping
+    what_a_program_may_not_access_is_not_pinned
+    a_read_pin_of_a_read_only_shared_mapping_is_of_the_files_page
+    a_thousand_references_are_no_pin
 }

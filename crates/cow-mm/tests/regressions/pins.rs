@@ -1,12 +1,56 @@
-//! Pinned pages: each test is a bug that a kernel had.
+//! The list's part about pinned pages: each run is a bug that a kernel had.
 
-mod common;
-
-use common::{PAGE, Program, RW, World};
 use kmem_cow_mm::Env as _;
 use kmem_cow_mm::{Advice, MapFlags, MapRequest, PinError, Prot, RemapFlags};
 use kmem_hal::{Access, VirtAddr};
 use kmem_paging::Env as _;
+
+use super::common::{PAGE, Program, RW, World};
+use super::list::Regression;
+
+/// All of them.
+pub const ALL: &[Regression] = &[
+    (
+        "a_child_with_a_read_pin_does_not_see_what_its_parent_writes_later",
+        a_child_with_a_read_pin_does_not_see_what_its_parent_writes_later,
+        &[],
+    ),
+    (
+        "a_pinned_page_stays_its_owners_over_fork",
+        a_pinned_page_stays_its_owners_over_fork,
+        &["pins-not-counted"],
+    ),
+    (
+        "a_pin_in_a_shared_table_makes_the_table_the_pinners",
+        a_pin_in_a_shared_table_makes_the_table_the_pinners,
+        &["pins-not-counted"],
+    ),
+    (
+        "a_pinned_page_that_moved_stays_its_owners",
+        a_pinned_page_that_moved_stays_its_owners,
+        &["moved-pins-not-counted"],
+    ),
+    (
+        "a_write_through_a_pin_never_reaches_the_file_of_a_private_mapping",
+        a_write_through_a_pin_never_reaches_the_file_of_a_private_mapping,
+        &[],
+    ),
+    (
+        "what_a_program_may_not_access_is_not_pinned",
+        what_a_program_may_not_access_is_not_pinned,
+        &["shared-page-is-pinned"],
+    ),
+    (
+        "a_read_pin_of_a_read_only_shared_mapping_is_of_the_files_page",
+        a_read_pin_of_a_read_only_shared_mapping_is_of_the_files_page,
+        &["file-page-is-copied-for-a-pin"],
+    ),
+    (
+        "a_thousand_references_are_no_pin",
+        a_thousand_references_are_no_pin,
+        &["references-are-pins"],
+    ),
+];
 
 fn word(bytes: [u8; 8]) -> u64 {
     u64::from_le_bytes(bytes)
@@ -14,7 +58,6 @@ fn word(bytes: [u8; 8]) -> u64 {
 
 /// CVE-2020-29374: the child takes a read reference to a shared page and unmaps it; the parent is then the only mapper. Were the page
 /// reused in place, the child would read the parent's secret through its reference.
-#[test]
 fn a_child_with_a_read_pin_does_not_see_what_its_parent_writes_later() {
     let world = World::new();
     let parent = Program::new(world.mm());
@@ -41,7 +84,6 @@ fn a_child_with_a_read_pin_does_not_see_what_its_parent_writes_later() {
 
 /// A device works on a page when the process forks and writes: were the page copied on the parent's write, the device would go on with
 /// the old frame, which is the child's alone by then.
-#[test]
 fn a_pinned_page_stays_its_owners_over_fork() {
     let world = World::new();
     let parent = Program::new(world.mm());
@@ -87,7 +129,6 @@ fn a_pinned_page_stays_its_owners_over_fork() {
 }
 
 /// A table is shared, then a page in it is pinned by one side: that side's table is its own from then on.
-#[test]
 fn a_pin_in_a_shared_table_makes_the_table_the_pinners() {
     let world = World::new();
     let parent = Program::new(world.mm());
@@ -120,7 +161,6 @@ fn a_pin_in_a_shared_table_makes_the_table_the_pinners() {
 }
 
 /// A pinned page that mremap moved to another table is not shared with that table.
-#[test]
 fn a_pinned_page_that_moved_stays_its_owners() {
     let world = World::new();
     let parent = Program::new(world.mm());
@@ -150,7 +190,6 @@ fn a_pinned_page_that_moved_stays_its_owners() {
 
 /// Dirty COW (CVE-2016-5195): the kernel writes to a private mapping of a file while the page is dropped under it. The write must go to
 /// a copy of the page that is there now, and never to the file's.
-#[test]
 fn a_write_through_a_pin_never_reaches_the_file_of_a_private_mapping() {
     let world = World::new();
     let mm = world.mm();
@@ -195,7 +234,6 @@ fn a_write_through_a_pin_never_reaches_the_file_of_a_private_mapping() {
     program.exit();
 }
 
-#[test]
 fn what_a_program_may_not_access_is_not_pinned() {
     let world = World::new();
     let program = Program::new(world.mm());
@@ -219,7 +257,6 @@ fn what_a_program_may_not_access_is_not_pinned() {
 }
 
 /// A file that was opened to be read is mapped "shared" without the right to write ever: others write to it, and a pin sees that.
-#[test]
 fn a_read_pin_of_a_read_only_shared_mapping_is_of_the_files_page() {
     let world = World::new();
     let mm = world.mm();
@@ -259,7 +296,6 @@ fn a_read_pin_of_a_read_only_shared_mapping_is_of_the_files_page() {
 }
 
 /// Who looks at a page a thousand times over has not pinned it: were it taken for pinned, a write would reach all of them.
-#[test]
 fn a_thousand_references_are_no_pin() {
     let world = World::new();
     let parent = Program::new(world.mm());
