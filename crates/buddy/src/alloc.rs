@@ -263,6 +263,10 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if let ControlFlow::Break(result) = look(Mark::Min) {
             return result;
         }
+        if request.optional {
+            // Neither arrays of other CPUs nor what is kept for others goes for it.
+            return Err(AllocError::OutOfMemoryHere);
+        }
         self.pressure.pressure(node, PressureLevel::Min, request);
         let mut retries = 0;
         loop {

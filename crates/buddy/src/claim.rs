@@ -120,7 +120,8 @@ impl Targets {
     pub fn of_zone<L: RawLock>(zone: &Zone<L>, index: u32) -> Self {
         // The zone is the first that such a request asks: others of its node that begin below its end are lower ones.
         let last = Frame::from_number(zone.end() - 1).start();
-        let mut request = Self::ANY.request.node(NodePolicy::Strict(zone.node));
+        let strict = NodePolicy::Strict(zone.node);
+        let mut request = Self::ANY.request.node(strict).optional();
         request.max_address = PhysAddr::new(last.as_u64() | (PAGE_SIZE - 1));
         Self {
             request,

@@ -15,7 +15,7 @@
 use kmem_hal::{Cpu, CpuCall, Frame, FrameRange, Migrate, Order, PhysMap, Pressure, RawLock};
 
 use crate::buddy::Buddy;
-use crate::claim::Targets;
+use crate::claim::{ClaimError, Targets};
 use crate::state::State;
 use crate::zone::Zone;
 use crate::zone::bits::BLOCK_FRAMES;
@@ -138,8 +138,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
     /// requests ask first.
     ///
     /// Pages stay in their zone. Nothing is moved where no block is to be gained: a block is emptied only while its pages find room in
-    /// other blocks that are partly free. Blocks that cannot be emptied are passed over; so is a zone that is short of memory as
-    /// long as a lower one of its node serves in its place. May sleep as far as `migrate` does; not for interrupts.
+    /// other blocks that are partly free. Blocks that cannot be emptied are passed over; so is a zone whose free frames are its reserve, or
+    /// kept from movable requests, as the first of its blocks shows. May sleep as far as `migrate` does; not for interrupts.
     #[doc(alias = "compact_zone")]
     pub fn compact(&self, blocks: u64, migrate: &impl Migrate) -> Compacted {
         let mut done = Compacted::default();
@@ -225,6 +225,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
                         // The range was just taken here: it is the allocator's and nobody else's.
                         let _ = self.free_range(range);
                     }
+                    // Nor is there a frame for another block's pages: the zone has none, or keeps them from such requests.
+                    Some(Err(ClaimError::OutOfMemory(_))) => failures = PLANNED,
                     _ => {
                         failed[failures] = next.first;
                         failures += 1;

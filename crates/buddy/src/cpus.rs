@@ -14,7 +14,7 @@ use crate::cpu_cache::{CpuArea, ZoneCache};
 use crate::plan::area_room;
 use crate::state::State;
 
-/// Whether what is free is in the zones now.
+/// Whether what was free is in the zones, where arrays stay closed meanwhile (a refusal's look); elsewhere a CPU may have filled its own again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Drained {
     /// All of it.
@@ -72,7 +72,8 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         (cpu, all)
     }
 
-    /// Empties the arrays of all CPUs, as far as they can be called; whether all that is free is in the zones now.
+    /// Empties the arrays of all CPUs, as far as they can be called; whether each was emptied, at some instant of the call, and no block that a
+    /// nested call freed waits for the call that it interrupted.
     #[doc(alias = "drain_all_pages")]
     pub fn drain_all(&self) -> bool {
         self.drain() == Drained::All

@@ -2,18 +2,19 @@
 
 mod common;
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet};
 
 use common::NoOwner;
 use common::machine::{Machine, boot, map, map_of_nodes, one_zone, start};
 use common::window::Window;
 use kmem_buddy::{
-    ClaimError, CmaArea, Config, Emptying, PlaceError, Reservation, ZoneFree, ZoneLimits,
+    Buddy, ClaimError, CmaArea, Compacted, Config, Emptying, PlaceError, Reservation, ZoneFree,
+    ZoneLimits,
 };
 use kmem_hal::{
-    Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Migrate, MigrateError, Order,
-    OwnedFrame, PhysMap,
+    Frame, FrameRange, FrameRequest, FrameSink, FrameSource, Migrate, MigrateError, NoCpuCall,
+    NodeId, Order, OwnedFrame, PhysMap, Pressure, PressureLevel, SingleCpu, Spin,
 };
 
 const FRAMES: u64 = 0x4000;
@@ -639,4 +640,59 @@ fn compaction_leaves_long_runs_alone_while_a_block_is_whole() {
         buddy.check().unwrap();
         assert_eq!(buddy.misuse(), None);
     }
+}
+
+/// Counts how often somebody was about to be refused.
+#[derive(Default)]
+struct Short(Cell<u32>);
+
+impl Pressure for &Short {
+    fn pressure(&self, _node: NodeId, level: PressureLevel, _request: &FrameRequest) -> bool {
+        self.0
+            .set(self.0.get() + u32::from(level != PressureLevel::Low));
+        false
+    }
+}
+
+/// Half of eight blocks is free, and all of that is the zone's reserve: one block is tried, and nobody has to give anything up for it.
+#[test]
+fn a_reserve_is_no_room_for_compaction() {
+    let window = Window::new(FRAMES << 12, FRAMES << 12);
+    let short = Short::default();
+    // SAFETY: one thread.
+    let cpu = unsafe { SingleCpu::new() };
+    let buddy: Buddy<_, _, Spin, _, _> = Buddy::with(&window, cpu, NoCpuCall, &short);
+    let config = Config::new()
+        .limits(ZoneLimits::NORMAL_ONLY)
+        .min_free_kib(16 << 10);
+    // SAFETY: X1: the test's own memory, which only this allocator has.
+    unsafe { buddy.init(&mut map(&[(0, FRAMES << 12)]), &config) }.unwrap();
+    let mut held = BTreeMap::new();
+    while let Ok(frame) = buddy.alloc(&FrameRequest::ONE.movable()) {
+        held.insert(frame.first().number(), frame);
+    }
+    buddy.drain_all();
+    // What was left is whole blocks; so many frames of them are taken by place as are freed elsewhere.
+    let full = (0..FRAMES)
+        .step_by(0x200)
+        .filter(|&block| (block..block + 0x200).all(|number| held.contains_key(&number)));
+    let full: Vec<_> = full.take(8).collect();
+    assert_eq!(full.len(), 8);
+    for frame in full.iter().flat_map(|&block| block..block + 0x100) {
+        buddy.free(held.remove(&frame).unwrap());
+    }
+    buddy.drain_all();
+    let whole = (0..FRAMES)
+        .step_by(0x200)
+        .map(|block| Frame::new(block).unwrap());
+    let taken: Vec<_> = whole
+        .filter_map(|block| buddy.alloc_at(block, Order::HUGE_2M).ok())
+        .take(4)
+        .collect();
+    assert_eq!(taken.len(), 4);
+    assert!(buddy.alloc(&FrameRequest::ONE.movable()).is_err());
+    short.0.set(0);
+    assert_eq!(buddy.compact(u64::MAX, &NoOwner), Compacted::default());
+    assert_eq!(short.0.get(), 0);
+    buddy.check().unwrap();
 }

@@ -485,6 +485,7 @@ fn shuttle_cpus_refuse_honestly_while_nmis_free_inside_locks() {
 /// the second, which waits for the call that it interrupted, and only then does CPU 2 take the first. So CPU 0 must not be refused.
 #[test]
 fn shuttle_a_frame_that_waits_for_an_interrupted_call_is_free() {
+    // With the pool looked at after the counter it takes some 20,000 schedules to see the lie: about one run of twenty would miss it.
     const RUNS: usize = 60_000;
     let waited = Arc::new(Plain::new(0));
     let count = waited.clone();

@@ -94,6 +94,8 @@ struct Checked {
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// Maps memory or a file; gives the address of its first byte.
     ///
+    /// Context: task context; as [`Mm::close`](crate::Mm::close) where the last mapping of a file goes.
+    ///
     /// # Errors
     ///
     /// Those of mmap(2), checked in Linux's order; nothing is changed then.

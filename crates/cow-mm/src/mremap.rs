@@ -40,6 +40,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// `new_address` counts only with `FIXED` or `DONTUNMAP`. With `FIXED`, what is at the target is unmapped even if the
     /// call fails later, as in Linux (docs/spec/partial-effects.md).
     ///
+    /// Context: task context; as [`Mm::close`](crate::Mm::close) where the last mapping of a file goes.
+    ///
     /// # Errors
     ///
     /// Those of mremap(2), checked in Linux's order.

@@ -16,6 +16,8 @@ use crate::vma_edit::{STORES_TO_CLEAR, STORES_TO_MODIFY};
 impl<'m, E: Env> AddressSpace<'m, E> {
     /// Unmaps whole pages; holes are fine.
     ///
+    /// Context: task context; as [`Mm::close`](crate::Mm::close) where the last mapping of a file goes.
+    ///
     /// # Errors
     ///
     /// [`Errno::EINVAL`] for an unaligned address, no length, or a range beyond the user addresses;

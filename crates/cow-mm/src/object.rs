@@ -19,13 +19,14 @@
 //!   came from outside is held first, which finds the object by its number and compares the address.
 //! - `I4`: an object whose last reference went is [`Ended`]: nobody finds it any more. The call that gave the reference up ends it, and no other:
 //!   without a lock, and once nobody visits it, so that it has it alone.
-//! - `I5`: whoever visits an object waits for no device and for no lock that is held while an object is ended. It never has the last reference.
+//! - `I5`: whoever visits an object waits for no device, and for no lock that is held while an object is ended. It never has the last reference.
 
 use core::fmt;
 use core::ptr::NonNull;
 
-use kmem_hal::sync::{AtomicPtr, AtomicU32, Ordering, spin_loop};
+use kmem_hal::sync::{AtomicPtr, AtomicU32, Ordering};
 use kmem_hal::{AllocError, IoTicket, ObjectAlloc, PageProvider, RawSleepLock, SleepLock};
+use kmem_paging::Env as _;
 use kmem_vma_tree::{Node, RangeTree};
 
 use crate::device::DeviceMemory;
@@ -450,17 +451,40 @@ impl<'m, E: Env> Mm<'m, E> {
     #[cold]
     #[inline(never)]
     pub(crate) fn end_objects(&self, ended: Ended) {
-        let mut at = ended.0;
+        // Memory first: what it holds, places in swap among it, does not wait for the files' devices.
+        let mut files = Ended::default();
+        self.each_ended(ended, |memory| {
+            // SAFETY: `I4`: it lives until it is ended, here or below.
+            let object = unsafe { memory.as_ref() };
+            if self.provider(object).is_some() {
+                object.next.store(files.0, Ordering::Relaxed);
+                files.0 = memory.as_ptr().cast();
+            } else {
+                self.end_object(memory);
+            }
+        });
+        self.each_ended(files, |memory| {
+            // SAFETY: as above.
+            self.end_transfers(unsafe { memory.as_ref() });
+            self.end_object(memory);
+        });
+    }
+
+    /// Calls `end` for each object of a chain, once nobody visits it.
+    fn each_ended(
+        &self,
+        Ended(mut at): Ended,
+        mut end: impl FnMut(NonNull<Object<E::Nodes, E::Lock>>),
+    ) {
         while let Some(memory) = NonNull::new(at.cast::<Object<E::Nodes, E::Lock>>()) {
-            // SAFETY: `I4`: only the owner of the chain reaches the object, and those who visit it, and it is freed below.
+            // SAFETY: `I4`: only the owner of the chain reaches the object, and those who visit it; it lives until `end` frees it, if that does.
             let object = unsafe { memory.as_ref() };
             at = object.next.load(Ordering::Relaxed);
             // Nobody comes any more. Acquire: what was done there is seen.
             while object.visits.load(Ordering::Acquire) > 0 {
-                spin_loop();
+                self.env().paging().relax();
             }
-            self.end_transfers(object);
-            self.end_object(memory);
+            end(memory);
         }
     }
 

@@ -490,6 +490,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// then.
     ///
     /// Dropping the space does the same.
+    ///
+    /// Context: task context; as [`Mm::close`](crate::Mm::close) where the last mapping of a file goes.
     #[doc(alias = "exit_mmap")]
     pub fn exit(self) {
         drop(self);

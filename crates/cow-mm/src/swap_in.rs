@@ -283,8 +283,8 @@ impl<'m, E: Env> Mm<'m, E> {
     ///
     /// # Errors
     ///
-    /// [`Errno::EINVAL`] where there is no such area; [`Errno::ENOMEM`] where memory has no room for its pages, and
-    /// [`Errno::EIO`]: then it takes pages again.
+    /// [`Errno::EINVAL`] where there is no such area; [`Errno::ENOMEM`] where memory has no room for its pages, [`Errno::EIO`], and
+    /// [`Errno::EBUSY`] where another call is about to give pages up that are there (call again): then it takes pages again.
     #[doc(alias = "swapoff")]
     #[doc(alias = "try_to_unuse")]
     pub fn swap_off(&self, area: u8) -> Result<Option<IoTicket>, Errno> {
@@ -298,7 +298,13 @@ impl<'m, E: Env> Mm<'m, E> {
             None => match self.poll_swap() {
                 // A write whose page nobody wants any more.
                 Some(ticket) if self.swap().used_from(area, 0).is_some() => Ok(Some(ticket)),
-                _ => self.swap().remove(area).map(|()| None),
+                _ => {
+                    let removed = self.swap().remove(area);
+                    if removed.is_err() {
+                        let _ = self.swap().set_open(area, true);
+                    }
+                    removed.map(|()| None)
+                }
             },
         }
     }

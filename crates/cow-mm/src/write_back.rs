@@ -26,8 +26,7 @@ use crate::object::{FileRef, Object};
 pub(crate) enum Waits {
     /// For a device.
     ForTransfer(IoTicket),
-    /// For somebody who has the page's lock, which nobody keeps while a device works for that page, but where its object
-    /// ends meanwhile.
+    /// For somebody who has the page's lock, which nobody keeps while a device works for that page.
     ForLock,
 }
 

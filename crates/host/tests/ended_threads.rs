@@ -38,23 +38,26 @@ fn serves(small: usize, large: usize) {
     assert!(first * large > 48 << 20, "{first} of {large} bytes");
     let heap: &'static HostHeap = Box::leak(Box::new(HostHeap::with_arena(64 << 20)));
     let gate = Barrier::new(THREADS);
+    let use_objects = || {
+        let alloc = |()| {
+            // SAFETY: the layout is not empty.
+            let piece = unsafe { heap.alloc(layout(small)) };
+            assert!(!piece.is_null());
+            piece
+        };
+        let pieces = [(); 60].map(alloc);
+        // Each has a number of its own.
+        gate.wait();
+        for piece in pieces {
+            // SAFETY: allocated above.
+            unsafe { heap.dealloc(piece, layout(small)) };
+        }
+    };
     std::thread::scope(|scope| {
-        for _ in 0..THREADS {
-            scope.spawn(|| {
-                let alloc = |()| {
-                    // SAFETY: the layout is not empty.
-                    let piece = unsafe { heap.alloc(layout(small)) };
-                    assert!(!piece.is_null());
-                    piece
-                };
-                let pieces = [(); 60].map(alloc);
-                // Each has a number of its own.
-                gate.wait();
-                for piece in pieces {
-                    // SAFETY: allocated above.
-                    unsafe { heap.dealloc(piece, layout(small)) };
-                }
-            });
+        let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(use_objects)).collect();
+        // The end of the scope waits for what they do, and not for their numbers to go back.
+        for thread in threads {
+            thread.join().unwrap();
         }
     });
     let mut held = 0;
@@ -138,5 +141,6 @@ fn a_range_beyond_blocks() {
         blocks.into_iter().for_each(|block| frames.free(block));
     });
     assert!(before >= 8, "{before}");
-    assert_eq!(take_all(heap, large), before);
+    let after = take_all(heap, large);
+    assert!(after >= before, "{after} of {before}");
 }

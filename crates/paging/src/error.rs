@@ -13,7 +13,7 @@ pub enum TableError {
     /// The format has no such number of levels.
     BadLevels,
     /// The part that was to be shared was not [lent](crate::PageTable::lend_from), or the two that lend it have different numbers of levels; or
-    /// it cannot be lent: a top entry is a leaf or a payload, leads to a table that spaces share, or is another table's.
+    /// it cannot be lent: a top entry is a leaf or a payload, leads to a table that spaces share, or is another table's; or there is one level alone.
     CannotShare,
     /// The MMU knows one root a space ([`Mmu::isolates`](kmem_hal::Mmu::isolates)).
     OneRoot,

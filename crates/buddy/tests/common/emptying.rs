@@ -211,7 +211,7 @@ impl World<'_> {
                     first += align.frames();
                 }
             }
-            // Only these end the search for a place.
+            // Want of memory ends the search for a place; what nobody was asked about is told where no place was found.
             Err(error @ (ClaimError::OutOfMemory(frame) | ClaimError::NotAsked(frame))) => {
                 // The place that was given up: it holds the frame, wherever it begins.
                 let (low, high) = (
