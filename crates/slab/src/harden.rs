@@ -32,15 +32,14 @@
 //! Nothing here runs in a build without policies.
 
 use core::panic::Location;
-use core::ptr::{self, NonNull};
+use core::ptr::NonNull;
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{Cpu, Frame, PAGE_SIZE, PhysMap, RawLock};
+use kmem_hal::{Frame, PAGE_SIZE, PhysMap, RawLock};
 
-use crate::array::SMALL_SLOTS;
 use crate::class::{CLASSES, LARGEST_ALIGN, LARGEST_CLASS};
 use crate::grow::object_at;
-use crate::head::{COLUMNS, Head};
+use crate::head::COLUMNS;
 use crate::misuse::{Misuse, SlabRange};
 use crate::platform::Platform;
 use crate::policy::{Features, RECORD, TAG};
@@ -57,9 +56,9 @@ const ZONE: u8 = 0xbb;
 /// The record behind an object.
 #[derive(Clone, Copy)]
 #[repr(C)]
-struct Record {
-    place: Option<&'static Location<'static>>,
-    size: u32,
+pub(crate) struct Record {
+    pub place: Option<&'static Location<'static>>,
+    pub size: u32,
 }
 
 const _: () = assert!(size_of::<Record>() <= RECORD);
@@ -119,7 +118,7 @@ fn fronts<L: RawLock>(cache: &RawCache<L>) -> impl Iterator<Item = usize> {
 
 /// What a tag says of its object.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum State {
+pub(crate) enum State {
     InUse,
     Free,
 }
@@ -129,7 +128,7 @@ enum State {
 /// # Safety
 ///
 /// A slot of a live slab of `cache`.
-unsafe fn front_in<L: RawLock>(
+pub(crate) unsafe fn front_in<L: RawLock>(
     cache: &RawCache<L>,
     slot: NonNull<u8>,
     state: State,
@@ -573,68 +572,6 @@ impl<P: Platform> SlabSystem<P> {
         slot_of(object, front)
     }
 
-    /// Lets an object wait, at the first node whatever node it is of; answers the one that has waited longest, where the quarantine is full. A context that cannot have the lock, and one
-    /// without memory for the quarantine, get theirs back at once.
-    fn quarantine(
-        &self,
-        cache: &RawCache<P::Lock>,
-        features: Features,
-        object: NonNull<u8>,
-    ) -> Option<NonNull<u8>> {
-        let most = usize::from(features.quarantine);
-        let parked = self.with_depot(cache, &cache.first, |depot| depot.park(object, most));
-        match parked {
-            Some(Some(oldest)) => return oldest,
-            // The lock cannot be had.
-            None => return Some(object),
-            Some(None) => {}
-        }
-        // I2 of refill: memory without the lock.
-        let Ok(array) = self.new_array(SMALL_SLOTS) else {
-            return Some(object);
-        };
-        let mut is_kept = false;
-        let parked = self.with_depot(cache, &cache.first, |depot| {
-            is_kept = depot.waiting.is_null();
-            if is_kept {
-                depot.waiting = array.as_ptr();
-            }
-            depot.park(object, most)
-        });
-        if !is_kept {
-            // SAFETY: just made, and nobody else knows it.
-            unsafe { self.free_array(array) };
-        }
-        parked.flatten().unwrap_or(Some(object))
-    }
-
-    /// Gives the objects in quarantine to their slabs. Nothing where this CPU has no head or was interrupted there, unless the caller is `alone`
-    /// with the cache.
-    pub(crate) fn end_quarantine(&self, cache: &RawCache<P::Lock>, alone: bool) {
-        if cache.setup.features.quarantine == 0 {
-            return;
-        }
-        // SAFETY: a cache exists, so the system is ready.
-        let pin = unsafe { self.platform_unchecked() }.cpu().pin();
-        let busy = self.head(cache, &pin).and_then(Head::enter);
-        if busy.is_none() && !alone {
-            return;
-        }
-        let waiting = {
-            let mut depot = cache.first.depot.lock(); // refill I1: busy is set, or alone
-            depot.oldest = 0;
-            core::mem::replace(&mut depot.waiting, ptr::null_mut())
-        };
-        if let Some(array) = NonNull::new(waiting) {
-            // SAFETY: the array left the depot and is this call's; the flag is set, or the caller is alone with the cache.
-            unsafe {
-                let n = self.flush_array(cache, array);
-                cache.direct_frees.fetch_add(n as u64, Ordering::Relaxed);
-                self.free_array(array);
-            }
-        }
-    }
-
     /// Tags and fills the objects of a new slab, which belongs to the caller.
     pub(crate) fn harden_slab(&self, cache: &RawCache<P::Lock>, slab: &Slab) {
         let features = cache.setup.features;
@@ -658,51 +595,6 @@ impl<P: Platform> SlabSystem<P> {
             }
         }
     }
-
-    /// Calls `each` with every object in use of caches with the [`Owner`](crate::Owner) policy.
-    ///
-    /// # Safety
-    ///
-    /// Nobody allocates or frees meanwhile, nor writes behind an object.
-    pub unsafe fn owners_shared(&self, mut each: impl FnMut(&Owned)) {
-        // On Busy, and before `init`, there is nothing to tell.
-        let _ = self.for_each_cache(|cache| {
-            let features = cache.setup.features;
-            if !features.owner {
-                return;
-            }
-            cache.for_each_slab(|slab| {
-                for number in 0..slab.objects() {
-                    let Some(slot) = NonNull::new(object_at(cache, slab, number)) else {
-                        continue;
-                    };
-                    // SAFETY: a slot of a live slab, whose tag nobody changes meanwhile.
-                    let front = unsafe { front_in(cache, slot, State::InUse, |_| true) };
-                    if let Some(front) = front {
-                        // SAFETY: inside the slot; an object in use has a record, which nobody changes meanwhile.
-                        let (object, record) = unsafe {
-                            let object = slot.add(front);
-                            let record = object.add(cache.room(front)).cast::<Record>();
-                            (object, record.read_unaligned())
-                        };
-                        each(&Owned {
-                            cache: cache.setup.name,
-                            address: object.as_ptr().addr(),
-                            size: record.size as usize,
-                            place: record.place,
-                        });
-                    }
-                }
-                true
-            });
-        });
-    }
-
-    /// Calls `each` with every object in use of caches with the [`Owner`](crate::Owner) policy.
-    pub fn owners(&mut self, each: impl FnMut(&Owned)) {
-        // SAFETY: the exclusive borrow keeps every call away.
-        unsafe { self.owners_shared(each) }
-    }
 }
 
 /// The first byte that is not as those of free objects are.
@@ -716,32 +608,5 @@ pub(crate) const fn bytes_behind(features: Features) -> usize {
         RECORD
     } else {
         0
-    }
-}
-
-/// An object in use, and who allocated it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Owned {
-    /// The name of its cache.
-    pub cache: &'static str,
-    /// Its address.
-    pub address: usize,
-    /// The bytes asked for.
-    pub size: usize,
-    /// The source line of the call.
-    pub place: Option<&'static Location<'static>>,
-}
-
-impl core::fmt::Display for Owned {
-    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
-        write!(
-            f,
-            "{}: {} bytes at {:#x}",
-            self.cache, self.size, self.address
-        )?;
-        match self.place {
-            Some(place) => write!(f, " from {place}"),
-            None => Ok(()),
-        }
     }
 }
