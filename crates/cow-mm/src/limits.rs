@@ -63,18 +63,18 @@ impl<E: Env> State<'_, E> {
         self.limits.mappings.saturating_sub(self.vmas.len())
     }
 
-    /// Whether a range may be cleared: cutting the middle out of one mapping makes two, and nothing in it is sealed
+    /// Whether a range may be cleared: cutting the middle out of one mapping makes two, and all that is in it may go
     /// (`vms_gather_munmap_vmas`).
     ///
     /// # Errors
     ///
-    /// [`Errno::ENOMEM`]; [`Errno::EPERM`] for what is sealed.
+    /// [`Errno::ENOMEM`]; those of [`check_all_may_go`](Self::check_all_may_go).
     pub(crate) fn check_clear(&mut self, range: PageRange) -> Result<(), Errno> {
         let sticks_out =
             |vma: Vma| vma.range.first() < range.first() && vma.range.last() > range.last();
         match self.room() == 0 && self.vmas.get(range.first()).is_some_and(sticks_out) {
             true => Err(Errno::ENOMEM),
-            false => self.check_unsealed(range),
+            false => self.check_all_may_go(range),
         }
     }
 

@@ -286,7 +286,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 ///
 /// # Errors
 ///
-/// [`Errno::EAGAIN`] where no memory is left, or there are too many mappings.
+/// [`Errno::EAGAIN`] where no memory is left, or there are too many mappings; [`Errno::EINVAL`] for a part of what the kernel put there.
 pub(crate) fn modify_as_advised<E: Env>(
     state: &mut State<'_, E>,
     part: PageRange,
@@ -297,7 +297,10 @@ pub(crate) fn modify_as_advised<E: Env>(
         Ok(mut edit) => edit.modify(part, room, change),
         Err(error) => Err(error),
     };
-    done.map_err(|_| Errno::EAGAIN)
+    done.map_err(|error| match error {
+        Errno::ENOMEM => Errno::EAGAIN,
+        error => error,
+    })
 }
 
 /// With what accesses pages are brought in.

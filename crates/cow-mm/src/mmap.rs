@@ -136,7 +136,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
 
     /// Makes a mapping that only a kernel makes: the stack of a program that runs already, `[vdso]`, `[vvar]`.
     ///
-    /// A [`Label::Stack`] grows down; the others never merge, move or grow. The range is whole pages and free. As in Linux, the
+    /// A [`Label::Stack`] grows down; the others never merge and never grow, and whatever would cut one is EINVAL: a program unmaps, moves,
+    /// protects and seals them whole. The range is whole pages and free. As in Linux, the
     /// process's limits on sizes and on the number of mappings are not asked.
     ///
     /// # Errors

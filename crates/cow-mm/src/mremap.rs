@@ -330,6 +330,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             return Err(Errno::ENOMEM);
         }
         let from = self.user_range(address, old / PAGE_SIZE);
+        if from.is_some_and(|from| !vma.may_cut(from)) {
+            return Err(Errno::EINVAL);
+        }
         let first = Page::containing(VirtAddr::new(address));
         let mut new = Candidate {
             offset: vma.object_page(first),

@@ -20,8 +20,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// # Errors
     ///
-    /// [`Errno::EINVAL`] for an unaligned address, no length, or a range beyond the user addresses;
-    /// [`Errno::ENOMEM`] where a split would pass the limit on mappings or finds no memory. Nothing changes then. [`Errno::EPERM`] where
+    /// [`Errno::EINVAL`] for an unaligned address, no length, or a range beyond the user addresses, and for a part of what the kernel put
+    /// there ([`map_special`](Self::map_special)); [`Errno::ENOMEM`] where a split would pass the limit on mappings or finds no memory. Nothing changes then. [`Errno::EPERM`] where
     /// something in the range is [sealed](Self::mseal): the mapping that the range begins in may be cut there, unless it is that one.
     #[doc(alias = "do_munmap")]
     pub fn munmap(&self, address: u64, length: u64) -> Result<(), Errno> {
@@ -74,8 +74,8 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// # Errors
     ///
-    /// [`Errno::EINVAL`] for an unaligned address, bits that are no protection, and [`Prot::GROWSDOWN`] where no stack is;
-    /// [`Errno::ENOMEM`] where a page is not mapped, no memory is left, or there are too many mappings; [`Errno::EACCES`] where the file's mode forbids it;
+    /// [`Errno::EINVAL`] for an unaligned address, bits that are no protection, [`Prot::GROWSDOWN`] where no stack is, and another
+    /// protection for a part of what the kernel put there; [`Errno::ENOMEM`] where a page is not mapped, no memory is left, or there are too many mappings; [`Errno::EACCES`] where the file's mode forbids it;
     /// [`Errno::EPERM`] for what is [sealed](Self::mseal).
     pub fn mprotect(&self, address: u64, length: u64, prot: Prot) -> Result<(), Errno> {
         self.protect(address, length, prot, None)

@@ -207,7 +207,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     /// # Errors
     ///
     /// [`Errno::EINVAL`] for a name that is too long (79 bytes at most) or has a character that may not be in one, for an unaligned
-    /// address and a range that wraps; [`Errno::EBADF`] at a file's mapping; [`Errno::ENOMEM`] where there was a hole (the
+    /// address, a range that wraps and a part of what the kernel put there; [`Errno::EBADF`] at a file's mapping; [`Errno::ENOMEM`] where there was a hole (the
     /// rest is named) or no memory is left for the name; [`Errno::EAGAIN`] where none is left for the mappings, or there are too many.
     #[doc(alias = "PR_SET_VMA_ANON_NAME")]
     pub fn set_anon_name(
@@ -231,6 +231,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             let is_file = |file| !self.mm().info(file).is_shared_memory;
             if vma.file.is_some_and(is_file) {
                 return Err(Errno::EBADF);
+            }
+            if label != Label::None && !vma.may_cut(part) {
+                return Err(Errno::EINVAL);
             }
             if vma.label != label && matches!(vma.label, Label::None | Label::Named(_)) {
                 modify_as_advised(state, part, |new| new.label = label)?;

@@ -61,26 +61,30 @@ impl<E: Env> AddressSpace<'_, E> {
 }
 
 impl<E: Env> State<'_, E> {
-    /// Whether nothing in a range is sealed. If something is, the mapping that the range begins in is cut there, unless that is it: as far as
-    /// Linux comes before it finds out.
+    /// Whether everything in a range may go: nothing is sealed, and nothing stays in part that is whole or not there. If something may not,
+    /// the mapping that the range begins in is cut there, unless that is it: as far as Linux comes before it finds out.
     ///
     /// # Errors
     ///
-    /// [`Errno::EPERM`].
-    pub(crate) fn check_unsealed(&mut self, range: PageRange) -> Result<(), Errno> {
-        let sealed = |vma: Vma| vma.flags.contains(VmFlags::SEALED);
+    /// [`Errno::EPERM`] for what is sealed; [`Errno::EINVAL`] for a part of what the kernel put there.
+    #[doc(alias = "may_split")]
+    pub(crate) fn check_all_may_go(&mut self, range: PageRange) -> Result<(), Errno> {
+        let refused = |vma: Vma| match vma.flags.contains(VmFlags::SEALED) {
+            true => Some(Errno::EPERM),
+            false => (!vma.may_cut(range)).then_some(Errno::EINVAL),
+        };
         let mut at = Some(range.first());
         while let Some(vma) = at.and_then(|at| self.vmas.at_or_after(at)) {
             if vma.range.first() > range.last() {
                 break;
             }
-            if sealed(vma) {
+            if let Some(error) = refused(vma) {
                 if vma.range.first() > range.first()
                     && let Ok(mut edit) = self.vmas.edit()
                 {
                     edit.split(range.first());
                 }
-                return Err(Errno::EPERM);
+                return Err(error);
             }
             at = vma.range.last().checked_add(1);
         }

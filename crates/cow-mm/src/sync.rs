@@ -151,6 +151,10 @@ impl<E: Env> AddressSpace<'_, E> {
     }
 
     fn is_in_memory(&self, vma: &Vma, page: Page) -> bool {
+        if vma.is_kernels() {
+            // Whose they are is not asked, so nothing is told (Linux: `can_do_mincore`).
+            return true;
+        }
         let payload = match self.tables().query(page) {
             Entry::Leaf(_) => return true,
             Entry::Payload(payload) => Absent::of(payload),

@@ -127,6 +127,12 @@ impl Vma {
         )
     }
 
+    /// Whether what lies in a range may become a mapping of its own: what the kernel put there stays whole, or goes whole.
+    #[doc(alias = "special_mapping_split")]
+    pub(crate) fn may_cut(&self, range: PageRange) -> bool {
+        !self.is_kernels() || self.range.intersection(range) == Some(self.range)
+    }
+
     /// Whether a write copies the page first.
     #[doc(alias = "is_cow_mapping")]
     #[must_use]

@@ -148,15 +148,18 @@ impl<E: Env> Edit<'_, '_, E> {
     ///
     /// # Errors
     ///
-    /// [`Errno::ENOMEM`] where there is none.
+    /// [`Errno::ENOMEM`] where there is none; [`Errno::EINVAL`] for what the kernel put there.
     #[doc(alias = "split_vma")]
     fn split_within(&mut self, page: Page, room: &mut usize) -> Result<(), Errno> {
-        let cuts = |(_, vma): Found| vma.range.first() < page;
-        if self.find(page).is_some_and(cuts) {
+        let found = self.find(page);
+        if let Some((_, vma)) = found.filter(|(_, vma)| vma.range.first() < page) {
             match room.checked_sub(1) {
                 Some(left) => *room = left,
                 None if mutant!("cut-beyond-the-limit") => {}
                 None => return Err(Errno::ENOMEM),
+            }
+            if vma.is_kernels() {
+                return Err(Errno::EINVAL);
             }
             self.split(page);
         }
@@ -246,7 +249,8 @@ impl<E: Env> Edit<'_, '_, E> {
     ///
     /// # Errors
     ///
-    /// [`Errno::ENOMEM`] where there is no room for a cut; one that there was room for stays, as in Linux.
+    /// [`Errno::ENOMEM`] where there is no room for a cut; one that there was room for stays, as in Linux. [`Errno::EINVAL`] for a part of what
+    /// the kernel put there.
     #[doc(alias = "vma_modify_flags")]
     pub fn modify(
         &mut self,
