@@ -78,7 +78,7 @@ pub(super) fn copy_one_table() -> impl Competitor {
 /// One table of a process of so many pages copied, and one frame, in turn: what a first write cannot do without.
 pub(super) fn copy_table_and_frame(pages: u64) -> impl Competitor {
     let mut tables = FlatTables::new(pages);
-    let mut frames = ColdFrames::new();
+    let mut frames = ColdFrames::new(pages);
     move |index: u64, watch: &mut Watch| {
         watch.time(|| {
             for table in index * 64..(index + 1) * 64 {
@@ -91,26 +91,30 @@ pub(super) fn copy_table_and_frame(pages: u64) -> impl Competitor {
     }
 }
 
-/// Frames of memory that is larger than the caches, one after the other.
+/// Frames of as much memory as a process has, one after the other.
 pub(super) struct ColdFrames {
     region: Region,
+    pages: usize,
     at: usize,
+    locks: AtomicU64,
 }
 
 impl ColdFrames {
-    pub const HALF: usize = 1 << 13;
-
-    pub fn new() -> Self {
-        let region = Region::new(2 * Self::HALF as u64).touched();
-        Self { region, at: 0 }
+    pub fn new(pages: u64) -> Self {
+        Self {
+            region: Region::new(2 * pages).touched(),
+            pages: pages as usize,
+            at: 0,
+            locks: AtomicU64::new(0),
+        }
     }
 
     /// The next frame of the lower half, and one of the upper.
     #[inline]
     pub fn next(&mut self) -> (*mut u8, *mut u8) {
-        self.at = (self.at + 1) % Self::HALF;
+        self.at = (self.at + 1) % self.pages;
         let frame = |number| self.region.base().wrapping_add(number * 4096);
-        (frame(self.at), frame(self.at + Self::HALF))
+        (frame(self.at), frame(self.at + self.pages))
     }
 
     #[inline]
@@ -125,14 +129,25 @@ impl ColdFrames {
         // SAFETY: two frames of the region, which this value owns.
         unsafe { high.copy_from_nonoverlapping(low, 4096) };
     }
+
+    /// The locked instructions of a fault that finds its page's table: a mapping and a table are locked and let go.
+    #[inline]
+    pub fn lock(&self) {
+        for _ in 0..4 {
+            self.locks.fetch_add(1, Ordering::AcqRel);
+        }
+    }
 }
 
-/// Zeroes cold frames, or copies them.
-pub(super) fn cold_frames(copies: bool) -> impl Competitor {
-    let mut frames = ColdFrames::new();
+/// Zeroes frames of a process of so many pages, or copies them: one behind the other, or with a fault's locked instructions in between.
+pub(super) fn cold_frames(pages: u64, copies: bool, locks: bool) -> impl Competitor {
+    let mut frames = ColdFrames::new(pages);
     move |_: u64, watch: &mut Watch| {
         watch.time(|| {
             for _ in 0..256 {
+                if locks {
+                    frames.lock();
+                }
                 if copies {
                     frames.copy();
                 } else {

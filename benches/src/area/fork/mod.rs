@@ -5,7 +5,9 @@
 //! are printed together to show orders of magnitude, not who is faster at the same work. Limits of the same run: `limit:memcpy` copies the
 //! words of the tables, `limit:eager-copy` copies entries, clears their write bits and counts a reference for each, `limit:copy-table` copies the 512 entries
 //! of a table and counts a reference for each (a locked addition, as other spaces count too, to a slot of 32 bytes), `limit:zero-frame` and
-//! `limit:copy-frame` zero and copy 4 KiB that are not in a cache, `limit:copy-table+frame` is a table and a frame in turn.
+//! `limit:copy-frame` zero and copy 4 KiB of as much memory as the workload has, one frame behind the other, `limit:locks+zero-frame` and
+//! `limit:locks+copy-frame` the same with four locked instructions in between, which end the processor's work ahead as a fault's do,
+//! `limit:copy-table+frame` is a table and a frame in turn.
 //!
 //! `fork_exec` of the host is a program made for it (`host_program.rs`): the same 40 mappings and touched pages in parent and image, and a parent as small.
 //! Comparable: the copy of the space, 40 calls of mmap and 160 first touches, and the end of both spaces. Not comparable, and in the host's

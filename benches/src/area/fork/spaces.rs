@@ -142,7 +142,8 @@ pub(super) fn writes(runner: &mut Runner, mm: &'static Mm<'static, World>, count
             .n(count)
             .with("kmem", of_kmem)
             .with("host-kernel", of_host)
-            .with("limit:copy-frame", cold_frames(true));
+            .with("limit:copy-frame", cold_frames(count, true, false))
+            .with("limit:locks+copy-frame", cold_frames(count, true, true));
         runner.run(if is_first {
             row.with("limit:copy-table+frame", copy_table_and_frame(count))
         } else {
@@ -268,7 +269,8 @@ pub(super) fn faults(runner: &mut Runner, mm: &'static Mm<'static, World>, count
             .n(count)
             .with("kmem", of_kmem)
             .with("host-kernel", of_host)
-            .with("limit:zero-frame", cold_frames(false)),
+            .with("limit:zero-frame", cold_frames(count, false, false))
+            .with("limit:locks+zero-frame", cold_frames(count, false, true)),
     );
 }
 
