@@ -75,15 +75,16 @@ impl DeviceMemory {
     /// [`Errno::EINVAL`] where it would not lie in the device, or would be private and writable.
     pub(crate) fn admit(self, flags: VmFlags, offset: u64, pages: u64) -> Result<VmFlags, Errno> {
         let room = self.frames.count().checked_sub(offset);
-        if room.is_none_or(|room| pages > room) {
+        let beyond = room.is_none_or(|room| pages > room);
+        if beyond && !mutant!("device-is-mapped-beyond-its-end") {
             return Err(Errno::EINVAL);
         }
         if flags.contains(VmFlags::MAYSHARE) {
             return Ok(flags | Self::FLAGS);
         }
         match flags.contains(VmFlags::WRITE) {
-            true => Err(Errno::EINVAL),
-            false => Ok((flags | Self::FLAGS) - VmFlags::MAYWRITE),
+            true if !mutant!("device-memory-is-copied") => Err(Errno::EINVAL),
+            _ => Ok((flags | Self::FLAGS) - VmFlags::MAYWRITE),
         }
     }
 

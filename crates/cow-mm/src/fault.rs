@@ -41,7 +41,7 @@ use crate::flags::VmFlags;
 use crate::merge::may_share_anon;
 use crate::mutants::mutant;
 use crate::space::{AddressSpace, State};
-use crate::tables::{attributes, rights};
+use crate::tables::{attributes, rights, write_flag};
 use crate::vma::{AnonLink, Vma};
 
 /// Why a program gets a signal.
@@ -437,7 +437,7 @@ pub(crate) fn needed(access: Access) -> Rights {
 pub(crate) fn allows(flags: VmFlags, access: Access) -> bool {
     match access {
         Access::Read => flags.intersects(VmFlags::ACCESS),
-        Access::Write => flags.contains(VmFlags::WRITE),
+        Access::Write => flags.contains(write_flag()),
         Access::Execute => flags.contains(VmFlags::EXEC),
     }
 }

@@ -18,6 +18,7 @@ use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::VmFlags;
 use crate::madvise::Populate;
+use crate::mutants::mutant;
 use crate::space::{AddressSpace, State};
 use crate::vma::Vma;
 
@@ -202,7 +203,8 @@ fn set_lock_flags<E: Env>(
 ) -> Result<(), Errno> {
     let flags = vma.flags.difference(VmFlags::LOCKED_MASK) | flags;
     let never = VmFlags::SPECIAL | VmFlags::DROPPABLE;
-    if flags != vma.flags && !vma.flags.intersects(never) {
+    let never = vma.flags.intersects(never) && !mutant!("device-memory-is-locked");
+    if flags != vma.flags && !never {
         let room = state.room();
         let mut edit = state.vmas.edit()?;
         edit.modify(part, room, |new| new.flags = flags)?;

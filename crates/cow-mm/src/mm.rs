@@ -285,6 +285,9 @@ impl<'m, E: Env> Mm<'m, E> {
     ) -> Option<(PageRef, bool)> {
         let Some(page) = near.of(self, frame).and_then(FrameSlot::as_user) else {
             // Device memory.
+            if mutant!("device-memory-stops-a-copy") {
+                return None;
+            }
             return Some((PageRef::of_device(frame), false));
         };
         // Looked at before the count: behind a locked instruction it would wait for it.
@@ -308,6 +311,9 @@ impl<'m, E: Env> Mm<'m, E> {
         let shared = page.mappings() != 1 && !mutant!("shared-stays-exclusive");
         if page.slot().tag() != FrameTag::Anon || shared {
             return false;
+        }
+        if mutant!("mappings-alone-decide") {
+            return true;
         }
         let exclusive = page.slot().flags().contains(SlotFlags::EXCLUSIVE);
         match page.references() {

@@ -17,6 +17,7 @@ use crate::errno::Errno;
 use crate::flags::{RemapFlags, VmFlags};
 use crate::madvise::Populate;
 use crate::merge::Candidate;
+use crate::mutants::mutant;
 use crate::place::Placement;
 use crate::space::{AddressSpace, State};
 use crate::vma::Vma;
@@ -157,7 +158,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         if remap.new == remap.old {
             return Ok(vma);
         }
-        if vma.flags.intersects(VmFlags::SPECIAL) {
+        if vma.flags.intersects(VmFlags::SPECIAL) && !mutant!("device-mapping-grows") {
             return Err(Errno::EFAULT);
         }
         let pages = (remap.new - remap.old) / PAGE_SIZE;

@@ -162,17 +162,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             let Entry::Leaf(leaf) = self.own(&mut cursor, page)? else {
                 return Ok(None);
             };
-            if access == Access::Write && !leaf.is_writable()
-                || !leaf.attributes.rights.grants_access()
-            {
+            let written = access == Access::Write && !mutant!("write-intent-is-lost");
+            if written && !leaf.is_writable() || !leaf.attributes.rights.grants_access() {
                 return Ok(None);
             }
             // Linux: `gup_must_unshare` asks `is_cow_mapping`.
             if vma.shows_object() && !mutant!("file-page-is-copied-for-a-pin") {
                 self.mm().add_pin(leaf.frame)?;
-            } else if self.mm().is_exclusive(leaf.frame, || cursor.pins(page))
-                || mutant!("shared-page-is-pinned")
-            {
+            } else if self.mm().is_exclusive(leaf.frame, || cursor.pins(page)) || pinned_anyway() {
                 self.mm().add_pin(leaf.frame)?;
                 if !mutant!("pins-not-counted") && cursor.add_pins(page, 1).is_err() {
                     self.mm().sub_pin(leaf.frame);
@@ -215,6 +212,16 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             }
         }
     }
+}
+
+/// The faults by which a page is pinned as it is, whoever else has it.
+fn pinned_anyway() -> bool {
+    let faults = [
+        mutant!("shared-page-is-pinned"),
+        mutant!("mappings-alone-decide"),
+        mutant!("write-intent-is-lost"),
+    ];
+    faults.contains(&true)
 }
 
 impl<'m, E: Env> Mm<'m, E> {

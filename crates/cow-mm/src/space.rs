@@ -438,8 +438,9 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                     usage.rss_file += u64::from(mutant!("device-memory-is-resident"));
                     return;
                 };
+                let files = vma.file.is_some() && mutant!("copy-counts-as-the-file");
                 match page.slot().tag() {
-                    kmem_hal::FrameTag::Anon => usage.rss_anon += 1,
+                    kmem_hal::FrameTag::Anon if !files => usage.rss_anon += 1,
                     _ if shared_memory => usage.rss_shmem += 1,
                     _ => usage.rss_file += 1,
                 }

@@ -13,6 +13,7 @@ use crate::env::Env;
 use crate::errno::Errno;
 use crate::flags::VmFlags;
 use crate::mm::{NearSlots, PageRef};
+use crate::mutants::mutant;
 use crate::space::AddressSpace;
 
 /// Pages that a leaf table covers, in the formats whose tables can be shared.
@@ -44,9 +45,18 @@ pub(crate) fn rights(flags: VmFlags) -> Rights {
         return Rights::empty();
     }
     let mut rights = Rights::READ | Rights::USER;
-    rights.set(Rights::WRITE, flags.contains(VmFlags::WRITE));
+    rights.set(Rights::WRITE, flags.contains(write_flag()));
     rights.set(Rights::EXECUTE, flags.contains(VmFlags::EXEC));
     rights
+}
+
+/// The flag without which a mapping's pages are not written to.
+#[inline(always)]
+pub(crate) fn write_flag() -> VmFlags {
+    match mutant!("what-may-be-granted-is") {
+        true => VmFlags::MAYWRITE,
+        false => VmFlags::WRITE,
+    }
 }
 
 /// What a new leaf of a mapping with these flags says, were its page its own: rights, and the protection key.

@@ -37,17 +37,17 @@ pub const ALL: &[Regression] = &[
     (
         "device_memory_over_fork_and_in_shared_tables",
         device_memory_over_fork_and_in_shared_tables,
-        &[],
+        &["device-memory-stops-a-copy"],
     ),
     (
         "calls_on_device_memory_answer_as_linux",
         calls_on_device_memory_answer_as_linux,
-        &[],
+        &["device-memory-is-locked", "device-mapping-grows"],
     ),
     (
         "a_device_is_mapped_within_its_end_and_never_copied",
         a_device_is_mapped_within_its_end_and_never_copied,
-        &[],
+        &["device-is-mapped-beyond-its-end", "device-memory-is-copied"],
     ),
 ];
 

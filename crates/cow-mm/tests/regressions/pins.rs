@@ -13,7 +13,7 @@ pub const ALL: &[Regression] = &[
     (
         "a_child_with_a_read_pin_does_not_see_what_its_parent_writes_later",
         a_child_with_a_read_pin_does_not_see_what_its_parent_writes_later,
-        &[],
+        &["mappings-alone-decide"],
     ),
     (
         "a_pinned_page_stays_its_owners_over_fork",
@@ -33,7 +33,7 @@ pub const ALL: &[Regression] = &[
     (
         "a_write_through_a_pin_never_reaches_the_file_of_a_private_mapping",
         a_write_through_a_pin_never_reaches_the_file_of_a_private_mapping,
-        &[],
+        &["write-intent-is-lost"],
     ),
     (
         "what_a_program_may_not_access_is_not_pinned",

@@ -63,7 +63,7 @@ pub const ALL: &[Regression] = &[
     (
         "an_entry_of_swap_names_no_memory",
         an_entry_of_swap_names_no_memory,
-        &[],
+        &["paging:format-payload-names-memory"],
     ),
 ];
 

@@ -120,7 +120,11 @@ impl Mode {
             word |= PAGE_SIZE;
         }
         if !rights.grants_access() && !mutant!("format-none-is-present") {
-            return word | NO_ACCESS | (!address & self.leaf_address(level));
+            let address = match mutant!("format-none-names-memory") {
+                true => address,
+                false => !address,
+            };
+            return word | NO_ACCESS | (address & self.leaf_address(level));
         }
         if rights.contains(Rights::WRITE) {
             word |= WRITE;
@@ -298,7 +302,8 @@ impl Mode {
 
     #[inline(always)]
     pub fn leaf_frame(self, level: usize, word: u64) -> Frame {
-        let address = if word & PRESENT != 0 { word } else { !word };
+        let as_it_is = word & PRESENT != 0 || mutant!("format-none-names-memory");
+        let address = if as_it_is { word } else { !word };
         Frame::from_number((address & self.leaf_address(level)) >> 12)
     }
 
@@ -348,7 +353,11 @@ impl Mode {
 
     #[inline(always)]
     pub fn payload(self, payload: Payload) -> u64 {
-        let low = !payload.number() & ((1 << self.payload_low_bits) - 1);
+        let number = match mutant!("format-payload-names-memory") {
+            true => payload.number(),
+            false => !payload.number(),
+        };
+        let low = number & ((1 << self.payload_low_bits) - 1);
         let high = payload.number() >> self.payload_low_bits;
         let payload = if mutant!("format-payload-is-present") {
             PAYLOAD | PRESENT
@@ -360,7 +369,11 @@ impl Mode {
 
     #[inline(always)]
     pub fn payload_of(self, word: u64) -> Payload {
-        let low = !(word >> 12) & ((1 << self.payload_low_bits) - 1);
+        let address = match mutant!("format-payload-names-memory") {
+            true => word >> 12,
+            false => !(word >> 12),
+        };
+        let low = address & ((1 << self.payload_low_bits) - 1);
         let high = word >> self.payload_high_shift & ((1 << self.payload_high_bits) - 1);
         Payload::from_number(high << self.payload_low_bits | low)
     }

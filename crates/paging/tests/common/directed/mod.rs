@@ -136,6 +136,10 @@ pub const ALL: &[(&str, fn())] = &[
         "a payload of a wider format is refused",
         tables::a_payload_of_a_wider_format_is_refused,
     ),
+    (
+        "absent words name no memory",
+        tables::absent_words_name_no_memory,
+    ),
     ("a table starts empty", tables::a_table_starts_empty),
     ("what was lent stays lent", tables::what_was_lent_stays_lent),
     ("a lent leaf table stays", tables::a_lent_leaf_table_stays),

@@ -105,6 +105,31 @@ pub fn a_payload_of_a_wider_format_is_refused() {
     room.finish();
 }
 
+/// L1TF: the words of pages that are not there, or that nobody may access, name no memory that the machine has.
+pub fn absent_words_name_no_memory() {
+    let room = Room::new();
+    let range = pages(0x400, 2);
+    let mut cursor = room.table.cursor(range).unwrap();
+    let payload = Payload::new::<X86_64>(5).unwrap();
+    cursor.map_payload(at(0x400), payload).unwrap();
+    let attributes = Attributes::new(Rights::empty());
+    let frame = room.alloc(Order::ZERO);
+    cursor.map(at(0x401), frame, attributes).unwrap();
+    drop(cursor);
+    for page in [0x400, 0x401] {
+        let path = room.table.path(at(page));
+        let word = path.steps().last().unwrap().word;
+        assert_eq!(word & 1, 0, "present");
+        let named = word >> 12 & ((1 << 40) - 1);
+        assert!(
+            named >= room.env.machine.memory().frame_limit(),
+            "{word:#x}"
+        );
+    }
+    room.unmap(range);
+    room.finish();
+}
+
 /// Roots and tables that go back to the cache hold zeros, as those that come from there are taken to do.
 pub fn what_the_cache_keeps_is_empty() {
     const KERNEL: u64 = 0xffff_8000_0000_0000 >> 12;
