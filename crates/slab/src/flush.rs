@@ -62,15 +62,21 @@ impl<P: Platform> SlabSystem<P> {
             }
             return self.free_locked(cache, object);
         }
+        let mut flushed = None;
         if head.spare_len() > 0 {
             let streak = busy.note_event();
             let node = self.send_home(cache, own, busy);
             if head.spare_len() > 0 && !self.exchange_full(cache, node, busy, streak) {
                 node.adapt_limit(cache.geometry(), streak, head.capacity());
                 self.flush_spare(cache, busy);
+                flushed = Some(streak);
             }
         }
         busy.swap();
+        // The array that went to the slabs is empty now: where a CPU mostly frees, no refill comes by that would exchange it.
+        if let Some(streak) = flushed {
+            self.resize(cache, busy, streak);
+        }
         let pushed = busy.push(object);
         debug_assert!(pushed, "an empty array has room");
     }

@@ -229,7 +229,7 @@ impl<P: Platform> SlabSystem<P> {
     }
 
     /// Exchanges the loaded array, which is empty, for one of [`wanted_slots`](Self::wanted_slots), if there is memory.
-    fn resize(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>, streak: u32) {
+    pub(crate) fn resize(&self, cache: &RawCache<P::Lock>, busy: &Busy<'_>, streak: u32) {
         let wanted = Self::wanted_slots(cache, busy, streak);
         if wanted == busy.head().capacity() {
             return;
