@@ -8,78 +8,18 @@
     not(any(loom, shuttle, miri, kmem_counting))
 ))]
 
-use std::alloc::{Layout, alloc_zeroed};
+#[path = "common/source.rs"]
+#[allow(dead_code)]
+mod source;
+
 use std::cell::{Cell, RefCell};
 use std::collections::BTreeSet;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use kmem_hal::{
-    AllocError, Frame, FrameRequest, FrameSink, FrameSource, FrameTable, IrqSafe, OffsetMap,
-    OwnedFrame, Section, SingleCpu,
-};
+use kmem_hal::{AllocError, IrqSafe, OffsetMap, SingleCpu};
 use kmem_slab::{Cache, Flags, Parts, SlabBox, SlabSystem};
 use kmem_testkit::step::Stepper;
-
-const FRAMES: usize = 2048;
-
-/// A page source that an NMI may enter: bits that are claimed by one exchange, and no lock.
-struct Source {
-    words: [AtomicU64; FRAMES / 64],
-    base: usize,
-}
-
-impl Source {
-    fn used(&self) -> u32 {
-        self.words
-            .iter()
-            .map(|word| word.load(Ordering::Relaxed).count_ones())
-            .sum()
-    }
-}
-
-// SAFETY: a block is a run of bits that one exchange took from 0 to 1; runs are naturally aligned in words.
-unsafe impl FrameSource for Source {
-    fn alloc(&self, request: &FrameRequest) -> Result<OwnedFrame, AllocError> {
-        let order = request.order;
-        if order.index() > 6 {
-            return Err(AllocError::Unsatisfiable);
-        }
-        let frames = order.frames();
-        let run = u64::MAX >> (64 - frames);
-        for (index, word) in self.words.iter().enumerate() {
-            for at in (0..64).step_by(frames as usize) {
-                let now = word.load(Ordering::Relaxed);
-                let taken = now & run << at == 0
-                    && word
-                        .compare_exchange(now, now | run << at, Ordering::AcqRel, Ordering::Relaxed)
-                        .is_ok();
-                if taken {
-                    let first = index as u64 * 64 + at;
-                    if request.zeroed {
-                        let bytes: *mut u8 = std::ptr::with_exposed_provenance_mut(
-                            self.base + ((first as usize) << 12),
-                        );
-                        // SAFETY: inside the arena, just taken.
-                        unsafe { bytes.write_bytes(0, order.bytes() as usize) };
-                    }
-                    // SAFETY: as above.
-                    return Ok(unsafe { OwnedFrame::from_raw(Frame::from_number(first), order) });
-                }
-            }
-        }
-        Err(AllocError::OutOfMemory)
-    }
-}
-
-impl FrameSink for Source {
-    fn free(&self, frame: OwnedFrame) {
-        let (first, order) = frame.into_raw();
-        let run = u64::MAX >> (64 - order.frames()) << (first.number() % 64);
-        let before = self.words[first.number() as usize / 64].fetch_and(!run, Ordering::AcqRel);
-        assert_eq!(before & run, run, "frame {first} was free");
-    }
-}
+use source::Source;
 
 type TestParts = Parts<&'static Source, OffsetMap, SingleCpu, IrqSafe>;
 type System = SlabSystem<TestParts>;
@@ -113,27 +53,10 @@ enum Nmi {
 
 impl World {
     fn new() -> Self {
-        let layout = Layout::from_size_align(FRAMES << 12, 1 << 21).unwrap();
-        // SAFETY: the layout is not empty.
-        let base = unsafe { alloc_zeroed(layout) }.expose_provenance();
-        let slots = Layout::from_size_align(FrameTable::SECTION_BYTES, 64).unwrap();
-        // SAFETY: the layout is not empty.
-        let slots = NonNull::new(unsafe { alloc_zeroed(slots) }).unwrap();
-        let directory = Box::leak(Box::new([Section::absent()]));
-        // SAFETY: leaked memory of that size.
-        unsafe { directory[0].set_memory(slots) };
-        let table: &'static FrameTable = Box::leak(Box::new(FrameTable::new()));
-        table.init(directory);
-        let source: &'static Source = Box::leak(Box::new(Source {
-            words: std::array::from_fn(|_| AtomicU64::new(0)),
-            base,
-        }));
+        let (source, table) = Source::leaked();
         let system = System::new();
         // SAFETY: the map and the table cover the arena; one thread, and NMIs that end before it goes on.
-        let parts = unsafe {
-            let map = OffsetMap::new(base, FRAMES as u64);
-            Parts::new(source, map, SingleCpu::new(), table)
-        };
+        let parts = unsafe { Parts::new(source, source.map(), SingleCpu::new(), table) };
         system.init(parts).unwrap();
         let world = Self {
             source,
