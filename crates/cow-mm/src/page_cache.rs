@@ -249,10 +249,12 @@ impl<'m, E: Env> Mm<'m, E> {
     }
 
     /// Fills a page with zeros from an offset on, if the tree has it; one that is on its way when it is there. The provider gets the zeros too,
-    /// with the next write-back.
+    /// with the next write-back, unless it can take none: then the page would wait for that for ever.
     pub(crate) fn zero_tail(&self, file: FileRef, index: u64, from: usize) {
         let object = self.object(file);
         let Some(page) = Page::new(index) else { return };
+        let provider = self.provider(object);
+        let read_only = provider.is_some_and(PageProvider::is_read_only);
         loop {
             let pages = object.pages.write();
             let Some(frame) = pages.get(page).and_then(|entry| entry.value.frame()) else {
@@ -264,7 +266,9 @@ impl<'m, E: Env> Mm<'m, E> {
                 Some(ticket) => Waits::ForTransfer(ticket),
                 None if slot.try_lock() => {
                     self.zero_frame_from(frame, from);
-                    slot.set_flags(SlotFlags::DIRTY);
+                    if !read_only {
+                        slot.set_flags(SlotFlags::DIRTY);
+                    }
                     slot.unlock();
                     return;
                 }

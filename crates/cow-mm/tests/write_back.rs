@@ -5,7 +5,8 @@ mod common;
 use common::changing_file::ChangingFile;
 use common::kept::keep;
 use common::{PAGE, Program, RW, World};
-use kmem_cow_mm::{AddressSpace, MapFlags, MapRequest, Mm, OpenFile, Prot, RemapFlags};
+use kmem_cow_mm::replacement::Fifo;
+use kmem_cow_mm::{AddressSpace, MapFlags, MapRequest, Mm, OpenFile, Prot, Reclaimer, RemapFlags};
 use kmem_hal::{Frame, IoError, IoState, IoTicket, PageProvider};
 use kmem_mock_x86::DiskImage;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -238,4 +239,70 @@ fn a_file_that_grows_shows_zeros_though_its_page_is_mapped() {
         mm.extend_file(file.file, 100),
         Err(kmem_cow_mm::Errno::EBADF)
     );
+}
+
+/// A file that others change, and this machine only reads.
+struct ReadOnly(ChangingFile);
+
+// SAFETY: W1 to W3: forwards to a file that keeps them.
+unsafe impl PageProvider for ReadOnly {
+    fn size(&self) -> u64 {
+        self.0.size()
+    }
+    fn is_read_only(&self) -> bool {
+        true
+    }
+    fn read(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
+        self.0.read(index, frame)
+    }
+    fn write(&self, _: u64, _: Frame) -> Result<IoState, IoError> {
+        Err(IoError::ReadOnly)
+    }
+    fn poll(&self, ticket: IoTicket) -> Result<IoState, IoError> {
+        self.0.poll(ticket)
+    }
+}
+
+/// What was zeroed behind an end that moved cannot be written, and so must not wait for that: it would stay for ever.
+#[test]
+fn a_page_that_the_end_of_a_read_only_file_moved_in_stays_clean() {
+    let world = World::new();
+    let mm = world.mm();
+    let image = DiskImage::from_bytes(world.machine, &vec![7; 4 * PAGE as usize]);
+    let size = AtomicU64::new(4 * PAGE);
+    let provider: &'static ReadOnly = keep(Box::new(ReadOnly(ChangingFile { image, size })));
+    let open = OpenFile {
+        file: mm.open_file(provider, "/mnt/data", 0).unwrap(),
+        readable: true,
+        writable: false,
+    };
+    let program = Program::new(mm);
+    let start = program.map_file(open, 4, Prot::READ, MapFlags::SHARED);
+    for page in 0..4 {
+        program.load(start + page * PAGE).unwrap();
+    }
+    let resize = |from: u64, to: u64| {
+        provider.0.size.store(to, Ordering::SeqCst);
+        match from > to {
+            true => mm.truncate_file(open.file).unwrap(),
+            false => mm.extend_file(open.file, from).unwrap(),
+        }
+    };
+    resize(4 * PAGE, PAGE + 16);
+    let sevens = 0x0707_0707_0707_0707;
+    assert_eq!(program.load(start + PAGE), Ok(sevens));
+    assert_eq!(program.load(start + PAGE + 16), Ok(0));
+    assert!(program.load(start + 2 * PAGE).is_err());
+    resize(PAGE + 16, 2 * PAGE);
+    assert_eq!(program.load(start + PAGE + 16), Ok(0));
+    // Nothing is to be written, and nothing failed.
+    assert_eq!(mm.sync_file(open.file), Ok(()));
+    assert_eq!(mm.meminfo().dirty, 0);
+    assert_eq!(mm.events().write_errors, 0);
+    assert_eq!(mm.cached_pages(open.file), 2);
+    program.space.munmap(start, 4 * PAGE).unwrap();
+    Reclaimer::new(Fifo).reclaim(mm, 64);
+    assert_eq!(mm.cached_pages(open.file), 0, "it goes like any other");
+    program.exit();
+    assert!(mm.close(open.file));
 }

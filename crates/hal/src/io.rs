@@ -70,6 +70,14 @@ pub unsafe trait PageProvider {
     #[doc(alias = "i_size_read")]
     fn size(&self) -> u64;
 
+    /// Whether no page can ever be written: of a file system that is mounted to be read, or on a medium that is.
+    ///
+    /// Of such a file the cache keeps no page for [`write`](Self::write) that nobody wrote to: where it moved its end, the zeros beyond that are
+    /// the provider's to keep.
+    fn is_read_only(&self) -> bool {
+        false
+    }
+
     /// Starts reading page `index` into `frame`.
     ///
     /// # Errors
@@ -83,7 +91,7 @@ pub unsafe trait PageProvider {
     ///
     /// # Errors
     ///
-    /// [`IoError`]; nothing was started.
+    /// [`IoError`]; nothing was started. Who [is read-only](Self::is_read_only) answers [`IoError::ReadOnly`].
     #[doc(alias = "writepage")]
     fn write(&self, index: u64, frame: Frame) -> Result<IoState, IoError>;
 

@@ -350,6 +350,9 @@ unsafe impl PageProvider for DiskImage<'_> {
     fn size(&self) -> u64 {
         self.engine.size
     }
+    fn is_read_only(&self) -> bool {
+        !self.engine.writable
+    }
     fn read(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
         self.engine.submit(index, frame, false)
     }

@@ -262,6 +262,9 @@ unsafe impl<P: PageProvider> PageProvider for Failing<'_, P> {
     fn size(&self) -> u64 {
         self.inner.size()
     }
+    fn is_read_only(&self) -> bool {
+        self.inner.is_read_only()
+    }
     fn read(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
         self.device()?;
         self.inner.read(index, frame)
