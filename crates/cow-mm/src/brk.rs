@@ -2,7 +2,7 @@
 //!
 //! Source: brk(2); Linux `mm/mmap.c` (`brk`), `mm/vma.c` (`do_brk_flags`: the heap joins only what is before it).
 
-use kmem_hal::PAGE_SIZE;
+use kmem_hal::{PAGE_SIZE, Page, VirtAddr};
 
 use crate::env::Env;
 use crate::flags::VmFlags;
@@ -54,7 +54,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             end.next_multiple_of(PAGE_SIZE),
         );
         let moved = if new < old {
-            self.munmap_locked(&mut state, new, old - new).is_ok()
+            self.shrink_heap(&mut state, new, old)
         } else {
             new == old || self.grow_heap(&mut state, old, new)
         };
@@ -64,6 +64,14 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         let locked = state.default_flags.contains(VmFlags::LOCKED);
         let missing = (moved && new > old && locked).then(|| (old, new - old));
         (state.brk.end, missing)
+    }
+
+    /// Takes the heap's last pages away; not where the program has unmapped all of them itself.
+    fn shrink_heap(&self, state: &mut State<'m, E>, new: u64, old: u64) -> bool {
+        let page = |address| Page::containing(VirtAddr::new(address));
+        let found = state.vmas.at_or_after(page(new));
+        found.is_some_and(|vma| vma.range.first() < page(old))
+            && self.munmap_locked(state, new, old - new).is_ok()
     }
 
     fn grow_heap(&self, state: &mut State<'m, E>, old: u64, new: u64) -> bool {
@@ -92,7 +100,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             anon: None,
             label: Label::None,
         };
-        let first = old <= state.brk.start.next_multiple_of(PAGE_SIZE);
+        let first = old <= state.brk.start;
         let Ok(mut edit) = state.vmas.edit_with(STORES_TO_ADD) else {
             return false;
         };
@@ -100,7 +108,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             return false;
         }
         if first {
-            // The heap's own first page never joins the data before it, though flags may match.
+            // What ends where the heap begins is not joined, though flags may match; what has the page that it begins in is.
             edit.insert(heap.over(range));
         } else {
             edit.add(range, heap, false);

@@ -13,7 +13,7 @@ mod common;
 #[path = "live/kernel.rs"]
 mod kernel;
 
-use calls::{Call, Calls};
+use calls::{Call, Calls, heap_of};
 use common::{Program, World};
 use kernel::{Ask, FILE_PAGES, FILES, Kernel, Line, WINDOW};
 use kmem_cow_mm::{
@@ -161,6 +161,7 @@ impl Ours {
                 value = result.map_or(0, |_| bits(&vector[..pages]));
                 result
             }
+            Call::Break(end) => Ok(space.brk(end)),
             Call::Store(address, value) => return access(self.program().store(address, value)),
             Call::Load(address) => {
                 let loaded = self.program().load(address);
@@ -286,6 +287,7 @@ fn ask(kernel: &mut Kernel, call: Call) -> Option<(kernel::Answer, Vec<Line>)> {
             let words = [address as i64, length as i64, 0, 0, 0, 0, 0];
             (Ask::InCore, words)
         }
+        Call::Break(end) => system(SYS_brk, end, 0, 0, 0, 0, 0),
         Call::Store(address, value) => (Ask::Store, [address as i64, value as i64, 0, 0, 0, 0, 0]),
         Call::Load(address) => (Ask::Load, [address as i64, 0, 0, 0, 0, 0, 0]),
         Call::Fork => (Ask::Fork, [0; 7]),
@@ -553,8 +555,13 @@ fn run(seed: u64, count: usize) -> Result<(), String> {
     let mut kernel = Kernel::start().ok_or("no child")?;
     let advice = known_advice(&mut kernel);
     let mut ours = Ours::new();
+    let heap = Some(heap_of(seed)).filter(|start| kernel.set_heap(*start));
+    match heap {
+        Some(start) => ours.program().space.set_heap(start),
+        None => eprintln!("SKIPPED: the live oracle cannot move the heap here, and draws no brk"),
+    }
     limit(&mut kernel, &ours.program().space, seed).ok_or("the child cannot be limited")?;
-    let mut calls = Calls::new(seed, advice);
+    let mut calls = Calls::new(seed, advice, heap);
     let mut lines = Vec::new();
     let mut history = String::new();
     let mut freed = Freed::default();

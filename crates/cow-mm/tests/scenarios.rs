@@ -265,6 +265,38 @@ fn the_heap_grows_and_shrinks_and_a_stack_grows_down() {
     program.exit();
 }
 
+/// As Linux 6.18: a break that would go back over nothing stays where it is.
+#[test]
+fn the_heap_goes_back_only_over_what_is_mapped() {
+    let program = Program::new(World::new().mm());
+    let space = &program.space;
+    space.set_heap(0x60_0000);
+    assert_eq!(space.brk(0x60_4000), 0x60_4000);
+    space.munmap(0x60_2000, 2 * PAGE).unwrap();
+    assert_eq!(space.brk(0x60_2000), 0x60_4000);
+    // Within a page nothing has to go.
+    assert_eq!(space.brk(0x60_3800), 0x60_3800);
+    assert_eq!(space.brk(0x60_1000), 0x60_1000);
+    assert_eq!(space.vma_at(VirtAddr::new(0x60_1000)), None);
+    program.exit();
+}
+
+/// As Linux 6.18: a heap that begins where something ends is a mapping of its own, and one that begins in that one's last page is not.
+#[test]
+fn the_heap_joins_what_has_the_page_that_it_begins_in() {
+    for (start, mappings) in [(0x60_1000, 2), (0x60_0120, 1)] {
+        let program = Program::new(World::new().mm());
+        let space = &program.space;
+        space
+            .mmap(&MapRequest::anonymous(PAGE, RW).at(0x60_0000))
+            .unwrap();
+        space.set_heap(start);
+        assert_eq!(space.brk(0x60_3000), 0x60_3000);
+        assert_eq!(space.map_count(), mappings, "{start:#x}");
+        program.exit();
+    }
+}
+
 #[test]
 fn a_stack_keeps_its_gap_only_to_memory_that_can_be_accessed() {
     let world = World::new();

@@ -37,10 +37,17 @@ pub enum Call {
     /// With flags: `MS_*`.
     Sync(u64, u64, u32),
     InCore(u64, u64),
+    /// Where the heap is to end.
+    Break(u64),
     Store(u64, u64),
     Load(u64),
     Fork,
     Exit,
+}
+
+/// Where the heap begins, in the part of the window where most mappings are: with a page, or in the middle of one that may be another's.
+pub fn heap_of(seed: u64) -> u64 {
+    WINDOW.start + (1 << 28) + 240 * PAGE + seed % 2 * 0x120
 }
 
 /// `MAP_DROPPABLE`.
@@ -51,13 +58,16 @@ pub struct Calls {
     rng: SeededRng,
     /// Advice that the running kernel knows.
     advice: Vec<i32>,
+    /// Where the heap begins, if it is in the window.
+    heap: Option<u64>,
 }
 
 impl Calls {
-    pub fn new(seed: u64, advice: Vec<i32>) -> Self {
+    pub fn new(seed: u64, advice: Vec<i32>, heap: Option<u64>) -> Self {
         Self {
             rng: SeededRng::new(seed),
             advice,
+            heap,
         }
     }
 
@@ -130,6 +140,20 @@ impl Calls {
         }
     }
 
+    /// An end for the heap: somewhere behind its start, as near to a mapping as it may come and nearer, and where none can be.
+    fn heap_end(&mut self, heap: u64, lines: &[Line]) -> u64 {
+        let inside = [0, 0, 1, 0x800, 0xee0, 0xfff][self.below(6) as usize];
+        match self.below(16) {
+            0 => heap.wrapping_sub(self.below(3)),
+            1 => [0, 0x7fff_ffff_f000, u64::MAX, 1 << 47][self.below(4) as usize],
+            2..6 => match lines.iter().find(|line| line.start > heap) {
+                Some(line) => line.start - self.below(4) * PAGE - inside,
+                None => heap,
+            },
+            _ => heap + self.below(90) * PAGE + inside,
+        }
+    }
+
     /// The next call, given what is mapped; `depth` forks are open.
     pub fn next(&mut self, lines: &[Line], depth: usize) -> Call {
         match self.below(100) {
@@ -163,7 +187,11 @@ impl Calls {
                 }
             }
             72..85 => Call::Store(self.page(lines), self.rng.next() >> 8),
-            85..96 => Call::Load(self.page(lines)),
+            85..92 => Call::Load(self.page(lines)),
+            92..96 => match self.heap {
+                Some(heap) => Call::Break(self.heap_end(heap, lines)),
+                None => Call::Load(self.page(lines)),
+            },
             _ if depth > 0 && self.below(3) != 0 => Call::Exit,
             _ if depth < 3 => Call::Fork,
             _ => Call::Exit,

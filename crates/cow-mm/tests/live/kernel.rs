@@ -38,6 +38,8 @@ pub enum Ask {
     Exit,
     /// mincore of a range; the value has a bit for each of its first 64 pages.
     InCore,
+    /// Moves the heap, which is empty then; the words are where it begins, and how many bytes of data count with it.
+    Heap,
 }
 
 /// What came of it: a result or a negative errno; for accesses 0 or a [`Stopped`].
@@ -300,6 +302,15 @@ impl Kernel {
             .is_some_and(|(answer, _)| answer.result == 0)
     }
 
+    /// Moves the child's heap into the window, which it makes no other use of; whether that was possible. What `RLIMIT_DATA` limits outside of the
+    /// window counts with it, as on the other side nothing does.
+    pub fn set_heap(&mut self, start: u64) -> bool {
+        let Some(own) = self.own() else { return false };
+        let words = [start as i64, (own.data * 4096) as i64, 0, 0, 0, 0, 0];
+        self.ask(Ask::Heap, words)
+            .is_some_and(|(answer, _)| answer.result == 0)
+    }
+
     /// Numbers shared memory from 0 on again.
     pub fn forget_shared_memory(&mut self) {
         self.inodes.clear();
@@ -390,6 +401,45 @@ unsafe fn read_maps(maps: &mut [u8]) -> usize {
         }
         libc::close(fd);
         length
+    }
+}
+
+/// What `PR_SET_MM_MAP` takes (`struct prctl_mm_map`).
+#[repr(C)]
+struct MemoryMap {
+    code: [u64; 2],
+    data: [u64; 2],
+    heap: [u64; 2],
+    stack: u64,
+    arguments: [u64; 2],
+    environment: [u64; 2],
+    vector: u64,
+    vector_bytes: u32,
+    image: u32,
+}
+
+/// Says that the heap is at `start`, and empty: the one way that needs no capability. The rest of what it says is of no use to this process. An
+/// error's number, or 0.
+unsafe fn move_heap(start: u64, data: u64) -> c_int {
+    let lowest = [LOWEST, LOWEST + 4096];
+    let map = MemoryMap {
+        code: lowest,
+        data: [LOWEST, LOWEST + data],
+        heap: [start; 2],
+        stack: (&raw const lowest) as u64,
+        arguments: lowest,
+        environment: lowest,
+        vector: 0,
+        vector_bytes: 0,
+        image: u32::MAX,
+    };
+    // SAFETY: the structure is read, and nothing here lives in the heap that is left behind.
+    unsafe {
+        let (what, which) = (libc::PR_SET_MM, libc::PR_SET_MM_MAP);
+        match libc::prctl(what, which, &raw const map, size_of::<MemoryMap>(), 0) {
+            0 => 0,
+            _ => *libc::__errno_location(),
+        }
     }
 }
 
@@ -506,6 +556,7 @@ unsafe fn serve(from: c_int, to: c_int, files: &[c_int; 2 * FILES], maps: &mut [
                         got
                     };
                 }
+                7 => head[0] = i64::from(move_heap(request[1] as u64, request[2] as u64)),
                 _ if depth > 0 => libc::_exit(0),
                 _ => return,
             }
