@@ -107,7 +107,7 @@ pub enum TraceEvent {
     Restricted(PageRange),
     /// A flush was committed: nobody holds the translations any more.
     Flushed(FlushRequest),
-    /// An object cache took (`true`) or gave back (`false`) a slab of this order.
+    /// An object cache took (`true`) or gave back (`false`) a slab that begins with this frame and was cut from a block of this order. Told once for each, while the frames are the slab's.
     Slab(Frame, Order, bool),
     /// A CPU came online or went offline.
     CpuOnline(CpuId, bool),
