@@ -9,6 +9,8 @@
 //!   5. the same again as long as reclaim frees something           reclaim is asked: Refusing
 //!   6. OutOfMemory, or OutOfMemoryHere where some CPU's cache could not be asked
 //! ```
+//!
+//! An optional request goes no further than 2, and tells of `Low` where frames are short, not where only blocks of its order are.
 
 use core::ops::ControlFlow;
 
@@ -254,12 +256,13 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if !state.zones.iter().any(|zone| wanted.admits(zone)) {
             return Err(AllocError::Unsatisfiable);
         }
-        self.pressure.pressure(node, PressureLevel::Low, request);
-        state
-            .zones
-            .iter()
-            .filter(|zone| wanted.admits(zone))
-            .for_each(Zone::calm);
+        let admitted = || state.zones.iter().filter(|zone| wanted.admits(zone));
+        // Frames that lie in smaller blocks than it wants are no reason to reclaim for what has another way.
+        let has_frames = |zone| wanted.spare(zone, Mark::Low) >> wanted.order > 0;
+        if !request.optional || !admitted().any(has_frames) {
+            self.pressure.pressure(node, PressureLevel::Low, request);
+            admitted().for_each(Zone::calm);
+        }
         if let ControlFlow::Break(result) = look(Mark::Min) {
             return result;
         }

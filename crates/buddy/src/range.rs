@@ -91,6 +91,10 @@ impl<M: PhysMap, C: Cpu, L: RawLock + 'static, K: CpuCall, P: Pressure> Buddy<M,
         if let Some(result) = look() {
             return result;
         }
+        if request.optional {
+            // As in `alloc_slow`.
+            return Err(AllocError::OutOfMemoryHere);
+        }
         loop {
             let refusal = match self.look_honestly(state, |_| look()) {
                 Ok(result) => return result,

@@ -92,6 +92,26 @@ fn a_block_is_kept_when_memory_is_short_and_serves_its_kind() {
     end(buddy, held);
 }
 
+/// Who has another way ends no block that is kept for others.
+#[test]
+fn an_optional_request_leaves_kept_blocks_alone() {
+    let buddy = boot(1 << 16);
+    let mut held = Vec::new();
+    run_low(buddy, &mut held);
+    held.push(buddy.alloc(&urgent(5)).unwrap());
+    assert_eq!(kept(buddy), 1);
+    while let Ok(frame) = buddy.alloc(&waiting(0).optional()) {
+        held.push(frame);
+    }
+    for order in [0, 9, 11] {
+        assert!(buddy.alloc(&waiting(order).optional()).is_err());
+        assert_eq!(kept(buddy), 1, "{order}");
+    }
+    assert!(buddy.alloc(&waiting(11)).is_err());
+    assert_eq!(kept(buddy), 0);
+    end(buddy, held);
+}
+
 #[test]
 fn at_most_a_hundredth_is_kept() {
     let buddy = boot(1 << 16);

@@ -122,7 +122,7 @@ pub struct FrameRequest {
     /// Whether the block may lie in high memory, out of [`PhysMap::reach`](crate::PhysMap::reach), although it does not
     /// move: the caller maps what it gets. Movable frames may lie there anyway.
     pub high: bool,
-    /// Whether the caller has another way where this is refused: not worth what others would have to give up for it ([`Pressure`]).
+    /// Whether the caller has another way where this is refused: not worth what others would have to give up for it ([`optional`](Self::optional())).
     pub optional: bool,
 }
 
@@ -208,6 +208,12 @@ impl FrameRequest {
     }
 
     /// Where it can be had for nothing: the caller has another way.
+    ///
+    /// It may take frames down to the min watermark as any other, and [`Pressure`] is told of [`Low`](PressureLevel::Low) where they fall below the low one: that is so
+    /// whoever takes them, and all who ask next are to find reclaim at work. Nobody is told where frames are there and only no block of the order is, and never of a
+    /// higher level: nothing is reclaimed, emptied or let go for this request.
+    ///
+    /// Source: Linux `__GFP_NORETRY`, which wakes kswapd; mm/slub.c, `allocate_slab`, which does not for a slab larger than it must be.
     #[doc(alias = "__GFP_NORETRY")]
     #[must_use]
     pub const fn optional(mut self) -> Self {
