@@ -286,7 +286,6 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 pages,
                 low: request.flags.contains(MapFlags::MAP_32BIT),
                 huge_align,
-                guard_below: guard_pages(request.flags),
             };
             return state.place(self.layout(), &placement).ok_or(Errno::ENOMEM);
         }
@@ -458,12 +457,4 @@ fn cut_edges<E: Env>(state: &mut State<'_, E>, range: PageRange) {
 pub(crate) fn is_accounted(flags: VmFlags) -> bool {
     let relevant = flags & (VmFlags::NORESERVE | VmFlags::SHARED | VmFlags::WRITE);
     relevant == VmFlags::WRITE
-}
-
-fn guard_pages(flags: MapFlags) -> u64 {
-    if flags.contains(MapFlags::GROWSDOWN) {
-        crate::layout::STACK_GUARD_PAGES
-    } else {
-        0
-    }
 }

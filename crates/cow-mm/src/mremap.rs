@@ -20,7 +20,7 @@ use crate::merge::Candidate;
 use crate::mutants::mutant;
 use crate::place::Placement;
 use crate::space::{AddressSpace, State};
-use crate::vma::Vma;
+use crate::vma::{AnonLink, Vma};
 
 /// The arguments of an mremap call after its checks; lengths in whole pages, as bytes.
 #[derive(Clone, Copy)]
@@ -188,6 +188,12 @@ impl<'m, E: Env> AddressSpace<'m, E> {
         {
             let mut tail = Candidate::from(vma);
             tail.offset = vma.object_page(vma.range.last()) + 1;
+            // What a mapping grows by was not inherited, whatever the mapping was (`vma_merge_extend`).
+            let own = |anon| AnonLink {
+                singular: true,
+                ..anon
+            };
+            tail.anon = tail.anon.map(own);
             let mut edit = state.vmas.edit()?;
             if vma.flags.contains(VmFlags::ACCOUNT) {
                 edit.charge(range.count(), &state.limits)?;
@@ -299,7 +305,6 @@ impl<'m, E: Env> AddressSpace<'m, E> {
             pages: length / PAGE_SIZE,
             low: false,
             huge_align: vma.is_anonymous(),
-            guard_below: vma.guard_below(),
         };
         let range = state.place(self.layout(), &placement);
         range.ok_or(Errno::ENOMEM)

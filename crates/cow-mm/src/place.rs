@@ -9,13 +9,12 @@
 //! ```
 //!
 //! Memory without a file whose length is a multiple of 2 MiB is first sought at a 2 MiB boundary, so that huge pages can
-//! back it. Gaps keep the guard of the stack above them.
+//! back it. Gaps keep the guard of the stack above them; a new mapping that will grow down keeps none of its own.
 //!
 //! Source: Linux `mm/mmap.c` (`arch_get_unmapped_area_topdown`), `mm/huge_memory.c` (`__thp_get_unmapped_area`); observed
 //! on 6.18 for 5,679 addresses.
 
 use kmem_hal::{PAGE_SIZE, Page, PageRange, VirtAddr};
-use kmem_vma_tree::GapRequest;
 
 use crate::env::Env;
 use crate::layout::Layout;
@@ -38,17 +37,13 @@ pub(crate) struct Placement {
     pub low: bool,
     /// Private memory without a file: huge multiples are aligned.
     pub huge_align: bool,
-    /// Pages to keep free below the new mapping (it is a growing stack).
-    pub guard_below: u64,
 }
 
 impl<E: Env> State<'_, E> {
     /// A free range for the mapping; `None` where there is no room.
     #[doc(alias = "get_unmapped_area")]
     pub(crate) fn place(&self, layout: &Layout, placement: &Placement) -> Option<PageRange> {
-        if let Some(range) =
-            hinted(layout, placement).filter(|range| self.hint_is_free(*range, placement))
-        {
+        if let Some(range) = hinted(layout, placement).filter(|range| self.hint_is_free(*range)) {
             return Some(range);
         }
         // A hint within the first page is none (`round_hint_to_min`).
@@ -70,26 +65,17 @@ impl<E: Env> State<'_, E> {
         self.search(layout, placement, placement.pages)
     }
 
-    fn hint_is_free(&self, range: PageRange, placement: &Placement) -> bool {
+    fn hint_is_free(&self, range: PageRange) -> bool {
         let next = self.vmas.at_or_after(range.first());
-        let fits_next = next.is_none_or(|vma| {
+        next.is_none_or(|vma| {
             vma.range.first().number().saturating_sub(vma.guard_below()) > range.last().number()
-        });
-        let guarded = range.first().checked_sub(placement.guard_below);
-        let fits_previous = placement.guard_below == 0
-            || guarded.is_some_and(|low| {
-                self.vmas
-                    .before(range.first())
-                    .is_none_or(|vma| vma.range.last() < low)
-            });
-        fits_next && fits_previous
+        })
     }
 
     fn search(&self, layout: &Layout, placement: &Placement, pages: u64) -> Option<PageRange> {
-        let find = |limits: PageRange, top_down: bool| {
-            let request = GapRequest::new(pages).limits(limits);
-            self.vmas
-                .find_gap(&request, top_down, placement.guard_below)
+        let find = |limits: PageRange, top_down: bool| match top_down {
+            true => self.vmas.find_gap_down(pages, limits),
+            false => self.vmas.find_gap_up(pages, limits),
         };
         if placement.low {
             return find(layout.low_window, false);

@@ -29,7 +29,7 @@ use core::ptr::NonNull;
 
 use kmem_hal::{Page, PageRange};
 use kmem_paging::Env as PagingEnv;
-use kmem_vma_tree::{Entry, GapRequest, SharedTree, SpaceSeq, VmaReadGuard, Writer};
+use kmem_vma_tree::{Entry, Gap, GapRequest, SharedTree, SpaceSeq, VmaReadGuard, Writer};
 
 use crate::counters::{Counters, Ledger};
 use crate::env::Env;
@@ -289,19 +289,30 @@ impl<'m, E: Env> VmaSet<'m, E> {
         self.tree.iter().filter_map(|entry| value(Some(entry)))
     }
 
-    /// The highest or lowest free place, keeping the guard gap below stacks.
-    pub fn find_gap(&self, request: &GapRequest, top_down: bool, guard: u64) -> Option<PageRange> {
-        let mut usable = |gap: &kmem_vma_tree::Gap<Handle>| {
-            let above = value(gap.above).map_or(0, |vma| vma.guard_below());
-            let last = gap.range.last().checked_sub(above)?;
-            let first = gap.range.first().checked_add(guard)?;
-            PageRange::new(first, last)
-        };
-        if top_down {
-            self.tree.find_gap_down_with(request, &mut usable)
-        } else {
-            self.tree.find_gap_up_with(request, &mut usable)
-        }
+    /// The highest free place inside of limits, keeping the guard gap below stacks. As in Linux, a gap that a stack's guard reaches into ends the
+    /// search above that guard's end, though other mappings lie there and gaps between them.
+    #[doc(alias = "unmapped_area_topdown")]
+    pub fn find_gap_down(&self, pages: u64, limits: PageRange) -> Option<PageRange> {
+        let request = GapRequest::new(pages).limits(limits);
+        let mut highest = limits.last();
+        self.tree.find_gap_down_with(&request, &mut |gap| {
+            let first = gap.range.first().max(limits.first());
+            let free = PageRange::new(first, gap.range.last().min(highest))?;
+            if free.count() < pages {
+                return None;
+            }
+            highest = highest.min(below_guard(gap).unwrap_or(Page::ZERO));
+            PageRange::new(first, free.last().min(highest))
+        })
+    }
+
+    /// The lowest free place inside of limits, keeping the guard gap below stacks.
+    #[doc(alias = "unmapped_area")]
+    pub fn find_gap_up(&self, pages: u64, limits: PageRange) -> Option<PageRange> {
+        let request = GapRequest::new(pages).limits(limits);
+        self.tree.find_gap_up_with(&request, &mut |gap| {
+            PageRange::new(gap.range.first(), below_guard(gap)?)
+        })
     }
 
     /// Takes the memory that a call's changes may need.
@@ -363,6 +374,15 @@ impl<E: Env> Drop for VmaSet<'_, E> {
         let ended = core::mem::take(&mut self.ledger.ended);
         self.mm.end_objects(ended);
     }
+}
+
+/// The last page of a gap that the guard of a stack above it leaves; it may lie below the gap. `None` where there is none.
+fn below_guard(gap: &Gap<Handle>) -> Option<Page> {
+    let last = match value(gap.above) {
+        Some(above) => above.range.first().checked_sub(above.guard_below() + 1)?,
+        None => Page::MAX,
+    };
+    Some(last.min(gap.range.last()))
 }
 
 /// Write-locks a VMA, waiting for the faults in it.

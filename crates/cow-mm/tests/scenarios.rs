@@ -327,20 +327,22 @@ fn a_stack_keeps_its_gap_only_to_memory_that_can_be_accessed() {
     program.exit();
 }
 
-/// A stack gets the place of its hint only where its gap below is free (`get_unmapped_area`).
+/// A stack gets the place of its hint wherever it fits, whether or not it could grow there: asked of Linux 6.18 at 1 to 256 pages above another
+/// mapping.
 #[test]
-fn a_hint_for_a_stack_keeps_the_gap_below_it() {
+fn a_hint_for_a_stack_asks_for_no_gap_below_it() {
     let program = Program::new(World::new().mm());
     let low = 0x1000_0000;
     let below = MapRequest::anonymous(PAGE, RW).at(low);
     program.space.mmap(&below).unwrap();
-    for (pages, taken) in [(2, false), (256, false), (257, true)] {
+    for pages in [1, 2, 256, 257] {
         let hint = low + pages * PAGE;
         let mut request = MapRequest::anonymous(PAGE, RW);
         request.address = hint;
         request.flags |= MapFlags::GROWSDOWN;
         let at = program.space.mmap(&request).unwrap().as_u64();
-        assert_eq!(at == hint, taken, "{pages} pages above");
+        assert_eq!(at, hint, "{pages} pages above");
+        program.space.munmap(at, PAGE).unwrap();
     }
     program.exit();
 }
@@ -639,5 +641,53 @@ fn advice_that_other_tests_do_not_name() {
     );
     let none = space.madvise_ranges(&ranges[2..], Advice::DontNeed);
     assert_eq!(none, Err(Errno::ENOMEM));
+    program.exit();
+}
+
+/// As Linux 6.18: what an inherited mapping grows by joins the one behind it, to which nobody wrote yet.
+#[test]
+fn an_inherited_mapping_grows_up_to_its_neighbour_and_joins_it() {
+    let parent = Program::new(World::new().mm());
+    let at = 0x60_0000;
+    let request = |pages| MapRequest::anonymous(pages * PAGE, RW);
+    parent.space.mmap(&request(2).at(at)).unwrap();
+    parent.store(at, 1).unwrap();
+    let child = parent.fork().unwrap();
+    let space = &child.space;
+    space.mmap(&request(2).at(at + 4 * PAGE)).unwrap();
+    let grown = space.mremap(at, 2 * PAGE, 4 * PAGE, RemapFlags::empty(), 0);
+    assert_eq!((grown, space.map_count()), (Ok(at), 1));
+    assert_eq!(child.load(at), Ok(1));
+    child.exit();
+    parent.exit();
+}
+
+/// As Linux 6.18: memory that will grow down is put where there is room for what it is now, and a gap that the guard of such memory reaches into
+/// ends a search from above, whatever else lies below it.
+#[test]
+fn growing_memory_is_placed_like_any_other_and_its_guard_ends_a_search() {
+    let program = Program::new(World::new().mm());
+    let space = &program.space;
+    let mut stack = MapRequest::anonymous(PAGE, RW);
+    stack.flags |= MapFlags::GROWSDOWN;
+    let base = space.layout().mmap_base.unwrap();
+    let first = space.mmap(&MapRequest::anonymous(PAGE, RW)).unwrap();
+    assert_eq!(first.as_u64(), base - PAGE);
+    let growing = space.mmap(&stack).unwrap();
+    assert_eq!(growing.as_u64(), base - 2 * PAGE);
+    // A hint right above something else is taken too.
+    let hint = 0x6000_0000;
+    space
+        .mmap(&MapRequest::anonymous(PAGE, RW).at(hint))
+        .unwrap();
+    stack.address = hint + PAGE;
+    assert_eq!(space.mmap(&stack).unwrap().as_u64(), hint + PAGE);
+    // In the guard, with room above it and below it.
+    let inside = base - 50 * PAGE;
+    space
+        .mmap(&MapRequest::anonymous(PAGE, RW).at(inside))
+        .unwrap();
+    let next = space.mmap(&MapRequest::anonymous(PAGE, RW)).unwrap();
+    assert_eq!(next.as_u64(), base - (2 + 256 + 1) * PAGE);
     program.exit();
 }

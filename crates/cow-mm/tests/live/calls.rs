@@ -133,6 +133,8 @@ impl Calls {
 
     fn page(&mut self, lines: &[Line]) -> u64 {
         match self.line(lines) {
+            // Below a stack, as near to what is below that as it may grow, and nearer.
+            Some(line) if self.below(12) == 0 => line.start - (1 + self.below(300)) * PAGE,
             Some(line) if self.below(12) != 0 => {
                 line.start + self.below((line.end - line.start) / PAGE) * PAGE
             }
@@ -146,7 +148,11 @@ impl Calls {
         match self.below(16) {
             0 => heap.wrapping_sub(self.below(3)),
             1 => [0, 0x7fff_ffff_f000, u64::MAX, 1 << 47][self.below(4) as usize],
-            2..6 => match lines.iter().find(|line| line.start > heap) {
+            // One that is far would take more memory than the mock machine has.
+            2..6 => match lines.iter().find(|line| {
+                let away = line.start.saturating_sub(heap);
+                (1..600 * PAGE).contains(&away)
+            }) {
                 Some(line) => line.start - self.below(4) * PAGE - inside,
                 None => heap,
             },
@@ -266,6 +272,7 @@ impl Calls {
             (12, MAP_NORESERVE),
             (12, MAP_STACK),
             (16, MAP_LOCKED),
+            (16, MAP_GROWSDOWN),
         ] {
             if self.below(one_in) == 0 {
                 flags |= flag;
