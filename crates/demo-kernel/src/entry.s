@@ -69,8 +69,8 @@ trap_stubs:                         # 16 bytes each
 
 trap_common:
     push_registers
-    cld
-    clac                            # the interrupted code may have been copying to user memory
+    push 2                          # DF and AC clear: the interrupted code may have been copying to user memory
+    popfq                           # (CLAC is there only where SMAP is; IF is clear already)
     test byte ptr [rsp + 18 * 8], 3 # from user mode?
     jz 2f
     swapgs

@@ -12,6 +12,7 @@
 //! All of it is canonical with four levels and with five.
 
 use core::arch::asm;
+use core::arch::x86_64::__cpuid;
 
 /// Where physical memory is mapped (`boot.s`: top-table entry 256).
 pub const DIRECT: u64 = 0xffff_8000_0000_0000;
@@ -63,6 +64,25 @@ pub fn five_levels() -> bool {
     // SAFETY: reading CR4 has no effect.
     unsafe { asm!("mov {}, cr4", out(reg) cr4, options(nostack, nomem)) };
     cr4 & 1 << 12 != 0
+}
+
+/// How much physical memory the direct map reaches: all that `boot.s` maps there, which is less where the CPU has no leaves
+/// of 1 GiB (KVM without nested paging).
+pub fn direct_end() -> u64 {
+    if has_gigabyte_leaves() {
+        DIRECT_BYTES
+    } else {
+        16 << 30
+    }
+}
+
+/// Whether the CPU has leaves of 1 GiB.
+pub fn has_gigabyte_leaves() -> bool {
+    // The call is safe in newer toolchains.
+    #[allow(unused_unsafe)]
+    // SAFETY: every processor with long mode has the leaf.
+    let features = unsafe { __cpuid(0x8000_0001) };
+    features.edx & 1 << 26 != 0
 }
 
 /// The root table of `boot.s`.

@@ -12,11 +12,14 @@ legacy_walk:
     push r13
     push r14
     push r15
-    mov [legacy_stack], rsp
     mov rax, cr4
+    push rax
+    mov [legacy_stack], rsp
+    and eax, 0xfffdffff             # PCIDE: paging cannot end, nor begin, while it is set
     mov [legacy_cr4], rax
-    mov rax, cr3
-    mov [legacy_cr3], rax
+    mov rcx, cr3                    # the tag in its low bits means something else from here on
+    mov cr4, rax
+    mov [legacy_cr3], rcx
     mov eax, 0x10
     mov ds, eax
     mov ss, eax
@@ -56,6 +59,7 @@ legacy32:
     mov eax, [legacy_cr4]
     mov cr4, eax
     mov eax, [legacy_cr3]
+    and eax, 0xfffff000             # PCIDE can be set only under tag 0
     mov cr3, eax
     mov ecx, 0xc0000080
     rdmsr
@@ -71,6 +75,10 @@ legacy64:
     mov ds, eax
     mov ss, eax
     mov rsp, [legacy_stack]
+    pop rax
+    mov cr4, rax
+    mov rax, [legacy_cr3]
+    mov cr3, rax
     pop r15
     pop r14
     pop r13

@@ -22,6 +22,7 @@ mod sched;
 mod signal;
 mod smp;
 mod syscall;
+mod tlb;
 mod traps;
 
 core::arch::global_asm!(include_str!("boot.s"));
@@ -31,6 +32,7 @@ core::arch::global_asm!(include_str!("legacy.s"));
 /// Rust's entry, called by `boot.s` with the physical address of PVH's start info.
 #[unsafe(no_mangle)]
 extern "C" fn kernel_main(start_info: u64) -> ! {
+    console::start();
     // SAFETY: memory is as the loader left it.
     let boot = unsafe { pvh::Boot::read(start_info) };
     let planted = boot.word("plant=");
@@ -39,6 +41,7 @@ extern "C" fn kernel_main(start_info: u64) -> ! {
     unsafe {
         cpu::install(0);
         traps::install(0);
+        tlb::start(0);
         layout::identity_map(false);
     }
     let success = known && scenarios::run(boot.scenario(), &boot);

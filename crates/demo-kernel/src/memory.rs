@@ -144,6 +144,15 @@ pub unsafe fn init(map: &Boot) -> Result<(), InitError> {
     // The first 64 KiB hold the trampoline, and a page that scenario `fault` writes to.
     boot.reserve(PhysAddr::new(0), 0x10000, Reservation::Other)
         .map_err(InitError::Map)?;
+    let reach = layout::direct_end();
+    if reach < layout::DIRECT_BYTES {
+        boot.reserve(
+            PhysAddr::new(reach),
+            layout::DIRECT_BYTES - reach,
+            Reservation::Other,
+        )
+        .map_err(InitError::Map)?;
+    }
     // SAFETY: what is in use is reserved.
     unsafe { HEAP.init_mapped(&mut boot, &Config::new().cpus(1))? };
     GRACE.init(&GRACE_AREAS);
@@ -211,7 +220,7 @@ pub fn pages(start: u64, bytes: u64) -> PageRange {
     PageRange::with_count(first, bytes >> 12).expect("not empty")
 }
 
-/// Leaves of 1 GiB, 2 MiB and 4 KiB.
+/// Leaves of 1 GiB (where the CPU has them), 2 MiB and 4 KiB.
 const LEAVES: [Order; 3] = [
     Order::new(18).expect("an order"),
     Order::new(9).expect("an order"),
@@ -220,6 +229,7 @@ const LEAVES: [Order; 3] = [
 
 /// Maps physical memory from `from` on at `linear`, with the largest leaves that fit.
 fn window(table: &Table, linear: u64, from: u64, bytes: u64, rights: Rights) {
+    let leaves = &LEAVES[usize::from(!layout::has_gigabyte_leaves())..];
     let mut done = 0;
     while done < bytes {
         let fits = |order: &Order| {
@@ -229,7 +239,7 @@ fn window(table: &Table, linear: u64, from: u64, bytes: u64, rights: Rights) {
                 .all(|at| at.is_multiple_of(leaf))
                 && bytes - done >= leaf
         };
-        let order = LEAVES.into_iter().find(fits).expect("whole pages");
+        let order = leaves.iter().copied().find(fits).expect("whole pages");
         let range = pages(linear + done, order.frames() << 12);
         let frame = Frame::containing(PhysAddr::new(from + done));
         let mut cursor = table.cursor(range).expect("canonical");

@@ -31,9 +31,11 @@ pub enum Plant {
     DoubleFree,
     /// A frame is lost.
     Leak,
+    /// INVLPG is left out.
+    LostDrop,
 }
 
-const NAMES: [(&str, Plant); 7] = [
+const NAMES: [(&str, Plant); 8] = [
     ("lost-flush", Plant::LostFlush),
     ("deaf", Plant::Deaf),
     ("no-wait", Plant::NoWait),
@@ -41,6 +43,7 @@ const NAMES: [(&str, Plant); 7] = [
     ("wrong-error-bit", Plant::WrongErrorBit),
     ("double-free", Plant::DoubleFree),
     ("leak", Plant::Leak),
+    ("lost-drop", Plant::LostDrop),
 ];
 static PLANTED: AtomicU8 = AtomicU8::new(Plant::Nothing as u8);
 

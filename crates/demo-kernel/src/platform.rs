@@ -5,7 +5,7 @@
 //! | `PhysMap` | [`phys`], hal's own `OffsetMap` | physical memory is mapped at [`DIRECT`] |
 //! | `Cpu` | [`Machine`] | the number stands in a per-CPU word behind `gs` |
 //! | `CpuCall` | [`Machine`] | a mailbox and an interrupt to each CPU |
-//! | `Mmu` | [`Machine`], by [`SPACES`] | kmem's `AsidMmu` over the instructions and `CpuCall` |
+//! | `Mmu` | [`Machine`], by [`SPACES`] | kmem's `AsidMmu` over the instructions (`tlb.rs`) and `CpuCall` |
 //! | `UserAccess` | [`Machine`] | a copy that the page-fault handler may cut short |
 //! | `PageProvider` | [`MemoryFile`] | a file whose bytes lie in memory |
 //! | `RawLock`, `RawSleepLock` | hal's own `IrqSafe`, `SpinWait` | `cli` and spin; spin |
@@ -23,10 +23,11 @@ use kmem::hal::{
     VirtAddr,
 };
 
-use kmem::paging::{AsidArea, AsidMmu, X86Tlb};
+use kmem::paging::{AsidArea, AsidMmu};
 
 use crate::layout::{DIRECT, DIRECT_BYTES}; // *Yours may come from the boot loader.*
 use crate::plant::{self, Plant};
+use crate::tlb::BootTlb;
 use crate::{apic, smp};
 
 /// CPUs that this kernel can run. *Change it to what your tables have room for.*
@@ -117,16 +118,10 @@ pub fn answer_calls() {
 static ASID_AREAS: [CachePadded<AsidArea>; MAX_CPUS] =
     [const { CachePadded::new(AsidArea::new()) }; MAX_CPUS];
 static GENERATIONS: [AtomicU64; 64] = [const { AtomicU64::new(0) }; 64];
-/// Who has which root loaded, lazily or not, and who must be told of a flush. *Say here whether your processors have PCID and INVPCID.*
-// SAFETY: an area for each CPU; roots are loaded by `Machine` alone. QEMU's emulation has no tags.
-pub static SPACES: AsidMmu<'static, X86Tlb, Machine> = unsafe {
-    AsidMmu::new(
-        X86Tlb::new(false, false),
-        Machine,
-        &ASID_AREAS,
-        &GENERATIONS,
-    )
-};
+/// Who has which root loaded, lazily or not, and who must be told of a flush.
+// SAFETY: an area for each CPU; roots are loaded by `Machine` alone.
+pub static SPACES: AsidMmu<'static, BootTlb, Machine> =
+    unsafe { AsidMmu::new(BootTlb, Machine, &ASID_AREAS, &GENERATIONS) };
 
 // SAFETY: `AsidMmu` keeps the contract; the faults of `plant.rs` are there to break it.
 unsafe impl Mmu for Machine {
@@ -169,11 +164,12 @@ unsafe impl Mmu for Machine {
     }
 }
 
-// user_copy(to, from, bytes) -> bytes left: with user memory open (SMAP) while it runs, and cut short by the page-fault
-// handler (`traps.rs`), which goes on at user_copy_end.
+// user_copy(to, from, bytes) -> bytes left: with user memory open (flag AC, as STAC and CLAC write it where SMAP is) while it
+// runs, and cut short by the page-fault handler (`traps.rs`), which goes on at user_copy_end.
 global_asm!(
     ".globl user_copy, user_copy_end",
-    "user_copy: mov rcx, rdx; stac; rep movsb; user_copy_end: clac; mov rax, rcx; ret"
+    "user_copy: pushfq; or dword ptr [rsp], 1 << 18; popfq; mov rcx, rdx; rep movsb",
+    "user_copy_end: pushfq; and dword ptr [rsp], ~(1 << 18); popfq; mov rax, rcx; ret"
 );
 
 fn copy(to: *mut u8, from: *const u8, length: usize, user: VirtAddr) -> Result<(), UserFault> {

@@ -7,7 +7,7 @@ use kmem::hal::{CpuCall, CpuId, CpuSet};
 
 use crate::layout::{self, direct};
 use crate::platform::{MAX_CPUS, Machine, this_cpu};
-use crate::{apic, console, cpu, memory, sched, traps};
+use crate::{apic, console, cpu, memory, sched, tlb, traps};
 
 const STACK_BYTES: usize = 65536;
 #[repr(C, align(16))]
@@ -108,6 +108,7 @@ extern "C" fn further_main() -> ! {
     unsafe {
         cpu::install(number);
         traps::install(number);
+        tlb::start(number);
         memory::load_kernel_table();
         apic::start();
     }

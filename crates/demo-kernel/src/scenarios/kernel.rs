@@ -18,7 +18,7 @@ use crate::memory::{self, HEAP, MACHINE, frames};
 use crate::platform::{Machine, this_cpu};
 use crate::pvh::Boot;
 use crate::scenarios::{end, start};
-use crate::{print, println, sched, smp, traps};
+use crate::{print, println, sched, smp, tlb, traps};
 
 /// Prints the memory map, takes a breakpoint exception and returns from it.
 pub fn hello(boot: &Boot) -> bool {
@@ -40,6 +40,7 @@ pub fn hello(boot: &Boot) -> bool {
         layout::image_end(),
         if layout::five_levels() { 5 } else { 4 }
     );
+    println!("{:?}", tlb::describe());
     // SAFETY: the breakpoint handler counts and returns.
     unsafe { asm!("int3") };
     traps::BREAKPOINTS.load(Ordering::Relaxed) == 1 && usable > 0

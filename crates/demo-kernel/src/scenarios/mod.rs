@@ -2,6 +2,7 @@
 
 mod kernel;
 mod legacy;
+mod tags;
 mod user;
 
 use kmem::hal::CpuId;
@@ -24,6 +25,7 @@ pub fn run(name: &str, boot: &Boot) -> bool {
         "storm" => kernel::storm(boot),
         "red-zone" => kernel::red_zone(boot),
         "paging" => kernel::paging(boot),
+        "tags" => tags::run(boot),
         "overflow" => kernel::overflow(boot),
         "memory" => kernel::all_memory(boot),
         "differential" => {

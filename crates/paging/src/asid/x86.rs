@@ -1,11 +1,21 @@
 //! [`Tlb`] of a real x86-64 processor: the instructions.
 //!
-//! Runs in the kernel (ring 0) alone. CR4.PCIDE is the kernel's to set at boot, before the first load with a tag, and CR4.PGE with it;
-//! what the processor has is asked once, when the value is made.
+//! Runs in the kernel (ring 0) alone. What the processor has is asked once, when the value is made; the order at boot, on every CPU:
 //!
-//! Source: Intel SDM volume 3A, 4.10.1 and 4.10.4.1; Linux arch/x86/include/asm/tlbflush.h (which instruction for what).
+//! 1. Long mode, through tables whose root stands in CR3 with the low 12 bits clear (they are the tag from step 2 on).
+//! 2. [`X86Tlb::enable`]: CPUID says whether there are tags, and CR4.PCIDE is set where there are.
+//! 3. The first [`load`](Tlb::load).
+//!
+//! CR4.PGE stays the kernel's to set: with page-table isolation it is clear. CR4.PCIDE must be clear again before a CPU leaves long mode.
+//!
+//! What has run: all of it under Bochs, which checks that each instruction is legal and drops what it is told to drop, and which forgets everything at
+//! each load of CR3, so that nothing is seen there of a tag that should have been dropped: that is proven on the mock machine. Under QEMU's emulation
+//! all that needs no tags. Not on a processor that keeps tags (record 014 of the repository's `docs/decisions`).
+//!
+//! Source: Intel SDM volume 3A, 4.10.1 and 4.10.4.1; volume 2A, CPUID; Linux arch/x86/include/asm/tlbflush.h (which instruction for what).
 
 use core::arch::asm;
+use core::arch::x86_64::{__cpuid, __cpuid_count};
 
 use kmem_hal::{Asid, Page, Root, Tlb};
 
@@ -13,6 +23,8 @@ use kmem_hal::{Asid, Page, Root, Tlb};
 const KEEP: u64 = 1 << 63;
 /// CR4.PGE.
 const PGE: u64 = 1 << 7;
+/// CR4.PCIDE.
+const PCIDE: u64 = 1 << 17;
 
 /// The translation caches of the x86-64 CPU that runs the code.
 ///
@@ -26,7 +38,7 @@ const PGE: u64 = 1 << 7;
 /// // SAFETY: ring 0 alone calls the value's methods, and CR4.PCIDE is set.
 /// let tlb = unsafe { X86Tlb::new(true, true) };
 /// ```
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct X86Tlb {
     pcid: bool,
     invpcid: bool,
@@ -41,6 +53,48 @@ impl X86Tlb {
     /// That is so on every CPU, and the methods are called in ring 0 only.
     #[must_use]
     pub const unsafe fn new(pcid: bool, invpcid: bool) -> Self {
+        Self { pcid, invpcid }
+    }
+
+    /// Asks CPUID what this CPU has, and sets CR4.PCIDE where it has PCID.
+    ///
+    /// Every CPU must give the same value: the kernel compares it with the first one's.
+    ///
+    /// # Safety
+    ///
+    /// Ring 0 in long mode, on each CPU before its first load with a tag; the low 12 bits of CR3 are clear, and an interrupt loads no other root
+    /// meanwhile. The value's methods are called in ring 0 only, on CPUs that gave an equal one.
+    ///
+    /// # Examples
+    ///
+    /// ```no_run
+    /// use kmem_paging::X86Tlb;
+    ///
+    /// // SAFETY: the boot code loaded a root without flags, and this is ring 0 with interrupts off.
+    /// let tlb = unsafe { X86Tlb::enable() };
+    /// ```
+    #[doc(alias = "cr4_set_bits")]
+    #[doc(alias = "setup_pcid")]
+    #[must_use]
+    pub unsafe fn enable() -> Self {
+        // Safe in newer toolchains than the oldest that this crate is for.
+        #[allow(unused_unsafe)]
+        // SAFETY: every processor with long mode has CPUID; leaf 7 is asked for where leaf 0 says that there is one.
+        let (pcid, invpcid) = unsafe {
+            let features = || __cpuid_count(7, 0).ebx;
+            let has_features = __cpuid(0).eax >= 7;
+            (
+                __cpuid(1).ecx & 1 << 17 != 0,
+                has_features && features() & 1 << 10 != 0,
+            )
+        };
+        if pcid {
+            // SAFETY: the caller's promise: long mode, and the tag that CR3 then names is 0. What is cached is under that tag already.
+            unsafe {
+                asm!("mov {0}, cr4", "or {0}, {pcide}", "mov cr4, {0}",
+                    out(reg) _, pcide = const PCIDE, options(nostack));
+            }
+        }
         Self { pcid, invpcid }
     }
 

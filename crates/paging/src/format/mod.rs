@@ -45,7 +45,7 @@
 //! |---|---|
 //! | LA57 | the fifth level: `with_levels(env, 4)` |
 //! | 1 GiB leaves; PSE | orders above 2 MiB; all huge leaves: the `largest` of [`map_divided`](crate::Cursor::map_divided) and `map_frames` |
-//! | PGE, PKU; PCID, INVPCID | nothing: the bits are ignored; the flags of `X86Tlb::new` |
+//! | PGE, PKU; PCID, INVPCID | nothing: the bits are ignored; `X86Tlb::enable` asks |
 //! | physical bits | frames above what it has |
 //! | NX | x86-64 and PAE altogether: bit 63 is reserved there. [`X86TwoLevel`] has none |
 //! | Svpbmt | every memory type but write-back |

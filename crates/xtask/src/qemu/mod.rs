@@ -3,6 +3,9 @@
 //! Success is status 33 alone, which only the kernel's write to the exit device makes. A triple fault ends QEMU
 //! with 0, a hang ends with the time limit's 124: both are failures. A scenario that cannot run here is counted as
 //! skipped, and a summary with one is never a success: it ends with 77.
+//!
+//! Everything runs under QEMU's emulation, which is the same on every machine and has no PCID. Where KVM boots the kernel, all scenarios run there
+//! again, with the processor's own TLB; where it does not, the summary says so, and stays what it is.
 
 mod differential;
 mod linux;
@@ -35,6 +38,12 @@ pub struct Options {
     /// Five levels of page tables.
     #[arg(long)]
     la57: bool,
+    /// Under KVM, with the host's processor.
+    #[arg(long)]
+    kvm: bool,
+    /// What the CPU shall not have, by QEMU's names: pcid,invpcid.
+    #[arg(long, value_delimiter = ',')]
+    without: Vec<String>,
     /// A fault to plant, which the scenario should report (src/plant.rs names them).
     #[arg(long)]
     plant: Option<String>,
@@ -135,6 +144,8 @@ fn one(shell: &mut Shell, images: &Images, name: &str, options: &Options) -> Res
         cpus: options.smp,
         memory: options.mem.clone(),
         five_levels: options.la57,
+        kvm: options.kvm,
+        without: options.without.clone(),
         plant: options.plant.clone(),
         trace: options.trace,
     };
@@ -164,14 +175,32 @@ fn judge(images: &Images, machine: &Machine, end: &End, text: &str) -> End {
     }
 }
 
+/// What runs under KVM here, and what the summary says of it: the TLB that the kernel found, or why there are no such runs.
+fn under_kvm(shell: &mut Shell, images: &Images) -> Result<(Vec<Machine>, String), Stop> {
+    let (runs, note) = match table::kvm_probe().boots(&images.kernel)? {
+        Ok(text) => {
+            let found = text.lines().find(|line| line.starts_with("X86Tlb"));
+            let found = found.unwrap_or("a kernel that does not say what it found");
+            (table::kvm(), format!("under KVM: {found}"))
+        }
+        Err(why) => (
+            Vec::new(),
+            format!("KVM SKIPPED, so that PCID and INVPCID did not run: {why}"),
+        ),
+    };
+    shell.say(&note);
+    Ok((runs, note))
+}
+
 /// Boots every run of the table that must pass, `repeat` times, and every one that must not, once.
 fn everything(shell: &mut Shell, images: &Images, repeat: u32) -> Result<String, Stop> {
     let begin = Instant::now();
     linux::run_programs(shell, &images.programs)?;
     let good = table::good();
     let bad = table::bad();
+    let (kvm, kvm_note) = under_kvm(shell, images)?;
     let runs: Vec<(&Machine, bool)> = (0..repeat)
-        .flat_map(|_| good.iter().map(|machine| (machine, true)))
+        .flat_map(|_| good.iter().chain(&kvm).map(|machine| (machine, true)))
         .chain(bad.iter().map(|machine| (machine, false)))
         .collect();
     let next = AtomicUsize::new(0);
@@ -232,7 +261,7 @@ fn everything(shell: &mut Shell, images: &Images, repeat: u32) -> Result<String,
     let skipped = others.len() - failed;
     let seconds = begin.elapsed().as_secs();
     let note = format!(
-        "{passed} runs of {} scenarios passed, {caught} planted faults caught, {failed} failed, {skipped} skipped, {seconds} s",
+        "{passed} runs of {} scenarios passed, {caught} planted faults caught, {failed} failed, {skipped} skipped, {seconds} s; {kvm_note}",
         table::SCENARIOS.len()
     );
     match others.into_iter().max_by_key(|(failed, _)| *failed) {

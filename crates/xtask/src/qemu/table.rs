@@ -28,6 +28,10 @@ pub const SCENARIOS: &[(&str, &str)] = &[
         "faults fill the kernel's table on every CPU, a shootdown empties it",
     ),
     (
+        "tags",
+        "what each of the TLB's instructions drops is gone, and two tags are kept apart where the CPU has tags",
+    ),
+    (
         "overflow",
         "a kernel stack's overflow is a double fault on its own stack that names the guard page",
     ),
@@ -68,6 +72,7 @@ const PLANTED: &[(&str, &str, u32)] = &[
     ("reuse", "deaf", 2),
     ("reuse", "no-wait", 2),
     ("red-zone", "red-zone", 1),
+    ("tags", "lost-drop", 1),
     ("demand", "wrong-error-bit", 1),
     ("fork", "double-free", 1),
     ("fork", "leak", 1),
@@ -79,6 +84,8 @@ fn machine(scenario: &str, cpus: u32, memory: &str) -> Machine {
         cpus,
         memory: memory.to_owned(),
         five_levels: false,
+        kvm: false,
+        without: Vec::new(),
         plant: None,
         trace: false,
     }
@@ -106,6 +113,57 @@ pub fn good() -> Vec<Machine> {
             five_levels: true,
             ..machine(name, 2, "64M")
         });
+    }
+    // A processor without leaves of 1 GiB, SMEP and SMAP.
+    for (name, memory) in [
+        ("boot", "64M"),
+        ("memory", "8G"),
+        ("paging", "64M"),
+        ("fork", "64M"),
+        ("efault", "64M"),
+        ("threads", "64M"),
+    ] {
+        runs.push(without(
+            &["pdpe1gb", "smep", "smap"],
+            machine(name, 2, memory),
+        ));
+    }
+    runs
+}
+
+fn without(features: &[&str], machine: Machine) -> Machine {
+    Machine {
+        without: features.iter().map(|&name| name.to_owned()).collect(),
+        ..machine
+    }
+}
+
+/// The boot that says whether KVM can run the kernel.
+pub fn kvm_probe() -> Machine {
+    Machine {
+        kvm: true,
+        ..machine("boot", 1, "64M")
+    }
+}
+
+/// Runs under KVM that must pass: with all tags, with those that only MOV CR3 can drop, and with none.
+pub fn kvm() -> Vec<Machine> {
+    let mut runs = Vec::new();
+    for lacks in [&[][..], &["invpcid"], &["pcid", "invpcid"]] {
+        // `differential` compares with what QEMU's emulation does.
+        let names = SCENARIOS.iter().map(|(name, _)| *name);
+        for name in names.filter(|name| *name != "differential") {
+            for cpus in [1, 2] {
+                let machine = machine(name, cpus, "64M");
+                runs.push(without(
+                    lacks,
+                    Machine {
+                        kvm: true,
+                        ..machine
+                    },
+                ));
+            }
+        }
     }
     runs
 }
