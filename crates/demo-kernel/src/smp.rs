@@ -55,17 +55,18 @@ pub unsafe fn start(count: u32) {
         apic::send(CpuId::new(cpu), apic::INIT);
         wait(10_000_000, cpu);
         apic::send(CpuId::new(cpu), apic::START);
-        if !wait(4_000_000_000, cpu) {
+        if !wait(40_000_000_000, cpu) {
             break;
         }
     }
-    // SAFETY: every CPU has left the trampoline.
-    unsafe { layout::identity_map(false) };
     let running = ONLINE.load(Ordering::Acquire);
     if running != count {
         crate::println!("{running} CPUs run, {count} were asked for");
+        // With the identity map still there: the missing CPU may only be late, and would end the run without a word.
         console::exit(false);
     }
+    // SAFETY: every CPU has left the trampoline.
+    unsafe { layout::identity_map(false) };
 }
 
 /// Waits until `cpu` is online, at most so many ticks of the time-stamp counter.
