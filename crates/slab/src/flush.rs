@@ -6,9 +6,8 @@
 //!
 //! The invariants are those of `refill`.
 //!
-//! A flush first finds slab and number of every object, without a lock: loads that do not wait for each other, and none where an object lies
-//! in the slab of the one before. Then it sets the bits under the lock, those of one word that follow each other at once, and lists a slab again when it has seen
-//! the last of a row of its objects.
+//! A flush first makes runs of the objects, without a lock: loads that do not wait for each other, and none where an object lies in the slab of the one
+//! before. Then it sets the bits under the lock, those of a run at once, and lists a slab again when it has seen the last of a row of its runs.
 
 use core::ptr::{self, NonNull};
 
@@ -18,7 +17,7 @@ use kmem_hal::{Cpu, RawLock};
 use crate::array::{Array, Slot};
 use crate::depot::Depot;
 use crate::direct::settle;
-use crate::grow::{object_at, retire};
+use crate::grow::retire;
 use crate::head::{Busy, Head};
 use crate::misuse::{Misuse, SlabRange};
 use crate::node::CacheNode;
@@ -242,54 +241,51 @@ impl<P: Platform> SlabSystem<P> {
     ///
     /// As `flush`.
     unsafe fn flush_batch(&self, cache: &RawCache<P::Lock>, slots: *mut Slot, n: usize) {
-        let mut numbers = [0u16; BATCH];
+        let mut runs = [Run::NONE; BATCH];
         // SAFETY: the caller's promise.
-        let n = unsafe { self.resolve(cache, slots, &mut numbers[..n]) };
+        let count = unsafe { self.resolve(cache, slots, n, &mut runs) };
         let mut done = 0;
-        while done < n {
-            // SAFETY: `resolve` left `n` pointers to descriptors of this cache, of which `done` are dealt with.
+        while done < count {
+            // SAFETY: `resolve` left `count` pointers to descriptors of this cache, of which `done` are dealt with.
             unsafe {
-                let (slots, numbers) = (slots.add(done), &mut numbers[done..n]);
-                let (node, count) = of_one_node(cache, slots, numbers);
-                self.flush_resolved(cache, node, slots, &numbers[..count]);
+                let (slots, runs) = (slots.add(done), &mut runs[done..count]);
+                let (node, count) = of_one_node(cache, slots, runs);
+                self.flush_resolved(cache, node, slots, &mut runs[..count]);
                 done += count;
             }
         }
     }
 
-    /// Sets the bits of objects of one node.
+    /// Sets the bits of runs of one node.
     ///
     /// # Safety
     ///
-    /// As many slots as numbers hold pointers to descriptors of this cache and node; the rest as `flush`.
+    /// As many slots as runs hold pointers to the runs' descriptors, of this cache and node; the rest as `flush`.
     unsafe fn flush_resolved(
         &self,
         cache: &RawCache<P::Lock>,
         node: &CacheNode<P::Lock>,
         slots: *mut Slot,
-        numbers: &[u16],
+        runs: &mut [Run],
     ) {
-        let mut twice = 0;
+        let (mut any_twice, last) = (false, runs.len() - 1);
         let retired = {
             let mut depot = node.depot.lock(); // I1: busy is set, or alone
             settle(cache, node, &mut depot);
             depot.flushes += 1;
-            let mut at = 0;
-            while at < numbers.len() {
+            for (at, run) in runs.iter_mut().enumerate() {
                 // SAFETY: the caller's promise.
-                let run = unsafe { run_at(slots, numbers, at) };
-                at = run.end;
-                let mut again = run.slab.give_back_many(run.word, run.mask);
-                while again != 0 {
-                    let number = run.word * 64 + again.trailing_zeros() as usize;
-                    again &= again - 1;
-                    // SAFETY: `twice < at`: a slot whose content has been used.
-                    unsafe { *slots.add(twice) = object_at(cache, run.slab, number) };
-                    twice += 1;
-                }
+                let slab = unsafe { slab_at(slots, at) };
+                run.mask = slab.give_back_many(usize::from(run.word), run.mask);
                 // SAFETY: as above.
-                if at == numbers.len() || unsafe { !ptr::eq(slab_at(slots, at), run.slab) } {
-                    depot.relist(run.slab);
+                if at == last || unsafe { !ptr::eq(slab_at(slots, at + 1), slab) } {
+                    depot.relist(slab);
+                }
+                if run.mask != 0 {
+                    any_twice = true;
+                    // The slab's memory may be gone before the report is made.
+                    // SAFETY: a slot whose descriptor has been used.
+                    unsafe { *slots.add(at) = slab.base() };
                 }
             }
             if cache.setup.stable {
@@ -302,54 +298,85 @@ impl<P: Platform> SlabSystem<P> {
             bury(&mut node.depot.lock()); // I1: busy is set, or alone
             true
         });
-        // Last, as a report may unwind.
-        for at in 0..twice {
-            // SAFETY: written above.
-            let address = unsafe { *slots.add(at) }.addr();
-            self.report(
-                cache,
-                Misuse::DoubleFree {
-                    cache: cache.setup.name,
-                    address,
-                },
-            );
+        if any_twice {
+            // SAFETY: the loop left it so.
+            unsafe { self.report_twice(cache, slots, runs) };
         }
     }
 
-    /// Replaces each pointer by its slab's descriptor and writes its number there to `numbers`; answers how many are left.
+    /// Reports objects that were free already. Last in a flush, as a report may unwind.
+    ///
+    /// # Safety
+    ///
+    /// The slots of runs whose mask is not empty hold the bases of their slabs.
+    #[cold]
+    unsafe fn report_twice(&self, cache: &RawCache<P::Lock>, slots: *mut Slot, runs: &[Run]) {
+        for (at, run) in runs.iter().enumerate() {
+            let mut twice = run.mask;
+            while twice != 0 {
+                let number = usize::from(run.word) * 64 + twice.trailing_zeros() as usize;
+                twice &= twice - 1;
+                // SAFETY: the caller's promise.
+                let base = unsafe { *slots.add(at) };
+                let misuse = Misuse::DoubleFree {
+                    cache: cache.setup.name,
+                    address: base.addr() + number * cache.geometry().size(),
+                };
+                self.report(cache, misuse);
+            }
+        }
+    }
+
+    /// Makes runs of `n` pointers: answers how many there are, whose descriptors are in the first slots.
     ///
     /// What is not the start of an object of this cache is reported and dropped.
     ///
     /// # Safety
     ///
-    /// As many slots as there are numbers hold pointers that the caller gives up.
-    pub(crate) unsafe fn resolve(
+    /// The first `n` slots hold pointers that the caller gives up; there is room for as many runs.
+    unsafe fn resolve(
         &self,
         cache: &RawCache<P::Lock>,
         slots: *mut Slot,
-        numbers: &mut [u16],
+        n: usize,
+        runs: &mut [Run; BATCH],
     ) -> usize {
-        let mut kept = 0;
-        let mut last: Option<SlabRange<'_>> = None;
-        for at in 0..numbers.len() {
-            // SAFETY: as many slots as numbers.
+        let (mut at, mut count) = (0, 0);
+        let mut near: Option<SlabRange<'_>> = None;
+        while at < n {
+            // SAFETY: one of the `n` slots.
             let pointer = unsafe { *slots.add(at) };
-            let near = last
+            at += 1;
+            let number = near
                 .as_ref()
-                .and_then(|last| Some((last.slab, last.number_at(cache, pointer)?)));
-            let found = near.or_else(|| {
-                let found = self.check_object(cache, pointer)?;
-                last = Some(SlabRange::new(cache, found.0));
-                Some(found)
-            });
-            if let Some((slab, number)) = found {
-                numbers[kept] = number;
-                // SAFETY: `kept <= at`.
-                unsafe { *slots.add(kept) = ptr::from_ref(slab).cast_mut().cast() };
-                kept += 1;
+                .and_then(|near| near.number_at(cache, pointer));
+            let found = match (number, &near) {
+                (Some(number), Some(near)) => Some((near.slab, number)),
+                _ => self.check_object(cache, pointer),
+            };
+            let Some((slab, number)) = found else {
+                continue;
+            };
+            let range = near.insert(SlabRange::new(cache, slab));
+            let word = number / 64;
+            let objects = range.word(cache, word);
+            let mut mask = 1 << (number % 64);
+            while at < n {
+                // SAFETY: as above.
+                let next = objects.number_at(cache, unsafe { *slots.add(at) });
+                // An object that comes twice begins a run of its own, so that its bit is looked at twice.
+                let Some(bit) = next.map(|next| 1 << next).filter(|bit| mask & bit == 0) else {
+                    break;
+                };
+                mask |= bit;
+                at += 1;
             }
+            runs[count] = Run { word, mask };
+            // SAFETY: `count < at`.
+            unsafe { *slots.add(count) = ptr::from_ref(slab).cast_mut().cast() };
+            count += 1;
         }
-        kept
+        count
     }
 
     /// Gives one object back under the depot's lock, with the busy flag set.
@@ -362,41 +389,14 @@ impl<P: Platform> SlabSystem<P> {
 }
 
 /// Objects of one word of a slab that lie in a row of slots, none of them twice.
-struct Run<'c> {
-    slab: &'c Slab,
-    word: usize,
+#[derive(Clone, Copy)]
+struct Run {
+    word: u16,
     mask: u64,
-    /// The slot behind them.
-    end: usize,
 }
 
-/// The longest run from slot `at`.
-///
-/// # Safety
-///
-/// As many slots as numbers, more than `at`, hold pointers to descriptors of a cache that lives.
-#[inline]
-unsafe fn run_at<'c>(slots: *mut Slot, numbers: &[u16], at: usize) -> Run<'c> {
-    // SAFETY: the caller's promise.
-    let slab = unsafe { slab_at(slots, at) };
-    let word = usize::from(numbers[at]) / 64;
-    let (mut mask, mut end) = (0, at);
-    while let Some(&number) = numbers.get(end) {
-        let bit = 1 << (number % 64);
-        // SAFETY: as above.
-        let same = unsafe { ptr::eq(slab_at(slots, end), slab) };
-        if !same || usize::from(number) / 64 != word || mask & bit != 0 {
-            break;
-        }
-        mask |= bit;
-        end += 1;
-    }
-    Run {
-        slab,
-        word,
-        mask,
-        end,
-    }
+impl Run {
+    const NONE: Self = Self { word: 0, mask: 0 };
 }
 
 /// The descriptor that a slot points to.
@@ -410,27 +410,27 @@ unsafe fn slab_at<'c>(slots: *mut Slot, at: usize) -> &'c Slab {
     unsafe { &*(*slots.add(at)).cast::<Slab>() }
 }
 
-/// Moves the descriptors that are of the first one's node to the front, with their numbers; answers the node and how many.
+/// Moves the runs that are of the first one's node to the front, with their descriptors; answers the node and how many.
 ///
 /// # Safety
 ///
-/// As many slots as numbers, at least one, hold pointers to descriptors of this cache.
+/// As many slots as runs, at least one, hold pointers to descriptors of this cache.
 #[inline]
 unsafe fn of_one_node<'c, L: RawLock>(
     cache: &'c RawCache<L>,
     slots: *mut Slot,
-    numbers: &mut [u16],
+    runs: &mut [Run],
 ) -> (&'c CacheNode<L>, usize) {
     if cache.nodes == 1 {
-        return (&cache.first, numbers.len());
+        return (&cache.first, runs.len());
     }
     // SAFETY: the caller's promise.
     let node_at = |at: usize| unsafe { slab_at(slots, at) }.node();
     let id = node_at(0);
     let mut count = 0;
-    for at in 0..numbers.len() {
+    for at in 0..runs.len() {
         if node_at(at) == id {
-            numbers.swap(count, at);
+            runs.swap(count, at);
             // SAFETY: both are below the number of slots.
             unsafe { ptr::swap(slots.add(count), slots.add(at)) };
             count += 1;

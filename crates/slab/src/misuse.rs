@@ -235,6 +235,20 @@ impl<'c> SlabRange<'c> {
         }
     }
 
+    /// Those of the slots that have their bits in word `word`: numbers in it are those of the bits.
+    #[inline(always)]
+    pub fn word<L: RawLock>(&self, cache: &RawCache<L>, word: u16) -> Self {
+        let (before, most) = (
+            usize::from(word) * 64 * cache.geometry().size(),
+            64 * cache.geometry().size(),
+        );
+        Self {
+            slab: self.slab,
+            from: self.from + before,
+            bytes: (self.bytes - before).min(most),
+        }
+    }
+
     /// Bytes from the first slot to `pointer`; `None` where it lies in no slot.
     #[inline(always)]
     fn offset_of(&self, pointer: *mut u8) -> Option<usize> {

@@ -10,7 +10,7 @@ use std::sync::atomic::Ordering;
 
 use common::hardened::World;
 use common::{quietly, run_as, system};
-use kmem_slab::{Check, Flags, Plain, Poison, Policy, Quarantine, Redzone};
+use kmem_slab::{Check, Flags, Misuse, Plain, Poison, Policy, Quarantine, Redzone};
 
 fn misuses(system: &common::System) -> u64 {
     let mut sum = 0;
@@ -53,6 +53,33 @@ fn a_double_free_across_two_flushes_is_found() {
         assert_eq!(misuses(&system), 1);
         system.kfree(keep.as_ptr());
     }
+}
+
+#[test]
+fn what_is_found_late_is_told_with_its_address() {
+    let world = World::<Plain>::new();
+    let layout = Layout::from_size_align(64, 64).unwrap();
+    let take = || world.system.kmalloc(64, Flags::empty()).unwrap();
+    let all: Vec<NonNull<u8>> = (0..300).map(|_| take()).collect();
+    // Of several words of several slabs, with a neighbour in between, and at once.
+    let twice = [0, 1, 70, 71, 130, 255, 299];
+    for at in twice.into_iter().flat_map(|at| [at, at ^ 2, at]) {
+        // SAFETY: live allocations of this layout; the second free is the misuse under test.
+        unsafe { world.system.kfree_layout(all[at], layout) };
+    }
+    world.system.shrink();
+    let mut told: Vec<usize> = world
+        .seen()
+        .iter()
+        .map(|misuse| match misuse {
+            Misuse::DoubleFree { address, .. } => *address,
+            other => panic!("{other}"),
+        })
+        .collect();
+    let mut wanted: Vec<usize> = twice.map(|at| all[at].addr().get()).to_vec();
+    told.sort_unstable();
+    wanted.sort_unstable();
+    assert_eq!(told, wanted);
 }
 
 #[test]
