@@ -3,7 +3,8 @@
 //! All manage a zone of the same size. Programs that ask for `&mut self` stand behind one spin lock, which a kernel would have to put
 //! there; kmem needs none on its fast path, and that is part of what is compared. `limit:stack` is an array of frame numbers without
 //! any lock: what a cache in front of any allocator costs at least. `limit:array` is one for each CPU, found by the CPU's number, as any
-//! cache has to be. `limit:loop` is what the loop of `mixed_80` costs with vectors of blocks that never run out; it is part of everybody's row.
+//! cache has to be; `limit:guarded-array` has the word, too, that an interrupt on the same CPU looks at, and `limit:refilled-array` fills that
+//! one from a bit for each frame. `limit:loop` is what the loop of `mixed_80` costs with vectors of blocks that never run out; it is part of everybody's row.
 //!
 //! LLFree is not among them: it is on no registry of crates.
 //!
@@ -18,6 +19,9 @@
 //! | `unmovable_1in16` | blocks of order 9 to be had after all but one in 16 frames were freed, the others unmovable |
 //! | `meta_per_frame` | bytes of own memory by frame, in the zone that is 80 % full of mixed blocks |
 //! | `init_1tib` | making the allocator of 1 TiB |
+
+use std::sync::atomic::Ordering::{Relaxed, SeqCst};
+use std::sync::atomic::{AtomicU32, compiler_fence};
 
 use bitmap_allocator::{BitAlloc, BitAlloc1M};
 use buddy_slab_allocator::buddy::BuddyAllocator;
@@ -228,7 +232,7 @@ impl Arrays {
     fn own(&self) -> Option<*mut Vec<u32>> {
         let pin = ThreadCpus::all();
         // What is read before a pin is not what is read after it.
-        std::sync::atomic::compiler_fence(std::sync::atomic::Ordering::SeqCst);
+        compiler_fence(SeqCst);
         let cpu = kmem_hal::Cpu::pin(&pin).id().index();
         self.0.get(cpu).map(std::cell::UnsafeCell::get)
     }
@@ -257,6 +261,106 @@ fn array_pair(frames: u64) -> impl Competitor {
     move |_: u64, watch: &mut Watch| {
         watch.time(|| pairs(&arrays, 0, PAIRS));
         Slice::limit(2 * PAIRS)
+    }
+}
+
+/// The same with the word that an interrupt on the same CPU looks at: busy while the array is changed. What is busy serves nobody.
+struct GuardedArrays {
+    arrays: Arrays,
+    busy: [AtomicU32; CPUS as usize],
+}
+
+impl GuardedArrays {
+    #[inline(always)]
+    fn guarded<R>(&self, change: impl FnOnce() -> Option<R>) -> Option<R> {
+        let pin = ThreadCpus::all();
+        let busy = self.busy.get(kmem_hal::Cpu::pin(&pin).id().index())?;
+        if busy.load(Relaxed) != 0 {
+            return None;
+        }
+        busy.store(1, Relaxed);
+        // An interrupt on this CPU sees its stores in program order; other CPUs never look.
+        compiler_fence(SeqCst);
+        let result = change();
+        compiler_fence(SeqCst);
+        busy.store(0, Relaxed);
+        result
+    }
+}
+
+impl Frames for GuardedArrays {
+    #[inline(always)]
+    fn alloc(&self, order: u8) -> Option<u64> {
+        self.guarded(|| self.arrays.alloc(order))
+    }
+    #[inline(always)]
+    fn free(&self, frame: u64, order: u8) {
+        self.guarded(|| {
+            self.arrays.free(frame, order);
+            Some(())
+        });
+    }
+}
+
+fn guarded_pair(frames: u64) -> impl Competitor {
+    let arrays = GuardedArrays {
+        arrays: Arrays::new(frames),
+        busy: [const { AtomicU32::new(0) }; CPUS as usize],
+    };
+    move |_: u64, watch: &mut Watch| {
+        watch.time(|| pairs(&arrays, 0, PAIRS));
+        Slice::limit(2 * PAIRS)
+    }
+}
+
+/// A guarded array of one CPU over a bit for each frame, which it is filled from a word at a time under a lock: what is left of an
+/// allocator that knows nothing of zones, orders, types and marks. Frees go to the bits.
+struct RefilledArray {
+    array: GuardedArrays,
+    words: Locked<(Vec<u64>, usize)>,
+}
+
+impl RefilledArray {
+    fn new(frames: u64) -> Self {
+        let array = GuardedArrays {
+            arrays: Arrays(std::array::from_fn(|_| Vec::with_capacity(64).into())),
+            busy: [const { AtomicU32::new(0) }; CPUS as usize],
+        };
+        let words = Locked::new((vec![u64::MAX; frames as usize / 64], 0));
+        Self { array, words }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn refill(&self) -> Option<u64> {
+        let own = self.array.arrays.own()?;
+        self.words.with(|(words, from)| {
+            let at = *from + words[*from..].iter().position(|word| *word != 0)?;
+            let mut bits = std::mem::take(&mut words[at]);
+            *from = at;
+            while bits != 0 {
+                let bit = 63 - bits.leading_zeros();
+                bits &= !(1 << bit);
+                // SAFETY: this thread's array.
+                unsafe { &mut *own }.push(at as u32 * 64 + bit);
+            }
+            Some(())
+        })?;
+        self.array.alloc(0)
+    }
+}
+
+impl Frames for RefilledArray {
+    #[inline(always)]
+    fn alloc(&self, order: u8) -> Option<u64> {
+        self.array.alloc(order).or_else(|| self.refill())
+    }
+    fn free(&self, frame: u64, _order: u8) {
+        self.words.with(|(words, from)| {
+            let number = (frame - BASE) as usize;
+            words[number / 64] |= 1 << (number % 64);
+            *from = 0;
+        });
     }
 }
 
@@ -301,7 +405,8 @@ fn hot_pairs(runner: &mut Runner, frames: u64) {
             if order == 0 {
                 workload = workload
                     .with("limit:stack", stack_pair(frames))
-                    .with("limit:array", array_pair(frames));
+                    .with("limit:array", array_pair(frames))
+                    .with("limit:guarded-array", guarded_pair(frames));
             }
             runner.run(workload);
         }
@@ -368,7 +473,12 @@ fn bulks(runner: &mut Runner, frames: u64) {
     for (name, phase) in [("bulk_alloc", Phase::Alloc), ("bulk_free", Phase::Free)] {
         if runner.wants(name) {
             let workload = workload(name, Unit::Ns).n(frames);
-            runner.run(programs!(workload, frames, bulk(phase)));
+            let mut workload = programs!(workload, frames, bulk(phase));
+            if phase == Phase::Alloc {
+                let limit = bulk(RefilledArray::new(frames), frames, phase);
+                workload = workload.with("limit:refilled-array", limit);
+            }
+            runner.run(workload);
         }
     }
     if runner.wants("batch_o0") {
