@@ -302,10 +302,16 @@ impl Refill<'_> {
         let room = self.room();
         let count = count.min(room);
         let mut entry = first;
-        for slot in self.slots[room - count..room].iter().rev() {
-            slot.set(entry);
-            entry = entry.wrapping_add(step);
-        }
+        let mut write = |slots: &[LocalU32]| {
+            for slot in slots.iter().rev() {
+                slot.set(entry);
+                entry = entry.wrapping_add(step);
+            }
+        };
+        // Several in each turn of the loop: compilers do not do that with atomics by themselves.
+        let (rest, chunks) = self.slots[room - count..room].as_rchunks::<8>();
+        chunks.iter().rev().for_each(|chunk| write(chunk));
+        write(rest);
         self.added += count;
     }
 }
