@@ -210,8 +210,8 @@ impl FrameRequest {
     /// Where it can be had for nothing: the caller has another way.
     ///
     /// It may take frames down to the min watermark as any other, and [`Pressure`] is told of [`Low`](PressureLevel::Low) where they fall below the low one: that is so
-    /// whoever takes them, and all who ask next are to find reclaim at work. Nobody is told where frames are there and only no block of the order is, and never of a
-    /// higher level: nothing is reclaimed, emptied or let go for this request.
+    /// whoever takes them, and all who ask next are to find reclaim at work. Nobody is told where frames are there and only no block of the order is, of a block
+    /// above the top order, and never of a higher level: nothing is reclaimed, emptied or let go for this request.
     ///
     /// Source: Linux `__GFP_NORETRY`, which wakes kswapd; mm/slub.c, `allocate_slab`, which does not for a slab larger than it must be.
     #[doc(alias = "__GFP_NORETRY")]

@@ -69,9 +69,10 @@ impl<P: Platform> SlabSystem<P> {
     /// Takes an object back without the head.
     pub(crate) fn free_direct(&self, cache: &RawCache<P::Lock>, object: NonNull<u8>) {
         cache.direct_frees.fetch_add(1, Ordering::Relaxed);
-        let Some((slab, number)) = self.check_object(cache, object.as_ptr()) else {
+        let Some((range, number)) = self.check_object(cache, object.as_ptr()) else {
             return;
         };
+        let slab = range.slab;
         let (number, node) = (usize::from(number), cache.node(slab.node()));
         let given = match node.depot.try_lock() {
             Some(mut depot) => {

@@ -115,7 +115,7 @@ impl<P: Platform> SlabSystem<P> {
             }
         }
         // I2: memory without the lock.
-        let empty = match (self.new_array(wanted), other) {
+        let empty = match (self.another_array(wanted), other) {
             (Ok(empty), other) => {
                 if let Some(other) = other {
                     // SAFETY: empty, taken from the depot above, and nobody else knows it.
@@ -347,17 +347,15 @@ impl<P: Platform> SlabSystem<P> {
             // SAFETY: one of the `n` slots.
             let pointer = unsafe { *slots.add(at) };
             at += 1;
-            let number = near
-                .as_ref()
-                .and_then(|near| near.number_at(cache, pointer));
-            let found = match (number, &near) {
-                (Some(number), Some(near)) => Some((near.slab, number)),
+            let number = near.and_then(|near| near.number_at(cache, pointer));
+            let found = match (near, number) {
+                (Some(near), Some(number)) => Some((near, number)),
                 _ => self.check_object(cache, pointer),
             };
-            let Some((slab, number)) = found else {
+            let Some((range, number)) = found else {
                 continue;
             };
-            let range = near.insert(SlabRange::new(cache, slab));
+            near = Some(range);
             let word = number / 64;
             let objects = range.word(cache, word);
             let mut mask = 1 << (number % 64);
@@ -373,7 +371,7 @@ impl<P: Platform> SlabSystem<P> {
             }
             runs[count] = Run { word, mask };
             // SAFETY: `count < at`.
-            unsafe { *slots.add(count) = ptr::from_ref(slab).cast_mut().cast() };
+            unsafe { *slots.add(count) = ptr::from_ref(range.slab).cast_mut().cast() };
             count += 1;
         }
         count

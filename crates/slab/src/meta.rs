@@ -18,7 +18,7 @@
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::{AtomicPtr, AtomicU64, LocalPtr, LocalU64, Ordering};
-use kmem_hal::{AllocError, Frame, Order, PAGE_SIZE};
+use kmem_hal::{AllocError, Frame, FrameRequest, FrameTag, Order, PAGE_SIZE};
 
 use crate::block;
 use crate::platform::Platform;
@@ -72,6 +72,15 @@ impl MetaPool {
 
     /// Memory for one object, aligned to 16 bytes (to 64 where the size is a multiple of that), uninitialised.
     pub fn alloc<P: Platform>(&self, platform: &P) -> Result<NonNull<u8>, AllocError> {
+        self.alloc_by(platform, &FrameRequest::ONE)
+    }
+
+    /// As [`alloc`](Self::alloc), by `request` where it takes a frame.
+    pub fn alloc_by<P: Platform>(
+        &self,
+        platform: &P,
+        request: &FrameRequest,
+    ) -> Result<NonNull<u8>, AllocError> {
         if self.free.load(Ordering::Relaxed) > 0 {
             // The page that had one lately, then all.
             for start in [&self.hint, &self.pages] {
@@ -85,7 +94,7 @@ impl MetaPool {
                 }
             }
         }
-        self.grow(platform)
+        self.grow(platform, request)
     }
 
     fn take(&self, page: &MetaPage) -> Option<NonNull<u8>> {
@@ -113,8 +122,12 @@ impl MetaPool {
     }
 
     #[cold]
-    fn grow<P: Platform>(&self, platform: &P) -> Result<NonNull<u8>, AllocError> {
-        let (frame, memory) = block::take(platform, Order::ZERO)?;
+    fn grow<P: Platform>(
+        &self,
+        platform: &P,
+        request: &FrameRequest,
+    ) -> Result<NonNull<u8>, AllocError> {
+        let (frame, memory) = block::take_for(platform, request, FrameTag::Kernel)?;
         memory.as_ptr().expose_provenance();
         let page = memory.cast::<MetaPage>();
         let all = (1u64 << self.objects()) - 1;

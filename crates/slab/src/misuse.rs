@@ -169,14 +169,14 @@ impl<P: Platform> SlabSystem<P> {
         }
     }
 
-    /// The slab and the number there of a slot of `cache`; `None`, and a report, for any other pointer.
+    /// The slab of a slot of `cache`, as it was at one look, and the number there; `None`, and a report, for any other pointer.
     pub(crate) fn check_object(
         &self,
         cache: &RawCache<P::Lock>,
         pointer: *mut u8,
-    ) -> Option<(&Slab, u16)> {
-        let slab = self.slab_for(cache, pointer)?;
-        let Some(number) = SlabRange::new(cache, slab).number_at(cache, pointer) else {
+    ) -> Option<(SlabRange<'_>, u16)> {
+        let range = SlabRange::new(cache, self.slab_for(cache, pointer)?);
+        let Some(number) = range.number_at(cache, pointer) else {
             self.report(
                 cache,
                 Misuse::InvalidFree {
@@ -186,7 +186,7 @@ impl<P: Platform> SlabSystem<P> {
             );
             return None;
         };
-        Some((slab, number))
+        Some((range, number))
     }
 
     /// Counts and tells a misuse.
@@ -220,6 +220,9 @@ impl<P: Platform> SlabSystem<P> {
 }
 
 /// Where a slab's objects lie: to look many pointers up of which one after the other lies in the same slab.
+///
+/// As they lay when it was made: who frees an object twice may free it in a slab that another CPU is giving back.
+#[derive(Clone, Copy)]
 pub struct SlabRange<'c> {
     pub slab: &'c Slab,
     from: usize,
@@ -235,17 +238,15 @@ impl<'c> SlabRange<'c> {
         }
     }
 
-    /// Those of the slots that have their bits in word `word`: numbers in it are those of the bits.
+    /// Those of the slots that have their bits in word `word`: numbers in it are those of the bits. One of the range's numbers is in that word.
     #[inline(always)]
     pub fn word<L: RawLock>(&self, cache: &RawCache<L>, word: u16) -> Self {
-        let (before, most) = (
-            usize::from(word) * 64 * cache.geometry().size(),
-            64 * cache.geometry().size(),
-        );
+        let bytes = 64 * cache.geometry().size();
+        let before = usize::from(word) * bytes;
         Self {
             slab: self.slab,
             from: self.from + before,
-            bytes: (self.bytes - before).min(most),
+            bytes: (self.bytes - before).min(bytes),
         }
     }
 

@@ -3,7 +3,9 @@
 use core::ptr::{self, NonNull};
 
 use kmem_hal::sync::Ordering;
-use kmem_hal::{AllocError, Cpu, Frame, FrameSlot, FrameTable, FrameTag, NodeId, Order, PhysMap};
+use kmem_hal::{
+    AllocError, Cpu, Frame, FrameRequest, FrameSlot, FrameTable, FrameTag, NodeId, Order, PhysMap,
+};
 
 use crate::array::{Array, SMALL_SLOTS};
 use crate::block;
@@ -18,9 +20,18 @@ use crate::system::SlabSystem;
 impl<P: Platform> SlabSystem<P> {
     /// An empty array of `slots` slots.
     pub(crate) fn new_array(&self, slots: usize) -> Result<NonNull<Array>, AllocError> {
+        self.array_by(slots, &FrameRequest::ONE)
+    }
+
+    /// As [`new_array`](Self::new_array), for a caller that goes on with the arrays it has: nobody else's memory goes for it.
+    pub(crate) fn another_array(&self, slots: usize) -> Result<NonNull<Array>, AllocError> {
+        self.array_by(slots, &FrameRequest::ONE.optional())
+    }
+
+    fn array_by(&self, slots: usize, request: &FrameRequest) -> Result<NonNull<Array>, AllocError> {
         // SAFETY: called with a cache at hand, so the system is ready.
         let platform = unsafe { self.platform_unchecked() };
-        let memory = self.array_pool(slots).alloc(platform)?;
+        let memory = self.array_pool(slots).alloc_by(platform, request)?;
         // SAFETY: the pool's objects have room for the slots and are aligned to 64.
         Ok(unsafe { Array::construct(memory, slots) })
     }

@@ -234,7 +234,7 @@ impl<P: Platform> SlabSystem<P> {
         if wanted == busy.head().capacity() {
             return;
         }
-        let Ok(other) = self.new_array(wanted) else {
+        let Ok(other) = self.another_array(wanted) else {
             return;
         };
         let old = busy.loaded();

@@ -448,6 +448,30 @@ fn flags_reach_the_page_source() {
 }
 
 #[test]
+fn a_free_asks_for_no_frame_that_others_would_have_to_give_up() {
+    let asked = Asked(Arena::new(2048), Mutex::default());
+    let mut system = asked.system();
+    let take = || system.kmalloc(64, Flags::empty()).unwrap();
+    // SAFETY: every object is freed once.
+    let give = |object: NonNull<u8>| unsafe { system.kfree(object.as_ptr()) };
+    // Arrays grow when objects come slowly and go fast, and travel when they do both fast.
+    for pairs in [8, 0] {
+        let objects: Vec<_> = (0..20_000)
+            .map(|_| {
+                (0..pairs).for_each(|_| give(take()));
+                take()
+            })
+            .collect();
+        asked.seen();
+        objects.into_iter().for_each(give);
+        let seen = asked.seen();
+        assert!(!seen.is_empty(), "no array was asked for");
+        assert!(seen.iter().all(|request| request.optional), "{pairs}");
+    }
+    system.teardown().unwrap();
+}
+
+#[test]
 fn a_node_that_is_asked_for_reaches_the_page_source() {
     let asked = Asked(Arena::with_nodes(1024, 2), Mutex::default());
     let mut system = asked.system();

@@ -205,11 +205,11 @@ impl<H: Policy> World<H> {
             assert_eq!(sizes.get(&object.address), Some(&object.size));
             assert_eq!(object.place.map(|place| place.file()), Some(file!()));
         });
-        let known = owned.len() as u32 - self.guarded.used();
-        assert!(
-            named == 0 || named == known,
-            "{named} of {known} have owners"
-        );
+        let known = match std::any::type_name::<H>().contains("Owner") {
+            true => owned.len() as u32 - self.guarded.used(),
+            false => 0,
+        };
+        assert_eq!(named, known, "so many have owners");
         for &object in &owned {
             self.free(object);
         }
