@@ -364,11 +364,14 @@ fn turn_of(
             Slice::Timed { ops, .. } => (watch.elapsed().as_nanos() as f64, ops as f64),
             Slice::Value { value, .. } => (value, 1.0),
         };
-        if ops == 0.0 || (amount == 0.0 && matches!(done, Slice::Timed { .. })) {
-            return Err(format!("{program} measured nothing in slice {index}"));
+        if ops == 0.0 {
+            return Err(format!("{program} did nothing in slice {index}"));
         }
-        slices.push(amount / ops);
-        total = (total.0 + amount, total.1 + ops);
+        // A hypervisor's clock of a thread stands still now and then; such a slice says nothing.
+        if amount > 0.0 || matches!(done, Slice::Value { .. }) {
+            slices.push(amount / ops);
+            total = (total.0 + amount, total.1 + ops);
+        }
         spent += watch.elapsed();
         // Preparation is not timed, but a busy machine must not make a run endless.
         if matches!(done, Slice::Value { .. })
@@ -377,6 +380,9 @@ fn turn_of(
         {
             break;
         }
+    }
+    if slices.is_empty() {
+        return Err(format!("{program} measured nothing"));
     }
     Ok((total.0 / total.1, slices))
 }
@@ -403,6 +409,26 @@ mod tests {
             watch.time(|| spin(rounds));
             Slice::ops(rounds, index)
         }
+    }
+
+    #[test]
+    fn a_slice_in_which_the_clock_stood_still_does_not_count_and_a_turn_without_a_measured_one_fails()
+     {
+        let stood_still = |slices: u64| {
+            move |index: u64, watch: &mut Watch| {
+                if index % MOST_SLICES >= slices {
+                    watch.time(|| spin(10_000));
+                }
+                Slice::ops(10_000, index)
+            }
+        };
+        let mut runner = quiet();
+        runner.run(Workload::new("area", "work", Unit::Ns).with("kmem", stood_still(1)));
+        assert!(runner.problems().is_empty());
+        assert!(runner.rows()[0].summary.min > 0.0);
+        let mut runner = quiet();
+        runner.run(Workload::new("area", "work", Unit::Ns).with("kmem", stood_still(u64::MAX)));
+        assert_eq!(runner.problems().len(), 1, "{:?}", runner.problems());
     }
 
     #[test]
