@@ -117,6 +117,7 @@ pub fn storm(boot: &Boot) -> bool {
     let baseline = start(boot);
     static INSIDE: AtomicU64 = AtomicU64::new(0);
     static WRONG: AtomicU64 = AtomicU64::new(0);
+    let ticks = traps::TICKS.load(Ordering::Relaxed);
     traps::on_timer(|| {
         let mark = 0x1234_5678 + INSIDE.fetch_add(1, Ordering::Relaxed);
         let mut objects: [Option<Box<[u64; 6]>>; 4] = [const { None }; 4];
@@ -133,11 +134,12 @@ pub fn storm(boot: &Boot) -> bool {
             frames().free(frame);
         }
     });
-    let ticks = traps::TICKS.load(Ordering::Relaxed);
     smp::each(|cpu| {
         let mut kept: VecDeque<(OwnedFrame, u64)> = VecDeque::with_capacity(65);
         let mut objects: VecDeque<Vec<u64>> = VecDeque::with_capacity(65);
-        for round in 0..4000_u64 {
+        // On a busy host the timer may stay silent for longer than the rounds take.
+        let goes_on = |round: &u64| *round < 4000 || INSIDE.load(Ordering::Relaxed) == 0;
+        for round in (0_u64..).take_while(goes_on) {
             let order = kmem::Order::new((round * 7 % 11 % 5) as u8).expect("an order");
             let mark = round << 8 | u64::from(cpu.get());
             if let Ok(frame) = frames().alloc(&FrameRequest::new(order)) {

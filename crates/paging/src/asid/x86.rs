@@ -58,12 +58,16 @@ impl X86Tlb {
 
     /// Asks CPUID what this CPU has, and sets CR4.PCIDE where it has PCID.
     ///
+    /// On some processors (Intel's Alder Lake and Raptor Lake before new microcode; Linux calls the list `invlpg_miss_ids`) INVLPG leaves global
+    /// entries while CR4.PCIDE is set, against `T2`, and CPUID does not tell. A kernel with global entries calls [`new`](Self::new) with `false` there
+    /// instead.
+    ///
     /// Every CPU must give the same value: the kernel compares it with the first one's.
     ///
     /// # Safety
     ///
     /// Ring 0 in long mode, on each CPU before its first load with a tag; the low 12 bits of CR3 are clear, and an interrupt loads no other root
-    /// meanwhile. The value's methods are called in ring 0 only, on CPUs that gave an equal one.
+    /// and leaves CR4 alone meanwhile. The value's methods are called in ring 0 only, on CPUs that gave an equal one.
     ///
     /// # Examples
     ///
