@@ -133,7 +133,7 @@ impl Calls {
 
     fn page(&mut self, lines: &[Line]) -> u64 {
         match self.line(lines) {
-            // Below a stack, as near to what is below that as it may grow, and nearer.
+            // Below a mapping: if that is a stack, as near to what is below it as it may grow, and nearer.
             Some(line) if self.below(12) == 0 => line.start - (1 + self.below(300)) * PAGE,
             Some(line) if self.below(12) != 0 => {
                 line.start + self.below((line.end - line.start) / PAGE) * PAGE
