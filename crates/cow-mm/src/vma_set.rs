@@ -301,7 +301,7 @@ impl<'m, E: Env> VmaSet<'m, E> {
             if free.count() < pages {
                 return None;
             }
-            highest = highest.min(below_guard(gap).unwrap_or(Page::ZERO));
+            highest = highest.min(self.below_guard(gap).unwrap_or(Page::ZERO));
             PageRange::new(first, free.last().min(highest))
         })
     }
@@ -311,8 +311,19 @@ impl<'m, E: Env> VmaSet<'m, E> {
     pub fn find_gap_up(&self, pages: u64, limits: PageRange) -> Option<PageRange> {
         let request = GapRequest::new(pages).limits(limits);
         self.tree.find_gap_up_with(&request, &mut |gap| {
-            PageRange::new(gap.range.first(), below_guard(gap)?)
+            PageRange::new(gap.range.first(), self.below_guard(gap)?)
         })
+    }
+
+    /// The last page of a gap that the guard of a stack above it leaves; it may lie below the gap. `None` where there is none. What is above may
+    /// lie beyond the limits of a search, and its guard reaches into them all the same.
+    fn below_guard(&self, gap: &Gap<Handle>) -> Option<Page> {
+        let beyond = || self.at_or_after(gap.range.last().checked_add(1)?);
+        let last = match value(gap.above).or_else(beyond) {
+            Some(above) => above.range.first().checked_sub(above.guard_below() + 1)?,
+            None => Page::MAX,
+        };
+        Some(last.min(gap.range.last()))
     }
 
     /// Takes the memory that a call's changes may need.
@@ -374,15 +385,6 @@ impl<E: Env> Drop for VmaSet<'_, E> {
         let ended = core::mem::take(&mut self.ledger.ended);
         self.mm.end_objects(ended);
     }
-}
-
-/// The last page of a gap that the guard of a stack above it leaves; it may lie below the gap. `None` where there is none.
-fn below_guard(gap: &Gap<Handle>) -> Option<Page> {
-    let last = match value(gap.above) {
-        Some(above) => above.range.first().checked_sub(above.guard_below() + 1)?,
-        None => Page::MAX,
-    };
-    Some(last.min(gap.range.last()))
 }
 
 /// Write-locks a VMA, waiting for the faults in it.

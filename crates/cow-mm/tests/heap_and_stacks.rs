@@ -193,3 +193,53 @@ fn growing_memory_is_placed_like_any_other_and_its_guard_ends_a_search() {
     assert_eq!(next.as_u64(), base - (2 + 256 + 1) * PAGE);
     program.exit();
 }
+
+/// A search's limits do not hide what is above them: asked of Linux 6.18 with stacks above `mmap_base`, and above the window of `MAP_32BIT`.
+#[test]
+fn the_guard_of_a_stack_reaches_into_the_limits_of_a_search() {
+    let program = Program::new(World::new().mm());
+    let space = &program.space;
+    let stack_at = |address| {
+        let mut stack = MapRequest::anonymous(PAGE, RW).at(address);
+        stack.flags |= MapFlags::GROWSDOWN;
+        space.mmap(&stack).unwrap();
+    };
+    let base = space.layout().mmap_base.unwrap();
+    for (above, below) in [(0, 257), (1, 256), (16, 241), (255, 2), (256, 1), (290, 1)] {
+        stack_at(base + above * PAGE);
+        let at = space.mmap(&MapRequest::anonymous(PAGE, RW)).unwrap();
+        assert_eq!(at.as_u64(), base - below * PAGE, "{above} pages above");
+        space.munmap(at.as_u64(), PAGE).unwrap();
+        if above > 1 {
+            // What lies between takes the guard on itself.
+            let between = MapRequest::anonymous(PAGE, Prot::empty()).at(base + PAGE);
+            space.mmap(&between).unwrap();
+            let at = space.mmap(&MapRequest::anonymous(PAGE, RW)).unwrap();
+            assert_eq!(at.as_u64(), base - PAGE, "{above} pages above");
+            space.munmap(at.as_u64(), PAGE).unwrap();
+            space.munmap(base + PAGE, PAGE).unwrap();
+        }
+        space.munmap(base + above * PAGE, PAGE).unwrap();
+    }
+    let window = 0x4000_0000..0x8000_0000;
+    stack_at(window.end + 16 * PAGE);
+    for (free, pages, fits) in [
+        (1, 1, false),
+        (240, 1, false),
+        (241, 1, true),
+        (241, 2, false),
+        (242, 2, true),
+    ] {
+        let first_free = window.end - free * PAGE;
+        let mut fill = MapRequest::anonymous(first_free - window.start, Prot::empty());
+        fill.flags |= MapFlags::NORESERVE;
+        space.mmap(&fill.at(window.start)).unwrap();
+        let mut low = MapRequest::anonymous(pages * PAGE, RW);
+        low.flags |= MapFlags::MAP_32BIT;
+        let answer = space.mmap(&low).map(VirtAddr::as_u64);
+        let expected = fits.then_some(first_free).ok_or(Errno::ENOMEM);
+        assert_eq!(answer, expected, "{pages} of {free} pages");
+        space.munmap(window.start, 1 << 30).unwrap();
+    }
+    program.exit();
+}
