@@ -75,7 +75,7 @@ fn words_are_the_models_for_a_long_time() {
 fn seeds_of_the_fuzz_target_are_lists_of_steps() {
     let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../../fuzz/corpus/cow_mm");
     let Ok(seeds) = std::fs::read_dir(folder) else {
-        eprintln!("SKIPPED: no seeds at {folder}");
+        common::host::skipped(&format!("no seeds at {folder}"));
         return;
     };
     for seed in seeds {

@@ -1,12 +1,17 @@
 //! What the kernel itself maps into a program: `[vvar]` and `[vdso]` go, move and change whole, or not at all.
 //!
-//! The answers are those of Linux 6.18 on x86-64, recorded, and compared to the running kernel where that is one.
+//! The answers are those of Linux 6.18 on x86-64, recorded, and compared to the running kernel where that is no older: a newer one is held to
+//! them too, and where it answers otherwise kmem is to follow. A kernel that seals these mappings itself (`CONFIG_MSEAL_SYSTEM_MAPPINGS`) is not
+//! asked, nor is any for a call that it refuses for ordinary memory too: `mlock` without a limit for it, `mseal` behind a filter.
 #![cfg(all(target_os = "linux", target_arch = "x86_64"))]
 
 mod common;
 
+use common::host::{release, skipped};
 use common::{PAGE, Program, RW, World, check_counters};
-use kmem_cow_mm::{Advice, Errno, Label, MapFlags, MapRequest, Prot, RemapFlags};
+use kmem_cow_mm::{
+    Advice, Errno, Label, MapFlags, MapRequest, Prot, RemapFlags, VmFlags, permissions,
+};
 
 const AT: u64 = 0x1000_0000;
 /// Where calls move to.
@@ -26,6 +31,7 @@ enum Call {
     Shrink,
     Grow,
     Keep,
+    MoveAndKeep,
     Twice,
     Advise(Advice),
     Sync,
@@ -75,6 +81,8 @@ const ANSWERS: &[(Call, Part, i32, i32)] = &[
     (Grow, Whole, EFAULT, EFAULT),
     (Keep, First, EINVAL, EINVAL),
     (Keep, Whole, EINVAL, EINVAL),
+    (MoveAndKeep, First, EINVAL, EINVAL),
+    (MoveAndKeep, Whole, EINVAL, EINVAL),
     (Twice, First, EINVAL, EINVAL),
     (Advise(Advice::Normal), First, 0, 0),
     (Advise(Advice::Random), First, EINVAL, EINVAL),
@@ -135,6 +143,7 @@ fn ours(program: &Program, call: Call, (at, length): (u64, u64)) -> i32 {
         Shrink => remap(length, length - PAGE, RemapFlags::empty(), 0),
         Grow => remap(length, length + PAGE, may, 0),
         Keep => remap(length, length, keep, 0),
+        MoveAndKeep => remap(length, length, keep | RemapFlags::FIXED, TO),
         Twice => remap(0, length, may, 0),
         Advise(advice) => space.madvise(at, length, advice),
         Sync => space.msync(at, length),
@@ -158,6 +167,7 @@ fn theirs(call: Call, (at, length): (u64, u64)) -> i32 {
         Shrink => (libc::SYS_mremap, [at, length, length - page, 0, 0, 0]),
         Grow => (libc::SYS_mremap, [at, length, length + page, 1, 0, 0]),
         Keep => (libc::SYS_mremap, [at, length, length, 5, 0, 0]),
+        MoveAndKeep => (libc::SYS_mremap, [at, length, length, 7, TO as i64, 0]),
         Twice => (libc::SYS_mremap, [at, 0, length, 1, 0, 0]),
         Advise(advice) => (libc::SYS_madvise, [at, length, advice as i64, 0, 0, 0]),
         Sync => (libc::SYS_msync, [at, length, 4, 0, 0, 0]),
@@ -179,13 +189,23 @@ fn theirs(call: Call, (at, length): (u64, u64)) -> i32 {
     }
 }
 
-/// Where the running kernel mapped something in this process.
-fn mapped(name: &str) -> Option<(u64, u64)> {
-    let maps = std::fs::read_to_string("/proc/self/maps").ok()?;
-    let line = maps.lines().find(|line| line.ends_with(name))?;
+/// Where the running kernel mapped something in this process, and whether it is sealed.
+fn mapped(name: &str) -> Option<((u64, u64), bool)> {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").ok()?;
+    let mut lines = smaps.lines();
+    let line = lines.find(|line| line.ends_with(name))?;
     let (start, end) = line.split(' ').next()?.split_once('-')?;
     let number = |text| u64::from_str_radix(text, 16).ok();
-    Some((number(start)?, number(end)?))
+    let flags = lines.find(|line| line.starts_with("VmFlags:"))?;
+    let sealed = flags.split(' ').any(|flag| flag == "sl");
+    Some(((number(start)?, number(end)?), sealed))
+}
+
+/// Whether the running kernel does for ordinary memory what a call asks for; `memory` is such, of as many bytes as are asked for or more.
+fn is_allowed(call: Call, memory: &[u8], length: u64) -> bool {
+    assert!(memory.len() as u64 >= length + PAGE);
+    let first = (memory.as_ptr() as u64).next_multiple_of(PAGE);
+    theirs(call, (first, length)) == 0
 }
 
 const RX: Prot = Prot::READ.union(Prot::EXEC);
@@ -215,23 +235,33 @@ fn every_call_answers_as_linux() {
 
 #[test]
 fn the_running_kernel_answers_as_recorded() {
-    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
-    let mut numbers = release.split(['.', '-']).map(|n| n.parse().unwrap_or(0));
-    let release: (u32, u32) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
-    let (Some(vvar), Some(vdso)) = (mapped("[vvar]"), mapped("[vdso]")) else {
-        eprintln!("SKIPPED: no [vvar] and [vdso] here");
-        return;
+    let release = release();
+    let (Some((vvar, vvar_sealed)), Some((vdso, vdso_sealed))) =
+        (mapped("[vvar]"), mapped("[vdso]"))
+    else {
+        return skipped("there is no [vvar] and [vdso] here to ask the kernel of");
     };
-    if release < (6, 18) {
-        eprintln!("SKIPPED: the answers are those of Linux 6.18, this is {release:?}");
-        return;
+    if vvar_sealed || vdso_sealed {
+        return skipped("[vvar] and [vdso] are sealed here, so that other calls are refused");
     }
+    if release < (6, 18) {
+        return skipped(&format!(
+            "the answers for [vvar] and [vdso] are those of Linux 6.18, this is {release:?}"
+        ));
+    }
+    let longest = (vvar.1 - vvar.0).max(vdso.1 - vdso.0);
+    let ordinary = vec![0; (longest + PAGE) as usize];
     for &(call, part, of_vvar, of_vdso) in ANSWERS {
         for ((start, end), expected) in [(vvar, of_vvar), (vdso, of_vdso)] {
             if end - start == PAGE && part != Whole {
                 continue;
             }
-            let got = theirs(call, range(part, start, end));
+            let (start, length) = range(part, start, end);
+            if matches!(call, Lock | Seal) && !is_allowed(call, &ordinary, length) {
+                skipped(&format!("{call:?} of {part:?} is refused to this process"));
+                continue;
+            }
+            let got = theirs(call, (start, length));
             assert_eq!(got, expected, "{call:?} of {part:?} of {start:#x}");
         }
     }
@@ -270,6 +300,88 @@ fn what_is_before_a_special_mapping_is_cut_before_the_call_is_refused() {
     assert_eq!(space.map_count(), 1);
     check_counters([&program]);
     program.exit();
+}
+
+/// A call over several mappings, the last of which is a part of `[vdso]`: what stays done of it before it is refused, as Linux 6.18 leaves it.
+#[test]
+fn what_lies_before_a_part_of_a_special_mapping_stays_changed() {
+    // Two pages, two that may be read only, and then `[vdso]`; the call begins in the second page and ends with the first of `[vdso]`.
+    let (second, length) = (AT + PAGE, 4 * PAGE);
+    let (data, constants) = ("rw-p", "r--p");
+    let with = |flag| {
+        [
+            (AT, 1, data, ""),
+            (second, 1, data, flag),
+            (AT + 2 * PAGE, 2, constants, flag),
+        ]
+    };
+    let cut = with("");
+    for (call, left) in [
+        (Unmap, &cut[..]),
+        (MapOver, &cut),
+        (Protect(0), &[(AT, 1, data, ""), (second, 3, "---p", "")]),
+        (
+            Move,
+            &[
+                (AT, 1, data, ""),
+                (TO, 1, data, ""),
+                (TO + PAGE, 2, constants, ""),
+            ],
+        ),
+        (Advise(Advice::DontFork), &with("dc")),
+        (Seal, &with("sl")),
+        (
+            MoveAndKeep,
+            &[
+                (AT, 2, data, ""),
+                (AT + 2 * PAGE, 2, constants, ""),
+                (TO, 1, data, ""),
+                (TO + PAGE, 2, constants, ""),
+            ],
+        ),
+    ] {
+        let program = Program::new(World::new().mm());
+        let space = &program.space;
+        for (at, prot) in [(AT, RW), (AT + 2 * PAGE, Prot::READ)] {
+            let request = MapRequest::anonymous(2 * PAGE, prot);
+            space.mmap(&request.at(at)).unwrap();
+        }
+        let special = AT + 4 * PAGE;
+        space
+            .map_special(special, 2 * PAGE, RX, Label::Vdso)
+            .unwrap();
+        let got = ours(&program, call, (second, length));
+        assert_eq!(got, EINVAL, "{call:?}");
+        let mut found = Vec::new();
+        space.for_each_vma(|vma| {
+            let flag = match (
+                vma.flags.contains(VmFlags::DONTCOPY),
+                vma.flags.contains(VmFlags::SEALED),
+            ) {
+                (true, _) => "dc",
+                (_, true) => "sl",
+                _ => "",
+            };
+            let rights = String::from_utf8(permissions(vma.flags).to_vec()).unwrap();
+            if vma.label == Label::None {
+                found.push((vma.range.start().as_u64(), vma.range.count(), rights, flag));
+            } else {
+                assert_eq!(
+                    (vma.range.start().as_u64(), vma.range.count(), flag),
+                    (special, 2, ""),
+                    "{call:?}"
+                );
+            }
+            true
+        });
+        let left: Vec<_> = left
+            .iter()
+            .map(|&(at, pages, rights, flag)| (at, pages, rights.to_string(), flag))
+            .collect();
+        assert_eq!(found, left, "{call:?}");
+        check_counters([&program]);
+        program.exit();
+    }
 }
 
 /// Whose pages they are is nobody's to know, so all of them are in memory.

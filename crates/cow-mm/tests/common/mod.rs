@@ -8,6 +8,7 @@ pub mod counted;
 pub mod driver;
 pub mod elf;
 pub mod held_pin;
+pub mod host;
 pub mod kept;
 pub mod oracle_files;
 pub mod recount;

@@ -10,6 +10,8 @@
 use std::ffi::{c_int, c_long, c_void};
 use std::sync::atomic::{AtomicI64, Ordering};
 
+use crate::common::host::{say, skipped};
+
 /// The window, in which nothing is mapped at first.
 pub const WINDOW: std::ops::Range<u64> = 0x4000_0000..0x8000_0000;
 /// Pages of each file.
@@ -127,41 +129,42 @@ extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, context: *mut 
     }
 }
 
-/// The kernel's release as numbers.
-pub fn release() -> (u32, u32) {
-    // SAFETY: uname fills the whole structure.
-    let name = unsafe {
-        let mut name: libc::utsname = core::mem::zeroed();
-        libc::uname(&mut name);
-        name
+/// How far a stack may grow, on both sides: what kmem's processes begin with, and what mappings leave room for.
+const STACK_LIMIT: u64 = 8 << 20;
+
+/// Whether this process is like one of kmem's: the kernel chooses no address at random, and a stack has the same limit.
+pub fn is_alike() -> bool {
+    let mut limit = libc::rlimit {
+        rlim_cur: 0,
+        rlim_max: 0,
     };
-    let text: String = name.release.iter().map(|c| *c as u8 as char).collect();
-    let mut numbers = text
-        .split(|c: char| !c.is_ascii_digit())
-        .map(|n| n.parse().unwrap_or(0));
-    (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0))
+    // SAFETY: the value of `personality` only asks; `getrlimit` fills the structure.
+    unsafe {
+        libc::personality(0xffff_ffff) & libc::ADDR_NO_RANDOMIZE != 0
+            && libc::getrlimit(libc::RLIMIT_STACK, &mut limit) == 0
+            && limit.rlim_cur == STACK_LIMIT
+    }
 }
 
-/// Whether the kernel chooses addresses at random in this process.
-pub fn is_randomised() -> bool {
-    // SAFETY: this value only asks.
-    unsafe { libc::personality(0xffff_ffff) & libc::ADDR_NO_RANDOMIZE == 0 }
-}
-
-/// Runs one test of this binary again where the kernel chooses nothing at random; says whether it passed.
-pub fn again_without_randomness(test: &str) -> bool {
+/// Runs one test of this binary again where the process [is alike](is_alike); says whether it passed.
+pub fn again_alike(test: &str) -> bool {
     use std::os::unix::process::CommandExt as _;
     let Ok(binary) = std::env::current_exe() else {
         return false;
     };
     let mut command = std::process::Command::new(binary);
     command.args(["--exact", test, "--nocapture"]);
-    // SAFETY: the closure makes one system call.
+    // SAFETY: the closure makes system calls, and nothing else.
     unsafe {
         command.pre_exec(|| {
             libc::personality(libc::ADDR_NO_RANDOMIZE as libc::c_ulong);
+            // No more than the hard limit may be, so that it needs no capability.
+            let mut limit = core::mem::zeroed();
+            libc::getrlimit(libc::RLIMIT_STACK, &mut limit);
+            limit.rlim_cur = STACK_LIMIT;
+            libc::setrlimit(libc::RLIMIT_STACK, &limit);
             // Where that was refused, the test would start itself for ever.
-            if is_randomised() {
+            if !is_alike() {
                 return Err(std::io::Error::from_raw_os_error(libc::EPERM));
             }
             Ok(())
@@ -170,11 +173,13 @@ pub fn again_without_randomness(test: &str) -> bool {
     match command.output() {
         Ok(output) => {
             // Its closing lines are not this run's: only what it complains of is shown.
-            eprint!("{}", String::from_utf8_lossy(&output.stderr));
+            say(&String::from_utf8_lossy(&output.stderr));
             output.status.success()
         }
         Err(error) => {
-            eprintln!("SKIPPED: the live oracle cannot run without randomness here: {error}");
+            skipped(&format!(
+                "the live oracle cannot run without randomness and with 8 MiB of stack here: {error}"
+            ));
             true
         }
     }
