@@ -98,7 +98,7 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// # Errors
     ///
-    /// Those of mmap(2), checked in Linux's order; nothing is changed then.
+    /// Those of mmap(2), checked in Linux's order; nothing is changed then, but for what a `FIXED` mapping cuts (docs/spec/partial-effects.md).
     ///
     /// # Examples
     ///

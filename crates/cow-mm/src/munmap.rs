@@ -20,9 +20,12 @@ impl<'m, E: Env> AddressSpace<'m, E> {
     ///
     /// # Errors
     ///
-    /// [`Errno::EINVAL`] for an unaligned address, no length, or a range beyond the user addresses, and for a part of what the kernel put
-    /// there ([`map_special`](Self::map_special)); [`Errno::ENOMEM`] where a split would pass the limit on mappings or finds no memory. Nothing changes then. [`Errno::EPERM`] where
-    /// something in the range is [sealed](Self::mseal): the mapping that the range begins in may be cut there, unless it is that one.
+    /// [`Errno::EINVAL`] for an unaligned address, no length, or a range beyond the user addresses; [`Errno::ENOMEM`] where a split would pass
+    /// the limit on mappings or finds no memory. Nothing changes then.
+    ///
+    /// [`Errno::EPERM`] where something in the range is [sealed](Self::mseal), and [`Errno::EINVAL`] where a part of what the kernel put there
+    /// ([`map_special`](Self::map_special)) is: the mapping that the range begins in is cut there, unless it is that one, as in Linux
+    /// (docs/spec/partial-effects.md).
     #[doc(alias = "do_munmap")]
     pub fn munmap(&self, address: u64, length: u64) -> Result<(), Errno> {
         let mut state = self.lock();
