@@ -50,7 +50,8 @@ pub struct OpenFile {
     pub file: FileRef,
     /// Opened for reading.
     pub readable: bool,
-    /// Opened for writing.
+    /// Opened for writing; counts for nothing where the file [is read-only](kmem_hal::PageProvider::is_read_only), which Linux opens for nobody
+    /// so (EROFS).
     pub writable: bool,
 }
 
@@ -323,11 +324,13 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 return Err(Errno::EOPNOTSUPP);
             }
             (1 | MapFlags::SHARED_VALIDATE, Some(open)) => {
-                if request.prot.contains(Prot::WRITE) && !open.writable {
+                let object = self.mm().object(open.file);
+                let writable = open.writable && !self.mm().is_read_only(object);
+                if request.prot.contains(Prot::WRITE) && !writable {
                     return Err(Errno::EACCES);
                 }
                 flags |= VmFlags::SHARED | VmFlags::MAYSHARE;
-                if !open.writable {
+                if !writable {
                     flags -= VmFlags::MAYWRITE | VmFlags::SHARED;
                 }
                 if !open.readable {

@@ -60,6 +60,12 @@ impl<'m, E: Env> Mm<'m, E> {
         }
     }
 
+    /// Whether nothing of the object can ever be written back to where it comes from.
+    pub(crate) fn is_read_only(&self, object: &Object<E::Nodes, E::Lock>) -> bool {
+        let provider = self.provider(object);
+        provider.is_some_and(PageProvider::is_read_only)
+    }
+
     /// The frame of page `index` of the object, brought in where it must be, with a reference for the caller.
     ///
     /// # Errors
@@ -253,8 +259,7 @@ impl<'m, E: Env> Mm<'m, E> {
     pub(crate) fn zero_tail(&self, file: FileRef, index: u64, from: usize) {
         let object = self.object(file);
         let Some(page) = Page::new(index) else { return };
-        let provider = self.provider(object);
-        let read_only = provider.is_some_and(PageProvider::is_read_only);
+        let read_only = self.is_read_only(object);
         loop {
             let pages = object.pages.write();
             let Some(frame) = pages.get(page).and_then(|entry| entry.value.frame()) else {

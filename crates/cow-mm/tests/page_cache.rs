@@ -489,7 +489,7 @@ struct Slow {
     polls: AtomicU64,
 }
 
-// SAFETY: W1 to W3: forwards to an image that keeps them.
+// SAFETY: W1 to W4: forwards to an image that keeps them.
 unsafe impl PageProvider for Slow {
     fn size(&self) -> u64 {
         self.image.size()

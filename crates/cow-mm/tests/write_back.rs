@@ -6,7 +6,9 @@ use common::changing_file::ChangingFile;
 use common::kept::keep;
 use common::{PAGE, Program, RW, World};
 use kmem_cow_mm::replacement::Fifo;
-use kmem_cow_mm::{AddressSpace, MapFlags, MapRequest, Mm, OpenFile, Prot, Reclaimer, RemapFlags};
+use kmem_cow_mm::{
+    AddressSpace, Errno, MapFlags, MapRequest, Mm, OpenFile, Prot, Reclaimer, RemapFlags,
+};
 use kmem_hal::{Frame, IoError, IoState, IoTicket, PageProvider};
 use kmem_mock_x86::DiskImage;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -79,7 +81,7 @@ struct Asking {
     asked: AtomicU64,
 }
 
-// SAFETY: W1 to W3: forwards to a file that keeps them.
+// SAFETY: W1 to W4: forwards to a file that keeps them.
 unsafe impl PageProvider for Asking {
     fn size(&self) -> u64 {
         self.file.size()
@@ -244,7 +246,7 @@ fn a_file_that_grows_shows_zeros_though_its_page_is_mapped() {
 /// A file that others change, and this machine only reads.
 struct ReadOnly(ChangingFile);
 
-// SAFETY: W1 to W3: forwards to a file that keeps them.
+// SAFETY: W1 to W4: forwards to a file that keeps them.
 unsafe impl PageProvider for ReadOnly {
     fn size(&self) -> u64 {
         self.0.size()
@@ -305,4 +307,38 @@ fn a_page_that_the_end_of_a_read_only_file_moved_in_stays_clean() {
     assert_eq!(mm.cached_pages(open.file), 0, "it goes like any other");
     program.exit();
     assert!(mm.close(open.file));
+}
+
+/// Nobody opens such a file for writing in Linux (EROFS); whatever the mode says that a kernel hands in, what would be stored through a shared mapping
+/// could never be written, and would stay in memory for ever.
+#[test]
+fn a_file_that_cannot_be_written_has_no_shared_mapping_that_can() {
+    let world = World::new();
+    let mm = world.mm();
+    let image = DiskImage::from_bytes(world.machine, &vec![7; PAGE as usize]);
+    let size = AtomicU64::new(PAGE);
+    let provider: &'static ReadOnly = keep(Box::new(ReadOnly(ChangingFile { image, size })));
+    let open = OpenFile {
+        file: mm.open_file(provider, "/mnt/data", 0).unwrap(),
+        readable: true,
+        writable: true,
+    };
+    let program = Program::new(mm);
+    let map = |prot, flags| {
+        program.space.mmap(&MapRequest {
+            flags,
+            file: Some(open),
+            ..MapRequest::anonymous(PAGE, prot)
+        })
+    };
+    assert_eq!(map(RW, MapFlags::SHARED), Err(Errno::EACCES));
+    let shared = map(Prot::READ, MapFlags::SHARED).unwrap().as_u64();
+    let protected = program.space.mprotect(shared, PAGE, RW);
+    assert_eq!(protected, Err(Errno::EACCES));
+    let private = map(RW, MapFlags::PRIVATE).unwrap().as_u64();
+    program.store(private, 5).unwrap();
+    assert_eq!(program.load(shared), Ok(0x0707_0707_0707_0707));
+    assert_eq!(mm.meminfo().dirty, 0);
+    assert!(mm.close(open.file));
+    program.exit();
 }

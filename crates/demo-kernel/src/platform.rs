@@ -223,7 +223,7 @@ impl MemoryFile {
     }
 }
 
-// SAFETY: W1 to W3: all is done before a call returns, for 4096 bytes.
+// SAFETY: W1 to W3: all is done before a call returns, for 4096 bytes. W4: none is refused because it is a write.
 unsafe impl PageProvider for MemoryFile {
     fn size(&self) -> u64 {
         self.0.len() as u64

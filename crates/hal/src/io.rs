@@ -62,6 +62,8 @@ impl core::error::Error for IoError {}
 /// - `W1`: from submission of a read until it is done, only the provider writes to the frame.
 /// - `W2`: a read that is done has written all 4096 bytes; those past the end of the file are zero.
 /// - `W3`: a write that is done has taken the bytes as they were at some instant since its submission.
+/// - `W4`: it [is read-only](PageProvider::is_read_only), for as long as it is there, exactly where it answers [`IoError::ReadOnly`] to whoever would
+///   write one of its pages, whichever that is.
 pub unsafe trait PageProvider {
     /// The size of the file in bytes.
     ///
@@ -70,10 +72,10 @@ pub unsafe trait PageProvider {
     #[doc(alias = "i_size_read")]
     fn size(&self) -> u64;
 
-    /// Whether no page can ever be written: of a file system that is mounted to be read, or on a medium that is.
+    /// Whether no page can ever be written (`W4`): of a file system that is mounted to be read, or on a medium that is.
     ///
-    /// Of such a file the cache keeps no page for [`write`](Self::write) that nobody wrote to: where it moved its end, the zeros beyond that are
-    /// the provider's to keep.
+    /// Of such a file the cache keeps no page for [`write`](Self::write): no shared mapping of it can be written, whatever it was opened for, and
+    /// where it moved its end, the zeros beyond that are the provider's to keep.
     fn is_read_only(&self) -> bool {
         false
     }
@@ -91,7 +93,7 @@ pub unsafe trait PageProvider {
     ///
     /// # Errors
     ///
-    /// [`IoError`]; nothing was started. Who [is read-only](Self::is_read_only) answers [`IoError::ReadOnly`].
+    /// [`IoError`]; nothing was started. Who [is read-only](Self::is_read_only) answers [`IoError::ReadOnly`], and nobody else does always.
     #[doc(alias = "writepage")]
     fn write(&self, index: u64, frame: Frame) -> Result<IoState, IoError>;
 

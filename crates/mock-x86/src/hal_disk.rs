@@ -345,7 +345,8 @@ impl<'m> DiskImage<'m> {
 
 common!(DiskImage);
 
-// SAFETY: W1 to W3: as for `Disk`; bytes behind the end are zero (W2), since `transfer` fills a zeroed page up to `inside`.
+// SAFETY: W1 to W3: as for `Disk`; bytes behind the end are zero (W2), since `transfer` fills a zeroed page up to `inside`. W4: `writable` never
+// changes.
 unsafe impl PageProvider for DiskImage<'_> {
     fn size(&self) -> u64 {
         self.engine.size

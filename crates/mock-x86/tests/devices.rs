@@ -131,6 +131,8 @@ fn files_in_memory_and_on_the_host_end_in_zeros() {
         assert_eq!(image.write(1, FRAME), Ok(IoState::Done));
     }
     assert_eq!(images[2].write(1, FRAME), Err(IoError::ReadOnly));
+    let read_only: Vec<_> = images.iter().map(PageProvider::is_read_only).collect();
+    assert_eq!(read_only, [false, false, true]);
     assert_eq!(
         std::fs::metadata(&path).unwrap().len(),
         5000,

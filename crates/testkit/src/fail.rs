@@ -257,7 +257,7 @@ unsafe impl<L: LargeSource> LargeSource for Failing<'_, L> {
     }
 }
 
-// SAFETY: W1 to W3 are the wrapped provider's; failed submissions do not reach it.
+// SAFETY: W1 to W4 are the wrapped provider's; failed submissions do not reach it.
 unsafe impl<P: PageProvider> PageProvider for Failing<'_, P> {
     fn size(&self) -> u64 {
         self.inner.size()

@@ -12,7 +12,7 @@ pub struct ChangingFile {
     pub size: AtomicU64,
 }
 
-// SAFETY: W1 to W3: forwards to an image that keeps them.
+// SAFETY: W1 to W4: forwards to an image that keeps them.
 unsafe impl PageProvider for ChangingFile {
     fn size(&self) -> u64 {
         self.size.load(Ordering::SeqCst)

@@ -21,7 +21,7 @@ struct Watched {
     writers: Mutex<Vec<TaskId>>,
 }
 
-// SAFETY: W1 to W3: forwards to an image that keeps them.
+// SAFETY: W1 to W4: forwards to an image that keeps them.
 unsafe impl PageProvider for Watched {
     fn size(&self) -> u64 {
         PAGES * PAGE

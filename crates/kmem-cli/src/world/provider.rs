@@ -47,7 +47,7 @@ impl HostFile {
 }
 
 // SAFETY: W1, W2: `read` writes the whole frame before it returns and not afterwards (I1, I3); W3: `write` copies the frame
-// before it returns.
+// before it returns; W4: any page of the file.
 unsafe impl PageProvider for HostFile {
     fn size(&self) -> u64 {
         self.bytes

@@ -1,4 +1,4 @@
-//! Checks of [`PageProvider`] and [`BlockDevice`], clauses `W1` to `W3`.
+//! Checks of [`PageProvider`] and [`BlockDevice`], clauses `W1` to `W3`, and `W4` of the former.
 
 use kmem_hal::{BlockDevice, Frame, IoError, IoState, IoTicket, PAGE_SIZE, PageProvider, PhysMap};
 
@@ -13,6 +13,8 @@ trait Pages {
     const NAME: &'static str;
     /// Bytes in all.
     fn bytes(&self) -> u64;
+    /// Whether it says of itself that it cannot be written; `None` where it says nothing of that.
+    fn is_read_only(&self) -> Option<bool>;
     fn read(&self, page: u64, frame: Frame) -> Result<IoState, IoError>;
     fn write(&self, page: u64, frame: Frame) -> Result<IoState, IoError>;
     fn poll(&self, ticket: IoTicket) -> Result<IoState, IoError>;
@@ -23,6 +25,9 @@ impl<P: PageProvider> Pages for File<'_, P> {
     const NAME: &'static str = "PageProvider";
     fn bytes(&self) -> u64 {
         self.0.size()
+    }
+    fn is_read_only(&self) -> Option<bool> {
+        Some(self.0.is_read_only())
     }
     fn read(&self, page: u64, frame: Frame) -> Result<IoState, IoError> {
         self.0.read(page, frame)
@@ -40,6 +45,9 @@ impl<B: BlockDevice> Pages for Device<'_, B> {
     const NAME: &'static str = "BlockDevice";
     fn bytes(&self) -> u64 {
         self.0.blocks() * PAGE_SIZE
+    }
+    fn is_read_only(&self) -> Option<bool> {
+        None
     }
     fn read(&self, page: u64, frame: Frame) -> Result<IoState, IoError> {
         self.0.read(page, frame)
@@ -179,9 +187,21 @@ unsafe fn check<P: Pages, M: PhysMap>(
         map.to_ptr(a.start())
             .copy_from_nonoverlapping(pattern.as_ptr(), PAGE);
     }
-    let written = pages
-        .write(0, a)
-        .and_then(|state| finish(pages, state, relax));
+    let write = |page: u64| {
+        pages
+            .write(page, a)
+            .and_then(|state| finish(pages, state, relax))
+    };
+    let written = write(0);
+    if let Some(read_only) = pages.is_read_only() {
+        let refused = Err(IoError::ReadOnly);
+        let never_written = written == refused && write(last) == refused;
+        report.check(name, "W4", never_written == read_only, || {
+            format!(
+                "it says that it is read-only: {read_only}, and writing page 0 gave {written:?}"
+            )
+        });
+    }
     match written {
         Err(IoError::ReadOnly) => report.skip(name, "W3", "it cannot be written"),
         Err(error) => {

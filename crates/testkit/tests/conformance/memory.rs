@@ -153,6 +153,14 @@ impl<'a> Ram<'a> {
 
     fn store(&self, page: u64, frame: Frame) -> Result<IoState, IoError> {
         let range = self.range(page)?;
+        let refused = match self.clause {
+            "read-only" | "W4 silent" => true,
+            "W4 first" => page == 0,
+            _ => false,
+        };
+        if refused {
+            return Err(IoError::ReadOnly);
+        }
         let source = self.arena.to_ptr(frame.start());
         let mut bytes = self.bytes.borrow_mut();
         for (at, byte) in bytes[range].iter_mut().enumerate() {
@@ -180,10 +188,13 @@ impl<'a> Ram<'a> {
     }
 }
 
-// SAFETY: W1 to W3, except for the clause that a value is made to break.
+// SAFETY: W1 to W4, except for the clause that a value is made to break.
 unsafe impl PageProvider for Ram<'_> {
     fn size(&self) -> u64 {
         self.bytes.borrow().len() as u64
+    }
+    fn is_read_only(&self) -> bool {
+        matches!(self.clause, "read-only" | "W4 first" | "W4 lies")
     }
     fn read(&self, index: u64, frame: Frame) -> Result<IoState, IoError> {
         self.load(index, frame)
@@ -232,6 +243,7 @@ fn files_and_disks_pass_at_once_and_later() {
         let (files, disks) = run_pages("", delay);
         files.assert_ok();
         disks.assert_ok();
+        run_pages("read-only", delay).0.assert_ok();
     }
 }
 
@@ -244,6 +256,10 @@ fn broken_files_and_disks_are_named() {
             // A disk's blocks are whole: there is no end to leave out.
             names(&disks, "BlockDevice", clause);
         }
+    }
+    // It says that it can be written, or that it cannot, and all or a part of it is otherwise.
+    for lie in ["W4 silent", "W4 lies", "W4 first"] {
+        names(&run_pages(lie, 0).0, "PageProvider", "W4");
     }
 }
 
