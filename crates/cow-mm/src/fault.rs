@@ -223,13 +223,16 @@ impl<'m, E: Env> AddressSpace<'m, E> {
                 && below.flags.intersects(VmFlags::ACCESS)
                 && below.range.last().number() + guard >= page.number()
         });
+        if blocked || self.layout().is_too_low(page) {
+            return Ok(false);
+        }
         let (range, flags) = (vma.range, vma.flags);
+        // Whether or not a page comes of it, or it may grow at all: what it merges with depends on that from now on (`expand_downwards`).
+        self.prepare_anon(state, range.first());
         let added = range.first().number() - page.number();
-        // Its pages are numbered from 0 on: below that none could be found again (`expand_downwards`).
+        // Its pages are numbered from 0 on: below that none could be found again.
         if size > state.limits.stack
-            || self.layout().is_too_low(page)
             || added > vma.offset
-            || blocked
             || !state.may_expand(added, flags)
             || !state.may_lock_more(added, flags)
         {

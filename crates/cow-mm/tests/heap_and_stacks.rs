@@ -3,7 +3,7 @@
 mod common;
 
 use common::{PAGE, Program, RW, World, signal};
-use kmem_cow_mm::{Errno, MapFlags, MapRequest, Prot, Signal};
+use kmem_cow_mm::{Errno, Limits, MapFlags, MapRequest, Prot, Signal};
 use kmem_hal::VirtAddr;
 
 #[test]
@@ -242,4 +242,35 @@ fn the_guard_of_a_stack_reaches_into_the_limits_of_a_search() {
         space.munmap(window.start, 1 << 30).unwrap();
     }
     program.exit();
+}
+
+/// As Linux 6.18: a stack that grew, or would have but for a limit, has a reverse map, even if no page came of it; and so its parts are no longer one
+/// in children of children.
+#[test]
+fn a_stack_that_grew_is_no_memory_that_nobody_wrote_to() {
+    for (below, signalled, mappings) in [
+        (1, Signal::AccessError, 3),
+        (100, Signal::MapError, 3),
+        (0, Signal::AccessError, 2),
+    ] {
+        let parent = Program::new(World::new().mm());
+        let at = 0x7000_0000;
+        let mut stack = MapRequest::anonymous(4 * PAGE, Prot::READ).at(at);
+        stack.flags |= MapFlags::GROWSDOWN;
+        parent.space.mmap(&stack).unwrap();
+        parent.space.set_limits(Limits {
+            stack: 16 * PAGE,
+            ..parent.space.limits()
+        });
+        let address = at - below * PAGE;
+        assert_eq!(parent.store(address, 1), Err(signal(signalled, address)));
+        let child = parent.fork().unwrap();
+        child.space.mprotect(at + 2 * PAGE, 2 * PAGE, RW).unwrap();
+        let grandchild = child.fork().unwrap();
+        grandchild.space.mprotect(at + PAGE, PAGE, RW).unwrap();
+        assert_eq!(grandchild.space.map_count(), mappings, "{below} below");
+        for program in [grandchild, child, parent] {
+            program.exit();
+        }
+    }
 }
