@@ -20,123 +20,25 @@
 //! | `meta_per_frame` | bytes of own memory by frame, in the zone that is 80 % full of mixed blocks |
 //! | `init_1tib` | making the allocator of 1 TiB |
 
-use std::sync::atomic::Ordering::{Relaxed, SeqCst};
-use std::sync::atomic::{AtomicU32, compiler_fence};
+mod limits;
+mod peers;
 
-use bitmap_allocator::{BitAlloc, BitAlloc1M};
+use bitmap_allocator::BitAlloc1M;
 use buddy_slab_allocator::buddy::BuddyAllocator;
-use buddy_system_allocator::FrameAllocator;
 use kmem_buddy::{BootMap, Buddy, Config, RegionKind};
 use kmem_hal::{Frame, FrameRange, FrameTable, PhysAddr, PhysMap, SECTION_FRAMES, SingleCpu, Spin};
 
+use self::limits::{Arrays, GuardedArrays, RefilledArray, limit_pair, mixed_loop, stack_pair};
+use self::peers::{Bitmap, BuddySystem, ListBuddy};
 use super::counted;
 use crate::clock::{Watch, race};
 use crate::harness::{Competitor, Runner, Slice, Workload};
-use crate::lock::Locked;
-use crate::mixed::{Frames, Mixed, TOP, pairs, verify};
+use crate::mixed::{Frames, Mixed, pairs, verify};
 use crate::output::Unit;
-use crate::platform::{BASE, CPUS, HostBuddy, Region, ThreadCpus, buddy, run_as};
+use crate::platform::{BASE, HostBuddy, Region, buddy, run_as};
 use crate::rng::Rng;
 
 const AREA: &str = "buddy";
-
-/// rCore's buddy system over B-trees.
-struct BuddySystem(Locked<FrameAllocator>);
-
-impl BuddySystem {
-    fn new(frames: u64) -> Self {
-        let mut inner = FrameAllocator::new();
-        inner.add_frame(BASE as usize, (BASE + frames) as usize);
-        Self(Locked::new(inner))
-    }
-}
-
-impl Frames for BuddySystem {
-    #[inline(always)]
-    fn alloc(&self, order: u8) -> Option<u64> {
-        Some(self.0.with(|inner| inner.alloc(1 << order))? as u64)
-    }
-    #[inline(always)]
-    fn free(&self, frame: u64, order: u8) {
-        self.0
-            .with(|inner| inner.dealloc(frame as usize, 1 << order));
-    }
-}
-
-/// The bitmap of 16-way cascades that ArceOS uses.
-struct Bitmap(Locked<Box<BitAlloc1M>>);
-
-impl Bitmap {
-    fn new(frames: u64) -> Self {
-        let mut inner: Box<BitAlloc1M> = Box::default();
-        inner.insert(0..frames as usize);
-        Self(Locked::new(inner))
-    }
-}
-
-impl Frames for Bitmap {
-    #[inline(always)]
-    fn alloc(&self, order: u8) -> Option<u64> {
-        let first = self.0.with(|inner| match order {
-            0 => inner.alloc(),
-            _ => inner.alloc_contiguous(None, 1 << order, usize::from(order)),
-        })?;
-        Some(first as u64 + BASE)
-    }
-    #[inline(always)]
-    fn free(&self, frame: u64, order: u8) {
-        let first = (frame - BASE) as usize;
-        let freed = self.0.with(|inner| match order {
-            0 => inner.dealloc(first),
-            _ => inner.dealloc_contiguous(first, 1 << order),
-        });
-        assert!(freed, "frame {frame:#x} was free");
-    }
-}
-
-/// The list buddy of buddy-slab-allocator; it keeps its table inside its region.
-struct ListBuddy {
-    inner: Locked<BuddyAllocator>,
-    offset: u64,
-    _region: Region,
-}
-
-impl ListBuddy {
-    fn new(frames: u64) -> Self {
-        let table = BuddyAllocator::<4096>::required_meta_size(frames as usize * 4096);
-        let region = Region::new(frames + (table as u64).div_ceil(4096));
-        let mut inner = BuddyAllocator::new();
-        // SAFETY: the region is this value's, mapped until it is dropped.
-        let memory = unsafe { std::slice::from_raw_parts_mut(region.base(), region.bytes()) };
-        // SAFETY: as above; nobody else uses the region.
-        unsafe { inner.init(memory) }.expect("the region is large enough");
-        // Its blocks are aligned from the start of its heap, which comes after the table: frames are numbered from there.
-        let start = inner.section(0).expect("one region was given").start;
-        let offset = BASE.wrapping_sub(start as u64 / 4096);
-        Self {
-            inner: Locked::new(inner),
-            offset,
-            _region: region,
-        }
-    }
-}
-
-impl Frames for ListBuddy {
-    #[inline(always)]
-    fn alloc(&self, order: u8) -> Option<u64> {
-        let address = self
-            .inner
-            .with(|inner| inner.alloc_pages(1 << order, 4096))
-            .ok()?;
-        Some((address as u64 / 4096).wrapping_add(self.offset))
-    }
-    #[inline(always)]
-    fn free(&self, frame: u64, order: u8) {
-        let address = frame.wrapping_sub(self.offset) as usize * 4096;
-        self.inner
-            .with(|inner| inner.dealloc_pages(address, 1 << order));
-    }
-}
 
 fn kmem(frames: u64) -> &'static HostBuddy {
     buddy(Region::leak(frames))
@@ -202,202 +104,6 @@ fn pair_2t<F: Frames>(frames: F, size: u64) -> impl Competitor {
     }
 }
 
-fn stack_pair(frames: u64) -> impl Competitor {
-    let mut free: Vec<u32> = (0..frames as u32).collect();
-    move |_: u64, watch: &mut Watch| {
-        watch.time(|| {
-            for _ in 0..PAIRS {
-                let frame = std::hint::black_box(&mut free).pop();
-                free.extend(std::hint::black_box(frame));
-            }
-        });
-        Slice::limit(2 * PAIRS)
-    }
-}
-
-/// An array for each CPU, without a flag, a lock or a check.
-struct Arrays([std::cell::UnsafeCell<Vec<u32>>; CPUS as usize]);
-
-// SAFETY: a thread uses the array of its own number only (`run_as`).
-unsafe impl Sync for Arrays {}
-
-impl Arrays {
-    fn new(frames: u64) -> Self {
-        Self(std::array::from_fn(|_| {
-            (0..frames as u32).collect::<Vec<_>>().into()
-        }))
-    }
-
-    #[inline(always)]
-    fn own(&self) -> Option<*mut Vec<u32>> {
-        let pin = ThreadCpus::all();
-        // What is read before a pin is not what is read after it.
-        compiler_fence(SeqCst);
-        let cpu = kmem_hal::Cpu::pin(&pin).id().index();
-        self.0.get(cpu).map(std::cell::UnsafeCell::get)
-    }
-}
-
-impl Frames for Arrays {
-    #[inline(always)]
-    fn alloc(&self, _order: u8) -> Option<u64> {
-        // SAFETY: this thread's array, for the length of this call.
-        let frame = unsafe { &mut *self.own()? }.pop()?;
-        Some(u64::from(frame) + BASE)
-    }
-    #[inline(always)]
-    fn free(&self, frame: u64, _order: u8) {
-        let Some(own) = self.own() else { return };
-        // SAFETY: as above.
-        let own = unsafe { &mut *own };
-        if own.len() < own.capacity() {
-            own.push((frame - BASE) as u32);
-        }
-    }
-}
-
-fn array_pair(frames: u64) -> impl Competitor {
-    let arrays = Arrays::new(frames);
-    move |_: u64, watch: &mut Watch| {
-        watch.time(|| pairs(&arrays, 0, PAIRS));
-        Slice::limit(2 * PAIRS)
-    }
-}
-
-/// The same with the word that an interrupt on the same CPU looks at: busy while the array is changed. What is busy serves nobody.
-struct GuardedArrays {
-    arrays: Arrays,
-    busy: [AtomicU32; CPUS as usize],
-}
-
-impl GuardedArrays {
-    #[inline(always)]
-    fn guarded<R>(&self, change: impl FnOnce() -> Option<R>) -> Option<R> {
-        let pin = ThreadCpus::all();
-        let busy = self.busy.get(kmem_hal::Cpu::pin(&pin).id().index())?;
-        if busy.load(Relaxed) != 0 {
-            return None;
-        }
-        busy.store(1, Relaxed);
-        // An interrupt on this CPU sees its stores in program order; other CPUs never look.
-        compiler_fence(SeqCst);
-        let result = change();
-        compiler_fence(SeqCst);
-        busy.store(0, Relaxed);
-        result
-    }
-}
-
-impl Frames for GuardedArrays {
-    #[inline(always)]
-    fn alloc(&self, order: u8) -> Option<u64> {
-        self.guarded(|| self.arrays.alloc(order))
-    }
-    #[inline(always)]
-    fn free(&self, frame: u64, order: u8) {
-        self.guarded(|| {
-            self.arrays.free(frame, order);
-            Some(())
-        });
-    }
-}
-
-fn guarded_pair(frames: u64) -> impl Competitor {
-    let arrays = GuardedArrays {
-        arrays: Arrays::new(frames),
-        busy: [const { AtomicU32::new(0) }; CPUS as usize],
-    };
-    move |_: u64, watch: &mut Watch| {
-        watch.time(|| pairs(&arrays, 0, PAIRS));
-        Slice::limit(2 * PAIRS)
-    }
-}
-
-/// A guarded array of one CPU over a bit for each frame, which it is filled from a word at a time under a lock: what is left of an
-/// allocator that knows nothing of zones, orders, types and marks. Frees go to the bits.
-struct RefilledArray {
-    array: GuardedArrays,
-    words: Locked<(Vec<u64>, usize)>,
-}
-
-impl RefilledArray {
-    fn new(frames: u64) -> Self {
-        let array = GuardedArrays {
-            arrays: Arrays(std::array::from_fn(|_| Vec::with_capacity(64).into())),
-            busy: [const { AtomicU32::new(0) }; CPUS as usize],
-        };
-        let words = Locked::new((vec![u64::MAX; frames as usize / 64], 0));
-        Self { array, words }
-    }
-
-    #[cold]
-    #[inline(never)]
-    fn refill(&self) -> Option<u64> {
-        let own = self.array.arrays.own()?;
-        self.words.with(|(words, from)| {
-            let at = *from + words[*from..].iter().position(|word| *word != 0)?;
-            let mut bits = std::mem::take(&mut words[at]);
-            *from = at;
-            while bits != 0 {
-                let bit = 63 - bits.leading_zeros();
-                bits &= !(1 << bit);
-                // SAFETY: this thread's array.
-                unsafe { &mut *own }.push(at as u32 * 64 + bit);
-            }
-            Some(())
-        })?;
-        self.array.alloc(0)
-    }
-}
-
-impl Frames for RefilledArray {
-    #[inline(always)]
-    fn alloc(&self, order: u8) -> Option<u64> {
-        self.array.alloc(order).or_else(|| self.refill())
-    }
-    fn free(&self, frame: u64, _order: u8) {
-        self.words.with(|(words, from)| {
-            let number = (frame - BASE) as usize;
-            words[number / 64] |= 1 << (number % 64);
-            *from = 0;
-        });
-    }
-}
-
-/// Vectors of blocks by order that never run out: what a workload costs without an allocator.
-struct Endless(std::cell::RefCell<[Vec<u64>; TOP as usize + 1]>);
-
-// SAFETY: used by the thread that made it.
-unsafe impl Sync for Endless {}
-
-impl Frames for Endless {
-    #[inline]
-    fn alloc(&self, order: u8) -> Option<u64> {
-        let frame = self.0.borrow_mut()[usize::from(order)].pop();
-        Some(frame.unwrap_or(BASE))
-    }
-    #[inline]
-    fn free(&self, frame: u64, order: u8) {
-        self.0.borrow_mut()[usize::from(order)].push(frame);
-    }
-}
-
-fn mixed_loop(size: u64) -> impl Competitor {
-    let endless = Endless(Default::default());
-    let mut state = Mixed::new(size / 10 * 8, 1);
-    move |index: u64, watch: &mut Watch| {
-        if index == 0 {
-            state.fill(&endless);
-        }
-        watch.time(|| {
-            for _ in 0..MIXED_OPS {
-                state.step(&endless);
-            }
-        });
-        Slice::limit(MIXED_OPS)
-    }
-}
-
 fn hot_pairs(runner: &mut Runner, frames: u64) {
     for (name, order) in [("pair_o0", 0), ("pair_o3", 3), ("pair_o9", 9)] {
         if runner.wants(name) {
@@ -405,8 +111,11 @@ fn hot_pairs(runner: &mut Runner, frames: u64) {
             if order == 0 {
                 workload = workload
                     .with("limit:stack", stack_pair(frames))
-                    .with("limit:array", array_pair(frames))
-                    .with("limit:guarded-array", guarded_pair(frames));
+                    .with("limit:array", limit_pair(Arrays::new(frames)))
+                    .with(
+                        "limit:guarded-array",
+                        limit_pair(GuardedArrays::new(frames)),
+                    );
             }
             runner.run(workload);
         }
