@@ -10,6 +10,7 @@ use crate::lock::Locked;
 use crate::mixed::{Frames, Mixed, TOP, pairs};
 use crate::platform::{BASE, CPUS, ThreadCpus};
 
+/// A pair of an array that nobody else could use.
 pub(super) fn stack_pair(frames: u64) -> impl Competitor {
     let mut free: Vec<u32> = (0..frames as u32).collect();
     move |_: u64, watch: &mut Watch| {
@@ -187,6 +188,7 @@ impl Frames for Endless {
     }
 }
 
+/// The loop of `mixed_80` alone.
 pub(super) fn mixed_loop(size: u64) -> impl Competitor {
     let endless = Endless(Default::default());
     let mut state = Mixed::new(size / 10 * 8, 1);
